@@ -1,0 +1,218 @@
+import logging
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_jax import checkpoint
+from vit_jax.checkpoint import adapt, npz
+from vit_jax.errors import UserError
+
+POSITIONS = 'Transformer/posembed_input/pos_embedding'
+
+
+def _flat(grid=4, classes=7, pre_logits=0, cls=True, width=6, fill=None):
+    rng = np.random.default_rng(0)
+
+    def array(*shape):
+        return (
+            np.full(shape, fill, np.float32)
+            if fill is not None
+            else rng.normal(size=shape).astype(np.float32)
+        )
+
+    flat = {
+        'embedding/kernel': array(8, 8, 3, width),
+        POSITIONS: array(1, grid * grid + cls, width),
+        'Transformer/encoder_norm/scale': array(width),
+        'head/kernel': array(pre_logits or width, classes),
+        'head/bias': array(classes),
+    }
+    if cls:
+        flat['cls'] = array(1, 1, width)
+    if pre_logits:
+        flat |= {
+            'pre_logits/kernel': array(width, pre_logits),
+            'pre_logits/bias': array(pre_logits),
+        }
+    return flat
+
+
+def _tree(flat):
+    return flax.traverse_util.unflatten_dict(flat, sep='/')
+
+
+def _adapt(flat, init, classifier='token', **kwargs):
+    params, report = adapt.adapt(
+        _tree(flat), _tree(init), classifier=classifier, source='file.npz', **kwargs
+    )
+    # Every array of the file and every parameter of the model is in the report, once.
+    used = [*report.loaded, *report.resized]
+    assert sorted([*used, *report.ignored]) == sorted(flat)
+    assert sorted([*used, *report.initialised]) == sorted(init)
+    return npz.flatten(params), report
+
+
+def test_new_head_even_if_classes_agree():
+    flat, init = _flat(), _flat(fill=0)
+    params, report = _adapt(flat, init)
+    assert params.keys() == init.keys()
+    for name in flat:
+        np.testing.assert_array_equal(
+            params[name], (init if name.startswith('head') else flat)[name], strict=True
+        )
+    assert set(report.initialised) == set(report.ignored) == {'head/kernel', 'head/bias'}
+    assert report.num_parameters == sum(
+        flat[name].size for name in flat if not name.startswith('head')
+    )
+    assert str(report).splitlines() == [
+        f'file.npz: 4 arrays loaded ({report.num_parameters:,} parameters)',
+        '  newly initialised: head/kernel, head/bias (a new head is trained)',
+        '  ignored: head/kernel, head/bias (a new head is trained)',
+    ]
+
+
+def test_keep_head_keeps_one_that_fits():
+    flat = _flat()
+    params, report = _adapt(flat, _flat(fill=0), keep_head=True)
+    np.testing.assert_array_equal(params['head/kernel'], flat['head/kernel'])
+    assert not report.initialised and not report.ignored
+    params, report = _adapt(flat, _flat(fill=0, classes=5), keep_head=True)
+    assert not params['head/kernel'].any()
+    assert report.initialised['head/bias'] == 'the head does not fit: 7 classes, the model has 5'
+    # A head trained on pre_logits is of no use without them, even where its shape fits.
+    params, report = _adapt(_flat(pre_logits=6), _flat(fill=0), keep_head=True)
+    assert not params['head/kernel'].any()
+    assert 'pre_logits' in report.initialised['head/kernel']
+
+
+def test_pre_logits_follow_the_model():
+    with_pre, without = _flat(pre_logits=5), _flat()
+    _, report = _adapt(with_pre, without)
+    assert 'representation_size is None' in report.ignored['pre_logits/kernel']
+    params, report = _adapt(with_pre, _flat(pre_logits=5, fill=0))
+    np.testing.assert_array_equal(params['pre_logits/kernel'], with_pre['pre_logits/kernel'])
+    assert set(report.initialised) == {'head/kernel', 'head/bias'}
+    _, report = _adapt(without, with_pre)
+    assert report.initialised['pre_logits/bias'] == 'the checkpoint has no pre_logits layer'
+    with pytest.raises(
+        UserError, match=r'pre_logits/kernel: has shape \(6, 5\), expected \(6, 3\)'
+    ):
+        _adapt(with_pre, _flat(pre_logits=3))
+
+
+def test_model_without_head():
+    init = {name: leaf for name, leaf in _flat(fill=0).items() if not name.startswith('head')}
+    _, report = _adapt(_flat(), init)
+    assert report.ignored['head/kernel'] == 'the model has no head'
+
+
+def test_every_misfit_is_listed():
+    flat, init = _flat(), _flat(classes=5)
+    del flat['Transformer/encoder_norm/scale']
+    flat |= {
+        'embedding/kernel': np.zeros((16, 16, 3, 6), np.float32),
+        'extra/bias': np.zeros(3, np.float32),
+    }
+    with pytest.raises(UserError) as e:
+        _adapt(flat, init)
+    message = str(e.value)
+    assert '3 of its arrays' in message
+    assert 'Transformer/encoder_norm/scale: missing, expected (6,)' in message
+    assert 'embedding/kernel: has shape (16, 16, 3, 6), expected (8, 8, 3, 6)' in message
+    assert 'extra/bias: unknown to the model, has shape (3,)' in message
+    assert 'patch 16, hidden size 6' in message and 'patch 8, hidden size 6' in message
+
+
+@pytest.mark.parametrize('classifier', ['token', 'token_unpooled', 'gap', 'unpooled'])
+def test_position_embeddings_are_resized_to_the_grid(classifier):
+    cls = classifier in ('token', 'token_unpooled')
+    flat, init = _flat(grid=4, cls=cls), _flat(grid=7, cls=cls, fill=0)
+    params, report = _adapt(flat, init, classifier)
+    assert report.resized == {POSITIONS: ((1, 16 + cls, 6), (1, 49 + cls, 6))}
+    assert f'resized: {POSITIONS} ({1}, {16 + cls}, 6) -> (1, {49 + cls}, 6)' in str(report)
+    old, new = flat[POSITIONS], params[POSITIONS]
+    assert new.dtype == np.float32
+    np.testing.assert_array_equal(new[:, :cls], old[:, :cls])
+    # Corners coincide; 7 points over 4 put every second new point on an old one.
+    np.testing.assert_allclose(
+        new[0, cls:].reshape(7, 7, 6)[::2, ::2], old[0, cls:].reshape(4, 4, 6), rtol=0, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(('old', 'new'), [(14, 24), (24, 14), (2, 5), (5, 1), (1, 3), (7, 2)])
+def test_resize_equals_scipy_zoom_of_order_1(old, new):
+    scipy_ndimage = pytest.importorskip('scipy.ndimage')
+    grid = np.random.default_rng(old).normal(size=(old, old, 3)).astype(np.float32)
+    expected = scipy_ndimage.zoom(grid, (new / old, new / old, 1), order=1)
+    assert expected.shape == (new, new, 3)
+    resized = adapt.resize_position_embedding(
+        grid.reshape(1, old * old, 3), new * new, has_class_token=False
+    )
+    np.testing.assert_allclose(resized[0].reshape(new, new, 3), expected, rtol=0, atol=1e-5)
+
+
+def test_resize_conformance(shared_dir):
+    with np.load(shared_dir / 'conformance' / 'position_embedding_resize.npz') as cases:
+        expected = {name: cases[name] for name in cases if name != 'input'}
+        assert len(expected) == 4
+        for name, grid in expected.items():
+            resized = adapt.resize_position_embedding(
+                cases['input'], grid.shape[1], has_class_token=True
+            )
+            assert resized.dtype == grid.dtype
+            np.testing.assert_allclose(resized, grid, rtol=0, atol=1e-5, err_msg=name)
+
+
+def test_grids_that_cannot_be_resized():
+    square = _flat(grid=4)
+    oblong = square | {POSITIONS: np.zeros((1, 13, 6), np.float32)}
+    with pytest.raises(
+        UserError, match='file.npz has 12 positions .13 with the class token.*no square grid'
+    ):
+        _adapt(oblong, square)
+    with pytest.raises(UserError, match='the model has 12 positions'):
+        _adapt(square, oblong)
+    with pytest.raises(
+        UserError,
+        match="trained with a class token .17 .*classifier='gap', is without one .16 .*'token'",
+    ):
+        _adapt(square, _flat(grid=4, cls=False), 'gap')
+    with pytest.raises(UserError, match="trained without a class token .*Use classifier='gap'"):
+        _adapt(_flat(grid=4, cls=False), square)
+
+
+def test_dtype_and_container_of_the_model():
+    init = flax.core.freeze(
+        _tree({name: jnp.zeros(a.shape, jnp.bfloat16) for name, a in _flat(grid=3).items()})
+    )
+    params, _ = adapt.adapt(_tree(_flat()), init, classifier='token', source='x')
+    assert jax.tree.structure(params) == jax.tree.structure(init)
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(params))
+
+
+def test_abstract_parameters():
+    init = jax.eval_shape(lambda: _tree(_flat()))
+    params, _ = adapt.adapt(_tree(_flat()), init, classifier='token', keep_head=True, source='x')
+    np.testing.assert_array_equal(params['head']['bias'], _flat()['head/bias'])
+    params, _ = adapt.adapt(_tree(_flat()), init, classifier='token', source='x')
+    assert isinstance(params['head']['bias'], jax.ShapeDtypeStruct)
+
+
+def test_load_pretrained_logs_the_report(tmp_path, caplog):
+    checkpoint.save(tmp_path / 'a.npz', _tree(_flat()))
+    init = _tree(_flat(fill=0, grid=2))
+    with caplog.at_level(logging.INFO, 'vit_jax.checkpoint'):
+        params = checkpoint.load_pretrained(
+            pretrained_path=tmp_path / 'a.npz',
+            init_params=init,
+            model_config={'classifier': 'token'},
+        )
+    assert 'resized' in caplog.text and str(tmp_path / 'a.npz') in caplog.text
+    assert not params['head']['kernel'].any()
+    params = checkpoint.load_pretrained(
+        pretrained_path=tmp_path / 'a.npz', init_params=init, model_config={}, keep_head=True
+    )
+    assert params['head']['kernel'].any()
