@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Runs the linter and all tests, after setting up what they need.
+#
+#   bash scripts/test.sh [--python 3.12] [pytest arguments]
+#
+#   bash scripts/test.sh                            # everything
+#   bash scripts/test.sh --python 3.12              # the same on another Python, in .venv-3.12
+#   bash scripts/test.sh tests/test_telemetry.py    # lint, and the tests of one file
+#
+# Exits with 0 only if the linter, the formatter and every test are content.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+setup=(--test)
+pytest=()
+while (($#)); do
+  case $1 in
+    --python)
+      setup+=("$1" "${2:-}")
+      shift "$(($# > 1 ? 2 : 1))"
+      ;;
+    --python=*) setup+=("$1") && shift ;;
+    *) pytest+=("$1") && shift ;;
+  esac
+done
+venv=$(bash "$root/scripts/setup.sh" "${setup[@]}")
+cd "$root"
+
+status=0
+"$venv/bin/ruff" check . || status=1
+"$venv/bin/ruff" format --check . || status=1
+# Two workers: the suite is made for two cores. An argument of the same name overrides (-n 0: in this process).
+"$venv/bin/python" -m pytest -n 2 --dist loadfile ${pytest[@]+"${pytest[@]}"} || status=$?
+exit "$status"
