@@ -1,0 +1,151 @@
+"""Encoded images to pixels, on the host.
+
+JPEG is decoded with the inverse transform TensorFlow uses (libjpeg-turbo's "fast" one), so that the pixels are bit-equal
+to `tf.io.decode_jpeg` and the published accuracies hold; everything else (png, webp, bmp, ...) goes through Pillow.
+"""
+
+import io
+import warnings
+
+import numpy as np
+import simplejpeg
+
+from vit_jax.errors import UserError
+
+# Larger images are refused before memory for their pixels is asked for: a file of some kilobytes can claim gigabytes.
+# The value is the one above which Pillow warns of a decompression bomb.
+MAX_PIXELS = 89_478_485
+
+_EXIF_ORIENTATION = 0x0112
+
+
+class BadImageError(UserError):
+    """An image that cannot be read or decoded.
+
+    Attributes:
+      key: the path of the file, or dataset, split and index (`tf_flowers:train/17`); the message names it too.
+      reason: what was wrong with the image.
+    """
+
+    def __init__(self, key: str, reason: str):
+        super().__init__(f'cannot use image {key}: {reason}')
+        self.key = key
+        self.reason = reason
+
+    def __reduce__(self):
+        return type(self), (self.key, self.reason)
+
+
+def decode(image: bytes | np.ndarray, *, key: str, exif: bool = False) -> np.ndarray:
+    """Decodes one image to RGB.
+
+    Grey images get three equal channels, palettes are looked up, CMYK is converted, an alpha channel is dropped (what
+    `tf.io.decode_image(channels=3)` does: the colours stored under transparent pixels show), 16-bit channels keep their
+    high byte (again as TensorFlow's png decoder). Only the first frame of an animation is used.
+
+    Args:
+      image: an encoded file (jpeg, png, webp, bmp or anything else that Pillow reads), or pixels that were decoded
+        already: uint8 [height, width, 3], returned as they are.
+      key: what a person calls the image (its path, or `tf_flowers:train/17`), for the error message.
+      exif: whether to turn the image upright as its EXIF orientation says. Photo folders want that; TFDS sets do not,
+        because the original release ignores EXIF.
+
+    Returns:
+      uint8 [height, width, 3] in [0, 255], RGB.
+
+    Raises:
+      BadImageError: no image, an empty, truncated or corrupt one, or one of more than `MAX_PIXELS` pixels.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+            raise BadImageError(
+                key, f'pixels must be uint8 [height, width, 3], got {image.dtype} {image.shape}'
+            )
+        return image
+    if not image:
+        raise BadImageError(key, 'the file is empty')
+    if image[:2] == b'\xff\xd8':
+        pixels = _decode_jpeg(image, key)
+        return _upright(pixels, _jpeg_orientation(image)) if exif else pixels
+    return _decode_other(image, key, exif)
+
+
+def _decode_jpeg(image: bytes, key: str) -> np.ndarray:
+    try:
+        height, width, _, _ = simplejpeg.decode_jpeg_header(image)
+        _check_size(height, width, key)
+        return simplejpeg.decode_jpeg(image, 'RGB', fastdct=True)
+    except ValueError as error:
+        if isinstance(error, BadImageError):
+            raise
+        reason = str(error)
+    try:
+        # libjpeg's warnings are errors to simplejpeg but not to TensorFlow (stray bytes between markers are common in
+        # photos from the web), except where pixels are missing: a file that only lacks its end marker is clean once it
+        # has one, a file cut inside the picture is not.
+        if 'Premature end' in reason:
+            return simplejpeg.decode_jpeg(image + b'\xff\xd9', 'RGB', fastdct=True)
+        if 'Corrupt JPEG data' in reason and 'premature end' not in reason:
+            return simplejpeg.decode_jpeg(image, 'RGB', fastdct=True, strict=False)
+    except ValueError as error:
+        reason = f'{reason}; {error}'
+    raise BadImageError(key, f'not a complete JPEG file ({reason})')
+
+
+def _decode_other(image: bytes, key: str, exif: bool) -> np.ndarray:
+    from PIL import Image  # Here, because sets of JPEG files do not need it.
+
+    try:
+        # Not Image.open(formats=...): an unusual format that Pillow knows is welcome.
+        picture = Image.open(io.BytesIO(image))
+        _check_size(picture.height, picture.width, key)
+        orientation = picture.getexif().get(_EXIF_ORIENTATION, 1) if exif else 1
+        pixels = _to_rgb(picture)
+    except BadImageError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise BadImageError(key, f'more than {MAX_PIXELS:,} pixels') from None
+    except Exception as error:  # noqa: BLE001  (Pillow's decoders raise almost anything on corrupt input)
+        raise BadImageError(key, f'not an image that can be read ({error})') from error
+    return _upright(pixels, orientation)
+
+
+def _to_rgb(picture) -> np.ndarray:
+    """PIL image of any mode to uint8 [height, width, 3]."""
+    if picture.mode.startswith('I'):  # 16-bit grey: 'I;16', 'I;16B', and 'I' from older Pillow
+        grey = np.asarray(picture).astype(np.int64)
+        return np.repeat((np.clip(grey, 0, 65535) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+    if picture.mode == 'F':
+        raise ValueError('pixels are floating point numbers without a known range')
+    with warnings.catch_warnings():
+        # 'Palette images with Transparency expressed in bytes should be converted to RGBA': the alpha is dropped.
+        warnings.simplefilter('ignore', UserWarning)
+        return np.array(picture if picture.mode == 'RGB' else picture.convert('RGB'))
+
+
+def _check_size(height: int, width: int, key: str) -> None:
+    if height * width > MAX_PIXELS:
+        raise BadImageError(key, f'{width} x {height} is more than {MAX_PIXELS:,} pixels')
+
+
+def _jpeg_orientation(image: bytes) -> int:
+    """EXIF orientation (1..8) of a JPEG file; 1 (upright) where there is none or it cannot be read."""
+    if b'Exif\x00' not in image[:65536]:  # Saves Pillow's parsing for the many files without it.
+        return 1
+    from PIL import Image
+
+    try:
+        return Image.open(io.BytesIO(image)).getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception:  # noqa: BLE001  (damaged metadata of a picture that did decode: show it as stored)
+        return 1
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Undoes an EXIF orientation; what each number means: EXIF 2.32, table 6 (row 0 is ..., column 0 is ...)."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)

@@ -1,0 +1,166 @@
+"""Folders of images: one folder of images per class, with or without folders for the splits around them.
+
+    photos/train/daisy/a.jpg   photos/test/daisy/b.jpg      two splits, kept apart
+    photos/daisy/a.jpg         photos/roses/c.png           one split, `train`, to be sliced: train[:90%], train[90%:]
+
+The first form is meant if there is a folder `train` that itself holds folders. The other folders of splits are
+`validation` (also spelled `val` or `valid`) and `test`.
+"""
+
+import dataclasses
+import logging
+import os
+import pathlib
+
+import numpy as np
+
+from vit_jax.data.decode import BadImageError
+from vit_jax.data.sources import Dataset, Example, stratified_order
+from vit_jax.errors import UserError
+
+SUFFIXES = frozenset(('.jpg', '.jpeg', '.png', '.webp', '.bmp'))
+
+_SPLIT_NAMES = {
+    'train': 'train',
+    'validation': 'validation',
+    'val': 'validation',
+    'valid': 'validation',
+    'test': 'test',
+}
+
+_logger = logging.getLogger(__name__)
+
+
+def open_folder(root: pathlib.Path, name: str) -> Dataset:
+    """Lists the images of a folder.
+
+    Classes are the first-level folders, in the order of their names; images may lie deeper. Hidden files and folders are
+    left out, and so is every file that is not jpg, jpeg, png, webp or bmp (any case); the log says how many. The
+    order of the examples in a split is `stratified_order`: fixed as long as the files keep their names, and any slice
+    has each class in proportion.
+
+    Args:
+      root: the folder.
+      name: how the user spelled it.
+
+    Returns:
+      A dataset whose examples are read from disk on access, EXIF orientation honoured.
+
+    Raises:
+      UserError: no images, fewer than two classes, an empty class folder, splits with different classes.
+    """
+    names = _subfolders(root)
+    if 'train' in names and _subfolders(root / 'train'):
+        folders = _split_folders(root, names)
+    else:
+        folders = {'train': root}
+    classes = _subfolders(folders['train'])
+    if not classes:
+        raise UserError(
+            f'{name} holds no folders of images; expected one folder per class, {name}/CLASS/*.jpg, or '
+            f'{name}/train/CLASS/*.jpg and {name}/test/CLASS/*.jpg'
+        )
+    if len(classes) < 2:
+        raise UserError(
+            f'{folders["train"]} has one class only ({classes[0]}); classification needs at least two'
+        )
+    for split, folder in folders.items():
+        others = _subfolders(folder)
+        if others != classes:
+            missing, extra = sorted(set(classes) - set(others)), sorted(set(others) - set(classes))
+            raise UserError(
+                f'the classes of {folders["train"]} and {folder} must be the same, but in {split} '
+                f'{", ".join(missing) or "none"} are missing and {", ".join(extra) or "none"} are new'
+            )
+    splits = {split: _list_split(folder, classes) for split, folder in folders.items()}
+    return Dataset(name, tuple(classes), True, splits)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Files:
+    """A split on disk: paths and labels (int [examples]) of its images."""
+
+    paths: tuple[str, ...]
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int) -> Example:
+        path = self.paths[index]
+        try:
+            with open(path, 'rb') as file:
+                image = file.read()
+        except OSError as error:
+            raise BadImageError(path, f'the file cannot be read ({error.strerror})') from error
+        return Example(image, int(self.labels[index]), path)
+
+
+def _split_folders(root: pathlib.Path, names: list[str]) -> dict[str, pathlib.Path]:
+    folders = {}
+    for name in names:
+        split = _SPLIT_NAMES.get(name)
+        if split is None:
+            _logger.warning(
+                '%s is left out: beside train/, only test/ and validation/ are used', root / name
+            )
+        elif split in folders:
+            raise UserError(
+                f'{folders[split]} and {root / name} both mean the {split} split; keep one'
+            )
+        else:
+            folders[split] = root / name
+    return dict(sorted(folders.items(), key=lambda item: list(_SPLIT_NAMES).index(item[0])))
+
+
+def _list_split(folder: pathlib.Path, classes: list[str]) -> _Files:
+    paths, labels, ignored = [], [], sum(1 for entry in os.scandir(folder) if entry.is_file())
+    for label, name in enumerate(classes):
+        found, others = _list_images(folder / name)
+        ignored += others
+        if not found:
+            raise UserError(
+                f'class folder {folder / name} has no images ({", ".join(sorted(s[1:] for s in SUFFIXES))}); '
+                'put some there or remove the folder'
+            )
+        paths += found
+        labels += [label] * len(found)
+    if ignored:
+        _logger.warning(
+            '%s: %d files that are hidden or not images, or not in a class folder, are ignored',
+            folder,
+            ignored,
+        )
+    labels = np.array(labels)
+    order = stratified_order(labels)
+    return _Files(tuple(paths[i] for i in order), labels[order])
+
+
+def _list_images(folder: pathlib.Path) -> tuple[list[str], int]:
+    """Paths of the images below a class folder, sorted by their parts, and the number of files that were left out."""
+    found, ignored, seen = [], 0, set()
+    for path, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(path)
+        if real in seen:  # A link to a folder above it.
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith('.')]
+        for file in files:
+            if not file.startswith('.') and os.path.splitext(file)[1].lower() in SUFFIXES:
+                found.append(os.path.join(path, file))
+            else:
+                ignored += 1
+    return sorted(found, key=lambda path: pathlib.Path(path).parts), ignored
+
+
+def _subfolders(folder: pathlib.Path) -> list[str]:
+    """Names of the folders in a folder, sorted; without hidden ones and macOS's archive leftovers."""
+    try:
+        return sorted(
+            entry.name
+            for entry in os.scandir(folder)
+            if entry.is_dir() and not entry.name.startswith('.') and entry.name != '__MACOSX'
+        )
+    except OSError as error:
+        raise UserError(f'folder {folder} cannot be read ({error.strerror})') from error

@@ -1,0 +1,206 @@
+"""Batches for training and evaluation, by Grain.
+
+A batch of training is a pure function of (seed, step): `train_dataset(...)[s]` is the batch of step s, whatever was read
+before it, on however many processes. So the state of the input is the step number, and resuming is `start=step`.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from vit_jax.data.decode import decode
+from vit_jax.data.preprocess import Preprocess
+from vit_jax.data.sources import Source
+from vit_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+# Host memory for batches that wait for the device. Grain's own default is 500 batches: 150 GB at batch 512 and 224 px.
+MAX_BUFFER_BYTES = 8 << 30
+
+
+def default_threads() -> int:
+    """Reading threads that are worth having here: one for each processor this process may run on, at most 16."""
+    return min(
+        16,
+        len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1,
+    )
+
+
+def train_dataset(
+    source: Source,
+    preprocess: Preprocess,
+    *,
+    batch: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.MapDataset:
+    """An endless sequence of training batches; element s belongs to step s.
+
+    Each pass over the source is a new permutation of it. A batch may cross from one pass to the next, and a source
+    smaller than a batch is passed over more than once in it.
+
+    Args:
+      source: the examples.
+      preprocess: its `train` is applied with a random generator that depends on seed and place in the sequence alone.
+      batch: examples in the global batch, over all processes.
+      seed: of the order and of the crops.
+      process_index, process_count: this process gets the examples at positions process_index, process_index +
+        process_count, ... of each global batch.
+
+    Returns:
+      A dataset whose element s (0-based) is a dict with, for b = batch / process_count:
+        image: float32 [b, crop, crop, 3] in [0, 255];
+        label: int32 [b];
+        position: int32 [b], place in the global batch;
+        example: int32 [b], index in `source`.
+
+    Raises:
+      UserError: an empty source, or a batch that the processes cannot share equally.
+      BadImageError: on access, an image that cannot be decoded, naming it.
+    """
+    if not len(source):
+        raise UserError('the training set is empty')
+    if batch < 1 or batch % process_count:
+        raise UserError(
+            f'batch={batch} must be a multiple of the number of processes ({process_count})'
+        )
+
+    def place(index: int, example: int) -> tuple[int, int]:
+        return index % batch, example
+
+    def load(item: tuple[int, int], rng: np.random.Generator) -> dict[str, np.ndarray]:
+        position, index = item
+        example = source[index]
+        image = decode(example.image, key=example.key, exif=source.exif)
+        return {
+            'image': preprocess.train(image, rng),
+            'label': np.int32(example.label),
+            'position': np.int32(position),
+            'example': np.int32(index),
+        }
+
+    # shuffle before repeat: each epoch is a permutation. Slicing after random_map: same crops on any process count.
+    dataset = (
+        grain.MapDataset.range(len(source))
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        .map_with_index(place)
+        .random_map(load)
+    )
+    return dataset[process_index::process_count].batch(batch // process_count)
+
+
+@contextlib.contextmanager
+def train_batches(
+    dataset: grain.MapDataset, *, start: int, threads: int | None = None
+) -> Iterator[Iterator[Batch]]:
+    """Reads batches ahead of the training loop, in threads.
+
+    Args:
+      dataset: what `train_dataset` gave.
+      start: the first step to deliver.
+      threads: how many batches are worked on at a time; default `default_threads()`.
+
+    Yields:
+      An iterator over the batches of steps start, start + 1, ... The threads end when the context is left.
+
+    Raises:
+      BadImageError: from `next`, an image that cannot be decoded, naming it.
+    """
+    with contextlib.closing(_read_ahead(dataset, start, threads)) as iterator:
+        yield iterator
+
+
+def eval_batches(
+    source: Source,
+    preprocess: Preprocess,
+    *,
+    batch: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int | None = None,
+) -> Iterator[Batch]:
+    """All examples once, in batches of one shape; the last ones are filled up with masked padding.
+
+    Every process gets the same number of batches, as collective operations need it.
+
+    Args:
+      source: the examples.
+      preprocess: its `evaluate` is applied.
+      batch: examples in the global batch, over all processes; any size.
+      process_index, process_count: this process gets the examples process_index, process_index + process_count, ...
+      threads: as for `train_batches`.
+
+    Yields:
+      dicts with, for b = batch / process_count, rounded up:
+        image: float32 [b, crop, crop, 3] in [0, 255], zeros in padding;
+        label: int32 [b], 0 in padding;
+        mask: float32 [b], 1 for an example, 0 for padding;
+        example: int32 [b], index in `source`, -1 in padding.
+
+    Raises:
+      UserError: an empty source or batch.
+      BadImageError: an image that cannot be decoded, naming it.
+    """
+    if not len(source):
+        raise UserError('the set to evaluate is empty')
+    if batch < 1:
+        raise UserError(f'the batch to evaluate must have at least 1 example; got {batch}')
+    local = -(-batch // process_count)
+    count = -(-len(source) // (local * process_count))
+
+    def load(number: int) -> Batch:
+        first = number * local * process_count + process_index
+        out = {
+            'image': np.zeros((local, preprocess.crop, preprocess.crop, 3), np.float32),
+            'label': np.zeros(local, np.int32),
+            'mask': np.zeros(local, np.float32),
+            'example': np.full(local, -1, np.int32),
+        }
+        for place, index in enumerate(range(first, len(source), process_count)[:local]):
+            example = source[index]
+            pixels = decode(example.image, key=example.key, exif=source.exif)
+            out['image'][place] = preprocess.evaluate(pixels)
+            out['label'][place], out['mask'][place], out['example'][place] = example.label, 1, index
+        return out
+
+    dataset = grain.MapDataset.range(count).map(load)
+    with contextlib.closing(_read_ahead(dataset, 0, threads)) as iterator:
+        yield from iterator
+
+
+def _read_ahead(dataset: grain.MapDataset, start: int, threads: int | None) -> Iterator[Batch]:
+    """Elements start, start + 1, ... of a dataset of batches, worked on ahead in threads as far as memory allows."""
+    import cv2
+
+    # Threads share the processors by images; OpenCV's own ones would only get in their way. Holds for the process.
+    cv2.setNumThreads(0)
+    threads = threads or default_threads()
+    # The first batch tells how large they are. It would not come sooner from one of many threads.
+    first = dataset[start]
+    buffer = max(
+        1, min(2 * threads, _buffer_bytes() // sum(array.nbytes for array in first.values()))
+    )
+    options = grain.ReadOptions(num_threads=min(threads, buffer), prefetch_buffer_size=buffer)
+    iterator = iter(dataset[start + 1 :].to_iter_dataset(options))
+    try:
+        iterator.start_prefetch()
+        yield first
+        del first
+        yield from iterator
+    finally:
+        iterator.close()
+
+
+def _buffer_bytes() -> int:
+    """A quarter of the machine's memory, at most `MAX_BUFFER_BYTES`."""
+    try:
+        return min(MAX_BUFFER_BYTES, os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 4)
+    except (AttributeError, ValueError):  # Not on every system.
+        return MAX_BUFFER_BYTES

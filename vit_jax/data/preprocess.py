@@ -1,0 +1,211 @@
+"""From decoded images to what the model sees: the original release's preprocessing, in NumPy and OpenCV.
+
+One `Preprocess` object describes the input of a model; training, evaluation, prediction and export all use it, and it
+is stored with the model, so they cannot drift apart.
+"""
+
+import dataclasses
+import math
+from typing import Any, TypeVar
+
+import numpy as np
+
+from vit_jax.errors import UserError
+
+Array = TypeVar('Array')
+
+# tf.image.sample_distorted_bounding_box as the original calls it: area range from its own code, the rest the defaults.
+MIN_AREA = 0.05
+MAX_AREA = 1.0
+MIN_ASPECT = 0.75
+MAX_ASPECT = 1.33
+TRIES = 100
+
+_F32 = np.float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+    """How an image becomes the input of a model.
+
+    Attributes:
+      crop: side of the square the model sees, pixels.
+      resize: 0, or with `inception_crop=False` the side of the square to which training images are squashed before a
+        random crop of `crop` x `crop` is taken from it (the original's earlier `resize 448, crop 384`); at least `crop`.
+      inception_crop: whether training takes a random crop of 5 to 100 % of the area and of varying aspect ratio
+        (Szegedy et al., https://arxiv.org/abs/1409.4842), resized to `crop` x `crop`.
+      flip: whether training mirrors half of the images. Done on the device by the training step, which knows the
+        example's place in the global batch; it stands here so that one object describes the whole input.
+
+    Raises:
+      UserError: sizes that do not fit each other.
+    """
+
+    crop: int
+    resize: int = 0
+    inception_crop: bool = True
+    flip: bool = True
+
+    def __post_init__(self):
+        if self.crop < 1:
+            raise UserError(
+                f"pp.crop is the side of the model's input in pixels, at least 1; got {self.crop}"
+            )
+        if self.resize < 0 or (not self.inception_crop and 0 < self.resize < self.crop):
+            raise UserError(
+                f'pp.resize={self.resize} must be 0 (off) or at least pp.crop={self.crop}, which is cut from it'
+            )
+
+    def train(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """One augmented view of an image.
+
+        Args:
+          image: uint8 [height, width, 3] in [0, 255].
+          rng: where the crop comes from.
+
+        Returns:
+          float32 [crop, crop, 3] in [0, 255], not rounded to whole grey levels. Without `inception_crop` and `resize`
+          this is `evaluate(image)`.
+        """
+        if self.inception_crop:
+            y, x, height, width = sample_inception_box(image.shape[0], image.shape[1], rng)
+            return resize_bilinear(image[y : y + height, x : x + width], self.crop)
+        if not self.resize:
+            return self.evaluate(image)
+        image = resize_bilinear(image, self.resize)
+        y, x = rng.integers(self.resize - self.crop + 1, size=2)
+        return np.ascontiguousarray(image[y : y + self.crop, x : x + self.crop])
+
+    def evaluate(self, image: np.ndarray) -> np.ndarray:
+        """The whole image squashed to the model's square, without cropping or keeping the aspect ratio.
+
+        Args:
+          image: uint8 [height, width, 3] in [0, 255].
+
+        Returns:
+          float32 [crop, crop, 3] in [0, 255].
+        """
+        return resize_bilinear(image, self.crop)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as a JSON object; `from_dict` is its inverse."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> 'Preprocess':
+        """Rebuilds what `to_dict` gave.
+
+        Raises:
+          UserError: settings that are missing or that this version does not know.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        if set(settings) - known or 'crop' not in settings:
+            raise UserError(
+                f'preprocessing settings must be among {sorted(known)}, with crop; got {sorted(settings)}'
+            )
+        return cls(**settings)
+
+
+def normalize(pixels: Array) -> Array:
+    """Grey levels to the range of the published models.
+
+    Args:
+      pixels: NumPy or JAX array of any shape, in [0, 255].
+
+    Returns:
+      The same shape, in [-1, 1]; float32 for float32 or uint8 input.
+    """
+    # Without the explicit float32, NumPy would make float64 of uint8.
+    return (pixels - np.float32(127.5)) / np.float32(127.5)
+
+
+def resize_bilinear(image: np.ndarray, side: int) -> np.ndarray:
+    """`tf.image.resize(image, (side, side))`: bilinear, pixel centres at one half, no antialiasing.
+
+    OpenCV in float32 is within 0.01 grey levels of TensorFlow; in uint8 it would round each pixel.
+
+    Args:
+      image: uint8 or float32 [height, width, 3] in [0, 255]; may be a view.
+      side: height and width of the result, pixels.
+
+    Returns:
+      float32 [side, side, 3] in [0, 255].
+    """
+    import cv2  # Here, because it takes a tenth of a second to import.
+
+    # Only the part that is wanted becomes float: four times the memory of a whole photo otherwise.
+    return cv2.resize(image.astype(np.float32), (side, side), interpolation=cv2.INTER_LINEAR)
+
+
+def sample_inception_box(
+    height: int,
+    width: int,
+    rng: np.random.Generator,
+    *,
+    min_area: float = MIN_AREA,
+    max_area: float = MAX_AREA,
+    min_aspect: float = MIN_ASPECT,
+    max_aspect: float = MAX_ASPECT,
+    tries: int = TRIES,
+) -> tuple[int, int, int, int]:
+    """Draws the box of an inception crop by TensorFlow's rule.
+
+    The distribution of `tf.image.sample_distorted_bounding_box` with `min_object_covered=0` and no bounding boxes,
+    including its rounding (float32, half to even), which matters for small images, and its habit of never drawing the
+    last possible position. It is another distribution than torchvision's: the aspect ratio is uniform (not
+    log-uniform), then the height uniform among those that the area allows (not the area).
+    Source: TensorFlow, core/kernels/image/sample_distorted_bounding_box_op.cc.
+
+    Args:
+      height, width: of the image, pixels, at least 1.
+      rng: where the randomness comes from.
+      min_area, max_area: the box's share of the image's area, in (0, 1].
+      min_aspect, max_aspect: width / height of the box.
+      tries: after so many boxes that do not fit, the whole image is taken.
+
+    Returns:
+      (y, x, box_height, box_width), pixels; the box lies inside the image.
+    """
+    area = _F32(width) * _F32(height)
+    bounds = _F32(min_area) * area, _F32(max_area) * area
+    for _ in range(tries):
+        aspect = rng.random(dtype=_F32) * (_F32(max_aspect) - _F32(min_aspect)) + _F32(min_aspect)
+        size = _sample_size(height, width, aspect, bounds, rng)
+        if size is not None:
+            box_height, box_width = size
+            y = int(rng.integers(height - box_height)) if box_height < height else 0
+            x = int(rng.integers(width - box_width)) if box_width < width else 0
+            return y, x, box_height, box_width
+    return 0, 0, height, width
+
+
+def _sample_size(
+    height: int,
+    width: int,
+    aspect: np.float32,
+    bounds: tuple[np.float32, np.float32],
+    rng: np.random.Generator,
+) -> tuple[int, int] | None:
+    """Height and width of a box of this aspect ratio whose area is within `bounds` (pixels), or None if it fails."""
+    # Python's round is half to even, as lrintf; products and roots stay in float32 until they are rounded.
+    lowest = round(float(np.sqrt(bounds[0] / aspect)))
+    highest = round(float(np.sqrt(bounds[1] / aspect)))
+    if round(float(_F32(highest) * aspect)) > width:
+        highest = math.floor((_F32(width) + _F32(0.5) - _F32(1e-7)) / aspect)
+        if round(float(_F32(highest) * aspect)) > width:
+            highest -= 1
+    highest = min(highest, height)
+    lowest = min(lowest, highest)
+    box_height = lowest
+    if lowest < highest:
+        box_height += int(rng.integers(highest - lowest + 1))
+    box_width = round(float(_F32(box_height) * aspect))
+    if _F32(box_height * box_width) < bounds[0]:
+        box_height += 1
+        box_width = round(float(_F32(box_height) * aspect))
+    if _F32(box_height * box_width) > bounds[1]:
+        box_height -= 1
+        box_width = round(float(_F32(box_height) * aspect))
+    box_area = _F32(box_height * box_width)
+    fits = 1 <= box_height <= height and 1 <= box_width <= width
+    return (box_height, box_width) if fits and bounds[0] <= box_area <= bounds[1] else None

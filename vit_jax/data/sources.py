@@ -1,0 +1,298 @@
+"""Where examples come from: random access to TFDS sets, folders of images and scikit-learn's digits.
+
+Whatever the storage, a `Source` is a selection of examples from the named splits of a dataset, written in the split
+grammar of TensorFlow Datasets (https://www.tensorflow.org/datasets/splits): `train`, `train[:90%]`, `train[1000:]`,
+`train[:10%]+validation`. Nothing here imports TensorFlow.
+"""
+
+import bisect
+import dataclasses
+import functools
+import itertools
+import pathlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from vit_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One labelled image.
+
+    Attributes:
+      image: an encoded file, or pixels: uint8 [height, width, 3] in [0, 255].
+      label: index in the source's `class_names`.
+      key: what a person calls the image: its path, or dataset, split and index (`tf_flowers:train/17`).
+    """
+
+    image: bytes | np.ndarray
+    label: int
+    key: str
+
+
+class Source(Protocol):
+    """A finite sequence of examples; picklable, and safe to read from several threads.
+
+    Attributes:
+      class_names: names of the classes, in the order of the labels.
+      exif: whether images are to be turned upright as their EXIF orientation says (photo folders).
+    """
+
+    class_names: tuple[str, ...]
+    exif: bool
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+class Split(Protocol):
+    """One whole split of a dataset as it is stored; `read` and `len` are all that differs between storages."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Example: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """All splits of a dataset, from which `select` takes examples.
+
+    Attributes:
+      name: as the user spells it.
+      class_names: in the order of the labels.
+      exif: see `Source`.
+      splits: the stored splits by name.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    exif: bool
+    splits: dict[str, Split]
+
+    def select(self, spec: str) -> 'Selection':
+        """Takes the examples that a split specification names.
+
+        Args:
+          spec: in TFDS's grammar, for example `train[:90%]`. Percentages are rounded to the closest example.
+
+        Returns:
+          The examples in the order of the specification.
+
+        Raises:
+          UserError: a specification that cannot be read, an unknown split, a slice beyond the split, no examples.
+        """
+        ranges = _parse_split(
+            spec, {name: len(split) for name, split in self.splits.items()}, self.name
+        )
+        return Selection(self, spec, ranges)
+
+    def default_specs(self) -> tuple[str, str]:
+        """The specifications of training and test examples to use when the user gives none.
+
+        The `test` split if there is one, else `validation`, else the last tenth of `train`.
+        """
+        for name in ('test', 'validation'):
+            if name in self.splits and 'train' in self.splits:
+                return 'train', name
+        first = 'train' if 'train' in self.splits else next(iter(self.splits))
+        return f'{first}[:90%]', f'{first}[90%:]'
+
+
+class Selection:
+    """The `Source` that all datasets give: slices of stored splits, one after the other.
+
+    Attributes:
+      class_names, exif: see `Source`.
+      spec: the split specification it was made from.
+    """
+
+    def __init__(self, dataset: Dataset, spec: str, ranges: Sequence[tuple[str, int, int]]):
+        """Args:
+
+        dataset: the splits to take from.
+        spec: what `ranges` were made from.
+        ranges: (split name, first, end), `end` excluded.
+        """
+        self.class_names = dataset.class_names
+        self.exif = dataset.exif
+        self.spec = spec
+        self._name = dataset.name
+        self._ranges = tuple(ranges)
+        self._splits = {name: dataset.splits[name] for name, _, _ in ranges}
+        self._ends = tuple(itertools.accumulate(end - first for _, first, end in ranges))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Example:
+        """Reads example `index`, 0-based; negative indices are an IndexError, like those beyond the end."""
+        if not 0 <= index < len(self):
+            raise IndexError(f'{self!r} has no example {index}')
+        place = bisect.bisect_right(self._ends, index)
+        name, _, end = self._ranges[place]
+        return self._splits[name].read(int(index) - self._ends[place] + end)
+
+    def __repr__(self) -> str:
+        return f'{self._name} {self.spec} ({len(self):,} examples)'
+
+    def members(self) -> set[tuple[str, str, int]]:
+        """Which stored examples these are: (dataset, split, index)."""
+        return {
+            (self._name, name, i) for name, first, end in self._ranges for i in range(first, end)
+        }
+
+
+def overlap(train: Selection, test: Selection) -> int:
+    """Number of stored examples that are in both: 0 for splits that are kept apart."""
+    return len(train.members() & test.members())
+
+
+def open_sources(
+    dataset: str,
+    *,
+    train_split: str = '',
+    test_split: str = '',
+    tfds_data_dir: str = '',
+    tfds_manual_dir: str = '',
+) -> tuple[Selection, Selection]:
+    """Opens the training and the test examples of a dataset.
+
+    Args:
+      dataset: see `open_dataset`.
+      train_split, test_split: split specifications (`Dataset.select`); '' takes `Dataset.default_specs`.
+      tfds_data_dir, tfds_manual_dir: see `open_dataset`.
+
+    Returns:
+      (training examples, test examples).
+
+    Raises:
+      UserError: anything wrong with the dataset or the splits; the message says what to do.
+    """
+    opened = open_dataset(dataset, tfds_data_dir=tfds_data_dir, tfds_manual_dir=tfds_manual_dir)
+    defaults = opened.default_specs()
+    return opened.select(train_split or defaults[0]), opened.select(test_split or defaults[1])
+
+
+def open_dataset(dataset: str, *, tfds_data_dir: str = '', tfds_manual_dir: str = '') -> Dataset:
+    """Opens a dataset by its name or path.
+
+    Args:
+      dataset: `digits` (scikit-learn's handwritten digits); a folder of images (`vit_jax.data.folders`); or the name
+        of an image classification set of TFDS: `tf_flowers`, `name/config`, `name:version`. A folder of that
+        name goes before a TFDS set.
+      tfds_data_dir: where TFDS sets are; '' is TFDS's default (`TFDS_DATA_DIR`, or ~/tensorflow_datasets). A set that
+        is not there is downloaded and prepared, one that is there as TFRecord is converted, in a child process.
+      tfds_manual_dir: files that had to be downloaded by hand, for the few sets that need it.
+
+    Returns:
+      The dataset; only descriptions have been read, no images.
+
+    Raises:
+      UserError: no such dataset, or one that cannot be used; the message says what to do.
+    """
+    if not dataset:
+        raise UserError(
+            'no dataset given: --config.dataset takes the name of a TFDS set, a folder or digits'
+        )
+    if dataset == 'digits':
+        return _open_digits()
+    path = pathlib.Path(dataset).expanduser()
+    if path.is_dir():
+        from vit_jax.data import folders
+
+        return folders.open_folder(path, dataset)
+    if path.exists():
+        raise UserError(
+            f'dataset {dataset} is a file; give the folder that holds one folder of images per class'
+        )
+    if (
+        dataset.startswith(('/', './', '../', '~'))
+        or dataset in ('.', '..')
+        or dataset.endswith('/')
+    ):
+        raise UserError(f'there is no folder {dataset} (seen from {pathlib.Path.cwd()})')
+    from vit_jax.data import tfds_sets
+
+    return tfds_sets.open_tfds(dataset, tfds_data_dir, tfds_manual_dir)
+
+
+def stratified_order(labels: np.ndarray, *, seed: int = 0) -> np.ndarray:
+    """A fixed shuffled order in which every slice holds each class in proportion.
+
+    Each class is shuffled by itself; then the r-th of the n examples of a class gets the place (r + 0.5) / n, and all are
+    sorted by it. The order of an example depends on its own class alone.
+
+    Args:
+      labels: int [examples].
+      seed: of the shuffles.
+
+    Returns:
+      int [examples], a permutation of the indices.
+    """
+    labels = np.asarray(labels)
+    place = np.empty(len(labels))
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        # PCG64 by name: NumPy may change what default_rng means, the split of a dataset must not follow.
+        rng = np.random.Generator(np.random.PCG64([seed, int(label)]))
+        place[members] = (rng.permutation(len(members)) + 0.5) / len(members)
+    return np.argsort(place, kind='stable')
+
+
+def _parse_split(spec: str, lengths: dict[str, int], dataset: str) -> list[tuple[str, int, int]]:
+    """A split specification as [(split name, first, end)], by TFDS's own parser and rounding."""
+    from tensorflow_datasets.core import splits  # Does not import TensorFlow; half a second.
+
+    infos = {
+        name: splits.SplitInfo(name=name, shard_lengths=[n], num_bytes=0)
+        for name, n in lengths.items()
+    }
+    have = ', '.join(f'{name} ({n:,} examples)' for name, n in lengths.items())
+    advice = f'{dataset} has: {have}. Examples: train, train[:90%], train[90%:], train[:1000], train[:10%]+test[:50]'
+    try:
+        instructions = splits.AbstractSplit.from_spec(spec.strip()).to_absolute(infos)
+    except Exception as error:  # noqa: BLE001  (TFDS raises several kinds for what the user wrote)
+        reason = str(error).splitlines()[-1].split(' See format at')[0]
+        raise UserError(
+            f'split {spec!r} of {dataset} cannot be used: {reason.rstrip(".")}. {advice}'
+        ) from error
+    ranges = []
+    for part in instructions:
+        end = lengths[part.splitname] if part.to is None else part.to
+        ranges.append((str(part.splitname), part.from_ or 0, end))
+    ranges = [part for part in ranges if part[1] < part[2]]
+    if not ranges:
+        raise UserError(f'split {spec!r} of {dataset} has no examples. {advice}')
+    return ranges
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Pixels:
+    """A split held in memory: images uint8 [examples, height, width, 3], labels int [examples]."""
+
+    name: str
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int) -> Example:
+        return Example(self.images[index], int(self.labels[index]), f'{self.name}/{index}')
+
+
+@functools.cache
+def _open_digits() -> Dataset:
+    """1,797 handwritten digits of 8 x 8 pixels that come with scikit-learn, in stratified order."""
+    from sklearn import datasets
+
+    digits = datasets.load_digits()
+    order = stratified_order(digits.target)
+    grey = np.round(digits.images[order] * (255 / 16)).astype(np.uint8)  # stored as 0 .. 16
+    images = np.repeat(grey[..., None], 3, axis=-1)
+    split = _Pixels('digits:train', images, digits.target[order])
+    return Dataset('digits', tuple(str(i) for i in range(10)), False, {'train': split})

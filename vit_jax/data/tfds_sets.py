@@ -1,0 +1,173 @@
+"""Image classification sets of TensorFlow Datasets, read without TensorFlow.
+
+Reading needs the set as ArrayRecord, the format with random access. A set that is not there, or is there as TFRecord as
+the original release left it, is brought into that form by `vit_jax.data.prepare` in a child process.
+"""
+
+import dataclasses
+import difflib
+import functools
+import pathlib
+from typing import Any
+
+from vit_jax.data.sources import Dataset, Example
+from vit_jax.errors import UserError
+
+
+def open_tfds(name: str, data_dir: str, manual_dir: str) -> Dataset:
+    """Opens a TFDS set, preparing it first where that is needed.
+
+    Args:
+      name: `tf_flowers`, `name/config` or `name:version`.
+      data_dir: where TFDS sets are; '' is TFDS's default.
+      manual_dir: where files downloaded by hand are, or ''.
+
+    Returns:
+      The dataset with all its splits, keys `tf_flowers:train/17`.
+
+    Raises:
+      UserError: an unknown name, a set that cannot be prepared, or one that has no single label per image.
+    """
+    builder = find_builder(name, data_dir)
+    check_features(name, builder.info.features)
+    folder = array_record_folder(builder)
+    if folder is None:
+        from vit_jax.data import prepare
+
+        prepare.run(name, data_dir=data_dir, manual_dir=manual_dir)
+        builder = find_builder(name, data_dir)
+        folder = array_record_folder(builder)
+        if folder is None:
+            raise UserError(
+                f'{name} was prepared, but is not in {builder.data_path}; is --config.tfds_data_dir writable?'
+            )
+    return _open_prepared(name, folder)
+
+
+def find_builder(name: str, data_dir: str) -> Any:
+    """The `tfds.core.DatasetBuilder` of a set that is prepared or that TFDS knows how to prepare.
+
+    Raises:
+      UserError: neither is so; names the nearest names.
+    """
+    import tensorflow_datasets as tfds
+
+    expanded = str(pathlib.Path(data_dir).expanduser()) if data_dir else None
+    try:
+        return tfds.builder(name, data_dir=expanded)
+    except tfds.core.registered.DatasetNotFoundError as error:
+        known = tfds.core.registered.list_imported_builders()
+        near = difflib.get_close_matches(name.split('/')[0].split(':')[0], known, n=3)
+        hint = (
+            f'did you mean {" or ".join(near)}?'
+            if near
+            else 'https://www.tensorflow.org/datasets/catalog lists the sets.'
+        )
+        raise UserError(
+            f'dataset {name} is neither a folder (seen from {pathlib.Path.cwd()}) nor a set that TFDS knows; {hint}'
+        ) from error
+    except (ValueError, AssertionError, RuntimeError) as error:  # An unknown config or version.
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise UserError(
+            f'dataset {name} cannot be opened: {lines[-1] if lines else type(error).__name__}'
+        ) from error
+
+
+def check_features(name: str, features: Any) -> None:
+    """Refuses a set whose examples are not one image with one label.
+
+    Raises:
+      UserError: says which features the set has.
+    """
+    import tensorflow_datasets as tfds
+
+    fields = dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {}
+    if not (
+        isinstance(fields.get('image'), tfds.features.Image)
+        and isinstance(fields.get('label'), tfds.features.ClassLabel)
+    ):
+        found = ', '.join(fields) or 'none by name'
+        raise UserError(
+            f'{name} is no set for image classification: it needs the features image (an image) and label (one class '
+            f'of several), and has: {found}'
+        )
+
+
+def array_record_folder(builder: Any) -> pathlib.Path | None:
+    """The folder in which a set lies as ArrayRecord: its own, or the one converted from it; None if there is none."""
+    for folder in (pathlib.Path(builder.data_path), converted_folder(builder)):
+        if (folder / 'dataset_info.json').exists() and _is_array_record(folder):
+            return folder
+    return None
+
+
+def converted_folder(builder: Any) -> pathlib.Path:
+    """Where the conversion of a TFRecord set goes: beside its folder (`3.0.1`, then `3.0.1-array_record`)."""
+    path = pathlib.Path(builder.data_path)
+    return path.with_name(path.name + '-array_record')
+
+
+def _is_array_record(folder: pathlib.Path) -> bool:
+    import tensorflow_datasets as tfds
+
+    formats = tfds.builder_from_directory(folder).info.available_file_formats()
+    return tfds.core.FileFormat.ARRAY_RECORD in formats
+
+
+def _open_prepared(name: str, folder: pathlib.Path) -> Dataset:
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(folder)
+    features = builder.info.features
+    check_features(name, features)
+    label = features['label']
+    if (label.num_classes or 0) < 2:
+        raise UserError(
+            f'{name} has {label.num_classes} classes; classification needs at least two'
+        )
+    splits = {
+        str(split): _Records(f'{name}:{split}', str(folder), str(split), info.num_examples)
+        for split, info in builder.info.splits.items()
+        if info.num_examples
+    }
+    return Dataset(name, tuple(label.names), False, splits)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Records:
+    """A split in ArrayRecord files; opened when it is first read, so that it can be pickled and costs nothing unused."""
+
+    name: str
+    folder: str
+    split: str
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def read(self, index: int) -> Example:
+        records, features, decoders = self._opened
+        fields = features.deserialize_example_np(records[index], decoders=decoders)
+        label = int(fields['label'])
+        key = f'{self.name}/{index}'
+        if label < 0:  # TFDS's mark for test sets whose labels are kept secret.
+            raise UserError(f'{key} has no label; choose another split than {self.split}')
+        return Example(fields['image'], label, key)
+
+    @functools.cached_property
+    def _opened(self) -> tuple[Any, Any, dict[str, Any]]:
+        import tensorflow_datasets as tfds
+
+        builder = tfds.builder_from_directory(self.folder)
+        stored = builder.info.features
+        # Only image and label are parsed: other features (masks, boxes) may be large.
+        features = tfds.features.FeaturesDict({'image': stored['image'], 'label': stored['label']})
+        records = builder.as_data_source(
+            self.split,
+            deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
+            file_format=tfds.core.FileFormat.ARRAY_RECORD,
+        )
+        return records, features, {'image': tfds.decode.SkipDecoding()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != '_opened'}
