@@ -1,1 +1,1 @@
-"""From files on disk to batches of pixels: sources, decoding, preprocessing, and the Grain pipeline that joins them."""
+"""From files on disk to batches of pixels: sources, decoding, preprocessing, Grain pipeline."""

@@ -1,7 +1,8 @@
 """Encoded images to pixels, on the host.
 
-JPEG is decoded with the inverse transform TensorFlow uses (libjpeg-turbo's "fast" one), so that the pixels are bit-equal
-to `tf.io.decode_jpeg` and the published accuracies hold; everything else (png, webp, bmp, ...) goes through Pillow.
+JPEG is decoded with the inverse transform TensorFlow uses (libjpeg-turbo's "fast" one), so that the
+pixels are bit-equal to `tf.io.decode_jpeg` and the published accuracies hold; everything else (png,
+webp, bmp, ...) goes through Pillow.
 """
 
 import io
@@ -12,8 +13,8 @@ import simplejpeg
 
 from vit_jax.errors import UserError
 
-# Larger images are refused before memory for their pixels is asked for: a file of some kilobytes can claim gigabytes.
-# The value is the one above which Pillow warns of a decompression bomb.
+# Larger images are refused before memory for their pixels is asked for: a file of some kilobytes
+# can claim gigabytes. The value is the one above which Pillow warns of a decompression bomb.
 MAX_PIXELS = 89_478_485
 
 _EXIF_ORIENTATION = 0x0112
@@ -23,7 +24,8 @@ class BadImageError(UserError):
     """An image that cannot be read or decoded.
 
     Attributes:
-      key: the path of the file, or dataset, split and index (`tf_flowers:train/17`); the message names it too.
+      key: the path of the file, or dataset, split and index (`tf_flowers:train/17`); the message
+        names it too.
       reason: what was wrong with the image.
     """
 
@@ -39,22 +41,25 @@ class BadImageError(UserError):
 def decode(image: bytes | np.ndarray, *, key: str, exif: bool = False) -> np.ndarray:
     """Decodes one image to RGB.
 
-    Grey images get three equal channels, palettes are looked up, CMYK is converted, an alpha channel is dropped (what
-    `tf.io.decode_image(channels=3)` does: the colours stored under transparent pixels show), 16-bit channels keep their
-    high byte (again as TensorFlow's png decoder). Only the first frame of an animation is used.
+    Grey images get three equal channels, palettes are looked up, CMYK is converted, an alpha
+    channel is dropped (what `tf.io.decode_image(channels=3)` does: the colours stored under
+    transparent pixels show), 16-bit channels keep their high byte (again as TensorFlow's png
+    decoder). Only the first frame of an animation is used.
 
     Args:
-      image: an encoded file (jpeg, png, webp, bmp or anything else that Pillow reads), or pixels that were decoded
-        already: uint8 [height, width, 3], returned as they are.
-      key: what a person calls the image (its path, or `tf_flowers:train/17`), for the error message.
-      exif: whether to turn the image upright as its EXIF orientation says. Photo folders want that; TFDS sets do not,
-        because the original release ignores EXIF.
+      image: an encoded file (jpeg, png, webp, bmp or anything else that Pillow reads), or pixels
+        that were decoded already: uint8 [height, width, 3], returned as they are.
+      key: what a person calls the image (its path, or `tf_flowers:train/17`), for the error
+        message.
+      exif: whether to turn the image upright as its EXIF orientation says. Photo folders want that;
+        TFDS sets do not, because the original release ignores EXIF.
 
     Returns:
       uint8 [height, width, 3] in [0, 255], RGB.
 
     Raises:
-      BadImageError: no image, an empty, truncated or corrupt one, or one of more than `MAX_PIXELS` pixels.
+      BadImageError: no image, an empty, truncated or corrupt one, or one of more than `MAX_PIXELS`
+        pixels.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
@@ -80,9 +85,9 @@ def _decode_jpeg(image: bytes, key: str) -> np.ndarray:
             raise
         reason = str(error)
     try:
-        # libjpeg's warnings are errors to simplejpeg but not to TensorFlow (stray bytes between markers are common in
-        # photos from the web), except where pixels are missing: a file that only lacks its end marker is clean once it
-        # has one, a file cut inside the picture is not.
+        # libjpeg's warnings are errors to simplejpeg but not to TensorFlow (stray bytes between
+        # markers are common in photos from the web), except where pixels are missing: a file that
+        # only lacks its end marker is clean once it has one, a file cut inside the picture is not.
         if 'Premature end' in reason:
             return simplejpeg.decode_jpeg(image + b'\xff\xd9', 'RGB', fastdct=True)
         if 'Corrupt JPEG data' in reason and 'premature end' not in reason:
@@ -105,7 +110,7 @@ def _decode_other(image: bytes, key: str, exif: bool) -> np.ndarray:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise BadImageError(key, f'more than {MAX_PIXELS:,} pixels') from None
-    except Exception as error:  # noqa: BLE001  (Pillow's decoders raise almost anything on corrupt input)
+    except Exception as error:  # Pillow's decoders raise almost anything.
         raise BadImageError(key, f'not an image that can be read ({error})') from error
     return _upright(pixels, orientation)
 
@@ -118,7 +123,8 @@ def _to_rgb(picture) -> np.ndarray:
     if picture.mode == 'F':
         raise ValueError('pixels are floating point numbers without a known range')
     with warnings.catch_warnings():
-        # 'Palette images with Transparency expressed in bytes should be converted to RGBA': the alpha is dropped.
+        # 'Palette images with Transparency expressed in bytes should be converted to RGBA': the
+        # alpha is dropped.
         warnings.simplefilter('ignore', UserWarning)
         return np.array(picture if picture.mode == 'RGB' else picture.convert('RGB'))
 
@@ -129,19 +135,19 @@ def _check_size(height: int, width: int, key: str) -> None:
 
 
 def _jpeg_orientation(image: bytes) -> int:
-    """EXIF orientation (1..8) of a JPEG file; 1 (upright) where there is none or it cannot be read."""
+    """EXIF orientation (1 to 8) of a JPEG file; 1, upright, if there is none."""
     if b'Exif\x00' not in image[:65536]:  # Saves Pillow's parsing for the many files without it.
         return 1
     from PIL import Image
 
     try:
         return Image.open(io.BytesIO(image)).getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception:  # noqa: BLE001  (damaged metadata of a picture that did decode: show it as stored)
+    except Exception:  # Damaged metadata of a picture that did decode: as it is stored.
         return 1
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Undoes an EXIF orientation; what each number means: EXIF 2.32, table 6 (row 0 is ..., column 0 is ...)."""
+    """Undoes an EXIF orientation (EXIF 2.32, section 4.6.4 A, tag 0x0112), 1 to 8."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.transpose(1, 0, 2)
     if orientation in (3, 4, 7, 8):

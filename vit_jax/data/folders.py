@@ -1,10 +1,11 @@
-"""Folders of images: one folder of images per class, with or without folders for the splits around them.
+"""Folders of images: one per class, with or without folders for the splits around them.
 
-    photos/train/daisy/a.jpg   photos/test/daisy/b.jpg      two splits, kept apart
-    photos/daisy/a.jpg         photos/roses/c.png           one split, `train`, to be sliced: train[:90%], train[90%:]
+    photos/train/daisy/a.jpg   photos/test/daisy/b.jpg    two splits, kept apart
+    photos/daisy/a.jpg         photos/roses/c.png         one, to be sliced: train[:90%],
+    train[90%:]
 
-The first form is meant if there is a folder `train` that itself holds folders. The other folders of splits are
-`validation` (also spelled `val` or `valid`) and `test`.
+The first form is meant if there is a folder `train` that itself holds folders. The other folders of
+splits are `validation` (also spelled `val` or `valid`) and `test`.
 """
 
 import dataclasses
@@ -34,10 +35,10 @@ _logger = logging.getLogger(__name__)
 def open_folder(root: pathlib.Path, name: str) -> Dataset:
     """Lists the images of a folder.
 
-    Classes are the first-level folders, in the order of their names; images may lie deeper. Hidden files and folders are
-    left out, and so is every file that is not jpg, jpeg, png, webp or bmp (any case); the log says how many. The
-    order of the examples in a split is `stratified_order`: fixed as long as the files keep their names, and any slice
-    has each class in proportion.
+    Classes are the first-level folders, in the order of their names; images may lie deeper. Hidden
+    files and folders are left out, and so is every file that is not jpg, jpeg, png, webp or bmp
+    (any case); the log says how many. The order of the examples in a split is `stratified_order`:
+    fixed as long as the files keep their names, and any slice has each class in proportion.
 
     Args:
       root: the folder.
@@ -47,7 +48,8 @@ def open_folder(root: pathlib.Path, name: str) -> Dataset:
       A dataset whose examples are read from disk on access, EXIF orientation honoured.
 
     Raises:
-      UserError: no images, fewer than two classes, an empty class folder, splits with different classes.
+      UserError: no images, fewer than two classes, an empty class folder, splits with different
+        classes.
     """
     names = _subfolders(root)
     if 'train' in names and _subfolders(root / 'train'):
@@ -57,20 +59,20 @@ def open_folder(root: pathlib.Path, name: str) -> Dataset:
     classes = _subfolders(folders['train'])
     if not classes:
         raise UserError(
-            f'{name} holds no folders of images; expected one folder per class, {name}/CLASS/*.jpg, or '
+            f'{name} holds no folders of images; expected one per class, {name}/CLASS/*.jpg, or '
             f'{name}/train/CLASS/*.jpg and {name}/test/CLASS/*.jpg'
         )
     if len(classes) < 2:
         raise UserError(
-            f'{folders["train"]} has one class only ({classes[0]}); classification needs at least two'
+            f'{folders["train"]} has one class only ({classes[0]}); at least two are needed'
         )
     for split, folder in folders.items():
         others = _subfolders(folder)
         if others != classes:
             missing, extra = sorted(set(classes) - set(others)), sorted(set(others) - set(classes))
             raise UserError(
-                f'the classes of {folders["train"]} and {folder} must be the same, but in {split} '
-                f'{", ".join(missing) or "none"} are missing and {", ".join(extra) or "none"} are new'
+                f'the classes of {folders["train"]} and {folder} must be the same, but in {split}, '
+                f'missing: {", ".join(missing) or "none"}; new: {", ".join(extra) or "none"}'
             )
     splits = {split: _list_split(folder, classes) for split, folder in folders.items()}
     return Dataset(name, tuple(classes), True, splits)
@@ -120,7 +122,7 @@ def _list_split(folder: pathlib.Path, classes: list[str]) -> _Files:
         ignored += others
         if not found:
             raise UserError(
-                f'class folder {folder / name} has no images ({", ".join(sorted(s[1:] for s in SUFFIXES))}); '
+                f'class folder {folder / name} has no images ({", ".join(sorted(SUFFIXES))}); '
                 'put some there or remove the folder'
             )
         paths += found
@@ -137,7 +139,7 @@ def _list_split(folder: pathlib.Path, classes: list[str]) -> _Files:
 
 
 def _list_images(folder: pathlib.Path) -> tuple[list[str], int]:
-    """Paths of the images below a class folder, sorted by their parts, and the number of files that were left out."""
+    """Sorted paths of the images below a class folder, and how many files were left out."""
     found, ignored, seen = [], 0, set()
     for path, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(path)
@@ -155,7 +157,7 @@ def _list_images(folder: pathlib.Path) -> tuple[list[str], int]:
 
 
 def _subfolders(folder: pathlib.Path) -> list[str]:
-    """Names of the folders in a folder, sorted; without hidden ones and macOS's archive leftovers."""
+    """Sorted names of the folders in a folder, without hidden ones and macOS's leftovers."""
     try:
         return sorted(
             entry.name

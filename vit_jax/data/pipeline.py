@@ -1,7 +1,8 @@
 """Batches for training and evaluation, by Grain.
 
-A batch of training is a pure function of (seed, step): `train_dataset(...)[s]` is the batch of step s, whatever was read
-before it, on however many processes. So the state of the input is the step number, and resuming is `start=step`.
+A batch of training is a pure function of (seed, step): `train_dataset(...)[s]` is the batch of step
+s, whatever was read before it, on however many processes. So the state of the input is the step
+number, and resuming is `start=step`.
 """
 
 import contextlib
@@ -18,12 +19,13 @@ from vit_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
-# Host memory for batches that wait for the device. Grain's own default is 500 batches: 150 GB at batch 512 and 224 px.
+# Host memory for batches that wait for the device. Grain's own default is 500 batches: 150 GB at
+# batch 512 and 224 px.
 MAX_BUFFER_BYTES = 8 << 30
 
 
 def default_threads() -> int:
-    """Reading threads that are worth having here: one for each processor this process may run on, at most 16."""
+    """Threads worth having: one for each processor this process may use, at most 16."""
     return min(
         16,
         len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1,
@@ -41,16 +43,18 @@ def train_dataset(
 ) -> grain.MapDataset:
     """An endless sequence of training batches; element s belongs to step s.
 
-    Each pass over the source is a new permutation of it. A batch may cross from one pass to the next, and a source
-    smaller than a batch is passed over more than once in it.
+    Each pass over the source is a new permutation of it. A batch may cross from one pass to the
+    next, and a source smaller than a batch is passed over more than once in it.
 
     Args:
       source: the examples.
-      preprocess: its `train` is applied with a random generator that depends on seed and place in the sequence alone.
+      preprocess: its `train` is applied with a random generator that depends on seed and place in
+        the sequence alone.
       batch: examples in the global batch, over all processes.
       seed: of the order and of the crops.
-      process_index, process_count: this process gets the examples at positions process_index, process_index +
+      process_index: this process gets the examples at positions process_index, process_index +
         process_count, ... of each global batch.
+      process_count: processes that share the work.
 
     Returns:
       A dataset whose element s (0-based) is a dict with, for b = batch / process_count:
@@ -84,7 +88,8 @@ def train_dataset(
             'example': np.int32(index),
         }
 
-    # shuffle before repeat: each epoch is a permutation. Slicing after random_map: same crops on any process count.
+    # shuffle before repeat: each epoch is a permutation. Slicing after random_map: same crops on
+    # any process count.
     dataset = (
         grain.MapDataset.range(len(source))
         .seed(seed)
@@ -108,7 +113,8 @@ def train_batches(
       threads: how many batches are worked on at a time; default `default_threads()`.
 
     Yields:
-      An iterator over the batches of steps start, start + 1, ... The threads end when the context is left.
+      An iterator over the batches of steps start, start + 1, ... The threads end when the context
+      is left.
 
     Raises:
       BadImageError: from `next`, an image that cannot be decoded, naming it.
@@ -134,7 +140,9 @@ def eval_batches(
       source: the examples.
       preprocess: its `evaluate` is applied.
       batch: examples in the global batch, over all processes; any size.
-      process_index, process_count: this process gets the examples process_index, process_index + process_count, ...
+      process_index: this process gets the examples process_index, process_index +
+        process_count, ...
+      process_count: processes that share the work.
       threads: as for `train_batches`.
 
     Yields:
@@ -176,10 +184,11 @@ def eval_batches(
 
 
 def _read_ahead(dataset: grain.MapDataset, start: int, threads: int | None) -> Iterator[Batch]:
-    """Elements start, start + 1, ... of a dataset of batches, worked on ahead in threads as far as memory allows."""
+    """Batches start, start + 1, ..., worked on ahead in threads as far as memory allows."""
     import cv2
 
-    # Threads share the processors by images; OpenCV's own ones would only get in their way. Holds for the process.
+    # Threads share the processors by images; OpenCV's own ones would only get in their way. Holds
+    # for the process.
     cv2.setNumThreads(0)
     threads = threads or default_threads()
     # The first batch tells how large they are. It would not come sooner from one of many threads.

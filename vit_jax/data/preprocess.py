@@ -1,7 +1,7 @@
-"""From decoded images to what the model sees: the original release's preprocessing, in NumPy and OpenCV.
+"""From decoded images to what the model sees: the original release's preprocessing.
 
-One `Preprocess` object describes the input of a model; training, evaluation, prediction and export all use it, and it
-is stored with the model, so they cannot drift apart.
+One `Preprocess` object describes the input of a model; training, evaluation, prediction and export
+all use it, and it is stored with the model, so they cannot drift apart.
 """
 
 import dataclasses
@@ -14,7 +14,8 @@ from vit_jax.errors import UserError
 
 Array = TypeVar('Array')
 
-# tf.image.sample_distorted_bounding_box as the original calls it: area range from its own code, the rest the defaults.
+# tf.image.sample_distorted_bounding_box as the original calls it: area range from its own code, the
+# rest the defaults.
 MIN_AREA = 0.05
 MAX_AREA = 1.0
 MIN_ASPECT = 0.75
@@ -30,12 +31,14 @@ class Preprocess:
 
     Attributes:
       crop: side of the square the model sees, pixels.
-      resize: 0, or with `inception_crop=False` the side of the square to which training images are squashed before a
-        random crop of `crop` x `crop` is taken from it (the original's earlier `resize 448, crop 384`); at least `crop`.
-      inception_crop: whether training takes a random crop of 5 to 100 % of the area and of varying aspect ratio
-        (Szegedy et al., https://arxiv.org/abs/1409.4842), resized to `crop` x `crop`.
-      flip: whether training mirrors half of the images. Done on the device by the training step, which knows the
-        example's place in the global batch; it stands here so that one object describes the whole input.
+      resize: 0, or with `inception_crop=False` the side of the square to which training images are
+        squashed before a random crop of `crop` x `crop` is taken from it (the original's earlier
+        `resize 448, crop 384`); at least `crop`.
+      inception_crop: whether training takes a random crop of 5 to 100 % of the area and of varying
+        aspect ratio (Szegedy et al., https://arxiv.org/abs/1409.4842), resized to `crop` x `crop`.
+      flip: whether training mirrors half of the images. Done on the device by the training step,
+        which knows the example's place in the global batch; it stands here so that one object
+        describes the whole input.
 
     Raises:
       UserError: sizes that do not fit each other.
@@ -53,7 +56,8 @@ class Preprocess:
             )
         if self.resize < 0 or (not self.inception_crop and 0 < self.resize < self.crop):
             raise UserError(
-                f'pp.resize={self.resize} must be 0 (off) or at least pp.crop={self.crop}, which is cut from it'
+                f'pp.resize={self.resize} must be 0 (off) or at least pp.crop={self.crop}, '
+                'which is cut from it'
             )
 
     def train(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -64,8 +68,8 @@ class Preprocess:
           rng: where the crop comes from.
 
         Returns:
-          float32 [crop, crop, 3] in [0, 255], not rounded to whole grey levels. Without `inception_crop` and `resize`
-          this is `evaluate(image)`.
+          float32 [crop, crop, 3] in [0, 255], not rounded to whole grey levels. Without
+          `inception_crop` and `resize` this is `evaluate(image)`.
         """
         if self.inception_crop:
             y, x, height, width = sample_inception_box(image.shape[0], image.shape[1], rng)
@@ -77,7 +81,7 @@ class Preprocess:
         return np.ascontiguousarray(image[y : y + self.crop, x : x + self.crop])
 
     def evaluate(self, image: np.ndarray) -> np.ndarray:
-        """The whole image squashed to the model's square, without cropping or keeping the aspect ratio.
+        """The whole image squashed to the model's square, whatever its aspect ratio.
 
         Args:
           image: uint8 [height, width, 3] in [0, 255].
@@ -101,7 +105,8 @@ class Preprocess:
         known = {field.name for field in dataclasses.fields(cls)}
         if set(settings) - known or 'crop' not in settings:
             raise UserError(
-                f'preprocessing settings must be among {sorted(known)}, with crop; got {sorted(settings)}'
+                f'preprocessing settings must be among {sorted(known)}, with crop; '
+                f'got {sorted(settings)}'
             )
         return cls(**settings)
 
@@ -150,17 +155,21 @@ def sample_inception_box(
 ) -> tuple[int, int, int, int]:
     """Draws the box of an inception crop by TensorFlow's rule.
 
-    The distribution of `tf.image.sample_distorted_bounding_box` with `min_object_covered=0` and no bounding boxes,
-    including its rounding (float32, half to even), which matters for small images, and its habit of never drawing the
-    last possible position. It is another distribution than torchvision's: the aspect ratio is uniform (not
-    log-uniform), then the height uniform among those that the area allows (not the area).
-    Source: TensorFlow, core/kernels/image/sample_distorted_bounding_box_op.cc.
+    The distribution of `tf.image.sample_distorted_bounding_box` with `min_object_covered=0` and no
+    bounding boxes, including its rounding (float32, half to even), which matters for small images,
+    and its habit of never drawing the last possible position. It is another distribution than
+    torchvision's: the aspect ratio is uniform (not log-uniform), then the height uniform among
+    those that the area allows (not the area). Source: TensorFlow,
+    core/kernels/image/sample_distorted_bounding_box_op.cc.
 
     Args:
-      height, width: of the image, pixels, at least 1.
+      height: of the image, pixels, at least 1.
+      width: of the image, pixels, at least 1.
       rng: where the randomness comes from.
-      min_area, max_area: the box's share of the image's area, in (0, 1].
-      min_aspect, max_aspect: width / height of the box.
+      min_area: smallest share of the image's area that the box may have, in (0, 1].
+      max_area: largest share, in (0, 1].
+      min_aspect: smallest width / height of the box.
+      max_aspect: largest width / height, excluded.
       tries: after so many boxes that do not fit, the whole image is taken.
 
     Returns:
@@ -186,8 +195,9 @@ def _sample_size(
     bounds: tuple[np.float32, np.float32],
     rng: np.random.Generator,
 ) -> tuple[int, int] | None:
-    """Height and width of a box of this aspect ratio whose area is within `bounds` (pixels), or None if it fails."""
-    # Python's round is half to even, as lrintf; products and roots stay in float32 until they are rounded.
+    """Height and width of a box of this aspect ratio and an area in `bounds`; None if it fails."""
+    # Python's round is half to even, as lrintf; products and roots stay in float32 until they are
+    # rounded.
     lowest = round(float(np.sqrt(bounds[0] / aspect)))
     highest = round(float(np.sqrt(bounds[1] / aspect)))
     if round(float(_F32(highest) * aspect)) > width:

@@ -1,8 +1,8 @@
-"""Where examples come from: random access to TFDS sets, folders of images and scikit-learn's digits.
+"""Where examples come from: TFDS sets, folders of images and scikit-learn's digits.
 
-Whatever the storage, a `Source` is a selection of examples from the named splits of a dataset, written in the split
-grammar of TensorFlow Datasets (https://www.tensorflow.org/datasets/splits): `train`, `train[:90%]`, `train[1000:]`,
-`train[:10%]+validation`. Nothing here imports TensorFlow.
+Whatever the storage, a `Source` is a selection of examples from the named splits of a dataset,
+written in the split grammar of TensorFlow Datasets (https://www.tensorflow.org/datasets/splits):
+`train`, `train[:90%]`, `train[1000:]`, `train[:10%]+validation`. Nothing here imports TensorFlow.
 """
 
 import bisect
@@ -25,7 +25,8 @@ class Example:
     Attributes:
       image: an encoded file, or pixels: uint8 [height, width, 3] in [0, 255].
       label: index in the source's `class_names`.
-      key: what a person calls the image: its path, or dataset, split and index (`tf_flowers:train/17`).
+      key: what a person calls the image: its path, or dataset, split and index
+        (`tf_flowers:train/17`).
     """
 
     image: bytes | np.ndarray
@@ -50,11 +51,12 @@ class Source(Protocol):
 
 
 class Split(Protocol):
-    """One whole split of a dataset as it is stored; `read` and `len` are all that differs between storages."""
+    """One whole split of a dataset as it is stored; all that differs between storages."""
 
     def __len__(self) -> int: ...
 
-    def read(self, index: int) -> Example: ...
+    def read(self, index: int) -> Example:
+        """Example `index` of the split, 0-based."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,13 +79,15 @@ class Dataset:
         """Takes the examples that a split specification names.
 
         Args:
-          spec: in TFDS's grammar, for example `train[:90%]`. Percentages are rounded to the closest example.
+          spec: in TFDS's grammar, for example `train[:90%]`. Percentages are rounded to the closest
+            example.
 
         Returns:
           The examples in the order of the specification.
 
         Raises:
-          UserError: a specification that cannot be read, an unknown split, a slice beyond the split, no examples.
+          UserError: a specification that cannot be read, an unknown split, a slice beyond the
+            split, no examples.
         """
         ranges = _parse_split(
             spec, {name: len(split) for name, split in self.splits.items()}, self.name
@@ -105,18 +109,18 @@ class Dataset:
 class Selection:
     """The `Source` that all datasets give: slices of stored splits, one after the other.
 
+    Args:
+      dataset: the splits to take from.
+      spec: the split specification that `ranges` were made from.
+      ranges: (split name, first, end), `end` excluded; at least one, none empty.
+
     Attributes:
-      class_names, exif: see `Source`.
-      spec: the split specification it was made from.
+      class_names: see `Source`.
+      exif: see `Source`.
+      spec: the split specification.
     """
 
     def __init__(self, dataset: Dataset, spec: str, ranges: Sequence[tuple[str, int, int]]):
-        """Args:
-
-        dataset: the splits to take from.
-        spec: what `ranges` were made from.
-        ranges: (split name, first, end), `end` excluded.
-        """
         self.class_names = dataset.class_names
         self.exif = dataset.exif
         self.spec = spec
@@ -129,7 +133,7 @@ class Selection:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Example:
-        """Reads example `index`, 0-based; negative indices are an IndexError, like those beyond the end."""
+        """Reads example `index`, 0-based; IndexError beyond the end and below 0."""
         if not 0 <= index < len(self):
             raise IndexError(f'{self!r} has no example {index}')
         place = bisect.bisect_right(self._ends, index)
@@ -163,8 +167,10 @@ def open_sources(
 
     Args:
       dataset: see `open_dataset`.
-      train_split, test_split: split specifications (`Dataset.select`); '' takes `Dataset.default_specs`.
-      tfds_data_dir, tfds_manual_dir: see `open_dataset`.
+      train_split: split specification (`Dataset.select`); '' takes `Dataset.default_specs`.
+      test_split: likewise.
+      tfds_data_dir: see `open_dataset`.
+      tfds_manual_dir: see `open_dataset`.
 
     Returns:
       (training examples, test examples).
@@ -181,11 +187,12 @@ def open_dataset(dataset: str, *, tfds_data_dir: str = '', tfds_manual_dir: str 
     """Opens a dataset by its name or path.
 
     Args:
-      dataset: `digits` (scikit-learn's handwritten digits); a folder of images (`vit_jax.data.folders`); or the name
-        of an image classification set of TFDS: `tf_flowers`, `name/config`, `name:version`. A folder of that
-        name goes before a TFDS set.
-      tfds_data_dir: where TFDS sets are; '' is TFDS's default (`TFDS_DATA_DIR`, or ~/tensorflow_datasets). A set that
-        is not there is downloaded and prepared, one that is there as TFRecord is converted, in a child process.
+      dataset: `digits` (scikit-learn's handwritten digits); a folder of images
+        (`vit_jax.data.folders`); or the name of an image classification set of TFDS: `tf_flowers`,
+        `name/config`, `name:version`. A folder of that name goes before a TFDS set.
+      tfds_data_dir: where TFDS sets are; '' is TFDS's default (`TFDS_DATA_DIR`, or
+        ~/tensorflow_datasets). A set that is not there is downloaded and prepared, one that is
+        there as TFRecord is converted, in a child process.
       tfds_manual_dir: files that had to be downloaded by hand, for the few sets that need it.
 
     Returns:
@@ -207,7 +214,7 @@ def open_dataset(dataset: str, *, tfds_data_dir: str = '', tfds_manual_dir: str 
         return folders.open_folder(path, dataset)
     if path.exists():
         raise UserError(
-            f'dataset {dataset} is a file; give the folder that holds one folder of images per class'
+            f'dataset {dataset} is a file; give the folder that holds the folders of the classes'
         )
     if (
         dataset.startswith(('/', './', '../', '~'))
@@ -223,8 +230,8 @@ def open_dataset(dataset: str, *, tfds_data_dir: str = '', tfds_manual_dir: str 
 def stratified_order(labels: np.ndarray, *, seed: int = 0) -> np.ndarray:
     """A fixed shuffled order in which every slice holds each class in proportion.
 
-    Each class is shuffled by itself; then the r-th of the n examples of a class gets the place (r + 0.5) / n, and all are
-    sorted by it. The order of an example depends on its own class alone.
+    Each class is shuffled by itself; then the r-th of the n examples of a class gets the place (r +
+    0.5) / n, and all are sorted by it. The order of an example depends on its own class alone.
 
     Args:
       labels: int [examples].
@@ -237,7 +244,8 @@ def stratified_order(labels: np.ndarray, *, seed: int = 0) -> np.ndarray:
     place = np.empty(len(labels))
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        # PCG64 by name: NumPy may change what default_rng means, the split of a dataset must not follow.
+        # PCG64 by name: NumPy may change what default_rng means, the split of a dataset must not
+        # follow.
         rng = np.random.Generator(np.random.PCG64([seed, int(label)]))
         place[members] = (rng.permutation(len(members)) + 0.5) / len(members)
     return np.argsort(place, kind='stable')
@@ -252,7 +260,10 @@ def _parse_split(spec: str, lengths: dict[str, int], dataset: str) -> list[tuple
         for name, n in lengths.items()
     }
     have = ', '.join(f'{name} ({n:,} examples)' for name, n in lengths.items())
-    advice = f'{dataset} has: {have}. Examples: train, train[:90%], train[90%:], train[:1000], train[:10%]+test[:50]'
+    advice = (
+        f'{dataset} has: {have}. '
+        'Examples: train, train[:90%], train[90%:], train[:1000], train[:10%]+test[:50]'
+    )
     try:
         instructions = splits.AbstractSplit.from_spec(spec.strip()).to_absolute(infos)
     except Exception as error:  # noqa: BLE001  (TFDS raises several kinds for what the user wrote)

@@ -1,13 +1,15 @@
 """Image classification sets of TensorFlow Datasets, read without TensorFlow.
 
-Reading needs the set as ArrayRecord, the format with random access. A set that is not there, or is there as TFRecord as
-the original release left it, is brought into that form by `vit_jax.data.prepare` in a child process.
+Reading needs the set as ArrayRecord, the format with random access. A set that is not there, or is
+there as TFRecord as the original release left it, is brought into that form by
+`vit_jax.data.prepare` in a child process.
 """
 
 import dataclasses
 import difflib
 import functools
 import pathlib
+import re
 from typing import Any
 
 from vit_jax.data.sources import Dataset, Example
@@ -26,7 +28,8 @@ def open_tfds(name: str, data_dir: str, manual_dir: str) -> Dataset:
       The dataset with all its splits, keys `tf_flowers:train/17`.
 
     Raises:
-      UserError: an unknown name, a set that cannot be prepared, or one that has no single label per image.
+      UserError: an unknown name, a set that cannot be prepared, or one that has no single label per
+        image.
     """
     builder = find_builder(name, data_dir)
     check_features(name, builder.info.features)
@@ -39,7 +42,8 @@ def open_tfds(name: str, data_dir: str, manual_dir: str) -> Dataset:
         folder = array_record_folder(builder)
         if folder is None:
             raise UserError(
-                f'{name} was prepared, but is not in {builder.data_path}; is --config.tfds_data_dir writable?'
+                f'{name} was prepared, but is not in {builder.data_path} as ArrayRecord; '
+                'remove that folder, or give another --config.tfds_data_dir'
             )
     return _open_prepared(name, folder)
 
@@ -56,7 +60,7 @@ def find_builder(name: str, data_dir: str) -> Any:
     try:
         return tfds.builder(name, data_dir=expanded)
     except tfds.core.registered.DatasetNotFoundError as error:
-        known = tfds.core.registered.list_imported_builders()
+        known = sorted(set(tfds.core.registered.list_imported_builders()))
         near = difflib.get_close_matches(name.split('/')[0].split(':')[0], known, n=3)
         hint = (
             f'did you mean {" or ".join(near)}?'
@@ -64,13 +68,12 @@ def find_builder(name: str, data_dir: str) -> Any:
             else 'https://www.tensorflow.org/datasets/catalog lists the sets.'
         )
         raise UserError(
-            f'dataset {name} is neither a folder (seen from {pathlib.Path.cwd()}) nor a set that TFDS knows; {hint}'
+            f'dataset {name} is neither a folder (seen from {pathlib.Path.cwd()}) nor a set that '
+            f'TFDS knows; {hint}'
         ) from error
     except (ValueError, AssertionError, RuntimeError) as error:  # An unknown config or version.
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        raise UserError(
-            f'dataset {name} cannot be opened: {lines[-1] if lines else type(error).__name__}'
-        ) from error
+        reason = re.sub(r'^Failed to construct dataset .*?}": ', '', ' '.join(str(error).split()))
+        raise UserError(f'dataset {name} cannot be opened: {reason[:300]}') from error
 
 
 def check_features(name: str, features: Any) -> None:
@@ -88,13 +91,13 @@ def check_features(name: str, features: Any) -> None:
     ):
         found = ', '.join(fields) or 'none by name'
         raise UserError(
-            f'{name} is no set for image classification: it needs the features image (an image) and label (one class '
-            f'of several), and has: {found}'
+            f'{name} is no set for image classification: it needs the features image (an image) and '
+            f'label (one class of several), and has: {found}'
         )
 
 
 def array_record_folder(builder: Any) -> pathlib.Path | None:
-    """The folder in which a set lies as ArrayRecord: its own, or the one converted from it; None if there is none."""
+    """The folder that holds a set as ArrayRecord: its own or the converted one; None if none."""
     for folder in (pathlib.Path(builder.data_path), converted_folder(builder)):
         if (folder / 'dataset_info.json').exists() and _is_array_record(folder):
             return folder
@@ -102,7 +105,7 @@ def array_record_folder(builder: Any) -> pathlib.Path | None:
 
 
 def converted_folder(builder: Any) -> pathlib.Path:
-    """Where the conversion of a TFRecord set goes: beside its folder (`3.0.1`, then `3.0.1-array_record`)."""
+    """Where a TFRecord set is converted to, beside its own folder: `3.0.1-array_record`."""
     path = pathlib.Path(builder.data_path)
     return path.with_name(path.name + '-array_record')
 
@@ -135,7 +138,7 @@ def _open_prepared(name: str, folder: pathlib.Path) -> Dataset:
 
 @dataclasses.dataclass(frozen=True)
 class _Records:
-    """A split in ArrayRecord files; opened when it is first read, so that it can be pickled and costs nothing unused."""
+    """A split in ArrayRecord files, opened when it is first read: picklable, free if unused."""
 
     name: str
     folder: str

@@ -1,0 +1,237 @@
+"""Brings a TFDS set into ArrayRecord, the format that training reads.
+
+    python -m vit_jax.data.prepare --dataset tf_flowers [--data_dir DIR] [--manual_dir DIR]
+
+The only file of the package that imports TensorFlow (most of TFDS's builders need it), and so it is
+run as a child process (`run`), never imported for its functions by the training process. A set that
+is there as TFRecord, as the original release left it, is converted into a folder beside it, record
+by record: same bytes, same order, nothing downloaded.
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from vit_jax.data import tfds_sets
+from vit_jax.errors import UserError
+
+
+def run(name: str, *, data_dir: str = '', manual_dir: str = '') -> None:
+    """Prepares a set in a child process, whose progress goes to this process's console.
+
+    Args:
+      name: of the TFDS set: `tf_flowers`, `name/config` or `name:version`.
+      data_dir: where TFDS sets are; '' is TFDS's default.
+      manual_dir: where files that had to be downloaded by hand are, or ''.
+
+    Raises:
+      UserError: the set could not be prepared; says why and what to do.
+    """
+    package_root = str(pathlib.Path(__file__).parents[2])
+    environment = os.environ | {
+        'TF_CPP_MIN_LOG_LEVEL': '3',  # TensorFlow's start-up notices are not for our users.
+        'CUDA_VISIBLE_DEVICES': '-1',  # The GPU is the parent's.
+        'PYTHONPATH': os.pathsep.join(filter(None, [package_root, os.environ.get('PYTHONPATH')])),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        result = pathlib.Path(folder) / 'error'
+        command = [sys.executable, '-m', 'vit_jax.data.prepare', '--dataset', name]
+        command += ['--data_dir', data_dir, '--manual_dir', manual_dir, '--error_file', str(result)]
+        code = subprocess.run(command, env=environment, check=False).returncode
+        if code:
+            reason = (
+                result.read_text() if result.exists() else f'its process ended with code {code}'
+            )
+            raise UserError(f'dataset {name} could not be prepared: {reason}')
+
+
+def prepare(name: str, *, data_dir: str = '', manual_dir: str = '') -> pathlib.Path:
+    """Prepares a set in this process; imports TensorFlow.
+
+    Args:
+      name: as for `run`, like the others.
+      data_dir: where TFDS sets are.
+      manual_dir: where files that had to be downloaded by hand are.
+
+    Returns:
+      The folder that holds the set as ArrayRecord.
+
+    Raises:
+      UserError: no such set, no room or right to write, no network, or files missing that must be
+        downloaded by hand.
+    """
+    builder = tfds_sets.find_builder(name, data_dir)
+    tfds_sets.check_features(name, builder.info.features)
+    folder = tfds_sets.array_record_folder(builder)
+    if folder is not None:
+        return folder
+    source = pathlib.Path(builder.data_path)
+    try:
+        if (source / 'dataset_info.json').exists():
+            return convert(builder, tfds_sets.converted_folder(builder))
+        _download(name, builder, manual_dir)
+    except OSError as error:
+        # Network errors are OSErrors as well, but they come without a file.
+        if error.filename is None:
+            raise
+        raise UserError(
+            f'{error.strerror}: {error.filename}; choose another place with --config.tfds_data_dir'
+        ) from error
+    return source
+
+
+def convert(builder: Any, target: pathlib.Path) -> pathlib.Path:
+    """Copies a prepared set to ArrayRecord, shard by shard and record by record.
+
+    The folder appears under its name only when it is complete.
+
+    Args:
+      builder: the `tfds.core.DatasetBuilder` of the prepared set.
+      target: the new folder.
+
+    Returns:
+      `target`.
+
+    Raises:
+      UserError: a set in another format than TFRecord, missing or incomplete files.
+    """
+    from tensorflow_datasets.core import file_adapters
+
+    source, info = pathlib.Path(builder.data_path), builder.info
+    formats = file_adapters.FileFormat
+    if info.file_format != formats.TFRECORD:
+        raise UserError(
+            f'{source} is stored as {info.file_format.value}; expected tfrecord or array_record'
+        )
+    reader = file_adapters.ADAPTER_FOR_FORMAT[formats.TFRECORD]
+    writer = file_adapters.ADAPTER_FOR_FORMAT[formats.ARRAY_RECORD]
+    print(f'Converting {source} from TFRecord to ArrayRecord: {target}', flush=True)
+    with _appears_complete(target) as folder:
+        for split in info.splits.values():
+            template = split.filename_template.replace(
+                data_dir=folder, filetype_suffix=formats.ARRAY_RECORD.file_suffix
+            )
+            for shard, expected in enumerate(split.shard_lengths):
+                path = split.filename_template.sharded_filepath(
+                    shard_index=shard, num_shards=split.num_shards
+                )
+                if not path.exists():
+                    raise UserError(f'{path} is missing; the set in {source} is not complete')
+                records = [record.numpy() for record in reader.make_tf_data(os.fspath(path))]
+                if len(records) != expected:
+                    raise UserError(
+                        f'{path} has {len(records)} records, its description says {expected}'
+                    )
+                out = template.sharded_filepath(shard_index=shard, num_shards=split.num_shards)
+                writer.write_examples(out, enumerate(records))
+                print(f'  {split.name}: file {shard + 1} of {split.num_shards}', flush=True)
+        _copy_description(builder, source, folder)
+    return target
+
+
+def _copy_description(builder: Any, source: pathlib.Path, folder: pathlib.Path) -> None:
+    """All but the records: features, label names, the description with its new format."""
+    for path in source.iterdir():
+        if path.is_file() and '.tfrecord' not in path.name:
+            shutil.copyfile(path, folder / path.name)
+    if not (folder / 'features.json').exists():  # Sets prepared by TFDS before 4.0.
+        builder.info.features.save_config(folder)
+    path = folder / 'dataset_info.json'
+    description = json.loads(path.read_text(encoding='utf-8'))
+    description['fileFormat'] = 'array_record'
+    path.write_text(json.dumps(description, indent=2), encoding='utf-8')
+
+
+@contextlib.contextmanager
+def _appears_complete(target: pathlib.Path):
+    """A scratch folder beside `target` that gets its name at the end, or is removed."""
+    scratch = pathlib.Path(tempfile.mkdtemp(prefix=f'incomplete-{target.name}-', dir=target.parent))
+    try:
+        yield scratch
+        scratch.chmod(0o755)  # mkdtemp's folders are for their owner alone.
+        try:
+            scratch.rename(target)
+        except OSError:
+            if not target.exists():
+                raise
+            # Another process was faster; what it wrote is the same.
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _download(name: str, builder: Any, manual_dir: str) -> None:
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.download import downloader
+
+    instructions = builder.MANUAL_DOWNLOAD_INSTRUCTIONS
+    manual = pathlib.Path(manual_dir).expanduser() if manual_dir else None
+    if instructions and not (manual and manual.is_dir() and any(manual.iterdir())):
+        raise UserError(
+            f'some of its files must be downloaded by hand into the folder that '
+            f'--config.tfds_manual_dir names ({manual_dir or "not given"}). {" ".join(instructions.split())}'
+        )
+    print(f'Preparing {name} in {builder.data_path} (once; it may be downloaded)', flush=True)
+    # TFDS's ten attempts take minutes to say that there is no network; five take some seconds.
+    downloader.MAX_RETRIES = 5
+    config = tfds.download.DownloadConfig(manual_dir=manual)
+    try:
+        builder.download_and_prepare(file_format='array_record', download_config=config)
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        address = getattr(
+            getattr(error, 'request', None), 'url', ''
+        )  # of the requests package's errors
+        reason = next(iter(str(error).strip().splitlines()), '') or 'no reason given'
+        reason = f'{address} cannot be reached' if address else f'{type(error).__name__}: {reason}'
+        raise UserError(
+            f'{reason}. If this machine has no network: run `python -m vit_jax.data.prepare '
+            f'--dataset {name} --data_dir DIR` on one that has, copy DIR here and give '
+            '--config.tfds_data_dir=DIR'
+        ) from error
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; see the top of the file.
+
+    Returns:
+      The exit code: 0, or 1 after a `UserError`, whose message is printed or written to
+        `--error_file`.
+    """
+    parser = argparse.ArgumentParser(
+        prog='python -m vit_jax.data.prepare', description=__doc__.split('\n')[0]
+    )
+    parser.add_argument(
+        '--dataset', required=True, help='name of a TFDS set: tf_flowers, name/config, name:version'
+    )
+    parser.add_argument(
+        '--data_dir', default='', help='where TFDS sets are (default: ~/tensorflow_datasets)'
+    )
+    parser.add_argument(
+        '--manual_dir', default='', help='where files that were downloaded by hand are'
+    )
+    parser.add_argument('--error_file', default='', help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    logging.getLogger('urllib3').setLevel(logging.ERROR)  # It reports every attempt to download.
+    try:
+        folder = prepare(options.dataset, data_dir=options.data_dir, manual_dir=options.manual_dir)
+    except UserError as error:
+        if options.error_file:
+            pathlib.Path(options.error_file).write_text(str(error))
+        else:
+            print(f'error: {error}', file=sys.stderr)
+        return 1
+    print(f'{options.dataset} is ready in {folder}', flush=True)
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
