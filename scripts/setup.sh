@@ -41,17 +41,16 @@ while (($#)); do
   case $1 in
     --test) with_tests=true ;;
     --python)
-      (($# > 1)) || fail "--python needs a version, such as --python 3.12"
-      wanted=$2
-      shift
+      wanted=${2:-none}
+      shift "$(($# > 1))"
       ;;
-    --python=*) wanted=${1#--python=} ;;
+    --python=*) wanted=${1#--python=} && wanted=${wanted:-none} ;;
     *) fail "unknown argument '$1'; usage: bash scripts/setup.sh [--test] [--python 3.12]" ;;
   esac
   shift
 done
 if [[ -n $wanted ]]; then
-  is_supported "$wanted" || fail "--python $wanted: expected a version from $oldest to $newest, such as --python 3.12"
+  is_supported "$wanted" || fail "--python: got $wanted, expected a version from $oldest to $newest, such as --python 3.12"
   venv=$root/.venv-$wanted
 else
   venv=$root/.venv
@@ -106,8 +105,10 @@ if [[ ! -e $stamp ]]; then
     arguments+=(-r "$root/$file")
   done
   "$python" -m pip install "${arguments[@]}" >&2 || fail "pip could not install ${requirements[*]}; its message is above"
-  "$python" -m pip install --quiet --no-deps --no-build-isolation --editable "$root" >&2 ||
-    fail "pip could not install the project; its message is above"
+  # Its warnings about editable installs are for packagers: shown only if it fails.
+  output=$("$python" -m pip install --no-deps --no-build-isolation --editable "$root" 2>&1) ||
+    fail "pip could not install the project:
+$output"
   rm -f "$venv"/.set-up-*
   # What the tests need includes what a run needs.
   touch "$stamp" "$venv/$(stamp_of "${run_requirements[@]}")"

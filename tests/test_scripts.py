@@ -1,0 +1,228 @@
+"""The shell scripts, and the requirement files they install."""
+
+import functools
+import importlib.metadata
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tomllib
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def bash(script, *arguments, cwd='/', **environment):
+    return subprocess.run(
+        ['bash', str(script), *arguments],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+@functools.cache
+def pins(file, python):
+    """What a requirement file installs on a version of Python: {name: version}."""
+    found = {}
+    for line in (ROOT / file).read_text().splitlines():
+        line = line.partition('#')[0].strip()
+        if line.startswith('-r '):
+            found |= pins(line[3:], python)
+        elif line:
+            requirement = Requirement(line)
+            (specifier,) = requirement.specifier
+            assert specifier.operator == '==', line
+            if requirement.marker is None or requirement.marker.evaluate(
+                {'python_version': python, 'python_full_version': f'{python}.0'}
+            ):
+                name = canonicalize_name(requirement.name)
+                assert found.get(name, specifier.version) == specifier.version, line
+                found[name] = specifier.version
+    return found
+
+
+@pytest.mark.parametrize('python', ['3.11', '3.12', '3.13'])
+@pytest.mark.parametrize(
+    'file', ['requirements.txt', 'requirements-cpu.txt', 'requirements-test.txt']
+)
+def test_pins_lie_in_the_ranges_of_pyproject(file, python):
+    project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+    pinned = pins(file, python)
+    for text in project['dependencies'] + project['optional-dependencies']['prepare']:
+        requirement = Requirement(text)
+        version = pinned[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), (text, version)
+
+
+def test_python_3_11_has_its_own_jax():
+    assert pins('requirements.txt', '3.11')['jax'].startswith('0.10.')
+    assert pins('requirements.txt', '3.12')['jax'] == pins('requirements.txt', '3.13')['jax']
+    assert pins('requirements.txt', '3.12')['jax'] != pins('requirements.txt', '3.11')['jax']
+
+
+@pytest.mark.parametrize('python', ['3.11', '3.12'])
+def test_cuda_packages_are_of_the_version_of_jax(python):
+    pinned = pins('requirements.txt', python)
+    assert (
+        pinned['jax']
+        == pinned['jaxlib']
+        == pinned['jax-cuda12-plugin']
+        == pinned['jax-cuda12-pjrt']
+    )
+    lines = [
+        line for line in (ROOT / 'requirements.txt').read_text().splitlines() if 'cuda12]' in line
+    ]
+    assert len(lines) == 2 and all(line.startswith('jax[cuda12]==') for line in lines)
+
+
+@pytest.mark.parametrize('python', ['3.12', '3.13'])
+def test_pytorch_only_where_a_cpu_build_is_certain(python):
+    assert 'torch' in pins('requirements-test.txt', '3.11')
+    assert not {'torch', 'transformers'} & pins('requirements-test.txt', python).keys()
+    assert 'torch' not in pins('requirements-cpu.txt', '3.11')
+
+
+def test_everything_the_packages_need_is_pinned():
+    """Follows the requirements of the installed packages; none may be left to the resolver."""
+    pinned = pins('requirements-test.txt', '{}.{}'.format(*sys.version_info[:2]))
+    todo, seen = [(Requirement('vit_jax'), '')], set()
+    todo += [(Requirement(name), '') for name in pinned]
+    while todo:
+        requirement, extra = todo.pop()
+        if (requirement.name, extra) in seen:
+            continue
+        seen.add((requirement.name, extra))
+        for text in importlib.metadata.requires(requirement.name) or ():
+            needed = Requirement(text)
+            if needed.marker is None or needed.marker.evaluate({'extra': extra}):
+                name = canonicalize_name(needed.name)
+                assert name in pinned, f'{requirement.name} needs {needed}'
+                todo += [(needed, extra) for extra in ('', *needed.extras)]
+    assert len(seen) > 50
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A checkout with the real scripts that needs no package but what is installed here."""
+    root = tmp_path / 'my checkout'  # the space is on purpose
+    shutil.copytree(ROOT / 'scripts', root / 'scripts')
+    (root / 'tiny').mkdir()
+    (root / 'tiny' / '__init__.py').write_text('')
+    (root / 'pyproject.toml').write_text(
+        '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n'
+        '[project]\nname = "tiny"\nversion = "1"\n[tool.setuptools]\npackages = ["tiny"]\n'
+    )
+    for name in ('requirements.txt', 'requirements-cpu.txt', 'requirements-test.txt'):
+        (root / name).write_text('# nothing\n')
+    return root
+
+
+@pytest.mark.parametrize('python', ['3.9', '3.14', '2.7', 'latest', ''])
+def test_setup_refuses_other_pythons(project, python):
+    done = bash(project / 'scripts' / 'setup.sh', '--python', python)
+    assert done.returncode == 1 and 'expected a version from 3.11 to 3.13' in done.stderr
+    assert done.stdout == ''
+
+
+def test_setup_refuses_unknown_arguments(project):
+    done = bash(project / 'scripts' / 'setup.sh', 'tests')
+    assert done.returncode == 1 and "unknown argument 'tests'" in done.stderr
+
+
+def test_setup_without_any_python(project, tmp_path):
+    tools = tmp_path / 'bin'
+    tools.mkdir()
+    for name in ('dirname', 'bash'):
+        (tools / name).symlink_to(shutil.which(name))
+    done = bash(
+        project / 'scripts' / 'setup.sh',
+        PATH=str(tools),
+        PYENV_ROOT=str(tmp_path),
+        HOME=str(tmp_path),
+    )
+    assert done.returncode == 1
+    assert 'no Python 3.11 to 3.13 was found' in done.stderr and 'apt install' in done.stderr
+    assert not (project / '.venv').exists()
+
+
+def test_setup_installs_once_and_again_after_a_change(project, tmp_path):
+    # Building an editable package takes setuptools, which a new environment lacks offline.
+    library = tmp_path / 'library'
+    library.mkdir()
+    for name in ('setuptools', '_distutils_hack', 'wheel', 'packaging'):
+        found = pathlib.Path(
+            sys.prefix, 'lib', f'python3.{sys.version_info[1]}', 'site-packages', name
+        )
+        if found.exists():
+            (library / name).symlink_to(found)
+    python = '{}.{}'.format(*sys.version_info[:2])
+    setup = functools.partial(
+        bash,
+        project / 'scripts' / 'setup.sh',
+        '--python',
+        python,
+        PYTHONPATH=str(library),
+        PIP_NO_INDEX='1',
+        PATH=os.pathsep.join([str(pathlib.Path(sys._base_executable).parent), os.environ['PATH']]),
+    )
+    venv = project / f'.venv-{python}'
+    first = setup()
+    assert first.returncode == 0, first.stderr
+    assert first.stdout == f'{venv}\n'
+    assert 'Making .venv-' in first.stderr and 'Ready: ' in first.stderr
+    where = subprocess.run(
+        [venv / 'bin' / 'python', '-c', 'import tiny; print(tiny.__file__)'],
+        capture_output=True,
+        text=True,
+    )
+    assert where.stdout.strip() == str(project / 'tiny' / '__init__.py'), where.stderr
+
+    second = setup()
+    assert (second.returncode, second.stdout, second.stderr) == (0, f'{venv}\n', '')
+
+    # More is needed for the tests; after that, nothing is missing for a run.
+    with_tests = setup('--test')
+    assert with_tests.returncode == 0 and 'Installing the packages' in with_tests.stderr
+    assert setup('--test').stderr == '' and setup().stderr == ''
+
+    (project / 'requirements-cpu.txt').write_text('# changed\nno-such-package-of-vit-jax==1\n')
+    changed = setup()
+    assert changed.returncode == 1 and changed.stdout == ''
+    assert 'pip could not install requirements' in changed.stderr
+    assert setup().returncode == 1, 'a failed installation is not taken for a finished one'
+
+
+@pytest.mark.parametrize(
+    'code, status, shown',
+    [
+        ('def test_x():\n    assert True\n', 0, '1 passed'),
+        ('def test_x():\n    assert False\n', 1, '1 failed'),
+        ('import os\n\n\ndef test_x():\n    assert True\n', 1, '1 passed'),
+        ('def test_x( ):\n    assert True\n', 1, '1 passed'),
+    ],
+    ids=['good', 'failing test', 'lint', 'format'],
+)
+def test_test_script_fails_with_the_tests_and_with_the_linter(project, code, status, shown):
+    (project / 'scripts' / 'setup.sh').write_text(f'echo "$*" >&2\necho {sys.prefix}\n')
+    for path in [*(project / 'scripts').glob('*.py')]:
+        path.unlink()
+    (project / 'tests').mkdir()
+    (project / 'tests' / 'test_x.py').write_text(code)
+    done = bash(project / 'scripts' / 'test.sh', '-n', '0', '--python', '3.12', 'tests', '-q')
+    assert done.returncode == status, done.stdout + done.stderr
+    assert shown in done.stdout
+    assert done.stderr.splitlines()[0] == '--test --python 3.12'
+
+
+def test_continuous_integration_runs_the_test_script(project):
+    (project / '.ci').mkdir()
+    shutil.copy(ROOT / '.ci' / 'run', project / '.ci' / 'run')
+    (project / 'scripts' / 'test.sh').write_text('echo all the tests; exit 3\n')
+    done = bash(project / '.ci' / 'run')
+    assert (done.returncode, done.stdout) == (3, 'all the tests\n')
