@@ -191,6 +191,18 @@ def test_setup_installs_once_and_again_after_a_change(project, tmp_path):
     assert with_tests.returncode == 0 and 'Installing the packages' in with_tests.stderr
     assert setup('--test').stderr == '' and setup().stderr == ''
 
+    # A GPU asks for the CUDA build; a driver that does not answer is no GPU.
+    tools = tmp_path / 'bin'
+    tools.mkdir()
+    path = os.pathsep.join([str(tools), setup.keywords['PATH']])
+    for answer, expected in (
+        ('echo "GPU 0: NVIDIA H100"', 'Installing the packages of requirements.txt '),
+        ('echo "no driver"; exit 9', 'Installing the packages of requirements-cpu.txt '),
+    ):
+        (tools / 'nvidia-smi').write_text(f'#!/bin/sh\n{answer}\n')
+        (tools / 'nvidia-smi').chmod(0o755)
+        assert expected in setup(PATH=path).stderr
+
     (project / 'requirements-cpu.txt').write_text('# changed\nno-such-package-of-vit-jax==1\n')
     changed = setup()
     assert changed.returncode == 1 and changed.stdout == ''

@@ -176,6 +176,14 @@ def test_terminal_has_one_live_line_and_messages_above_it(tmp_path):
     assert '\x1b' not in log and '━' not in log and '[evaluation] at step 1: 93 %' in log
 
 
+def test_narrow_terminal_shows_the_numbers_rather_than_the_bar(tmp_path):
+    shown = console(terminal=True, width=80)
+    with start(tmp_path, console=shown) as out:
+        out.progress(1, **PROGRESS)
+    text = shown.file.getvalue()
+    assert '━' not in text and '4 min 12 s left' in text
+
+
 def test_log_is_continued_on_resume(tmp_path):
     for text in ('first', 'second'):
         with start(tmp_path) as out:

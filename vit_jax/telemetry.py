@@ -165,9 +165,12 @@ class Telemetry:
             # line.
             self._live = rich.live.Live(console=self._console, auto_refresh=False)
             self._live.start()
-        bar = rich.progress_bar.ProgressBar(total=self._total_steps, completed=step, width=16)
         row = rich.table.Table.grid(padding=(0, 1))
-        row.add_row(bar, line)
+        if self._console.width >= len(line) + 20:
+            bar = rich.progress_bar.ProgressBar(self._total_steps, completed=step, width=16)
+            row.add_row(bar, line)
+        else:
+            row.add_row(line)
         self._live.update(row, refresh=True)
 
     def info(self, text: str) -> None:
