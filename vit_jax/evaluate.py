@@ -1,0 +1,68 @@
+"""Evaluation of a model on a set of labelled images: every example counts exactly once."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from vit_jax import sharding
+from vit_jax.data import pipeline
+from vit_jax.data.preprocess import Preprocess
+from vit_jax.data.sources import Source
+
+
+def evaluate(
+    eval_step: Callable[[Any, Any], dict[str, jax.Array]],
+    params: Any,
+    source: Source,
+    preprocess: Preprocess,
+    mesh: Mesh,
+    *,
+    batch: int,
+    threads: int | None = None,
+) -> tuple[dict[str, float], float]:
+    """Loss and accuracy over all examples of a source.
+
+    Args:
+      eval_step: of `steps.make_eval_step`.
+      params: on the devices.
+      source, preprocess: the examples, and how they become the model's input.
+      mesh: the devices; the batch is spread over all of them.
+      batch: images per step; rounded up to a multiple of the devices. The last one is padded, and the
+        padding does not count.
+      threads: readers, see `pipeline.eval_batches`.
+
+    Returns:
+      Metrics: `accuracy_test` in [0, 1], `loss_test` (mean cross-entropy) and, with more than 5 classes,
+      `accuracy_top5_test`; and the speed, images per second and device.
+    """
+    devices = mesh.devices.size
+    batches = pipeline.eval_batches(
+        source,
+        preprocess,
+        batch=-(-min(batch, len(source)) // devices) * devices,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        threads=threads,
+    )
+    start = time.monotonic()
+    sums = []
+    for data in batches:
+        data = {name: data[name] for name in ('image', 'label', 'mask')}
+        sums.append(eval_step(params, sharding.put_batch(data, mesh)))
+        if len(sums) > 2:
+            jax.block_until_ready(sums[-3])  # at most two batches wait on the device
+    # Summed in float64 on the host: float32 stops counting at 2**24 images.
+    sums = jax.device_get(sums)
+    total = {name: float(np.sum([s[name] for s in sums], dtype=np.float64)) for name in sums[0]}
+    seconds = time.monotonic() - start
+    count = total['count']
+    if count != len(source):
+        raise RuntimeError(f'evaluated {count:.0f} of {len(source)} examples')
+    metrics = {'accuracy_test': total['correct'] / count, 'loss_test': total['loss'] / count}
+    if len(source.class_names) > 5:
+        metrics['accuracy_top5_test'] = total['correct_top5'] / count
+    return metrics, count / seconds / devices

@@ -1,0 +1,187 @@
+"""The command line: `python -m vit_jax.main --config configs/b16.py`.
+
+Fine-tunes the model of a config file and writes a model folder. Every knob (`configs/common.py`) is a flag:
+`--config.base_lr=0.003`, `--config.pp.crop=384`. Run again with the same --workdir, a run goes on where it stopped.
+"""
+
+import difflib
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from vit_jax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file(
+    'config',
+    None,
+    'Config file, with an argument if it takes one: configs/b16.py, configs/vit.py:b16,cifar10.',
+)
+_WORKDIR = flags.DEFINE_string(
+    'workdir',
+    None,
+    'Folder of the run: checkpoints, metrics, logs, model. Default: runs/<config>-<dataset>.',
+)
+
+# Knobs of the original release that have no counterpart, and why.
+_RETIRED = {
+    'shuffle_buffer': 'the whole training set is shuffled anew in every epoch',
+    'prefetch': 'batches are always read ahead, as far as memory allows',
+    'trainer': 'training is `python -m vit_jax.main`',
+    'model_type': 'the model is told by config.model.model_name',
+}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the training that the parsed flags ask for."""
+    del argv
+    from vit_jax import (
+        config as config_lib,
+    )  # Here, so that --help and mistakes on the command line are quick.
+    from vit_jax import train
+
+    config = config_lib.resolve(
+        _CONFIG.value, config_flags.get_override_values(flags.FLAGS['config'])
+    )
+    _use_compile_cache(config.compile_cache)
+    workdir = _WORKDIR.value or config_lib.default_workdir(
+        config_flags.get_config_filename(flags.FLAGS['config']), config.dataset
+    )
+    train.train_and_evaluate(config, workdir)
+
+
+def run() -> None:
+    """The entry point: parses flags, runs `main`, and turns the user's mistakes into one line each."""
+    try:
+        argv = _parse(sys.argv)
+        logging.use_absl_handler()
+        app.run(main, argv=argv, flags_parser=lambda args: args)
+    except UserError as error:
+        sys.exit(f'error: {error}')
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    """Parses flags; every mistake becomes a `UserError` that names the nearest right spelling."""
+    _check_config_file(argv)
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(_unknown_flag(error.flagname)) from error
+    except (flags.Error, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(_one_line(error, argv)) from error
+    if len(rest) > 1:
+        word = rest[1]
+        raise UserError(
+            f'unexpected {word!r} on the command line: flags look like --config.base_lr=0.01 '
+            f'(did you mean --{word.lstrip("-")}?)'
+        )
+    return rest
+
+
+def _check_config_file(argv: Sequence[str]) -> None:
+    """Raises if `--config` is missing or names no file; leaves calls for help alone."""
+    words = list(argv[1:])
+    if any(re.fullmatch(r'--?help(full|short|xml)?', word) for word in words):
+        return
+    spec = ''
+    for place, word in enumerate(words):
+        name, equals, value = word.lstrip('-').partition('=')
+        if word.startswith('-') and name == 'config':
+            spec = value if equals else ''.join(words[place + 1 : place + 2])
+    if not spec or spec.startswith('-'):
+        raise UserError(
+            'no config file given: add --config configs/b16.py (see the folder configs/)'
+        )
+    path = pathlib.Path(re.sub(r'(\.py):.*$', r'\1', spec))
+    if path.is_file() and path.suffix == '.py':
+        return
+    known = {p.stem: str(p) for p in sorted(path.parent.glob('*.py')) if p.stem != '__init__'}
+    near = difflib.get_close_matches(path.stem, known, n=1, cutoff=0.5)
+    if near:
+        hint = f'did you mean {known[near[0]]}?'
+    elif known:
+        hint = f'{path.parent} has: {", ".join(known)}'
+    else:
+        hint = f'there is none in {path.parent} (seen from {os.getcwd()})'
+    raise UserError(f'no config file {path}: {hint}')
+
+
+def _unknown_flag(name: str) -> str:
+    if name.startswith('config.'):
+        return f'--{name}: {_unknown_knob(name)}'
+    near = difflib.get_close_matches(name, ['config', 'workdir'], n=1, cutoff=0.4)
+    hint = (
+        f'did you mean --{near[0]}?'
+        if near
+        else 'known: --config FILE, --config.KNOB=VALUE, --workdir DIR'
+    )
+    return f'unknown flag --{name}: {hint}'
+
+
+def _unknown_knob(name: str) -> str:
+    from configs import common
+
+    knobs = [*_knobs(common.get_defaults())]
+    short = name.removeprefix('config.')
+    if short in _RETIRED:
+        return f'this knob of the original release is not needed: {_RETIRED[short]}'
+    near = difflib.get_close_matches(short, knobs, n=1, cutoff=0.5)
+    hint = f'did you mean --config.{near[0]}?' if near else 'configs/common.py lists them'
+    return f'there is no such knob; {hint}'
+
+
+def _knobs(config, prefix='') -> list[str]:
+    """Paths of all leaves of a config: 'batch', 'pp.crop'."""
+    paths = []
+    for key, value in config.items():
+        paths += _knobs(value, f'{prefix}{key}.') if hasattr(value, 'items') else [prefix + key]
+    return paths
+
+
+def _one_line(error: Exception, argv: Sequence[str]) -> str:
+    """What is wrong with a flag, without the traceback that absl puts into its message."""
+    text = str(error)
+    if isinstance(error, AttributeError | KeyError):  # `--config.base_lrr=1`: the flag is not named
+        defined = set(flags.FLAGS)
+        for word in argv[1:]:
+            name = word.lstrip('-').partition('=')[0]
+            if name.startswith('config.') and name not in defined:
+                return f'--{name}: {_unknown_knob(name)}'
+        return text.strip('\'"\\n')
+    if 'Error whilst parsing config file' not in text:
+        return text
+    spec = text.removeprefix('flag --config=').split(': Error whilst')[0]
+    last = text.strip().splitlines()[-1]
+    kind, _, reason = last.partition(': ')
+    if kind == 'TypeError' and 'required positional argument' in reason:
+        reason = 'it needs an argument after a colon; its first lines say which'
+    elif kind == 'TypeError' and 'positional argument' in reason:
+        reason = 'it takes no argument after a colon'
+    elif kind != 'ValueError':
+        reason = last
+    return f'--config {spec}: {reason}'
+
+
+def _use_compile_cache(folder: str) -> None:
+    """Keeps compiled programs on disk, so that a second run starts sooner."""
+    if not folder:
+        return
+    import jax
+
+    path = pathlib.Path(folder).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f'config.compile_cache={folder} cannot be made ({error.strerror}): use another folder, '
+            'or --config.compile_cache= for none'
+        ) from error
+    jax.config.update('jax_compilation_cache_dir', str(path))
+
+
+if __name__ == '__main__':
+    run()

@@ -1,0 +1,83 @@
+"""Learning-rate schedule and optimizer of a run, from optax."""
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+
+def create_learning_rate_schedule(
+    total_steps: int, base: float, decay_type: str, warmup_steps: int, linear_end: float = 1e-5
+) -> optax.Schedule:
+    """The original release's schedule: linear warm-up times cosine or linear decay.
+
+    With p = clip((step - warmup) / (total - warmup), 0, 1): cosine is base (1 + cos(pi p)) / 2, linear goes from base to
+    `linear_end`; both times min(1, step / warmup).
+
+    Args:
+      total_steps, warmup_steps: warm-up is shorter than the whole.
+      base: highest rate.
+      decay_type: 'cosine' or 'linear'.
+      linear_end: where linear decay ends.
+
+    Returns:
+      A function from the number of updates done (int32 scalar) to the rate of the next update (float32 scalar). The
+      first update, after 0 steps, has rate 0 if there is a warm-up.
+
+    Raises:
+      ValueError: unknown decay_type, or a warm-up that is not shorter than the whole.
+    """
+    if decay_type not in ('cosine', 'linear'):
+        raise ValueError(f"decay_type {decay_type!r} is neither 'cosine' nor 'linear'")
+    if not 0 <= warmup_steps < total_steps:
+        raise ValueError(f'warmup_steps {warmup_steps} is not in [0, total_steps {total_steps})')
+
+    def schedule(step: jax.Array) -> jax.Array:
+        progress = jnp.clip((step - warmup_steps) / float(total_steps - warmup_steps), 0.0, 1.0)
+        if decay_type == 'linear':
+            lr = linear_end + (base - linear_end) * (1.0 - progress)
+        else:
+            lr = base * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+        if warmup_steps:
+            lr = lr * jnp.minimum(1.0, step / warmup_steps)
+        return jnp.asarray(lr, dtype=jnp.float32)
+
+    return schedule
+
+
+def create_optimizer(
+    config: ml_collections.ConfigDict, schedule: optax.Schedule
+) -> optax.GradientTransformation:
+    """The optimizer that a resolved config asks for.
+
+    - Clipping: the gradient is scaled down to global norm `grad_norm_clip` (0: never).
+    - 'sgd': momentum, its accumulator stored as `optim_dtype`: m <- momentum * m + g; params <- params - lr * m. This is the
+      original release's optimizer (there with momentum 0.9 and bfloat16, whatever its config said).
+    - 'adamw': optax's, first moment stored as `optim_dtype`.
+    - `weight_decay` acts on kernels (arrays of two and more dimensions under a name that is no embedding or token):
+      added to the gradient for 'sgd', decoupled for 'adamw' (https://arxiv.org/abs/1711.05101).
+    """
+    dtype = jnp.dtype(config.optim_dtype)
+    clip = (
+        optax.clip_by_global_norm(config.grad_norm_clip)
+        if config.grad_norm_clip
+        else optax.identity()
+    )
+    if config.optimizer == 'adamw':
+        return optax.chain(
+            clip,
+            optax.adamw(schedule, mu_dtype=dtype, weight_decay=config.weight_decay, mask=_kernels),
+        )
+    decay = (
+        optax.add_decayed_weights(config.weight_decay, _kernels)
+        if config.weight_decay
+        else optax.identity()
+    )
+    return optax.chain(
+        clip, decay, optax.sgd(schedule, momentum=config.momentum, accumulator_dtype=dtype)
+    )
+
+
+def _kernels(params):
+    """Mask of what weight decay acts on."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == 'kernel', params)

@@ -1,0 +1,106 @@
+"""How a run is spread over devices: one mesh, data parallel or fully sharded (FSDP).
+
+The mesh has the axes `data` and `fsdp`. The batch is spread over both. Parameters and optimizer state are the same on
+all devices along `data`, and along `fsdp` each device holds a part of every large array (ZeRO,
+https://arxiv.org/abs/1910.02054). With `fsdp` of size 1 that is plain data parallelism.
+"""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+BATCH_AXES = ('data', 'fsdp')
+# Smaller arrays (biases, norms) are kept whole: gathering them costs more than it saves. Elements.
+MIN_SIZE_TO_SHARD = 2**14
+
+
+def create_mesh(fsdp: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh of a run.
+
+    Args:
+      fsdp: devices that share one copy of the parameters; 1 for data parallel, -1 for all.
+      devices: default all, of all processes.
+
+    Returns:
+      A mesh of shape (devices / fsdp, fsdp) with automatic axes (under JAX's default, explicit axes, Linen modules fail).
+
+    Raises:
+      ValueError: fsdp does not divide the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    fsdp = len(devices) if fsdp == -1 else fsdp
+    if fsdp < 1 or len(devices) % fsdp:
+        raise ValueError(f'fsdp={fsdp} does not divide {len(devices)} devices')
+    return jax.make_mesh(
+        (len(devices) // fsdp, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of batches: the first axis over all devices."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def state_sharding(tree: Any, mesh: Mesh) -> Any:
+    """The sharding of every array of a training state (or of its shapes).
+
+    Along `fsdp`, an array of at least `MIN_SIZE_TO_SHARD` elements is cut on its longest axis that the number of devices
+    divides; all else is whole on every device.
+
+    Args:
+      tree: arrays or `ShapeDtypeStruct`s.
+      mesh: of `create_mesh`.
+
+    Returns:
+      The same structure, of `NamedSharding`s.
+    """
+    parts = mesh.shape['fsdp']
+
+    def rule(leaf) -> NamedSharding:
+        axes = [axis for axis, size in enumerate(leaf.shape) if size % parts == 0]
+        if parts == 1 or not axes or math.prod(leaf.shape) < MIN_SIZE_TO_SHARD:
+            return replicated(mesh)
+        axis = max(axes, key=lambda a: leaf.shape[a])
+        return NamedSharding(mesh, PartitionSpec(*[None] * axis, 'fsdp'))
+
+    return jax.tree.map(rule, tree)
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's part of a batch, as its part of a global array on the devices.
+
+    Args:
+      batch: arrays [local batch, ...].
+      mesh: of `create_mesh`.
+
+    Returns:
+      Arrays [global batch, ...], the first axis over all devices.
+    """
+    sharding = batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
+
+
+def put_tree(tree: Any, shardings: Any) -> Any:
+    """Copies arrays, the same in every process, to the devices.
+
+    The sources survive donation of the result: `jax.device_put` alone may share their memory, even
+    with `may_alias=False` where the source is an array on one of the devices.
+    """
+
+    def put(leaf, sharding):
+        leaf = np.array(leaf)
+        if jax.process_count() == 1:
+            return jax.device_put(leaf, sharding)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+    return jax.tree.map(put, tree, shardings)

@@ -1,0 +1,84 @@
+"""The training state: what a checkpoint holds and the training step transforms."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from vit_jax import sharding
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that training changes. Random keys and the place in the data follow from seed and step.
+
+    Attributes:
+      step: number of updates done, int32 scalar.
+      params: parameters, float32.
+      opt_state: the optimizer's.
+    """
+
+    step: jax.Array
+    params: Mapping[str, Any]
+    opt_state: optax.OptState
+
+
+def init_params(model: nn.Module, image_size: int, seed: int) -> Mapping[str, Any]:
+    """New parameters, float32, made on the host's CPU and equal on every machine.
+
+    Args:
+      model: a module of `vit_jax.models`.
+      image_size: side of the images, pixels.
+      seed: of the initial values.
+    """
+    with jax.default_device(jax.local_devices(backend='cpu')[0]):
+        init = jax.jit(
+            lambda key: model.init(key, jnp.zeros((1, image_size, image_size, 3)), train=False)
+        )
+        return init(jax.random.key(seed))['params']
+
+
+def abstract_state(
+    model: nn.Module, tx: optax.GradientTransformation, image_size: int, mesh: Mesh
+) -> TrainState:
+    """Shapes, dtypes and shardings of the state, without computing anything.
+
+    Returns:
+      A `TrainState` of `jax.ShapeDtypeStruct`s.
+    """
+
+    def create() -> TrainState:
+        images = jnp.zeros((1, image_size, image_size, 3))
+        params = model.init(jax.random.key(0), images, train=False)['params']
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
+
+    shapes = jax.eval_shape(create)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        sharding.state_sharding(shapes, mesh),
+    )
+
+
+def create_state(
+    params: Mapping[str, Any], tx: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """The state at step 0, on the devices.
+
+    Args:
+      params: nested dict of host arrays, the same in every process; copied.
+      tx: the optimizer.
+      mesh: of `sharding.create_mesh`.
+    """
+    params = sharding.put_tree(params, sharding.state_sharding(params, mesh))
+
+    def create(params) -> TrainState:
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
+
+    shardings = sharding.state_sharding(jax.eval_shape(create, params), mesh)
+    return jax.jit(create, out_shardings=shardings, donate_argnums=0)(params)

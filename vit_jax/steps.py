@@ -1,0 +1,211 @@
+"""The pure, jitted functions of a run: one training step, one evaluation step, one prediction step.
+
+Accumulation. A device splits its own share of the batch into `accum_steps` micro-batches, one after the
+other, sums their gradients, and takes part in a single mean over devices at the end. Splitting
+the *global* batch instead would make XLA gather all images on every device.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vit_jax import sharding
+from vit_jax.data import augment
+from vit_jax.data.preprocess import normalize
+from vit_jax.state import TrainState
+
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+def make_train_step(
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    mesh: Mesh,
+    state_shardings: TrainState,
+    *,
+    seed: int,
+    accum_steps: int = 1,
+    flip: bool = True,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Builds the training step.
+
+    Args:
+      model: gives logits [B, C] float32 for images [B, height, width, 3] in [-1, 1].
+      tx: the optimizer.
+      schedule: its learning rate, as a function of the number of updates done; for the metrics.
+      mesh: of `sharding.create_mesh`.
+      state_shardings: a `TrainState` of `NamedSharding`s, see `sharding.state_sharding`.
+      seed: of mirroring and dropout.
+      accum_steps: micro-batches per device; the batch is a multiple of devices * accum_steps.
+      flip: whether to mirror half of the images.
+
+    Returns:
+      A jitted function (state, batch) -> (state, metrics). The state is donated. batch: `image` float32
+      [B, height, width, 3] in [0, 255], `label` int32 [B], `position` int32 [B], each sharded on its
+      first axis over all devices. metrics, float32 scalars over the whole batch: `train_loss` (mean
+      cross-entropy), `accuracy_train` (share in [0, 1]), `gradient_norm` (before clipping), `lr`
+      (the learning rate of this update).
+    """
+    gradients = _sharded_gradients if mesh.shape['fsdp'] == 1 else _fsdp_gradients
+
+    def micro_batch(params, batch, key):
+        """Gradient of the mean loss of one micro-batch, and its mean loss and accuracy."""
+
+        def loss_fn(params):
+            logits = model.apply(
+                {'params': params}, normalize(batch['image']), train=True, rngs={'dropout': key}
+            )
+            return _cross_entropy(logits, batch['label']).mean(), logits
+
+        (loss, logits), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == batch['label'])
+        return grads, (loss, accuracy)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        batch = {name: batch[name] for name in ('image', 'label', 'position')}
+        if flip:
+            key = augment.step_key(seed, state.step, augment.FLIP)
+            batch['image'] = augment.random_flip(batch['image'], batch['position'], key)
+        key = augment.step_key(seed, state.step, augment.DROPOUT)
+        grads, (loss, accuracy) = gradients(
+            micro_batch, state.params, batch, key, max(1, accum_steps), mesh, state_shardings.params
+        )
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            'train_loss': loss,
+            'accuracy_train': accuracy,
+            'gradient_norm': optax.global_norm(grads),
+            'lr': schedule(state.step),
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        in_shardings=(state_shardings, sharding.batch_sharding(mesh)),
+        out_shardings=(state_shardings, sharding.replicated(mesh)),
+    )
+
+
+def make_eval_step(
+    model: nn.Module, mesh: Mesh, params_shardings: Any
+) -> Callable[[Any, Batch], Metrics]:
+    """Builds the evaluation step.
+
+    Returns:
+      A jitted function (params, batch) -> sums over the examples whose `mask` is 1: `count`, `loss`
+      (cross-entropy), `correct` (top-1), `correct_top5` (with fewer than 5 classes, all). batch:
+      `image` float32 [B, height, width, 3] in [0, 255], `label` int32 [B], `mask` float32 [B].
+    """
+
+    def eval_step(params, batch: Batch) -> Metrics:
+        logits = model.apply({'params': params}, normalize(batch['image']), train=False)
+        label, mask = batch['label'], batch['mask']
+        score = jnp.take_along_axis(logits, label[:, None], axis=-1)
+        # How many classes come before the right one; of equal scores, the class of lower index does.
+        classes = jnp.arange(logits.shape[-1])[None]
+        before = (logits > score) | ((logits == score) & (classes < label[:, None]))
+        rank = jnp.where(jnp.isfinite(score[:, 0]), before.sum(axis=-1), logits.shape[-1])
+        return {
+            'count': mask.sum(),
+            'loss': jnp.where(mask > 0, _cross_entropy(logits, label), 0.0).sum(),
+            'correct': ((rank < 1) * mask).sum(),
+            'correct_top5': ((rank < 5) * mask).sum(),
+        }
+
+    return jax.jit(
+        eval_step,
+        in_shardings=(params_shardings, sharding.batch_sharding(mesh)),
+        out_shardings=sharding.replicated(mesh),
+    )
+
+
+def make_predict_step(model: nn.Module) -> Callable[[Any, jax.Array], jax.Array]:
+    """Builds the prediction step.
+
+    Returns:
+      A jitted function (params, pixels [B, height, width, 3] in [0, 255]) -> probabilities [B, C] float32.
+    """
+    return jax.jit(
+        lambda params, pixels: jax.nn.softmax(
+            model.apply({'params': params}, normalize(pixels), train=False), axis=-1
+        )
+    )
+
+
+def _cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
+    """[B] float32, from logits [B, C] and labels [B]."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), label)
+
+
+def _accumulate(micro_batch, params, batches, key, accum_steps, constrain=lambda grads: grads):
+    """Mean gradients and metrics over micro-batches `batches` [accum_steps, b, ...]."""
+    if accum_steps == 1:
+        grads, metrics = micro_batch(
+            params, jax.tree.map(lambda x: x[0], batches), jax.random.fold_in(key, 0)
+        )
+        return constrain(grads), metrics
+
+    def body(total, item):
+        index, batch = item
+        grads, metrics = micro_batch(params, batch, jax.random.fold_in(key, index))
+        grads, metrics = jax.tree.map(jnp.add, total, (grads, metrics))
+        return (constrain(grads), metrics), None
+
+    first = jax.tree.map(lambda x: x[0], batches)
+    shapes = jax.eval_shape(micro_batch, params, first, key)
+    grads = constrain(jax.tree.map(jnp.zeros_like, params))
+    # Made from `key`, so that under shard_map it varies over devices as the sums that replace it do.
+    zero = 0.0 * jax.random.uniform(key)
+    metrics = jax.tree.map(lambda leaf: zero.astype(leaf.dtype), shapes[1])
+    total, _ = jax.lax.scan(body, (grads, metrics), (jnp.arange(accum_steps), batches))
+    return jax.tree.map(lambda x: x / accum_steps, total)
+
+
+def _sharded_gradients(micro_batch, params, batch, key, accum_steps, mesh, _):
+    """Data parallel: each device works on its share alone; one mean over devices at the end."""
+    axes = sharding.BATCH_AXES
+
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(axes), PartitionSpec()),
+        out_specs=PartitionSpec(),
+    )
+    def local(params, batch, key):
+        # Without this JAX takes the parameters for one shared copy and sums their gradients over the
+        # devices itself, in every micro-batch; they would come out times the number of devices.
+        params = jax.tree.map(lambda p: jax.lax.pcast(p, axes, to='varying'), params)
+        key = jax.random.fold_in(key, jax.lax.axis_index(axes))
+        batches = jax.tree.map(lambda x: x.reshape(accum_steps, -1, *x.shape[1:]), batch)
+        return jax.lax.pmean(_accumulate(micro_batch, params, batches, key, accum_steps), axes)
+
+    return local(params, batch, key)
+
+
+def _fsdp_gradients(micro_batch, params, batch, key, accum_steps, mesh, param_shardings):
+    """Fully sharded: XLA gathers parameters and scatters gradients, once per micro-batch."""
+
+    def split(x):
+        # Micro-batch i takes every accum_steps-th example, so each of them stays spread over all devices.
+        x = x.reshape(-1, accum_steps, *x.shape[1:]).swapaxes(0, 1)
+        spec = PartitionSpec(None, sharding.BATCH_AXES)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    return _accumulate(
+        micro_batch,
+        params,
+        jax.tree.map(split, batch),
+        key,
+        accum_steps,
+        lambda grads: jax.lax.with_sharding_constraint(grads, param_shardings),
+    )
