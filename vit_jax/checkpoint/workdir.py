@@ -1,0 +1,389 @@
+"""The checkpoints of a run: `<workdir>/checkpoints/<step>`, written by Orbax, verified by us.
+
+Orbax writes asynchronously and renames a complete checkpoint into place, so a run that is killed
+leaves the last complete one. It does not notice damage, though: a flipped byte loads silently as
+another number. So every leaf gets a checksum, computed on the devices from the live state and
+stored in the checkpoint's own metadata (committed by the same rename as the data); a checkpoint
+counts only when what was read has the same checksums.
+
+Deleting is our own, too: Orbax removes a folder file by file, and a kill in between leaves half a
+checkpoint that it still lists. Here a folder is renamed first (`trash-<step>`), then removed.
+"""
+
+import contextlib
+import gc
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import re
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vit_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+_METADATA_KEY = 'vit_jax'
+
+# How long reads of a checkpoint go on after Orbax has given up on it: measured, half a second.
+_LEFTOVERS_SECONDS = 0.6
+
+
+class _DamagedError(Exception):
+    """A checkpoint was read but is not what was saved."""
+
+
+class Checkpoints:
+    """Saves and restores the state of one run. A context manager; `close` waits for the last save.
+
+    With several processes every process calls every method, with the same arguments.
+
+    Example:
+        with Checkpoints('runs/x', keep=2) as checkpoints:
+            restored = checkpoints.restore_latest(abstract_state)
+            step, state = restored or (0, init())
+            ...
+            checkpoints.save(step, state)
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str], *, keep: int = 1):
+        """Removes what an interrupted run left unfinished; reads nothing.
+
+        Args:
+            workdir: folder of the run on a local or shared disk; made by the first `save`.
+            keep: how many of the newest checkpoints stay. At least 1; with 1 there is no older one
+                to fall back to when the newest is damaged.
+
+        Raises:
+            ValueError: keep < 1.
+        """
+        if keep < 1:
+            raise ValueError(f'keep={keep}: at least one checkpoint has to be kept')
+        self._folder = pathlib.Path(workdir).absolute() / 'checkpoints'
+        self._keep = keep
+        self._known: set[int] = set()  # steps that this object has saved or verified
+        self._pending: Any = None  # Orbax's response for the save that is on its way
+        self._quiet = _QuietOrbax()
+        self._quiet.install()
+        self._sweep()
+
+    def __enter__(self) -> 'Checkpoints':
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def steps(self) -> list[int]:
+        """Returns the steps that have a complete, perhaps damaged, checkpoint; ascending."""
+        if not self._folder.is_dir():
+            return []
+        return sorted(int(p.name) for p in self._folder.iterdir() if re.fullmatch(r'\d+', p.name))
+
+    def save(self, step: int, state: Any) -> None:
+        """Starts to save `state` as the checkpoint of `step`.
+
+        Returns as soon as checksums are computed and the values are copied, so `state` may be
+        donated right after; the files are written in the background. Waits for the save before it,
+        and then removes the checkpoints that are not among the `keep` newest. A step that this
+        object has saved or restored already is not written again.
+
+        Args:
+            step: number of finished optimizer steps, 0 or more.
+            state: a pytree whose leaves are jax.Arrays of any shape, dtype and sharding.
+
+        Raises:
+            TypeError: a leaf is no jax.Array.
+            UserError: the folder has a checkpoint of this step, and this object did not write it.
+        """
+        from orbax.checkpoint import v1 as ocp  # slow to import, and only runs that save need it
+
+        self.wait()
+        if step in self._known:
+            return
+        path = self._folder / str(step)
+        if path.exists():
+            raise UserError(
+                f'{path} exists already, from another run. Use another workdir, or remove that '
+                'folder'
+            )
+        checksums, leaves = _checksums(state), _describe(state)
+        digest = _digest([leaves, checksums])
+        metadata = {'leaves': leaves, 'checksums': checksums, 'digest': digest}
+        if jax.process_index() == 0:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        self._pending = ocp.save_async(path, state, custom_metadata={_METADATA_KEY: metadata})
+        self._known.add(step)
+
+    def restore_latest(self, abstract_state: Any) -> tuple[int, Any] | None:
+        """Restores the newest checkpoint whose checksums hold.
+
+        A damaged one that is newer is named in a warning and renamed to `damaged-<step>`.
+
+        Args:
+            abstract_state: pytree with the structure of the state; its leaves have `shape`, `dtype`
+                and `sharding` (jax.ShapeDtypeStruct, or arrays). Any sharding, whatever it was
+                saved with.
+
+        Returns:
+            (step, state) with the structure, dtypes and shardings of `abstract_state`, or None if
+            there is no checkpoint yet.
+
+        Raises:
+            UserError: there are checkpoints, but of another model or optimizer, or all are damaged.
+        """
+        self.wait()
+        damaged: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            with self._quiet.while_loading():
+                state, problem = self._try_restore(step, abstract_state)
+            if not _agreed(not problem):
+                damaged[step] = problem or 'another process cannot read it'
+                _log.warning(
+                    'The checkpoint %s is damaged and not used: %s',
+                    self._folder / str(step),
+                    damaged[step][:300],
+                )
+                continue
+            for bad in damaged:
+                self._set_aside(bad)
+            self._known.add(step)
+            return step, state
+        if damaged:
+            raise UserError(
+                f'none of the checkpoints in {self._folder} can be used (steps '
+                f'{", ".join(map(str, damaged))}: {next(iter(damaged.values()))[:300]}). '
+                'To start again from the beginning, remove that folder or use another workdir'
+            )
+        return None
+
+    def wait(self) -> None:
+        """Waits until the last save is complete on disk, then removes old checkpoints.
+
+        Raises:
+            Exception: what made the save fail, whatever Orbax raises for it.
+        """
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        pending.result()
+        for step in self.steps()[: -self._keep]:
+            self._remove(step)
+
+    def close(self) -> None:
+        """Waits for the last save, as `wait`; the object must not be used afterwards."""
+        try:
+            self.wait()
+        finally:
+            self._quiet.remove()
+
+    def _try_restore(self, step: int, abstract_state: Any) -> tuple[Any, str]:
+        """Returns (state, '') or, if the checkpoint is damaged, (None, what is wrong)."""
+        try:
+            return self._restore(step, abstract_state), ''
+        except (UserError, MemoryError):
+            raise
+        except _DamagedError as e:
+            return None, str(e)
+        except Exception as e:  # Orbax raises many types for damage, bare Exception among them
+            problem = f'{type(e).__name__}: {e}'
+        # Collect what the failed load leaves behind here, where nobody hears it.
+        time.sleep(_LEFTOVERS_SECONDS)
+        gc.collect()
+        return None, problem
+
+    def _restore(self, step: int, abstract_state: Any) -> Any:
+        """Reads and verifies one checkpoint.
+
+        Raises:
+            UserError: it has another structure.
+            Exception: it is damaged.
+        """
+        from orbax.checkpoint import v1 as ocp
+
+        path = self._folder / str(step)
+        # Read as the JSON that it is: Orbax's reader takes a damaged file for an empty one.
+        metadata = json.loads((path / '_CHECKPOINT_METADATA').read_text())
+        saved = metadata['custom_metadata'][_METADATA_KEY]
+        if saved['digest'] != _digest([saved['leaves'], saved['checksums']]):
+            raise _DamagedError('its metadata do not match their own digest')
+        _check_structure(path, saved['leaves'], _describe(abstract_state))
+        abstract_state = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), abstract_state
+        )
+        state = ocp.load(path, abstract_state)
+        # Typed keys come back with an equivalent sharding that is spelled otherwise, and the first
+        # step would be compiled again. Where nothing differs this moves nothing.
+        state = jax.tree.map(
+            lambda x, want: jax.device_put(x, want.sharding), state, abstract_state
+        )
+        expected = saved['checksums']
+        wrong = [name for name, value in _checksums(state).items() if value != expected[name]]
+        if wrong:
+            raise _DamagedError(f'{len(wrong)} arrays have wrong checksums, {wrong[0]} among them')
+        return state
+
+    def _sweep(self) -> None:
+        """Removes what killed runs left: half-removed checkpoints and half-written ones."""
+        if jax.process_index() != 0 or not self._folder.is_dir():
+            return
+        for path in sorted(self._folder.iterdir()):
+            if path.name.startswith('trash-'):
+                shutil.rmtree(path)
+            elif '.orbax-checkpoint-tmp' in path.name:
+                _log.warning('Removing %s, a checkpoint that was never finished', path)
+                shutil.rmtree(path)
+
+    def _remove(self, step: int) -> None:
+        """Removes a checkpoint such that no moment shows half of it under its name."""
+        self._known.discard(step)
+        if jax.process_index() == 0:
+            trash = self._folder / f'trash-{step}'
+            os.rename(self._folder / str(step), trash)
+            shutil.rmtree(trash)
+
+    def _set_aside(self, step: int) -> None:
+        """Renames a damaged checkpoint: it must not count as one to keep, nor be in the way."""
+        if jax.process_index() == 0:
+            aside = self._folder / f'damaged-{step}'
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(self._folder / str(step), aside)
+
+
+def _describe(state: Any) -> dict[str, list[Any]]:
+    """Returns leaf name -> [shape, dtype], as JSON gives it back. The tree may be abstract."""
+    return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in _named_leaves(state)}
+
+
+def _named_leaves(state: Any) -> list[tuple[str, Any]]:
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return [(jax.tree_util.keystr(path, simple=True, separator='/'), leaf) for path, leaf in leaves]
+
+
+def _checksums(state: Any) -> dict[str, int]:
+    """Returns leaf name -> checksum (uint32), computed where the leaves are."""
+    named = _named_leaves(state)
+    for name, leaf in named:
+        if not isinstance(leaf, jax.Array):
+            raise TypeError(f'{name} is a {type(leaf).__name__}; a state has only jax.Arrays')
+    # All are under way before the first result is waited for.
+    sums = [_checksum(leaf) for _, leaf in named]
+    return {name: int(s) for (name, _), s in zip(named, jax.device_get(sums), strict=True)}
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+    """Sums a hash of every element and its global index, modulo 2**32.
+
+    The sum of integers does not depend on the order, hence not on sharding or device count; and as
+    the hash of an element is a bijection of its (32-bit) value, one changed element always shows.
+
+    Args:
+        x: array of any shape, dtype and sharding; typed PRNG keys, too.
+
+    Returns:
+        uint32 scalar.
+    """
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    # 8-byte types come out as two 4-byte words in a new last axis.
+    word = jnp.dtype(f'uint{8 * min(x.dtype.itemsize, 4)}')
+    words = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
+    index = jnp.zeros(words.shape, jnp.uint32)
+    for axis, size in enumerate(words.shape):
+        position = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        index = index * jnp.uint32(size % 2**32) + position
+    return jnp.sum(_mix(words ^ _mix(index + jnp.uint32(0x9E3779B9))), dtype=jnp.uint32)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """MurmurHash3's finalizer (Appleby, 2011, public domain): a bijection of 32-bit words."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def _digest(metadata: Any) -> str:
+    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
+
+
+def _check_structure(path: pathlib.Path, saved: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Raises UserError if the checkpoint belongs to another model or optimizer."""
+
+    def text(leaf: list[Any] | None) -> str:
+        return 'nothing' if leaf is None else f'{leaf[1]}{leaf[0]}'
+
+    names = [n for n in {**expected, **saved} if saved.get(n) != expected.get(n)]
+    if names:
+        shown = '; '.join(
+            f'{n}: saved {text(saved.get(n))}, expected {text(expected.get(n))}' for n in names[:5]
+        )
+        raise UserError(
+            f'{path} was written with another model or optimizer than this config has: '
+            f'{len(names)} '
+            f'arrays differ ({shown}{"; ..." if len(names) > 5 else ""}). Use another workdir, or '
+            'the config that this one was started with'
+        )
+
+
+def _agreed(ok: bool) -> bool:
+    """Whether `ok` holds in all processes: they must restore the same step."""
+    if jax.process_count() == 1:
+        return ok
+    from jax.experimental import multihost_utils
+
+    return bool(np.all(multihost_utils.process_allgather(np.array(ok))))
+
+
+class _QuietOrbax(logging.Filter):
+    """Keeps Orbax's noise off the console: what it raises is reported by us, in one line.
+
+    It logs through absl's logger, like others, so records are told by the file they come from.
+    """
+
+    _LOGGERS = ('absl', 'asyncio')
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._loading = False
+
+    def install(self) -> None:
+        for name in self._LOGGERS:
+            logging.getLogger(name).addFilter(self)
+
+    def remove(self) -> None:
+        for name in self._LOGGERS:
+            logging.getLogger(name).removeFilter(self)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.name == 'asyncio':
+            return not self._loading
+        from_orbax = f'{os.sep}orbax{os.sep}' in record.pathname
+        return not (from_orbax and (self._loading or record.levelno < logging.WARNING))
+
+    @contextlib.contextmanager
+    def while_loading(self) -> Iterator[None]:
+        """Silences all of Orbax while it loads: its complaints are about damage, raised as well.
+
+        A failed load gives up with other reads under way. Their tasks are never awaited, end on a
+        closed event loop, or raise when they are collected: it cannot be caught, only hidden.
+        """
+        self._loading, unraisablehook = True, sys.unraisablehook
+        sys.unraisablehook = lambda unraisable: None
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings('ignore', 'coroutine .* was never awaited', RuntimeWarning)
+                yield
+        finally:
+            self._loading, sys.unraisablehook = False, unraisablehook
