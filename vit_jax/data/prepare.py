@@ -113,26 +113,38 @@ def convert(builder: Any, target: pathlib.Path) -> pathlib.Path:
         )
     reader = file_adapters.ADAPTER_FOR_FORMAT[formats.TFRECORD]
     writer = file_adapters.ADAPTER_FOR_FORMAT[formats.ARRAY_RECORD]
+    shards = [
+        (
+            split,
+            number,
+            split.filename_template.sharded_filepath(
+                shard_index=number, num_shards=split.num_shards
+            ),
+        )
+        for split in info.splits.values()
+        for number in range(split.num_shards)
+    ]
+    missing = [path for _, _, path in shards if not path.exists()]
+    if missing:
+        raise UserError(f'{missing[0]} is missing; the set there is not complete')
     print(f'Converting {source} from TFRecord to ArrayRecord: {target}', flush=True)
     with _appears_complete(target) as folder:
-        for split in info.splits.values():
+        for split, number, path in shards:
+            try:
+                records = [record.numpy() for record in reader.make_tf_data(os.fspath(path))]
+            except Exception as error:  # TensorFlow's errors of broken files.
+                raise UserError(f'{path} is broken ({type(error).__name__})') from error
+            if len(records) != split.shard_lengths[number]:
+                raise UserError(
+                    f'{path} has {len(records)} records; its description says '
+                    f'{split.shard_lengths[number]}'
+                )
             template = split.filename_template.replace(
                 data_dir=folder, filetype_suffix=formats.ARRAY_RECORD.file_suffix
             )
-            for shard, expected in enumerate(split.shard_lengths):
-                path = split.filename_template.sharded_filepath(
-                    shard_index=shard, num_shards=split.num_shards
-                )
-                if not path.exists():
-                    raise UserError(f'{path} is missing; the set in {source} is not complete')
-                records = [record.numpy() for record in reader.make_tf_data(os.fspath(path))]
-                if len(records) != expected:
-                    raise UserError(
-                        f'{path} has {len(records)} records, its description says {expected}'
-                    )
-                out = template.sharded_filepath(shard_index=shard, num_shards=split.num_shards)
-                writer.write_examples(out, enumerate(records))
-                print(f'  {split.name}: file {shard + 1} of {split.num_shards}', flush=True)
+            out = template.sharded_filepath(shard_index=number, num_shards=split.num_shards)
+            writer.write_examples(out, enumerate(records))
+            print(f'  {split.name}: file {number + 1} of {split.num_shards}', flush=True)
         _copy_description(builder, source, folder)
     return target
 
@@ -176,7 +188,8 @@ def _download(name: str, builder: Any, manual_dir: str) -> None:
     if instructions and not (manual and manual.is_dir() and any(manual.iterdir())):
         raise UserError(
             f'some of its files must be downloaded by hand into the folder that '
-            f'--config.tfds_manual_dir names ({manual_dir or "not given"}). {" ".join(instructions.split())}'
+            f'--config.tfds_manual_dir names ({manual_dir or "not given"}). '
+            + ' '.join(instructions.split())
         )
     print(f'Preparing {name} in {builder.data_path} (once; it may be downloaded)', flush=True)
     # TFDS's ten attempts take minutes to say that there is no network; five take some seconds.

@@ -244,10 +244,10 @@ def stratified_order(labels: np.ndarray, *, seed: int = 0) -> np.ndarray:
     place = np.empty(len(labels))
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        # PCG64 by name: NumPy may change what default_rng means, the split of a dataset must not
-        # follow.
-        rng = np.random.Generator(np.random.PCG64([seed, int(label)]))
-        place[members] = (rng.permutation(len(members)) + 0.5) / len(members)
+        # Raw bits, because NumPy may change what `permutation` makes of them, and a later version
+        # must not move test images into the training set.
+        rank = np.argsort(np.argsort(np.random.PCG64([seed, int(label)]).random_raw(len(members))))
+        place[members] = (rank + 0.5) / len(members)
     return np.argsort(place, kind='stable')
 
 

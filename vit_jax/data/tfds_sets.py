@@ -91,8 +91,8 @@ def check_features(name: str, features: Any) -> None:
     ):
         found = ', '.join(fields) or 'none by name'
         raise UserError(
-            f'{name} is no set for image classification: it needs the features image (an image) and '
-            f'label (one class of several), and has: {found}'
+            f'{name} is no set for image classification: it needs the features image (an image) '
+            f'and label (one class of several), and has: {found}'
         )
 
 

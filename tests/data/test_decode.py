@@ -1,0 +1,153 @@
+"""Decoding: bit-equal to TensorFlow where it matters, and every odd file a person may have."""
+
+import hashlib
+import io
+import pathlib
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vit_jax.data.decode import MAX_PIXELS, BadImageError, decode
+
+FIXTURES = pathlib.Path(__file__).parents[1] / 'fixtures' / 'data'
+PHOTOS = sorted((FIXTURES / 'photos').glob('*.jpg'))
+
+
+@pytest.fixture(scope='module')
+def picture() -> np.ndarray:
+    """uint8 [48, 64, 3], smooth, so that JPEG keeps it within some grey levels."""
+    coarse = np.random.RandomState(0).randint(0, 256, (6, 8, 3)).astype(np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((64, 48), Image.BICUBIC))
+
+
+def encode(image, format, **options) -> bytes:
+    file = io.BytesIO()
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(
+        file, format, **options
+    )
+    return file.getvalue()
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    assert a.shape == b.shape
+    return float(np.abs(a.astype(float) - b).mean())
+
+
+@pytest.mark.parametrize('path', PHOTOS, ids=lambda path: path.stem)
+def test_jpeg_is_bit_equal_to_tensorflow(path):
+    pixels = decode(path.read_bytes(), key=str(path))
+    golden = np.load(FIXTURES / 'pixels.npz')[f'{path.stem}/sha256']
+    assert pixels.dtype == np.uint8
+    assert hashlib.sha256(pixels.tobytes()).hexdigest() == str(golden)
+    # The golden can tell: Pillow's decoder, another inverse transform, gives other pixels.
+    pillow = np.asarray(Image.open(path).convert('RGB'))
+    assert not np.array_equal(pixels, pillow) and distance(pixels, pillow) < 2
+
+
+@pytest.mark.parametrize('format', ['PNG', 'BMP', 'WEBP'])
+def test_lossless_formats_are_exact(picture, format):
+    options = {'lossless': True} if format == 'WEBP' else {}
+    assert np.array_equal(decode(encode(picture, format, **options), key='x'), picture)
+
+
+def test_grey_images_get_three_equal_channels(picture):
+    grey = picture[..., 0]
+    expected = np.repeat(grey[..., None], 3, axis=2)
+    assert np.array_equal(decode(encode(grey, 'PNG'), key='x'), expected)
+    jpeg = decode(encode(grey, 'JPEG', quality=95), key='x')
+    assert np.array_equal(jpeg[..., 0], jpeg[..., 2]) and distance(jpeg, expected) < 2
+    black_white = Image.fromarray(grey > 100)
+    white = decode(encode(black_white, 'PNG'), key='x')
+    assert np.array_equal(white[..., 1], np.where(grey > 100, 255, 0))
+
+
+def test_alpha_is_dropped_not_blended(picture):
+    alpha = np.linspace(0, 255, 48 * 64).reshape(48, 64, 1).astype(np.uint8)
+    assert np.array_equal(decode(encode(np.dstack([picture, alpha]), 'PNG'), key='x'), picture)
+    grey = np.dstack([picture[..., :1], alpha])
+    assert np.array_equal(decode(encode(grey, 'PNG'), key='x')[..., 0], picture[..., 0])
+
+
+def test_palette_with_transparency(picture):
+    palette = Image.fromarray(picture).quantize(16)
+    expected = np.asarray(palette.convert('RGB'))
+    assert np.array_equal(decode(encode(palette, 'PNG'), key='x'), expected)
+    transparent = encode(palette, 'PNG', transparency=bytes(range(16)))
+    assert np.array_equal(decode(transparent, key='x'), expected)
+
+
+def test_cmyk(picture):
+    jpeg = encode(Image.fromarray(picture).convert('CMYK'), 'JPEG', quality=95)
+    assert distance(decode(jpeg, key='x'), picture) < 3
+
+
+def test_16_bit_grey_keeps_the_high_byte():
+    grey = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    pixels = decode(encode(grey, 'PNG'), key='x')
+    assert np.array_equal(pixels, np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+@pytest.mark.parametrize('format', ['JPEG', 'PNG', 'WEBP'])
+def test_exif_orientation(picture, orientation, format):
+    from PIL import ImageOps
+
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {'PNG': {}, 'JPEG': {'quality': 95}, 'WEBP': {'lossless': True}}[format]
+    image = encode(picture, format, exif=exif, **options)
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(image))).convert('RGB'))
+    assert distance(decode(image, key='x', exif=True), upright) < 1.5
+    assert distance(decode(image, key='x'), picture) < 4
+    assert upright.shape == ((64, 48, 3) if orientation > 4 else (48, 64, 3))
+
+
+def test_pixels_pass_through(picture):
+    assert decode(picture, key='x') is picture
+    for wrong in (picture.astype(np.float32), picture[..., 0], picture[:0]):
+        with pytest.raises(BadImageError, match='digits:train/3.*uint8'):
+            decode(wrong, key='digits:train/3')
+
+
+def test_bad_files_are_named(picture):
+    jpeg, png = encode(picture, 'JPEG'), encode(picture, 'PNG')
+    bad = {
+        'empty': b'',
+        'text': b'this is no image at all',
+        'half jpeg': jpeg[: len(jpeg) // 2],
+        'jpeg without its last pixels': jpeg[:-12],
+        'jpeg header': jpeg[:20],
+        'half png': png[: len(png) // 2],
+        'corrupt png': png[:60] + bytes(20) + png[80:],
+        'html': b'<html><body>404</body></html>',
+    }
+    for name, image in bad.items():
+        with pytest.raises(BadImageError, match='my photos/ä b.jpg') as caught:
+            decode(image, key='my photos/ä b.jpg')
+        assert caught.value.key == 'my photos/ä b.jpg', name
+        copy = pickle.loads(pickle.dumps(caught.value))  # processes and threads hand it on
+        assert (copy.key, str(copy)) == (caught.value.key, str(caught.value))
+
+
+def test_harmless_damage_is_accepted_as_by_tensorflow(picture):
+    jpeg = encode(picture, 'JPEG')
+    whole = decode(jpeg, key='x')
+    assert np.array_equal(decode(jpeg + b'trailing', key='x'), whole)
+    assert np.array_equal(decode(jpeg[:-2] + b'\1\2\3' + jpeg[-2:], key='x'), whole)
+    # TensorFlow refuses this one, but not a pixel is missing.
+    assert np.array_equal(decode(jpeg[:-2], key='x'), whole)
+
+
+def test_decompression_bombs_are_refused():
+    side = int(MAX_PIXELS**0.5) + 100
+    png = encode(Image.new('1', (side, side)), 'PNG')
+    assert len(png) < 1_000_000
+    with pytest.raises(BadImageError, match='more than'):
+        decode(png, key='bomb.png')
+    jpeg = bytearray(encode(np.zeros((8, 8, 3), np.uint8), 'JPEG'))
+    frame = jpeg.index(b'\xff\xc0')
+    jpeg[frame + 5 : frame + 9] = b'\xfd\xe8\xfd\xe8'  # 65000 x 65000 by its header
+    with pytest.raises(BadImageError, match='65000 x 65000 is more than'):
+        decode(bytes(jpeg), key='bomb.jpg')

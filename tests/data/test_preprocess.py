@@ -1,0 +1,175 @@
+"""Preprocessing against TensorFlow's answers, stored in tests/fixtures/data (make_fixtures.py)."""
+
+import pathlib
+import runpy
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from vit_jax.data.decode import decode
+from vit_jax.data.preprocess import (
+    Preprocess,
+    normalize,
+    resize_bilinear,
+    sample_inception_box,
+)
+from vit_jax.errors import UserError
+
+FIXTURES = pathlib.Path(__file__).parents[1] / 'fixtures' / 'data'
+PHOTOS = sorted((FIXTURES / 'photos').glob('*.jpg'))
+SIZES = [(500, 333), (333, 500), (600, 100), (32, 32), (10, 10)]
+SAMPLES = 20_000
+
+cells = runpy.run_path(str(FIXTURES / 'inception_cells.py'))['cells']
+
+
+@pytest.mark.parametrize('path', PHOTOS, ids=lambda path: path.stem)
+def test_resize_is_within_a_hundredth_of_a_grey_level_of_tensorflow(path):
+    golden = np.load(FIXTURES / 'pixels.npz')
+    pixels = decode(path.read_bytes(), key=str(path))
+    y, x, height, width = golden[f'{path.stem}/box']
+    whole = Preprocess(crop=32).evaluate(pixels)
+    part = resize_bilinear(pixels[y : y + height, x : x + width], 32)
+    assert whole.dtype == part.dtype == np.float32
+    np.testing.assert_allclose(whole, golden[f'{path.stem}/resized'], rtol=0, atol=1e-2)
+    np.testing.assert_allclose(part, golden[f'{path.stem}/cropped'], rtol=0, atol=1e-2)
+    # Rounding to whole grey levels on the way would show.
+    assert np.abs(np.rint(whole) - golden[f'{path.stem}/resized']).max() > 0.4
+
+
+def boxes_of(height, width, seed=0, sample=sample_inception_box):
+    rng = np.random.default_rng(seed)
+    return np.array([sample(height, width, rng) for _ in range(SAMPLES)])
+
+
+def agreement(boxes, golden, width, height):
+    """p-value of the hypothesis that boxes and TensorFlow's boxes have one distribution."""
+    names, counts = golden[f'{width}x{height}/cells'], golden[f'{width}x{height}/counts']
+    ours = {}
+    for cell in map(tuple, cells(boxes, height, width)):
+        ours[cell] = ours.get(cell, 0) + 1
+    table = np.array(
+        [[ours.pop(tuple(name), 0), count] for name, count in zip(names, counts, strict=True)]
+    )
+    # What TensorFlow never drew in 400,000 goes together with what it hardly drew.
+    expected = table[:, 1] * (SAMPLES / counts.sum())
+    rare = expected < 8
+    merged = np.vstack([table[~rare], table[rare].sum(0) + [sum(ours.values()), 0]])
+    return stats.chi2_contingency(merged[merged.sum(1) > 0]).pvalue
+
+
+@pytest.mark.parametrize(('width', 'height'), SIZES)
+def test_crops_have_tensorflows_distribution(width, height):
+    golden = np.load(FIXTURES / 'inception_crop.npz')
+    boxes = boxes_of(height, width)
+    assert agreement(boxes, golden, width, height) > 1e-3
+    if (width, height) == (10, 10):  # cell by cell: not one box that TensorFlow never draws
+        assert set(map(tuple, boxes)) <= set(map(tuple, golden['10x10/cells']))
+
+
+def torchvision_box(height, width, rng):
+    """What RandomResizedCrop(scale=(0.05, 1), ratio=(0.75, 1.33)) draws."""
+    for _ in range(10):
+        area = height * width * rng.uniform(0.05, 1)
+        aspect = np.exp(rng.uniform(np.log(0.75), np.log(1.33)))
+        w, h = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return rng.integers(height - h + 1), rng.integers(width - w + 1), h, w
+    return 0, 0, height, width
+
+
+def last_place_too(height, width, rng):
+    _, _, h, w = sample_inception_box(height, width, rng)
+    return rng.integers(height - h + 1), rng.integers(width - w + 1), h, w
+
+
+@pytest.mark.parametrize('wrong', [torchvision_box, last_place_too])
+def test_the_distribution_test_can_fail(wrong):
+    golden = np.load(FIXTURES / 'inception_crop.npz')
+    assert agreement(boxes_of(32, 32, sample=wrong), golden, 32, 32) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ('width', 'height', 'mean'),
+    [(500, 333, 0.311), (333, 500, 0.296), (600, 100, 0.105), (32, 32, 0.378)],
+)
+def test_mean_area_of_crops(width, height, mean):
+    boxes = boxes_of(height, width, seed=1)
+    share = boxes[:, 2] * boxes[:, 3] / (width * height)
+    assert abs(share.mean() - mean) < 3.5 * share.std() / SAMPLES**0.5 + 5e-4
+    if (width, height) == (500, 333):
+        quantiles = np.quantile(share, [0.05, 0.5, 0.95])
+        np.testing.assert_allclose(quantiles, [0.064, 0.275, 0.679], atol=0.012)
+        assert abs((boxes[:, 3] / boxes[:, 2]).mean() - 1.04) < 0.006
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 700), st.integers(1, 700), st.integers(0, 2**32 - 1))
+def test_crops_lie_inside_any_image(height, width, seed):
+    y, x, h, w = sample_inception_box(height, width, np.random.default_rng(seed))
+    assert 0 <= y <= y + h <= height and 0 <= x <= x + w <= width and h >= 1 and w >= 1
+
+
+def test_train_depends_on_the_generator_alone():
+    image = np.random.RandomState(0).randint(0, 256, (50, 70, 3)).astype(np.uint8)
+    pp = Preprocess(crop=24)
+    first, again, other = (pp.train(image, np.random.default_rng(seed)) for seed in (3, 3, 4))
+    assert first.shape == (24, 24, 3) and first.dtype == np.float32
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+    y, x, h, w = sample_inception_box(50, 70, np.random.default_rng(3))
+    assert np.array_equal(first, resize_bilinear(image[y : y + h, x : x + w], 24))
+
+
+def test_without_inception_crop():
+    image = np.random.RandomState(0).randint(0, 256, (50, 70, 3)).astype(np.uint8)
+    plain = Preprocess(crop=24, inception_crop=False)
+    assert np.array_equal(plain.train(image, np.random.default_rng(0)), plain.evaluate(image))
+    squashed = resize_bilinear(image, 26)
+    pp = Preprocess(crop=24, resize=26, inception_crop=False)
+    rng = np.random.default_rng(0)
+    seen = set()
+    for _ in range(100):
+        view = pp.train(image, rng)
+        places = [
+            (y, x)
+            for y in range(3)
+            for x in range(3)
+            if np.array_equal(view, squashed[y : y + 24, x : x + 24])
+        ]
+        assert len(places) == 1
+        seen.update(places)
+    assert len(seen) == 9
+    assert np.array_equal(pp.evaluate(image), plain.evaluate(image))
+
+
+def test_normalize_numpy_and_jax():
+    pixels = np.array([0, 127.5, 255], np.float32)
+    assert normalize(pixels).tolist() == [-1, 0, 1]
+    assert normalize(np.array([0, 255], np.uint8)).dtype == np.float32
+    on_device = normalize(jax.numpy.asarray(pixels))
+    assert on_device.dtype == np.float32 and on_device.tolist() == [-1, 0, 1]
+
+
+def test_settings_are_checked_and_kept():
+    pp = Preprocess(crop=384, resize=448, inception_crop=False, flip=False)
+    assert Preprocess.from_dict(pp.to_dict()) == pp
+    with pytest.raises(UserError, match='at least pp.crop=224'):
+        Preprocess(crop=224, resize=200, inception_crop=False)
+    with pytest.raises(UserError, match='pp.crop'):
+        Preprocess(crop=0)
+    with pytest.raises(UserError, match='sharpen'):
+        Preprocess.from_dict({'crop': 1, 'sharpen': True})
+
+
+def test_more_real_photos(shared_dir):
+    """The share of crops and evaluations is finite, in range and shaped on photos of all sizes."""
+    rng = np.random.default_rng(0)
+    pp = Preprocess(crop=64)
+    for path in sorted((shared_dir / 'data/flowers_folder/test').rglob('*.jpg')):
+        pixels = decode(path.read_bytes(), key=str(path), exif=True)
+        for view in (pp.train(pixels, rng), pp.evaluate(pixels)):
+            assert view.shape == (64, 64, 3) and 0 <= view.min() < view.max() <= 255

@@ -1,0 +1,305 @@
+"""Datasets: what is found, how it is sliced, and what is said about input that cannot be used."""
+
+import io
+import logging
+import os
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from vit_jax.data import sources
+from vit_jax.data.decode import BadImageError, decode
+from vit_jax.errors import UserError
+
+
+def image_bytes(value=0, format='PNG') -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.full((4, 5, 3), value, np.uint8)).save(file, format)
+    return file.getvalue()
+
+
+def write(root, *paths):
+    for number, path in enumerate(paths):
+        file = root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(image_bytes(number % 256))
+
+
+def keys(source, root):
+    return [os.path.relpath(source[i].key, root) for i in range(len(source))]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """One folder of classes, 30 cats and 10 dogs."""
+    write(tmp_path, *[f'cat/{i:02}.png' for i in range(30)], *[f'dog/{i}.png' for i in range(10)])
+    return tmp_path
+
+
+def test_folder_with_train_and_test(tmp_path):
+    write(
+        tmp_path, 'train/b/1.png', 'train/a/2.png', 'train/a/3.png', 'test/a/4.png', 'test/b/5.png'
+    )
+    train, test = sources.open_sources(str(tmp_path))
+    assert train.class_names == test.class_names == ('a', 'b') and train.exif
+    assert sorted(keys(train, tmp_path)) == ['train/a/2.png', 'train/a/3.png', 'train/b/1.png']
+    assert sorted(keys(test, tmp_path)) == ['test/a/4.png', 'test/b/5.png']
+    for source in (train, test):
+        for i in range(len(source)):
+            example = source[i]
+            assert f'/{source.class_names[example.label]}/' in example.key
+            assert decode(example.image, key=example.key).shape == (4, 5, 3)
+    assert sources.overlap(train, test) == 0
+    with pytest.raises(IndexError):
+        train[3]
+
+
+@pytest.mark.parametrize('name', ['val', 'valid', 'validation'])
+def test_validation_folder(tmp_path, name):
+    write(tmp_path, 'train/a/1.png', 'train/b/1.png', f'{name}/a/2.png', f'{name}/b/2.png')
+    train, test = sources.open_sources(str(tmp_path))
+    assert (len(train), len(test), test.spec) == (2, 2, 'validation')
+    write(tmp_path, 'test/a/3.png', 'test/b/3.png')
+    assert sources.open_sources(str(tmp_path))[1].spec == 'test'
+    both, _ = sources.open_sources(str(tmp_path), train_split='train+validation')
+    assert len(both) == 4
+
+
+def test_two_spellings_of_one_split(tmp_path):
+    write(tmp_path, *[f'{split}/{c}/1.png' for split in ('train', 'val', 'valid') for c in 'ab'])
+    with pytest.raises(UserError, match='validation split; keep one'):
+        sources.open_dataset(str(tmp_path))
+
+
+def test_train_can_be_a_class(tmp_path):
+    write(tmp_path, 'train/1.png', 'car/1.png', 'plane/1.png')
+    assert sources.open_dataset(str(tmp_path)).class_names == ('car', 'plane', 'train')
+
+
+def test_one_folder_is_split_reproducibly_and_stratified(photos):
+    train, test = sources.open_sources(str(photos))
+    assert (train.spec, test.spec) == ('train[:90%]', 'train[90%:]')
+    labels = [test[i].label for i in range(len(test))]
+    assert (len(train), len(test), sorted(labels)) == (36, 4, [0, 0, 0, 1])
+    everything = keys(train, photos) + keys(test, photos)
+    assert len(set(everything)) == 40 and everything != sorted(everything)
+    again = sources.open_sources(str(photos))
+    assert everything == keys(again[0], photos) + keys(again[1], photos)
+    # The order that this version defines; if it changed, users' test images would be trained on.
+    assert keys(test, photos) == EXPECTED_TEST
+    # Where the folder lies has no part in it.
+    elsewhere = photos.parent / 'else where'
+    photos.rename(elsewhere)
+    assert keys(sources.open_sources(str(elsewhere))[1], elsewhere) == EXPECTED_TEST
+
+
+EXPECTED_TEST = ['cat/09.png', 'cat/27.png', 'dog/3.png', 'cat/26.png']
+
+
+def test_file_types_names_and_hidden_files(tmp_path, caplog):
+    good = [
+        'a/1.jpg',
+        'a/2.JPEG',
+        'a/3.Png',
+        'b/4.webp',
+        'b/5.BMP',
+        'b/ünï cödé (1).jpg',
+        'b/deep/er/6.png',
+    ]
+    write(tmp_path, *good)
+    write(
+        tmp_path, 'a/._1.jpg', 'a/.hidden.png', '.git/x.png', 'b/.trash/y.jpg', '__MACOSX/a/z.jpg'
+    )
+    for name in ('a/readme.txt', 'b/Thumbs.db', 'labels.csv', 'a/movie.gif'):
+        (tmp_path / name).write_text('no image')
+    with caplog.at_level(logging.WARNING):
+        split = sources.open_dataset(str(tmp_path)).select('train')
+    assert sorted(keys(split, tmp_path)) == sorted(good)
+    assert '6 files' in caplog.text and str(tmp_path) in caplog.text
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    write(tmp_path, 'real/x.png', 'data/a/1.png', 'data/b/1.png')
+    (tmp_path / 'data/b/more').symlink_to(tmp_path / 'real')
+    (tmp_path / 'data/b/loop').symlink_to(tmp_path / 'data/b')
+    split = sources.open_dataset(str(tmp_path / 'data')).select('train')
+    assert sorted(keys(split, tmp_path)) == ['data/a/1.png', 'data/b/1.png', 'data/b/more/x.png']
+
+
+def test_unusable_folders(tmp_path):
+    def message(name):
+        with pytest.raises(UserError) as caught:
+            sources.open_sources(str(tmp_path / name))
+        assert '\n' not in str(caught.value)
+        return str(caught.value)
+
+    (tmp_path / 'nothing').mkdir()
+    assert 'CLASS/*.jpg' in message('nothing')
+    write(tmp_path, 'one/a/1.png')
+    assert 'one class only (a)' in message('one')
+    write(tmp_path, 'hollow/a/1.png')
+    (tmp_path / 'hollow/b').mkdir()
+    (tmp_path / 'hollow/b/notes.txt').write_text('')
+    assert 'hollow/b has no images' in message('hollow')
+    write(
+        tmp_path,
+        'differ/train/a/1.png',
+        'differ/train/b/1.png',
+        'differ/test/a/1.png',
+        'differ/test/c/1.png',
+    )
+    assert 'missing: b; new: c' in message('differ')
+    assert 'there is no folder' in message('absent')
+    (tmp_path / 'file').write_text('')
+    assert 'is a file' in message('file')
+    (tmp_path / 'closed').mkdir()
+
+
+def test_a_vanished_file_is_named(photos):
+    split = sources.open_dataset(str(photos)).select('train')
+    path = split[5].key
+    os.remove(path)
+    with pytest.raises(BadImageError, match='No such file') as caught:
+        split[5]
+    assert caught.value.key == path
+
+
+def test_digits():
+    train, test = sources.open_sources('digits')
+    assert len(train) + len(test) == 1797 and sources.overlap(train, test) == 0
+    assert train.class_names == tuple('0123456789')
+    counts = np.bincount([test[i].label for i in range(len(test))])
+    assert counts.min() >= 17 and counts.max() <= 19
+    example = train[0]
+    assert example.image.shape == (8, 8, 3) and example.image.dtype == np.uint8
+    pixels = np.stack([train[i].image for i in range(200)])
+    assert (pixels.min(), pixels.max()) == (0, 255) and example.key == 'digits:train/0'
+    assert test[0].key == 'digits:train/1617'
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=300), st.integers(1, 99))
+@settings(deadline=None, max_examples=100)
+def test_stratified_order(labels, percent):
+    labels = np.array(labels)
+    order = sources.stratified_order(labels)
+    assert sorted(order) == list(range(len(labels)))
+    first = labels[order[: round(len(labels) * percent / 100)]]
+    for label in set(labels):
+        total = (labels == label).sum()
+        # Never further from its share than one example per class.
+        assert abs((first == label).sum() - total * len(first) / len(labels)) <= len(set(labels))
+
+
+def test_splits_are_tfds_splits(photos):
+    """All kinds of datasets cut the same split in the same place, TFDS's."""
+    dataset = sources.open_dataset(str(photos))
+    whole = keys(dataset.select('train'), photos)
+    for spec, expected in {
+        'train[:33%]': whole[:13],
+        'train[33%:]': whole[13:],
+        'train[5:8]': whole[5:8],
+        'train[-3:]': whole[-3:],
+        'train[:2]+train[-2:]': whole[:2] + whole[-2:],
+        ' train[:2] + train[2:4] ': whole[:4],
+        'all': whole,
+    }.items():
+        assert keys(dataset.select(spec), photos) == expected, spec
+
+
+@pytest.mark.parametrize(
+    ('spec', 'words'),
+    [
+        ('trian', "Unknown split 'trian'"),
+        ('train[:', 'Unrecognized split format'),
+        ('train[:0]', 'no examples'),
+        ('train[9:3]', 'no examples'),
+        ('train[:101%]', r'\[-100, 100\]'),
+        ('train[:41]', 'incompatible with 40 examples'),
+        ('test', "Unknown split 'test'"),
+    ],
+)
+def test_bad_splits(photos, spec, words):
+    with pytest.raises(UserError, match=words) as caught:
+        sources.open_sources(str(photos), train_split=spec)
+    assert 'train (40 examples)' in str(caught.value) and '\n' not in str(caught.value)
+
+
+def test_overlap(photos):
+    dataset = sources.open_dataset(str(photos))
+    select = dataset.select
+    assert sources.overlap(select('train[:30]'), select('train[20:]')) == 10
+    assert sources.overlap(select('train[:5]+train[:5]'), select('train')) == 5
+    assert sources.overlap(select('train[:50%]'), select('train[50%:]')) == 0
+
+
+def test_sources_are_picklable(photos):
+    split = sources.open_dataset(str(photos)).select('train[3:9]')
+    copy = pickle.loads(pickle.dumps(split))
+    assert [copy[i] for i in range(6)] == [split[i] for i in range(6)]
+
+
+@pytest.mark.parametrize(
+    ('name', 'words'),
+    [
+        ('tf_flower', 'did you mean tf_flowers'),
+        ('no_such_thing_at_all', 'neither a folder'),
+        ('./photos', 'there is no folder ./photos'),
+        ('~/no/such/folder', 'there is no folder'),
+        ('imdb_reviews', 'no set for image classification.*has: text, label'),
+        ('cifar10:9.9.9', 'cannot be loaded at version 9.9.9'),
+        ('', 'no dataset given'),
+    ],
+)
+def test_unknown_datasets(tmp_path, name, words):
+    with pytest.raises(UserError, match=words):
+        sources.open_dataset(name, tfds_data_dir=str(tmp_path))
+
+
+READ_WITHOUT_TENSORFLOW = """
+import importlib.util, sys
+assert importlib.util.find_spec('tensorflow'), 'proves nothing without TensorFlow installed'
+from vit_jax.data import pipeline, preprocess, sources
+train, test = sources.open_sources({name!r}, tfds_data_dir={data_dir!r})
+data = pipeline.train_dataset(train, preprocess.Preprocess(crop=16), batch=8, seed=0)
+with pipeline.train_batches(data, start=0) as batches:
+    for _ in range(3):
+        next(batches)
+for batch in pipeline.eval_batches(test, preprocess.Preprocess(crop=16), batch=100):
+    pass
+loaded = [name for name in ('tensorflow', 'torch') if name in sys.modules]
+assert not loaded, loaded
+print('read', train, 'and', test)
+"""
+
+
+def read_without_tensorflow(name, data_dir):
+    """Opens and reads a set in a fresh process; fails if that imports TensorFlow or PyTorch."""
+    script = READ_WITHOUT_TENSORFLOW.format(name=name, data_dir=str(data_dir))
+    done = subprocess.run(
+        [sys.executable, '-c', script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert 'read' in done.stdout
+
+
+def test_tf_flowers(shared_dir):
+    data_dir = shared_dir / 'data/tfds'
+    train, test = sources.open_sources('tf_flowers', tfds_data_dir=str(data_dir))
+    assert (len(train), len(test)) == (3303, 367) and not train.exif
+    assert train.class_names == ('dandelion', 'daisy', 'tulips', 'sunflowers', 'roses')
+    labels = [train[i].label for i in range(300)] + [test[i].label for i in range(60)]
+    assert np.bincount(labels, minlength=5).min() > 30
+    assert test[0].key == 'tf_flowers:train/3303'
+    whole, _ = sources.open_sources(
+        'tf_flowers:3.0.1', tfds_data_dir=str(data_dir), train_split='train'
+    )
+    assert whole[3303].image == test[0].image and isinstance(test[0].image, bytes)
+    copy = pickle.loads(pickle.dumps(test))
+    assert copy[7].image == test[7].image
+    read_without_tensorflow('tf_flowers', data_dir)
