@@ -1,0 +1,343 @@
+"""The product of a run: a folder with everything that is needed to use the model.
+
+    params.npz   the parameters, in the published naming (float32)
+    model.json   architecture, image size, preprocessing, class names, where it came from, versions
+
+Predicting, evaluating and exporting take such a folder, or a bare `.npz` file of weights.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import pathlib
+import platform
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import ml_collections
+import numpy as np
+
+from vit_jax import models
+from vit_jax.checkpoint import adapt, npz
+from vit_jax.data.preprocess import Preprocess
+from vit_jax.errors import UserError
+from vit_jax.models import variants
+
+FORMAT = 'vit_jax model'
+FORMAT_VERSION = 1
+PARAMS_FILE = 'params.npz'
+MODEL_FILE = 'model.json'
+
+# How a model is computed, not what it is: left to whoever loads it.
+_EXECUTION_KEYS = ('dtype', 'attention', 'remat')
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model that is ready to use: `model.model.apply({'params': model.params}, x, train=False)`.
+
+    Attributes:
+        model: the Flax module; takes [batch, image_size, image_size, 3] float32 in [-1, 1].
+        params: nested dict of float32 NumPy arrays, on the host.
+        model_config: the module's arguments without `num_classes` (plain dict; 'model_name' among
+            them, None where no known variant has this architecture).
+        image_size: side of the (square) input, pixels.
+        class_names: one per class, in label order; () for a model without a head.
+        preprocess: from decoded images to pixels.
+        source: where the model came from; any JSON.
+    """
+
+    model: nn.Module
+    params: Mapping[str, Any]
+    model_config: Mapping[str, Any]
+    image_size: int
+    class_names: tuple[str, ...]
+    preprocess: Preprocess
+    source: Mapping[str, Any]
+
+
+def save(
+    folder: str | os.PathLike[str],
+    params: Mapping[str, Any],
+    *,
+    model_config: Mapping[str, Any],
+    image_size: int,
+    class_names: Sequence[str],
+    preprocess: Mapping[str, Any],
+    source: Mapping[str, Any],
+) -> None:
+    """Writes a model folder. It appears, complete and on disk, by a rename.
+
+    Args:
+        folder: the folder to write; missing parents are made. An older model folder there is
+            replaced.
+        params: nested dict with Linen names of NumPy or (fully addressable) JAX float arrays.
+        model_config: arguments of `models.VisionTransformer`, a dict or ConfigDict; `num_classes`
+            and how it is computed (dtype, attention, remat) are left out.
+        image_size: side of the input, pixels.
+        class_names: names in label order.
+        preprocess: `Preprocess.to_dict()`; its crop is `image_size`.
+        source: where the model came from (weights, dataset, steps, ...); anything that JSON has.
+
+    Raises:
+        UserError: `folder` is something else than a model folder, or cannot be written.
+        ValueError: the arguments do not agree with each other.
+    """
+    folder = pathlib.Path(folder).absolute()
+    num_classes = params['head']['bias'].shape[0] if 'head' in params else 0
+    if len(class_names) != num_classes:
+        raise ValueError(f'{len(class_names)} class names for a head of {num_classes} classes')
+    if preprocess['crop'] != image_size:
+        raise ValueError(f'image_size {image_size}, but preprocessing gives {preprocess["crop"]}')
+    if folder.exists() and not (folder / MODEL_FILE).exists():
+        raise UserError(f'{folder} exists and is no model folder; name another place for the model')
+    config = {k: v for k, v in _plain(model_config).items() if k not in _EXECUTION_KEYS}
+    config.pop('num_classes', None)
+    partial = folder.with_name(f'.{folder.name}.{os.getpid()}.part')
+    try:
+        partial.mkdir(parents=True)
+        npz.save(partial / PARAMS_FILE, params)
+        description = {
+            'format': FORMAT,
+            'format_version': FORMAT_VERSION,
+            'architecture': {
+                'variant': config.get('model_name'),
+                'num_classes': num_classes,
+                'config': config,
+            },
+            'image_size': image_size,
+            'preprocessing': _plain(preprocess),
+            'value_range': [-1, 1],
+            'class_names': list(class_names),
+            'source': _plain(source),
+            'versions': _versions(),
+            'params': {'file': PARAMS_FILE, 'sha256': _sha256(partial / PARAMS_FILE)},
+        }
+        with open(partial / MODEL_FILE, 'w', encoding='utf-8') as f:
+            json.dump(description, f, indent=1, ensure_ascii=False)
+            f.write('\n')
+            f.flush()
+            os.fsync(f.fileno())
+        _replace_folder(partial, folder)
+    except OSError as e:
+        raise UserError(f'cannot write the model folder {folder}: {e}') from e
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def load(path: str | os.PathLike[str], *, variant: str = '') -> Model:
+    """Loads a model folder, or a bare `.npz` file of weights.
+
+    For a bare file the architecture is read from the shapes of its arrays, the image size from the
+    grid of position embeddings; classes are called 'class 0', 'class 1', ... and images are
+    squashed to the image size.
+
+    Args:
+        path: a model folder (the `model` folder of a run), or a `.npz` file of a Vision
+            Transformer.
+        variant: name from `models.variants.VARIANTS`, only for a bare file: what it has to be.
+
+    Returns:
+        The model, its head included.
+
+    Raises:
+        UserError: nothing there, damaged, of a newer format, or not the weights of a known model.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        if variant:
+            raise UserError(f'{path} is a model folder, which knows its variant; leave it out')
+        return _load_folder(path)
+    return _load_file(path, variant)
+
+
+def _load_folder(folder: pathlib.Path) -> Model:
+    if not (folder / MODEL_FILE).is_file():
+        inside = folder / 'model'
+        hint = f'; did you mean {inside}?' if (inside / MODEL_FILE).is_file() else ''
+        raise UserError(f'{folder} is no model folder: it has no {MODEL_FILE}{hint}')
+    try:
+        description = json.loads((folder / MODEL_FILE).read_text(encoding='utf-8'))
+        if description['format'] != FORMAT:
+            raise UserError(f'{folder / MODEL_FILE} does not describe a model of vit_jax')
+        if description['format_version'] > FORMAT_VERSION:
+            raise UserError(
+                f'{folder} was written by a newer vit_jax (format {description["format_version"]}, '
+                f'this one reads up to {FORMAT_VERSION}): update vit_jax'
+            )
+        architecture = description['architecture']
+        config = architecture['config']
+        class_names = tuple(description['class_names'])
+        image_size = description['image_size']
+        preprocess = Preprocess.from_dict(description['preprocessing'])
+        source, params_entry = description['source'], description['params']
+        params_path = folder / params_entry['file']
+        num_classes, sha256 = architecture['num_classes'], params_entry['sha256']
+    except (ValueError, KeyError, TypeError) as e:
+        if isinstance(e, UserError):
+            raise
+        raise UserError(
+            f'{folder / MODEL_FILE} is damaged ({type(e).__name__}: {e}); copy the folder again'
+        ) from e
+    if not params_path.is_file():
+        raise UserError(f'{folder} has no {params_path.name}; copy the folder again')
+    if _sha256(params_path) != sha256:
+        raise UserError(
+            f'{params_path} is not the file that {MODEL_FILE} describes (its SHA-256 is another): '
+            'it '
+            'is damaged, or was exchanged. Copy the folder again'
+        )
+    config['patches']['size'] = tuple(config['patches']['size'])
+    return _build(
+        npz.load(params_path), config, num_classes, image_size, class_names, preprocess, source
+    )
+
+
+def _load_file(path: pathlib.Path, variant: str) -> Model:
+    params = npz.load(path)
+    config = _infer_config(params, path)
+    if variant:
+        if variant not in variants.VARIANTS:
+            raise UserError(f'unknown variant {variant!r}; known: {", ".join(variants.VARIANTS)}')
+        config = _plain(variants.get_config(variant)) | {
+            'representation_size': config['representation_size']
+        }
+    patch = config['patches']['size'][0]
+    positions = params['Transformer']['posembed_input']['pos_embedding'].shape[1]
+    positions -= 'cls' in params
+    side = math.isqrt(positions)
+    if side * side != positions:
+        raise UserError(f'{path}: its {positions} position embeddings are no square grid')
+    head = params.get('head')
+    if head and not any(np.any(leaf) for leaf in head.values()):
+        _log.warning('The head of %s is all zeros: it is made for fine-tuning only', path)
+    num_classes = head['bias'].shape[0] if head else 0
+    return _build(
+        params,
+        config,
+        num_classes,
+        side * patch,
+        tuple(f'class {i}' for i in range(num_classes)),
+        Preprocess(crop=side * patch),
+        {'file': str(path)},
+    )
+
+
+def _infer_config(params: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:
+    """The architecture that the shapes of a Vision Transformer's parameters tell."""
+    for key, what in (('conv_root', 'a hybrid (ResNet + ViT)'), ('MixerBlock_0', 'an MLP-Mixer')):
+        if key in params:
+            raise UserError(f'{path} is {what}; only plain Vision Transformers can be loaded yet')
+    try:
+        transformer = params['Transformer']
+        block = transformer['encoderblock_0']
+        config = {
+            'patches': {'size': params['embedding']['kernel'].shape[:2]},
+            'hidden_size': params['embedding']['kernel'].shape[3],
+            'transformer': {
+                'mlp_dim': block['MlpBlock_0']['Dense_0']['kernel'].shape[1],
+                'num_heads': block['MultiHeadDotProductAttention_0']['query']['kernel'].shape[1],
+                'num_layers': sum(name.startswith('encoderblock_') for name in transformer),
+                'attention_dropout_rate': 0.0,
+                'dropout_rate': 0.0,
+            },
+            'classifier': 'token' if 'cls' in params else 'gap',
+            'representation_size': None,
+            'model_name': None,
+        }
+        transformer['posembed_input']['pos_embedding'].shape[1]
+        if 'pre_logits' in params:
+            config['representation_size'] = params['pre_logits']['kernel'].shape[1]
+    except (KeyError, IndexError, TypeError, AttributeError) as e:
+        raise UserError(
+            f'{path} does not hold the weights of a Vision Transformer: '
+            f'{adapt.describe(params)}, and {e} is missing'
+        ) from e
+    for known in variants.VARIANTS.values():
+        if _signature(known) == _signature(config):
+            return _plain(known) | {'representation_size': config['representation_size']}
+    return config
+
+
+def _signature(config: Mapping[str, Any]) -> tuple:
+    sizes = config['transformer']
+    return (
+        tuple(config['patches']['size']),
+        config['hidden_size'],
+        *(sizes[key] for key in ('mlp_dim', 'num_heads', 'num_layers')),
+        config['classifier'],
+    )
+
+
+def _build(
+    params: Mapping[str, Any],
+    config: dict[str, Any],
+    num_classes: int,
+    image_size: int,
+    class_names: tuple[str, ...],
+    preprocess: Preprocess,
+    source: Mapping[str, Any],
+) -> Model:
+    """Builds the module and holds the parameters against it."""
+    what = source.get('file', 'the model folder')
+    model = models.from_config(config, num_classes=num_classes)
+    image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.float32)
+    try:
+        init = jax.eval_shape(
+            lambda x: model.init(jax.random.key(0), x, train=False)['params'], image
+        )
+    except (ValueError, TypeError) as e:
+        raise UserError(f'{what}: no model can be built as described: {e}') from e
+    params, report = adapt.adapt(
+        params, init, classifier=config['classifier'], keep_head=True, source=str(what)
+    )
+    if report.initialised or report.ignored or report.resized:
+        raise UserError(f'the weights do not agree with the architecture:\n{report}')
+    return Model(model, params, config, image_size, class_names, preprocess, source)
+
+
+def _replace_folder(new: pathlib.Path, folder: pathlib.Path) -> None:
+    """Renames `new` to `folder`; what was there goes only after that."""
+    if not folder.exists():
+        os.rename(new, folder)
+        return
+    old = folder.with_name(f'.{folder.name}.{os.getpid()}.old')
+    os.rename(folder, old)
+    try:
+        os.rename(new, folder)
+    except OSError:
+        os.rename(old, folder)
+        raise
+    shutil.rmtree(old)
+
+
+def _plain(value: Any) -> Any:
+    """ConfigDict -> dict, tuple stays; the rest is json's to accept or refuse."""
+    if isinstance(value, ml_collections.ConfigDict):
+        value = value.to_dict()
+    if isinstance(value, Mapping):
+        return {key: _plain(child) for key, child in value.items()}
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _versions() -> dict[str, str]:
+    versions = {'python': platform.python_version()}
+    for package in ('vit_jax', 'jax', 'flax', 'numpy'):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
