@@ -201,7 +201,7 @@ def test_batch_must_be_positive(model):
 
 
 def test_models_without_one_vector_of_scores_are_refused(model, images):
-    config = {**MODEL_CONFIG, 'classifier': 'unpooled'}
+    config = {**MODEL_CONFIG, 'classifier': 'token_unpooled'}
     unpooled = with_module(model, models.from_config(config, num_classes=len(CLASSES)))
     with pytest.raises(UserError, match='not a score for each of its 3 classes'):
         list(predict.predict(unpooled, [images / 'single.png']))
