@@ -33,8 +33,9 @@ class Squares:
         return Example(image, index % 2, f'square/{index}')
 
 
-def batches(dataset, steps):
-    return [dataset[step] for step in steps]
+def views(batch):
+    """The pixels of each example, by its index."""
+    return dict(zip(batch['example'].tolist(), batch['image'], strict=True))
 
 
 def equal(a, b):
@@ -65,18 +66,14 @@ def test_seeds_differ_and_repeat():
 
     assert equal(first(0), first(0))
     assert not np.array_equal(first(0)['example'], first(1)['example'])
-    by_example = [
-        dict(zip(b['example'].tolist(), b['image'], strict=True)) for b in (first(0), first(1))
-    ]
+    by_example = [views(first(seed)) for seed in (0, 1)]
     assert sum(np.array_equal(by_example[0][i], by_example[1][i]) for i in range(50)) <= 2
 
 
 def test_crops_differ_between_epochs():
     dataset = pipeline.train_dataset(Squares(10), PP, batch=10, seed=0)
-    views = [
-        dict(zip(b['example'].tolist(), b['image'], strict=True)) for b in batches(dataset, (0, 1))
-    ]
-    assert not any(np.array_equal(views[0][i], views[1][i]) for i in range(10))
+    epochs = [views(dataset[step]) for step in (0, 1)]
+    assert not any(np.array_equal(epochs[0][i], epochs[1][i]) for i in range(10))
 
 
 @pytest.mark.parametrize('count', [2, 4])

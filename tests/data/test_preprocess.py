@@ -146,6 +146,20 @@ def test_without_inception_crop():
     assert np.array_equal(pp.evaluate(image), plain.evaluate(image))
 
 
+@pytest.mark.parametrize(
+    'options', [{}, {'inception_crop': False}, {'inception_crop': False, 'resize': 30}]
+)
+def test_results_can_be_written_in_place(options):
+    image = np.random.RandomState(0).randint(0, 256, (50, 70, 3)).astype(np.uint8)
+    pp = Preprocess(crop=24, **options)
+    out = np.full((3, 24, 24, 3), -1, np.float32)
+    assert pp.train(image, np.random.default_rng(0), out=out[1]).base is out
+    assert np.array_equal(out[1], pp.train(image, np.random.default_rng(0)))
+    assert (out[[0, 2]] == -1).all()
+    pp.evaluate(image, out=out[2])
+    assert np.array_equal(out[2], pp.evaluate(image)) and (out[0] == -1).all()
+
+
 def test_normalize_numpy_and_jax():
     pixels = np.array([0, 127.5, 255], np.float32)
     assert normalize(pixels).tolist() == [-1, 0, 1]

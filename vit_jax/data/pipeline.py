@@ -7,7 +7,7 @@ number, and resuming is `start=step`.
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -77,28 +77,23 @@ def train_dataset(
     def place(index: int, example: int) -> tuple[int, int]:
         return index % batch, example
 
-    def load(item: tuple[int, int], rng: np.random.Generator) -> dict[str, np.ndarray]:
-        position, index = item
-        example = source[index]
-        image = decode(example.image, key=example.key, exif=source.exif)
-        return {
-            'image': preprocess.train(image, rng),
-            'label': np.int32(example.label),
-            'position': np.int32(position),
-            'example': np.int32(index),
-        }
+    def draw(item: tuple[int, int], rng: np.random.Generator) -> tuple[int, int, np.ndarray]:
+        return *item, rng.integers(2**63, size=2, dtype=np.uint64)
+
+    def load(items: Sequence[tuple[int, int, np.ndarray]]) -> Batch:
+        positions, indices, keys = zip(*items, strict=True)
+        out = _empty_batch(len(items), preprocess.crop)
+        for row, (index, key) in enumerate(zip(indices, keys, strict=True)):
+            rng = np.random.Generator(np.random.Philox(key=key))
+            out['label'][row] = _load(source, index, out['image'][row], preprocess.train, rng)
+        return out | {'position': np.int32(positions), 'example': np.int32(indices)}
 
     # shuffle before repeat: each epoch is a permutation. Slicing after random_map: same crops on
-    # any process count.
-    dataset = (
-        grain.MapDataset.range(len(source))
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .map_with_index(place)
-        .random_map(load)
-    )
-    return dataset[process_index::process_count].batch(batch // process_count)
+    # any process count. The images are made last, in place: fresh memory for each of them, copied
+    # into the batch, would take more time than decoding does.
+    examples = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    examples = examples.map_with_index(place).random_map(draw)[process_index::process_count]
+    return examples.batch(batch // process_count, batch_fn=load)
 
 
 @contextlib.contextmanager
@@ -165,22 +160,32 @@ def eval_batches(
 
     def load(number: int) -> Batch:
         first = number * local * process_count + process_index
-        out = {
-            'image': np.zeros((local, preprocess.crop, preprocess.crop, 3), np.float32),
-            'label': np.zeros(local, np.int32),
-            'mask': np.zeros(local, np.float32),
-            'example': np.full(local, -1, np.int32),
-        }
-        for place, index in enumerate(range(first, len(source), process_count)[:local]):
-            example = source[index]
-            pixels = decode(example.image, key=example.key, exif=source.exif)
-            out['image'][place] = preprocess.evaluate(pixels)
-            out['label'][place], out['mask'][place], out['example'][place] = example.label, 1, index
-        return out
+        out = _empty_batch(local, preprocess.crop)
+        indices = range(first, len(source), process_count)[:local]
+        for row, index in enumerate(indices):
+            out['label'][row] = _load(source, index, out['image'][row], preprocess.evaluate)
+        out['image'][len(indices) :] = 0
+        padding = local - len(indices)
+        mask = np.pad(np.ones(len(indices), np.float32), (0, padding))
+        return out | {'mask': mask, 'example': np.int32([*indices, *[-1] * padding])}
 
     dataset = grain.MapDataset.range(count).map(load)
     with contextlib.closing(_read_ahead(dataset, 0, threads)) as iterator:
         yield from iterator
+
+
+def _empty_batch(size: int, crop: int) -> Batch:
+    return {
+        'image': np.empty((size, crop, crop, 3), np.float32),
+        'label': np.zeros(size, np.int32),
+    }
+
+
+def _load(source: Source, index: int, out: np.ndarray, make: Callable, *rng) -> int:
+    """Writes the pixels of an example to `out`, float32 [crop, crop, 3], and gives its label."""
+    example = source[index]
+    make(decode(example.image, key=example.key, exif=source.exif), *rng, out=out)
+    return example.label
 
 
 def _read_ahead(dataset: grain.MapDataset, start: int, threads: int | None) -> Iterator[Batch]:

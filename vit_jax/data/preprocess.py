@@ -60,12 +60,15 @@ class Preprocess:
                 'which is cut from it'
             )
 
-    def train(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def train(
+        self, image: np.ndarray, rng: np.random.Generator, out: np.ndarray | None = None
+    ) -> np.ndarray:
         """One augmented view of an image.
 
         Args:
           image: uint8 [height, width, 3] in [0, 255].
           rng: where the crop comes from.
+          out: where to put the result; default new memory.
 
         Returns:
           float32 [crop, crop, 3] in [0, 255], not rounded to whole grey levels. Without
@@ -73,23 +76,26 @@ class Preprocess:
         """
         if self.inception_crop:
             y, x, height, width = sample_inception_box(image.shape[0], image.shape[1], rng)
-            return resize_bilinear(image[y : y + height, x : x + width], self.crop)
+            return resize_bilinear(image[y : y + height, x : x + width], self.crop, out)
         if not self.resize:
-            return self.evaluate(image)
+            return self.evaluate(image, out)
         image = resize_bilinear(image, self.resize)
         y, x = rng.integers(self.resize - self.crop + 1, size=2)
-        return np.ascontiguousarray(image[y : y + self.crop, x : x + self.crop])
+        out = np.empty((self.crop, self.crop, 3), np.float32) if out is None else out
+        out[...] = image[y : y + self.crop, x : x + self.crop]
+        return out
 
-    def evaluate(self, image: np.ndarray) -> np.ndarray:
+    def evaluate(self, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """The whole image squashed to the model's square, whatever its aspect ratio.
 
         Args:
           image: uint8 [height, width, 3] in [0, 255].
+          out: where to put the result; default new memory.
 
         Returns:
           float32 [crop, crop, 3] in [0, 255].
         """
-        return resize_bilinear(image, self.crop)
+        return resize_bilinear(image, self.crop, out)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as a JSON object; `from_dict` is its inverse."""
@@ -124,7 +130,7 @@ def normalize(pixels: Array) -> Array:
     return (pixels - np.float32(127.5)) / np.float32(127.5)
 
 
-def resize_bilinear(image: np.ndarray, side: int) -> np.ndarray:
+def resize_bilinear(image: np.ndarray, side: int, out: np.ndarray | None = None) -> np.ndarray:
     """`tf.image.resize(image, (side, side))`: bilinear, pixel centres at one half, no antialiasing.
 
     OpenCV in float32 is within 0.01 grey levels of TensorFlow; in uint8 it would round each pixel.
@@ -132,6 +138,7 @@ def resize_bilinear(image: np.ndarray, side: int) -> np.ndarray:
     Args:
       image: uint8 or float32 [height, width, 3] in [0, 255]; may be a view.
       side: height and width of the result, pixels.
+      out: float32 [side, side, 3] without gaps, where to put the result; default new memory.
 
     Returns:
       float32 [side, side, 3] in [0, 255].
@@ -139,7 +146,8 @@ def resize_bilinear(image: np.ndarray, side: int) -> np.ndarray:
     import cv2  # Here, because it takes a tenth of a second to import.
 
     # Only the part that is wanted becomes float: four times the memory of a whole photo otherwise.
-    return cv2.resize(image.astype(np.float32), (side, side), interpolation=cv2.INTER_LINEAR)
+    image = image.astype(np.float32)
+    return cv2.resize(image, (side, side), dst=out, interpolation=cv2.INTER_LINEAR)
 
 
 def sample_inception_box(
