@@ -1,0 +1,300 @@
+import http.server
+import pathlib
+import re
+import threading
+
+import pytest
+
+from vit_jax.checkpoint import catalog, download
+from vit_jax.errors import UserError
+
+MIB = 2**20
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    """A bucket in memory, with ranges and ETags; may break off."""
+
+    def do_GET(self):
+        bucket = self.server.bucket
+        bucket.requests.append((self.path, self.headers['Range']))
+        if self.path not in bucket.files:
+            self.send_error(404)
+            return
+        data, etag = bucket.files[self.path]
+        start = 0
+        if self.headers['Range'] and self.headers['If-Range'] == etag:
+            start = int(re.fullmatch(r'bytes=(\d+)-', self.headers['Range'])[1])
+            if start >= len(data):
+                self.send_error(416)
+                return
+            self.send_response(206)
+            self.send_header('Content-Range', f'bytes {start}-{len(data) - 1}/{len(data)}')
+        else:
+            self.send_response(200)
+        self.send_header('ETag', etag)
+        self.send_header('Content-Length', str(len(data) - start))
+        self.end_headers()
+        end = bucket.break_off_at or len(data)
+        bucket.break_off_at = None
+        self.wfile.write(data[start:end])
+
+    def log_message(self, *args):
+        pass
+
+
+class _Bucket:
+    def __init__(self):
+        self.files: dict[str, tuple[bytes, str]] = {}
+        self.requests: list[tuple[str, str | None]] = []
+        self.break_off_at: int | None = None
+
+    def put(self, path, data, etag='"v1"'):
+        self.files[path] = (data, etag)
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    bucket = _Bucket()
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), _Handler)
+    server.daemon_threads = True
+    server.bucket = bucket
+    thread = threading.Thread(target=server.serve_forever, kwargs={'poll_interval': 0.02})
+    thread.start()
+    bucket.url = f'http://127.0.0.1:{server.server_port}'
+    monkeypatch.setenv('VIT_JAX_BASE_URL', bucket.url)
+    monkeypatch.setenv('VIT_JAX_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setenv('NO_PROXY', '*')
+    monkeypatch.setenv('no_proxy', '*')
+    yield bucket
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def _data(size=3 * MIB + 17):
+    return bytes(i * 37 % 251 for i in range(251)) * (size // 251 + 1)
+
+
+TI16 = 'augreg/Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0.npz'
+
+
+def test_released_name_is_downloaded_once(bucket, tmp_path, monkeypatch):
+    monkeypatch.setitem(catalog.RELEASED, 'sam/ViT-B_16.npz', 3.0)
+    monkeypatch.setitem(catalog.RELEASED, 'imagenet21k/ViT-B_16.npz', None)
+    bucket.put('/vit_models/sam/ViT-B_16.npz', _data())
+    bucket.put('/vit_models/imagenet21k/ViT-B_16.npz', b'another file of this name')
+    path = catalog.resolve('sam/ViT-B_16.npz')
+    assert path == tmp_path / 'cache' / 'vit_models' / 'sam' / 'ViT-B_16.npz'
+    assert path.read_bytes() == _data()
+    assert (
+        catalog.resolve('sam/ViT-B_16')
+        == catalog.resolve('gs://vit_models/sam/ViT-B_16.npz')
+        == path
+    )
+    assert len(bucket.requests) == 1
+    assert catalog.resolve('imagenet21k/ViT-B_16').read_bytes() == b'another file of this name'
+    assert not [p for p in path.parent.iterdir() if '.part' in p.name]
+    other = catalog.resolve('sam/ViT-B_16', cache_dir=tmp_path / 'elsewhere')
+    assert other == tmp_path / 'elsewhere' / 'vit_models' / 'sam' / 'ViT-B_16.npz'
+
+
+def test_progress_bar_on_a_terminal_only(bucket, monkeypatch, capsys):
+    bucket.put('/b/x.npz', _data())
+    bucket.put('/b/y.npz', _data())
+    catalog.resolve('gs://b/x.npz')
+    assert capsys.readouterr() == ('', '')
+    monkeypatch.setenv('FORCE_COLOR', '1')  # rich takes this for a terminal
+    catalog.resolve('gs://b/y.npz')
+    assert 'y.npz' in capsys.readouterr().err
+
+
+def test_plus_in_names_is_quoted(bucket, monkeypatch):
+    name = 'imagenet21k+imagenet2012/R50+ViT-B_16.npz'
+    monkeypatch.setitem(catalog.RELEASED, name, None)
+    bucket.put('/vit_models/imagenet21k%2Bimagenet2012/R50%2BViT-B_16.npz', b'x')
+    path = catalog.resolve(name)
+    assert path.parts[-2:] == ('imagenet21k+imagenet2012', 'R50+ViT-B_16.npz')
+
+
+def test_broken_off_download_goes_on(bucket, tmp_path):
+    data = _data()
+    bucket.put('/b/x.npz', data)
+    for cut in (MIB + 5, 2 * MIB + 9):
+        bucket.break_off_at = cut
+        with pytest.raises(UserError, match=f'broke off after {cut:,} of {len(data):,}.*again'):
+            catalog.resolve('gs://b/x.npz')
+        assert not (tmp_path / 'cache' / 'b' / 'x.npz').exists()
+    assert catalog.resolve('gs://b/x.npz').read_bytes() == data
+    assert [r for _, r in bucket.requests] == [None, f'bytes={MIB + 5}-', f'bytes={2 * MIB + 9}-']
+
+
+def test_changed_file_starts_again(bucket):
+    bucket.put('/b/x.npz', _data())
+    bucket.break_off_at = MIB
+    with pytest.raises(UserError, match='broke off'):
+        catalog.resolve('gs://b/x.npz')
+    new = _data()[::-1]
+    bucket.put('/b/x.npz', new, '"v2"')
+    assert catalog.resolve('gs://b/x.npz').read_bytes() == new
+
+
+def test_complete_or_overlong_part_starts_again(bucket, tmp_path):
+    data = _data()
+    bucket.put('/b/x.npz', data)
+    folder = tmp_path / 'cache' / 'b'
+    folder.mkdir(parents=True)
+    (folder / 'x.npz.part').write_bytes(data + b'more')
+    (folder / 'x.npz.part.etag').write_text('"v1"')
+    assert catalog.resolve('gs://b/x.npz').read_bytes() == data
+
+
+def test_wrong_size_is_refused_before_the_download(bucket, tmp_path):
+    bucket.put(f'/vit_models/{TI16}', b'x' * MIB)
+    with pytest.raises(UserError, match=r'1\.00 MiB there, the released file 37\.2'):
+        catalog.resolve(TI16)
+    assert not list(tmp_path.rglob('*.npz')) and not list(tmp_path.rglob('*.part'))
+
+
+def test_published_sizes_may_be_rounded(tmp_path):
+    for size, published in ((37.2, 37), (1.2178 * 1024, 1.22 * 1024), (393.63, 393.69)):
+        download._check_size('u', tmp_path, int(size * MIB), published)
+    with pytest.raises(UserError, match='330.29'):
+        download._check_size('u', tmp_path, int(340 * MIB), 330.29)
+
+
+def test_not_on_the_server(bucket, tmp_path):
+    with pytest.raises(UserError, match='the server answers 404') as e:
+        catalog.resolve('imagenet21k/ViT-B_16')
+    assert f'{bucket.url}/vit_models/imagenet21k/ViT-B_16.npz' in str(e.value)
+
+
+def test_offline_says_where_to_put_the_file(tmp_path, monkeypatch):
+    monkeypatch.setenv('VIT_JAX_BASE_URL', 'http://127.0.0.1:9')  # discard: nothing listens there
+    monkeypatch.setenv('NO_PROXY', '*')
+    monkeypatch.setenv('no_proxy', '*')
+    with pytest.raises(UserError) as e:
+        catalog.resolve('imagenet21k/ViT-B_16', cache_dir=tmp_path)
+    place = tmp_path / 'vit_models' / 'imagenet21k' / 'ViT-B_16.npz'
+    for part in ('http://127.0.0.1:9/vit_models/imagenet21k/ViT-B_16.npz', str(place)):
+        assert part in str(e.value)
+    assert '--config.pretrained=FILE' in str(e.value)
+    place.write_bytes(b'from elsewhere')
+    assert catalog.resolve('imagenet21k/ViT-B_16', cache_dir=tmp_path) == place
+
+
+def test_no_space(bucket, monkeypatch):
+    bucket.put('/b/x.npz', _data())
+    monkeypatch.setattr(
+        download.shutil, 'disk_usage', lambda path: type('Usage', (), {'free': MIB})
+    )
+    with pytest.raises(UserError, match='only 1,048,576 are free'):
+        catalog.resolve('gs://b/x.npz')
+
+
+def test_two_at_once_download_once(bucket):
+    bucket.put('/b/x.npz', _data())
+    results = []
+    threads = [
+        threading.Thread(target=lambda: results.append(catalog.resolve('gs://b/x.npz')))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(results)) == 1 and len(results) == 4
+    assert results[0].read_bytes() == _data()
+    assert len(bucket.requests) == 1
+
+
+def test_addresses(bucket, tmp_path):
+    bucket.put('/a/b.npz?token=1', b'data')
+    path = catalog.resolve(f'{bucket.url}/a/b.npz?token=1')
+    assert path.read_bytes() == b'data'
+    assert path.parts[-2:] == ('a', 'b.npz')
+    bucket.put('/a/../../../e.npz', b'data')  # must not leave the cache
+    path = catalog.resolve(f'{bucket.url}/a/../../../e.npz')
+    assert path == tmp_path / 'cache' / bucket.url.removeprefix('http://') / 'a' / 'e.npz'
+    for bad in ('ftp://host/x.npz', 'gs://', 's3://bucket/x.npz'):
+        with pytest.raises(UserError, match='expected gs://bucket/path or https://host/path'):
+            catalog.resolve(bad)
+
+
+def test_the_buckets_own_address_is_the_same_cache_entry(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        download, 'fetch', lambda url, target, published_mib: seen.append((url, target))
+    )
+    monkeypatch.delenv('VIT_JAX_BASE_URL', raising=False)
+    monkeypatch.setenv('VIT_JAX_CACHE', str(tmp_path))
+    for name in (
+        'https://storage.googleapis.com/vit_models/sam/a.npz',
+        'gs://vit_models/sam/a.npz',
+    ):
+        catalog.resolve(name)
+    assert seen[0] == seen[1]
+    assert seen[0][0] == 'https://storage.googleapis.com/vit_models/sam/a.npz'
+
+
+def test_local_files_and_folders(tmp_path):
+    file = tmp_path / 'w.npz'
+    file.write_bytes(b'x')
+    assert catalog.resolve(str(file)) == file
+    with pytest.raises(UserError, match='folder without params.npz'):
+        catalog.resolve(str(tmp_path))
+    (tmp_path / 'params.npz').write_bytes(b'x')
+    assert catalog.resolve(str(tmp_path)) == tmp_path / 'params.npz'
+
+
+def test_unknown_names_get_the_nearest():
+    with pytest.raises(
+        UserError, match=r'no released checkpoint; nearest .*imagenet21k/ViT-B_16\.npz'
+    ):
+        catalog.resolve('imagenet21k/ViT-B16')
+    with pytest.raises(UserError, match='no file here and no released checkpoint. Expected'):
+        catalog.resolve('/nowhere/zzz')
+
+
+def test_catalogue_is_spelled_as_in_the_release():
+    for name, mib in catalog.RELEASED.items():
+        assert re.fullmatch(r'(imagenet21k(\+imagenet2012)?|sam|augreg)/[\w.+-]+\.npz', name)
+        assert mib is None or 30 < mib < 3000
+
+
+INDEX = """name,ds,final_val,filename,adapt_filename
+B/16,i21k,0.44,B_16-i21k-300ep-a,B_16-i21k-300ep-a--cifar100
+B/16,i21k,0.44,B_16-i21k-300ep-a,B_16-i21k-300ep-a--kitti
+B/16,i21k,0.47,B_16-i21k-300ep-b,B_16-i21k-300ep-b--kitti
+B/16,i1k,0.99,B_16-i1k-300ep-c,B_16-i1k-300ep-c--kitti
+R+Ti/16,i21k,0.3,R_Ti_16-i21k-300ep-d,R_Ti_16-i21k-300ep-d--kitti
+"""
+
+
+def test_augreg_model_is_the_best_of_the_index(bucket):
+    bucket.put('/vit_models/augreg/index.csv', INDEX.encode())
+    bucket.put('/vit_models/augreg/B_16-i21k-300ep-b.npz', b'best')
+    bucket.put('/vit_models/augreg/B_16-i21k-300ep-a--kitti.npz', b'adapted')
+    assert catalog.resolve_augreg('B_16').read_bytes() == b'best'
+    assert catalog.resolve_augreg('B_16-i21k-300ep-a--kitti').read_bytes() == b'adapted'
+    path = catalog.resolve('augreg/B_16-i21k-300ep-a--kitti.npz')
+    assert path.read_bytes() == b'adapted'
+    assert catalog.resolve_augreg('B_16-i21k-300ep-a--kitti.npz') == path
+    with pytest.raises(UserError, match="no AugReg model 'B16'; known: B_16, R_Ti_16"):
+        catalog.resolve_augreg('B16')
+    bucket.put(f'/vit_models/{TI16}', b'x')
+    with pytest.raises(UserError, match='the released file 37.2'):
+        catalog.resolve_augreg(TI16.removeprefix('augreg/'))
+
+
+def test_augreg_in_a_local_folder(tmp_path):
+    (tmp_path / 'index.csv').write_text(INDEX)
+    file = tmp_path / 'R_Ti_16-i21k-300ep-d.npz'
+    file.write_bytes(b'x')
+    assert catalog.resolve_augreg('R_Ti_16', pretrained_dir=str(tmp_path)) == file
+    with pytest.raises(UserError, match='no file .*B_16-i21k-300ep-b.npz'):
+        catalog.resolve_augreg('B_16', pretrained_dir=str(tmp_path))
+    (tmp_path / 'index.csv').write_text('a,b\n1,2\n')
+    with pytest.raises(UserError, match='is no index of AugReg'):
+        catalog.resolve_augreg('B_16', pretrained_dir=str(tmp_path))
+    with pytest.raises(UserError, match='index.csv'):
+        catalog.resolve_augreg('B_16', pretrained_dir=str(pathlib.Path(tmp_path / 'no')))
