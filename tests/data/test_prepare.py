@@ -70,6 +70,11 @@ def test_tfrecord_set_is_converted_and_read_without_tensorflow(tfrecord_set, cap
     assert capfd.readouterr().out == ''
 
 
+def test_another_version_than_the_one_that_is_there(tfrecord_set):
+    with pytest.raises(UserError, match=r'tiny_set:9.0.0 .* has: 1.2.0$'):
+        sources.open_sources('tiny_set:9.0.0', tfds_data_dir=str(tfrecord_set))
+
+
 def test_incomplete_set_leaves_nothing_behind(tfrecord_set):
     next((tfrecord_set / SET).glob('*test*00001-of*')).unlink()
     with pytest.raises(UserError, match='could not be prepared: .*00001-of-00003 is missing'):

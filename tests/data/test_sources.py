@@ -251,6 +251,7 @@ def test_sources_are_picklable(photos):
         ('no_such_thing_at_all', 'neither a folder'),
         ('./photos', 'there is no folder ./photos'),
         ('~/no/such/folder', 'there is no folder'),
+        ('my photos', 'dataset my photos is neither a folder'),
         ('imdb_reviews', 'no set for image classification.*has: text, label'),
         ('cifar10:9.9.9', 'cannot be loaded at version 9.9.9'),
         ('', 'no dataset given'),

@@ -6,7 +6,6 @@ webp, bmp, ...) goes through Pillow.
 """
 
 import io
-import warnings
 
 import numpy as np
 import simplejpeg
@@ -122,11 +121,8 @@ def _to_rgb(picture) -> np.ndarray:
         return np.repeat((np.clip(grey, 0, 65535) >> 8).astype(np.uint8)[..., None], 3, axis=2)
     if picture.mode == 'F':
         raise ValueError('pixels are floating point numbers without a known range')
-    with warnings.catch_warnings():
-        # 'Palette images with Transparency expressed in bytes should be converted to RGBA': the
-        # alpha is dropped.
-        warnings.simplefilter('ignore', UserWarning)
-        return np.array(picture if picture.mode == 'RGB' else picture.convert('RGB'))
+    picture.info.pop('transparency', None)  # Pillow would warn that palettes lose it; they shall.
+    return np.array(picture if picture.mode == 'RGB' else picture.convert('RGB'))
 
 
 def _check_size(height: int, width: int, key: str) -> None:

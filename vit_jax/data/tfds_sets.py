@@ -60,20 +60,32 @@ def find_builder(name: str, data_dir: str) -> Any:
     try:
         return tfds.builder(name, data_dir=expanded)
     except tfds.core.registered.DatasetNotFoundError as error:
-        known = sorted(set(tfds.core.registered.list_imported_builders()))
-        near = difflib.get_close_matches(name.split('/')[0].split(':')[0], known, n=3)
-        hint = (
-            f'did you mean {" or ".join(near)}?'
-            if near
-            else 'https://www.tensorflow.org/datasets/catalog lists the sets.'
-        )
-        raise UserError(
-            f'dataset {name} is neither a folder (seen from {pathlib.Path.cwd()}) nor a set that '
-            f'TFDS knows; {hint}'
-        ) from error
-    except (ValueError, AssertionError, RuntimeError) as error:  # An unknown config or version.
-        reason = re.sub(r'^Failed to construct dataset .*?}": ', '', ' '.join(str(error).split()))
+        raise UserError(_unknown(name, expanded)) from error
+    except (ValueError, AssertionError, RuntimeError) as error:
+        reason = ' '.join(str(error).split())
+        if reason.startswith('Parsing builder name'):
+            raise UserError(_unknown(name, expanded)) from error
+        reason = re.sub(r'^Failed to construct dataset .*?}": ', '', reason)  # config or version
         raise UserError(f'dataset {name} cannot be opened: {reason[:300]}') from error
+
+
+def _unknown(name: str, data_dir: str | None) -> str:
+    import tensorflow_datasets as tfds
+
+    stem = re.split('[/:]', name)[0]
+    known = sorted(set(tfds.core.registered.list_imported_builders()))
+    near = difflib.get_close_matches(stem, known, n=3, cutoff=0.7)
+    prepared = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR, stem)
+    if stem and prepared.is_dir():
+        hint = f'{prepared} has: {", ".join(sorted(path.name for path in prepared.iterdir()))}'
+    elif near:
+        hint = f'did you mean {" or ".join(near)}?'
+    else:
+        hint = 'https://www.tensorflow.org/datasets/catalog lists the sets.'
+    return (
+        f'dataset {name} is neither a folder (seen from {pathlib.Path.cwd()}) nor a set that TFDS '
+        f'knows; {hint}'
+    )
 
 
 def check_features(name: str, features: Any) -> None:
