@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 
 import pytest
@@ -155,12 +156,9 @@ def test_setup_installs_once_and_again_after_a_change(project, tmp_path):
     # Building an editable package takes setuptools, which a new environment lacks offline.
     library = tmp_path / 'library'
     library.mkdir()
-    for name in ('setuptools', '_distutils_hack', 'wheel', 'packaging'):
-        found = pathlib.Path(
-            sys.prefix, 'lib', f'python3.{sys.version_info[1]}', 'site-packages', name
-        )
-        if found.exists():
-            (library / name).symlink_to(found)
+    for found in pathlib.Path(sysconfig.get_path('purelib')).iterdir():
+        if found.name.startswith(('setuptools', '_distutils_hack', 'wheel', 'packaging')):
+            (library / found.name).symlink_to(found)
     python = '{}.{}'.format(*sys.version_info[:2])
     setup = functools.partial(
         bash,
