@@ -1,3 +1,4 @@
+import contextlib
 import http.server
 import pathlib
 import re
@@ -36,7 +37,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         end = bucket.break_off_at or len(data)
         bucket.break_off_at = None
-        self.wfile.write(data[start:end])
+        with contextlib.suppress(ConnectionError):  # whoever refuses the size hangs up
+            self.wfile.write(data[start:end])
 
     def log_message(self, *args):
         pass

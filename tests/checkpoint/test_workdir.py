@@ -285,3 +285,12 @@ def test_killed_while_saving_leaves_a_complete_checkpoint(tmp_path):
         )
     assert step in (1, 2)
     np.testing.assert_array_equal(state['x'], np.full(1 << 20, step, np.float32))
+
+
+def test_saving_makes_no_implicit_transfer(tmp_path):
+    state = _state(1)
+    with Checkpoints(tmp_path) as checkpoints, jax.transfer_guard('disallow'):
+        checkpoints.save(1, state)
+        checkpoints.wait()
+    with Checkpoints(tmp_path) as checkpoints:
+        _assert_equal(checkpoints.restore_latest(_abstract(state))[1], state)

@@ -303,14 +303,14 @@ def _checksum(x: jax.Array) -> jax.Array:
     index = jnp.zeros(words.shape, jnp.uint32)
     for axis, size in enumerate(words.shape):
         position = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-        index = index * jnp.uint32(size % 2**32) + position
-    return jnp.sum(_mix(words ^ _mix(index + jnp.uint32(0x9E3779B9))), dtype=jnp.uint32)
+        index = index * np.uint32(size % 2**32) + position
+    return jnp.sum(_mix(words ^ _mix(index + np.uint32(0x9E3779B9))), dtype=jnp.uint32)
 
 
 def _mix(x: jax.Array) -> jax.Array:
     """MurmurHash3's finalizer (Appleby, 2011, public domain): a bijection of 32-bit words."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 
