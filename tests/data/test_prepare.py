@@ -82,6 +82,14 @@ def test_incomplete_set_leaves_nothing_behind(tfrecord_set):
     assert [path.name for path in (tfrecord_set / 'tiny_set').iterdir()] == ['1.2.0']
 
 
+def test_folder_that_cannot_be_written(tmp_path):
+    with (
+        pytest.raises(UserError, match='cannot be written to .*tfds_data_dir=COPY'),
+        prepare._appears_complete(tmp_path / 'absent' / '1.2.0-array_record'),
+    ):
+        pass
+
+
 MAKE = """
 import sys
 import tensorflow_datasets as tfds

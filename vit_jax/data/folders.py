@@ -1,8 +1,7 @@
 """Folders of images: one per class, with or without folders for the splits around them.
 
     photos/train/daisy/a.jpg   photos/test/daisy/b.jpg    two splits, kept apart
-    photos/daisy/a.jpg         photos/roses/c.png         one, to be sliced: train[:90%],
-    train[90%:]
+    photos/daisy/a.jpg         photos/roses/c.png         one split, `train`, to be sliced
 
 The first form is meant if there is a folder `train` that itself holds folders. The other folders of
 splits are `validation` (also spelled `val` or `valid`) and `test`.

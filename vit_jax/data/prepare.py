@@ -165,7 +165,15 @@ def _copy_description(builder: Any, source: pathlib.Path, folder: pathlib.Path) 
 @contextlib.contextmanager
 def _appears_complete(target: pathlib.Path):
     """A scratch folder beside `target` that gets its name at the end, or is removed."""
-    scratch = pathlib.Path(tempfile.mkdtemp(prefix=f'incomplete-{target.name}-', dir=target.parent))
+    try:
+        prefix = f'incomplete-{target.name}-'
+        scratch = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+    except OSError as error:
+        raise UserError(
+            f'the set must be converted from TFRecord, but {target.parent} cannot be written to '
+            f'({error.strerror}); make it writable, or copy the set and give '
+            '--config.tfds_data_dir=COPY'
+        ) from error
     try:
         yield scratch
         scratch.chmod(0o755)  # mkdtemp's folders are for their owner alone.
@@ -200,9 +208,8 @@ def _download(name: str, builder: Any, manual_dir: str) -> None:
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise
-        address = getattr(
-            getattr(error, 'request', None), 'url', ''
-        )  # of the requests package's errors
+        request = getattr(error, 'request', None)  # of the errors of the package requests
+        address = getattr(request, 'url', '')
         reason = next(iter(str(error).strip().splitlines()), '') or 'no reason given'
         reason = f'{address} cannot be reached' if address else f'{type(error).__name__}: {reason}'
         raise UserError(

@@ -15,6 +15,8 @@ from typing import Any
 from vit_jax.data.sources import Dataset, Example
 from vit_jax.errors import UserError
 
+_DESCRIPTION = 'dataset_info.json'  # the last file that TFDS writes of a set
+
 
 def open_tfds(name: str, data_dir: str, manual_dir: str) -> Dataset:
     """Opens a TFDS set, preparing it first where that is needed.
@@ -110,23 +112,19 @@ def check_features(name: str, features: Any) -> None:
 
 def array_record_folder(builder: Any) -> pathlib.Path | None:
     """The folder that holds a set as ArrayRecord: its own or the converted one; None if none."""
-    for folder in (pathlib.Path(builder.data_path), converted_folder(builder)):
-        if (folder / 'dataset_info.json').exists() and _is_array_record(folder):
-            return folder
-    return None
+    import tensorflow_datasets as tfds
+
+    own, converted = pathlib.Path(builder.data_path), converted_folder(builder)
+    wanted = tfds.core.FileFormat.ARRAY_RECORD
+    if (own / _DESCRIPTION).exists() and wanted in builder.info.available_file_formats():
+        return own
+    return converted if (converted / _DESCRIPTION).exists() else None
 
 
 def converted_folder(builder: Any) -> pathlib.Path:
     """Where a TFRecord set is converted to, beside its own folder: `3.0.1-array_record`."""
     path = pathlib.Path(builder.data_path)
     return path.with_name(path.name + '-array_record')
-
-
-def _is_array_record(folder: pathlib.Path) -> bool:
-    import tensorflow_datasets as tfds
-
-    formats = tfds.builder_from_directory(folder).info.available_file_formats()
-    return tfds.core.FileFormat.ARRAY_RECORD in formats
 
 
 def _open_prepared(name: str, folder: pathlib.Path) -> Dataset:
