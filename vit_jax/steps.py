@@ -83,7 +83,7 @@ def make_train_step(
         metrics = {
             'train_loss': loss,
             'accuracy_train': accuracy,
-            'gradient_norm': optax.global_norm(grads),
+            'gradient_norm': optax.tree.norm(grads),
             'lr': schedule(state.step),
         }
         return TrainState(state.step + 1, params, opt_state), metrics

@@ -39,7 +39,11 @@ def get_model(name: str, **overrides: Any) -> VisionTransformer:
 
 
 def apply_with_intermediates(
-    model: VisionTransformer, params: Mapping[str, Any], images: jax.Array, *, attention_weights: bool = False
+    model: VisionTransformer,
+    params: Mapping[str, Any],
+    images: jax.Array,
+    *,
+    attention_weights: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Logits and everything in between.
 
@@ -63,6 +67,8 @@ def apply_with_intermediates(
         for path, leaf in jax.tree_util.tree_flatten_with_path(state[collection])[0]:
             names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
             if collection == 'attention_weights':
-                names = names[:-2] + ['attention_weights']  # .../MultiHeadDotProductAttention_0/weights
+                names = names[:-2] + [
+                    'attention_weights'
+                ]  # .../MultiHeadDotProductAttention_0/weights
             out['pre_logits' if names == ['features'] else '/'.join(names)] = leaf
     return logits, out

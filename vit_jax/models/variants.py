@@ -18,7 +18,9 @@ _SIZES = {
 }
 
 
-def _vit(size: str, patch: int, dropout_rate: float = 0.0, classifier: str = 'token', suffix: str = '') -> dict:
+def _vit(
+    size: str, patch: int, dropout_rate: float = 0.0, classifier: str = 'token', suffix: str = ''
+) -> dict:
     hidden_size, mlp_dim, num_heads, num_layers = _SIZES[size]
     return dict(
         model_name=f'ViT-{size}_{patch}{suffix}',

@@ -27,6 +27,11 @@ REMAT_POLICIES: Mapping[str, Callable | None] = {
 }
 
 
+def _at_least_float32(dtype: Any) -> jnp.dtype:
+    """What softmax and logits are computed in: float32, or float64 in a float64 model."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 class IdentityLayer(nn.Module):
     """Returns its input; gives it a name in the module tree."""
 
@@ -44,7 +49,9 @@ class AddPositionEmbs(nn.Module):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Tokens [B, N, D] in, tokens [B, N, D] of `dtype` out."""
         if inputs.ndim != 3:
-            raise ValueError(f'position embeddings are added to [batch, tokens, width], not to {inputs.shape}')
+            raise ValueError(
+                f'position embeddings are added to [batch, tokens, width], not to {inputs.shape}'
+            )
         shape = (1, inputs.shape[1], inputs.shape[2])
         embedding = self.param('pos_embedding', nn.initializers.normal(stddev=0.02), shape)
         return inputs.astype(self.dtype) + embedding.astype(self.dtype)
@@ -124,26 +131,31 @@ class MultiHeadDotProductAttention(nn.Module):
             raise ValueError(f'hidden_size {width} is not divisible by num_heads {self.num_heads}')
         heads, head_size = self.num_heads, width // self.num_heads
         query, key, value = (
-            self._project(name, inputs, (width, heads, head_size)) for name in ('query', 'key', 'value')
+            self._project(name, inputs, (width, heads, head_size))
+            for name in ('query', 'key', 'value')
         )
 
         drop = 0.0 if deterministic else self.dropout_rate
         record = self.is_mutable_collection('attention_weights') and not self.is_initializing()
         if self.implementation == 'cudnn' and not record:
             if drop:
-                raise ValueError("attention implementation 'cudnn' has no dropout: use 'xla' with attention_dropout_rate > 0")
+                raise ValueError(
+                    "attention implementation 'cudnn' has no dropout: use 'xla' with attention_dropout_rate > 0"
+                )
             x = jax.nn.dot_product_attention(
                 *(t.swapaxes(1, 2) for t in (query, key, value)), implementation='cudnn'
             ).swapaxes(1, 2)
         elif self.implementation in ATTENTION_IMPLEMENTATIONS:
             logits = jnp.einsum('bhqk,bhnk->bhqn', query * head_size**-0.5, key)
-            weights = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+            weights = jax.nn.softmax(logits.astype(_at_least_float32(self.dtype)), axis=-1)
             if record:
                 self.sow('attention_weights', 'weights', weights)
             weights = nn.Dropout(drop)(weights.astype(self.dtype), deterministic=deterministic)
             x = jnp.einsum('bhqn,bhnk->bhqk', weights, value)
         else:
-            raise ValueError(f'unknown attention {self.implementation!r}: one of {", ".join(ATTENTION_IMPLEMENTATIONS)}')
+            raise ValueError(
+                f'unknown attention {self.implementation!r}: one of {", ".join(ATTENTION_IMPLEMENTATIONS)}'
+            )
 
         kernel, bias = HeadProjection((heads, head_size, width), (width,), 2, name='out')()
         x = x.swapaxes(1, 2).reshape(batch * tokens, width)
@@ -155,7 +167,9 @@ class MultiHeadDotProductAttention(nn.Module):
         batch, tokens, width = inputs.shape
         kernel, bias = HeadProjection(shape, shape[1:], 1, name=name)()
         x = inputs.astype(self.dtype).reshape(batch * tokens, width)
-        x = x @ kernel.reshape(width, width).astype(self.dtype) + bias.reshape(1, width).astype(self.dtype)
+        x = x @ kernel.reshape(width, width).astype(self.dtype) + bias.reshape(1, width).astype(
+            self.dtype
+        )
         return x.reshape(batch, tokens, *shape[1:]).swapaxes(1, 2)
 
 
@@ -185,7 +199,9 @@ class Encoder1DBlock(nn.Module):
         x = x + inputs
 
         y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name='LayerNorm_1')(x)
-        y = MlpBlock(self.mlp_dim, self.dropout_rate, self.dtype, name='MlpBlock_0')(y, deterministic=deterministic)
+        y = MlpBlock(self.mlp_dim, self.dropout_rate, self.dtype, name='MlpBlock_0')(
+            y, deterministic=deterministic
+        )
         self.sow('intermediates', 'mlp', y)
         x = x + y
         self.sow('intermediates', 'tokens', x)
@@ -227,7 +243,9 @@ class Encoder(nn.Module):
         block = Encoder1DBlock
         if self.remat:
             if self.remat not in REMAT_POLICIES:
-                raise ValueError(f'unknown remat {self.remat!r}: one of {", ".join(REMAT_POLICIES)}, or empty for none')
+                raise ValueError(
+                    f'unknown remat {self.remat!r}: one of {", ".join(REMAT_POLICIES)}, or empty for none'
+                )
             block = nn.remat(block, static_argnums=(2,), policy=REMAT_POLICIES[self.remat])
         for layer in range(self.num_layers):
             x = block(
@@ -290,14 +308,23 @@ class VisionTransformer(nn.Module):
           ValueError: the image is not a whole number of patches, or the classifier is unknown.
         """
         if self.classifier not in CLASSIFIERS:
-            raise ValueError(f'unknown classifier {self.classifier!r}: one of {", ".join(CLASSIFIERS)}')
+            raise ValueError(
+                f'unknown classifier {self.classifier!r}: one of {", ".join(CLASSIFIERS)}'
+            )
         patch = tuple(self.patches['size'])
         height, width = inputs.shape[1:3]
         if height % patch[0] or width % patch[1]:
-            raise ValueError(f'an image of {height} x {width} pixels is not a whole number of {patch[0]} x {patch[1]} patches')
+            raise ValueError(
+                f'an image of {height} x {width} pixels is not a whole number of {patch[0]} x {patch[1]} patches'
+            )
 
         x = nn.Conv(
-            self.hidden_size, patch, strides=patch, padding='VALID', dtype=self.dtype, name='embedding'
+            self.hidden_size,
+            patch,
+            strides=patch,
+            padding='VALID',
+            dtype=self.dtype,
+            name='embedding',
         )(inputs.astype(self.dtype))
         self.sow('intermediates', 'patch_embedding', x)  # [B, height / P, width / P, D]
         x = x.reshape(x.shape[0], -1, x.shape[-1])
@@ -308,7 +335,11 @@ class VisionTransformer(nn.Module):
             x = jnp.concatenate([cls, x], axis=1)
 
         x = self.encoder(
-            name='Transformer', dtype=self.dtype, attention=self.attention, remat=self.remat, **self.transformer
+            name='Transformer',
+            dtype=self.dtype,
+            attention=self.attention,
+            remat=self.remat,
+            **self.transformer,
         )(x, train=train)
         self.sow('intermediates', 'encoded', x)
 
@@ -331,6 +362,8 @@ class VisionTransformer(nn.Module):
             kernel_init=nn.initializers.zeros,
             bias_init=nn.initializers.constant(self.head_bias_init),
             # Operands in `dtype`, logits in float32: rounding them to bfloat16 would round the loss.
-            dot_general=functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32),
+            dot_general=functools.partial(
+                jax.lax.dot_general, preferred_element_type=_at_least_float32(self.dtype)
+            ),
             name='head',
         )(x)

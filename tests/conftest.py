@@ -1,0 +1,65 @@
+"""Strict settings for all tests, and what they share."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def pytest_configure(config):
+    """Four virtual CPU devices, exact matrix products, no silent broadcasting; GPU only if asked for."""
+    if 'gpu' not in config.getoption('markexpr'):
+        os.environ['JAX_PLATFORMS'] = 'cpu'
+        os.environ['JAX_NUM_CPU_DEVICES'] = '4'
+    import jax
+
+    jax.config.update('jax_numpy_rank_promotion', 'raise')
+    jax.config.update('jax_default_matmul_precision', 'highest')
+
+
+def pytest_collection_modifyitems(items):
+    """Skips what needs a GPU where there is none, saying so."""
+    if any(item.get_closest_marker('gpu') for item in items):
+        import jax
+
+        if jax.default_backend() != 'gpu':
+            for item in items:
+                if item.get_closest_marker('gpu'):
+                    item.add_marker(pytest.mark.skip(reason='needs an NVIDIA GPU: pytest -m gpu'))
+
+
+@pytest.fixture(scope='session')
+def shared_dir() -> pathlib.Path:
+    """The folder `shared` beside the project: real flowers, real weights, the original's answers."""
+    folder = ROOT.parent / 'shared'
+    if not (folder / 'conformance').is_dir():
+        pytest.skip('the folder ../shared (real data and weights) is not there')
+    return folder
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Runs a command line of the project as a user would, on one CPU device, and returns what it gave."""
+
+    def run(*words, env=None, timeout=300) -> subprocess.CompletedProcess:
+        env = {
+            **os.environ,
+            'JAX_PLATFORMS': 'cpu',
+            'JAX_NUM_CPU_DEVICES': '1',
+            'VIT_JAX_CACHE': str(tmp_path / 'cache'),
+            **(env or {}),
+        }
+        return subprocess.run(
+            [sys.executable, *map(str, words)],
+            cwd=ROOT,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run

@@ -1,0 +1,276 @@
+"""The ViT module: structure, numbers of the original release, dtype, intermediates."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_jax import models
+from vit_jax.checkpoint import npz
+from vit_jax.models import variants
+
+CONFORMANCE = pathlib.Path(__file__).parents[1] / 'fixtures/conformance'
+CASES = sorted(path.name.split('.')[0] for path in CONFORMANCE.glob('vit_*.expected.npz'))
+
+# The original release's test table, at 1000 classes and 224 px.
+PARAMETERS = {
+    'ViT-Ti_16': 5_717_416,
+    'ViT-S_16': 22_050_664,
+    'ViT-S_32': 22_878_952,
+    'ViT-B_8': 86_576_872,
+    'ViT-B_16': 86_567_656,
+    'ViT-B_32': 88_224_232,
+    'ViT-L_16': 304_326_632,
+    'ViT-L_32': 306_535_400,
+    'ViT-H_14': 632_045_800,
+    'ViT-S_16-gap-norep': 22_049_896,
+    'ViT-S_32-gap-norep': 22_878_184,
+    'ViT-B_16-gap-norep': 86_566_120,
+    'ViT-B_32-gap-norep': 88_222_696,
+}
+
+TINY = {
+    'num_classes': 7,
+    'patches': {'size': (8, 8)},
+    'hidden_size': 32,
+    'transformer': {
+        'mlp_dim': 64,
+        'num_heads': 4,
+        'num_layers': 2,
+        'dropout_rate': 0.0,
+        'attention_dropout_rate': 0.0,
+    },
+}
+
+
+def random_images(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).uniform(-1, 1, shape), jnp.float32)
+
+
+def random_params(model, images, seed=0):
+    """Non-zero everywhere, so that no part of the model is silent."""
+    rng = np.random.default_rng(seed)
+    params = model.init(jax.random.key(seed), images, train=False)['params']
+    return jax.tree.map(lambda p: p + 0.05 * rng.standard_normal(p.shape, np.float32), params)
+
+
+def abstract_params(model, size=224):
+    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)['params']
+
+
+@pytest.mark.parametrize('name', variants.VARIANTS)
+def test_parameter_count_is_the_originals(name):
+    params = abstract_params(models.get_model(name, num_classes=1000))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == PARAMETERS[name]
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype('float32')}
+
+
+def test_parameter_paths_and_shapes_are_the_originals():
+    flat = npz.flatten(abstract_params(models.get_model('ViT-B_16', num_classes=21843)))
+    block = 'Transformer/encoderblock_11'
+    attention = f'{block}/MultiHeadDotProductAttention_0'
+    expected = {
+        'cls': (1, 1, 768),
+        'embedding/kernel': (16, 16, 3, 768),
+        'embedding/bias': (768,),
+        'Transformer/posembed_input/pos_embedding': (1, 197, 768),
+        f'{block}/LayerNorm_0/scale': (768,),
+        f'{block}/LayerNorm_1/bias': (768,),
+        f'{attention}/query/kernel': (768, 12, 64),
+        f'{attention}/key/bias': (12, 64),
+        f'{attention}/value/kernel': (768, 12, 64),
+        f'{attention}/out/kernel': (12, 64, 768),
+        f'{attention}/out/bias': (768,),
+        f'{block}/MlpBlock_0/Dense_0/kernel': (768, 3072),
+        f'{block}/MlpBlock_0/Dense_1/kernel': (3072, 768),
+        'Transformer/encoder_norm/scale': (768,),
+        'head/kernel': (768, 21843),
+        'head/bias': (21843,),
+    }
+    assert {name: flat[name].shape for name in expected} == expected
+    assert len(flat) == 200  # the released file has 202: two more of pre_logits
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_logits_are_the_originals(case):
+    config = json.loads((CONFORMANCE / 'index.json').read_text())[case]
+    expected = np.load(CONFORMANCE / f'{case}.expected.npz')
+    params = npz.load(CONFORMANCE / f'{case}.checkpoint.npz')
+    model = models.from_config(config['config'])
+    abstract = abstract_params(model, config['image_size'])
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, abstract)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == config['num_params']
+    logits = model.apply({'params': params}, expected['images'], train=False)
+    assert np.abs(expected['logits']).max() > 0.1  # zeros would prove nothing
+    np.testing.assert_allclose(logits, expected['logits'], atol=1e-5, rtol=0)
+
+
+def test_real_weights_give_the_originals_logits(shared_dir):
+    reference = np.load(shared_dir / 'weights/deit_ti16_imagenet1k_reference.npz')
+    params = npz.load(shared_dir / 'weights/deit_ti16_imagenet1k.npz')
+    model = models.get_model('ViT-Ti_16', num_classes=1000)
+    images = (reference['images'].astype(np.float32) - 127.5) / 127.5
+    logits = jax.jit(lambda p, x: model.apply({'params': p}, x, train=False))(params, images)
+    np.testing.assert_allclose(logits, reference['logits'], atol=1e-4, rtol=0)
+
+
+def test_initial_values_are_the_originals():
+    """The distributions, and the attention kernels exactly those of Flax's own module."""
+    import flax.linen as nn
+
+    from vit_jax.models import vit
+
+    tokens = jnp.zeros((1, 5, 32))
+    ours = vit.MultiHeadDotProductAttention(num_heads=4)
+    theirs = nn.MultiHeadDotProductAttention(
+        num_heads=4, kernel_init=nn.initializers.xavier_uniform()
+    )
+    key = jax.random.key(3)
+    ours = ours.init(key, tokens, deterministic=True)['params']
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs.init(key, tokens)['params'])
+
+    model = models.VisionTransformer(**TINY, head_bias_init=-3.0)
+    params = model.init(key, jnp.zeros((1, 64, 64, 3)), train=False)['params']
+    assert not params['head']['kernel'].any() and not params['cls'].any()
+    np.testing.assert_array_equal(params['head']['bias'], np.full(7, -3, np.float32))
+    embedding = params['Transformer']['posembed_input']['pos_embedding']
+    assert 0.018 < float(embedding.std()) < 0.022
+    mlp_bias = params['Transformer']['encoderblock_0']['MlpBlock_0']['Dense_0']['bias']
+    assert 0 < float(jnp.abs(mlp_bias).max()) < 1e-5
+
+
+def test_bfloat16_reaches_every_matrix_product_and_parameters_stay_float32():
+    model = models.VisionTransformer(**TINY, dtype=jnp.bfloat16, representation_size=24)
+    images = random_images(2, 32, 32, 3)
+    params = random_params(model, images)
+    text = jax.jit(lambda p, x: model.apply({'params': p}, x, train=False)).lower(params, images)
+    lines = [
+        line
+        for line in text.as_text().splitlines()
+        if 'stablehlo.dot_general' in line or 'stablehlo.convolution' in line
+    ]
+    # Patch embedding, per block 4 projections, 2 products of attention, 2 of the MLP, pre_logits, head.
+    assert len(lines) == 1 + 2 * 8 + 2
+    for line in lines:
+        operands = line.rsplit(' : ', 1)[1].split('->')[0]
+        assert operands.count('bf16') == 2, line
+    logits = model.apply({'params': params}, images, train=False)
+    assert logits.dtype == jnp.float32
+    exact = models.VisionTransformer(**TINY, representation_size=24)
+    exact = exact.apply({'params': params}, images, train=False)
+    assert 0 < float(jnp.abs(logits - exact).max()) < 0.05 * float(jnp.abs(exact).max())
+
+
+@pytest.mark.parametrize('remat', ['dots', 'full'])
+def test_rematerialisation_changes_memory_not_results(remat):
+    images = random_images(4, 32, 32, 3)
+    plain = models.VisionTransformer(**TINY)
+    params = random_params(plain, images)
+
+    def gradients(model):
+        def loss(params):
+            return (model.apply({'params': params}, images, train=True) ** 2).sum()
+
+        return jax.jit(jax.grad(loss))
+
+    saving = gradients(models.VisionTransformer(**TINY, remat=remat))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        gradients(plain)(params),
+        saving(params),
+    )
+    assert 'optimization_barrier' in saving.lower(params).as_text()
+    assert 'optimization_barrier' not in gradients(plain).lower(params).as_text()
+
+
+def test_all_intermediates_without_touching_the_code():
+    model = models.VisionTransformer(**TINY, representation_size=24)
+    images = random_images(2, 32, 32, 3)
+    params = random_params(model, images)
+    logits, out = models.apply_with_intermediates(model, params, images, attention_weights=True)
+    np.testing.assert_array_equal(logits, model.apply({'params': params}, images, train=False))
+    shapes = {name: value.shape for name, value in out.items()}
+    for block in ('Transformer/encoderblock_0', 'Transformer/encoderblock_1'):
+        assert shapes[f'{block}/tokens'] == (2, 17, 32)
+        assert shapes[f'{block}/attention_weights'] == (2, 4, 17, 17)
+        np.testing.assert_allclose(out[f'{block}/attention_weights'].sum(-1), 1, atol=1e-5)
+    assert shapes['patch_embedding'] == (2, 4, 4, 32)
+    assert shapes['encoded'] == (2, 17, 32)
+    assert shapes['pre_logits'] == (2, 24)
+    head = params['head']
+    np.testing.assert_allclose(
+        out['pre_logits'] @ head['kernel'] + head['bias'][None], logits, atol=1e-5
+    )
+    before, after = (
+        out['Transformer/with_position_embedding'],
+        out['Transformer/encoderblock_0/tokens'],
+    )
+    halves = [out[f'Transformer/encoderblock_0/{half}'] for half in ('self_attention', 'mlp')]
+    np.testing.assert_allclose(before + halves[0] + halves[1], after, atol=1e-5)
+    _, plain = models.apply_with_intermediates(model, params, images)
+    assert not [name for name in plain if 'attention_weights' in name]
+
+
+def test_attention_weights_are_there_whatever_the_implementation():
+    images = random_images(1, 32, 32, 3)
+    model = models.VisionTransformer(**TINY)
+    params = random_params(model, images)
+    cudnn = models.VisionTransformer(**TINY, attention='cudnn')
+    _, ours = models.apply_with_intermediates(model, params, images, attention_weights=True)
+    _, theirs = models.apply_with_intermediates(cudnn, params, images, attention_weights=True)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_dropout_is_active_in_training_only():
+    config = {**TINY, 'transformer': {**TINY['transformer'], 'dropout_rate': 0.5}}
+    attention = {**TINY, 'transformer': {**TINY['transformer'], 'attention_dropout_rate': 0.5}}
+    images = random_images(2, 32, 32, 3)
+    for case in (config, attention):
+        model = models.VisionTransformer(**case)
+        params = random_params(model, images)
+
+        def train(seed, model=model, params=params):
+            rngs = {'dropout': jax.random.key(seed)}
+            return model.apply({'params': params}, images, train=True, rngs=rngs)
+
+        assert jnp.array_equal(train(0), train(0))
+        assert not jnp.allclose(train(0), train(1))
+        plain = models.VisionTransformer(**TINY).apply({'params': params}, images, train=False)
+        np.testing.assert_array_equal(model.apply({'params': params}, images, train=False), plain)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'size', 'message'),
+    [
+        ({}, 36, 'whole number of 8 x 8 patches'),
+        ({'classifier': 'mean'}, 32, "unknown classifier 'mean'"),
+        ({'attention': 'flash'}, 32, "unknown attention 'flash'"),
+        ({'remat': 'all'}, 32, "unknown remat 'all'"),
+        ({'hidden_size': 30}, 32, 'not divisible by num_heads'),
+    ],
+)
+def test_impossible_arguments_are_named(changes, size, message):
+    model = models.VisionTransformer(**{**TINY, **changes})
+    with pytest.raises(ValueError, match=message):
+        abstract_params(model, size)
+
+
+def test_an_unknown_model_names_the_nearest():
+    with pytest.raises(ValueError, match="nearest: 'ViT-B_16'"):
+        models.get_model('ViT-B16', num_classes=5)
+
+
+@pytest.mark.gpu
+def test_cudnn_attention_equals_xla_on_a_gpu():
+    images = random_images(4, 224, 224, 3)
+    args = {'num_classes': 10, 'dtype': jnp.bfloat16}
+    model = models.get_model('ViT-Ti_16', **args)
+    params = random_params(model, images)
+    cudnn = models.get_model('ViT-Ti_16', attention='cudnn', **args)
+    ours = model.apply({'params': params}, images, train=False)
+    theirs = cudnn.apply({'params': params}, images, train=False)
+    assert jnp.abs(ours - theirs).max() < 0.05 * jnp.abs(ours).max()

@@ -1,0 +1,394 @@
+"""The training step: against float64 gradients and a NumPy update rule, on any topology."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+
+from configs import common
+from vit_jax import models, optim, sharding, steps
+from vit_jax import state as state_lib
+from vit_jax.data import augment
+
+MODEL = {
+    'num_classes': 5,
+    'patches': {'size': (8, 8)},
+    'hidden_size': 32,
+    'transformer': {
+        'mlp_dim': 64,
+        'num_heads': 2,
+        'num_layers': 1,
+        'dropout_rate': 0.0,
+        'attention_dropout_rate': 0.0,
+    },
+}
+STEPS = 5
+
+
+def make_config(**changes) -> ml_collections.ConfigDict:
+    config = common.get_defaults()
+    config.update(base_lr=0.5, total_steps=20, warmup_steps=2, momentum=0.9, accum_steps=1)
+    config.update(changes)
+    return config
+
+
+def make_batches(batch=16, size=16, count=STEPS):
+    rng = np.random.default_rng(0)
+    return [
+        {
+            'image': rng.uniform(0, 255, (batch, size, size, 3)).astype(np.float32),
+            'label': rng.integers(0, 5, batch).astype(np.int32),
+            'position': np.arange(batch, dtype=np.int32),
+        }
+        for _ in range(count)
+    ]
+
+
+def make_params(model, size=16):
+    rng = np.random.default_rng(1)
+    params = state_lib.init_params(model, size, seed=0)
+    return jax.tree.map(lambda p: p + 0.1 * rng.standard_normal(p.shape, np.float32), params)
+
+
+def run_steps(config, params, batches, *, devices, fsdp=1, model=None, flip=False):
+    """The real thing: the jitted, sharded step. Returns final parameters and the metrics."""
+    model = model or models.VisionTransformer(**MODEL)
+    mesh = sharding.create_mesh(fsdp, jax.devices()[:devices])
+    schedule = optim.create_learning_rate_schedule(
+        config.total_steps, config.base_lr, config.decay_type, config.warmup_steps
+    )
+    tx = optim.create_optimizer(config, schedule)
+    state = state_lib.create_state(params, tx, mesh)
+    step = steps.make_train_step(
+        model,
+        tx,
+        schedule,
+        mesh,
+        sharding.state_sharding(state, mesh),
+        seed=config.seed,
+        accum_steps=config.accum_steps,
+        flip=flip,
+    )
+    history = []
+    for batch in batches:
+        with jax.transfer_guard('disallow'):
+            state, metrics = step(state, sharding.put_batch(batch, mesh))
+        history.append(jax.device_get(metrics))
+    assert step._cache_size() == 1
+    return jax.device_get(state.params), history
+
+
+def reference_steps(config, params, batches):
+    """The same in NumPy, float64, with gradients of JAX in float64 of the plain mean loss."""
+    model = models.VisionTransformer(**MODEL, dtype=jnp.float64)
+
+    def loss_fn(params, images, labels):
+        logits = model.apply({'params': params}, images, train=False)
+        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1))
+
+    losses = []
+    with jax.enable_x64(True):
+        gradient = jax.jit(jax.value_and_grad(loss_fn))
+        params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
+        leaves, structure = jax.tree.flatten(params)
+        momentum = [np.zeros_like(leaf) for leaf in leaves]
+        for count, batch in enumerate(batches):
+            images = (batch['image'].astype(np.float64) - 127.5) / 127.5
+            loss, grads = gradient(jax.tree.unflatten(structure, leaves), images, batch['label'])
+            losses.append(float(loss))
+            grads = [np.asarray(g) for g in jax.tree.leaves(grads)]
+            norm = np.sqrt(sum((g**2).sum() for g in grads))
+            if config.grad_norm_clip and norm > config.grad_norm_clip:
+                grads = [g * config.grad_norm_clip / norm for g in grads]
+            progress = max(0, (count - config.warmup_steps)) / (
+                config.total_steps - config.warmup_steps
+            )
+            rate = config.base_lr * 0.5 * (1 + np.cos(np.pi * progress))
+            rate *= min(1, count / config.warmup_steps)
+            decay = config.momentum
+            if config.optim_dtype == 'bfloat16':
+                decay = float(ml_dtypes.bfloat16(decay))
+                momentum = [m.astype(ml_dtypes.bfloat16).astype(np.float64) for m in momentum]
+            momentum = [decay * m + g for m, g in zip(momentum, grads, strict=True)]
+            leaves = [p - rate * m for p, m in zip(leaves, momentum, strict=True)]
+    return jax.tree.unflatten(structure, leaves), losses
+
+
+def changes(new, old):
+    return [
+        np.asarray(a, np.float64) - np.asarray(b, np.float64)
+        for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
+    ]
+
+
+@pytest.fixture(scope='module')
+def reference():
+    """`reference_steps`, once for each optimizer."""
+    known = {}
+    batches, params = make_batches(), make_params(models.VisionTransformer(**MODEL))
+
+    def get(**settings):
+        key = tuple(sorted(settings.items()))
+        if key not in known:
+            known[key] = reference_steps(make_config(**settings), params, batches)
+        return batches, params, *known[key]
+
+    return get
+
+
+TOPOLOGIES = [(1, 1), (2, 1), (4, 1), (4, 4)]  # devices, fsdp
+
+
+@pytest.mark.parametrize('clip', [0.0, 0.3])
+@pytest.mark.parametrize('accum_steps', [1, 4])
+@pytest.mark.parametrize(('devices', 'fsdp'), TOPOLOGIES)
+def test_five_steps_equal_float64(reference, monkeypatch, devices, fsdp, accum_steps, clip):
+    monkeypatch.setattr(sharding, 'MIN_SIZE_TO_SHARD', 64)  # so that FSDP cuts this small model
+    settings = {'grad_norm_clip': clip, 'optim_dtype': 'float32'}
+    batches, params, expected, losses = reference(**settings)
+    config = make_config(accum_steps=accum_steps, **settings)
+    new, history = run_steps(config, params, batches, devices=devices, fsdp=fsdp)
+
+    assert min(m['gradient_norm'] for m in history) > 0.3  # the clipped runs do clip
+    np.testing.assert_allclose([m['train_loss'] for m in history], losses, atol=1e-5, rtol=0)
+    ours, theirs = changes(new, params), changes(expected, params)
+    largest = max(np.abs(change).max() for change in theirs)
+    assert largest > 0.05
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * largest, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ('devices', 'accum_steps', 'clip'), [(1, 1, 0.0), (2, 4, 0.3), (4, 1, 0.3), (4, 4, 0.0)]
+)
+def test_five_steps_with_bfloat16_momentum(reference, devices, accum_steps, clip):
+    """As above; but where float32 and float64 fall on two sides of a rounding boundary of bfloat16, the
+    stored momentum differs by its last bit, so a few elements may be off by what that bit moves."""
+    settings = {'grad_norm_clip': clip, 'optim_dtype': 'bfloat16'}
+    batches, params, expected, losses = reference(**settings)
+    config = make_config(accum_steps=accum_steps, **settings)
+    new, history = run_steps(config, params, batches, devices=devices)
+
+    np.testing.assert_allclose([m['train_loss'] for m in history], losses, atol=1e-5, rtol=0)
+    ours, theirs = (
+        np.concatenate([c.ravel() for c in changes(tree, params)]) for tree in (new, expected)
+    )
+    largest = np.abs(theirs).max()
+    off = np.abs(ours - theirs)
+    assert (off > 1e-4 * largest).mean() < 1e-3
+    assert off.max() < 2**-8 * largest
+    exact = reference(grad_norm_clip=clip, optim_dtype='float32')[2]
+    exact = np.concatenate([c.ravel() for c in changes(exact, params)])
+    assert (
+        np.abs(exact - theirs) > 1e-4 * largest
+    ).mean() > 0.05  # rounding is not lost in the noise
+
+
+def test_logged_rate_is_the_one_applied():
+    config = make_config(optim_dtype='float32', momentum=0.0, grad_norm_clip=0.0)
+    params = make_params(models.VisionTransformer(**MODEL))
+    _, history = run_steps(config, params, make_batches(), devices=1)
+    np.testing.assert_allclose([m['lr'] for m in history][:3], [0, 0.25, 0.5], rtol=1e-6)
+    first, _ = run_steps(config, params, make_batches()[:1], devices=1)
+    jax.tree.map(np.testing.assert_array_equal, first, jax.device_get(params))  # rate 0
+
+
+def test_mirroring_is_the_same_on_any_topology():
+    """The examples' order on the devices and the number of devices do not matter, the place does."""
+    images = jnp.asarray(make_batches()[0]['image'])
+    place = jnp.arange(16)
+    key = augment.step_key(0, 3, augment.FLIP)
+    flipped = augment.random_flip(images, place, key)
+    which = [not np.array_equal(a, b) for a, b in zip(flipped, images, strict=True)]
+    for image, mirrored, changed in zip(images, flipped, which, strict=True):
+        np.testing.assert_array_equal(mirrored, image[:, ::-1] if changed else image)
+    assert 2 < sum(which) < 14
+    order = np.random.default_rng(0).permutation(16)
+    np.testing.assert_array_equal(
+        augment.random_flip(images[order], place[order], key), flipped[order]
+    )
+    many = augment.random_flip(jnp.ones((4000, 1, 2, 1)) * jnp.arange(2)[None, None, :, None],
+                               jnp.arange(4000), key)  # fmt: skip
+    assert 0.47 < float(many[:, 0, 0, 0].mean()) < 0.53
+    params, config = make_params(models.VisionTransformer(**MODEL)), make_config()
+    one, _ = run_steps(config, params, make_batches(), devices=1, flip=True)
+    four, _ = run_steps(config, params, make_batches(), devices=4, flip=True)
+    plain, _ = run_steps(config, params, make_batches(), devices=1, flip=False)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, four)
+    assert max(np.abs(change).max() for change in changes(one, plain)) > 1e-3
+
+
+def test_dropout_differs_by_step_micro_batch_and_device():
+    """With all images alike, each image's loss tells its dropout mask."""
+    transformer = {**MODEL['transformer'], 'dropout_rate': 0.5}
+    model = models.VisionTransformer(**{**MODEL, 'transformer': transformer})
+    params = make_params(model)
+    batch = make_batches(batch=8)[0]
+    batch['image'][:] = batch['image'][:1]
+    batch['label'][:] = 0
+    config = make_config(base_lr=0.0)
+
+    def loss(accum_steps, devices, count=1):
+        config.accum_steps = accum_steps
+        return [
+            float(m['train_loss'])
+            for m in run_steps(config, params, [batch] * count, devices=devices, model=model)[1]
+        ]
+
+    one, again = loss(1, 1, count=3), loss(1, 1, count=3)
+    assert one == again and len(set(one)) == 3  # a function of the step
+    assert len({loss(4, 1)[0], loss(1, 4)[0], loss(2, 2)[0], one[0]}) == 4
+
+
+def lowered_step(devices, accum_steps, fsdp=1, batch=64):
+    model = models.VisionTransformer(**MODEL)
+    config = make_config(accum_steps=accum_steps)
+    mesh = sharding.create_mesh(fsdp, jax.devices()[:devices])
+    schedule = optim.create_learning_rate_schedule(20, 0.5, 'cosine', 2)
+    tx = optim.create_optimizer(config, schedule)
+    abstract = state_lib.abstract_state(model, tx, 32, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    step = steps.make_train_step(
+        model, tx, schedule, mesh, shardings, seed=0, accum_steps=accum_steps
+    )
+    place = sharding.batch_sharding(mesh)
+    data = {
+        'image': jax.ShapeDtypeStruct((batch, 32, 32, 3), jnp.float32, sharding=place),
+        'label': jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=place),
+        'position': jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=place),
+    }
+    return step.lower(abstract, data).compile(), abstract
+
+
+def shapes_of(text, operation):
+    """Element counts of what all calls of a collective operation give, in compiled HLO."""
+    found = []
+    for line in text.splitlines():
+        match = re.search(rf'= (.*?) {operation}(-start)?\(', line)
+        if match:
+            for dims in re.findall(r'\w+\[([\d,]*)\]', match[1]):
+                found.append(int(np.prod([int(d) for d in dims.split(',') if d] or [1])))
+    return found
+
+
+@pytest.mark.parametrize('fsdp', [1, 4])
+@pytest.mark.parametrize('accum_steps', [1, 4])
+def test_each_device_does_its_share_and_no_image_is_gathered(monkeypatch, accum_steps, fsdp):
+    monkeypatch.setattr(sharding, 'MIN_SIZE_TO_SHARD', 2**12)
+    total = lowered_step(1, 1)[0].cost_analysis()['flops']
+    compiled, abstract = lowered_step(4, accum_steps, fsdp)
+    # The body of the loop over micro-batches is counted once, and runs accum_steps times.
+    share = compiled.cost_analysis()['flops'] * accum_steps / total
+    assert 0.25 <= share < 0.30, share
+
+    text = compiled.as_text()
+    image_elements = 64 * 32 * 32 * 3
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
+    moved = {name: shapes_of(text, name) for name in ('all-gather', 'all-to-all', 'all-reduce')}
+    largest = max(leaf.size for leaf in jax.tree.leaves(abstract.params))
+    assert largest < image_elements / 16  # so that a gathered micro-batch would show
+    for name, sizes in moved.items():
+        assert max(sizes, default=0) <= largest or name == 'all-reduce', (name, sizes)
+    if fsdp == 1:
+        assert not moved['all-gather'] and not moved['all-to-all']
+        assert parameters <= sum(moved['all-reduce']) <= parameters + 8  # and loss, accuracy
+        bodies = re.findall(r'body=%?([\w.\-]+)', text)
+        assert bool(bodies) >= (accum_steps > 1)
+        for body in bodies:
+            block = text.split(f'%{body} ', 1)[1].split('\n}\n', 1)[0]
+            assert 'all-reduce' not in block
+
+
+def test_fsdp_holds_a_part_of_every_large_array(monkeypatch):
+    monkeypatch.setattr(sharding, 'MIN_SIZE_TO_SHARD', 64)
+    _, abstract = lowered_step(4, 1, fsdp=4)
+    whole = sum(leaf.size for leaf in jax.tree.leaves(abstract))
+    part = sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) for leaf in jax.tree.leaves(abstract)
+    )
+    assert part < 0.3 * whole
+
+
+def test_evaluation_counts_only_what_is_not_masked():
+    model = models.VisionTransformer(**{**MODEL, 'num_classes': 9})
+    params = make_params(model)
+    mesh = sharding.create_mesh(1, jax.devices()[:4])
+    params = sharding.put_tree(params, sharding.state_sharding(params, mesh))
+    step = steps.make_eval_step(model, mesh, sharding.state_sharding(params, mesh))
+    rng = np.random.default_rng(5)
+    batch = {
+        'image': rng.uniform(0, 255, (16, 16, 16, 3)).astype(np.float32),
+        'label': rng.integers(0, 9, 16).astype(np.int32),
+        'mask': (rng.random(16) < 0.6).astype(np.float32),
+    }
+    sums = jax.device_get(step(params, sharding.put_batch(batch, mesh)))
+    logits = model.apply(
+        {'params': jax.device_get(params)}, batch['image'] / 127.5 - 1, train=False
+    )
+    logits = np.asarray(logits, np.float64)
+    loss = np.log(np.exp(logits).sum(-1)) - logits[np.arange(16), batch['label']]
+    order = np.argsort(-logits, axis=-1)
+    counted = batch['mask'] > 0
+    assert sums['count'] == counted.sum()
+    np.testing.assert_allclose(sums['loss'], loss[counted].sum(), rtol=1e-5)
+    assert sums['correct'] == (order[:, 0] == batch['label'])[counted].sum()
+    right = (order[:, :5] == batch['label'][:, None]).any(-1)
+    assert sums['correct_top5'] == right[counted].sum() > sums['correct']
+
+
+def test_ties_and_nan_are_no_luck():
+    """Of equal logits the first class counts as predicted (as argmax does); NaN is never right."""
+
+    class Constant:
+        def __init__(self, value):
+            self.value = value
+
+        def apply(self, variables, images, train):
+            return jnp.full((images.shape[0], 10), self.value)
+
+    mesh = sharding.create_mesh(1, jax.devices()[:1])
+    batch = {
+        'image': np.zeros((3, 4, 4, 3), np.float32),
+        'label': np.array([0, 4, 5], np.int32),
+        'mask': np.ones(3, np.float32),
+    }
+    for value, top1, top5 in ((0.5, 1, 2), (np.nan, 0, 0)):
+        step = steps.make_eval_step(Constant(value), mesh, sharding.replicated(mesh))
+        sums = step({'p': jnp.zeros(())}, sharding.put_batch(batch, mesh))
+        assert (float(sums['correct']), float(sums['correct_top5'])) == (top1, top5)
+
+
+def test_adamw_and_weight_decay_are_optax_on_kernels_only():
+    params = {'head': {'kernel': jnp.ones((2, 2)), 'bias': jnp.ones(2)}}
+    grads = jax.tree.map(lambda p: 0.1 * p, params)
+    config = make_config(optimizer='adamw', weight_decay=0.1, optim_dtype='float32')
+    tx = optim.create_optimizer(config, lambda _: 0.01)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    plain = optax.adam(0.01)
+    expected, _ = plain.update(grads, plain.init(params), params)
+    np.testing.assert_allclose(updates['head']['bias'], expected['head']['bias'])
+    np.testing.assert_allclose(
+        updates['head']['kernel'], expected['head']['kernel'] - 0.01 * 0.1, rtol=1e-6
+    )
+    config = make_config(weight_decay=0.5, grad_norm_clip=0.0, optim_dtype='float32')
+    tx = optim.create_optimizer(config, lambda _: 0.01)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    np.testing.assert_allclose(updates['head']['kernel'], -0.01 * (0.1 + 0.5), rtol=1e-6)
+    np.testing.assert_allclose(updates['head']['bias'], -0.01 * 0.1, rtol=1e-6)
+
+
+@pytest.mark.parametrize('decay_type', ['cosine', 'linear'])
+def test_schedule(decay_type):
+    schedule = optim.create_learning_rate_schedule(100, 0.03, decay_type, 10)
+    rates = np.array([schedule(step) for step in range(101)])
+    assert rates[0] == 0 and rates[5] == pytest.approx(0.015, rel=1e-5)
+    assert rates[10] == pytest.approx(0.03)
+    middle, end = (0.015, 0.0) if decay_type == 'cosine' else (0.015005, 1e-5)
+    assert rates[55] == pytest.approx(middle, rel=1e-4)
+    assert rates[100] == pytest.approx(end, abs=1e-9)
+    assert (np.diff(rates[10:]) < 0).all()
