@@ -20,8 +20,9 @@ if [[ -e $workdir ]]; then
 fi
 
 echo
-echo "Training: python -m vit_jax.main --config configs/digits.py --workdir $workdir $*"
-"$python" -m vit_jax.main --config configs/digits.py --workdir "$workdir" "$@"
+command=(-m vit_jax.main --config configs/digits.py --workdir "$workdir" "$@")
+echo "Training: python ${command[*]}"
+"$python" "${command[@]}"
 
 echo
 "$python" scripts/quickstart_picture.py "$workdir"

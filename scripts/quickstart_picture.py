@@ -1,6 +1,6 @@
 """Shows what the model that quickstart.sh trained says about some images of its test split.
 
-Writes `images/*.png`, named by position and true digit, and `predictions.png` into the workdir.
+Writes into the workdir: `images/*.png`, the first image of each class, and `predictions.png`.
 
 Example:
     python scripts/quickstart_picture.py runs/quickstart
@@ -20,31 +20,32 @@ from PIL import Image
 from vit_jax import model_folder, predict
 from vit_jax.data import sources
 
-ROWS, COLUMNS = 2, 5
+COLUMNS = 5
 
 
-def save_test_images(workdir: pathlib.Path, count: int) -> list[tuple[str, str]]:
-    """Writes images spread evenly over the test split of a run.
+def save_test_images(workdir: pathlib.Path) -> list[tuple[str, str]]:
+    """Writes the first image of each class in the test split of a run.
 
     Args:
       workdir: of a finished run.
-      count: how many.
 
     Returns:
-      Path and class name of each.
+      Path and class name of each, in label order.
     """
     config = json.loads((workdir / 'config.json').read_text())
     _, source = sources.open_sources(
         config['dataset'], train_split=config['pp']['train'], test_split=config['pp']['test']
     )
+    first = {}
+    for index in range(len(source)):
+        first.setdefault(source[index].label, index)
     folder = workdir / 'images'
     folder.mkdir(exist_ok=True)
     saved = []
-    for index in np.linspace(0, len(source) - 1, count).round().astype(int):
-        example = source[int(index)]
-        name = source.class_names[example.label]
-        path = folder / f'test_{index:04d}_is_{name}.png'
-        Image.fromarray(example.image).save(path)
+    for label, index in sorted(first.items()):
+        name = source.class_names[label]
+        path = folder / f'{name}_test_{index:04d}.png'
+        Image.fromarray(source[index].image).save(path)
         saved.append((str(path), name))
     return saved
 
@@ -61,11 +62,14 @@ def draw(path: pathlib.Path, model: model_folder.Model, images: list[tuple[str, 
       How many predictions are right.
     """
     truths = dict(images)
-    figure, axes = plt.subplots(ROWS, COLUMNS, figsize=(2 * COLUMNS, 2.5 * ROWS))
+    rows = -(-len(images) // COLUMNS)
+    figure, axes = plt.subplots(rows, COLUMNS, figsize=(2 * COLUMNS, 2.8 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis('off')
     right = 0
-    for axis, (image, probabilities) in zip(
-        axes.flat, predict.predict(model, list(truths)), strict=True
-    ):
+    results = predict.predict(model, list(truths))
+    # Not strict: the last row may have places left.
+    for (image, probabilities), axis in zip(results, axes.flat, strict=False):
         best = int(np.argmax(probabilities))
         predicted, truth = model.class_names[best], truths[image]
         right += predicted == truth
@@ -75,7 +79,6 @@ def draw(path: pathlib.Path, model: model_folder.Model, images: list[tuple[str, 
             color='darkgreen' if predicted == truth else 'crimson',
             fontsize=11,
         )
-        axis.axis('off')
     figure.suptitle('Predicted digit, its probability, and the truth')
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -87,10 +90,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('workdir', type=pathlib.Path, help='of a finished run on digits')
     workdir = parser.parse_args().workdir
-    images = save_test_images(workdir, ROWS * COLUMNS)
+    images = save_test_images(workdir)
     picture = workdir / 'predictions.png'
     right = draw(picture, model_folder.load(workdir / 'model'), images)
-    print(f'{right} of {len(images)} images of the test split are recognised: see {picture}')
+    print(
+        f'{right} of {len(images)} images (the first of each class in the test split) are '
+        f'recognised: see {picture}'
+    )
 
 
 if __name__ == '__main__':

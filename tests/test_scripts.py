@@ -2,6 +2,7 @@
 
 import functools
 import importlib.metadata
+import json
 import os
 import pathlib
 import shutil
@@ -13,6 +14,7 @@ import tomllib
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -236,3 +238,42 @@ def test_continuous_integration_runs_the_test_script(project):
     (project / 'scripts' / 'test.sh').write_text('echo all the tests; exit 3\n')
     done = bash(project / '.ci' / 'run')
     assert (done.returncode, done.stdout) == (3, 'all the tests\n')
+
+
+def test_quickstart_trains_afresh_and_ends_with_the_accuracy(project):
+    """The whole of it, with few steps: main, prediction, picture, advice, last line."""
+    (project / 'scripts' / 'setup.sh').write_text(f'echo {sys.prefix}\n')
+    (project / 'configs').symlink_to(ROOT / 'configs')
+    quick = ['total_steps=3', 'warmup_steps=1', 'progress_every=1', 'compile_cache=']
+    (project / 'runs' / 'quickstart').mkdir(parents=True)
+    (project / 'runs' / 'quickstart' / 'metrics.jsonl').write_text('{"step": 1, "train_loss": 0}\n')
+    done = bash(
+        project / 'scripts' / 'quickstart.sh',
+        *(f'--config.{setting}' for setting in quick),
+        JAX_NUM_CPU_DEVICES='1',
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = project / 'runs' / 'quickstart'
+    rows = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
+    assert [row['step'] for row in rows if row.get('train_loss')] == [1, 2, 3], 'trained afresh'
+    assert len([row for row in rows if 'train_loss' in row]) == 3
+    assert 'Removing runs/quickstart' in done.stdout
+    lines = done.stdout.splitlines()
+    (accuracy,) = [row['accuracy_test'] for row in rows if 'accuracy_test' in row]
+    assert lines[-1] == f'test accuracy: {100 * accuracy:.1f} %'
+    assert sum(line.startswith('  python ') for line in lines[-12:]) == 3
+    with Image.open(run / 'predictions.png') as picture:
+        assert picture.size[0] > 1000
+    images = sorted((run / 'images').glob('*.png'))
+    assert [image.name[0] for image in images] == list('0123456789')
+    first = lines.index(f'runs/quickstart/images/{images[0].name}')
+    shown = [float(line.split()[1]) for line in lines[first + 1 : first + 4]]
+    assert shown == sorted(shown, reverse=True) and 0.3 < sum(shown) <= 1
+
+
+def test_quickstart_fails_with_the_training(project):
+    (project / 'scripts' / 'setup.sh').write_text(f'echo {sys.prefix}\n')
+    (project / 'configs').symlink_to(ROOT / 'configs')
+    done = bash(project / 'scripts' / 'quickstart.sh', '--config.total_stepz=3')
+    assert done.returncode != 0 and 'total_steps' in done.stderr
+    assert 'test accuracy' not in done.stdout
