@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import textwrap
@@ -294,3 +295,60 @@ def test_saving_makes_no_implicit_transfer(tmp_path):
         checkpoints.wait()
     with Checkpoints(tmp_path) as checkpoints:
         _assert_equal(checkpoints.restore_latest(_abstract(state))[1], state)
+
+
+def test_two_processes_agree_about_damage(tmp_path):
+    """Only one of the processes reads the damaged file; the other must not wait for it for ever."""
+    code = """
+    import sys
+    import jax, numpy as np
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec
+    from vit_jax.checkpoint.workdir import Checkpoints
+    jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+    mesh = jax.make_mesh((2,), ('data',), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec('data'))
+    def state(value):
+        x = np.random.default_rng(value).normal(size=(512, 64)).astype(np.float32)
+        return {'x': jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])}
+    with Checkpoints(sys.argv[3], keep=3) as checkpoints:
+        restored = checkpoints.restore_latest(state(0))
+        if restored:
+            step, got = restored
+            shard = got['x'].addressable_shards[0]
+            want = state(step)['x'].addressable_shards[0]
+            assert np.array_equal(shard.data, want.data)
+        print('restored', restored and step)
+        for step in (1, 2):
+            if not restored or step > restored[0]:
+                checkpoints.save(step, state(step))
+    """
+
+    def run():
+        with socket.socket() as s:
+            s.bind(('127.0.0.1', 0))
+            address = f'127.0.0.1:{s.getsockname()[1]}'
+        env = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '1', 'XLA_FLAGS': ''}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, '-c', textwrap.dedent(code), address, str(i), str(tmp_path)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=env,
+            )
+            for i in range(2)
+        ]
+        try:
+            return [process.communicate(timeout=90)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+
+    assert all('restored None' in text for text in run())
+    folder = tmp_path / 'checkpoints'
+    [data] = (folder / '2' / 'state' / 'ocdbt.process_1' / 'd').iterdir()
+    data.write_bytes(b'')
+    assert all('restored 1' in text for text in run())
+    assert _names(folder) == ['1', '2', 'damaged-2']
+    assert all('restored 2' in text for text in run())

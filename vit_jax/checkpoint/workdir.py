@@ -39,10 +39,6 @@ _METADATA_KEY = 'vit_jax'
 _LEFTOVERS_SECONDS = 0.6
 
 
-class _DamagedError(Exception):
-    """A checkpoint was read but is not what was saved."""
-
-
 class Checkpoints:
     """Saves and restores the state of one run. A context manager; `close` waits for the last save.
 
@@ -145,23 +141,26 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             with self._quiet.while_loading():
-                state, problem = self._try_restore(step, abstract_state)
+                state, checksums, problem = self._try_read(step, abstract_state)
+            # Checksums are computed by all processes together, so all must have come this far.
             if not _agreed(not problem):
-                damaged[step] = problem or 'another process cannot read it'
-                _log.warning(
-                    'The checkpoint %s is damaged and not used: %s',
-                    self._folder / str(step),
-                    damaged[step][:300],
-                )
+                problem = problem or 'another process cannot read it'
+            else:
+                problem = _compare(_checksums(state), checksums)
+            if problem:
+                damaged[step] = ' '.join(problem.split())[:300]
+                path = self._folder / str(step)
+                _log.warning('The checkpoint %s is damaged and not used: %s', path, damaged[step])
                 continue
             for bad in damaged:
                 self._set_aside(bad)
+            _agreed(True)  # nobody goes on, and perhaps saves, before the names are free
             self._known.add(step)
             return step, state
         if damaged:
             raise UserError(
                 f'none of the checkpoints in {self._folder} can be used (steps '
-                f'{", ".join(map(str, damaged))}: {next(iter(damaged.values()))[:300]}). '
+                f'{", ".join(map(str, damaged))}: {next(iter(damaged.values()))}). '
                 'To start again from the beginning, remove that folder or use another workdir'
             )
         return None
@@ -186,27 +185,28 @@ class Checkpoints:
         finally:
             self._quiet.remove()
 
-    def _try_restore(self, step: int, abstract_state: Any) -> tuple[Any, str]:
-        """Returns (state, '') or, if the checkpoint is damaged, (None, what is wrong)."""
+    def _try_read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, int], str]:
+        """Returns (state, saved checksums, '') or, if damaged, (None, {}, what is wrong)."""
         try:
-            return self._restore(step, abstract_state), ''
+            return *self._read(step, abstract_state), ''
         except (UserError, MemoryError):
             raise
-        except _DamagedError as e:
-            return None, str(e)
         except Exception as e:  # Orbax raises many types for damage, bare Exception among them
             problem = f'{type(e).__name__}: {e}'
         # Collect what the failed load leaves behind here, where nobody hears it.
         time.sleep(_LEFTOVERS_SECONDS)
         gc.collect()
-        return None, problem
+        return None, {}, problem
 
-    def _restore(self, step: int, abstract_state: Any) -> Any:
-        """Reads and verifies one checkpoint.
+    def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, int]]:
+        """Reads one checkpoint, each process for itself; nothing is verified yet.
+
+        Returns:
+            (state, checksums that it had when it was saved).
 
         Raises:
             UserError: it has another structure.
-            Exception: it is damaged.
+            Exception: it cannot be read.
         """
         from orbax.checkpoint import v1 as ocp
 
@@ -215,22 +215,24 @@ class Checkpoints:
         metadata = json.loads((path / '_CHECKPOINT_METADATA').read_text())
         saved = metadata['custom_metadata'][_METADATA_KEY]
         if saved['digest'] != _digest([saved['leaves'], saved['checksums']]):
-            raise _DamagedError('its metadata do not match their own digest')
+            raise ValueError('its metadata do not match their own digest')
         _check_structure(path, saved['leaves'], _describe(abstract_state))
         abstract_state = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), abstract_state
         )
-        state = ocp.load(path, abstract_state)
+        # No barriers with other processes: one that finds damage would leave the rest waiting.
+        me = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f'process_{me}'
+        )
+        with ocp.Context(multiprocessing_options=alone):
+            state = ocp.load(path, abstract_state)
         # Typed keys come back with an equivalent sharding that is spelled otherwise, and the first
         # step would be compiled again. Where nothing differs this moves nothing.
         state = jax.tree.map(
             lambda x, want: jax.device_put(x, want.sharding), state, abstract_state
         )
-        expected = saved['checksums']
-        wrong = [name for name, value in _checksums(state).items() if value != expected[name]]
-        if wrong:
-            raise _DamagedError(f'{len(wrong)} arrays have wrong checksums, {wrong[0]} among them')
-        return state
+        return state, saved['checksums']
 
     def _sweep(self) -> None:
         """Removes what killed runs left: half-removed checkpoints and half-written ones."""
@@ -278,6 +280,12 @@ def _checksums(state: Any) -> dict[str, int]:
     # All are under way before the first result is waited for.
     sums = [_checksum(leaf) for _, leaf in named]
     return {name: int(s) for (name, _), s in zip(named, jax.device_get(sums), strict=True)}
+
+
+def _compare(checksums: dict[str, int], expected: dict[str, int]) -> str:
+    """Returns '' if they are equal, else what is wrong."""
+    wrong = [name for name, value in checksums.items() if value != expected[name]]
+    return f'{len(wrong)} arrays have wrong checksums, {wrong[0]} among them' if wrong else ''
 
 
 @jax.jit
