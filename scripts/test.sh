@@ -27,7 +27,7 @@ venv=$(bash "$root/scripts/setup.sh" "${setup[@]}")
 cd "$root"
 
 status=0
-"$venv/bin/ruff" check . || status=1
+"$venv/bin/ruff" check --output-format concise . || status=1
 "$venv/bin/ruff" format --check . || status=1
 # Two workers: the suite is made for two cores. An argument of the same name overrides (-n 0: in this process).
 "$venv/bin/python" -m pytest -n 2 --dist loadfile ${pytest[@]+"${pytest[@]}"} || status=$?
