@@ -1,1 +1,4 @@
-"""What a user picks and edits: one file per experiment, every knob in `common.py`, a preset per dataset in `datasets.py`."""
+"""What a user picks and edits.
+
+One file per experiment, every knob in `common.py`, a preset per dataset in `datasets.py`.
+"""

@@ -1,9 +1,10 @@
 """Every knob there is, with its default and what it does.
 
-A config file starts from `get_config()`, which has every knob *unset*, and sets what it is about. After the command
-line is parsed, `vit_jax.config.resolve` fills what is still unset. Precedence, weakest first: the default here; the
-dataset's preset (`datasets.py`); the file's own table for that dataset (`config.dataset_presets`); what the file sets;
-flags (`--config.base_lr=0.01`). "Off" is 0 or an empty string.
+A config file starts from `get_config()`, which has every knob *unset*, and sets what it is about.
+After the command line is parsed, `vit_jax.config.resolve` fills what is still unset. Precedence,
+weakest first: the default here; the dataset's preset (`datasets.py`); the file's own table for that
+dataset (`config.dataset_presets`); what the file sets; flags (`--config.base_lr=0.01`). "Off" is 0
+or an empty string.
 """
 
 import ml_collections
@@ -14,91 +15,104 @@ def get_defaults() -> ml_collections.ConfigDict:
     """All knobs with their defaults."""
     config = ml_collections.ConfigDict()
 
-    # Data.
-    config.dataset = 'tf_flowers'  # a TFDS name, a folder of images, or 'digits'
-    config.tfds_data_dir = (
-        ''  # where TFDS keeps prepared sets; empty: TFDS's own (~/tensorflow_datasets)
-    )
-    config.tfds_manual_dir = (
-        ''  # where archives lie that TFDS cannot download itself (imagenet2012)
-    )
+    # --- Data
+    # A TFDS name, a folder of images, or 'digits'.
+    config.dataset = 'tf_flowers'
+    # Where TFDS keeps prepared sets. Empty: TFDS's own place, ~/tensorflow_datasets.
+    config.tfds_data_dir = ''
+    # Where archives lie that TFDS cannot download itself (imagenet2012).
+    config.tfds_manual_dir = ''
     config.pp = ml_collections.ConfigDict()
-    config.pp.train = (
-        ''  # split to train on, in TFDS's notation: 'train[:90%]'; empty: the dataset's own
-    )
-    config.pp.test = ''  # split to evaluate on
-    config.pp.crop = 224  # side of the images the model sees, pixels
-    config.pp.inception_crop = (
-        True  # train on random crops of 5 to 100 % of the area; off: the whole image
-    )
-    config.pp.resize = 0  # with inception_crop off: resize to this side first, then crop at random; 0: straight to crop
-    config.pp.flip = True  # mirror half of the training images
-    config.data_threads = 0  # threads that read and decode; 0: one per core, 16 at most
+    # Splits to train and evaluate on, in TFDS's notation ('train[:90%]'). Empty: the dataset's own.
+    config.pp.train = ''
+    config.pp.test = ''
+    # Side of the images that the model sees, pixels.
+    config.pp.crop = 224
+    # Train on random crops of 5 to 100 % of the area. Off: on the whole image.
+    config.pp.inception_crop = True
+    # With inception_crop off: squash to this side, then crop at random. 0: squash straight to crop.
+    config.pp.resize = 0
+    # Mirror half of the training images.
+    config.pp.flip = True
+    # Threads that read and decode. 0: one per core, at most 16.
+    config.data_threads = 0
 
-    # Weights to start from. `pretrained` beats `model_or_filename` beats `pretrained_dir`; a flag beats a file.
-    config.pretrained = ''  # a file, a folder, a released name ('imagenet21k/ViT-B_16.npz') or an address; empty: none
-    config.model_or_filename = (
-        ''  # AugReg: 'B_16' (its best checkpoint) or a file name of index.csv
-    )
-    config.pretrained_dir = ''  # a folder that holds <model name>.npz, or AugReg's files
-    config.keep_head = (
-        False  # start from the checkpoint's head where it fits, instead of from zeros
-    )
+    # --- Weights to start from
+    # `pretrained` beats `model_or_filename` beats `pretrained_dir`; but a flag beats a file.
+    # A file, a released name ('imagenet21k/ViT-B_16.npz') or an address. Empty: none.
+    config.pretrained = ''
+    # AugReg: 'B_16' for its best checkpoint, or a file name of its index.csv.
+    config.model_or_filename = ''
+    # A folder or bucket that holds <model name>.npz.
+    config.pretrained_dir = ''
+    # Start from the checkpoint's head where it fits, instead of from zeros.
+    config.keep_head = False
 
-    # Training.
-    config.batch = 512  # images per step, over all devices
-    config.batch_eval = 512  # images per evaluation step
-    config.accum_steps = (
-        8  # micro-batches a device splits its share into, to save memory; 0 or 1: no splitting
-    )
+    # --- Training
+    # Images per step, over all devices, in training and in evaluation.
+    config.batch = 512
+    config.batch_eval = 512
+    # Micro-batches into which a device splits its share, to save memory. 0 or 1: no splitting.
+    config.accum_steps = 8
     config.total_steps = 500
-    config.warmup_steps = 100  # linear from 0 to base_lr
+    # Linear from 0 to base_lr, then cosine to 0 or linear to 1e-5.
+    config.warmup_steps = 100
     config.base_lr = 0.03
-    config.decay_type = 'cosine'  # after warm-up: 'cosine' to 0, or 'linear' to 1e-5
-    config.grad_norm_clip = 1.0  # largest global norm of the gradient; 0: no clipping
-    config.optimizer = 'sgd'  # 'sgd' (with momentum) or 'adamw'
-    config.momentum = 0.9  # of sgd
-    config.weight_decay = 0.0  # on kernels; adamw: decoupled, sgd: added to the gradient
-    config.optim_dtype = (
-        'bfloat16'  # how momentum (sgd) or the first moment (adamw) is stored, or 'float32'
-    )
-    config.seed = 0  # initialisation, shuffle, augmentation, dropout
+    config.decay_type = 'cosine'
+    # Largest global norm of the gradient. 0: no clipping.
+    config.grad_norm_clip = 1.0
+    # 'sgd' (with this momentum) or 'adamw'.
+    config.optimizer = 'sgd'
+    config.momentum = 0.9
+    # On kernels. adamw: decoupled; sgd: added to the gradient.
+    config.weight_decay = 0.0
+    # How momentum (sgd) or the first moment (adamw) is stored: 'bfloat16' or 'float32'.
+    config.optim_dtype = 'bfloat16'
+    # Of initialisation, shuffle, augmentation and dropout.
+    config.seed = 0
 
-    # Computation.
-    config.dtype = (
-        ''  # activations: 'float32' or 'bfloat16'; empty: bfloat16 on GPU, float32 on CPU
-    )
-    config.attention = 'auto'  # 'auto', 'xla' or 'cudnn'
-    config.remat = ''  # recompute activations to save memory: 'dots', 'full', or empty
-    config.fsdp = 1  # devices that share one copy of parameters and optimizer state; 1: data parallel, -1: all
-    config.compile_cache = '~/.cache/vit_jax/jax'  # compiled programs are kept here; empty: nowhere
+    # --- Computation
+    # Of activations: 'float32' or 'bfloat16'. Empty: bfloat16 on GPU, float32 on CPU.
+    config.dtype = ''
+    # 'auto', 'xla' or 'cudnn'.
+    config.attention = 'auto'
+    # Recompute activations to save memory: 'dots', 'full', or empty for not at all.
+    config.remat = ''
+    # Devices that share one copy of parameters and optimizer state. 1: data parallel; -1: all.
+    config.fsdp = 1
+    # Where compiled programs are kept. Empty: nowhere.
+    config.compile_cache = '~/.cache/vit_jax/jax'
 
-    # Reports and checkpoints.
-    config.progress_every = 10  # steps between lines of metrics
-    config.eval_every = 100  # steps between evaluations; the last step is always evaluated
-    config.checkpoint_every = 1_000  # steps between checkpoints; the last step is always saved
-    config.keep_checkpoints = 1  # how many checkpoints stay
+    # --- Reports and checkpoints
+    # Steps between lines of metrics, evaluations, checkpoints; the last step always has all three.
+    config.progress_every = 10
+    config.eval_every = 100
+    config.checkpoint_every = 1_000
+    # How many checkpoints stay. With 1, there is none to fall back to if the newest gets damaged.
+    config.keep_checkpoints = 2
     return config
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """All knobs, unset; plus `model` (the architecture) and `dataset_presets` (a file's own table), empty.
+    """All knobs, unset; plus `model` (the architecture) and `dataset_presets`, both empty.
 
     Returns:
-      A `ConfigDict` whose leaves are typed placeholders: reading one gives None, setting one checks the type.
+      A `ConfigDict` whose leaves are typed placeholders: reading one gives None, setting one checks
+      the type.
     """
-
-    def unset(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-        return ml_collections.ConfigDict(
-            {
-                key: unset(value)
-                if isinstance(value, ml_collections.ConfigDict)
-                else config_dict.placeholder(type(value))
-                for key, value in config.items()
-            }
-        )
-
-    config = unset(get_defaults())
+    config = _unset(get_defaults())
     config.model = ml_collections.ConfigDict()
     config.dataset_presets = ml_collections.ConfigDict()
     return config
+
+
+def _unset(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The same knobs as placeholders of their types."""
+    return ml_collections.ConfigDict(
+        {
+            key: _unset(value)
+            if isinstance(value, ml_collections.ConfigDict)
+            else config_dict.placeholder(type(value))
+            for key, value in config.items()
+        }
+    )

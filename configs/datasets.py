@@ -1,8 +1,9 @@
 """A preset per dataset: its splits, and how long to fine-tune on it.
 
-Steps are those of the ViT paper (https://arxiv.org/abs/2010.11929, Table 4) and of the original release: small sets 500,
-CIFAR 10,000, ImageNet 20,000. Sets without a test split, or whose test labels are to stay unseen, hold out the end of
-`train`. A dataset without an entry needs `--config.pp.train` and `--config.pp.test`.
+Steps are those of the ViT paper (https://arxiv.org/abs/2010.11929, Table 4) and of the original
+release: small sets 500, CIFAR 10,000, ImageNet 20,000. Sets without a test split, or whose test
+labels are to stay unseen, hold out the end of `train`. A dataset without an entry needs
+`--config.pp.train` and `--config.pp.test`.
 """
 
 import ml_collections
@@ -30,6 +31,7 @@ def get_preset(dataset: str) -> ml_collections.ConfigDict:
       dataset: `config.dataset`; a version or builder config ('cifar10:3.0.2') does not matter here.
 
     Returns:
-      Values in the shape of the config (pp.train, pp.test, total_steps, warmup_steps); empty for an unknown dataset.
+      Values in the shape of the config (pp.train, pp.test, total_steps, warmup_steps); empty for an
+      unknown dataset.
     """
     return ml_collections.ConfigDict(PRESETS.get(dataset.split(':')[0].split('/')[0], {}))

@@ -1,9 +1,10 @@
-"""Train a small ViT from scratch on scikit-learn's handwritten digits: no download, minutes on a laptop's CPU.
+"""Train a small ViT from scratch on scikit-learn's handwritten digits: no download, CPU is enough.
 
     python -m vit_jax.main --config configs/digits.py
 
-1,797 images of 8 x 8 pixels, enlarged to 32 x 32; 80 % (stratified) train, 20 % test. No crops and no mirror images: part of a
-digit, or its mirror image, is another digit or none. Time and accuracy: see README, "Results".
+1,797 images of 8 x 8 pixels, enlarged to 32 x 32; 80 % (stratified) train, 20 % test. No crops and
+no mirror images: part of a digit, or its mirror image, is another digit or none. Time and accuracy:
+see README, "Results".
 """
 
 import ml_collections

@@ -4,8 +4,9 @@
     python -m vit_jax.main --config configs/h14.py:oxford_flowers102
     python -m vit_jax.main --config configs/h14.py --config.dataset=/my/photos
 
-The ViT paper's transfer schedule for small sets: SGD with momentum, 500 steps of 512 images, cosine decay from 0.01.
-Time and accuracy with these weights: not yet measured (they cannot be downloaded where this was written).
+The ViT paper's transfer schedule for small sets: SGD with momentum, 500 steps of 512 images, cosine
+decay from 0.01. Time and accuracy with these weights: not yet measured (they cannot be downloaded
+where this was written).
 """
 
 import ml_collections

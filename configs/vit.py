@@ -1,10 +1,10 @@
-"""The original release's fine-tuning settings, under its own spelling: `configs/vit.py:MODEL,DATASET`.
+"""The original release's fine-tuning settings under its own spelling, vit.py:MODEL,DATASET.
 
     python -m vit_jax.main --workdir=/tmp/vit --config configs/vit.py:b16,cifar10 \
         --config.pretrained_dir=gs://vit_models/imagenet21k
 
-Published for ViT-B/16 from imagenet21k (8 V100 or A100, the release's README): CIFAR-10 99.02 %, CIFAR-100 92.06 %,
-ImageNet 84.53 %. With this code: not yet measured.
+Published for ViT-B/16 from imagenet21k (8 V100 or A100, the release's README): CIFAR-10 99.02 %,
+CIFAR-100 92.06 %, ImageNet 84.53 %. With this code: not yet measured.
 """
 
 import ml_collections

@@ -11,7 +11,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def pytest_configure(config):
-    """Four virtual CPU devices, exact matrix products, no silent broadcasting; GPU only if asked for."""
+    """Four virtual CPU devices, exact matrix products, no silent broadcasting; GPU only if asked
+    for.
+    """
     if 'gpu' not in config.getoption('markexpr'):
         os.environ['JAX_PLATFORMS'] = 'cpu'
         os.environ['JAX_NUM_CPU_DEVICES'] = '4'
@@ -34,7 +36,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope='session')
 def shared_dir() -> pathlib.Path:
-    """The folder `shared` beside the project: real flowers, real weights, the original's answers."""
+    """The folder `shared` beside the project: flowers, weights, the original's answers."""
     folder = ROOT.parent / 'shared'
     if not (folder / 'conformance').is_dir():
         pytest.skip('the folder ../shared (real data and weights) is not there')
@@ -43,7 +45,9 @@ def shared_dir() -> pathlib.Path:
 
 @pytest.fixture
 def command(tmp_path):
-    """Runs a command line of the project as a user would, on one CPU device, and returns what it gave."""
+    """Runs a command line of the project as a user would, on one CPU device, and returns what it
+    gave.
+    """
 
     def run(*words, env=None, timeout=300) -> subprocess.CompletedProcess:
         env = {

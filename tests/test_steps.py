@@ -167,8 +167,10 @@ def test_five_steps_equal_float64(reference, monkeypatch, devices, fsdp, accum_s
     ('devices', 'accum_steps', 'clip'), [(1, 1, 0.0), (2, 4, 0.3), (4, 1, 0.3), (4, 4, 0.0)]
 )
 def test_five_steps_with_bfloat16_momentum(reference, devices, accum_steps, clip):
-    """As above; but where float32 and float64 fall on two sides of a rounding boundary of bfloat16, the
-    stored momentum differs by its last bit, so a few elements may be off by what that bit moves."""
+    """As above; but where float32 and float64 fall on two sides of a rounding boundary of bfloat16,
+    the stored momentum differs by its last bit, so a few elements may be off by what that bit
+    moves.
+    """
     settings = {'grad_norm_clip': clip, 'optim_dtype': 'bfloat16'}
     batches, params, expected, losses = reference(**settings)
     config = make_config(accum_steps=accum_steps, **settings)
@@ -199,7 +201,7 @@ def test_logged_rate_is_the_one_applied():
 
 
 def test_mirroring_is_the_same_on_any_topology():
-    """The examples' order on the devices and the number of devices do not matter, the place does."""
+    """Neither order nor number of devices matters, only the place in the global batch."""
     images = jnp.asarray(make_batches()[0]['image'])
     place = jnp.arange(16)
     key = augment.step_key(0, 3, augment.FLIP)

@@ -1,6 +1,9 @@
-"""From a config file and flags to the settings of a run: fill what is unset, check what can be checked without data.
+"""From a config file and flags to the settings of a run.
 
-`main.py` and `train.py` see only what `resolve` returns: every knob of `configs/common.py` with a value of its type.
+Fills what is unset and checks what can be checked without data.
+
+`main.py` and `train.py` see only what `resolve` returns: every knob of `configs/common.py` with a
+value of its type.
 """
 
 import pathlib
@@ -24,25 +27,29 @@ _CHOICES = {
     'remat': ('', *REMAT_POLICIES),
 }
 _AT_LEAST_ONE = (
-    'batch', 'batch_eval', 'total_steps', 'progress_every', 'eval_every', 'checkpoint_every', 'keep_checkpoints',
+    'batch', 'batch_eval', 'total_steps', 'progress_every', 'eval_every', 'checkpoint_every',
+    'keep_checkpoints',
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    'data_threads', 'accum_steps', 'warmup_steps', 'base_lr', 'grad_norm_clip', 'momentum', 'weight_decay', 'seed',
+    'data_threads', 'accum_steps', 'warmup_steps', 'base_lr', 'grad_norm_clip', 'momentum',
+    'weight_decay', 'seed',
 )  # fmt: skip
 
 
 def resolve(
     config: ml_collections.ConfigDict, flags: Iterable[str] = ()
 ) -> ml_collections.ConfigDict:
-    """Fills every knob that neither the file nor a flag set; drops the weights that a stronger choice replaces.
+    """Fills every knob that neither the file nor a flag set, and settles which weights count.
 
     Args:
       config: what a config file's `get_config` returned, with flags applied.
-      flags: paths of the knobs that flags set ('base_lr', 'pp.train'), see `config_flags.get_override_values`.
+      flags: paths of the knobs that flags set ('base_lr', 'pp.train'), see
+        `config_flags.get_override_values`.
 
     Returns:
-      A new, locked config in which every knob of `configs/common.py` has a value, at most one of `pretrained`,
-      `model_or_filename` and `pretrained_dir` is not empty, and `model` describes the architecture.
+      A new, locked config in which every knob of `configs/common.py` has a value, only the chosen
+      one of `pretrained`, `model_or_filename` (with `pretrained_dir`) and `pretrained_dir` is not
+      empty, and `model` describes the architecture.
 
     Raises:
       UserError: there is no model, or a knob has an impossible value.
@@ -50,7 +57,7 @@ def resolve(
     model = config.get('model')
     if not model:
         raise UserError(
-            'the config has no model: set config.model = variants.get_config(NAME) in the config file'
+            'the config has no model: set config.model = variants.get_config(NAME) in its file'
         )
     dataset = config.dataset or common.get_defaults().dataset
     resolved = common.get_defaults()
@@ -67,7 +74,8 @@ def resolve(
         )
     chosen = choose_weights(resolved, flags)
     for key in WEIGHT_KEYS:
-        if key != chosen:
+        # AugReg's files are looked for in `pretrained_dir`, as by the original.
+        if key != chosen and (chosen, key) != ('model_or_filename', 'pretrained_dir'):
             resolved[key] = ''
     resolved.model = ml_collections.ConfigDict(model.to_dict())
     _check(resolved)
@@ -77,19 +85,16 @@ def resolve(
 def choose_weights(config: ml_collections.ConfigDict, flags: Iterable[str] = ()) -> str:
     """Which of the three ways to name the weights counts.
 
-    `pretrained` beats `model_or_filename`, which beats `pretrained_dir`; what a flag set beats what the file set, so
-    `--config.pretrained_dir=DIR` replaces the `pretrained` of `configs/b16.py`.
+    `pretrained` beats `model_or_filename`, which beats `pretrained_dir`; what a flag set beats what
+    the file set, so `--config.pretrained_dir=DIR` replaces the `pretrained` of `configs/b16.py`.
 
     Returns:
       'pretrained', 'model_or_filename' or 'pretrained_dir', or an empty string: no weights.
     """
     given = [key for key in WEIGHT_KEYS if key in set(flags)]
-    if given == ['pretrained'] and not config.pretrained:
-        return ''  # `--config.pretrained=` asks for none
-    for key in given or WEIGHT_KEYS:
-        if config[key]:
-            return key
-    return ''
+    if given == ['pretrained_dir'] and config.model_or_filename and not config.pretrained:
+        return 'model_or_filename'  # configs/augreg.py with another folder
+    return next((key for key in given or WEIGHT_KEYS if config[key]), '')
 
 
 def preprocess_of(config: ml_collections.ConfigDict) -> Preprocess:
@@ -117,18 +122,24 @@ def check_devices(config: ml_collections.ConfigDict, devices: int) -> None:
         nearest = max(1, round(config.batch / parts)) * parts
         raise UserError(
             f'config.batch={config.batch} cannot be shared by {devices} device{"s" * (devices > 1)}'
-            f' in {max(1, config.accum_steps)} accumulation steps each: it must be a multiple of {parts}. '
+            f' in {max(1, config.accum_steps)} accumulation steps each: it must be a multiple of '
+            f'{parts}. '
             f'Use --config.batch={nearest}, or another --config.accum_steps'
         )
     fsdp = devices if config.fsdp == -1 else config.fsdp
     if fsdp < 1 or devices % fsdp:
         raise UserError(
-            f'config.fsdp={config.fsdp} does not divide the {devices} devices: use -1 (all), 1 (data parallel) or a divisor'
+            f'config.fsdp={config.fsdp} does not divide the {devices} devices: use -1 (all), '
+            '1 (data parallel) or a divisor'
         )
 
 
 def _overlay(target: ml_collections.ConfigDict, layer: Mapping[str, Any]) -> None:
-    """Writes what `layer` has set over `target`; knobs that do not exist are an error of the config file."""
+    """Writes what `layer` has set over `target`.
+
+    Raises:
+      UserError: the layer has a knob that does not exist.
+    """
     for key, value in layer.items():
         if value is None or key in ('model', 'dataset_presets'):
             continue
@@ -153,13 +164,15 @@ def _check(config: ml_collections.ConfigDict) -> None:
                 raise UserError(f'config.{key}={config[key]} must be at least {least}')
     if config.warmup_steps >= config.total_steps:
         raise UserError(
-            f'config.warmup_steps={config.warmup_steps} leaves nothing of config.total_steps={config.total_steps}: '
+            f'config.warmup_steps={config.warmup_steps} leaves nothing of '
+            f'config.total_steps={config.total_steps}: '
             f'use --config.warmup_steps={config.total_steps // 10}, or more steps'
         )
     if config.pp.resize and config.pp.inception_crop:
         raise UserError(
-            f'config.pp.resize={config.pp.resize} has no effect with config.pp.inception_crop=True: '
-            'drop one of them (pp.resize alone means: resize, then crop at random)'
+            f'config.pp.resize={config.pp.resize} has no effect with '
+            'config.pp.inception_crop=True: drop one of them '
+            '(pp.resize alone means: resize, then crop at random)'
         )
     preprocess_of(config)
     patch = tuple(config.model.patches['size'])
@@ -169,11 +182,13 @@ def _check(config: ml_collections.ConfigDict) -> None:
         below = config.pp.crop // patch[0] * patch[0]
         nearest = ' or '.join(str(side) for side in (below, below + patch[0]) if side)
         raise UserError(
-            f'config.pp.crop={config.pp.crop} is not a multiple of the patch size {patch[0]}: use --config.pp.crop={nearest}'
+            f'config.pp.crop={config.pp.crop} is not a multiple of the patch size {patch[0]}: '
+            f'use --config.pp.crop={nearest}'
         )
     if config.model.classifier not in ('token', 'gap'):
         raise UserError(
-            f"config.model.classifier={config.model.classifier!r} gives one output per token; train with 'token' or 'gap'"
+            f'config.model.classifier={config.model.classifier!r} gives one output per '
+            "token; train with 'token' or 'gap'"
         )
     transformer = config.model.transformer
     if config.model.hidden_size % transformer.num_heads:
@@ -183,12 +198,13 @@ def _check(config: ml_collections.ConfigDict) -> None:
         )
     if config.attention == 'cudnn' and transformer.attention_dropout_rate:
         raise UserError(
-            "config.attention='cudnn' has no dropout: use 'xla', or config.model.transformer.attention_dropout_rate=0"
+            "config.attention='cudnn' has no dropout: use 'xla', or "
+            'config.model.transformer.attention_dropout_rate=0'
         )
 
 
 def default_workdir(config_file: str, dataset: str) -> pathlib.Path:
-    """`runs/<config>-<dataset>`: 'configs/b16.py:pets' on /data/my photos gives runs/b16-my_photos."""
+    """`runs/<config>-<dataset>`: configs/b16.py on '/data/my photos' gives runs/b16-my_photos."""
     stem = pathlib.Path(config_file.split('.py')[0]).name
     name = ''.join(c if c.isalnum() or c in '-_.' else '_' for c in pathlib.Path(dataset).name)
     return pathlib.Path('runs') / f'{stem}-{name or "data"}'

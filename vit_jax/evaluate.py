@@ -29,15 +29,16 @@ def evaluate(
     Args:
       eval_step: of `steps.make_eval_step`.
       params: on the devices.
-      source, preprocess: the examples, and how they become the model's input.
+      source: the examples.
+      preprocess: how they become the model's input.
       mesh: the devices; the batch is spread over all of them.
-      batch: images per step; rounded up to a multiple of the devices. The last one is padded, and the
-        padding does not count.
+      batch: images per step; rounded up to a multiple of the devices. The last one is padded, and
+        the padding does not count.
       threads: readers, see `pipeline.eval_batches`.
 
     Returns:
-      Metrics: `accuracy_test` in [0, 1], `loss_test` (mean cross-entropy) and, with more than 5 classes,
-      `accuracy_top5_test`; and the speed, images per second and device.
+      Metrics: `accuracy_test` in [0, 1], `loss_test` (mean cross-entropy) and, with more than 5
+      classes, `accuracy_top5_test`; and the speed, images per second and device.
     """
     devices = mesh.devices.size
     batches = pipeline.eval_batches(

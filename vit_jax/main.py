@@ -1,7 +1,8 @@
 """The command line: `python -m vit_jax.main --config configs/b16.py`.
 
-Fine-tunes the model of a config file and writes a model folder. Every knob (`configs/common.py`) is a flag:
-`--config.base_lr=0.003`, `--config.pp.crop=384`. Run again with the same --workdir, a run goes on where it stopped.
+Fine-tunes the model of a config file and writes a model folder. Every knob (`configs/common.py`) is
+a flag: `--config.base_lr=0.003`, `--config.pp.crop=384`. Run again with the same --workdir, a run
+goes on where it stopped.
 """
 
 import difflib
@@ -55,10 +56,10 @@ def main(argv: Sequence[str]) -> None:
 
 
 def run() -> None:
-    """The entry point: parses flags, runs `main`, and turns the user's mistakes into one line each."""
+    """The entry point: parses flags, runs `main`, turns the user's mistakes into one line each."""
     try:
         argv = _parse(sys.argv)
-        logging.use_absl_handler()
+        logging.set_verbosity(logging.WARNING)  # absl shows what any library calls INFO
         app.run(main, argv=argv, flags_parser=lambda args: args)
     except UserError as error:
         sys.exit(f'error: {error}')

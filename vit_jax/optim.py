@@ -11,18 +11,19 @@ def create_learning_rate_schedule(
 ) -> optax.Schedule:
     """The original release's schedule: linear warm-up times cosine or linear decay.
 
-    With p = clip((step - warmup) / (total - warmup), 0, 1): cosine is base (1 + cos(pi p)) / 2, linear goes from base to
-    `linear_end`; both times min(1, step / warmup).
+    With p = clip((step - warmup) / (total - warmup), 0, 1): cosine is base (1 + cos(pi p)) / 2,
+    linear goes from base to `linear_end`; both times min(1, step / warmup).
 
     Args:
-      total_steps, warmup_steps: warm-up is shorter than the whole.
+      total_steps: updates in all.
       base: highest rate.
       decay_type: 'cosine' or 'linear'.
+      warmup_steps: updates of warm-up, fewer than all.
       linear_end: where linear decay ends.
 
     Returns:
-      A function from the number of updates done (int32 scalar) to the rate of the next update (float32 scalar). The
-      first update, after 0 steps, has rate 0 if there is a warm-up.
+      A function from the number of updates done (int32 scalar) to the rate of the next update
+      (float32 scalar). The first update, after 0 steps, has rate 0 if there is a warm-up.
 
     Raises:
       ValueError: unknown decay_type, or a warm-up that is not shorter than the whole.
@@ -51,11 +52,13 @@ def create_optimizer(
     """The optimizer that a resolved config asks for.
 
     - Clipping: the gradient is scaled down to global norm `grad_norm_clip` (0: never).
-    - 'sgd': momentum, its accumulator stored as `optim_dtype`: m <- momentum * m + g; params <- params - lr * m. This is the
-      original release's optimizer (there with momentum 0.9 and bfloat16, whatever its config said).
+    - 'sgd': momentum, its accumulator stored as `optim_dtype`: m <- momentum * m + g; params <-
+      params - lr * m. This is the original release's optimizer (there with momentum 0.9 and
+      bfloat16, whatever its config said).
     - 'adamw': optax's, first moment stored as `optim_dtype`.
-    - `weight_decay` acts on kernels (arrays of two and more dimensions under a name that is no embedding or token):
-      added to the gradient for 'sgd', decoupled for 'adamw' (https://arxiv.org/abs/1711.05101).
+    - `weight_decay` acts on kernels (arrays of two and more dimensions under a name that is no
+      embedding or token): added to the gradient for 'sgd', decoupled for 'adamw'
+      (https://arxiv.org/abs/1711.05101).
     """
     dtype = jnp.dtype(config.optim_dtype)
     clip = (

@@ -1,8 +1,9 @@
 """How a run is spread over devices: one mesh, data parallel or fully sharded (FSDP).
 
-The mesh has the axes `data` and `fsdp`. The batch is spread over both. Parameters and optimizer state are the same on
-all devices along `data`, and along `fsdp` each device holds a part of every large array (ZeRO,
-https://arxiv.org/abs/1910.02054). With `fsdp` of size 1 that is plain data parallelism.
+The mesh has the axes `data` and `fsdp`. The batch is spread over both. Parameters and optimizer
+state are the same on all devices along `data`, and along `fsdp` each device holds a part of every
+large array (ZeRO, https://arxiv.org/abs/1910.02054). With `fsdp` of size 1 that is plain data
+parallelism.
 """
 
 import math
@@ -25,7 +26,8 @@ def create_mesh(fsdp: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
       devices: default all, of all processes.
 
     Returns:
-      A mesh of shape (devices / fsdp, fsdp) with automatic axes (under JAX's default, explicit axes, Linen modules fail).
+      A mesh of shape (devices / fsdp, fsdp) with automatic axes (under JAX's default, explicit
+      axes, Linen modules fail).
 
     Raises:
       ValueError: fsdp does not divide the number of devices.
@@ -52,8 +54,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def state_sharding(tree: Any, mesh: Mesh) -> Any:
     """The sharding of every array of a training state (or of its shapes).
 
-    Along `fsdp`, an array of at least `MIN_SIZE_TO_SHARD` elements is cut on its longest axis that the number of devices
-    divides; all else is whole on every device.
+    Along `fsdp`, an array of at least `MIN_SIZE_TO_SHARD` elements is cut on its longest axis that
+    the number of devices divides; all else is whole on every device.
 
     Args:
       tree: arrays or `ShapeDtypeStruct`s.

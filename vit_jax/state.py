@@ -15,7 +15,9 @@ from vit_jax import sharding
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that training changes. Random keys and the place in the data follow from seed and step.
+    """Everything that training changes.
+
+    Random keys and the place in the data are not in it: they follow from seed and step.
 
     Attributes:
       step: number of updates done, int32 scalar.

@@ -1,7 +1,7 @@
 """The pure, jitted functions of a run: one training step, one evaluation step, one prediction step.
 
-Accumulation. A device splits its own share of the batch into `accum_steps` micro-batches, one after the
-other, sums their gradients, and takes part in a single mean over devices at the end. Splitting
+Accumulation. A device splits its own share of the batch into `accum_steps` micro-batches, one after
+the other, sums their gradients, and takes part in a single mean over devices at the end. Splitting
 the *global* batch instead would make XLA gather all images on every device.
 """
 
@@ -48,11 +48,11 @@ def make_train_step(
       flip: whether to mirror half of the images.
 
     Returns:
-      A jitted function (state, batch) -> (state, metrics). The state is donated. batch: `image` float32
-      [B, height, width, 3] in [0, 255], `label` int32 [B], `position` int32 [B], each sharded on its
-      first axis over all devices. metrics, float32 scalars over the whole batch: `train_loss` (mean
-      cross-entropy), `accuracy_train` (share in [0, 1]), `gradient_norm` (before clipping), `lr`
-      (the learning rate of this update).
+      A jitted function (state, batch) -> (state, metrics). The state is donated. batch: `image`
+      float32 [B, height, width, 3] in [0, 255], `label` int32 [B], `position` int32 [B], each
+      sharded on its first axis over all devices. metrics, float32 scalars over the whole batch:
+      `train_loss` (mean cross-entropy), `accuracy_train` (share in [0, 1]), `gradient_norm` (before
+      clipping), `lr` (the learning rate of this update).
     """
     gradients = _sharded_gradients if mesh.shape['fsdp'] == 1 else _fsdp_gradients
 
@@ -111,7 +111,8 @@ def make_eval_step(
         logits = model.apply({'params': params}, normalize(batch['image']), train=False)
         label, mask = batch['label'], batch['mask']
         score = jnp.take_along_axis(logits, label[:, None], axis=-1)
-        # How many classes come before the right one; of equal scores, the class of lower index does.
+        # How many classes come before the right one; of equal scores, the class of lower index
+        # does.
         classes = jnp.arange(logits.shape[-1])[None]
         before = (logits > score) | ((logits == score) & (classes < label[:, None]))
         rank = jnp.where(jnp.isfinite(score[:, 0]), before.sum(axis=-1), logits.shape[-1])
@@ -133,7 +134,8 @@ def make_predict_step(model: nn.Module) -> Callable[[Any, jax.Array], jax.Array]
     """Builds the prediction step.
 
     Returns:
-      A jitted function (params, pixels [B, height, width, 3] in [0, 255]) -> probabilities [B, C] float32.
+      A jitted function (params, pixels [B, height, width, 3] in [0, 255]) -> probabilities [B, C]
+      float32.
     """
     return jax.jit(
         lambda params, pixels: jax.nn.softmax(
@@ -164,7 +166,8 @@ def _accumulate(micro_batch, params, batches, key, accum_steps, constrain=lambda
     first = jax.tree.map(lambda x: x[0], batches)
     shapes = jax.eval_shape(micro_batch, params, first, key)
     grads = constrain(jax.tree.map(jnp.zeros_like, params))
-    # Made from `key`, so that under shard_map it varies over devices as the sums that replace it do.
+    # Made from `key`, so that under shard_map it varies over devices as the sums that replace it
+    # do.
     zero = 0.0 * jax.random.uniform(key)
     metrics = jax.tree.map(lambda leaf: zero.astype(leaf.dtype), shapes[1])
     total, _ = jax.lax.scan(body, (grads, metrics), (jnp.arange(accum_steps), batches))
@@ -182,8 +185,8 @@ def _sharded_gradients(micro_batch, params, batch, key, accum_steps, mesh, _):
         out_specs=PartitionSpec(),
     )
     def local(params, batch, key):
-        # Without this JAX takes the parameters for one shared copy and sums their gradients over the
-        # devices itself, in every micro-batch; they would come out times the number of devices.
+        # Without this JAX takes the parameters for one shared copy and sums their gradients over
+        # the devices itself, in every micro-batch; they would come out times the number of devices.
         params = jax.tree.map(lambda p: jax.lax.pcast(p, axes, to='varying'), params)
         key = jax.random.fold_in(key, jax.lax.axis_index(axes))
         batches = jax.tree.map(lambda x: x.reshape(accum_steps, -1, *x.shape[1:]), batch)
@@ -196,7 +199,8 @@ def _fsdp_gradients(micro_batch, params, batch, key, accum_steps, mesh, param_sh
     """Fully sharded: XLA gathers parameters and scatters gradients, once per micro-batch."""
 
     def split(x):
-        # Micro-batch i takes every accum_steps-th example, so each of them stays spread over all devices.
+        # Micro-batch i takes every accum_steps-th example, so each of them stays spread over all
+        # devices.
         x = x.reshape(-1, accum_steps, *x.shape[1:]).swapaxes(0, 1)
         spec = PartitionSpec(None, sharding.BATCH_AXES)
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))

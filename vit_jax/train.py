@@ -1,7 +1,7 @@
 """Fine-tuning, from top to bottom.
 
-`train_and_evaluate` sets a run up (devices, data, model, weights or checkpoint), `_run_steps` is the
-loop, and `_write_model_folder` makes the product. What the loop does in which order:
+`train_and_evaluate` sets a run up (devices, data, model, weights or checkpoint), `_run_steps` is
+the loop, and `_write_model_folder` makes the product. What the loop does in which order:
 
     1. get the batch of this step (a function of seed and step), put it on the devices
     2. the training step: one jitted call; the old state is donated to it
@@ -9,7 +9,8 @@ loop, and `_write_model_folder` makes the product. What the loop does in which o
     4. every `eval_every` steps: evaluate on the whole test set, write metrics
     5. every `checkpoint_every` steps: save, asynchronously
 
-Metrics of a step are written before its checkpoint, so a resumed run has neither a gap nor a line twice.
+Metrics of a step are written before its checkpoint, so a resumed run has neither a gap nor a line
+twice.
 """
 
 import collections
@@ -29,7 +30,8 @@ from jax.sharding import Mesh
 from vit_jax import config as config_lib
 from vit_jax import evaluate, model_folder, models, optim, sharding, steps, telemetry
 from vit_jax import state as state_lib
-from vit_jax.checkpoint import adapt, catalog, npz, workdir as workdir_lib
+from vit_jax.checkpoint import adapt, catalog, npz
+from vit_jax.checkpoint import workdir as workdir_lib
 from vit_jax.data import pipeline, sources
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.state import TrainState
@@ -61,14 +63,15 @@ def train_and_evaluate(
 
     Args:
       config: resolved, see `config.resolve`.
-      workdir: folder of the run: checkpoints, `metrics.jsonl`, `timing.jsonl`, `train.log`, TensorBoard
-        events, `config.json`, and at the end the model folder `model/`.
+      workdir: folder of the run: checkpoints, `metrics.jsonl`, `timing.jsonl`, `train.log`,
+        TensorBoard events, `config.json`, and at the end the model folder `model/`.
 
     Returns:
       The parameters, on the devices; None if the run was finished before and nothing was to do.
 
     Raises:
-      UserError: data, weights, devices or workdir do not fit the config; raised before training starts.
+      UserError: data, weights, devices or workdir do not fit the config; raised before training
+        starts.
     """
     workdir = pathlib.Path(workdir)
     with workdir_lib.Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
@@ -80,6 +83,7 @@ def train_and_evaluate(
                 )
             return None
 
+        config_lib.check_devices(config, jax.device_count())
         mesh = sharding.create_mesh(config.fsdp)
         train, test = sources.open_sources(
             config.dataset,
@@ -191,8 +195,8 @@ def _report_progress(run: _Run, step: int, values: dict[str, float], clock: '_Cl
         return
     images, seconds, waited = clock.lap()
     eta = clock.seconds_per_step() * (run.config.total_steps - step)
-    stats = jax.local_devices()[0].memory_stats() or {}
-    memory = {'device_memory_peak': stats[k] for k in ('peak_bytes_in_use',) if k in stats}
+    stats = jax.local_devices()[0].memory_stats() or {}  # a CPU has none
+    memory = {'device_memory_peak': stats['peak_bytes_in_use']} if stats else {}
     run.log.timing(
         step,
         img_sec_core_train=images / seconds / run.mesh.devices.size,
@@ -254,7 +258,9 @@ def _weights_path(config: ml_collections.ConfigDict) -> pathlib.Path | None:
     if config.pretrained:
         return catalog.resolve(config.pretrained)
     if config.model_or_filename:
-        return catalog.resolve_augreg(config.model_or_filename)
+        return catalog.resolve_augreg(
+            config.model_or_filename, pretrained_dir=config.pretrained_dir
+        )
     if config.pretrained_dir:
         return catalog.resolve(f'{config.pretrained_dir.rstrip("/")}/{config.model.model_name}.npz')
     return None
@@ -276,8 +282,8 @@ def _introduce(run: _Run, state: TrainState, origin: str) -> None:
     common = sources.overlap(run.train, run.test)
     if common:
         log.info(
-            f'WARNING: {common:,} of the {len(run.test):,} test images are trained on as well: set both '
-            '--config.pp.train and --config.pp.test'
+            f'WARNING: {common:,} of the {len(run.test):,} test images are trained on as well: '
+            'set both --config.pp.train and --config.pp.test'
         )
     log.info(f'weights: {origin}')
     log.info(f'workdir: {run.workdir}')
@@ -338,7 +344,7 @@ class _Clock:
         self._steps += 1
 
     def lap(self) -> tuple[int, float, float]:
-        """Images, seconds, and seconds spent waiting for data, since the last lap; pauses not counted."""
+        """Images, seconds, and seconds of waiting for data since the last lap, without pauses."""
         now = time.monotonic()
         result = self.images, now - self._lap, self._waited
         self._lap, self.images, self._waited = now, 0, 0.0

@@ -153,7 +153,8 @@ def test_bfloat16_reaches_every_matrix_product_and_parameters_stay_float32():
         for line in text.as_text().splitlines()
         if 'stablehlo.dot_general' in line or 'stablehlo.convolution' in line
     ]
-    # Patch embedding, per block 4 projections, 2 products of attention, 2 of the MLP, pre_logits, head.
+    # Patch embedding, per block 4 projections, 2 products of attention, 2 of the MLP, pre_logits,
+    # head.
     assert len(lines) == 1 + 2 * 8 + 2
     for line in lines:
         operands = line.rsplit(' : ', 1)[1].split('->')[0]

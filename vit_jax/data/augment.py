@@ -8,12 +8,12 @@ FLIP, DROPOUT = 0, 1
 
 
 def step_key(seed: int, step: jax.Array, stream: int) -> jax.Array:
-    """The random key of one stream (`FLIP`, `DROPOUT`) at one step; a pure function of its arguments.
+    """The random key of one stream at one step; a pure function of its arguments.
 
     Args:
       seed: of the run.
       step: number of updates done, int32 scalar.
-      stream: which use of randomness.
+      stream: which use of randomness, `FLIP` or `DROPOUT`.
     """
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), step)
 
@@ -23,8 +23,8 @@ def random_flip(images: jax.Array, position: jax.Array, key: jax.Array) -> jax.A
 
     Args:
       images: [B, height, width, channels].
-      position: [B] int32, the examples' places in the global batch. The draw depends on key and place
-        alone, so it is the same on any number of devices and processes.
+      position: [B] int32, the examples' places in the global batch. The draw depends on key and
+        place alone, so it is the same on any number of devices and processes.
       key: of the step.
 
     Returns:

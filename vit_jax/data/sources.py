@@ -143,16 +143,21 @@ class Selection:
     def __repr__(self) -> str:
         return f'{self._name} {self.spec} ({len(self):,} examples)'
 
-    def members(self) -> set[tuple[str, str, int]]:
-        """Which stored examples these are: (dataset, split, index)."""
-        return {
-            (self._name, name, i) for name, first, end in self._ranges for i in range(first, end)
-        }
+    def common(self, other: 'Selection') -> int:
+        """Number of stored examples of the same dataset that are in both."""
+        if self._name != other._name:
+            return 0
+        return sum(
+            max(0, min(end, other_end) - max(first, other_first))
+            for name, first, end in self._ranges
+            for other_name, other_first, other_end in other._ranges
+            if name == other_name
+        )
 
 
 def overlap(train: Selection, test: Selection) -> int:
     """Number of stored examples that are in both: 0 for splits that are kept apart."""
-    return len(train.members() & test.members())
+    return train.common(test)
 
 
 def open_sources(

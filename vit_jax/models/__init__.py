@@ -16,7 +16,8 @@ def from_config(config: Mapping[str, Any], **overrides: Any) -> VisionTransforme
 
     Args:
       config: the keys of `variants.get_config`, as a `ConfigDict` or any mapping.
-      **overrides: further or other arguments of the module, such as `num_classes`, `dtype`, `attention`.
+      **overrides: further or other arguments of the module, such as `num_classes`, `dtype`,
+        `attention`.
 
     Returns:
       The module, unbound: `model.init`, `model.apply`.
@@ -51,14 +52,15 @@ def apply_with_intermediates(
       model: a module of this package.
       params: its parameters.
       images: [B, height, width, 3] float32 in [-1, 1].
-      attention_weights: also return attention weights, [B, H, N, N] float32 for every block, whatever attention
-        implementation the model uses.
+      attention_weights: also return attention weights, [B, H, N, N] float32 for every block,
+        whatever attention implementation the model uses.
 
     Returns:
-      Logits, and a flat dict: 'patch_embedding' [B, h, w, D]; 'Transformer/with_position_embedding' [B, N, D];
-      'Transformer/encoderblock_0/tokens' (after the block), '/self_attention' and '/mlp' (what each half added)
-      [B, N, D]; 'encoded' [B, N, D]; 'pre_logits', what the head reads, [B, D]; and on request
-      'Transformer/encoderblock_0/attention_weights'. Inside `jax.jit`, what is not used costs nothing.
+      Logits, and a flat dict: 'patch_embedding' [B, h, w, D]; 'Transformer/with_position_embedding'
+      [B, N, D]; 'Transformer/encoderblock_0/tokens' (after the block), '/self_attention' and '/mlp'
+      (what each half added) [B, N, D]; 'encoded' [B, N, D]; 'pre_logits', what the head reads, [B,
+      D]; and on request 'Transformer/encoderblock_0/attention_weights'. Inside `jax.jit`, what is
+      not used costs nothing.
     """
     collections = ['intermediates'] + (['attention_weights'] if attention_weights else [])
     logits, state = model.apply({'params': params}, images, train=False, mutable=collections)

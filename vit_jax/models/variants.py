@@ -1,7 +1,8 @@
 """The table of models: every name, and what it is made of.
 
-Sizes are those of the ViT paper (Table 1), "How to train your ViT?" (Table 2) and the released checkpoints. A name spells
-family, size and patch size: `ViT-B_16` is the Base model on 16 x 16 patches.
+Sizes are those of the ViT paper (Table 1), "How to train your ViT?" (Table 2) and the released
+checkpoints. A name spells family, size and patch size: `ViT-B_16` is the Base model on 16 x 16
+patches.
 """
 
 import difflib
@@ -66,8 +67,9 @@ def get_config(name: str) -> ml_collections.ConfigDict:
       name: a key of `VARIANTS`, such as 'ViT-B_16'.
 
     Returns:
-      model_name, patches.size, hidden_size, transformer.{mlp_dim, num_heads, num_layers, attention_dropout_rate,
-      dropout_rate}, classifier, representation_size (an int that may be set, or None).
+      model_name, patches.size, hidden_size, transformer.{mlp_dim, num_heads, num_layers,
+      attention_dropout_rate, dropout_rate}, classifier, representation_size (an int that may be
+      set, or None).
 
     Raises:
       ValueError: no such variant; the message names the nearest.

@@ -1,14 +1,16 @@
 """The Vision Transformer of "An Image is Worth 16x16 Words" (https://arxiv.org/abs/2010.11929).
 
-Module and parameter names are those of the released checkpoints, so a `.npz` of the original release is this module's
-parameter tree. Numerics are the release's as well: tanh-form GELU, LayerNorm epsilon 1e-6, zero-initialised head.
+Module and parameter names are those of the released checkpoints, so a `.npz` of the original
+release is this module's parameter tree. Numerics are the release's as well: tanh-form GELU,
+LayerNorm epsilon 1e-6, zero-initialised head.
 
 Shapes in comments and docstrings:
-    B batch    N tokens    D width (hidden_size)    H heads    K head size (D / H)    P patch size    C classes
+    B batch    N tokens    D width (hidden_size)    H heads    K head size (D / H)    P patch size
+    C classes
 
-What can be read out of a forward pass (see `models.apply_with_intermediates`): every block's tokens and the features in
-front of the head, in the collection `intermediates`; attention weights, only when the collection
-`attention_weights` is requested, since they take B*H*N*N numbers per block.
+What can be read out of a forward pass (see `models.apply_with_intermediates`): every block's tokens
+and the features in front of the head, in the collection `intermediates`; attention weights, only
+when the collection `attention_weights` is requested, since they take B*H*N*N numbers per block.
 """
 
 import functools
@@ -23,7 +25,8 @@ CLASSIFIERS = ('token', 'gap', 'unpooled', 'token_unpooled')
 ATTENTION_IMPLEMENTATIONS = ('auto', 'xla', 'cudnn')
 REMAT_POLICIES: Mapping[str, Callable | None] = {
     'full': None,  # keep nothing of a block but its input
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep what matrix products gave
+    # Keep what matrix products with parameters gave.
+    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 
@@ -37,6 +40,7 @@ class IdentityLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns `x`."""
         return x
 
 
@@ -66,6 +70,7 @@ class MlpBlock(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: jax.Array, *, deterministic: bool) -> jax.Array:
+        """Tokens [B, N, D] in, tokens [B, N, D] out."""
         dense = functools.partial(
             nn.Dense,
             dtype=self.dtype,
@@ -82,7 +87,8 @@ class MlpBlock(nn.Module):
 class HeadProjection(nn.Module):
     """Holds the kernel and bias of one attention projection in the released shapes.
 
-    The kernel is initialised as the matrix it is: `xavier_uniform` over (inputs, outputs), then given its shape.
+    The kernel is initialised as the matrix it is: `xavier_uniform` over (inputs, outputs), then
+    given its shape.
     """
 
     kernel_shape: tuple[int, int, int]
@@ -91,6 +97,8 @@ class HeadProjection(nn.Module):
 
     @nn.compact
     def __call__(self) -> tuple[jax.Array, jax.Array]:
+        """Returns kernel and bias, float32, in `kernel_shape` and `bias_shape`."""
+
         def kernel_init(key, shape):
             inputs = 1
             for size in shape[: self.input_dims]:
@@ -104,18 +112,20 @@ class HeadProjection(nn.Module):
 
 
 class MultiHeadDotProductAttention(nn.Module):
-    """Multi-head self-attention with the parameter tree of `flax.linen.MultiHeadDotProductAttention`.
+    """Multi-head self-attention with the parameter tree of the Flax module of this name.
 
-    Parameters are `query`, `key`, `value` [D, H, K] and `out` [H, K, D], as in the released files. Between the
-    projections the tokens lie as [B, H, N, K], which makes the products over tokens plain batched matrix products: a
-    training step of Ti/16 on a CPU is 1.5 times as fast as with [B, N, H, K]. Softmax is computed in float32.
+    Parameters are `query`, `key`, `value` [D, H, K] and `out` [H, K, D], as in the released files.
+    Between the projections the tokens lie as [B, H, N, K], which makes the products over tokens
+    plain batched matrix products: a training step of Ti/16 on a CPU is 1.5 times as fast as with
+    [B, N, H, K]. Softmax is computed in float32.
 
     Attributes:
       num_heads: H; must divide the width.
       dropout_rate: dropout of the attention weights (0 in all released models).
       dtype: type of the matrix products.
-      implementation: 'xla' (matrix products and a softmax), 'cudnn' (NVIDIA's fused kernel: 16-bit types on a GPU, no
-        attention dropout), or 'auto', which is 'xla' on every device until a measurement says otherwise.
+      implementation: 'xla' (matrix products and a softmax), 'cudnn' (NVIDIA's fused kernel: 16-bit
+        types on a GPU, no attention dropout), or 'auto', which is 'xla' on every device until a
+        measurement says otherwise.
     """
 
     num_heads: int
@@ -140,7 +150,7 @@ class MultiHeadDotProductAttention(nn.Module):
         if self.implementation == 'cudnn' and not record:
             if drop:
                 raise ValueError(
-                    "attention implementation 'cudnn' has no dropout: use 'xla' with attention_dropout_rate > 0"
+                    "attention 'cudnn' has no dropout: use 'xla' with attention_dropout_rate > 0"
                 )
             x = jax.nn.dot_product_attention(
                 *(t.swapaxes(1, 2) for t in (query, key, value)), implementation='cudnn'
@@ -154,7 +164,8 @@ class MultiHeadDotProductAttention(nn.Module):
             x = jnp.einsum('bhqn,bhnk->bhqk', weights, value)
         else:
             raise ValueError(
-                f'unknown attention {self.implementation!r}: one of {", ".join(ATTENTION_IMPLEMENTATIONS)}'
+                f'unknown attention {self.implementation!r}: '
+                f'one of {", ".join(ATTENTION_IMPLEMENTATIONS)}'
             )
 
         kernel, bias = HeadProjection((heads, head_size, width), (width,), 2, name='out')()
@@ -218,8 +229,9 @@ class Encoder(nn.Module):
       add_position_embedding: whether to add learned position embeddings.
       dtype: type of activations and matrix products; parameters stay float32.
       attention: see `MultiHeadDotProductAttention.implementation`.
-      remat: '' keeps all activations for the backward pass; 'dots' keeps results of matrix products and recomputes the
-        rest; 'full' keeps only each block's input. Less memory, up to a third more work.
+      remat: '' keeps all activations for the backward pass; 'dots' keeps results of matrix products
+        and recomputes the rest; 'full' keeps only each block's input. Less memory, up to a third
+        more work.
     """
 
     num_layers: int
@@ -244,7 +256,7 @@ class Encoder(nn.Module):
         if self.remat:
             if self.remat not in REMAT_POLICIES:
                 raise ValueError(
-                    f'unknown remat {self.remat!r}: one of {", ".join(REMAT_POLICIES)}, or empty for none'
+                    f'unknown remat {self.remat!r}: one of {", ".join(REMAT_POLICIES)}, or empty'
                 )
             block = nn.remat(block, static_argnums=(2,), policy=REMAT_POLICIES[self.remat])
         for layer in range(self.num_layers):
@@ -266,11 +278,12 @@ class VisionTransformer(nn.Module):
     Attributes:
       num_classes: C; 0 leaves the head out and returns features.
       patches: mapping with `size`, (P, P).
-      transformer: mapping with the arguments of `Encoder` (num_layers, mlp_dim, num_heads, dropout rates).
+      transformer: mapping with the arguments of `Encoder` (num_layers, mlp_dim, num_heads, dropout
+        rates).
       hidden_size: D.
       representation_size: width of the `pre_logits` layer (dense + tanh); None for none.
-      classifier: 'token' (class token), 'gap' (mean of all tokens, no class token), 'unpooled' (all patch tokens),
-        'token_unpooled' (class token and all patch tokens).
+      classifier: 'token' (class token), 'gap' (mean of all tokens, no class token), 'unpooled' (all
+        patch tokens), 'token_unpooled' (class token and all patch tokens).
       head_bias_init: initial value of the head's bias.
       encoder: the encoder's class.
       model_name: the variant's name; not used in the computation.
@@ -301,8 +314,8 @@ class VisionTransformer(nn.Module):
           train: whether dropout is active (then `apply` needs `rngs={'dropout': key}`).
 
         Returns:
-          Logits [B, C] float32; [B, N, C] for 'unpooled' and 'token_unpooled'. With num_classes=0 the features
-          [B, D] (or [B, N, D]) in `dtype`.
+          Logits [B, C] float32; [B, N, C] for 'unpooled' and 'token_unpooled'. With num_classes=0
+          the features [B, D] (or [B, N, D]) in `dtype`.
 
         Raises:
           ValueError: the image is not a whole number of patches, or the classifier is unknown.
@@ -315,7 +328,8 @@ class VisionTransformer(nn.Module):
         height, width = inputs.shape[1:3]
         if height % patch[0] or width % patch[1]:
             raise ValueError(
-                f'an image of {height} x {width} pixels is not a whole number of {patch[0]} x {patch[1]} patches'
+                f'an image of {height} x {width} pixels is not a whole number of '
+                f'{patch[0]} x {patch[1]} patches'
             )
 
         x = nn.Conv(
@@ -361,7 +375,8 @@ class VisionTransformer(nn.Module):
             dtype=self.dtype,
             kernel_init=nn.initializers.zeros,
             bias_init=nn.initializers.constant(self.head_bias_init),
-            # Operands in `dtype`, logits in float32: rounding them to bfloat16 would round the loss.
+            # Operands in `dtype`, logits in float32: rounding them to bfloat16 would round the
+            # loss.
             dot_general=functools.partial(
                 jax.lax.dot_general, preferred_element_type=_at_least_float32(self.dtype)
             ),

@@ -1,0 +1,204 @@
+"""From config files and flags to settings: precedence, weights, checks."""
+
+import importlib
+import pathlib
+import re
+
+import jax
+import ml_collections
+import pytest
+
+from configs import common, datasets
+from vit_jax import config as config_lib
+from vit_jax import models
+from vit_jax.errors import UserError
+
+CONFIGS = sorted(p.stem for p in (pathlib.Path(__file__).parents[1] / 'configs').glob('*.py'))
+FILES = [name for name in CONFIGS if name not in ('__init__', 'common', 'datasets', 'vit')]
+
+
+def load(name, *argument, **flags):
+    """What `--config configs/NAME.py:ARGUMENT --config.KEY=VALUE` gives."""
+    config = importlib.import_module(f'configs.{name}').get_config(*argument)
+    config.lock()
+    for key, value in flags.items():
+        config.update_from_flattened_dict({key.replace('__', '.'): value})
+    return config_lib.resolve(config, [key.replace('__', '.') for key in flags])
+
+
+def leaves(config, prefix=''):
+    for key, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            yield from leaves(value, f'{prefix}{key}.')
+        else:
+            yield prefix + key, value
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_every_config_file_resolves_to_a_model(name):
+    config = load(name)
+    unset = {key for key, value in leaves(config) if value is None}
+    assert unset <= {'model.representation_size'}
+    model = models.from_config(config.model, num_classes=5)
+    images = jax.ShapeDtypeStruct((1, config.pp.crop, config.pp.crop, 3), 'float32')
+    jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    text = (pathlib.Path(__file__).parents[1] / f'configs/{name}.py').read_text()
+    assert f'--config configs/{name}.py' in text.split('"""')[1]
+
+
+def test_b16_alone_is_the_papers_transfer_schedule():
+    config = load('b16')
+    assert config.model.model_name == 'ViT-B_16'
+    assert config.pretrained == 'imagenet21k/ViT-B_16.npz'
+    assert (config.dataset, config.pp.train, config.pp.test) == (
+        'tf_flowers', 'train[:90%]', 'train[90%:]',
+    )  # fmt: skip
+    assert (config.pp.crop, config.batch, config.accum_steps) == (224, 512, 8)
+    assert (config.base_lr, config.total_steps, config.warmup_steps) == (0.01, 500, 100)
+    assert (config.decay_type, config.grad_norm_clip, config.optim_dtype) == (
+        'cosine', 1.0, 'bfloat16',
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ('argument', 'lr', 'steps', 'warmup', 'train', 'test'),
+    [
+        ('b16,cifar10', 0.01, 10_000, 500, 'train[:98%]', 'test'),
+        ('b32,cifar10', 0.03, 10_000, 500, 'train[:98%]', 'test'),
+        ('b16,cifar100', 0.03, 10_000, 500, 'train[:98%]', 'test'),
+        ('l16,imagenet2012', 0.03, 20_000, 500, 'train[:99%]', 'validation'),
+    ],
+)
+def test_vit_py_gives_the_originals_settings(argument, lr, steps, warmup, train, test):
+    config = load('vit', argument)
+    assert (config.base_lr, config.total_steps, config.warmup_steps) == (lr, steps, warmup)
+    assert (config.pp.train, config.pp.test, config.pp.crop) == (train, test, 384)
+    assert (config.batch, config.batch_eval, config.accum_steps) == (512, 512, 8)
+    assert config.pretrained_dir == '.' and not config.pretrained
+    assert config.dataset == argument.split(',')[1]
+
+
+def test_precedence_default_preset_file_table_file_flag():
+    assert load('b16').warmup_steps == 100  # the default
+    assert load('b16', 'cifar10').total_steps == 10_000  # the dataset's preset
+    assert load('b16', dataset='cifar10').total_steps == 10_000  # also when a flag chose the set
+    assert load('b16', dataset='cifar10').pp.train == 'train[:98%]'
+    assert load('b16', 'cifar10', total_steps=7, warmup_steps=1).total_steps == 7  # a flag
+    assert load('b16', pp__crop=384).pp.crop == 384
+    config = common.get_config()
+    config.model = importlib.import_module('configs.b16').get_config().model
+    config.dataset = 'cifar10'
+    table = ml_collections.ConfigDict({'total_steps': 8, 'warmup_steps': 2})
+    config.dataset_presets.cifar10 = table
+    assert config_lib.resolve(config).total_steps == 8  # the file's table beats the preset
+    config.total_steps = 9
+    assert config_lib.resolve(config).total_steps == 9  # what the file sets beats its table
+
+
+def test_resolving_leaves_the_file_untouched_and_locks():
+    config = importlib.import_module('configs.b16').get_config()
+    resolved = config_lib.resolve(config)
+    assert config.batch is None
+    with pytest.raises(AttributeError):
+        resolved.no_such_knob = 1
+
+
+@pytest.mark.parametrize(
+    ('name', 'flags', 'kept'),
+    [
+        ('b16', {}, {'pretrained': 'imagenet21k/ViT-B_16.npz'}),
+        ('b16', {'pretrained': 'x.npz'}, {'pretrained': 'x.npz'}),
+        ('b16', {'pretrained': ''}, {}),
+        ('b16', {'pretrained_dir': 'd'}, {'pretrained_dir': 'd'}),
+        ('b16', {'model_or_filename': 'B_16'}, {'model_or_filename': 'B_16'}),
+        ('b16', {'model_or_filename': 'B_16', 'pretrained_dir': 'd'},
+         {'model_or_filename': 'B_16', 'pretrained_dir': 'd'}),
+        ('b16', {'pretrained': 'x', 'model_or_filename': 'y', 'pretrained_dir': 'd'},
+         {'pretrained': 'x'}),
+        ('digits', {}, {}),
+        ('digits', {'pretrained_dir': 'd'}, {'pretrained_dir': 'd'}),
+    ],
+)  # fmt: skip
+def test_which_weights_count(name, flags, kept):
+    config = load(name, **flags)
+    assert {key: config[key] for key in config_lib.WEIGHT_KEYS if config[key]} == kept
+
+
+def test_resize_alone_asks_for_random_crops():
+    assert load('b16').pp.inception_crop
+    config = load('b16', pp__resize=256)
+    assert not config.pp.inception_crop and config_lib.preprocess_of(config).resize == 256
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        ({'pp__crop': 225}, 'not a multiple of the patch size 16: use --config.pp.crop=224 or 240'),
+        ({'pp__crop': 5}, 'use --config.pp.crop=16'),
+        ({'optimizer': 'adam'}, "'adam' is not one of 'sgd', 'adamw'"),
+        ({'decay_type': 'step'}, "'step' is not one of 'cosine', 'linear'"),
+        ({'dtype': 'float16'}, "is not one of '', 'float32', 'bfloat16'"),
+        ({'batch': 0}, 'config.batch=0 must be at least 1'),
+        ({'base_lr': float('nan')}, 'config.base_lr=nan must be at least 0'),
+        ({'eval_every': 0}, 'config.eval_every=0 must be at least 1'),
+        ({'total_steps': 100}, 'warmup_steps=100 leaves nothing .* use --config.warmup_steps=10'),
+        ({'pp__resize': 256, 'pp__inception_crop': True}, 'drop one of them'),
+        ({'pp__resize': 200}, 'at least pp.crop=224'),
+        ({'model.classifier': 'unpooled'}, "train with 'token' or 'gap'"),
+        ({'model.transformer.num_heads': 7}, 'is not divisible by'),
+        (
+            {'attention': 'cudnn', 'model.transformer.attention_dropout_rate': 0.1},
+            "config.attention='cudnn' has no dropout",
+        ),
+    ],
+)
+def test_impossible_values_are_named_with_what_to_do(flags, message):
+    with pytest.raises(UserError, match=message):
+        load('b16', **flags)
+
+
+@pytest.mark.parametrize(
+    ('flags', 'devices', 'message'),
+    [
+        ({'batch': 100}, 1, r'by 1 device in 8 .* multiple of 8\. Use --config.batch=(96|104)'),
+        ({'batch': 8}, 4, r'4 devices in 8 .* multiple of 32\. Use --config.batch=32'),
+        ({'fsdp': 3}, 4, 'does not divide the 4 devices'),
+    ],
+)
+def test_batch_and_devices_must_fit(flags, devices, message):
+    with pytest.raises(UserError, match=message):
+        config_lib.check_devices(load('b16', **flags), devices)
+    config_lib.check_devices(load('b16', accum_steps=0, batch=4, fsdp=-1), 4)
+
+
+def test_a_file_that_sets_no_knob_of_ours_is_told_so():
+    config = common.get_config()
+    with pytest.raises(UserError, match='has no model'):
+        config_lib.resolve(config)
+    config.model = importlib.import_module('configs.b16').get_config().model
+    config.learning_rate = 3
+    with pytest.raises(UserError, match="'learning_rate', which is no knob"):
+        config_lib.resolve(config)
+
+
+def test_presets_are_found_however_the_name_is_spelt():
+    small = {'tf_flowers', 'oxford_flowers102', 'oxford_iiit_pet'}
+    assert small | {'cifar10', 'cifar100', 'imagenet2012', 'digits'} == set(datasets.PRESETS)
+    assert datasets.get_preset('cifar10:3.0.2') == datasets.get_preset('cifar10')
+    assert not datasets.get_preset('/my/photos')
+
+
+def test_every_knob_has_an_effect():
+    """Each is read somewhere in the package (`config.KNOB`), so none is dead."""
+    root = pathlib.Path(__file__).parents[1] / 'vit_jax'
+    text = '\n'.join(path.read_text() for path in root.rglob('*.py') if path.name != 'config.py')
+    text += (root / 'config.py').read_text().split('def preprocess_of')[1].split('def check')[0]
+    for key, _ in leaves(common.get_defaults()):
+        assert re.search(rf'config\.{re.escape(key)}\b', text), key
+
+
+def test_default_workdir():
+    named = config_lib.default_workdir
+    assert str(named('configs/b16.py', 'tf_flowers')) == 'runs/b16-tf_flowers'
+    assert str(named('configs/vit.py:b16,cifar10', 'cifar10')) == 'runs/vit-cifar10'
+    assert str(named('b16.py', '/data/my photos/')) == 'runs/b16-my_photos'

@@ -1,0 +1,82 @@
+"""The command line: mistakes become one line and a non-zero exit, before anything is made."""
+
+import pytest
+
+MAIN = ('-m', 'vit_jax.main')
+
+
+@pytest.fixture
+def mistake(command, tmp_path):
+    """Runs main with mistaken words; returns the one line it must print."""
+
+    def run(*words):
+        result = command(*MAIN, *words)
+        assert result.returncode not in (0, None), result.stdout
+        assert 'Traceback' not in result.stderr, result.stderr
+        last = result.stderr.strip().splitlines()[-1]
+        assert last.startswith('error: '), result.stderr
+        assert not (tmp_path / 'run').exists()
+        return last
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ('words', 'message'),
+    [
+        ([], 'no config file given: add --config configs/b16.py'),
+        (['--config'], 'no config file given'),
+        (['--config', 'configs/b61.py'], 'did you mean configs/b16.py?'),
+        (['--config', 'nowhere/x.py'], 'there is none in nowhere'),
+        (['--config=configs/b16.py', '--config.base_lrr=1'], 'did you mean --config.base_lr?'),
+        (['--config=configs/b16.py', '--config.pp.crpo', '3'], 'did you mean --config.pp.crop?'),
+        (['--config=configs/b16.py', '--config.batch=many'], '--config.batch=many'),
+        (['--config=configs/b16.py', '--wrkdir=x'], 'did you mean --workdir?'),
+        (['--config=configs/b16.py', 'workdir=x'], "unexpected 'workdir=x'"),
+        (
+            ['--config=configs/b16.py', '--config.shuffle_buffer=9'],
+            'original release is not needed',
+        ),
+        (['--config=configs/vit.py'], 'configs/vit.py: it needs an argument after a colon'),
+        (['--config=configs/vit.py:b61,cifar10'], "unknown model 'b61'"),
+        (['--config=configs/vit.py:b16,cifar11'], "unknown dataset 'cifar11'"),
+    ],
+)
+def test_mistakes_in_the_words(mistake, words, message):
+    assert message in mistake(*words)
+
+
+def test_help_is_quick_and_helpful(command):
+    result = command(*MAIN, '--help')
+    assert '--config' in result.stdout and '--workdir' in result.stdout
+    assert 'Traceback' not in result.stderr
+    code = 'import sys, vit_jax.main; print({"jax", "grain", "orbax"} & set(sys.modules))'
+    assert command('-c', code).stdout.strip() == 'set()'
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        (['--config.pp.crop=33'], 'use --config.pp.crop=32 or 40'),
+        (['--config.batch=9', '--config.accum_steps=2'], 'Use --config.batch='),
+        (['--config.pp.train=trian'], "split 'trian' of digits cannot be used: Unknown split"),
+        (['--config.dataset=./nowhere'], 'there is no folder ./nowhere'),
+        (['--config.dataset=tf_flwers'], 'did you mean tf_flowers?'),
+        (['--config.pretrained=nowhere.npz'], "'nowhere.npz' is no file here and no released"),
+        (['--config.pretrained=README.md'], 'README.md is not a readable .npz file'),
+        (['--config.pretrained=imagenet21k/ViT-B_17.npz'], 'imagenet21k/ViT-B_16.npz'),
+    ],
+)
+def test_mistakes_in_the_settings(mistake, tmp_path, flags, message):
+    words = ['--config=configs/digits.py', f'--workdir={tmp_path / "run"}', *flags]
+    assert message in mistake(*words)
+
+
+def test_weights_that_cannot_be_downloaded(mistake, tmp_path):
+    """The address, the place to put the file, and the flag to use."""
+    line = mistake(
+        '--config=configs/b16.py', '--config.dataset=digits', f'--workdir={tmp_path / "run"}'
+    )
+    assert 'https://storage.googleapis.com/vit_models/imagenet21k/ViT-B_16.npz' in line
+    assert str(tmp_path / 'cache/vit_models/imagenet21k/ViT-B_16.npz') in line
+    assert '--config.pretrained=FILE' in line

@@ -1,0 +1,253 @@
+"""Whole runs: what comes out, resuming, speed of the loop's mechanics."""
+
+import json
+import logging
+import pathlib
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+
+from configs import digits
+from vit_jax import config as config_lib
+from vit_jax import evaluate, model_folder, predict, sharding, steps, train
+from vit_jax import state as state_lib
+from vit_jax.checkpoint import npz
+from vit_jax.data import pipeline, sources
+from vit_jax.data.preprocess import Preprocess
+
+TINY = {'mlp_dim': 32, 'num_heads': 2, 'num_layers': 1, 'dropout_rate': 0.0}
+
+
+def make_config(tmp_path, **changes) -> ml_collections.ConfigDict:
+    """Digits with a model that compiles in a moment; 12 steps on 4 devices."""
+    config = digits.get_config()
+    config.model.hidden_size = 16
+    config.model.transformer.update(TINY)
+    config.pp.crop, config.pp.resize, config.model.patches.size = 16, 18, (8, 8)
+    config.batch, config.batch_eval, config.total_steps, config.warmup_steps = 32, 100, 12, 2
+    config.progress_every, config.eval_every, config.checkpoint_every = 2, 6, 6
+    config.compile_cache = str(tmp_path / 'jax')
+    config.update_from_flattened_dict(changes)
+    return config_lib.resolve(config)
+
+
+def lines(workdir, name='metrics.jsonl'):
+    return [json.loads(line) for line in (workdir / name).read_text().splitlines()]
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    """One run from start to end, whose output several tests look at."""
+    tmp_path = tmp_path_factory.mktemp('run')
+    config = make_config(tmp_path)
+    params = train.train_and_evaluate(config, tmp_path / 'run')
+    return config, tmp_path / 'run', jax.device_get(params)
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    config, workdir, params = finished
+    metrics = lines(workdir)
+    training = [line for line in metrics if 'train_loss' in line]
+    assert [line['step'] for line in training] == [2, 4, 6, 8, 10, 12]
+    assert set(training[0]) == {'step', 'train_loss', 'accuracy_train', 'lr', 'gradient_norm'}
+    testing = [line for line in metrics if 'accuracy_test' in line]
+    assert [line['step'] for line in testing] == [6, 12]
+    assert set(testing[0]) == {'step', 'accuracy_test', 'loss_test', 'accuracy_top5_test'}
+    timing = lines(workdir, 'timing.jsonl')
+    assert timing[0]['step'] == 1 and timing[0]['first_step_s'] > 0
+    speeds = [line for line in timing if 'img_sec_core_train' in line]
+    assert all(line['img_sec_core_train'] > 0 and 0 <= line['data_wait'] <= 1 for line in speeds)
+    assert [line['step'] for line in timing if 'img_sec_core_test' in line] == [6, 12]
+    assert sorted(p.name for p in (workdir / 'checkpoints').iterdir()) == ['12', '6']
+    assert 'test accuracy' in (workdir / 'train.log').read_text()
+    assert json.loads((workdir / 'config.json').read_text())['batch'] == 32
+    assert 'jax' in (workdir / 'versions.json').read_text()
+    assert list(workdir.glob('events.out.tfevents.*'))
+    assert config.model.model_name in (workdir / 'train.log').read_text()
+
+    saved = npz.load(workdir / 'model/params.npz')
+    jax.tree.map(np.testing.assert_array_equal, saved, dict(params))
+
+
+def test_the_model_folder_predicts_as_the_run_evaluated(finished):
+    """Through files on disk: the product has weights, classes and preprocessing of the run."""
+    from PIL import Image
+
+    _, workdir, _ = finished
+    model = model_folder.load(workdir / 'model')
+    assert model.class_names == tuple('0123456789')
+    _, test = sources.open_sources('digits', train_split='train[:80%]', test_split='train[80%:]')
+    examples = [test[i] for i in range(len(test))]
+    paths = []
+    for place, example in enumerate(examples):
+        paths.append(workdir.parent / f'{place}.png')
+        Image.fromarray(example.image).save(paths[-1])
+    found = [p.argmax() for _, p in predict.predict(model, paths)]
+    accuracy = np.mean([a == b.label for a, b in zip(found, examples, strict=True)])
+    assert accuracy == pytest.approx(lines(workdir)[-1]['accuracy_test'], abs=1e-9)
+
+
+def test_a_finished_run_started_again_does_nothing(finished, capsys):
+    config, workdir, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob('*') if p.is_file()}
+    assert train.train_and_evaluate(config, workdir) is None
+    assert 'this run is finished (12 steps)' in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in workdir.rglob('*') if p.is_file()} == before
+
+
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(finished, tmp_path, monkeypatch):
+    """Stopped at step 10, with a checkpoint of step 6: no line is missing, none is there twice."""
+    _, whole, params = finished
+    original = train._report_progress
+
+    def stop_at_ten(run, step, *rest):
+        original(run, step, *rest)
+        if step == 10:
+            raise KeyboardInterrupt
+
+    config = make_config(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, '_report_progress', stop_at_ten)
+        with pytest.raises(KeyboardInterrupt):
+            train.train_and_evaluate(config, tmp_path / 'run')
+    assert lines(tmp_path / 'run')[-1]['step'] == 10
+    resumed = jax.device_get(train.train_and_evaluate(config, tmp_path / 'run'))
+    jax.tree.map(np.testing.assert_array_equal, resumed, params)
+    assert (tmp_path / 'run/metrics.jsonl').read_bytes() == (whole / 'metrics.jsonl').read_bytes()
+    assert 'resumed from step 6' in (tmp_path / 'run/train.log').read_text()
+
+
+def test_nothing_compiles_after_the_first_step_and_evaluation(tmp_path, monkeypatch):
+    """Every function compiles once; transfers are explicit (the loop disallows others itself)."""
+    made = []
+
+    def keep(make):
+        def wrapped(*args, **kwargs):
+            made.append(make(*args, **kwargs))
+            return made[-1]
+
+        return wrapped
+
+    monkeypatch.setattr(steps, 'make_train_step', keep(steps.make_train_step))
+    monkeypatch.setattr(steps, 'make_eval_step', keep(steps.make_eval_step))
+    compiled = []
+
+    class Listen(logging.Handler):
+        def emit(self, record):
+            if 'Finished XLA compilation' in record.getMessage():
+                compiled.append(record.getMessage())
+
+    marks = []
+    original = train._evaluate
+
+    def mark(*args):
+        original(*args)
+        marks.append(len(compiled))
+
+    monkeypatch.setattr(train, '_evaluate', mark)
+    logger, handler = logging.getLogger('jax._src.dispatch'), Listen()
+    logger.addHandler(handler)
+    try:
+        with jax.log_compiles():
+            config = make_config(tmp_path, eval_every=4, checkpoint_every=100)
+            train.train_and_evaluate(config, tmp_path / 'run')
+    finally:
+        logger.removeHandler(handler)
+    assert len(marks) == 3 and marks[0] > 2
+    assert marks[0] == marks[-1], compiled[marks[0] :]
+    assert [function._cache_size() for function in made] == [1, 1]
+
+
+@pytest.mark.parametrize('batch', [1, 7, 64, 359, 1000])
+@pytest.mark.parametrize('devices', [1, 3, 4])
+def test_evaluation_counts_every_example_once(batch, devices):
+    """For a model that reads the answer from the image, whatever batch size and device count."""
+
+    class Oracle:
+        def apply(self, variables, images, train):
+            return -((images[:, 0, 0, :1] * 127.5 + 127.5 - np.arange(10)[None]) ** 2)
+
+    class Images:
+        class_names = tuple('0123456789')
+        exif = False
+
+        def __len__(self):
+            return 359
+
+        def __getitem__(self, index):
+            label = index % 10
+            shown = label if index % 3 else (label + 7) % 10  # every third is shown wrong
+            return sources.Example(np.full((4, 4, 3), shown, np.uint8), label, str(index))
+
+    mesh = sharding.create_mesh(1, jax.devices()[:devices])
+    step = steps.make_eval_step(Oracle(), mesh, sharding.replicated(mesh))
+    params = sharding.put_tree({'p': np.zeros(())}, {'p': sharding.replicated(mesh)})
+    metrics, speed = evaluate.evaluate(step, params, Images(), Preprocess(4), mesh, batch=batch)
+    assert metrics['accuracy_test'] == pytest.approx((359 - 120) / 359, abs=1e-12)
+    assert speed > 0
+
+
+def test_loss_goes_down_on_real_photos(shared_dir, tmp_path):
+    """Folders with their own train/ and test/, a preprocessed size, and the ViT of the digits."""
+    config = make_config(
+        tmp_path,
+        **{
+            'dataset': str(shared_dir / 'data/flowers_folder'),
+            'pp.resize': 0,
+            'pp.inception_crop': True,
+            'pp.crop': 32,
+            'total_steps': 100,
+            'eval_every': 100,
+            'checkpoint_every': 100,
+        },
+    )
+    train.train_and_evaluate(config, tmp_path / 'run')
+    losses = [line['train_loss'] for line in lines(tmp_path / 'run') if 'train_loss' in line]
+    assert np.mean(losses[-5:]) < np.mean(losses[:3]) - 0.1
+    model = model_folder.load(tmp_path / 'run/model')
+    assert model.class_names == ('daisy', 'dandelion', 'roses', 'sunflowers', 'tulips')
+    log = (tmp_path / 'run/train.log').read_text()
+    assert '200 examples' in log and '60 examples' in log
+
+
+def test_neither_tensorflow_nor_pytorch_is_imported_by_a_run(command, tmp_path):
+    code = f"""
+import sys
+from absl import flags
+sys.argv = ['x', '--config=configs/digits.py', '--workdir={tmp_path / 'run'}',
+            '--config.total_steps=2', '--config.warmup_steps=1', '--config.batch=16',
+            '--config.model.transformer.num_layers=1', '--config.compile_cache=']
+from vit_jax import main
+try:
+    main.run()
+except SystemExit as stop:
+    assert not stop.code, stop.code
+print(sorted({{m.split('.')[0] for m in sys.modules}} & {{'tensorflow', 'torch', 'keras'}}))
+"""
+    result = command('-c', code)
+    assert result.stdout.strip().splitlines()[-1] == '[]', result.stdout + result.stderr
+    assert pathlib.Path(tmp_path / 'run/model/model.json').exists()
+
+
+def test_weights_are_fitted_and_accounted_for(tmp_path, finished):
+    """Another number of classes, another image size, from a file of the released naming."""
+    _, workdir, _ = finished
+    config = make_config(
+        tmp_path,
+        **{'pretrained': str(workdir / 'model/params.npz'), 'pp.crop': 24, 'pp.resize': 0},
+    )
+    model = train.models.from_config(config.model, num_classes=3)
+    params, origin = train._initial_params(config, model)
+    assert 'resized: Transformer/posembed_input/pos_embedding (1, 4, 16) -> (1, 9, 16)' in origin
+    assert 'newly initialised: head' in origin
+    abstract = state_lib.init_params(model, 24, 0)
+    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, abstract)
+
+
+def test_overlapping_splits_are_said(tmp_path):
+    config = make_config(tmp_path, **{'pp.train': 'train[:90%]', 'total_steps': 3})
+    train.train_and_evaluate(config, tmp_path / 'run')
+    log = (tmp_path / 'run/train.log').read_text()
+    assert 'WARNING: 179 of the 359 test images are trained on as well' in log
