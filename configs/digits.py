@@ -2,7 +2,7 @@
 
     python -m vit_jax.main --config configs/digits.py
 
-1,797 images of 8 x 8 pixels, enlarged to 32 x 32; 80 % (stratified) train, 20 % test. No crops and
+1,797 images of 8 x 8 pixels, enlarged to 16 x 16; 80 % (stratified) train, 20 % test. No crops and
 no mirror images: part of a digit, or its mirror image, is another digit or none. Time and accuracy:
 see README, "Results".
 """
@@ -19,7 +19,7 @@ def get_config(dataset: str = 'digits') -> ml_collections.ConfigDict:
     config.model = ml_collections.ConfigDict(
         dict(
             model_name='ViT-digits',
-            patches=dict(size=(8, 8)),
+            patches=dict(size=(4, 4)),
             hidden_size=96,
             transformer=dict(
                 mlp_dim=192, num_heads=4, num_layers=4, attention_dropout_rate=0.0, dropout_rate=0.1
@@ -30,12 +30,11 @@ def get_config(dataset: str = 'digits') -> ml_collections.ConfigDict:
     )
     config.pretrained = ''
 
-    config.pp.crop = 32
+    config.pp.crop = 16
     config.pp.inception_crop = False
     config.pp.flip = False
-    config.pp.resize = (
-        36  # then a random 32 x 32 crop: small shifts are the one augmentation that fits digits
-    )
+    # Then a random 16 x 16 crop: small shifts are the one augmentation that fits digits.
+    config.pp.resize = 18
 
     config.batch = 128
     config.accum_steps = 1

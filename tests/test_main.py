@@ -57,7 +57,7 @@ def test_help_is_quick_and_helpful(command):
 @pytest.mark.parametrize(
     ('flags', 'message'),
     [
-        (['--config.pp.crop=33'], 'use --config.pp.crop=32 or 40'),
+        (['--config.pp.crop=33'], 'use --config.pp.crop=32 or 36'),
         (['--config.batch=9', '--config.accum_steps=2'], 'Use --config.batch='),
         (['--config.pp.train=trian'], "split 'trian' of digits cannot be used: Unknown split"),
         (['--config.dataset=./nowhere'], 'there is no folder ./nowhere'),

@@ -14,7 +14,7 @@ from vit_jax import config as config_lib
 from vit_jax import evaluate, model_folder, predict, sharding, steps, train
 from vit_jax import state as state_lib
 from vit_jax.checkpoint import npz
-from vit_jax.data import pipeline, sources
+from vit_jax.data import sources
 from vit_jax.data.preprocess import Preprocess
 
 TINY = {'mlp_dim': 32, 'num_heads': 2, 'num_layers': 1, 'dropout_rate': 0.0}
