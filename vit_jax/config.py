@@ -15,7 +15,8 @@ import ml_collections
 from configs import common, datasets
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
-from vit_jax.models.vit import ATTENTION_IMPLEMENTATIONS, REMAT_POLICIES
+from vit_jax.models.attention import ATTENTION_IMPLEMENTATIONS
+from vit_jax.models.layers import REMAT_POLICIES
 
 WEIGHT_KEYS = ('pretrained', 'model_or_filename', 'pretrained_dir')  # strongest first
 _CHOICES = {

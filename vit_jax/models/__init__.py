@@ -6,27 +6,44 @@ from typing import Any
 import jax
 
 from vit_jax.models import variants
+from vit_jax.models.mixer import MlpMixer
 from vit_jax.models.vit import VisionTransformer
 
-__all__ = ['VisionTransformer', 'apply_with_intermediates', 'from_config', 'get_model', 'variants']
+__all__ = [
+    'MlpMixer',
+    'VisionTransformer',
+    'apply_with_intermediates',
+    'from_config',
+    'get_model',
+    'variants',
+]
 
 
-def from_config(config: Mapping[str, Any], **overrides: Any) -> VisionTransformer:
+def from_config(config: Mapping[str, Any], **overrides: Any) -> VisionTransformer | MlpMixer:
     """The module that an architecture (`variants.get_config`) describes.
 
     Args:
       config: the keys of `variants.get_config`, as a `ConfigDict` or any mapping.
       **overrides: further or other arguments of the module, such as `num_classes`, `dtype`,
-        `attention`.
+        `attention` (which a Mixer does not have: 'auto' is accepted, another is an error).
 
     Returns:
       The module, unbound: `model.init`, `model.apply`.
+
+    Raises:
+      ValueError: an attention implementation is asked for of a Mixer.
     """
     config = config.to_dict() if hasattr(config, 'to_dict') else dict(config)
-    return VisionTransformer(**{**config, **overrides})
+    arguments = {**config, **overrides}
+    if not variants.is_mixer(arguments):
+        return VisionTransformer(**arguments)
+    attention = arguments.pop('attention', 'auto')
+    if attention != 'auto':
+        raise ValueError(f'attention {attention!r}: an MLP-Mixer has no attention')
+    return MlpMixer(**arguments)
 
 
-def get_model(name: str, **overrides: Any) -> VisionTransformer:
+def get_model(name: str, **overrides: Any) -> VisionTransformer | MlpMixer:
     """The module of a named variant: `get_model('ViT-B_16', num_classes=5)`.
 
     Args:
@@ -40,7 +57,7 @@ def get_model(name: str, **overrides: Any) -> VisionTransformer:
 
 
 def apply_with_intermediates(
-    model: VisionTransformer,
+    model: VisionTransformer | MlpMixer,
     params: Mapping[str, Any],
     images: jax.Array,
     *,
@@ -59,8 +76,10 @@ def apply_with_intermediates(
       Logits, and a flat dict: 'patch_embedding' [B, h, w, D]; 'Transformer/with_position_embedding'
       [B, N, D]; 'Transformer/encoderblock_0/tokens' (after the block), '/self_attention' and '/mlp'
       (what each half added) [B, N, D]; 'encoded' [B, N, D]; 'pre_logits', what the head reads, [B,
-      D]; and on request 'Transformer/encoderblock_0/attention_weights'. Inside `jax.jit`, what is
-      not used costs nothing.
+      D] (of a distilled model [B, 2, D]: class token, distillation token); of a hybrid 'resnet',
+      the ResNet's features; and on request 'Transformer/encoderblock_0/attention_weights'. A Mixer
+      has 'MixerBlock_0/tokens', '/tokens_mlp' and '/channels_mlp' instead of the encoder's. Inside
+      `jax.jit`, what is not used costs nothing.
     """
     collections = ['intermediates'] + (['attention_weights'] if attention_weights else [])
     logits, state = model.apply({'params': params}, images, train=False, mutable=collections)
@@ -69,8 +88,7 @@ def apply_with_intermediates(
         for path, leaf in jax.tree_util.tree_flatten_with_path(state[collection])[0]:
             names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
             if collection == 'attention_weights':
-                names = names[:-2] + [
-                    'attention_weights'
-                ]  # .../MultiHeadDotProductAttention_0/weights
+                # .../MultiHeadDotProductAttention_0/weights
+                names = names[:-2] + ['attention_weights']
             out['pre_logits' if names == ['features'] else '/'.join(names)] = leaf
     return logits, out

@@ -14,25 +14,16 @@ when the collection `attention_weights` is requested, since they take B*H*N*N nu
 """
 
 import functools
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vit_jax.models import layers, resnet
+from vit_jax.models.attention import MultiHeadDotProductAttention
+
 CLASSIFIERS = ('token', 'gap', 'unpooled', 'token_unpooled')
-ATTENTION_IMPLEMENTATIONS = ('auto', 'xla', 'cudnn')
-REMAT_POLICIES: Mapping[str, Callable | None] = {
-    'full': None,  # keep nothing of a block but its input
-    # Keep what matrix products with parameters gave.
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-
-
-def _at_least_float32(dtype: Any) -> jnp.dtype:
-    """What softmax and logits are computed in: float32, or float64 in a float64 model."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 class IdentityLayer(nn.Module):
@@ -82,106 +73,6 @@ class MlpBlock(nn.Module):
         x = nn.Dropout(self.dropout_rate)(x, deterministic=deterministic)
         x = dense(inputs.shape[-1], name='Dense_1')(x)
         return nn.Dropout(self.dropout_rate)(x, deterministic=deterministic)
-
-
-class HeadProjection(nn.Module):
-    """Holds the kernel and bias of one attention projection in the released shapes.
-
-    The kernel is initialised as the matrix it is: `xavier_uniform` over (inputs, outputs), then
-    given its shape.
-    """
-
-    kernel_shape: tuple[int, int, int]
-    bias_shape: tuple[int, ...]
-    input_dims: int  # how many leading axes of the kernel are inputs
-
-    @nn.compact
-    def __call__(self) -> tuple[jax.Array, jax.Array]:
-        """Returns kernel and bias, float32, in `kernel_shape` and `bias_shape`."""
-
-        def kernel_init(key, shape):
-            inputs = 1
-            for size in shape[: self.input_dims]:
-                inputs *= size
-            outputs = shape[0] * shape[1] * shape[2] // inputs
-            return nn.initializers.xavier_uniform()(key, (inputs, outputs)).reshape(shape)
-
-        kernel = self.param('kernel', kernel_init, self.kernel_shape)
-        bias = self.param('bias', nn.initializers.zeros, self.bias_shape)
-        return kernel, bias
-
-
-class MultiHeadDotProductAttention(nn.Module):
-    """Multi-head self-attention with the parameter tree of the Flax module of this name.
-
-    Parameters are `query`, `key`, `value` [D, H, K] and `out` [H, K, D], as in the released files.
-    Between the projections the tokens lie as [B, H, N, K], which makes the products over tokens
-    plain batched matrix products: a training step of Ti/16 on a CPU is 1.5 times as fast as with
-    [B, N, H, K]. Softmax is computed in float32.
-
-    Attributes:
-      num_heads: H; must divide the width.
-      dropout_rate: dropout of the attention weights (0 in all released models).
-      dtype: type of the matrix products.
-      implementation: 'xla' (matrix products and a softmax), 'cudnn' (NVIDIA's fused kernel: 16-bit
-        types on a GPU, no attention dropout), or 'auto', which is 'xla' on every device until a
-        measurement says otherwise.
-    """
-
-    num_heads: int
-    dropout_rate: float = 0.0
-    dtype: Any = jnp.float32
-    implementation: str = 'auto'
-
-    @nn.compact
-    def __call__(self, inputs: jax.Array, *, deterministic: bool) -> jax.Array:
-        """Tokens [B, N, D] in, tokens [B, N, D] out."""
-        batch, tokens, width = inputs.shape
-        if width % self.num_heads:
-            raise ValueError(f'hidden_size {width} is not divisible by num_heads {self.num_heads}')
-        heads, head_size = self.num_heads, width // self.num_heads
-        query, key, value = (
-            self._project(name, inputs, (width, heads, head_size))
-            for name in ('query', 'key', 'value')
-        )
-
-        drop = 0.0 if deterministic else self.dropout_rate
-        record = self.is_mutable_collection('attention_weights') and not self.is_initializing()
-        if self.implementation == 'cudnn' and not record:
-            if drop:
-                raise ValueError(
-                    "attention 'cudnn' has no dropout: use 'xla' with attention_dropout_rate > 0"
-                )
-            x = jax.nn.dot_product_attention(
-                *(t.swapaxes(1, 2) for t in (query, key, value)), implementation='cudnn'
-            ).swapaxes(1, 2)
-        elif self.implementation in ATTENTION_IMPLEMENTATIONS:
-            logits = jnp.einsum('bhqk,bhnk->bhqn', query * head_size**-0.5, key)
-            weights = jax.nn.softmax(logits.astype(_at_least_float32(self.dtype)), axis=-1)
-            if record:
-                self.sow('attention_weights', 'weights', weights)
-            weights = nn.Dropout(drop)(weights.astype(self.dtype), deterministic=deterministic)
-            x = jnp.einsum('bhqn,bhnk->bhqk', weights, value)
-        else:
-            raise ValueError(
-                f'unknown attention {self.implementation!r}: '
-                f'one of {", ".join(ATTENTION_IMPLEMENTATIONS)}'
-            )
-
-        kernel, bias = HeadProjection((heads, head_size, width), (width,), 2, name='out')()
-        x = x.swapaxes(1, 2).reshape(batch * tokens, width)
-        x = x @ kernel.reshape(width, width).astype(self.dtype) + bias.astype(self.dtype)[None]
-        return x.reshape(batch, tokens, width)
-
-    def _project(self, name: str, inputs: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
-        """Tokens [B, N, D] to queries, keys or values [B, H, N, K]."""
-        batch, tokens, width = inputs.shape
-        kernel, bias = HeadProjection(shape, shape[1:], 1, name=name)()
-        x = inputs.astype(self.dtype).reshape(batch * tokens, width)
-        x = x @ kernel.reshape(width, width).astype(self.dtype) + bias.reshape(1, width).astype(
-            self.dtype
-        )
-        return x.reshape(batch, tokens, *shape[1:]).swapaxes(1, 2)
 
 
 class Encoder1DBlock(nn.Module):
@@ -252,13 +143,7 @@ class Encoder(nn.Module):
             self.sow('intermediates', 'with_position_embedding', x)
         x = nn.Dropout(self.dropout_rate)(x, deterministic=not train)
 
-        block = Encoder1DBlock
-        if self.remat:
-            if self.remat not in REMAT_POLICIES:
-                raise ValueError(
-                    f'unknown remat {self.remat!r}: one of {", ".join(REMAT_POLICIES)}, or empty'
-                )
-            block = nn.remat(block, static_argnums=(2,), policy=REMAT_POLICIES[self.remat])
+        block = layers.rematerialised(Encoder1DBlock, self.remat, static_argnums=(2,))
         for layer in range(self.num_layers):
             x = block(
                 mlp_dim=self.mlp_dim,
@@ -273,20 +158,30 @@ class Encoder(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Vision Transformer with the original release's arguments, and three of our own at the end.
+    """Vision Transformer with the original release's arguments, and five of our own at the end.
+
+    A plain ViT; a hybrid (`resnet`), whose patches are cut from the features of a ResNet; or a
+    DeiT (`distilled`).
 
     Attributes:
       num_classes: C; 0 leaves the head out and returns features.
-      patches: mapping with `size`, (P, P).
+      patches: mapping with `size`, (P, P): pixels, or positions of the ResNet's feature map.
       transformer: mapping with the arguments of `Encoder` (num_layers, mlp_dim, num_heads, dropout
         rates).
       hidden_size: D.
+      resnet: mapping with `num_layers` (residual units in each stage; none for the root alone) and
+        `width_factor`, see `resnet.backbone`; None for a plain ViT.
       representation_size: width of the `pre_logits` layer (dense + tanh); None for none.
       classifier: 'token' (class token), 'gap' (mean of all tokens, no class token), 'unpooled' (all
         patch tokens), 'token_unpooled' (class token and all patch tokens).
       head_bias_init: initial value of the head's bias.
       encoder: the encoder's class.
       model_name: the variant's name; not used in the computation.
+      distilled: a second token `dist` beside the class token and a second head, `head_dist`, that
+        reads it, as in DeiT (https://arxiv.org/abs/2012.12877). The logits are the mean of both
+        heads', also in training: there is no teacher here.
+      mlp_head: a hidden layer in front of the head, `head_hidden` (dense of width D, ReLU, dropout
+        at the encoder's rate).
       dtype: type of activations and matrix products, float32 or bfloat16; parameters stay float32.
       attention: see `MultiHeadDotProductAttention.implementation`.
       remat: see `Encoder.remat`.
@@ -296,11 +191,14 @@ class VisionTransformer(nn.Module):
     patches: Any
     transformer: Any
     hidden_size: int
+    resnet: Any = None
     representation_size: int | None = None
     classifier: str = 'token'
     head_bias_init: float = 0.0
     encoder: type[nn.Module] = Encoder
     model_name: str | None = None
+    distilled: bool = False
+    mlp_head: bool = False
     dtype: Any = jnp.float32
     attention: str = 'auto'
     remat: str = ''
@@ -310,43 +208,28 @@ class VisionTransformer(nn.Module):
         """Computes logits.
 
         Args:
-          inputs: [B, height, width, 3] in [-1, 1]; height and width are multiples of P.
+          inputs: [B, height, width, 3] in [-1, 1]; height and width are multiples of P (of a
+            hybrid: those of the feature map are).
           train: whether dropout is active (then `apply` needs `rngs={'dropout': key}`).
 
         Returns:
           Logits [B, C] float32; [B, N, C] for 'unpooled' and 'token_unpooled'. With num_classes=0
-          the features [B, D] (or [B, N, D]) in `dtype`.
+          the features [B, D] (or [B, N, D]) in `dtype`; of a distilled model the mean of both
+          tokens' features.
 
         Raises:
-          ValueError: the image is not a whole number of patches, or the classifier is unknown.
+          ValueError: the image is not a whole number of patches, the classifier is unknown, or a
+            distilled model is asked for with another classifier or head than its own.
         """
-        if self.classifier not in CLASSIFIERS:
-            raise ValueError(
-                f'unknown classifier {self.classifier!r}: one of {", ".join(CLASSIFIERS)}'
-            )
-        patch = tuple(self.patches['size'])
-        height, width = inputs.shape[1:3]
-        if height % patch[0] or width % patch[1]:
-            raise ValueError(
-                f'an image of {height} x {width} pixels is not a whole number of '
-                f'{patch[0]} x {patch[1]} patches'
-            )
-
-        x = nn.Conv(
-            self.hidden_size,
-            patch,
-            strides=patch,
-            padding='VALID',
-            dtype=self.dtype,
-            name='embedding',
-        )(inputs.astype(self.dtype))
-        self.sow('intermediates', 'patch_embedding', x)  # [B, height / P, width / P, D]
-        x = x.reshape(x.shape[0], -1, x.shape[-1])
-
+        self._check()
+        x = self._embed(inputs.astype(self.dtype))
+        names = ('cls', 'dist') if self.distilled else ('cls',)
         if self.classifier in ('token', 'token_unpooled'):
-            cls = self.param('cls', nn.initializers.zeros, (1, 1, self.hidden_size))
-            cls = jnp.broadcast_to(cls.astype(self.dtype), (x.shape[0], 1, self.hidden_size))
-            x = jnp.concatenate([cls, x], axis=1)
+            shape = (1, 1, self.hidden_size)
+            tokens = [self.param(name, nn.initializers.zeros, shape) for name in names]
+            tokens = jnp.concatenate(tokens, axis=1).astype(self.dtype)
+            tokens = jnp.broadcast_to(tokens, (x.shape[0], *tokens.shape[1:]))
+            x = jnp.concatenate([tokens, x], axis=1)
 
         x = self.encoder(
             name='Transformer',
@@ -357,7 +240,9 @@ class VisionTransformer(nn.Module):
         )(x, train=train)
         self.sow('intermediates', 'encoded', x)
 
-        if self.classifier == 'token':
+        if self.distilled:
+            x = x[:, :2]
+        elif self.classifier == 'token':
             x = x[:, 0]
         elif self.classifier == 'gap':
             x = jnp.mean(x, axis=1)
@@ -369,16 +254,50 @@ class VisionTransformer(nn.Module):
         self.sow('intermediates', 'features', x)  # `pre_logits` is the layer's own name
 
         if not self.num_classes:
-            return x
-        return nn.Dense(
-            self.num_classes,
+            return x.mean(axis=1) if self.distilled else x
+        return self._classify(x, train)
+
+    def _check(self) -> None:
+        if self.classifier not in CLASSIFIERS:
+            raise ValueError(
+                f'unknown classifier {self.classifier!r}: one of {", ".join(CLASSIFIERS)}'
+            )
+        if self.distilled and (
+            self.classifier != 'token' or self.representation_size is not None or self.mlp_head
+        ):
+            raise ValueError(
+                "a distilled model has classifier 'token' and its own two heads: it takes neither "
+                'representation_size nor mlp_head'
+            )
+
+    def _embed(self, images: jax.Array) -> jax.Array:
+        """Images [B, height, width, 3] to patch tokens [B, N, D]."""
+        x = images
+        if self.resnet is not None:
+            x = resnet.backbone(x, **self.resnet, dtype=self.dtype, remat=self.remat)
+            self.sow('intermediates', 'resnet', x)
+        patch = tuple(self.patches['size'])
+        layers.check_patches(patch, images.shape[1:3], x.shape[1:3])
+        x = nn.Conv(
+            self.hidden_size,
+            patch,
+            strides=patch,
+            padding='VALID',
             dtype=self.dtype,
-            kernel_init=nn.initializers.zeros,
-            bias_init=nn.initializers.constant(self.head_bias_init),
-            # Operands in `dtype`, logits in float32: rounding them to bfloat16 would round the
-            # loss.
-            dot_general=functools.partial(
-                jax.lax.dot_general, preferred_element_type=_at_least_float32(self.dtype)
-            ),
-            name='head',
+            name='embedding',
         )(x)
+        self.sow('intermediates', 'patch_embedding', x)
+        return x.reshape(x.shape[0], -1, x.shape[-1])
+
+    def _classify(self, x: jax.Array, train: bool) -> jax.Array:
+        """Features [B, D] (or [B, N, D]; of a distilled model [B, 2, D]) to logits."""
+        if self.mlp_head:
+            x = nn.relu(nn.Dense(self.hidden_size, dtype=self.dtype, name='head_hidden')(x))
+            rate = self.transformer.get('dropout_rate', self.encoder.dropout_rate)
+            x = nn.Dropout(rate)(x, deterministic=not train)
+        head = functools.partial(
+            layers.head, self.num_classes, dtype=self.dtype, bias_init=self.head_bias_init
+        )
+        if self.distilled:
+            return (head(name='head')(x[:, 0]) + head(name='head_dist')(x[:, 1])) / 2
+        return head(name='head')(x)

@@ -1,0 +1,121 @@
+"""MLP-Mixer: "An all-MLP Architecture for Vision" (https://arxiv.org/abs/2105.01601).
+
+Parameter names and numerics are those of the released checkpoints. The MLPs over tokens make the
+number of tokens, and so the image size, a part of the architecture.
+
+Shapes: B batch, N tokens, D width (hidden_dim), P patch size, C classes.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vit_jax.models import layers
+
+
+class MlpBlock(nn.Module):
+    """Two dense layers with GELU (tanh form) between them; as many outputs as inputs."""
+
+    mlp_dim: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """[..., inputs] to [..., inputs], over the last axis."""
+        x = nn.Dense(self.mlp_dim, dtype=self.dtype, name='Dense_0')(inputs)
+        x = nn.gelu(x, approximate=True)
+        return nn.Dense(inputs.shape[-1], dtype=self.dtype, name='Dense_1')(x)
+
+
+class MixerBlock(nn.Module):
+    """One block: an MLP over the tokens, then an MLP over the channels, both residual."""
+
+    tokens_mlp_dim: int
+    channels_mlp_dim: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Tokens [B, N, D] in, tokens [B, N, D] out."""
+        y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name='LayerNorm_0')(x)
+        y = MlpBlock(self.tokens_mlp_dim, self.dtype, name='token_mixing')(y.swapaxes(1, 2))
+        y = y.swapaxes(1, 2)
+        self.sow('intermediates', 'tokens_mlp', y)
+        x = x + y
+
+        y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name='LayerNorm_1')(x)
+        y = MlpBlock(self.channels_mlp_dim, self.dtype, name='channel_mixing')(y)
+        self.sow('intermediates', 'channels_mlp', y)
+        x = x + y
+        self.sow('intermediates', 'tokens', x)
+        return x
+
+
+class MlpMixer(nn.Module):
+    """MLP-Mixer with the original release's arguments, and two of our own at the end.
+
+    Attributes:
+      patches: mapping with `size`, (P, P).
+      num_classes: C; 0 leaves the head out and returns features.
+      num_blocks: number of blocks.
+      hidden_dim: D.
+      tokens_mlp_dim: width of the MLPs over tokens.
+      channels_mlp_dim: width of the MLPs over channels.
+      model_name: the variant's name; not used in the computation.
+      dtype: type of activations and matrix products, float32 or bfloat16; parameters stay float32.
+      remat: recompute activations of the blocks, see `layers.REMAT_POLICIES`; '' keeps them.
+    """
+
+    patches: Any
+    num_classes: int
+    num_blocks: int
+    hidden_dim: int
+    tokens_mlp_dim: int
+    channels_mlp_dim: int
+    model_name: str | None = None
+    dtype: Any = jnp.float32
+    remat: str = ''
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array, *, train: bool) -> jax.Array:
+        """Computes logits.
+
+        Args:
+          inputs: [B, height, width, 3] in [-1, 1]; height and width are multiples of P, and N =
+            height * width / P^2 is what the parameters were made for.
+          train: as for the other families; a Mixer has no dropout, so it changes nothing.
+
+        Returns:
+          Logits [B, C] float32. With num_classes=0 the features [B, D] in `dtype`.
+
+        Raises:
+          ValueError: the image is not a whole number of patches, or unknown `remat`.
+        """
+        del train
+        patch = tuple(self.patches['size'])
+        layers.check_patches(patch, inputs.shape[1:3], inputs.shape[1:3])
+        x = nn.Conv(
+            self.hidden_dim,
+            patch,
+            strides=patch,
+            padding='VALID',
+            dtype=self.dtype,
+            name='stem',
+        )(inputs.astype(self.dtype))
+        self.sow('intermediates', 'patch_embedding', x)  # [B, height / P, width / P, D]
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+
+        block = layers.rematerialised(MixerBlock, self.remat)
+        for i in range(self.num_blocks):
+            x = block(
+                self.tokens_mlp_dim, self.channels_mlp_dim, self.dtype, name=f'MixerBlock_{i}'
+            )(x)
+        x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name='pre_head_layer_norm')(x)
+        self.sow('intermediates', 'encoded', x)
+        x = jnp.mean(x, axis=1)
+        self.sow('intermediates', 'features', x)
+        if not self.num_classes:
+            return x
+        return layers.head(self.num_classes, name='head', dtype=self.dtype)(x)
