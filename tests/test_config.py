@@ -12,9 +12,12 @@ from configs import common, datasets
 from vit_jax import config as config_lib
 from vit_jax import models
 from vit_jax.errors import UserError
+from vit_jax.models import variants
 
 CONFIGS = sorted(p.stem for p in (pathlib.Path(__file__).parents[1] / 'configs').glob('*.py'))
-FILES = [name for name in CONFIGS if name not in ('__init__', 'common', 'datasets', 'vit')]
+NOT_A_RUN = ('__init__', 'common', 'datasets')
+ARGUMENTS = {'vit': ('b16,cifar10',), 'augreg': ('R_Ti_16',)}
+FILES = [name for name in CONFIGS if name not in NOT_A_RUN]
 
 
 def load(name, *argument, **flags):
@@ -36,12 +39,13 @@ def leaves(config, prefix=''):
 
 @pytest.mark.parametrize('name', FILES)
 def test_every_config_file_resolves_to_a_model(name):
-    config = load(name)
+    config = load(name, *ARGUMENTS.get(name, ()))
     unset = {key for key, value in leaves(config) if value is None}
     assert unset <= {'model.representation_size'}
     model = models.from_config(config.model, num_classes=5)
     images = jax.ShapeDtypeStruct((1, config.pp.crop, config.pp.crop, 3), 'float32')
     jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    assert config.model.get('model_name') in {**variants.VARIANTS, 'ViT-digits': 0}
     text = (pathlib.Path(__file__).parents[1] / f'configs/{name}.py').read_text()
     assert f'--config configs/{name}.py' in text.split('"""')[1]
 
@@ -76,6 +80,62 @@ def test_vit_py_gives_the_originals_settings(argument, lr, steps, warmup, train,
     assert (config.batch, config.batch_eval, config.accum_steps) == (512, 512, 8)
     assert config.pretrained_dir == '.' and not config.pretrained
     assert config.dataset == argument.split(',')[1]
+
+
+def test_vit_py_knows_every_model_by_the_originals_spelling():
+    names = (
+        'ti16 s16 b16 l16 h14 s16_gap_norep b16_gap_norep b8 s32 b32 l32 s32_gap_norep '
+        'b32_gap_norep r_ti16 r50_b16 r26_b32 r26_s32 r50_l32 mixer_b16 mixer_b32 mixer_l16'
+    )
+    for name in names.split():
+        config = load('vit', f'{name},cifar100')
+        sizes = {'h14': 378, 'mixer_b16': 224, 'mixer_b32': 224, 'mixer_l16': 224}
+        assert config.pp.crop == sizes.get(name, 384)
+    assert load('vit', 'r26_s32,cifar10').model.model_name == 'R26+ViT-S_32'
+    assert load('vit', 'b16_gap_norep,cifar10').model.model_name == 'ViT-B_16-gap-norep'
+
+
+@pytest.mark.parametrize(
+    ('argument', 'model', 'stages'),
+    [
+        ('R_Ti_16', 'R+ViT-Ti_16', 0),
+        ('R50_L_32', 'R50+ViT-L_32', 4),
+        ('L_16', 'ViT-L_16', None),
+        (
+            'B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0--imagenet2012-steps_20k-'
+            'lr_0.03-res_384',
+            'ViT-B_16',
+            None,
+        ),
+    ],
+)
+def test_augreg_py_gives_the_originals_settings(argument, model, stages):
+    config = load('augreg', argument, dataset='oxford_iiit_pet')
+    assert config.model.model_name == model
+    assert config.model.transformer.dropout_rate == 0
+    hybrid = config.model.get('resnet')
+    assert (len(hybrid.num_layers) if hybrid else None) == stages
+    assert config.model_or_filename == argument and not config.pretrained
+    assert config.pretrained_dir == 'gs://vit_models/augreg'
+    assert (config.base_lr, config.total_steps, config.warmup_steps) == (0.03, 500, 100)
+    assert (config.pp.train, config.pp.test, config.pp.crop) == ('train', 'test', 384)
+    assert load('augreg', argument, dataset='cifar10').pp.train == 'train'
+    assert load('augreg', argument, dataset='tf_flowers').pp.test == 'train[90%:]'
+    assert load('augreg', argument, dataset='/my/photos').pp.test == ''  # the folder's own
+    assert load('augreg', argument, pp__train='train[:90%]').pp.train == 'train[:90%]'
+
+
+def test_augreg_py_names_the_models_there_are():
+    with pytest.raises(ValueError, match="unknown AugReg model 'Mixer'.* R_Ti_16, R26_S_32"):
+        load('augreg', 'Mixer-B_16')
+
+
+def test_mixer_base16_cifar10_is_the_originals():
+    config = load('mixer_base16_cifar10')
+    assert (config.dataset, config.pp.train, config.pp.test) == ('cifar10', 'train[:98%]', 'test')
+    assert (config.total_steps, config.warmup_steps, config.base_lr) == (10_000, 500, 0.03)
+    assert (config.pp.crop, config.batch, config.pretrained_dir) == (224, 512, '.')
+    assert config.model.model_name == 'Mixer-B_16'
 
 
 def test_precedence_default_preset_file_table_file_flag():
@@ -155,6 +215,32 @@ def test_resize_alone_asks_for_random_crops():
 def test_impossible_values_are_named_with_what_to_do(flags, message):
     with pytest.raises(UserError, match=message):
         load('b16', **flags)
+
+
+@pytest.mark.parametrize(
+    ('name', 'flags', 'message'),
+    [
+        ('r26_s32', {'pp__crop': 240}, 'not a multiple of .* 32: use --config.pp.crop=224 or 256'),
+        ('r50_b16', {'pp__crop': 232}, 'not a multiple of .* 16: use --config.pp.crop=224 or 240'),
+        ('r_ti16', {'model.resnet.width_factor': 0}, 'width_factor=0 must be at least 1'),
+        ('r_ti16', {'pretrained': '', 'pp__crop': 200}, 'pixels per token, 32: use .*192 or 224'),
+        ('mixer_b16', {'pp__crop': 384}, 'released ones are made for 224 px'),
+        ('mixer_b16', {'pretrained_dir': 'gs://mixer_models/sam', 'pp__crop': 256}, 'for 224 px'),
+        ('mixer_s32', {'pp__crop': 225}, 'patch size 32: use --config.pp.crop=224 or 256'),
+        ('mixer_s32', {'attention': 'xla'}, 'Mixer-S_32 is an MLP-Mixer, which has no attention'),
+        ('deit_s16', {'model.classifier': 'gap'}, 'config.model.distilled goes with'),
+        ('deit_s16', {'model.representation_size': 64}, 'config.model.distilled goes with'),
+        ('b16_mlp_head', {'model.classifier': 'unpooled'}, "train with 'token' or 'gap'"),
+    ],
+)
+def test_impossible_values_of_each_family(name, flags, message):
+    with pytest.raises(UserError, match=message):
+        load(name, **flags)
+
+
+def test_a_mixer_may_have_another_size_where_the_weights_are_not_the_released_ones():
+    assert load('mixer_b16', pretrained='', pp__crop=256).pp.crop == 256
+    assert load('mixer_b16', pretrained='runs/mixer/model', pp__crop=128).pp.crop == 128
 
 
 @pytest.mark.parametrize(

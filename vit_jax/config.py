@@ -15,10 +15,12 @@ import ml_collections
 from configs import common, datasets
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
+from vit_jax.models import variants
 from vit_jax.models.attention import ATTENTION_IMPLEMENTATIONS
 from vit_jax.models.layers import REMAT_POLICIES
 
 WEIGHT_KEYS = ('pretrained', 'model_or_filename', 'pretrained_dir')  # strongest first
+RELEASED_MIXERS = ('gs://mixer_models/', 'https://storage.googleapis.com/mixer_models/')
 _CHOICES = {
     'decay_type': ('cosine', 'linear'),
     'optimizer': ('sgd', 'adamw'),
@@ -176,25 +178,68 @@ def _check(config: ml_collections.ConfigDict) -> None:
             '(pp.resize alone means: resize, then crop at random)'
         )
     preprocess_of(config)
-    patch = tuple(config.model.patches['size'])
+    _check_model(config)
+
+
+def _check_model(config: ml_collections.ConfigDict) -> None:
+    """Checks the architecture, and that crop and attention fit it."""
+    model = config.model
+    patch = tuple(model.patches['size'])
     if patch[0] != patch[1] or patch[0] < 1:
         raise UserError(f'config.model.patches.size={patch}: patches are square, (16, 16)')
-    if config.pp.crop % patch[0]:
-        below = config.pp.crop // patch[0] * patch[0]
-        nearest = ' or '.join(str(side) for side in (below, below + patch[0]) if side)
+    stride = variants.token_stride(model)
+    if config.pp.crop % stride:
+        below = config.pp.crop // stride * stride
+        nearest = ' or '.join(str(side) for side in (below, below + stride) if side)
+        what = 'the patch size' if stride == patch[0] else "the hybrid's pixels per token,"
         raise UserError(
-            f'config.pp.crop={config.pp.crop} is not a multiple of the patch size {patch[0]}: '
+            f'config.pp.crop={config.pp.crop} is not a multiple of {what} {stride}: '
             f'use --config.pp.crop={nearest}'
         )
-    if config.model.classifier not in ('token', 'gap'):
+    if variants.is_mixer(model):
+        _check_mixer(config)
+    else:
+        _check_vit(config)
+
+
+def _check_mixer(config: ml_collections.ConfigDict) -> None:
+    if config.attention != 'auto':
         raise UserError(
-            f'config.model.classifier={config.model.classifier!r} gives one output per '
+            f'config.attention={config.attention!r}: {config.model.model_name} is an MLP-Mixer, '
+            'which has no attention; leave it out'
+        )
+    # Other files may be made for another size; reading them tells.
+    weights = config.pretrained or config.pretrained_dir
+    if weights.startswith(RELEASED_MIXERS) and config.pp.crop != 224:
+        raise UserError(
+            f'config.pp.crop={config.pp.crop}: a Mixer has weights for each token, and the '
+            'released ones are made for 224 px. Use --config.pp.crop=224, or train from nothing '
+            'with --config.pretrained='
+        )
+
+
+def _check_vit(config: ml_collections.ConfigDict) -> None:
+    model = config.model
+    if model.classifier not in ('token', 'gap'):
+        raise UserError(
+            f'config.model.classifier={model.classifier!r} gives one output per '
             "token; train with 'token' or 'gap'"
         )
-    transformer = config.model.transformer
-    if config.model.hidden_size % transformer.num_heads:
+    if model.get('distilled') and (
+        model.classifier != 'token' or model.representation_size or model.get('mlp_head')
+    ):
         raise UserError(
-            f'config.model.hidden_size={config.model.hidden_size} is not divisible by '
+            'config.model.distilled goes with config.model.classifier=token and the two heads of a '
+            'DeiT, without representation_size and mlp_head'
+        )
+    if model.get('resnet') and model.resnet.width_factor < 1:
+        raise UserError(
+            f'config.model.resnet.width_factor={model.resnet.width_factor} must be at least 1'
+        )
+    transformer = model.transformer
+    if model.hidden_size % transformer.num_heads:
+        raise UserError(
+            f'config.model.hidden_size={model.hidden_size} is not divisible by '
             f'config.model.transformer.num_heads={transformer.num_heads}'
         )
     if config.attention == 'cudnn' and transformer.attention_dropout_rate:
