@@ -67,6 +67,7 @@ def run() -> None:
 
 def _parse(argv: Sequence[str]) -> list[str]:
     """Parses flags; every mistake becomes a `UserError` that names the nearest right spelling."""
+    app.define_help_flags()
     _check_config_file(argv)
     try:
         rest = flags.FLAGS(argv)
@@ -100,14 +101,15 @@ def _check_config_file(argv: Sequence[str]) -> None:
     path = pathlib.Path(re.sub(r'(\.py):.*$', r'\1', spec))
     if path.is_file() and path.suffix == '.py':
         return
-    known = {p.stem: str(p) for p in sorted(path.parent.glob('*.py')) if p.stem != '__init__'}
+    folder = path.parent if path.parent.is_dir() else pathlib.Path('configs')
+    known = {p.stem: str(p) for p in sorted(folder.glob('*.py')) if p.stem != '__init__'}
     near = difflib.get_close_matches(path.stem, known, n=1, cutoff=0.5)
     if near:
         hint = f'did you mean {known[near[0]]}?'
     elif known:
-        hint = f'{path.parent} has: {", ".join(known)}'
+        hint = f'{folder} has: {", ".join(known)}'
     else:
-        hint = f'there is none in {path.parent} (seen from {os.getcwd()})'
+        hint = f'there is none in {folder} (seen from {os.getcwd()})'
     raise UserError(f'no config file {path}: {hint}')
 
 
