@@ -1,0 +1,300 @@
+"""Proves a model against PyTorch: same weights, same images, number by number.
+
+The reference is the ViT of Hugging Face transformers, where it has the model (Vision Transformers
+with a class token), else the independent implementation of scripts/torch_reference.py; timm too, if
+it is installed. Both sides run in float32 and in float64, so that one sees which side rounds, and
+PyTorch once more with its default erf GELU, for which these weights were not trained.
+
+Examples:
+    python scripts/check_parity.py --model ViT-B_16.npz
+    python scripts/check_parity.py --model runs/flowers/model --images photos/
+    python scripts/check_parity.py --model ViT-B_16.npz --perturb head/bias      # must fail
+
+Exit status: 0 if the logits agree; 1 if they differ by more than 1e-4 and by more than twice the
+distance of PyTorch's float32 from its own float64 (--tolerance sets another limit); 2 if no
+comparison was possible. Blocks hold values of 30 and more, so a row of theirs is held against its
+own rounding only: it is marked where it exceeds twice that, which does not fail the check. Where
+the head is all zeros (weights for fine-tuning), what the head reads is judged instead.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import functools
+import importlib.util
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+
+REFERENCES = ('auto', 'transformers', 'torch_reference', 'timm')
+
+
+def main() -> int:
+    """Runs the command line; returns the exit status."""
+    args = _parse()
+    for module in ('torch', 'jax'):
+        if importlib.util.find_spec(module) is None:
+            print(
+                f'check_parity.py: {module} is not installed. `bash scripts/setup.sh --test` '
+                'installs what is needed (requirements-test.txt)',
+                file=sys.stderr,
+            )
+            return 2
+    from vit_jax.errors import UserError
+
+    try:
+        result = check(args)
+    except UserError as error:
+        print(f'check_parity.py: {error}', file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps(result, indent=1))
+    return 0 if result['passed'] else 1
+
+
+def check(args: argparse.Namespace) -> dict:
+    """Compares, prints (to standard error with --json) and returns the result for JSON."""
+    import jax
+
+    from vit_jax import model_folder, parity
+    from vit_jax.errors import UserError
+
+    say = functools.partial(print, file=sys.stderr if args.json else sys.stdout, flush=True)
+    path = _find(args.model)
+    model = model_folder.load(path, variant=args.variant)
+    weights, reader = _reference_weights(path, model)
+    perturbed = _perturb(weights, args.perturb) if args.perturb else weights
+    variant = model.model_config.get('model_name') or 'a model of no known variant'
+    zero_head = _zero_head(model.params)
+
+    count = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    say(f'{variant}, {count:,} parameters, {model.image_size} px: {path}')
+    say(f'PyTorch reads the weights {reader}')
+    batches, described = _images(args, model)
+    say(described)
+    if args.perturb:
+        say(f'{args.perturb} is 1 % larger on the PyTorch side: the check should fail')
+    if zero_head:
+        say(
+            'The head is all zeros, as in weights for fine-tuning only: all logits are 0 and prove '
+            'nothing. The final features (pre_logits) are judged'
+        )
+    ours = parity.outputs_of(model.model, model.params)
+    ours64 = parity.outputs_of(model.model, model.params, np.float64)
+
+    result = {
+        'model': str(path),
+        'variant': model.model_config.get('model_name'),
+        'num_parameters': count,
+        'image_size': model.image_size,
+        'images': described,
+        'weights_read': reader,
+        'perturbed': args.perturb or None,
+        'zero_head': zero_head,
+        'references': [],
+    }
+    for name, build in _references(args.reference, model, perturbed):
+        say(f'\nReference: {name}')
+        try:
+            sides = [ours, build('tanh', False), ours64, build('tanh', True)]
+            erf_side = build('erf', False)
+        except (KeyError, ValueError, RuntimeError) as e:
+            raise UserError(f'{path}: {name} cannot be built with these weights: {e}') from e
+        rows: dict[str, parity.Row] = {}
+        erf: dict[str, parity.Difference] = {}
+        for images in batches():
+            outputs = [side(images) for side in sides]
+            parity.add(rows, *outputs)
+            erf_outputs = erf_side(images)
+            for key in {'logits', 'pre_logits'} & erf_outputs.keys():
+                erf.setdefault(key, parity.Difference()).add(erf_outputs[key], outputs[1][key])
+        verdict = parity.judge(rows, zero_head=zero_head, tolerance=args.tolerance)
+        say(parity.table(rows))
+        say(_erf_line(verdict, erf[verdict.output]))
+        say(verdict)
+        result['references'].append(
+            {
+                'name': name,
+                'passed': verdict.passed,
+                'verdict': dataclasses.asdict(verdict) | {'text': str(verdict)},
+                'rows': {key: row.to_dict() for key, row in rows.items()},
+                'erf_gelu': erf[verdict.output].to_dict(),
+            }
+        )
+    result['passed'] = all(reference['passed'] for reference in result['references'])
+    return result
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add('--model', required=True, help='model folder, file of weights, or released name')
+    add('--images', nargs='+', default=[], metavar='DIR', help='images (default: 8 made-up ones)')
+    add('--limit', type=int, default=0, metavar='N', help='use the first N images (default: all)')
+    add('--variant', default='', help='architecture of a file, where its arrays do not tell')
+    add('--tolerance', type=float, metavar='X', help='how far logits may differ')
+    add(
+        '--reference',
+        choices=REFERENCES,
+        default='auto',
+        help='compare with this one only (default: as described above)',
+    )
+    add('--perturb', metavar='NAME', help='make this array 1 %% larger on the PyTorch side')
+    add('--batch', type=int, default=4, metavar='N', help='images at once (default: 4)')
+    add('--json', action='store_true', help='print the result as JSON, the rest to standard error')
+    args = parser.parse_args()
+    if args.tolerance is not None and not args.tolerance >= 0:
+        parser.error(f'--tolerance: expected a number of at least 0, got {args.tolerance}')
+    if args.limit < 0 or args.batch < 1:
+        parser.error('--limit is a number of images, or 0 for all; --batch is at least 1')
+    return args
+
+
+def _find(model: str) -> pathlib.Path:
+    from vit_jax.checkpoint import catalog
+
+    return pathlib.Path(model) if os.path.exists(model) else catalog.resolve(model)
+
+
+def _reference_weights(path: pathlib.Path, model) -> tuple[dict[str, np.ndarray], str]:
+    """The weights under published names, and how they were read."""
+    import torch_reference
+
+    from vit_jax.checkpoint import npz
+
+    file = path / 'params.npz' if path.is_dir() else path
+    if file.suffix == '.npz' and file.is_file():
+        weights = torch_reference.read_weights(file)
+        if any(name in weights for name in ('head/bias', 'embedding/bias', 'stem/bias')):
+            return weights, 'from the file, by code of its own'
+    weights = {k: np.asarray(v) for k, v in npz.flatten(npz.to_published(model.params)).items()}
+    return weights, 'as vit_jax read them (only the computation is compared, not the reading)'
+
+
+def _perturb(weights: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
+    from vit_jax.errors import UserError
+
+    if name not in weights:
+        near = difflib.get_close_matches(name, weights, n=3, cutoff=0.0)
+        raise UserError(f'--perturb: there is no array {name}; nearest: {", ".join(near)}')
+    if not weights[name].any():
+        raise UserError(f'--perturb: {name} is all zeros, so 1 % of it is nothing; name another')
+    return {**weights, name: weights[name] * np.float32(1.01)}
+
+
+def _zero_head(params: Mapping) -> bool:
+    heads = [params[name] for name in ('head', 'head_dist') if name in params]
+    return bool(heads) and not any(np.any(head['kernel']) for head in heads)
+
+
+def _images(args, model) -> tuple[Callable[[], Iterator[np.ndarray]], str]:
+    """A function that gives batches of inputs, [B, size, size, 3] in [-1, 1], and their name."""
+    from vit_jax import parity, predict
+    from vit_jax.data.decode import decode
+    from vit_jax.data.preprocess import normalize
+
+    size = model.image_size
+    if not args.images:
+        made_up = parity.made_up_images(args.limit or 8, size)
+        count, what = len(made_up), 'made-up images'
+    else:
+        files = predict.find_images(args.images)
+        files = files[: args.limit or None]
+        count, what = len(files), f'images from {" ".join(args.images)}'
+
+    def read(file: str) -> np.ndarray:
+        image = decode(pathlib.Path(file).read_bytes(), key=file, exif=True)
+        return normalize(model.preprocess.evaluate(image))
+
+    def batches() -> Iterator[np.ndarray]:
+        for first in range(0, count, args.batch):
+            if args.images:
+                yield np.stack([read(file) for file in files[first : first + args.batch]])
+            else:
+                yield made_up[first : first + args.batch]
+
+    return batches, f'{count} {what}, {size} x {size} pixels'
+
+
+def _references(wanted: str, model, weights) -> Iterator[tuple[str, Callable]]:
+    """Yields (description, function of the form of GELU and of float64 that gives a runner)."""
+    import torch
+    import torch_libraries
+    import torch_reference
+
+    from vit_jax.errors import UserError
+
+    config = model.model_config
+    classifier = config.get('classifier', '')
+    special = ('conv_root/kernel', 'dist', 'head_hidden/kernel')
+    is_plain = classifier == 'token' and not any(name in weights for name in special)
+    version = f'PyTorch {torch.__version__}'
+    installed = {n for n in ('transformers', 'timm') if importlib.util.find_spec(n) is not None}
+    if wanted in ('transformers', 'timm') and wanted not in installed:
+        raise UserError(f'--reference: {wanted} is not installed')
+
+    if wanted == 'transformers' and not is_plain:
+        raise UserError('--reference: transformers has only Vision Transformers with a class token')
+    if is_plain and 'transformers' in installed and wanted in ('auto', 'transformers'):
+        import transformers
+
+        os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
+        yield (
+            f'ViT of transformers {transformers.__version__}, {version}',
+            lambda gelu, wide: _runner(torch_libraries.TransformersViT(weights, gelu), wide),
+        )
+    elif wanted in ('auto', 'torch_reference'):
+        yield (
+            f'scripts/torch_reference.py, {version}',
+            lambda gelu, wide: _runner(
+                torch_reference.build(weights, classifier=classifier, gelu=gelu), wide
+            ),
+        )
+    name = torch_libraries.timm_name(config.get('model_name') or '')
+    can_timm = name and 'timm' in installed and 'head_hidden/kernel' not in weights
+    if wanted == 'timm' and not can_timm:
+        raise UserError('--reference: timm has no such model')
+    if can_timm and wanted in ('auto', 'timm'):
+        import timm
+
+        yield (
+            f'{name} of timm {timm.__version__}, {version}',
+            lambda gelu, wide: _runner(
+                torch_libraries.TimmModel(name, weights, model.image_size, gelu), wide
+            ),
+        )
+
+
+def _runner(module, wide: bool) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+    import torch
+
+    dtype = torch.float64 if wide else torch.float32
+    module = module.to(dtype)
+
+    def run(images: np.ndarray) -> dict[str, np.ndarray]:
+        with torch.inference_mode():
+            outputs = module(torch.from_numpy(images).to(dtype))
+        return {name: output.numpy() for name, output in outputs.items()}
+
+    return run
+
+
+def _erf_line(verdict, erf) -> str:
+    times = f', {erf.max / verdict.difference:.0f} times as much' if verdict.difference else ''
+    return (
+        f"With PyTorch's default erf GELU instead of tanh, its {verdict.output} would differ by "
+        f'{erf.max:.1e} (mean {erf.mean:.1e}){times}; argmax agrees in {erf.agree} of '
+        f'{erf.vectors}'
+    )
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""Models of transformers and timm with published weights: the other side of check_parity.py.
+
+Like torch_reference.py this reads the published names by its own code, not by vit_jax's, and its
+models take and return the same: images [B, height, width, 3] in [-1, 1] to a dict of outputs.
+"""
+
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import nn
+
+# The argument by which each library is told the form of GELU.
+_TRANSFORMERS_GELU = {'tanh': 'gelu_pytorch_tanh', 'erf': 'gelu'}
+_TIMM_GELU = {'tanh': 'gelu_tanh', 'erf': 'gelu'}
+
+# Our variant -> timm's model.
+_TIMM_SIZES = {'Ti': 'tiny', 'S': 'small', 'B': 'base', 'L': 'large', 'H': 'huge'}
+_TIMM_OTHERS = {
+    'R+ViT-Ti_16': 'vit_tiny_r_s16_p8_224',
+    'R26+ViT-S_32': 'vit_small_r26_s32_224',
+    'R50+ViT-B_16': 'vit_base_r50_s16_224',
+    'R50+ViT-L_32': 'vit_large_r50_s32_224',
+    'Mixer-S_16': 'mixer_s16_224',
+    'Mixer-S_32': 'mixer_s32_224',
+    'Mixer-B_16': 'mixer_b16_224',
+    'Mixer-B_32': 'mixer_b32_224',
+    'Mixer-L_16': 'mixer_l16_224',
+}
+
+
+class TransformersViT(nn.Module):
+    """The ViT of transformers: `ViTForImageClassification`, or `ViTModel` with its pooler.
+
+    The pooler is `pre_logits`, which the class for classification leaves out.
+
+    Args:
+        weights: name (published or Linen) -> float32 array, of a ViT with class token; not copied.
+        gelu: 'tanh' or 'erf', the default of transformers.
+    """
+
+    def __init__(self, weights: Mapping[str, np.ndarray], gelu: str):
+        import transformers
+
+        super().__init__()
+        patch, _, _, width = weights['embedding/kernel'].shape
+        positions = weights['Transformer/posembed_input/pos_embedding'].shape[1] - 1
+        queries = [n for n in weights if n.endswith('/query/kernel')]
+        pooled = 'pre_logits/bias' in weights
+        config = transformers.ViTConfig(
+            hidden_size=width,
+            num_hidden_layers=len(queries),
+            num_attention_heads=weights[queries[0]].shape[1],
+            intermediate_size=next(
+                a.shape[0] for n, a in weights.items() if n.endswith('/Dense_0/bias')
+            ),
+            hidden_act=_TRANSFORMERS_GELU[gelu],
+            layer_norm_eps=1e-6,
+            image_size=round(positions**0.5) * patch,
+            patch_size=patch,
+            pooler_output_size=len(weights['pre_logits/bias']) if pooled else None,
+            num_labels=len(weights['head/bias']) if 'head/bias' in weights else 1,
+        )
+        with torch.device('meta'):
+            if pooled:
+                self.vit = transformers.ViTModel(config, add_pooling_layer=True)
+                self.classifier = nn.Linear(config.pooler_output_size, config.num_labels)
+            else:
+                model = transformers.ViTForImageClassification(config)
+                self.vit, self.classifier = model.vit, model.classifier
+        if 'head/bias' not in weights:
+            self.classifier = None
+        self.load_state_dict(_transformers_state(weights), strict=True, assign=True)
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Images to 'patch_embedding', 'encoderblock_0', ..., 'pre_logits', 'logits'."""
+        outputs: dict[str, torch.Tensor] = {}
+        parts = {'patch_embedding': self.vit.embeddings.patch_embeddings} | {
+            f'encoderblock_{i}': layer for i, layer in enumerate(self.vit.layers)
+        }
+        with _recorded(parts, outputs):
+            result = self.vit(images.permute(0, 3, 1, 2))
+        features = result.pooler_output
+        if features is None:
+            features = result.last_hidden_state[:, 0]
+        outputs['pre_logits'] = features
+        if self.classifier is not None:
+            outputs['logits'] = self.classifier(features)
+        return outputs
+
+
+class TimmModel(nn.Module):
+    """A timm model with weights that timm itself reads from a `.npz` file of published names.
+
+    Args:
+        name: of the model in timm, see `timm_name`.
+        weights: name (published) -> float32 array. timm has no `pre_logits`.
+        image_size: height and width, pixels.
+        gelu: 'tanh' or 'erf', timm's default.
+    """
+
+    def __init__(self, name: str, weights: Mapping[str, np.ndarray], image_size: int, gelu: str):
+        import timm
+
+        super().__init__()
+        classes = len(weights['head/bias']) if 'head/bias' in weights else 0
+        size = {} if name.startswith('mixer') else {'img_size': image_size}
+        self.model = timm.create_model(
+            name, num_classes=classes, act_layer=_TIMM_GELU[gelu], **size
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, 'weights.npz')
+            np.savez(path, **weights)
+            self.model.load_pretrained(path)
+        self.has_head = classes > 0
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Images to 'patch_embedding', the tokens after every block, 'pre_logits', 'logits'."""
+        mixer = 'Mixer' in type(self.model).__name__
+        patches = self.model.stem if mixer else self.model.patch_embed
+        block = 'MixerBlock' if mixer else 'encoderblock'
+        parts = {'patch_embedding': patches}
+        parts |= {f'{block}_{i}': layer for i, layer in enumerate(self.model.blocks)}
+        outputs: dict[str, torch.Tensor] = {}
+        with _recorded(parts, outputs):
+            x = self.model.forward_features(images.permute(0, 3, 1, 2))
+        outputs['pre_logits'] = self.model.forward_head(x, pre_logits=True)
+        if self.has_head:
+            outputs['logits'] = self.model.forward_head(x)
+        return outputs
+
+
+def timm_name(variant: str) -> str:
+    """What timm calls a variant ('vit_base_patch16_224'); '' where it has no such model."""
+    if match := re.fullmatch(r'ViT-(\w+)_(\d+)', variant):
+        return f'vit_{_TIMM_SIZES[match[1]]}_patch{match[2]}_224'
+    return _TIMM_OTHERS.get(variant, '')
+
+
+class _recorded:  # noqa: N801 (a context manager, used like a function)
+    """Within it, what each module of `parts` returns is put into `outputs` under its name."""
+
+    def __init__(self, parts: Mapping[str, nn.Module], outputs: dict[str, torch.Tensor]):
+        self.parts, self.outputs = parts, outputs
+
+    def __enter__(self):
+        self.handles = [
+            part.register_forward_hook(
+                lambda _module, _inputs, result, name=name: self.outputs.update({name: result})
+            )
+            for name, part in self.parts.items()
+        ]
+
+    def __exit__(self, *_):
+        for handle in self.handles:
+            handle.remove()
+
+
+def _transformers_state(weights: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """Published (or Linen) names to those of transformers 5."""
+    modules = [
+        ('embedding', 'vit.embeddings.patch_embeddings.projection'),
+        ('Transformer/encoder_norm', 'vit.layernorm'),
+        ('pre_logits', 'vit.pooler.dense'),
+        ('head', 'classifier'),
+    ]
+    block = r'Transformer/encoderblock_(\d+)/'
+    layer = r'vit.layers.\1.'
+    modules += [
+        (f'{block}LayerNorm_0', f'{layer}layernorm_before'),
+        (f'{block}LayerNorm_[12]', f'{layer}layernorm_after'),
+        (f'{block}MlpBlock_[03]/Dense_0', f'{layer}mlp.fc1'),
+        (f'{block}MlpBlock_[03]/Dense_1', f'{layer}mlp.fc2'),
+    ]
+    for theirs, ours in (('query', 'q'), ('key', 'k'), ('value', 'v'), ('out', 'o')):
+        attention = f'{block}MultiHeadDotProductAttention_[01]/{theirs}'
+        modules.append((attention, f'{layer}attention.{ours}_proj'))
+
+    state = {}
+    for name, array in weights.items():
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        if name == 'cls':
+            state['vit.embeddings.cls_token'] = tensor
+            continue
+        if name == 'Transformer/posembed_input/pos_embedding':
+            state['vit.embeddings.position_embeddings'] = tensor
+            continue
+        module, kind = name.rsplit('/', 1)
+        targets = [re.sub(p, t, module) for p, t in modules if re.fullmatch(p, module)]
+        if not targets:
+            raise ValueError(f'transformers has no place for {name}')
+        if kind != 'kernel':
+            state[f'{targets[0]}.{"bias" if kind == "bias" else "weight"}'] = tensor.reshape(-1)
+        elif module == 'embedding':
+            state[f'{targets[0]}.weight'] = tensor.permute(3, 2, 0, 1)
+        else:  # [D, H, K] to [H K, D]; [H, K, D] to [D, H K]; [inputs, outputs] to the reverse
+            inputs = 2 if module.endswith('/out') else 1
+            state[f'{targets[0]}.weight'] = tensor.flatten(0, inputs - 1).flatten(1).T
+    return state
