@@ -10,9 +10,11 @@ from typing import Any
 
 from vit_jax.checkpoint import adapt
 from vit_jax.checkpoint.adapt import Report
-from vit_jax.checkpoint.npz import load, save
+from vit_jax.checkpoint.arrays import Weights
+from vit_jax.checkpoint.formats import load, open_weights
+from vit_jax.checkpoint.npz import save
 
-__all__ = ['Report', 'adapt', 'load', 'load_pretrained', 'save']
+__all__ = ['Report', 'Weights', 'adapt', 'load', 'load_pretrained', 'open_weights', 'save']
 
 
 def load_pretrained(
@@ -29,7 +31,7 @@ def load_pretrained(
     resized, newly initialised and ignored is logged (INFO); `adapt.adapt` returns it instead.
 
     Args:
-        pretrained_path: a `.npz` file.
+        pretrained_path: weights of any kind that `load` knows.
         init_params: the model's newly initialised parameters (nested dict of arrays).
         model_config: the model's config, a dict or ConfigDict; 'classifier' is read ('token' if it
             is not there).

@@ -10,22 +10,25 @@ other reader of these files (timm, for one) looks for. Scales and biases of Grou
 """
 
 import contextlib
+import math
 import os
 import pathlib
 import re
+import struct
 import zipfile
-from collections.abc import Iterator, Mapping
-from typing import Any
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 
+from vit_jax.checkpoint import big_vision
+from vit_jax.checkpoint.arrays import LazyArray, Weights, check_dtype, derive, to_float32
 from vit_jax.errors import UserError
 
-# Where some released files keep the weights beside an optimizer state (`sam/ViT-S_16.npz`) or in a
-# collection of its own.
-_PREFIXES = ('opt/target/', 'target/', 'params/')
-
+# Names joined by '/': no absolute path, no '..', nothing empty.
+_KEY = re.compile(r'\w[\w.+-]*(?:/\w[\w.+-]*)*')
 _NUMBERED = re.compile(r'(.*)_(\d+)')
 _GROUP_NORM = re.compile(r'(?:.*/)?(?:gn\d+|gn_root|gn_proj)/(?:scale|bias)')
 
@@ -39,45 +42,77 @@ _ENCODER_BLOCK = {
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads a `.npz` checkpoint of either naming generation.
+    """Reads a `.npz` checkpoint of any generation: `open_file(path).read()`."""
+    return open_file(path).read()
 
-    Pickled objects are refused, so a file from an untrusted source can be read. The arrays are read
-    one after the other straight into their final memory, and the zip checksum of each is verified.
+
+def open_file(path: str | os.PathLike[str]) -> Weights:
+    """Recognises a `.npz` checkpoint; its arrays are read later, one by one.
+
+    Pickled objects are refused, so a file from an untrusted source can be read. What the headers
+    declare is held against the size of the file before any memory is taken. Reading verifies the
+    zip checksum of each array.
 
     Args:
-        path: a `.npz` file: the published (pre-Linen) naming, Linen names, or the weights under
-            `params/` or `opt/target/` (then all else in the file, an optimizer's state, is left
-            out).
+        path: a `.npz` file: the published (pre-Linen) naming, Linen names, or big_vision's (see
+            `big_vision.to_vit`), at the top or under one of `PREFIXES` (then all else in the file,
+            an optimizer's state or a text tower, is left out).
 
     Returns:
-        A nested dict with Linen names whose leaves are float32 NumPy arrays; GroupNorm's are
-        [channels]. float16, float64 and bfloat16 (which NumPy stores as two raw bytes) are
-        converted.
+        The weights, Linen names; GroupNorm's are [channels]. float16, float64 and bfloat16 (which
+        NumPy stores as two raw bytes) become float32.
 
     Raises:
         UserError: there is no such file, it is not a `.npz`, is cut short or damaged, or holds
-            something that is no weight.
+            something that is no weight; when it is read also for wrong checksums, NaN, infinity.
     """
     path = pathlib.Path(path)
-    if path.is_dir():
-        raise UserError(f'{path} is a folder; expected a checkpoint file (.npz)')
-    if not path.exists():
-        raise UserError(f'no such checkpoint file: {path}')
+    check_exists(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            flat = dict(_read_arrays(archive, path))
+        with zipfile.ZipFile(path) as archive, open(path, 'rb') as file:
+            members = {info.filename.removesuffix('.npy'): info for info in archive.infolist()}
+            prefix, left_out = big_vision.find_weights(list(members))
+            flat = {
+                name.removeprefix(prefix): _open_array(archive, file, info, path)
+                for name, info in members.items()
+                if name.startswith(prefix) and name not in left_out
+            }
     except OSError as e:
         raise UserError(f'cannot read the checkpoint {path}: {e}') from e
     except zipfile.BadZipFile as e:
-        raise UserError(
-            f'{path} is not a readable .npz file ({e}; {path.stat().st_size:,} bytes). It may be '
-            'cut short, damaged, or a web '
-            'page saved under this name: remove it and download it again'
-        ) from e
+        raise _unreadable(path, e) from e
     if not flat:
         raise UserError(f'{path} holds no arrays')
-    tree = to_linen(_nest(flat, path))
-    return _squeeze_group_norm(tree)
+    return from_flat(flat, path, prefix, left_out)
+
+
+def from_flat(
+    flat: Mapping[str, Any], path: pathlib.Path, prefix: str = '', left_out: Sequence[str] = ()
+) -> Weights:
+    """Gives arrays with keys such as 'head/bias' this package's names.
+
+    Args:
+        flat: key -> array (lazy or not), without `prefix`.
+        path: where they come from.
+        prefix: what the keys began with, for the notes.
+        left_out: keys of arrays of the file that are not weights, for the notes.
+
+    Raises:
+        UserError: a key is no name, or the weights are of a kind that this package does not have.
+    """
+    tree = _squeeze_group_norm(to_linen(nest(flat, path)))
+    published = any(
+        'MultiHeadDotProductAttention_1' in key and '/encoderblock_0/' in key for key in flat
+    )
+    tree, notes = big_vision.to_vit(tree, path)
+    kind = 'big_vision .npz' if notes else 'Google .npz' if published else '.npz'
+    if prefix:
+        notes.insert(0, f'the weights are those under {prefix}')
+    if left_out:
+        groups = dict.fromkeys('/'.join(key.split('/')[:2]) for key in left_out)
+        shown = ', '.join(list(groups)[:4]) + (', ...' if len(groups) > 4 else '')
+        notes.append(f'{len(left_out)} other arrays are left out ({shown})')
+    return Weights(str(path), kind, tree, tuple(notes))
 
 
 def save(path: str | os.PathLike[str], params: Mapping[str, Any]) -> None:
@@ -175,44 +210,113 @@ def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
     return flat
 
 
-def _read_arrays(archive: zipfile.ZipFile, path: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (key, float32 array) of the weights in `archive`."""
-    members = {info.filename.removesuffix('.npy'): info for info in archive.infolist()}
-    prefix = next((p for p in _PREFIXES if any(name.startswith(p) for name in members)), '')
-    for name, info in members.items():
-        if not name.startswith(prefix):
-            continue  # the optimizer's state
-        if not info.filename.endswith('.npy'):
-            raise UserError(
-                f'{path} is a zip file but no .npz checkpoint: it holds {info.filename!r}'
-            )
-        try:
-            with archive.open(info) as member:
-                array = np.lib.format.read_array(member, allow_pickle=False)
-        except (ValueError, EOFError) as e:
-            raise UserError(
-                f'{path}: cannot read the array {name!r} ({e}). Expected plain arrays of weights, '
-                'no pickled objects; '
-                'download the file again, or save it anew with vit_jax.checkpoint.save'
-            ) from e
-        yield name.removeprefix(prefix), _as_float32(array, name, path)
+def check_exists(path: pathlib.Path) -> None:
+    """Raises `UserError` if `path` is no file."""
+    if path.is_dir():
+        raise UserError(f'{path} is a folder; expected a checkpoint file (.npz)')
+    if not path.exists():
+        raise UserError(f'no such checkpoint file: {path}')
 
 
-def _as_float32(array: np.ndarray, name: str, path: pathlib.Path) -> np.ndarray:
-    if array.dtype == np.dtype('V2'):  # NumPy has no bfloat16: the two bytes come back as 'void'
-        array = array.view(ml_dtypes.bfloat16)
-    elif array.dtype.kind != 'f':
+def _unreadable(path: pathlib.Path, reason: Any) -> UserError:
+    return UserError(
+        f'{path} is not a readable .npz file ({reason}; {path.stat().st_size:,} bytes). It may be '
+        'cut short, damaged, or a web page saved under this name: remove it and download it again'
+    )
+
+
+def _open_array(
+    archive: zipfile.ZipFile, file: BinaryIO, info: zipfile.ZipInfo, path: pathlib.Path
+) -> LazyArray:
+    """Reads the header of an array and checks that the file can hold what it declares."""
+    name = info.filename.removesuffix('.npy')
+    if not info.filename.endswith('.npy'):
+        raise UserError(f'{path} is a zip file but no .npz checkpoint: it holds {info.filename!r}')
+    try:
+        with archive.open(info) as member:
+            version = np.lib.format.read_magic(member)
+            read_header = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }.get(version)
+            if read_header is None:
+                raise ValueError(f'version {version} of the .npy format holds no weights')
+            shape, fortran_order, dtype = read_header(member)
+            header = member.tell()
+    except (ValueError, EOFError, RuntimeError) as e:  # RuntimeError: encrypted
         raise UserError(
-            f'{path}: the array {name!r} has type {array.dtype}; expected weights, of a float type'
+            f'{path}: cannot read the array {name!r} ({e}). Expected plain arrays of weights: '
+            'download the file again, or save it anew with vit_jax.checkpoint.save'
+        ) from e
+    if dtype.hasobject:
+        raise UserError(
+            f'{path}: cannot read the array {name!r}: it has pickled Python objects, which could '
+            'run code. Expected plain arrays of weights: save them with vit_jax.checkpoint.save, '
+            'or download the file again'
         )
-    # np.load keeps Fortran order where a file has it; models and checksums want the one layout.
-    return np.ascontiguousarray(array, dtype=np.float32).reshape(array.shape)
+    check_dtype(dtype, name, path)
+    declared = header + math.prod(shape) * dtype.itemsize
+    stored = info.compress_type == zipfile.ZIP_STORED
+    # Deflate makes nothing smaller than 1 / 1032; a header that promises more than that lies.
+    held = info.compress_size if stored else min(info.file_size, 1032 * info.compress_size)
+    if declared != info.file_size or declared > held or info.compress_size > path.stat().st_size:
+        raise UserError(
+            f'{path}: the array {name!r} declares {declared:,} bytes (shape {shape}, {dtype}) and '
+            f'the file holds {held:,}: it is cut short or damaged. Download it again'
+        )
+    offset = _data_offset(file, info) if stored else None
+
+    def read() -> np.ndarray:
+        data = _read_member(path, info, offset)
+        array = np.frombuffer(data, dtype, math.prod(shape), header)
+        array = array.reshape(shape, order='F' if fortran_order else 'C')
+        return to_float32(array, name, path)
+
+    return LazyArray(shape, read, 'bfloat16' if dtype == np.dtype('V2') else dtype.name)
 
 
-def _nest(flat: Mapping[str, np.ndarray], path: pathlib.Path) -> dict[str, Any]:
+def _data_offset(file: BinaryIO, info: zipfile.ZipInfo) -> int:
+    """Where a member's bytes begin: after its local header, whose name and extra field vary."""
+    file.seek(info.header_offset + 26)
+    return info.header_offset + 30 + sum(struct.unpack('<HH', file.read(4)))
+
+
+def _read_member(path: pathlib.Path, info: zipfile.ZipInfo, offset: int | None) -> np.ndarray:
+    """The bytes of a member, verified. Opening the zip anew for each would take half the time."""
+    data = np.empty(info.file_size, np.uint8)
+    try:
+        if offset is None:
+            with zipfile.ZipFile(path) as archive:
+                data[:] = np.frombuffer(archive.read(info), np.uint8)  # checks the sum itself
+                return data
+        with open(path, 'rb') as file:
+            file.seek(offset)
+            complete = file.readinto(data) == data.size
+    except (OSError, zipfile.BadZipFile, zlib.error) as e:
+        raise _unreadable(path, e) from e
+    if not complete or zlib.crc32(data) != info.CRC:
+        raise _unreadable(path, f'bad checksum of {info.filename!r}')
+    return data
+
+
+def nest(flat: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:
+    """Nests a flat dict: {'head/bias': x} becomes {'head': {'bias': x}}.
+
+    Args:
+        flat: key -> array (lazy or not).
+        path: where they come from, for errors.
+
+    Raises:
+        UserError: a key is no path of names, or is both an array and a group.
+    """
     tree: dict[str, Any] = {}
     for key, array in flat.items():
         *parents, name = key.split('/')
+        if not _KEY.fullmatch(key):
+            raise UserError(
+                f'{path}: {key!r} is no name of an array; expected names such as head/kernel. This '
+                'is no checkpoint, or not one to trust'
+            )
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
@@ -235,7 +339,7 @@ def _squeeze_group_norm(tree: Mapping[str, Any], prefix: str = '') -> dict[str, 
         if isinstance(child, Mapping):
             squeezed[name] = _squeeze_group_norm(child, f'{key}/')
         elif _GROUP_NORM.fullmatch(key) and child.ndim == 4 and child.shape[:3] == (1, 1, 1):
-            squeezed[name] = child.reshape(child.shape[3])
+            squeezed[name] = derive(np.ravel, child)
         else:
             squeezed[name] = child
     return squeezed

@@ -1,0 +1,184 @@
+"""big_vision's checkpoints: the same models, kept in several other ways.
+
+What its files may have that those of the original release have not: the weights under a prefix,
+beside an optimizer's state or a text tower; the layers of the encoder stacked by `scan` into one
+array per parameter; position embeddings at the top of the tree, with the class token's added to the
+class token itself; fixed sine-cosine position embeddings that are not stored at all.
+"""
+
+import math
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vit_jax.checkpoint.arrays import LazyArray, derive
+from vit_jax.errors import UserError
+
+# Where weights may be, most particular first: beside an optimizer's state, in a collection of their
+# own, or as the image tower of an image-text model (SigLIP, LiT).
+PREFIXES = (
+    'opt/target/params/',
+    'opt/target/',
+    'optimizer/target/',
+    'target/',
+    'params/img/',
+    'params/params/',
+    'params/',
+    'img/',
+)
+_NOT_WEIGHTS = re.compile(r'(?:opt|opt_state|opt_states|optimizer|state|extra|chrono)/.*|step')
+
+
+def find_weights(keys: Sequence[str]) -> tuple[str, list[str]]:
+    """Tells weights from what else a file holds.
+
+    Args:
+        keys: of all arrays of the file, such as 'opt/target/head/bias'.
+
+    Returns:
+        (the prefix that the weights' keys have, or '', the keys of all other arrays).
+    """
+    prefix = next((p for p in PREFIXES if any(key.startswith(p) for key in keys)), '')
+    if prefix:
+        return prefix, [key for key in keys if not key.startswith(prefix)]
+    others = [key for key in keys if _NOT_WEIGHTS.fullmatch(key)]
+    return '', others if len(others) < len(keys) else []
+
+
+def to_vit(tree: Mapping[str, Any], path: pathlib.Path) -> tuple[dict[str, Any], list[str]]:
+    """Turns big_vision's ways into those of the original release; other trees stay as they are.
+
+    Args:
+        tree: nested dict with Linen names of arrays, lazy or not.
+        path: the file, for errors.
+
+    Returns:
+        (the tree, what was done: a sentence for each).
+
+    Raises:
+        UserError: the model is one that this package does not have (attention pooling).
+    """
+    tree, notes = dict(tree), []
+    if any(name.startswith('MAPHead') for name in tree):
+        raise UserError(
+            f'{path} pools its tokens with attention (MAPHead_0), which no model here does. Use '
+            'weights with a class token or mean pooling (big_vision: pool_type tok or gap)'
+        )
+    transformer = dict(tree.get('Transformer', {}))
+    if 'encoderblock' in transformer:
+        stacked = transformer.pop('encoderblock')
+        transformer |= _unstack(stacked, path)
+        notes.append('layers stacked by scan were taken apart')
+    is_vit = 'encoder_norm' in transformer and 'embedding' in tree
+    position = tree.pop('pos_embedding', None) if is_vit else None
+    if position is None and is_vit and 'posembed_input' not in transformer:
+        position = _sincos(tree['embedding']['kernel'])
+        notes.append(
+            'it has no position embeddings: fixed sine-cosine ones, for 224 pixels, were made'
+        )
+    elif position is not None:
+        notes.append('position embeddings were moved to Transformer/posembed_input')
+    if position is not None:
+        if 'cls' in tree:
+            position = derive(_with_class_token, position)
+            notes.append('the class token has its position embedding in it: zeros were put there')
+        transformer['posembed_input'] = {'pos_embedding': position}
+    if transformer:
+        tree['Transformer'] = transformer
+    return tree, notes
+
+
+def with_class_position(tree: dict[str, Any]) -> list[str]:
+    """Gives position embeddings the rows of class and distillation token where they lack them.
+
+    Some models (timm's `no_embed_class`) add position embeddings to the patches only.
+
+    Args:
+        tree: nested dict with Linen names; changed in place.
+
+    Returns:
+        What was done.
+    """
+    tokens = ('cls' in tree) + ('dist' in tree)
+    try:
+        holder = tree['Transformer']['posembed_input']
+        count = holder['pos_embedding'].shape[1]
+    except (KeyError, IndexError, TypeError):
+        return []
+    if not tokens or math.isqrt(count - tokens) ** 2 == count - tokens:
+        return []
+    if math.isqrt(count) ** 2 != count:
+        return []
+    for _ in range(tokens):
+        holder['pos_embedding'] = derive(_with_class_token, holder['pos_embedding'])
+    return ['position embeddings have no place for the class token: zeros were put there']
+
+
+def _with_class_token(position: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros_like(position[:, :1]), position], axis=1)
+
+
+def _unstack(stacked: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:
+    """[layers, ...] arrays -> encoderblock_0, encoderblock_1, ... of arrays."""
+    flat: dict[tuple[str, ...], Any] = {}
+
+    def walk(node: Mapping[str, Any], parents: tuple[str, ...]) -> None:
+        for name, child in node.items():
+            if isinstance(child, Mapping):
+                walk(child, (*parents, name))
+            else:
+                flat[(*parents, name)] = _ReadOnce(child)
+
+    walk(stacked, ())
+    counts = {array.source.shape[:1] for array in flat.values()}
+    if len(counts) != 1 or counts == {()}:
+        raise UserError(
+            f'{path}: the arrays under Transformer/encoderblock should all be stacked over the '
+            f'same number of layers; found {sorted(counts)}'
+        )
+    blocks: dict[str, Any] = {}
+    for layer in range(counts.pop()[0]):
+        block = blocks.setdefault(f'encoderblock_{layer}', {})
+        for (*parents, name), array in flat.items():
+            node = block
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[name] = array.layer(layer)
+    return blocks
+
+
+class _ReadOnce:
+    """A stacked array, kept once read: its layers are wanted one after the other."""
+
+    def __init__(self, source: Any):
+        self.source = source
+        self._array: np.ndarray | None = None
+
+    def layer(self, index: int) -> LazyArray:
+        def read() -> np.ndarray:
+            if self._array is None:
+                self._array = np.asarray(self.source)
+            return self._array[index]
+
+        stored = getattr(self.source, 'stored_dtype', 'float32')
+        return LazyArray(self.source.shape[1:], read, stored)
+
+
+def _sincos(kernel: Any) -> LazyArray:
+    """Fixed position embeddings, [1, N, D], of MoCo v3 (Chen et al. 2021), big_vision's sincos2d.
+
+    A quarter of the width each: sine and cosine of x, sine and cosine of y, at wavelengths from 2
+    pi to 10,000 * 2 pi.
+    """
+    side, width = 224 // kernel.shape[0], kernel.shape[-1]
+
+    def make() -> np.ndarray:
+        omega = 10_000.0 ** -(np.arange(width // 4) / (width // 4 - 1))
+        y, x = np.mgrid[:side, :side].reshape(2, -1, 1) * omega
+        table = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)
+        return table.astype(np.float32)[None]
+
+    return LazyArray((1, side * side, width), make)

@@ -1,0 +1,266 @@
+"""One way in for every kind of weights: recognises what it is given and says so."""
+
+import dataclasses
+import logging
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vit_jax.checkpoint import big_vision, npz, pytorch, tensors
+from vit_jax.checkpoint.arrays import Weights, derive
+from vit_jax.errors import UserError
+from vit_jax.models import variants
+
+# What PyTorch files do not tell: heads by width. All released models have these.
+_HEADS = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16}
+
+# (mean, standard deviation) of the red, green and blue that a model takes, in units of white.
+Normalization = tuple[Sequence[float], Sequence[float]]
+HALF: Normalization = ((0.5,) * 3, (0.5,) * 3)  # -> [-1, 1], what all models here take
+IMAGENET: Normalization = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+_ERF_NOTE = (
+    'it was trained with the erf form of GELU and this package computes the tanh form: logits '
+    'differ by about 1e-3'
+)
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    variant: str = '',
+    num_heads: int = 0,
+    normalization: Normalization | None = None,
+) -> dict[str, Any]:
+    """Loads weights of any known kind, and logs (INFO) what they were recognised as.
+
+    Args:
+        path: file or folder; see `open_weights`, also for the other arguments.
+        variant: name from `models.variants.VARIANTS`.
+        num_heads: number of attention heads.
+        normalization: (mean, standard deviation) that the model was trained with.
+
+    Returns:
+        Nested dict with Linen names of float32 NumPy arrays.
+
+    Raises:
+        UserError: see `open_weights`; also for damaged arrays, NaN and infinity.
+    """
+    weights = open_weights(path, variant=variant, num_heads=num_heads, normalization=normalization)
+    logging.getLogger(__name__).info('%s', weights)
+    return weights.read()
+
+
+def open_weights(
+    path: str | os.PathLike[str],
+    *,
+    variant: str = '',
+    num_heads: int = 0,
+    normalization: Normalization | None = None,
+) -> Weights:
+    """Recognises weights; their arrays are read later, one by one.
+
+    - `.npz`: Google's (published or Linen names) and big_vision's.
+    - `.safetensors`, `.pth` (`.pt`, `.bin`): state dicts of timm (ViT, hybrids, Mixer, DeiT),
+      Hugging Face (ViT and DeiT, names before and since version 5) and torchvision.
+    - a folder of Hugging Face or timm (config.json and weights, in one file or in shards). Its
+      configuration gives heads, class names and normalisation; a normalisation other than this
+      package's (to [-1, 1]) is folded into the patch embedding.
+
+    Args:
+        path: file or folder.
+        variant: name from `models.variants.VARIANTS`, for the number of heads where neither file
+            nor width tells it.
+        num_heads: the same as a number.
+        normalization: (mean, standard deviation) of red, green and blue that the model was trained
+            with, in [0, 1], where no configuration tells: `IMAGENET` for DeiT and torchvision's own
+            weights. Default: what the folder says, else `HALF`.
+
+    Returns:
+        The weights; `str` of it says what they are.
+
+    Raises:
+        UserError: not there, of no known kind, damaged, or of a model that is not here.
+    """
+    path = pathlib.Path(path)
+    config: dict[str, Any] = {}
+    if path.is_dir():
+        if not (path / 'config.json').is_file():
+            raise UserError(
+                f'{path} is a folder without config.json; expected a checkpoint file, or a folder '
+                'of Hugging Face or timm'
+            )
+        config = _read_config(path)
+        files = tensors.find_in_folder(path)
+    else:
+        npz.check_exists(path)
+        files = [path]
+        if tensors.kind(path) == 'npz':
+            weights = npz.open_file(path)
+            return _normalize(weights, normalization) if normalization else weights
+    found: dict[str, Any] = {}
+    metadata: dict[str, str] = {}
+    for file in files:
+        arrays, metadata = tensors.open_tensors(file)
+        found |= arrays
+    config = _from_metadata(metadata) | config
+    weights = _recognise(path, found, variant, num_heads or config.pop('num_heads', 0), config)
+    return _normalize(weights, normalization or config.get('normalization') or HALF)
+
+
+def _recognise(
+    path: pathlib.Path,
+    found: Mapping[str, Any],
+    variant: str,
+    num_heads: int,
+    config: Mapping[str, Any],
+) -> Weights:
+    library = pytorch.recognise(list(found))
+    if not library:
+        if any('/' in name for name in found):
+            return npz.from_flat(found, path)
+        names = ', '.join(list(found)[:4])
+        raise UserError(
+            f'{path} is of no known kind: {len(found)} tensors ({names}, ...). Known: Google and '
+            'big_vision .npz; ViT, hybrid, Mixer and DeiT of timm, Hugging Face and torchvision'
+        )
+    heads = num_heads or _heads(path, library, found, variant)
+    flat, notes = pytorch.to_params(found, library, heads, path)
+    tree = npz.nest(flat, path)
+    notes += big_vision.with_class_position(tree)
+    activation = config.get('activation', '')
+    if activation and 'tanh' not in activation:
+        notes.append(_ERF_NOTE)
+    if library == 'torchvision' and 'normalization' not in config:
+        notes.append(
+            "taken as made for input in [-1, 1]; torchvision's own weights are not: give them "
+            'normalization=IMAGENET'
+        )
+    return Weights(
+        str(path),
+        library,
+        tree,
+        tuple(notes),
+        tuple(config.get('class_names', ())),
+        config.get('image_size', 0),
+    )
+
+
+def _heads(path: pathlib.Path, library: str, found: Mapping[str, Any], variant: str) -> int:
+    if variant:
+        if variant not in variants.VARIANTS:
+            raise UserError(f'unknown variant {variant!r}; known: {", ".join(variants.VARIANTS)}')
+        return variants.VARIANTS[variant].get('transformer', {}).get('num_heads', 0)
+    if library == 'timm Mixer':
+        return 0
+    widths = {array.shape[-1] for name, array in found.items() if name.endswith('cls_token')}
+    widths |= {array.shape[-1] for name, array in found.items() if 'pos' in name}
+    heads = _HEADS.get(widths.pop() if widths else 0, 0)
+    if not heads:
+        raise UserError(
+            f'{path}: {library} weights do not tell the number of attention heads; name the model: '
+            'variant (--variant), one of ' + ', '.join(variants.VARIANTS)
+        )
+    return heads
+
+
+def _read_config(folder: pathlib.Path) -> dict[str, Any]:
+    """What config.json of a Hugging Face or timm folder tells, in this package's words."""
+    config = tensors.read_json(folder / 'config.json')
+    try:
+        if 'architecture' in config:
+            return _timm_config(config)
+        return _hugging_face_config(folder, config)
+    except (TypeError, ValueError, AttributeError, IndexError) as e:
+        raise UserError(f'{folder / "config.json"} is damaged ({type(e).__name__}: {e})') from e
+
+
+def _timm_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    pretrained = config.get('pretrained_cfg', config)
+    arguments = config.get('model_args') or {}
+    known: dict[str, Any] = {'activation': arguments.get('act_layer') or 'gelu'}
+    if 'num_heads' in arguments:
+        known['num_heads'] = int(arguments['num_heads'])
+    names = config.get('label_names') or pretrained.get('label_names')
+    if names:
+        known['class_names'] = [str(name) for name in names]
+    if size := pretrained.get('input_size'):
+        known['image_size'] = int(size[-1])
+    if pretrained.get('mean') and pretrained.get('std'):
+        known['normalization'] = (tuple(pretrained['mean']), tuple(pretrained['std']))
+    return known
+
+
+def _hugging_face_config(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    known: dict[str, Any] = {'activation': config.get('hidden_act', 'gelu')}
+    if 'num_attention_heads' in config:
+        known['num_heads'] = int(config['num_attention_heads'])
+    labels = {int(index): str(name) for index, name in (config.get('id2label') or {}).items()}
+    if labels and labels != {index: f'LABEL_{index}' for index in range(len(labels))}:
+        known['class_names'] = [labels[index] for index in sorted(labels)]
+    if isinstance(config.get('image_size'), int):
+        known['image_size'] = config['image_size']
+    if (folder / 'preprocessor_config.json').is_file():
+        processor = tensors.read_json(folder / 'preprocessor_config.json')
+        if not processor.get('do_normalize', True):
+            known['normalization'] = ((0.0,) * 3, (1.0,) * 3)
+        elif 'image_mean' in processor and 'image_std' in processor:
+            known['normalization'] = (
+                tuple(processor['image_mean']),
+                tuple(processor['image_std']),
+            )
+    return known
+
+
+def _from_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What `export` put into the header of a safetensors file."""
+    import json
+
+    known: dict[str, Any] = {}
+    try:
+        for key in ('num_heads', 'image_size', 'class_names'):
+            if key in metadata:
+                known[key] = json.loads(metadata[key])
+    except ValueError:  # another writer's idea of these words
+        return {}
+    if known:
+        known |= {'normalization': HALF, 'activation': 'tanh'}
+    return known
+
+
+def _normalize(weights: Weights, normalization: Normalization) -> Weights:
+    """Folds the model's own normalisation of its input into its first layer.
+
+    A model that takes (p - mean) / std with p in [0, 1] gets 2 p - 1 here, so its kernel is divided
+    by 2 std, and (1 / 2 - mean) / std of it goes to the bias. Exact: that layer has no padding.
+    """
+    mean, std = (np.asarray(values, np.float64) for values in normalization)
+    if np.array_equal([mean, std], HALF):
+        return weights
+    params = dict(weights.params)
+    layer = 'stem' if 'stem' in params else 'embedding'
+    if 'conv_root' in params or layer not in params or mean.shape != (3,) or std.shape != (3,):
+        raise UserError(
+            f'{weights.path} takes input normalised with mean {tuple(mean)} and standard deviation '
+            f'{tuple(std)}, which cannot be folded into its first layer; this package gives [-1, 1]'
+        )
+
+    def kernel(kernel: np.ndarray) -> np.ndarray:
+        return kernel / (2 * std)[None, None, :, None]
+
+    def bias(bias: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+        return bias + np.einsum('hwcd,c->d', kernel, (0.5 - mean) / std)
+
+    old = params[layer]
+    params[layer] = {
+        'kernel': derive(kernel, old['kernel']),
+        'bias': derive(bias, old['bias'], old['kernel']),
+    }
+    note = (
+        f'normalisation (mean {", ".join(f"{m:g}" for m in mean)}, standard deviation '
+        f'{", ".join(f"{s:g}" for s in std)}) was folded into {layer}: input is [-1, 1] now'
+    )
+    return dataclasses.replace(weights, params=params, notes=(*weights.notes, note))

@@ -1,0 +1,227 @@
+"""Files of tensors: safetensors and PyTorch's `.pth`, alone or as the shards of a folder.
+
+safetensors files are read by the package of that name, without PyTorch. A `.pth` file is a pickle:
+PyTorch reads it, with `weights_only`, which builds tensors and nothing else, so no code of the file
+runs.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from vit_jax.checkpoint.arrays import LazyArray, to_float32
+from vit_jax.errors import UserError
+
+_PICKLES = ('.pth', '.pt', '.bin', '.tar')
+# What folders of Hugging Face and of timm call their weights, best first.
+_FOLDER_FILES = (
+    'model.safetensors',
+    'model.safetensors.index.json',
+    'pytorch_model.bin',
+    'pytorch_model.bin.index.json',
+)
+# Where training scripts keep the state dict in their checkpoints; averaged weights first.
+_STATE_DICTS = ('state_dict_ema', 'model_ema', 'state_dict', 'model', 'module')
+# What wrappers (DistributedDataParallel, torch.compile) put in front of every name.
+_WRAPPERS = re.compile(r'^(?:module\.|_orig_mod\.)+')
+
+
+def open_tensors(path: pathlib.Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
+    """Lists the tensors of a file; they are read later, one by one.
+
+    Args:
+        path: a `.safetensors` file or a PyTorch checkpoint.
+
+    Returns:
+        (name -> array, the metadata of a safetensors file).
+
+    Raises:
+        UserError: not such a file, damaged, or with something in it that is no weight.
+    """
+    if kind(path) == 'safetensors':
+        return _open_safetensors(path)
+    return _open_pickle(path), {}
+
+
+def kind(path: pathlib.Path) -> str:
+    """'npz', 'safetensors' or 'pickle' (PyTorch): by the content; by the name if that is damaged.
+
+    Args:
+        path: an existing file, whatever its name.
+    """
+    if zipfile.is_zipfile(path):
+        with contextlib.suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(path) as archive:
+            if any(name.endswith('data.pkl') for name in archive.namelist()):
+                return 'pickle'
+        return 'npz'
+    try:
+        with open(path, 'rb') as f:
+            start = f.read(10)
+    except OSError as e:
+        raise UserError(f'cannot read {path}: {e}') from e
+    if start[8:9] == b'{' or path.suffix == '.safetensors':
+        return 'safetensors'
+    if start[:1] == b'\x80' or path.suffix in _PICKLES:
+        return 'pickle'
+    return 'npz'
+
+
+def find_in_folder(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files of weights of a folder (Hugging Face or timm): one, or all shards of an index.
+
+    Raises:
+        UserError: there is none, or a shard is missing.
+    """
+    for name in _FOLDER_FILES:
+        file = folder / name
+        if not file.is_file():
+            continue
+        if not name.endswith('.json'):
+            return [file]
+        shards = read_json(file).get('weight_map')
+        if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
+            raise UserError(f'{file} has no weight_map of names to files; copy the folder again')
+        files = [folder / shard for shard in sorted(set(shards.values()))]
+        for shard in files:
+            if shard.parent != folder or not shard.is_file():
+                raise UserError(f'{file} names {shard.name!r}, which is not in the folder')
+        return files
+    raise UserError(f'{folder} has no weights: none of {", ".join(_FOLDER_FILES)} is there')
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Reads a JSON object from a file; `UserError` if it is none."""
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError) as e:
+        raise UserError(f'cannot read {path}: {e}') from e
+    if not isinstance(content, dict):
+        raise UserError(f'{path} should hold a JSON object, and holds a {type(content).__name__}')
+    return content
+
+
+def save_safetensors(
+    path: pathlib.Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]
+) -> None:
+    """Writes float32 tensors, one at a time.
+
+    (The safetensors package wants them all in memory. The format: eight bytes with the length of a
+    JSON header, the header, the data.)
+
+    Args:
+        path: the file; written in place, so give the name of a temporary one.
+        tensors: name -> array, lazy or not; they are written in the order of their names.
+        metadata: texts for the header.
+    """
+    header: dict[str, Any] = {'__metadata__': {'format': 'pt', **metadata}}
+    end = 0
+    for name in sorted(tensors):
+        begin, end = end, end + 4 * int(np.prod(tensors[name].shape, dtype=np.int64))
+        header[name] = {
+            'dtype': 'F32',
+            'shape': list(tensors[name].shape),
+            'data_offsets': [begin, end],
+        }
+    text = json.dumps(header, separators=(',', ':')).encode()
+    text += b' ' * (-len(text) % 8)
+    with open(path, 'wb') as f:
+        f.write(len(text).to_bytes(8, 'little') + text)
+        for name in sorted(tensors):
+            f.write(np.ascontiguousarray(tensors[name], '<f4').data)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def _open_safetensors(path: pathlib.Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
+    import safetensors
+
+    try:
+        file = safetensors.safe_open(path, framework='numpy')
+        metadata = file.metadata() or {}
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        shapes = {name: (piece.get_shape(), piece.get_dtype()) for name, piece in slices.items()}
+    except (safetensors.SafetensorError, OSError) as e:
+        raise UserError(
+            f'{path} is not a readable .safetensors file ({e}). It may be cut short, damaged, or '
+            'renamed: download it again'
+        ) from e
+
+    def array(name: str, shape: list[int], dtype: str) -> LazyArray:
+        if not re.fullmatch(r'B?F\d+', dtype):
+            raise UserError(
+                f'{path}: the tensor {name!r} has type {dtype}; expected weights, of a float type'
+            )
+
+        def read() -> np.ndarray:
+            try:
+                tensor = file.get_tensor(name)
+            except (safetensors.SafetensorError, TypeError) as e:
+                raise UserError(f'{path}: cannot read the tensor {name!r}: {e}') from e
+            return to_float32(tensor, name, path)
+
+        stored = {'BF16': 'bfloat16'}.get(dtype, dtype.replace('F', 'float'))
+        return LazyArray(tuple(shape), read, stored)
+
+    return _unwrap({name: array(name, *shapes[name]) for name in shapes}), metadata
+
+
+def _open_pickle(path: pathlib.Path) -> dict[str, LazyArray]:
+    try:
+        import torch
+    except ImportError as e:
+        raise UserError(
+            f'{path} is a PyTorch file, and reading those needs PyTorch: pip install torch (its '
+            'CPU build is enough). .safetensors files of the same weights need nothing'
+        ) from e
+    import pickle
+
+    try:
+        content = torch.load(
+            path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
+        raise UserError(
+            f'{path} cannot be read safely as PyTorch weights: it is damaged, no PyTorch file, or '
+            'has other Python objects than tensors in it, which could run code. Save the state '
+            f'dict alone (torch.save(model.state_dict(), ...)), or use .safetensors. PyTorch: '
+            f'{str(e).splitlines()[0] if str(e) else type(e).__name__}'
+        ) from e
+    for key in _STATE_DICTS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping) or not content:
+        raise UserError(f'{path} holds a {type(content).__name__}; expected a state dict')
+
+    def array(name: str, tensor: Any) -> LazyArray:
+        if not isinstance(tensor, torch.Tensor):
+            raise UserError(
+                f'{path}: the entry {name!r} is a {type(tensor).__name__}, no tensor; expected a '
+                'state dict'
+            )
+        if not tensor.dtype.is_floating_point:
+            raise UserError(
+                f'{path}: the tensor {name!r} has type {tensor.dtype}; expected weights, of a '
+                'float type'
+            )
+
+        def read() -> np.ndarray:
+            # A copy: the tensor's memory is the file's (mmap).
+            return to_float32(tensor.detach().float().numpy().copy(), name, path)
+
+        return LazyArray(tuple(tensor.shape), read, str(tensor.dtype).removeprefix('torch.'))
+
+    return _unwrap({str(name): array(str(name), tensor) for name, tensor in content.items()})
+
+
+def _unwrap(tensors: dict[str, LazyArray]) -> dict[str, LazyArray]:
+    if all(_WRAPPERS.match(name) for name in tensors):
+        return {_WRAPPERS.sub('', name): array for name, array in tensors.items()}
+    return tensors
