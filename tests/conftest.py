@@ -17,8 +17,14 @@ def pytest_configure(config):
     if 'gpu' not in config.getoption('markexpr'):
         os.environ['JAX_PLATFORMS'] = 'cpu'
         os.environ['JAX_NUM_CPU_DEVICES'] = '4'
+        # Virtual devices wait for each other; on a busy machine for longer than the usual 40 s.
+        os.environ['XLA_FLAGS'] = (
+            os.environ.get('XLA_FLAGS', '')
+            + ' --xla_cpu_collective_call_terminate_timeout_seconds=600'
+        ).strip()
     import jax
 
+    jax.config.update('jax_cpu_enable_async_dispatch', False)  # as `sharding.steps_ahead` says
     jax.config.update('jax_numpy_rank_promotion', 'raise')
     jax.config.update('jax_default_matmul_precision', 'highest')
 

@@ -251,3 +251,18 @@ def test_overlapping_splits_are_said(tmp_path):
     train.train_and_evaluate(config, tmp_path / 'run')
     log = (tmp_path / 'run/train.log').read_text()
     assert 'WARNING: 179 of the 359 test images are trained on as well' in log
+
+
+def test_fully_sharded_training_is_one_config_line(finished, tmp_path, monkeypatch):
+    """The same model as data parallel, and a whole one in the model folder."""
+    _, workdir, params = finished
+    monkeypatch.setattr(sharding, 'MIN_SIZE_TO_SHARD', 64)
+    config = make_config(tmp_path, fsdp=-1, total_steps=6)
+    ours = train.train_and_evaluate(config, tmp_path / 'run')
+    kernel = ours['Transformer']['encoderblock_0']['MlpBlock_0']['Dense_0']['kernel']
+    assert kernel.addressable_shards[0].data.size == kernel.size // 4
+    saved = npz.load(tmp_path / 'run/model/params.npz')
+    jax.tree.map(np.testing.assert_array_equal, saved, dict(jax.device_get(ours)))
+    first = {line['step']: line for line in lines(tmp_path / 'run') if 'train_loss' in line}
+    other = {line['step']: line for line in lines(workdir) if 'train_loss' in line}
+    assert first[2]['train_loss'] == pytest.approx(other[2]['train_loss'], abs=1e-5)

@@ -54,8 +54,8 @@ def evaluate(
     for data in batches:
         data = {name: data[name] for name in ('image', 'label', 'mask')}
         sums.append(eval_step(params, sharding.put_batch(data, mesh)))
-        if len(sums) > 2:
-            jax.block_until_ready(sums[-3])  # at most two batches wait on the device
+        if len(sums) > sharding.steps_ahead():
+            jax.block_until_ready(sums[-1 - sharding.steps_ahead()])
     # Summed in float64 on the host: float32 stops counting at 2**24 images.
     sums = jax.device_get(sums)
     total = {name: float(np.sum([s[name] for s in sums], dtype=np.float64)) for name in sums[0]}

@@ -76,6 +76,15 @@ def state_sharding(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(rule, tree)
 
 
+def steps_ahead() -> int:
+    """How many steps the host may dispatch before it waits for an earlier one.
+
+    Two keep a GPU busy without filling its memory with batches. On CPU none: there is nothing to
+    gain, and virtual devices that wait for each other in two steps at once can lock up.
+    """
+    return 0 if jax.default_backend() == 'cpu' else 2
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's part of a batch, as its part of a global array on the devices.
 

@@ -167,7 +167,7 @@ def _run_steps(run, state, start, train_step, eval_step, checkpoints) -> TrainSt
             with jax.transfer_guard('disallow'):
                 state, metrics = train_step(state, sharding.put_batch(batch, run.mesh))
             in_flight.append(metrics)
-            if len(in_flight) > 2:  # so that the host does not fill the device with batches
+            if len(in_flight) > sharding.steps_ahead():
                 jax.block_until_ready(in_flight.popleft())
             clock.step_done(config.batch)
             if step == start + 1:
