@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vit_jax import checkpoint
-from vit_jax.checkpoint import adapt, npz
+from vit_jax.checkpoint import adapt, npz, resize
 from vit_jax.errors import UserError
 
 POSITIONS = 'Transformer/posembed_input/pos_embedding'
@@ -113,7 +113,7 @@ def test_every_misfit_is_listed():
     flat, init = _flat(), _flat(classes=5)
     del flat['Transformer/encoder_norm/scale']
     flat |= {
-        'embedding/kernel': np.zeros((16, 16, 3, 6), np.float32),
+        'embedding/kernel': np.zeros((16, 16, 3, 5), np.float32),
         'extra/bias': np.zeros(3, np.float32),
     }
     with pytest.raises(UserError) as e:
@@ -121,9 +121,9 @@ def test_every_misfit_is_listed():
     message = str(e.value)
     assert '3 of its arrays' in message
     assert 'Transformer/encoder_norm/scale: missing, expected (6,)' in message
-    assert 'embedding/kernel: has shape (16, 16, 3, 6), expected (8, 8, 3, 6)' in message
+    assert 'embedding/kernel: has shape (16, 16, 3, 5), expected (8, 8, 3, 6)' in message
     assert 'extra/bias: unknown to the model, has shape (3,)' in message
-    assert 'patch 16, hidden size 6' in message and 'patch 8, hidden size 6' in message
+    assert 'patch 16, hidden size 5' in message and 'patch 8, hidden size 6' in message
 
 
 @pytest.mark.parametrize('classifier', ['token', 'token_unpooled', 'gap', 'unpooled'])
@@ -148,7 +148,7 @@ def test_resize_equals_scipy_zoom_of_order_1(old, new):
     grid = np.random.default_rng(old).normal(size=(old, old, 3)).astype(np.float32)
     expected = scipy_ndimage.zoom(grid, (new / old, new / old, 1), order=1)
     assert expected.shape == (new, new, 3)
-    resized = adapt.resize_position_embedding(
+    resized = resize.resize_position_embedding(
         grid.reshape(1, old * old, 3), new * new, has_class_token=False
     )
     np.testing.assert_allclose(resized[0].reshape(new, new, 3), expected, rtol=0, atol=1e-5)
@@ -159,7 +159,7 @@ def test_resize_conformance(shared_dir):
         expected = {name: cases[name] for name in cases if name != 'input'}
         assert len(expected) == 4
         for name, grid in expected.items():
-            resized = adapt.resize_position_embedding(
+            resized = resize.resize_position_embedding(
                 cases['input'], grid.shape[1], has_class_token=True
             )
             assert resized.dtype == grid.dtype
@@ -169,19 +169,106 @@ def test_resize_conformance(shared_dir):
 def test_grids_that_cannot_be_resized():
     square = _flat(grid=4)
     oblong = square | {POSITIONS: np.zeros((1, 13, 6), np.float32)}
-    with pytest.raises(
-        UserError, match='file.npz has 12 positions .13 with the class token.*no square grid'
-    ):
+    with pytest.raises(UserError, match='file.npz has 12 positions, which is no square grid'):
         _adapt(oblong, square)
     with pytest.raises(UserError, match='the model has 12 positions'):
         _adapt(square, oblong)
-    with pytest.raises(
-        UserError,
-        match="trained with a class token .17 .*classifier='gap', is without one .16 .*'token'",
-    ):
-        _adapt(square, _flat(grid=4, cls=False), 'gap')
-    with pytest.raises(UserError, match="trained without a class token .*Use classifier='gap'"):
-        _adapt(_flat(grid=4, cls=False), square)
+    with pytest.raises(UserError, match='12 positions, which is no grid of 5 x 2'):
+        _adapt(square, oblong, grid=(5, 2))
+
+
+def test_grids_that_are_not_square():
+    square, oblong = _flat(grid=4), _flat(fill=0)
+    oblong[POSITIONS] = np.zeros((1, 1 + 3 * 5, 6), np.float32)
+    params, report = _adapt(square, oblong, grid=(3, 5))
+    grid = square[POSITIONS][0, 1:].reshape(4, 4, 6)
+    scipy_ndimage = pytest.importorskip('scipy.ndimage')
+    expected = scipy_ndimage.zoom(grid, (3 / 4, 5 / 4, 1), order=1)
+    np.testing.assert_allclose(params[POSITIONS][0, 1:].reshape(3, 5, 6), expected, atol=1e-5)
+    assert 'bilinear' in report.methods[POSITIONS]
+    back, _ = _adapt({**square, POSITIONS: params[POSITIONS]}, square, source_grid=(3, 5))
+    assert back[POSITIONS].shape == (1, 17, 6)
+
+
+def test_class_token_to_mean_pooling_and_back():
+    token, gap = _flat(grid=4), _flat(grid=4, cls=False)
+    params, report = _adapt(token, {k: np.zeros_like(v) for k, v in gap.items()}, 'gap')
+    np.testing.assert_array_equal(params[POSITIONS], token[POSITIONS][:, 1:])
+    assert report.ignored['cls'] == "the model (classifier 'gap') has no class token"
+    assert 'without the place of class token' in str(report)
+    init = {k: np.ones_like(v) for k, v in _flat(grid=7).items()}
+    params, report = _adapt(gap, init)
+    assert params['cls'].all() and not params[POSITIONS][:, 0].any()
+    np.testing.assert_allclose(params[POSITIONS][0, -1], gap[POSITIONS][0, -1], atol=1e-6)
+    assert report.initialised['cls'] == 'the checkpoint has no class token'
+    assert report.resized[POSITIONS] == ((1, 16, 6), (1, 50, 6))
+
+
+def test_distillation_token_comes_and_goes():
+    plain = _flat(grid=4)
+    rng = np.random.default_rng(5)
+    distilled = plain | {
+        'dist': rng.normal(size=(1, 1, 6)).astype(np.float32),
+        POSITIONS: rng.normal(size=(1, 18, 6)).astype(np.float32),
+        'head_dist/kernel': rng.normal(size=(6, 7)).astype(np.float32),
+        'head_dist/bias': rng.normal(size=7).astype(np.float32),
+    }
+    params, report = _adapt(distilled, plain, keep_head=True)
+    expected = distilled[POSITIONS][:, [0, *range(2, 18)]]
+    np.testing.assert_array_equal(params[POSITIONS], expected)
+    assert report.ignored['head_dist/bias'] == 'the model has no distillation head'
+    params, report = _adapt(plain, distilled, keep_head=True)
+    assert not params[POSITIONS][:, 1].any()
+    np.testing.assert_array_equal(params[POSITIONS][:, 2:], plain[POSITIONS][:, 1:])
+    assert set(report.initialised) == {'dist', 'head_dist/kernel', 'head_dist/bias'}
+
+
+@pytest.mark.parametrize('channels', [1, 4, 5])
+@pytest.mark.parametrize('first', ['embedding/kernel', 'conv_root/kernel'])
+def test_other_channel_counts(channels, first):
+    flat = {first: np.random.default_rng(1).normal(size=(2, 2, 3, 6)).astype(np.float32)}
+    params, report = _adapt(flat, {first: np.zeros((2, 2, channels, 6), np.float32)})
+    new, old = params[first], flat[first]
+    if channels == 1:
+        np.testing.assert_allclose(new[:, :, 0], old.sum(2), rtol=1e-6)
+    else:
+        for channel in range(channels):
+            np.testing.assert_allclose(
+                new[:, :, channel], old[:, :, channel % 3] * 3 / channels, rtol=1e-6
+            )
+    assert 'channels' in report.methods[first]
+
+
+@pytest.mark.parametrize(('old', 'new'), [(4, 8), (8, 4), (4, 7), (16, 14)])
+def test_other_patch_size_by_flexivits_rule(old, new):
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(old, old, 3, 5)).astype(np.float32)
+    init = {'embedding/kernel': np.zeros((new, new, 3, 5), np.float32)}
+    resized = _adapt({'embedding/kernel': kernel}, init)[0]['embedding/kernel']
+    # The definition, with another library's bilinear resize: the matrix of the whole 2-D resize.
+    basis = np.eye(old * old, dtype=np.float32).reshape(-1, old, old)
+    matrix = jax.image.resize(basis, (old * old, new, new), 'bilinear', antialias=False)
+    matrix = np.asarray(matrix, np.float64).reshape(old * old, new * new)
+    expected = np.linalg.pinv(matrix) @ kernel.reshape(old * old, -1).astype(np.float64)
+    np.testing.assert_allclose(
+        resized.reshape(new * new, -1), expected, rtol=0, atol=2e-5 * np.abs(expected).max()
+    )
+    if new > old:  # then embeddings of resized patches equal those of the patches
+        patch = rng.normal(size=old * old)
+        np.testing.assert_allclose(
+            (patch @ matrix) @ resized.reshape(new * new, -1),
+            patch @ kernel.reshape(old * old, -1),
+            rtol=0,
+            atol=1e-4,
+        )
+
+
+def test_head_with_a_hidden_layer_is_a_head():
+    hidden = {'head_hidden/kernel': np.ones((6, 6), np.float32)}
+    _, report = _adapt(_flat(), _flat(fill=0) | hidden, keep_head=True)
+    assert 'hidden layer' in report.initialised['head_hidden/kernel']
+    params, report = _adapt(_flat() | hidden, _flat(fill=0) | hidden, keep_head=True)
+    assert not report.initialised and params['head_hidden/kernel'].all()
 
 
 def test_dtype_and_container_of_the_model():

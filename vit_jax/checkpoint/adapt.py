@@ -12,11 +12,13 @@ from typing import Any
 import flax
 import numpy as np
 
-from vit_jax.checkpoint import npz
+from vit_jax.checkpoint import npz, resize
+from vit_jax.checkpoint.arrays import LazyArray
 from vit_jax.errors import UserError
 
 POSITION_EMBEDDING = 'Transformer/posembed_input/pos_embedding'
-CLASSIFIERS_WITH_CLASS_TOKEN = ('token', 'token_unpooled')
+# In the order in which they stand before the patches.
+_TOKENS = {'cls': 'class token', 'dist': 'distillation token'}
 
 Shape = tuple[int, ...]
 
@@ -34,6 +36,7 @@ class Report:
         resized: name -> (shape in the checkpoint, shape in the model).
         initialised: name -> why the model's own initial value was kept.
         ignored: name -> why the checkpoint's array was not used.
+        methods: name of a resized array -> how that was done.
     """
 
     source: str
@@ -42,6 +45,7 @@ class Report:
     resized: Mapping[str, tuple[Shape, Shape]]
     initialised: Mapping[str, str]
     ignored: Mapping[str, str]
+    methods: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [
@@ -49,7 +53,8 @@ class Report:
             f'({self.num_parameters:,} parameters)'
         ]
         for name, (old, new) in self.resized.items():
-            lines.append(f'  resized: {name} {old} -> {new}')
+            how = f' ({self.methods[name]})' if self.methods.get(name) else ''
+            lines.append(f'  resized: {name} {old} -> {new}{how}')
         for title, reasons in (('newly initialised', self.initialised), ('ignored', self.ignored)):
             for reason in dict.fromkeys(reasons.values()):
                 names = [name for name, why in reasons.items() if why == reason]
@@ -61,9 +66,11 @@ def adapt(
     params: Mapping[str, Any],
     init_params: Mapping[str, Any],
     *,
-    classifier: str,
+    classifier: str = 'token',
     keep_head: bool = False,
     source: str,
+    grid: tuple[int, int] | None = None,
+    source_grid: tuple[int, int] | None = None,
 ) -> tuple[Mapping[str, Any], Report]:
     """Fits the parameters of a checkpoint to a model.
 
@@ -71,7 +78,11 @@ def adapt(
       None), and starts anew when only the model has it.
     - `head` starts anew, from `init_params`, unless `keep_head` asks for the checkpoint's and it
       fits.
-    - the position embeddings are resized to the model's grid (see `resize_position_embedding`).
+    - the position embeddings are resized to the model's grid (`resize_position_embedding`).
+    - a class or distillation token that only one of the two has is left out, or starts anew, with
+      zeros as its position embedding.
+    - the first layer is resized to the model's patches (`resize_patch_embedding`) and given its
+      number of channels (`adapt_channels`).
     - everything else must be there with the model's shape.
 
     Args:
@@ -79,22 +90,28 @@ def adapt(
         init_params: the model's parameters, newly initialised: a nested dict (or FrozenDict) of
             arrays. Leaves may be abstract (`jax.ShapeDtypeStruct`); one that would have to be newly
             initialised then stays abstract in the result.
-        classifier: the model's: 'token', 'token_unpooled' (these have a class token), 'gap',
-            'unpooled'.
+        classifier: the model's, for the report.
         keep_head: take the checkpoint's head if shapes agree.
         source: name of the checkpoint for the report and for errors.
+        grid: (rows, columns) of the model's tokens where its images are not square.
+        source_grid: the same of the checkpoint.
 
     Returns:
         (parameters, report): the structure, shapes and dtypes of `init_params`.
 
     Raises:
         UserError: an array is missing, unknown or wrongly shaped (all such arrays are listed), or
-            the position grids are not square or do not agree about the class token.
+            a position grid is not square and was not given.
     """
     found = npz.flatten(params)
     expected = npz.flatten(init_params)
     initialised, ignored = _head_rules(found, expected, keep_head)
+    new_tokens, old_tokens = _token_rules(found, expected, classifier)
+    initialised |= new_tokens
+    ignored |= old_tokens
+    same_tokens = all((name in found) == (name in expected) for name in _TOKENS)
     resized: dict[str, tuple[Shape, Shape]] = {}
+    methods: dict[str, str] = {}
     new = {name: expected[name] for name in initialised}
     problems = []
     for name, leaf in expected.items():
@@ -104,20 +121,18 @@ def adapt(
             problems.append(f'{name}: missing, expected {tuple(leaf.shape)}')
             continue
         array = found[name]
-        if tuple(array.shape) != tuple(leaf.shape):
-            if name != POSITION_EMBEDDING or array.ndim != 3 or array.shape[2] != leaf.shape[2]:
+        fits = same_tokens or name != POSITION_EMBEDDING
+        if tuple(array.shape) != tuple(leaf.shape) or not fits:
+            fitted = _fit(name, found, expected, (grid, source_grid), source)
+            if fitted is None:
                 problems.append(
                     f'{name}: has shape {tuple(array.shape)}, expected {tuple(leaf.shape)}'
                 )
                 continue
-            _check_class_token(found, array, leaf, classifier, source)
             resized[name] = (tuple(array.shape), tuple(leaf.shape))
-            array = resize_position_embedding(
-                array,
-                leaf.shape[1],
-                has_class_token=classifier in CLASSIFIERS_WITH_CLASS_TOKEN,
-                source=source,
-            )
+            array, methods[name] = fitted
+        if isinstance(array, LazyArray):
+            array = np.asarray(array)
         new[name] = array if array.dtype == leaf.dtype else array.astype(leaf.dtype)
     for name, array in found.items():
         if name not in expected and name not in ignored:
@@ -132,49 +147,10 @@ def adapt(
         resized=resized,
         initialised=initialised,
         ignored=ignored,
+        methods=methods,
     )
     tree = flax.traverse_util.unflatten_dict({name: new[name] for name in expected}, sep='/')
     return flax.core.freeze(tree) if isinstance(init_params, flax.core.FrozenDict) else tree, report
-
-
-def resize_position_embedding(
-    embedding: np.ndarray, num_tokens: int, *, has_class_token: bool, source: str = 'the checkpoint'
-) -> np.ndarray:
-    """Resizes a square grid of position embeddings, bilinearly, with the corners aligned.
-
-    The values are those of `scipy.ndimage.zoom(grid, order=1)`, which the original release uses:
-    the outermost positions of the old and of the new grid coincide. (`jax.image.resize` and timm
-    align the outer *edges* of the patches: other values.) The class token's embedding, the first,
-    stays as it is.
-
-    Args:
-        embedding: [1, tokens, hidden_size] float32; tokens = side * side, and one more with a class
-            token.
-        num_tokens: tokens of the result, the class token included.
-        has_class_token: whether token 0 is the class token, in both.
-        source: name of the checkpoint for errors.
-
-    Returns:
-        [1, num_tokens, hidden_size], of the dtype of `embedding`.
-
-    Raises:
-        UserError: the old or the new grid is not square.
-    """
-    embedding = np.asarray(embedding)
-    first = 1 if has_class_token else 0
-    old, new = math.isqrt(embedding.shape[1] - first), math.isqrt(num_tokens - first)
-    for side, count, owner in ((old, embedding.shape[1], source), (new, num_tokens, 'the model')):
-        if side * side != count - first:
-            without = f' ({count} with the class token)' if has_class_token else ''
-            raise UserError(
-                f'{source}: cannot resize the position embeddings: {owner} has {count - first} '
-                f'positions{without}, which is no square grid. Use square images, or a checkpoint '
-                'with the same grid as the model'
-            )
-    grid = embedding[0, first:].reshape(old, old, -1).astype(np.float64)
-    grid = _interpolate(_interpolate(grid, new).swapaxes(0, 1), new).swapaxes(0, 1)
-    grid = grid.reshape(1, new * new, -1).astype(embedding.dtype)
-    return np.concatenate([embedding[:, :first], grid], axis=1)
 
 
 def describe(params: Mapping[str, Any]) -> str:
@@ -206,7 +182,7 @@ def describe(params: Mapping[str, Any]) -> str:
 def _head_rules(
     found: Mapping[str, Any], expected: Mapping[str, Any], keep_head: bool
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Returns (newly initialised, ignored), name -> reason, for `pre_logits` and `head`."""
+    """Returns (newly initialised, ignored), name -> reason, for `pre_logits` and heads."""
     initialised, ignored = {}, {}
 
     def group(flat: Mapping[str, Any], module: str) -> dict[str, Shape]:
@@ -222,48 +198,106 @@ def _head_rules(
     if model_pre and not file_pre:
         initialised |= dict.fromkeys(model_pre, 'the checkpoint has no pre_logits layer')
 
-    file_head, model_head = group(found, 'head'), group(expected, 'head')
-    if not keep_head:
-        why = 'a new head is trained'
-    elif not file_head:
-        why = 'the checkpoint has no head'
-    elif bool(file_pre) != bool(model_pre):
-        why = 'the head belongs to another pre_logits layer'
-    elif file_head != model_head:
-        old, new = (head.get('head/kernel', ('?', '?'))[-1] for head in (file_head, model_head))
-        why = f'the head does not fit: {old} classes, the model has {new}'
-    else:
-        return initialised, ignored
-    if model_head:
+    for words, modules in (
+        ('head', ('head', 'head_hidden')),
+        ('distillation head', ('head_dist',)),
+    ):
+        file_head, model_head = (
+            {name: shape for module in modules for name, shape in group(flat, module).items()}
+            for flat in (found, expected)
+        )
+        if not model_head:
+            why = f'the model has no {words}'
+        elif not keep_head:
+            why = 'a new head is trained'
+        elif not file_head:
+            why = f'the checkpoint has no {words}'
+        elif bool(file_pre) != bool(model_pre):
+            why = 'the head belongs to another pre_logits layer'
+        elif file_head != model_head:
+            why = _why_no_fit(file_head, model_head)
+        else:
+            continue
         initialised |= dict.fromkeys(model_head, why)
-    else:
-        why = 'the model has no head'
-    return initialised, ignored | dict.fromkeys(file_head, why)
+        ignored |= dict.fromkeys(file_head, why)
+    return initialised, ignored
 
 
-def _check_class_token(
-    found: Mapping[str, Any], array: Any, leaf: Any, classifier: str, source: str
-) -> None:
-    """Raises if only one of checkpoint and model has a class token: their grids differ in kind."""
-    model_has, file_has = classifier in CLASSIFIERS_WITH_CLASS_TOKEN, 'cls' in found
-    if model_has == file_has:
-        return
-    with_without = ('with', 'without') if file_has else ('without', 'with')
-    raise UserError(
-        f'{source}: the checkpoint was trained {with_without[0]} a class token ({array.shape[1]} '
-        f'position embeddings) and the model, classifier={classifier!r}, is {with_without[1]} one '
-        f'({leaf.shape[1]} positions). '
-        f'Use classifier={"token" if file_has else "gap"!r}, or another checkpoint'
+def _why_no_fit(file_head: Mapping[str, Shape], model_head: Mapping[str, Shape]) -> str:
+    if file_head.keys() != model_head.keys():
+        return 'the head does not fit: only one of checkpoint and model has a hidden layer in it'
+    bias = next(name for name in model_head if name.endswith('/bias') and 'hidden' not in name)
+    old, new = file_head[bias][-1], model_head[bias][-1]
+    return f'the head does not fit: {old} classes, the model has {new}'
+
+
+def _fit(
+    name: str,
+    found: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    grids: tuple[tuple[int, int] | None, tuple[int, int] | None],
+    source: str,
+) -> tuple[np.ndarray, str] | None:
+    """The checkpoint's array in the model's shape and how that was done; None if it cannot be."""
+    array, leaf = found[name], expected[name]
+    if array.ndim != len(leaf.shape) or array.shape[-1] != leaf.shape[-1]:
+        return None
+    if name == POSITION_EMBEDDING:
+        return _fit_positions(found, expected, grids, source)
+    # A hybrid's patches are cut from features, of which every model has its own number.
+    first_layers = ('conv_root',) if 'conv_root/kernel' in expected else ('embedding', 'stem')
+    if name not in [f'{layer}/kernel' for layer in first_layers] or array.ndim != 4:
+        return None
+    (*size, channels), how = leaf.shape[:3], []
+    kernel = np.asarray(array)
+    if array.shape[2] != channels:
+        kernel = resize.adapt_channels(kernel, channels)
+        how.append('channels summed' if channels == 1 else 'channels repeated and scaled')
+    if list(array.shape[:2]) != size:
+        if first_layers == ('conv_root',):
+            return None
+        kernel = resize.resize_patch_embedding(kernel, tuple(size))
+        how.append('pseudo-inverse of the bilinear resize')
+    return kernel, ', '.join(how)
+
+
+def _fit_positions(
+    found: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    grids: tuple[tuple[int, int] | None, tuple[int, int] | None],
+    source: str,
+) -> tuple[np.ndarray, str]:
+    """Position embeddings with the model's tokens in front of the model's grid."""
+    array = np.asarray(found[POSITION_EMBEDDING])
+    old = [name for name in _TOKENS if name in found]
+    new = [name for name in _TOKENS if name in expected]
+    patches = resize.resize_position_embedding(
+        array[:, len(old) :],
+        expected[POSITION_EMBEDDING].shape[1] - len(new),
+        has_class_token=False,
+        grid=grids[0],
+        source_grid=grids[1],
+        source=source,
     )
+    zeros = np.zeros_like(array[:, :1])
+    rows = [array[:, old.index(name)][:, None] if name in old else zeros for name in new]
+    how = ['bilinear'] if patches.shape[1] != array.shape[1] - len(old) else []
+    how += [f'without the place of {_TOKENS[name]}' for name in old if name not in new]
+    how += [f'zeros in the place of {_TOKENS[name]}' for name in new if name not in old]
+    return np.concatenate([*rows, patches], axis=1), ', '.join(how)
 
 
-def _interpolate(grid: np.ndarray, size: int) -> np.ndarray:
-    """Linear interpolation along axis 0 to `size` points, the first and the last point kept."""
-    position = np.linspace(0, grid.shape[0] - 1, size)
-    low = np.minimum(position.astype(np.int64), grid.shape[0] - 1)
-    high = np.minimum(low + 1, grid.shape[0] - 1)
-    weight = (position - low)[:, None, None]
-    return grid[low] * (1 - weight) + grid[high] * weight
+def _token_rules(
+    found: Mapping[str, Any], expected: Mapping[str, Any], classifier: str
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Returns (newly initialised, ignored), name -> reason, for class and distillation token."""
+    initialised, ignored = {}, {}
+    for name, words in _TOKENS.items():
+        if name in expected and name not in found:
+            initialised[name] = f'the checkpoint has no {words}'
+        elif name in found and name not in expected:
+            ignored[name] = f'the model (classifier {classifier!r}) has no {words}'
+    return initialised, ignored
 
 
 def _misfit(

@@ -1,0 +1,136 @@
+"""Tells the architecture of a model from the shapes of its parameters."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from vit_jax.checkpoint.adapt import POSITION_EMBEDDING, describe
+from vit_jax.checkpoint.npz import flatten
+from vit_jax.errors import UserError
+from vit_jax.models import variants
+
+_NO_DROPOUT = {'attention_dropout_rate': 0.0, 'dropout_rate': 0.0}
+
+
+def architecture(params: Mapping[str, Any], source: str, *, variant: str = '') -> dict[str, Any]:
+    """The arguments of the module that parameters belong to.
+
+    Args:
+        params: nested dict with Linen names; leaves need a shape only.
+        source: name of the checkpoint, for errors.
+        variant: name from `models.variants.VARIANTS` to take instead of the one the shapes tell.
+
+    Returns:
+        Plain dict with the keys of `variants.get_config`; 'model_name' is None where no variant has
+        these sizes. What shapes cannot tell is as the released models have it: pooling ('token' or
+        'gap'), no dropout.
+
+    Raises:
+        UserError: the parameters are of no model here, or there is no such variant.
+    """
+    if variant and variant not in variants.VARIANTS:
+        raise UserError(f'unknown variant {variant!r}; known: {", ".join(variants.VARIANTS)}')
+    flat = flatten(params)
+    try:
+        config = _mixer(flat) if 'MixerBlock_0' in params else _vit(flat)
+    except (KeyError, IndexError) as e:
+        raise UserError(
+            f'{source} does not hold the weights of a Vision Transformer or an MLP-Mixer: '
+            f'{describe(flat)}, and {e} is missing or has no such shape'
+        ) from e
+    named = [variants.VARIANTS[variant]] if variant else variants.VARIANTS.values()
+    for known in named:
+        if variant or _sizes(known) == _sizes(config):
+            pre_logits = {key: config[key] for key in ('representation_size',) if key in config}
+            # Another family's arguments would fit neither.
+            return _copy(known) | (pre_logits if 'representation_size' in known else {})
+    return config
+
+
+def image_size(params: Mapping[str, Any], config: Mapping[str, Any], source: str) -> int:
+    """Side of the (square) input in pixels, from the grid of positions.
+
+    Args:
+        params: nested dict with Linen names; leaves need a shape only.
+        config: what `architecture` gave.
+        source: name of the checkpoint, for errors.
+
+    Raises:
+        UserError: the grid is not square.
+    """
+    flat = flatten(params)
+    if variants.is_mixer(config):
+        tokens = flat['MixerBlock_0/token_mixing/Dense_0/kernel'].shape[0]
+    else:
+        tokens = flat[POSITION_EMBEDDING].shape[1] - ('cls' in flat) - ('dist' in flat)
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise UserError(
+            f'{source}: its {tokens} positions are no square grid, and only models of square '
+            'images are used here'
+        )
+    return side * variants.token_stride(config)
+
+
+def _vit(flat: Mapping[str, Any]) -> dict[str, Any]:
+    block = 'Transformer/encoderblock_0'
+    kernel = flat['embedding/kernel']
+    config: dict[str, Any] = {
+        'model_name': None,
+        'patches': {'size': tuple(kernel.shape[:2])},
+        'hidden_size': kernel.shape[3],
+        'transformer': {
+            'mlp_dim': flat[f'{block}/MlpBlock_0/Dense_0/kernel'].shape[1],
+            'num_heads': flat[f'{block}/MultiHeadDotProductAttention_0/query/kernel'].shape[1],
+            'num_layers': _count(flat, r'Transformer/encoderblock_(\d+)/.*'),
+            **_NO_DROPOUT,
+        },
+        'classifier': 'token' if 'cls' in flat else 'gap',
+        'representation_size': None,
+    }
+    flat[POSITION_EMBEDDING].shape[1]  # every ViT here has it: missing, it is named as the others
+    if 'pre_logits/kernel' in flat:
+        config['representation_size'] = flat['pre_logits/kernel'].shape[1]
+    if 'conv_root/kernel' in flat:
+        stages = _count(flat, r'block(\d+)/.*')
+        config['resnet'] = {
+            'num_layers': tuple(
+                _count(flat, rf'block{stage}/unit(\d+)/.*') for stage in range(1, stages + 1)
+            ),
+            'width_factor': flat['conv_root/kernel'].shape[3] // 64,
+        }
+    config |= {'distilled': True} if 'dist' in flat else {}
+    config |= {'mlp_head': True} if 'head_hidden/kernel' in flat else {}
+    return config
+
+
+def _mixer(flat: Mapping[str, Any]) -> dict[str, Any]:
+    kernel = flat['stem/kernel']
+    return {
+        'model_name': None,
+        'patches': {'size': tuple(kernel.shape[:2])},
+        'hidden_dim': kernel.shape[3],
+        'num_blocks': _count(flat, r'MixerBlock_(\d+)/.*'),
+        'tokens_mlp_dim': flat['MixerBlock_0/token_mixing/Dense_0/kernel'].shape[1],
+        'channels_mlp_dim': flat['MixerBlock_0/channel_mixing/Dense_0/kernel'].shape[1],
+    }
+
+
+def _count(names: Iterable[str], pattern: str) -> int:
+    """How many different numbers the names have where the pattern has its group."""
+    return len({match[1] for name in names if (match := re.fullmatch(pattern, name))})
+
+
+def _sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """An architecture without what shapes do not tell or what does not make another variant."""
+    sizes = {
+        key: value
+        for key, value in flatten(config).items()
+        if not key.endswith('_rate') and key not in ('model_name', 'representation_size')
+    }
+    return sizes | {'patches/size': tuple(config['patches']['size'])}
+
+
+def _copy(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in config.items()}

@@ -1,0 +1,135 @@
+"""Resizes what depends on the input: position embeddings and the patch embedding's kernel."""
+
+import math
+
+import numpy as np
+
+from vit_jax.errors import UserError
+
+
+def resize_position_embedding(
+    embedding: np.ndarray,
+    num_tokens: int,
+    *,
+    has_class_token: bool | int,
+    grid: tuple[int, int] | None = None,
+    source_grid: tuple[int, int] | None = None,
+    source: str = 'the checkpoint',
+) -> np.ndarray:
+    """Resizes a grid of position embeddings, bilinearly, with the corners aligned.
+
+    The values are those of `scipy.ndimage.zoom(grid, order=1)`, which the original release uses:
+    the outermost positions of the old and of the new grid coincide. (`jax.image.resize` and timm
+    align the outer *edges* of the patches: other values.) The class token's embedding, the first,
+    stays as it is.
+
+    Args:
+        embedding: [1, tokens, hidden_size] float32; tokens = rows * columns, and one more with a
+            class token.
+        num_tokens: tokens of the result, the class token included.
+        has_class_token: whether token 0 is the class token, in both; 2 where a distillation token
+            follows it.
+        grid: (rows, columns) of the result; None for a square.
+        source_grid: (rows, columns) of `embedding`; None for a square.
+        source: name of the checkpoint for errors.
+
+    Returns:
+        [1, num_tokens, hidden_size], of the dtype of `embedding`.
+
+    Raises:
+        UserError: the old or the new grid is not square and was not given, or does not agree with
+            the number of tokens.
+    """
+    embedding = np.asarray(embedding)
+    first = int(has_class_token)
+    rows, columns = _grid(embedding.shape[1], first, source_grid, source, source)
+    new_rows, new_columns = _grid(num_tokens, first, grid, 'the model', source)
+    values = embedding[0, first:].reshape(rows, columns, -1).astype(np.float64)
+    values = _interpolate(values, new_rows).swapaxes(0, 1)
+    values = _interpolate(values, new_columns).swapaxes(0, 1)
+    values = values.reshape(1, new_rows * new_columns, -1).astype(embedding.dtype)
+    return np.concatenate([embedding[:, :first], values], axis=1)
+
+
+def resize_patch_embedding(kernel: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resizes the kernel of a patch embedding to another patch size, by the pseudo-inverse.
+
+    The rule of FlexiViT (Beyer et al. 2022, https://arxiv.org/abs/2212.08013, section 3.4) and
+    big_vision: a patch that is resized (bilinearly, without antialiasing) and then embedded with
+    the new kernel gives what the old kernel gave for the patch. For larger patches exactly, for
+    smaller ones as nearly as can be (least squares).
+
+    Args:
+        kernel: [height, width, channels, hidden_size] float32.
+        size: the new (height, width) of a patch, pixels.
+
+    Returns:
+        [*size, channels, hidden_size] of the dtype of `kernel`.
+    """
+    kernel = np.asarray(kernel)
+    rows, columns = (
+        np.linalg.pinv(_resize_matrix(old, new).T)
+        for old, new in zip(kernel.shape[:2], size, strict=True)
+    )
+    resized = np.einsum('yh,xw,hwcd->yxcd', rows, columns, kernel, optimize=True)
+    return resized.astype(kernel.dtype)
+
+
+def adapt_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
+    """Gives the kernel of a first layer another number of input channels, by timm's rule.
+
+    One channel gets the sum over the old ones: a grey image, seen as equal red, green and blue,
+    embeds as before. Other numbers repeat the old channels in turn, scaled by old / new, so that
+    activations keep their size.
+
+    Args:
+        kernel: [height, width, old channels, features] float32.
+        channels: the new number.
+
+    Returns:
+        [height, width, channels, features] of the dtype of `kernel`.
+    """
+    kernel = np.asarray(kernel)
+    old = kernel.shape[2]
+    if channels == 1:
+        return kernel.sum(axis=2, keepdims=True)
+    repeated = kernel[:, :, np.arange(channels) % old]
+    return repeated * kernel.dtype.type(old / channels)
+
+
+def _grid(
+    tokens: int, first: int, grid: tuple[int, int] | None, owner: str, source: str
+) -> tuple[int, int]:
+    """(rows, columns) of `tokens` - `first` positions."""
+    count = tokens - first
+    if grid is None:
+        side = math.isqrt(max(count, 0))
+        grid = (side, side)
+    if grid[0] * grid[1] != count or count < 1:
+        without = f' ({tokens} with the class token)' if first else ''
+        shape = 'square grid' if grid[0] == grid[1] else f'grid of {grid[0]} x {grid[1]}'
+        raise UserError(
+            f'{source}: cannot resize the position embeddings: {owner} has {count} '
+            f'positions{without}, which is no {shape}. Use square images, or a checkpoint '
+            'with the same grid as the model, or say how many rows and columns there are'
+        )
+    return grid
+
+
+def _interpolate(grid: np.ndarray, size: int) -> np.ndarray:
+    """Linear interpolation along axis 0 to `size` points, the first and the last point kept."""
+    position = np.linspace(0, grid.shape[0] - 1, size)
+    low = np.minimum(position.astype(np.int64), grid.shape[0] - 1)
+    high = np.minimum(low + 1, grid.shape[0] - 1)
+    weight = (position - low)[:, None, None]
+    return grid[low] * (1 - weight) + grid[high] * weight
+
+
+def _resize_matrix(old: int, new: int) -> np.ndarray:
+    """[new, old]: linear interpolation of `old` pixels to `new`, edges aligned, no antialiasing."""
+    position = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+    low = np.minimum(position.astype(np.int64), max(old - 2, 0))
+    matrix = np.zeros((new, old))
+    matrix[np.arange(new), low] = 1 - (position - low)
+    matrix[np.arange(new), np.minimum(low + 1, old - 1)] += position - low
+    return matrix
