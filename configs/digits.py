@@ -33,8 +33,6 @@ def get_config(dataset: str = 'digits') -> ml_collections.ConfigDict:
     config.pp.crop = 16
     config.pp.inception_crop = False
     config.pp.flip = False
-    # Then a random 16 x 16 crop: small shifts are the one augmentation that fits digits.
-    config.pp.resize = 18
 
     config.batch = 128
     config.accum_steps = 1

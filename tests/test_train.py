@@ -266,3 +266,12 @@ def test_fully_sharded_training_is_one_config_line(finished, tmp_path, monkeypat
     first = {line['step']: line for line in lines(tmp_path / 'run') if 'train_loss' in line}
     other = {line['step']: line for line in lines(workdir) if 'train_loss' in line}
     assert first[2]['train_loss'] == pytest.approx(other[2]['train_loss'], abs=1e-5)
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_computes_in_bfloat16_and_learns(tmp_path):
+    config = make_config(tmp_path, total_steps=300, warmup_steps=30, eval_every=300)
+    train.train_and_evaluate(config, tmp_path / 'run')
+    assert ', bfloat16, ' in (tmp_path / 'run/train.log').read_text()
+    assert lines(tmp_path / 'run')[-1]['accuracy_test'] > 0.5
+    assert 'device_memory_peak' in lines(tmp_path / 'run', 'timing.jsonl')[-2]
