@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vit_jax import checkpoint, model_folder, models
-from vit_jax.checkpoint import npz
+from vit_jax.checkpoint import formats, npz
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models import variants
@@ -175,7 +175,7 @@ def test_bare_file_of_unnamed_architecture(tmp_path, classifier, representation_
     assert loaded.model_config == config
     assert loaded.image_size == loaded.preprocess.crop == 12
     assert loaded.class_names == ('class 0', 'class 1', 'class 2')
-    assert loaded.source == {'file': str(tmp_path / 'a.npz')}
+    assert loaded.source == {'file': str(tmp_path / 'a.npz'), 'format': 'Google .npz'}
     jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
 
 
@@ -190,11 +190,17 @@ def _zeros(config, classes, size):
     return jax.tree.map(lambda x: np.broadcast_to(np.float32(1), x.shape), init['params'])
 
 
+def _pretend(monkeypatch, params):
+    """Any file holds `params`."""
+    weights = checkpoint.Weights('made_up.npz', 'Google .npz', params)
+    monkeypatch.setattr(formats, 'open_weights', lambda path, variant: weights)
+
+
 @pytest.mark.parametrize('name', variants.VARIANTS)
 def test_variant_is_inferred_from_shapes(name, monkeypatch):
     config = variants.get_config(name)
-    size = 4 * config.patches.size[0]
-    monkeypatch.setattr(npz, 'load', lambda path: _zeros(config, 11, size))
+    size = 4 * variants.token_stride(config)
+    _pretend(monkeypatch, _zeros(config, 11, size))
     loaded = model_folder.load('made_up.npz')
     assert loaded.model_config['model_name'] == name
     assert loaded.image_size == size
@@ -202,7 +208,7 @@ def test_variant_is_inferred_from_shapes(name, monkeypatch):
 
 
 def test_bare_file_with_variant(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(npz, 'load', lambda path: _zeros(variants.get_config('ViT-S_32'), 2, 64))
+    _pretend(monkeypatch, _zeros(variants.get_config('ViT-S_32'), 2, 64))
     assert model_folder.load('a.npz', variant='ViT-S_32').image_size == 64
     with pytest.raises(UserError, match='a.npz does not fit the model'):
         model_folder.load('a.npz', variant='ViT-B_32')
@@ -222,10 +228,11 @@ def test_zero_head_is_pointed_out(tmp_path, caplog):
 def test_bare_file_that_is_no_vit(tmp_path):
     good = npz.flatten(_params())
     for drop, add, message in [
-        ('', {'conv_root/kernel': np.ones((7, 7, 3, 64))}, 'is a hybrid'),
-        ('', {'MixerBlock_0/LayerNorm_0/bias': np.ones(3)}, 'is an MLP-Mixer'),
-        ('embedding/kernel', {}, "does not hold the weights .* 'embedding' is missing|'kernel'"),
-        ('Transformer/posembed_input/pos_embedding', {}, "'posembed_input' is missing"),
+        ('', {'conv_root/kernel': np.ones((7, 7, 3, 64))}, 'gn_root/scale: missing'),
+        ('', {'MixerBlock_0/LayerNorm_0/bias': np.ones(3)}, "'stem/kernel' is missing"),
+        ('embedding/kernel', {}, "does not hold the weights .* 'embedding/kernel' is missing"),
+        ('Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel', {}, 'Dense_0/kernel. is missing'),
+        ('Transformer/posembed_input/pos_embedding', {}, "pos_embedding' is missing"),
         ('Transformer/encoder_norm/bias', {}, 'encoder_norm/bias: missing'),
         ('', {'extra/bias': np.ones(3)}, 'extra/bias: unknown'),
         ('', {'Transformer/posembed_input/pos_embedding': np.ones((1, 9, 8))}, 'no square grid'),

@@ -3,7 +3,7 @@
     params.npz   the parameters, in the published naming (float32)
     model.json   architecture, image size, preprocessing, class names, where it came from, versions
 
-Predicting, evaluating and exporting take such a folder, or a bare `.npz` file of weights.
+Predicting, evaluating and exporting take such a folder, or weights alone, of any known kind.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import math
 import os
 import pathlib
 import platform
@@ -26,10 +25,9 @@ import ml_collections
 import numpy as np
 
 from vit_jax import models
-from vit_jax.checkpoint import adapt, npz
+from vit_jax.checkpoint import adapt, formats, infer, npz
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
-from vit_jax.models import variants
 
 FORMAT = 'vit_jax model'
 FORMAT_VERSION = 1
@@ -136,16 +134,16 @@ def save(
 
 
 def load(path: str | os.PathLike[str], *, variant: str = '') -> Model:
-    """Loads a model folder, or a bare `.npz` file of weights.
+    """Loads a model folder, or weights of any kind that `checkpoint.open_weights` knows.
 
-    For a bare file the architecture is read from the shapes of its arrays, the image size from the
-    grid of position embeddings; classes are called 'class 0', 'class 1', ... and images are
-    squashed to the image size.
+    For weights alone the architecture is read from the shapes of the arrays, the image size from
+    the grid of positions; classes have the names that the file tells, or are called 'class 0',
+    'class 1', ..., and images are squashed to the image size.
 
     Args:
-        path: a model folder (the `model` folder of a run), or a `.npz` file of a Vision
-            Transformer.
-        variant: name from `models.variants.VARIANTS`, only for a bare file: what it has to be.
+        path: a model folder (the `model` folder of a run); a `.npz`, `.safetensors` or `.pth` file;
+            a folder of Hugging Face or timm.
+        variant: name from `models.variants.VARIANTS`, not for a model folder: what it has to be.
 
     Returns:
         The model, its head included.
@@ -153,15 +151,28 @@ def load(path: str | os.PathLike[str], *, variant: str = '') -> Model:
     Raises:
         UserError: nothing there, damaged, of a newer format, or not the weights of a known model.
     """
+    opened = open_model(path, variant=variant)
+    loaded = _build(opened)
+    head = loaded.params.get('head')
+    if head and not any(np.any(leaf) for leaf in head.values()):
+        _log.warning('The head of %s is all zeros: it is made for fine-tuning only', path)
+    return loaded
+
+
+def open_model(path: str | os.PathLike[str], *, variant: str = '') -> Model:
+    """Like `load`, but reads no weights yet: `params` has `LazyArray` leaves, `model` is built.
+
+    Whether the weights fit the architecture shows when they are loaded.
+    """
     path = pathlib.Path(path)
-    if path.is_dir():
+    if path.is_dir() and ((path / MODEL_FILE).is_file() or not (path / 'config.json').is_file()):
         if variant:
             raise UserError(f'{path} is a model folder, which knows its variant; leave it out')
-        return _load_folder(path)
-    return _load_file(path, variant)
+        return _open_folder(path)
+    return _open_weights(path, variant)
 
 
-def _load_folder(folder: pathlib.Path) -> Model:
+def _open_folder(folder: pathlib.Path) -> Model:
     if not (folder / MODEL_FILE).is_file():
         inside = folder / 'model'
         hint = f'; did you mean {inside}?' if (inside / MODEL_FILE).is_file() else ''
@@ -198,112 +209,61 @@ def _load_folder(folder: pathlib.Path) -> Model:
             'is damaged, or was exchanged. Copy the folder again'
         )
     config['patches']['size'] = tuple(config['patches']['size'])
-    return _build(
-        npz.load(params_path), config, num_classes, image_size, class_names, preprocess, source
-    )
-
-
-def _load_file(path: pathlib.Path, variant: str) -> Model:
-    params = npz.load(path)
-    config = _infer_config(params, path)
-    if variant:
-        if variant not in variants.VARIANTS:
-            raise UserError(f'unknown variant {variant!r}; known: {", ".join(variants.VARIANTS)}')
-        config = _plain(variants.get_config(variant)) | {
-            'representation_size': config['representation_size']
-        }
-    patch = config['patches']['size'][0]
-    positions = params['Transformer']['posembed_input']['pos_embedding'].shape[1]
-    positions -= 'cls' in params
-    side = math.isqrt(positions)
-    if side * side != positions:
-        raise UserError(f'{path}: its {positions} position embeddings are no square grid')
-    head = params.get('head')
-    if head and not any(np.any(leaf) for leaf in head.values()):
-        _log.warning('The head of %s is all zeros: it is made for fine-tuning only', path)
-    num_classes = head['bias'].shape[0] if head else 0
-    return _build(
-        params,
+    return Model(
+        models.from_config(config, num_classes=num_classes),
+        npz.open_file(params_path).params,
         config,
-        num_classes,
-        side * patch,
-        tuple(f'class {i}' for i in range(num_classes)),
-        Preprocess(crop=side * patch),
-        {'file': str(path)},
+        image_size,
+        class_names,
+        preprocess,
+        source,
     )
 
 
-def _infer_config(params: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:
-    """The architecture that the shapes of a Vision Transformer's parameters tell."""
-    for key, what in (('conv_root', 'a hybrid (ResNet + ViT)'), ('MixerBlock_0', 'an MLP-Mixer')):
-        if key in params:
-            raise UserError(f'{path} is {what}; only plain Vision Transformers can be loaded yet')
-    try:
-        transformer = params['Transformer']
-        block = transformer['encoderblock_0']
-        config = {
-            'patches': {'size': params['embedding']['kernel'].shape[:2]},
-            'hidden_size': params['embedding']['kernel'].shape[3],
-            'transformer': {
-                'mlp_dim': block['MlpBlock_0']['Dense_0']['kernel'].shape[1],
-                'num_heads': block['MultiHeadDotProductAttention_0']['query']['kernel'].shape[1],
-                'num_layers': sum(name.startswith('encoderblock_') for name in transformer),
-                'attention_dropout_rate': 0.0,
-                'dropout_rate': 0.0,
-            },
-            'classifier': 'token' if 'cls' in params else 'gap',
-            'representation_size': None,
-            'model_name': None,
-        }
-        transformer['posembed_input']['pos_embedding'].shape[1]
-        if 'pre_logits' in params:
-            config['representation_size'] = params['pre_logits']['kernel'].shape[1]
-    except (KeyError, IndexError, TypeError, AttributeError) as e:
-        raise UserError(
-            f'{path} does not hold the weights of a Vision Transformer: '
-            f'{adapt.describe(params)}, and {e} is missing'
-        ) from e
-    for known in variants.VARIANTS.values():
-        if _signature(known) == _signature(config):
-            return _plain(known) | {'representation_size': config['representation_size']}
-    return config
-
-
-def _signature(config: Mapping[str, Any]) -> tuple:
-    sizes = config['transformer']
-    return (
-        tuple(config['patches']['size']),
-        config['hidden_size'],
-        *(sizes[key] for key in ('mlp_dim', 'num_heads', 'num_layers')),
-        config['classifier'],
+def _open_weights(path: pathlib.Path, variant: str) -> Model:
+    weights = formats.open_weights(path, variant=variant)
+    _log.info('%s', weights)
+    config = infer.architecture(weights.params, str(path), variant=variant)
+    image_size = infer.image_size(weights.params, config, str(path))
+    head = weights.params.get('head')
+    num_classes = head['bias'].shape[0] if head else 0
+    class_names = weights.class_names
+    if len(class_names) != num_classes:
+        class_names = tuple(f'class {i}' for i in range(num_classes))
+    source = {'file': str(path), 'format': weights.format}
+    return Model(
+        models.from_config(config, num_classes=num_classes),
+        weights.params,
+        config,
+        image_size,
+        class_names,
+        Preprocess(crop=image_size),
+        source | ({'notes': list(weights.notes)} if weights.notes else {}),
     )
 
 
-def _build(
-    params: Mapping[str, Any],
-    config: dict[str, Any],
-    num_classes: int,
-    image_size: int,
-    class_names: tuple[str, ...],
-    preprocess: Preprocess,
-    source: Mapping[str, Any],
-) -> Model:
-    """Builds the module and holds the parameters against it."""
-    what = source.get('file', 'the model folder')
-    model = models.from_config(config, num_classes=num_classes)
-    image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.float32)
+def _build(opened: Model) -> Model:
+    """Reads the parameters and holds them against the module."""
+    what = opened.source.get('file', 'the model folder')
+    image = jax.ShapeDtypeStruct((1, opened.image_size, opened.image_size, 3), np.float32)
     try:
         init = jax.eval_shape(
-            lambda x: model.init(jax.random.key(0), x, train=False)['params'], image
+            lambda x: opened.model.init(jax.random.key(0), x, train=False)['params'], image
         )
     except (ValueError, TypeError) as e:
         raise UserError(f'{what}: no model can be built as described: {e}') from e
     params, report = adapt.adapt(
-        params, init, classifier=config['classifier'], keep_head=True, source=str(what)
+        opened.params,
+        init,
+        classifier=opened.model_config.get('classifier', ''),
+        keep_head=True,
+        source=str(what),
     )
     if report.initialised or report.ignored or report.resized:
-        raise UserError(f'the weights do not agree with the architecture:\n{report}')
-    return Model(model, params, config, image_size, class_names, preprocess, source)
+        raise UserError(
+            f'the weights do not agree with the architecture ({adapt.describe(init)}):\n{report}'
+        )
+    return dataclasses.replace(opened, params=params)
 
 
 def _replace_folder(new: pathlib.Path, folder: pathlib.Path) -> None:

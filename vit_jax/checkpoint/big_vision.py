@@ -29,7 +29,7 @@ PREFIXES = (
     'params/',
     'img/',
 )
-_NOT_WEIGHTS = re.compile(r'(?:opt|opt_state|opt_states|optimizer|state|extra|chrono)/.*|step')
+_NOT_WEIGHTS = re.compile(r'(?:opt|opt_state|opt_states|optimizer)/.*|step')
 
 
 def find_weights(keys: Sequence[str]) -> tuple[str, list[str]]:
@@ -74,7 +74,8 @@ def to_vit(tree: Mapping[str, Any], path: pathlib.Path) -> tuple[dict[str, Any],
         notes.append('layers stacked by scan were taken apart')
     is_vit = 'encoder_norm' in transformer and 'embedding' in tree
     position = tree.pop('pos_embedding', None) if is_vit else None
-    if position is None and is_vit and 'posembed_input' not in transformer:
+    fixed = is_vit and 'cls' not in tree and 'posembed_input' not in transformer
+    if position is None and fixed:  # as its ViT-S/16 for ImageNet-1k
         position = _sincos(tree['embedding']['kernel'])
         notes.append(
             'it has no position embeddings: fixed sine-cosine ones, for 224 pixels, were made'
