@@ -222,7 +222,7 @@ def test_impossible_values_are_named_with_what_to_do(flags, message):
     [
         ('r26_s32', {'pp__crop': 240}, 'not a multiple of .* 32: use --config.pp.crop=224 or 256'),
         ('r50_b16', {'pp__crop': 232}, 'not a multiple of .* 16: use --config.pp.crop=224 or 240'),
-        ('r_ti16', {'model.resnet.width_factor': 0}, 'width_factor=0 must be at least 1'),
+        ('r_ti16', {'model.resnet.width_factor': 0}, 'gives 0 channels, .* multiple of 32: use 1'),
         ('r_ti16', {'pretrained': '', 'pp__crop': 200}, 'pixels per token, 32: use .*192 or 224'),
         ('mixer_b16', {'pp__crop': 384}, 'released ones are made for 224 px'),
         ('mixer_b16', {'pretrained_dir': 'gs://mixer_models/sam', 'pp__crop': 256}, 'for 224 px'),

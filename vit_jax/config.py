@@ -18,6 +18,7 @@ from vit_jax.errors import UserError
 from vit_jax.models import variants
 from vit_jax.models.attention import ATTENTION_IMPLEMENTATIONS
 from vit_jax.models.layers import REMAT_POLICIES
+from vit_jax.models.resnet import GROUPS
 
 WEIGHT_KEYS = ('pretrained', 'model_or_filename', 'pretrained_dir')  # strongest first
 RELEASED_MIXERS = ('gs://mixer_models/', 'https://storage.googleapis.com/mixer_models/')
@@ -232,10 +233,13 @@ def _check_vit(config: ml_collections.ConfigDict) -> None:
             'config.model.distilled goes with config.model.classifier=token and the two heads of a '
             'DeiT, without representation_size and mlp_head'
         )
-    if model.get('resnet') and model.resnet.width_factor < 1:
-        raise UserError(
-            f'config.model.resnet.width_factor={model.resnet.width_factor} must be at least 1'
-        )
+    if model.get('resnet'):
+        width = int(64 * model.resnet.width_factor)
+        if width < 1 or width % GROUPS:
+            raise UserError(
+                f'config.model.resnet.width_factor={model.resnet.width_factor} gives {width} '
+                f'channels, which must be a multiple of {GROUPS}: use 1'
+            )
     transformer = model.transformer
     if model.hidden_size % transformer.num_heads:
         raise UserError(

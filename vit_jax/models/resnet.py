@@ -117,7 +117,7 @@ def backbone(
     images: jax.Array,
     *,
     num_layers: Sequence[int],
-    width_factor: int = 1,
+    width_factor: float = 1,
     dtype: Any = jnp.float32,
     remat: str = '',
 ) -> jax.Array:
@@ -130,7 +130,8 @@ def backbone(
       images: [B, height, width, 3].
       num_layers: units in each stage; none leaves the root: a convolution and a pooling, each of
         stride 2.
-      width_factor: channels are 64 times this after the root, and double from stage to stage.
+      width_factor: channels are 64 times this after the root (a multiple of 32), and double from
+        stage to stage.
       dtype: type of activations and convolutions.
       remat: recompute activations of the units, see `layers.REMAT_POLICIES`.
 
