@@ -249,12 +249,17 @@ def test_a_mixer_may_have_another_size_where_the_weights_are_not_the_released_on
         ({'batch': 100}, 1, r'by 1 device in 8 .* multiple of 8\. Use --config.batch=(96|104)'),
         ({'batch': 8}, 4, r'4 devices in 8 .* multiple of 32\. Use --config.batch=32'),
         ({'fsdp': 3}, 4, 'does not divide the 4 devices'),
+        ({'attention': 'cudnn'}, 1, 'runs on NVIDIA GPUs, in bfloat16'),
     ],
 )
 def test_batch_and_devices_must_fit(flags, devices, message):
     with pytest.raises(UserError, match=message):
-        config_lib.check_devices(load('b16', **flags), devices)
-    config_lib.check_devices(load('b16', accum_steps=0, batch=4, fsdp=-1), 4)
+        config_lib.check_devices(load('b16', **flags), devices, 'cpu')
+    config_lib.check_devices(load('b16', accum_steps=0, batch=4, fsdp=-1), 4, 'cpu')
+    config_lib.check_devices(load('b16', attention='cudnn'), 1, 'gpu')
+    assert config_lib.compute_dtype(load('b16'), 'gpu') == 'bfloat16'
+    assert config_lib.compute_dtype(load('b16'), 'cpu') == 'float32'
+    assert config_lib.compute_dtype(load('b16', dtype='bfloat16'), 'cpu') == 'bfloat16'
 
 
 def test_a_file_that_sets_no_knob_of_ours_is_told_so():

@@ -111,15 +111,22 @@ def preprocess_of(config: ml_collections.ConfigDict) -> Preprocess:
     )
 
 
-def check_devices(config: ml_collections.ConfigDict, devices: int) -> None:
-    """Checks that batch and mesh fit the devices.
+def compute_dtype(config: ml_collections.ConfigDict, platform: str) -> str:
+    """The dtype of activations: what the config says, or bfloat16 on GPU and float32 on CPU."""
+    return config.dtype or ('float32' if platform == 'cpu' else 'bfloat16')
+
+
+def check_devices(config: ml_collections.ConfigDict, devices: int, platform: str) -> None:
+    """Checks that batch, mesh and attention fit the devices.
 
     Args:
       config: resolved.
       devices: how many take part, over all processes.
+      platform: 'cpu' or 'gpu', see `jax.default_backend`.
 
     Raises:
-      UserError: the batch cannot be shared equally; the message names one that can.
+      UserError: the batch cannot be shared equally (the message names one that can), or cuDNN
+        cannot run.
     """
     parts = devices * max(1, config.accum_steps)
     if config.batch % parts:
@@ -135,6 +142,13 @@ def check_devices(config: ml_collections.ConfigDict, devices: int) -> None:
         raise UserError(
             f'config.fsdp={config.fsdp} does not divide the {devices} devices: use -1 (all), '
             '1 (data parallel) or a divisor'
+        )
+    if config.attention == 'cudnn' and (platform, compute_dtype(config, platform)) != (
+        'gpu',
+        'bfloat16',
+    ):
+        raise UserError(
+            "config.attention='cudnn' runs on NVIDIA GPUs, in bfloat16: use --config.attention=auto"
         )
 
 

@@ -83,7 +83,7 @@ def train_and_evaluate(
                 )
             return None
 
-        config_lib.check_devices(config, jax.device_count())
+        config_lib.check_devices(config, jax.device_count(), jax.default_backend())
         mesh = sharding.create_mesh(config.fsdp)
         train, test = sources.open_sources(
             config.dataset,
@@ -95,7 +95,7 @@ def train_and_evaluate(
         model = models.from_config(
             config.model,
             num_classes=len(train.class_names),
-            dtype=_compute_dtype(config),
+            dtype=jnp.dtype(config_lib.compute_dtype(config, jax.default_backend())),
             attention=config.attention,
             remat=config.remat,
         )
@@ -271,9 +271,10 @@ def _introduce(run: _Run, state: TrainState, origin: str) -> None:
     config, log = run.config, run.log
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     device = run.mesh.devices.flat[0]
+    dtype = config_lib.compute_dtype(config, jax.default_backend())
     how = 'data parallel' if run.mesh.shape['fsdp'] == 1 else f'fsdp={run.mesh.shape["fsdp"]}'
     log.info(
-        f'model: {config.model.model_name}, {count:,} parameters, {_compute_dtype(config).name}, '
+        f'model: {config.model.model_name}, {count:,} parameters, {dtype}, '
         f'{config.pp.crop} px, on {run.mesh.devices.size} x {device.device_kind} ({how})'
     )
     names = run.train.class_names
@@ -315,12 +316,6 @@ def _write_model_folder(run: _Run, state: TrainState, origin: str) -> None:
         },
     )
     run.log.info(f'model folder: {folder}')
-
-
-def _compute_dtype(config: ml_collections.ConfigDict) -> jnp.dtype:
-    """The dtype of activations: what the config says, or bfloat16 on GPU and float32 on CPU."""
-    default = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
-    return jnp.dtype(config.dtype or default)
 
 
 class _Clock:
