@@ -21,6 +21,7 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import importlib
 import importlib.util
 import json
 import os
@@ -180,8 +181,15 @@ def _reference_weights(path: pathlib.Path, model) -> tuple[dict[str, np.ndarray]
 
 
 def _perturb(weights: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
+    import flax
+
+    from vit_jax.checkpoint import npz
     from vit_jax.errors import UserError
 
+    # A file may number modules in the published way, while scripts/inspect_checkpoint.py shows
+    # Linen's names.
+    keys = flax.traverse_util.unflatten_dict({key: key for key in weights}, sep='/')
+    name = npz.flatten(npz.to_linen(keys)).get(name, name)
     if name not in weights:
         near = difflib.get_close_matches(name, weights, n=3, cutoff=0.0)
         raise UserError(f'--perturb: there is no array {name}; nearest: {", ".join(near)}')
@@ -232,21 +240,21 @@ def _references(wanted: str, model, weights) -> Iterator[tuple[str, Callable]]:
 
     from vit_jax.errors import UserError
 
-    config = model.model_config
-    classifier = config.get('classifier', '')
+    classifier = model.model_config.get('classifier', '')
     special = ('conv_root/kernel', 'dist', 'head_hidden/kernel')
     is_plain = classifier == 'token' and not any(name in weights for name in special)
-    version = f'PyTorch {torch.__version__}'
-    installed = {n for n in ('transformers', 'timm') if importlib.util.find_spec(n) is not None}
-    if wanted in ('transformers', 'timm') and wanted not in installed:
-        raise UserError(f'--reference: {wanted} is not installed')
-
     if wanted == 'transformers' and not is_plain:
         raise UserError('--reference: transformers has only Vision Transformers with a class token')
-    if is_plain and 'transformers' in installed and wanted in ('auto', 'transformers'):
-        import transformers
+    timm_name = torch_libraries.timm_name(model.model_config.get('model_name') or '')
+    if wanted == 'timm' and (not timm_name or 'pre_logits/bias' in weights):
+        raise UserError('--reference: timm has no such model')
 
+    version = f'PyTorch {torch.__version__}'
+    transformers = timm = None
+    if is_plain and wanted in ('auto', 'transformers'):
         os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
+        transformers = _library('transformers', wanted)
+    if transformers is not None:
         yield (
             f'ViT of transformers {transformers.__version__}, {version}',
             lambda gelu, wide: _runner(torch_libraries.TransformersViT(weights, gelu), wide),
@@ -258,19 +266,32 @@ def _references(wanted: str, model, weights) -> Iterator[tuple[str, Callable]]:
                 torch_reference.build(weights, classifier=classifier, gelu=gelu), wide
             ),
         )
-    name = torch_libraries.timm_name(config.get('model_name') or '')
-    can_timm = name and 'timm' in installed and 'head_hidden/kernel' not in weights
-    if wanted == 'timm' and not can_timm:
-        raise UserError('--reference: timm has no such model')
-    if can_timm and wanted in ('auto', 'timm'):
-        import timm
-
+    if timm_name and 'pre_logits/bias' not in weights and wanted in ('auto', 'timm'):
+        timm = _library('timm', wanted)
+    if timm is not None:
         yield (
-            f'{name} of timm {timm.__version__}, {version}',
+            f'{timm_name} of timm {timm.__version__}, {version}',
             lambda gelu, wide: _runner(
-                torch_libraries.TimmModel(name, weights, model.image_size, gelu), wide
+                torch_libraries.TimmModel(timm_name, weights, model.image_size, gelu), wide
             ),
         )
+
+
+def _library(name: str, wanted: str):
+    """The library, or None if it is not installed; an error if it was asked for by name."""
+    from vit_jax.errors import UserError
+
+    if importlib.util.find_spec(name) is None:
+        if wanted == name:
+            raise UserError(f'--reference: {name} is not installed: pip install {name}')
+        return None
+    try:
+        return importlib.import_module(name)
+    except Exception as e:  # an installation that does not fit PyTorch's fails in any way it likes
+        if wanted == name:
+            raise UserError(f'--reference: {name} is installed but cannot be imported: {e}') from e
+        print(f'{name} is installed but cannot be imported ({e}); left out', file=sys.stderr)
+        return None
 
 
 def _runner(module, wide: bool) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
@@ -288,7 +309,9 @@ def _runner(module, wide: bool) -> Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
 def _erf_line(verdict, erf) -> str:
-    times = f', {erf.max / verdict.difference:.0f} times as much' if verdict.difference else ''
+    times = ''
+    if verdict.passed and verdict.difference:
+        times = f', {erf.max / verdict.difference:.0f} times as much'
     return (
         f"With PyTorch's default erf GELU instead of tanh, its {verdict.output} would differ by "
         f'{erf.max:.1e} (mean {erf.mean:.1e}){times}; argmax agrees in {erf.agree} of '
