@@ -259,7 +259,8 @@ def test_unknown_names_get_the_nearest():
 
 def test_catalogue_is_spelled_as_in_the_release():
     for name, mib in catalog.RELEASED.items():
-        assert re.fullmatch(r'(imagenet21k(\+imagenet2012)?|sam|augreg)/[\w.+-]+\.npz', name)
+        folders = r'imagenet21k(\+imagenet2012)?|sam|gsam|augreg|mixer_models/\w+'
+        assert re.fullmatch(rf'({folders})/[\w.+-]+\.npz', name)
         assert mib is None or 30 < mib < 3000
 
 

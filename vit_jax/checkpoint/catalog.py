@@ -6,46 +6,20 @@ import os
 import pathlib
 import urllib.parse
 
-from vit_jax.checkpoint import download
+from vit_jax.checkpoint import download, released
 from vit_jax.errors import UserError
 
 BASE_URL = 'https://storage.googleapis.com'
 BUCKET = 'vit_models'
+OTHER_BUCKETS = ('mixer_models/',)
 AUGREG_DIR = f'gs://{BUCKET}/augreg'
 
-# Name in the bucket -> size in MiB as the bucket's listing shows it; None where only the name is
-# known.
+# Name -> size in MiB as the bucket's listing shows it; None where only the name is known. A name is
+# the path in the bucket vit_models, or, for other buckets, the address without gs://.
 RELEASED: dict[str, float | None] = {
-    'imagenet21k/ViT-B_8.npz': 393.72,
-    'imagenet21k/ViT-B_16.npz': 393.69,
-    'imagenet21k/ViT-B_32.npz': 400.01,
-    'imagenet21k/ViT-L_16.npz': 1.22 * 1024,
-    'imagenet21k/ViT-L_32.npz': 1.23 * 1024,
-    'imagenet21k/ViT-H_14.npz': 2.46 * 1024,
-    'imagenet21k/R26+ViT-B_32.npz': 450.23,
-    'imagenet21k/R50+ViT-B_16.npz': 439.85,
-    'imagenet21k/R50+ViT-L_32.npz': 1.31 * 1024,
-    'imagenet21k+imagenet2012/ViT-B_8.npz': 334.78,
-    'imagenet21k+imagenet2012/ViT-B_16.npz': 331.40,
-    'imagenet21k+imagenet2012/ViT-B_16-224.npz': 330.29,
-    'imagenet21k+imagenet2012/ViT-B_32.npz': 336.89,
-    'imagenet21k+imagenet2012/ViT-L_16.npz': 1.14 * 1024,
-    'imagenet21k+imagenet2012/ViT-L_16-224.npz': None,
-    'imagenet21k+imagenet2012/ViT-L_32.npz': None,
-    'imagenet21k+imagenet2012/R50+ViT-B_16.npz': 377.57,
-    'sam/ViT-S_16.npz': 252.57,  # three times the weights: an optimizer's state is in it, too
-    'sam/ViT-B_16.npz': 330.3,
-    'sam/ViT-B_32.npz': 336.6,
-    'sam/ViT-L_16.npz': 1.13 * 1024,
-    'sam/ViT-L_32.npz': 1.14 * 1024,
-    'augreg/Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0.npz': 37.2,
-    'augreg/S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0.npz': 115,
-    'augreg/S_32-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0.npz': 118,
-    'augreg/B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0.npz': 391.4,
-    'augreg/R_Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0.npz': 40,
-    'augreg/R26_S_32-i21k-300ep-lr_0.001-aug_medium2-wd_0.03-do_0.0-sd_0.0.npz': 170,
-    'augreg/R50_L_32-i21k-300ep-lr_0.001-aug_medium2-wd_0.1-do_0.0-sd_0.0.npz': 1337,
-}  # AugReg released 52,268 files; these are the recommended ones of each size.
+    checkpoint.name: checkpoint.mib if checkpoint.size_is_listed else None
+    for checkpoint in released.CHECKPOINTS
+}
 
 
 def resolve(pretrained: str, *, cache_dir: str | os.PathLike[str] = '') -> pathlib.Path:
@@ -66,7 +40,8 @@ def resolve(pretrained: str, *, cache_dir: str | os.PathLike[str] = '') -> pathl
         UserError: no such file or name (the nearest names are given), or it cannot be downloaded.
     """
     if '://' in pretrained:
-        return _fetch(pretrained, None, cache_dir)
+        name = pretrained.removeprefix('gs://').removeprefix(f'{BUCKET}/')
+        return _fetch(pretrained, RELEASED.get(name), cache_dir)
     path = pathlib.Path(pretrained).expanduser()
     if (path / 'params.npz').is_file():
         return path / 'params.npz'
@@ -78,7 +53,8 @@ def resolve(pretrained: str, *, cache_dir: str | os.PathLike[str] = '') -> pathl
         return path
     name = pretrained if pretrained.endswith('.npz') else f'{pretrained}.npz'
     if name in RELEASED or (name.startswith('augreg/') and name.count('-') > 1):
-        return _fetch(f'gs://{BUCKET}/{name}', RELEASED.get(name), cache_dir)
+        bucket = '' if name.startswith(OTHER_BUCKETS) else f'{BUCKET}/'
+        return _fetch(f'gs://{bucket}{name}', RELEASED.get(name), cache_dir)
     near = difflib.get_close_matches(name, RELEASED, n=3, cutoff=0.5)
     hint = f'; nearest released names: {", ".join(near)}' if near else ''
     raise UserError(

@@ -1,0 +1,69 @@
+"""Tells what a file of weights is: format, variant, image size, classes, arrays, what is unusual.
+
+Reads every format that can be loaded: .npz of Google and big_vision, .safetensors and .pth of timm,
+Hugging Face and torchvision, folders of Hugging Face and timm, and model folders.
+
+Examples:
+    python scripts/inspect_checkpoint.py ViT-B_16.npz
+    python scripts/inspect_checkpoint.py runs/flowers/model --brief
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import signal
+import sys
+
+
+def main() -> int:
+    """Runs the command line; returns the exit status, 1 if something cannot be used."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument('files', nargs='+', metavar='FILE', help='file or folder of weights')
+    parser.add_argument('--variant', default='', help='architecture, where the arrays do not tell')
+    parser.add_argument('--brief', action='store_true', help='leave out the table of arrays')
+    args = parser.parse_args()
+    if hasattr(signal, 'SIGPIPE'):  # `inspect_checkpoint.py ... | head` ends it quietly
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+    # Not at the top: they take seconds, and --help should not.
+    from vit_jax.checkpoint import inspection
+    from vit_jax.errors import UserError
+
+    status = 0
+    for file in args.files:
+        try:
+            found = _inspect(inspection, pathlib.Path(file), args.variant)
+        except UserError as error:
+            print(f'inspect_checkpoint.py: {error}', file=sys.stderr)
+            status = 1
+            continue
+        print(found)
+        if not args.brief:
+            print(f'\n{found.table()}')
+        if any(array.problem for array in found.arrays):
+            status = 1
+    return status
+
+
+def _inspect(inspection, path: pathlib.Path, variant: str):
+    """A model folder has its weights and its class names in two files."""
+    if not (path / 'model.json').is_file():
+        return inspection.inspect(path, variant=variant)
+    found = inspection.inspect(path / 'params.npz', variant=variant)
+    description = json.loads((path / 'model.json').read_text(encoding='utf-8'))
+    return dataclasses.replace(
+        found,
+        path=str(path),
+        format='model folder of vit_jax',
+        image_size=description['image_size'],
+        class_names=tuple(description['class_names']),
+    )
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,236 @@
+"""What a file of weights is: format, model, arrays, whatever is unusual about it."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vit_jax.checkpoint import formats, infer, npz, released
+from vit_jax.errors import UserError
+
+MIB = 2**20
+# Listings are rounded, to 0.01 GiB for the large files.
+_SIZE_TOLERANCE = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """One array.
+
+    Attributes:
+        name: Linen name, such as 'head/kernel'.
+        shape: as the model has it.
+        dtype: type in the file.
+        mean, std, min, max: statistics of its values; None where `problem` says why not.
+        problem: why it cannot be used (NaN, damaged), or ''.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    mean: float | None
+    std: float | None
+    min: float | None
+    max: float | None
+    problem: str = ''
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether all its values are 0."""
+        return self.min == 0 and self.max == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """What was found; `str` of it is for people.
+
+    Attributes:
+        path: the file or folder.
+        mib: its size (of a folder: that of its files).
+        format: what it was recognised as.
+        notes: what loading it does or leaves out.
+        variant: name of the variant, or a description where no variant has these sizes.
+        image_size: side of the input, pixels; 0 where it cannot be told.
+        num_classes: outputs of the head; 0 without a head.
+        class_names: where the file tells them.
+        arrays: all arrays of weights.
+        unusual: what one should know before using it, a sentence each.
+        catalogue: how its size compares with the released files.
+    """
+
+    path: str
+    mib: float
+    format: str
+    notes: tuple[str, ...]
+    variant: str
+    image_size: int
+    num_classes: int
+    class_names: tuple[str, ...]
+    arrays: tuple[Array, ...]
+    unusual: tuple[str, ...]
+    catalogue: str
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of scalars."""
+        return sum(int(np.prod(array.shape)) for array in self.arrays)
+
+    def __str__(self) -> str:
+        names = ', '.join(self.class_names[:5]) + (', ...' if len(self.class_names) > 5 else '')
+        lines = [
+            self.path,
+            f'  format      {self.format}',
+            f'  variant     {self.variant}',
+            f'  image size  {f"{self.image_size} px" if self.image_size else "cannot be told"}',
+            f'  classes     {self.num_classes or "none (no head)"}{f": {names}" if names else ""}',
+            f'  parameters  {self.num_parameters:,} in {len(self.arrays)} arrays',
+            f'  file size   {self.mib:.2f} MiB; {self.catalogue}',
+        ]
+        for title, sentences in (('notes', self.notes), ('unusual', self.unusual)):
+            label = title
+            for sentence in sentences:
+                lines.append(f'  {label:10}  {sentence}')
+                label = ''
+        return '\n'.join(lines)
+
+    def table(self) -> str:
+        """A line for each array: name, shape, type, statistics."""
+        width = max(len(array.name) for array in self.arrays)
+        shapes = ['x'.join(map(str, array.shape)) or 'scalar' for array in self.arrays]
+        shape_width = max(map(len, shapes))
+        header = f'{"array":{width}}  {"shape":{shape_width}}  {"type":8}'
+        lines = [header + ''.join(f' {word:>10}' for word in ('mean', 'std', 'min', 'max'))]
+        for array, shape in zip(self.arrays, shapes, strict=True):
+            line = f'{array.name:{width}}  {shape:{shape_width}}  {array.dtype:8}'
+            if array.problem:
+                lines.append(f'{line}  cannot be used, see above')
+                continue
+            numbers = (array.mean, array.std, array.min, array.max)
+            lines.append(line + ''.join(f' {number:10.3g}' for number in numbers))
+        return '\n'.join(lines)
+
+
+def inspect(path: str | os.PathLike[str], *, variant: str = '') -> Inspection:
+    """Looks at weights of any format that `formats.open_weights` knows, array by array.
+
+    Args:
+        path: file, or folder of weights.
+        variant: name from `models.variants.VARIANTS`, where the arrays do not tell.
+
+    Returns:
+        What it is. Arrays with NaN, or damaged, are reported; they do not end the inspection.
+
+    Raises:
+        UserError: there is no such file, or it holds no weights that this package knows.
+    """
+    path = pathlib.Path(path)
+    weights = formats.open_weights(path, variant=variant)
+    config = infer.architecture(weights.params, str(path), variant=variant)
+    try:
+        image_size = weights.image_size or infer.image_size(weights.params, config, str(path))
+    except UserError:  # not square
+        image_size = 0
+    arrays = tuple(_arrays(weights.params))
+    by_name = {array.name: array for array in arrays}
+    head = by_name.get('head/bias')
+    num_classes = head.shape[0] if head else 0
+    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    mib = sum(file.stat().st_size for file in files) / MIB
+    return Inspection(
+        path=str(path),
+        mib=mib,
+        format=weights.format,
+        notes=weights.notes,
+        variant=config.get('model_name') or f'no known variant ({_sizes(config)})',
+        image_size=image_size,
+        num_classes=num_classes,
+        class_names=weights.class_names,
+        arrays=arrays,
+        unusual=tuple(_unusual(arrays)),
+        catalogue=_catalogue(path, mib, config.get('model_name') or '', num_classes, image_size),
+    )
+
+
+def _arrays(params: Mapping[str, Any]) -> Iterator[Array]:
+    for name, lazy in npz.flatten(params).items():
+        stored = getattr(lazy, 'stored_dtype', str(lazy.dtype))
+        shape = tuple(lazy.shape)
+        try:
+            values = np.asarray(lazy)
+        except UserError as e:
+            yield Array(name, shape, stored, None, None, None, None, problem=str(e))
+            continue
+        numbers = (
+            values.mean(dtype=np.float64),
+            values.std(dtype=np.float64),
+            values.min(),
+            values.max(),
+        )
+        yield Array(name, shape, stored, *(float(number) for number in numbers))
+
+
+def _unusual(arrays: Sequence[Array]) -> Iterator[str]:
+    by_name = {array.name: array for array in arrays}
+    for array in arrays:
+        if array.problem:
+            yield array.problem
+    kernel = by_name.get('head/kernel')
+    if kernel is None:
+        yield 'it has no head: it gives features, and a head has to be trained'
+    elif kernel.is_zero:
+        yield 'the head is all zeros: these weights are for fine-tuning only'
+    if 'pre_logits/kernel' in by_name:
+        yield 'it has a layer pre_logits (dense, tanh), which fine-tuning leaves out'
+    zeros = [a.name for a in arrays if a.is_zero and not a.name.endswith('/bias')]
+    if zeros := [name for name in zeros if name != 'head/kernel']:
+        yield f'{len(zeros)} arrays besides biases are all zeros: {_some(zeros)}'
+    types: dict[str, list[str]] = {}
+    for array in arrays:
+        types.setdefault(array.dtype, []).append(array.name)
+    for dtype, names in types.items():
+        if dtype != 'float32':
+            yield f'{len(names)} arrays are {dtype}, not float32: {_some(names)}'
+
+
+def _catalogue(
+    path: pathlib.Path, mib: float, variant: str, num_classes: int, image_size: int
+) -> str:
+    """Compares a size with the catalogue's: by the file's name, else by what the weights are."""
+    full = path.absolute().as_posix()
+    candidates = [c for c in released.CHECKPOINTS if full.endswith('/' + c.name)] or [
+        c for c in released.CHECKPOINTS if c.name.split('/')[-1] == path.name
+    ]
+    by_name = bool(candidates)
+    if not by_name:
+        what = (variant, num_classes, image_size)
+        candidates = [
+            c for c in released.CHECKPOINTS if (c.variant, c.num_classes, c.resolution) == what
+        ]
+    fitting = [c for c in candidates if abs(c.mib - mib) <= _SIZE_TOLERANCE * c.mib]
+    if fitting:
+        return f'the catalogue has {fitting[0].mib:g} MiB for {_some([c.name for c in fitting], 1)}'
+    if by_name:
+        sizes = [f'{c.mib:g} MiB for {c.name}' for c in candidates]
+        return f'NOT the size in the catalogue: {_some(sizes, 2)}'
+    return 'not in the catalogue of released files'
+
+
+def _sizes(config: Mapping[str, Any]) -> str:
+    patch = 'x'.join(map(str, config['patches']['size']))
+    if 'num_blocks' in config:
+        return f'Mixer, patch {patch}, width {config["hidden_dim"]}, {config["num_blocks"]} blocks'
+    transformer = config['transformer']
+    family = 'hybrid' if config.get('resnet') is not None else 'ViT'
+    return (
+        f'{family}, patch {patch}, width {config["hidden_size"]}, '
+        f'{transformer["num_layers"]} layers, {transformer["num_heads"]} heads, '
+        f'MLP {transformer["mlp_dim"]}'
+    )
+
+
+def _some(names: Sequence[str], limit: int = 3) -> str:
+    rest = len(names) - limit
+    return ', '.join(names[:limit]) + (f' and {rest} more' if rest > 0 else '')
