@@ -193,7 +193,7 @@ def _zeros(config, classes, size):
 def _pretend(monkeypatch, params):
     """Any file holds `params`."""
     weights = checkpoint.Weights('made_up.npz', 'Google .npz', params)
-    monkeypatch.setattr(formats, 'open_weights', lambda path, variant: weights)
+    monkeypatch.setattr(formats, 'open_weights', lambda path, **kwargs: weights)
 
 
 @pytest.mark.parametrize('name', variants.VARIANTS)

@@ -152,24 +152,47 @@ def load(path: str | os.PathLike[str], *, variant: str = '') -> Model:
         UserError: nothing there, damaged, of a newer format, or not the weights of a known model.
     """
     opened = open_model(path, variant=variant)
-    loaded = _build(opened)
+    check(opened)
+    loaded = dataclasses.replace(opened, params=jax.tree.map(np.asarray, opened.params))
     head = loaded.params.get('head')
     if head and not any(np.any(leaf) for leaf in head.values()):
         _log.warning('The head of %s is all zeros: it is made for fine-tuning only', path)
     return loaded
 
 
-def open_model(path: str | os.PathLike[str], *, variant: str = '') -> Model:
-    """Like `load`, but reads no weights yet: `params` has `LazyArray` leaves, `model` is built.
+def open_model(
+    path: str | os.PathLike[str],
+    *,
+    variant: str = '',
+    normalization: formats.Normalization | None = None,
+) -> Model:
+    """Like `load`, but reads no weights yet: the leaves of `params` are `LazyArray`.
 
-    Whether the weights fit the architecture shows when they are loaded.
+    Whether they fit the architecture is for `check` to say.
+
+    Args:
+        path: see `load`.
+        variant: see `load`.
+        normalization: see `checkpoint.open_weights`; not for a model folder.
     """
     path = pathlib.Path(path)
     if path.is_dir() and ((path / MODEL_FILE).is_file() or not (path / 'config.json').is_file()):
         if variant:
             raise UserError(f'{path} is a model folder, which knows its variant; leave it out')
+        if normalization:
+            raise UserError(f'{path} is a model folder, whose input is [-1, 1]: no normalization')
         return _open_folder(path)
-    return _open_weights(path, variant)
+    weights = formats.open_weights(path, variant=variant, normalization=normalization)
+    return _from_weights(path, weights, variant)
+
+
+def own_class_names(model: Model) -> tuple[str, ...]:
+    """The names of the classes; () if they have none but 'class 0', 'class 1', ..."""
+    return () if model.class_names == _numbered(len(model.class_names)) else model.class_names
+
+
+def _numbered(num_classes: int) -> tuple[str, ...]:
+    return tuple(f'class {i}' for i in range(num_classes))
 
 
 def _open_folder(folder: pathlib.Path) -> Model:
@@ -220,8 +243,7 @@ def _open_folder(folder: pathlib.Path) -> Model:
     )
 
 
-def _open_weights(path: pathlib.Path, variant: str) -> Model:
-    weights = formats.open_weights(path, variant=variant)
+def _from_weights(path: pathlib.Path, weights: formats.Weights, variant: str) -> Model:
     _log.info('%s', weights)
     config = infer.architecture(weights.params, str(path), variant=variant)
     image_size = infer.image_size(weights.params, config, str(path))
@@ -229,7 +251,7 @@ def _open_weights(path: pathlib.Path, variant: str) -> Model:
     num_classes = head['bias'].shape[0] if head else 0
     class_names = weights.class_names
     if len(class_names) != num_classes:
-        class_names = tuple(f'class {i}' for i in range(num_classes))
+        class_names = _numbered(num_classes)
     source = {'file': str(path), 'format': weights.format}
     return Model(
         models.from_config(config, num_classes=num_classes),
@@ -242,9 +264,13 @@ def _open_weights(path: pathlib.Path, variant: str) -> Model:
     )
 
 
-def _build(opened: Model) -> Model:
-    """Reads the parameters and holds them against the module."""
-    what = opened.source.get('file', 'the model folder')
+def check(opened: Model) -> None:
+    """Raises `UserError` if the shapes of the parameters do not fit the architecture.
+
+    Args:
+        opened: what `open_model` gave; nothing is read.
+    """
+    what = str(opened.source.get('file', 'the model folder'))
     image = jax.ShapeDtypeStruct((1, opened.image_size, opened.image_size, 3), np.float32)
     try:
         init = jax.eval_shape(
@@ -252,18 +278,13 @@ def _build(opened: Model) -> Model:
         )
     except (ValueError, TypeError) as e:
         raise UserError(f'{what}: no model can be built as described: {e}') from e
-    params, report = adapt.adapt(
-        opened.params,
-        init,
-        classifier=opened.model_config.get('classifier', ''),
-        keep_head=True,
-        source=str(what),
-    )
+    shapes = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), dict(opened.params))
+    classifier = opened.model_config.get('classifier', '')
+    _, report = adapt.adapt(shapes, init, classifier=classifier, keep_head=True, source=what)
     if report.initialised or report.ignored or report.resized:
         raise UserError(
             f'the weights do not agree with the architecture ({adapt.describe(init)}):\n{report}'
         )
-    return dataclasses.replace(opened, params=params)
 
 
 def _replace_folder(new: pathlib.Path, folder: pathlib.Path) -> None:

@@ -173,8 +173,10 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
     try:
         if 'architecture' in config:
             return _timm_config(config)
+        if config.get('library') == 'torchvision':  # what `export` writes
+            return _torchvision_config(config)
         return _hugging_face_config(folder, config)
-    except (TypeError, ValueError, AttributeError, IndexError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
         raise UserError(f'{folder / "config.json"} is damaged ({type(e).__name__}: {e})') from e
 
 
@@ -192,6 +194,16 @@ def _timm_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if pretrained.get('mean') and pretrained.get('std'):
         known['normalization'] = (tuple(pretrained['mean']), tuple(pretrained['std']))
     return known
+
+
+def _torchvision_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    arguments = config.get('arguments') or {}
+    return {
+        'num_heads': int(arguments.get('num_heads', 0)),
+        'image_size': int(arguments.get('image_size', 0)),
+        'class_names': [str(name) for name in config.get('class_names', ())],
+        'normalization': (tuple(config['mean']), tuple(config['std'])),
+    }
 
 
 def _hugging_face_config(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:

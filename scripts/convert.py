@@ -1,0 +1,90 @@
+"""Converts weights between libraries: from any format that is read to any that is written.
+
+SRC is a model folder, a .npz, .safetensors or .pth file, a folder of Hugging Face or timm, or the
+name of a released checkpoint. DST is a .npz file or, for the other formats, a folder; it must not
+exist. Arrays are read and written one by one. What a format cannot express is refused by name.
+
+Examples:
+    python scripts/convert.py runs/b16-tf_flowers/model flowers_hf --to huggingface
+    python scripts/convert.py ViT-B_16.npz b16_timm --to timm --drop pre_logits
+    python scripts/convert.py jx_vit_base_p16_224-80ecf9dd.pth ViT-B_16.npz --to npz
+"""
+
+import argparse
+import os
+import sys
+
+TARGETS = ('npz', 'timm', 'huggingface', 'torchvision')
+NORMALIZATIONS = ('half', 'imagenet')
+
+
+def main() -> int:
+    """Runs the command line; returns the exit status, 1 if the conversion failed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument('source', metavar='SRC', help='what to convert')
+    parser.add_argument('destination', metavar='DST', help='file (npz) or folder to write')
+    parser.add_argument('--to', required=True, choices=TARGETS, help='the format of DST')
+    parser.add_argument(
+        '--drop',
+        nargs='+',
+        default=[],
+        metavar='LAYER',
+        help='leave this layer out where DST has no place for it: pre_logits',
+    )
+    parser.add_argument(
+        '--variant',
+        default='',
+        help='architecture of SRC, such as ViT-B_16, where its arrays do not tell',
+    )
+    parser.add_argument(
+        '--normalization',
+        choices=NORMALIZATIONS,
+        help='input that SRC was trained with, where it does not tell: half (to [-1, 1], the '
+        'default), or imagenet (mean and standard deviation: DeiT, torchvision), which is folded '
+        'into the first layer',
+    )
+    args = parser.parse_args()
+
+    # Not at the top: they take seconds, and --help should not.
+    from vit_jax import model_folder
+    from vit_jax.checkpoint import catalog, export, formats, npz
+    from vit_jax.errors import UserError
+
+    try:
+        source = args.source if os.path.exists(args.source) else catalog.resolve(args.source)
+        normalization = {None: None, 'half': formats.HALF, 'imagenet': formats.IMAGENET}
+        model = model_folder.open_model(
+            source, variant=args.variant, normalization=normalization[args.normalization]
+        )
+        arrays = npz.flatten(model.params)
+        count = sum(array.size for array in arrays.values())
+        name = model.model_config.get('model_name') or 'a model of no known variant'
+        kind = model.source.get('format', 'vit_jax model folder')
+        print(f'{source}: {name}, {kind}, {len(arrays)} arrays, {count:,} parameters')
+        for note in model.source.get('notes', ()):
+            print(f'  {note}')
+        model_folder.check(model)
+        notes = export.write(
+            args.destination,
+            model.params,
+            to=args.to,
+            model_config=model.model_config,
+            image_size=model.image_size,
+            class_names=model_folder.own_class_names(model),
+            drop=args.drop,
+        )
+    except UserError as error:
+        print(f'convert.py: {error}', file=sys.stderr)
+        return 1
+    print(f'{args.destination}: written for {args.to}')
+    for note in notes:
+        print(f'  {note}')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
