@@ -186,13 +186,13 @@ def _unusual(arrays: Sequence[Array]) -> Iterator[str]:
         yield 'it has a layer pre_logits (dense, tanh), which fine-tuning leaves out'
     zeros = [a.name for a in arrays if a.is_zero and not a.name.endswith('/bias')]
     if zeros := [name for name in zeros if name != 'head/kernel']:
-        yield f'{len(zeros)} arrays besides biases are all zeros: {_some(zeros)}'
+        yield f'all zeros, and not biases: {_some(zeros)}'
     types: dict[str, list[str]] = {}
     for array in arrays:
         types.setdefault(array.dtype, []).append(array.name)
     for dtype, names in types.items():
         if dtype != 'float32':
-            yield f'{len(names)} arrays are {dtype}, not float32: {_some(names)}'
+            yield f'{dtype}, not float32: {_some(names)}'
 
 
 def _catalogue(
