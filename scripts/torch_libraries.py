@@ -17,18 +17,13 @@ from torch import nn
 _TRANSFORMERS_GELU = {'tanh': 'gelu_pytorch_tanh', 'erf': 'gelu'}
 _TIMM_GELU = {'tanh': 'gelu_tanh', 'erf': 'gelu'}
 
-# Our variant -> timm's model.
+# Our variant -> timm's model. (timm has Mixers, too, but does not read their published files.)
 _TIMM_SIZES = {'Ti': 'tiny', 'S': 'small', 'B': 'base', 'L': 'large', 'H': 'huge'}
 _TIMM_OTHERS = {
     'R+ViT-Ti_16': 'vit_tiny_r_s16_p8_224',
     'R26+ViT-S_32': 'vit_small_r26_s32_224',
     'R50+ViT-B_16': 'vit_base_r50_s16_224',
     'R50+ViT-L_32': 'vit_large_r50_s32_224',
-    'Mixer-S_16': 'mixer_s16_224',
-    'Mixer-S_32': 'mixer_s32_224',
-    'Mixer-B_16': 'mixer_b16_224',
-    'Mixer-B_32': 'mixer_b32_224',
-    'Mixer-L_16': 'mixer_l16_224',
 }
 
 
@@ -108,9 +103,8 @@ class TimmModel(nn.Module):
 
         super().__init__()
         classes = len(weights['head/bias']) if 'head/bias' in weights else 0
-        size = {} if name.startswith('mixer') else {'img_size': image_size}
         self.model = timm.create_model(
-            name, num_classes=classes, act_layer=_TIMM_GELU[gelu], **size
+            name, num_classes=classes, img_size=image_size, act_layer=_TIMM_GELU[gelu]
         )
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, 'weights.npz')
@@ -121,11 +115,8 @@ class TimmModel(nn.Module):
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Images to 'patch_embedding', the tokens after every block, 'pre_logits', 'logits'."""
-        mixer = 'Mixer' in type(self.model).__name__
-        patches = self.model.stem if mixer else self.model.patch_embed
-        block = 'MixerBlock' if mixer else 'encoderblock'
-        parts = {'patch_embedding': patches}
-        parts |= {f'{block}_{i}': layer for i, layer in enumerate(self.model.blocks)}
+        parts = {'patch_embedding': self.model.patch_embed}
+        parts |= {f'encoderblock_{i}': layer for i, layer in enumerate(self.model.blocks)}
         outputs: dict[str, torch.Tensor] = {}
         with _recorded(parts, outputs):
             x = self.model.forward_features(images.permute(0, 3, 1, 2))
