@@ -226,6 +226,7 @@ def test_impossible_values_are_named_with_what_to_do(flags, message):
         ('r_ti16', {'pretrained': '', 'pp__crop': 200}, 'pixels per token, 32: use .*192 or 224'),
         ('mixer_b16', {'pp__crop': 384}, 'released ones are made for 224 px'),
         ('mixer_b16', {'pretrained_dir': 'gs://mixer_models/sam', 'pp__crop': 256}, 'for 224 px'),
+        ('mixer_b16', {'pretrained': 'mixer_models/sam/Mixer-B_16', 'pp__crop': 256}, 'for 224 px'),
         ('mixer_s32', {'pp__crop': 225}, 'patch size 32: use --config.pp.crop=224 or 256'),
         ('mixer_s32', {'attention': 'xla'}, 'Mixer-S_32 is an MLP-Mixer, which has no attention'),
         ('deit_s16', {'model.classifier': 'gap'}, 'config.model.distilled goes with'),

@@ -7,6 +7,7 @@ value of its type.
 """
 
 import pathlib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -21,7 +22,6 @@ from vit_jax.models.layers import REMAT_POLICIES
 from vit_jax.models.resnet import GROUPS
 
 WEIGHT_KEYS = ('pretrained', 'model_or_filename', 'pretrained_dir')  # strongest first
-RELEASED_MIXERS = ('gs://mixer_models/', 'https://storage.googleapis.com/mixer_models/')
 _CHOICES = {
     'decay_type': ('cosine', 'linear'),
     'optimizer': ('sgd', 'adamw'),
@@ -225,7 +225,8 @@ def _check_mixer(config: ml_collections.ConfigDict) -> None:
         )
     # Other files may be made for another size; reading them tells.
     weights = config.pretrained or config.pretrained_dir
-    if weights.startswith(RELEASED_MIXERS) and config.pp.crop != 224:
+    released = re.match(r'(gs://|https://storage.googleapis.com/)?mixer_models/', weights)
+    if released and config.pp.crop != 224 and not pathlib.Path(weights).exists():
         raise UserError(
             f'config.pp.crop={config.pp.crop}: a Mixer has weights for each token, and the '
             'released ones are made for 224 px. Use --config.pp.crop=224, or train from nothing '

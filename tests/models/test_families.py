@@ -1,6 +1,7 @@
 """Hybrids, Mixers, distilled models, the MLP head: what is their own, and what all share."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -311,6 +312,12 @@ def test_the_mlp_head_is_dense_relu_dropout_dense():
 def test_impossible_arguments_are_named(family, changes, size, message):
     with pytest.raises(ValueError, match=message):
         abstract_params(create(family, **changes), size)
+
+
+@each_family
+def test_a_config_from_json_builds_the_same_module(family):
+    read = models.from_config(json.loads(json.dumps(FAMILIES[family])), num_classes=7)
+    assert read == create(family)
 
 
 def test_a_mixer_takes_no_attention():

@@ -23,7 +23,8 @@ def from_config(config: Mapping[str, Any], **overrides: Any) -> VisionTransforme
     """The module that an architecture (`variants.get_config`) describes.
 
     Args:
-      config: the keys of `variants.get_config`, as a `ConfigDict` or any mapping.
+      config: the keys of `variants.get_config`, as a `ConfigDict` or any mapping, also one that
+        has been through JSON.
       **overrides: further or other arguments of the module, such as `num_classes`, `dtype`,
         `attention` (which a Mixer does not have: 'auto' is accepted, another is an error).
 
@@ -33,14 +34,21 @@ def from_config(config: Mapping[str, Any], **overrides: Any) -> VisionTransforme
     Raises:
       ValueError: an attention implementation is asked for of a Mixer.
     """
-    config = config.to_dict() if hasattr(config, 'to_dict') else dict(config)
-    arguments = {**config, **overrides}
+    config = config.to_dict() if hasattr(config, 'to_dict') else config
+    arguments = {**_with_tuples(config), **overrides}
     if not variants.is_mixer(arguments):
         return VisionTransformer(**arguments)
     attention = arguments.pop('attention', 'auto')
     if attention != 'auto':
         raise ValueError(f'attention {attention!r}: an MLP-Mixer has no attention')
     return MlpMixer(**arguments)
+
+
+def _with_tuples(config: Any) -> Any:
+    """A config whose lists are tuples: JSON has no tuples, and equal models should be equal."""
+    if isinstance(config, Mapping):
+        return {key: _with_tuples(value) for key, value in config.items()}
+    return tuple(config) if isinstance(config, list) else config
 
 
 def get_model(name: str, **overrides: Any) -> VisionTransformer | MlpMixer:
