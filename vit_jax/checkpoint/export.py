@@ -200,6 +200,8 @@ def _timm(
 
 def _timm_vit(flat: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, str]:
     """(table, architecture) of a ViT, DeiT or hybrid."""
+    if 'pre_logits/kernel' in flat:  # old timm had one, as pre_logits.fc: it is read, not written
+        raise _refusal('timm', 'it has no pre_logits', flat)
     width, patch = config['hidden_size'], config['patches']['size'][0]
     hybrid = config.get('resnet')
     if hybrid is not None:

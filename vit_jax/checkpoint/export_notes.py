@@ -22,7 +22,13 @@ pixels = cv2.resize(pixels, ({size}, {size}), interpolation=cv2.INTER_LINEAR)
 images = torch.from_numpy((pixels - 127.5) / 127.5).permute(2, 0, 1)[None]
 ```
 """
-_MEASURED = ''
+# Ti/16 (DeiT weights) on 260 flower photos of 500 x 375 pixels and less, at 224 px: the pixels of
+# transformers 5.23 and timm 1.0.31, and the most probable of 1000 classes, against this package's.
+_MEASURED = """
+Measured with a Ti/16 on 260 photos of flowers, at 224 pixels: the pixels differ by 2.4 grey levels
+(of 255) on average, by 10 in the photo that differs most; the most probable of 1000 ImageNet
+classes is the same for 241 of the 260.
+"""
 
 
 def warnings(to: str, config: Mapping[str, Any]) -> list[str]:

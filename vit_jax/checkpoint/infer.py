@@ -39,6 +39,8 @@ def architecture(params: Mapping[str, Any], source: str, *, variant: str = '') -
             f'{source} does not hold the weights of a Vision Transformer or an MLP-Mixer: '
             f'{describe(flat)}, and {e} is missing or has no such shape'
         ) from e
+    if variant and variants.is_mixer(variants.VARIANTS[variant]) != variants.is_mixer(config):
+        raise UserError(f'{source} does not fit the model {variant}: it holds {describe(flat)}')
     named = [variants.VARIANTS[variant]] if variant else variants.VARIANTS.values()
     for known in named:
         if variant or _sizes(known) == _sizes(config):

@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from typing import Any
@@ -180,13 +181,17 @@ def _open_pickle(path: pathlib.Path) -> dict[str, LazyArray]:
             f'{path} is a PyTorch file, and reading those needs PyTorch: pip install torch (its '
             'CPU build is enough). .safetensors files of the same weights need nothing'
         ) from e
-    import pickle
-
     try:
-        content = torch.load(
-            path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
+        with warnings.catch_warnings():
+            # What it warns of (an odd or old pickle) ends in an error or is no one's concern here.
+            warnings.simplefilter('ignore')
+            mmap = zipfile.is_zipfile(path) and path.suffix != '.safetensors'
+            if mmap:
+                content = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+            else:  # by its name PyTorch would take a renamed file for what it is not
+                with open(path, 'rb') as f:
+                    content = torch.load(f, map_location='cpu', weights_only=True)
+    except Exception as e:  # damage shows as anything: pickle, zip, runtime, safetensors errors
         raise UserError(
             f'{path} cannot be read safely as PyTorch weights: it is damaged, no PyTorch file, or '
             'has other Python objects than tensors in it, which could run code. Save the state '
