@@ -68,6 +68,9 @@ def check(args: argparse.Namespace) -> dict:
     path = _find(args.model)
     model = model_folder.load(path, variant=args.variant)
     weights, reader = _reference_weights(path, model)
+    folder = path if _is_transformers_folder(path) and not args.perturb else None
+    if folder is not None:
+        reader = "by transformers' own from_pretrained"
     perturbed = _perturb(weights, args.perturb) if args.perturb else weights
     variant = model.model_config.get('model_name') or 'a model of no known variant'
     zero_head = _zero_head(model.params)
@@ -98,7 +101,7 @@ def check(args: argparse.Namespace) -> dict:
         'zero_head': zero_head,
         'references': [],
     }
-    for name, build in _references(args.reference, model, perturbed):
+    for name, build in _references(args.reference, model, perturbed, folder):
         say(f'\nReference: {name}')
         try:
             sides = [ours, build('tanh', False), ours64, build('tanh', True)]
@@ -180,6 +183,20 @@ def _reference_weights(path: pathlib.Path, model) -> tuple[dict[str, np.ndarray]
     return weights, 'as vit_jax read them (only the computation is compared, not the reading)'
 
 
+def _is_transformers_folder(path: pathlib.Path) -> bool:
+    """Whether transformers itself can load it for input in [-1, 1]: then it does."""
+    if not (path / 'config.json').is_file():
+        return False
+    config = json.loads((path / 'config.json').read_text(encoding='utf-8'))
+    processor = {}
+    if (path / 'preprocessor_config.json').is_file():
+        text = (path / 'preprocessor_config.json').read_text(encoding='utf-8')
+        processor = json.loads(text)
+    half = [0.5] * 3
+    normalization = processor.get('image_mean', half), processor.get('image_std', half)
+    return config.get('model_type') == 'vit' and normalization == (half, half)
+
+
 def _perturb(weights: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
     import flax
 
@@ -232,7 +249,7 @@ def _images(args, model) -> tuple[Callable[[], Iterator[np.ndarray]], str]:
     return batches, f'{count} {what}, {size} x {size} pixels'
 
 
-def _references(wanted: str, model, weights) -> Iterator[tuple[str, Callable]]:
+def _references(wanted: str, model, weights, folder) -> Iterator[tuple[str, Callable]]:
     """Yields (description, function of the form of GELU and of float64 that gives a runner)."""
     import torch
     import torch_libraries
@@ -255,10 +272,13 @@ def _references(wanted: str, model, weights) -> Iterator[tuple[str, Callable]]:
         os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
         transformers = _library('transformers', wanted)
     if transformers is not None:
-        yield (
-            f'ViT of transformers {transformers.__version__}, {version}',
-            lambda gelu, wide: _runner(torch_libraries.TransformersViT(weights, gelu), wide),
-        )
+
+        def build(gelu: str, wide: bool) -> Callable:
+            if folder is not None:
+                return _runner(torch_libraries.transformers_folder(folder, gelu), wide)
+            return _runner(torch_libraries.transformers_model(weights, gelu), wide)
+
+        yield f'ViT of transformers {transformers.__version__}, {version}', build
     elif wanted in ('auto', 'torch_reference'):
         yield (
             f'scripts/torch_reference.py, {version}',

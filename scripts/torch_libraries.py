@@ -27,49 +27,94 @@ _TIMM_OTHERS = {
 }
 
 
-class TransformersViT(nn.Module):
-    """The ViT of transformers: `ViTForImageClassification`, or `ViTModel` with its pooler.
-
-    The pooler is `pre_logits`, which the class for classification leaves out.
+def transformers_model(weights: Mapping[str, np.ndarray], gelu: str) -> 'TransformersViT':
+    """The ViT of transformers that the shapes of the weights describe, with these weights.
 
     Args:
         weights: name (published or Linen) -> float32 array, of a ViT with class token; not copied.
+            `pre_logits` is the pooler of transformers' `ViTModel`; its class for classification
+            leaves that out.
         gelu: 'tanh' or 'erf', the default of transformers.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError, RuntimeError: an array has no place in the model, or is missing.
+    """
+    import transformers
+
+    patch, _, _, width = weights['embedding/kernel'].shape
+    positions = weights['Transformer/posembed_input/pos_embedding'].shape[1] - 1
+    queries = [n for n in weights if n.endswith('/query/kernel')]
+    pooled = 'pre_logits/bias' in weights
+    config = transformers.ViTConfig(
+        hidden_size=width,
+        num_hidden_layers=len(queries),
+        num_attention_heads=weights[queries[0]].shape[1],
+        intermediate_size=next(
+            a.shape[0] for n, a in weights.items() if n.endswith('/Dense_0/bias')
+        ),
+        hidden_act=_TRANSFORMERS_GELU[gelu],
+        layer_norm_eps=1e-6,
+        image_size=round(positions**0.5) * patch,
+        patch_size=patch,
+        pooler_output_size=len(weights['pre_logits/bias']) if pooled else None,
+        num_labels=len(weights['head/bias']) if 'head/bias' in weights else 1,
+    )
+    with torch.device('meta'):
+        if pooled:
+            vit = transformers.ViTModel(config, add_pooling_layer=True)
+            classifier = nn.Linear(config.pooler_output_size, config.num_labels)
+        else:
+            model = transformers.ViTForImageClassification(config)
+            vit, classifier = model.vit, model.classifier
+    model = TransformersViT(vit, classifier if 'head/bias' in weights else None)
+    model.load_state_dict(_transformers_state(weights), strict=True, assign=True)
+    return model.requires_grad_(False)
+
+
+def transformers_folder(folder: str | os.PathLike[str], gelu: str) -> 'TransformersViT':
+    """The ViT of a Hugging Face folder, loaded by transformers itself.
+
+    Args:
+        folder: with config.json and weights.
+        gelu: 'tanh' or 'erf', whatever config.json says; the epsilon of LayerNorm becomes 1e-6.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: transformers misses an array of its model, or does not expect one.
+    """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    model, info = transformers.ViTForImageClassification.from_pretrained(
+        folder,
+        hidden_act=_TRANSFORMERS_GELU[gelu],
+        layer_norm_eps=1e-6,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    for what in ('missing_keys', 'unexpected_keys', 'mismatched_keys'):
+        if info[what]:
+            raise ValueError(f'from_pretrained reports {what}: {sorted(map(str, info[what]))}')
+    return TransformersViT(model.vit, model.classifier).requires_grad_(False)
+
+
+class TransformersViT(nn.Module):
+    """A ViT of transformers that returns what is compared.
+
+    Args:
+        vit: `transformers.ViTModel`.
+        classifier: the head, or None.
     """
 
-    def __init__(self, weights: Mapping[str, np.ndarray], gelu: str):
-        import transformers
-
+    def __init__(self, vit: nn.Module, classifier: nn.Module | None):
         super().__init__()
-        patch, _, _, width = weights['embedding/kernel'].shape
-        positions = weights['Transformer/posembed_input/pos_embedding'].shape[1] - 1
-        queries = [n for n in weights if n.endswith('/query/kernel')]
-        pooled = 'pre_logits/bias' in weights
-        config = transformers.ViTConfig(
-            hidden_size=width,
-            num_hidden_layers=len(queries),
-            num_attention_heads=weights[queries[0]].shape[1],
-            intermediate_size=next(
-                a.shape[0] for n, a in weights.items() if n.endswith('/Dense_0/bias')
-            ),
-            hidden_act=_TRANSFORMERS_GELU[gelu],
-            layer_norm_eps=1e-6,
-            image_size=round(positions**0.5) * patch,
-            patch_size=patch,
-            pooler_output_size=len(weights['pre_logits/bias']) if pooled else None,
-            num_labels=len(weights['head/bias']) if 'head/bias' in weights else 1,
-        )
-        with torch.device('meta'):
-            if pooled:
-                self.vit = transformers.ViTModel(config, add_pooling_layer=True)
-                self.classifier = nn.Linear(config.pooler_output_size, config.num_labels)
-            else:
-                model = transformers.ViTForImageClassification(config)
-                self.vit, self.classifier = model.vit, model.classifier
-        if 'head/bias' not in weights:
-            self.classifier = None
-        self.load_state_dict(_transformers_state(weights), strict=True, assign=True)
-        self.eval().requires_grad_(False)
+        self.vit, self.classifier = vit, classifier
+        self.eval()
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Images to 'patch_embedding', 'encoderblock_0', ..., 'pre_logits', 'logits'."""

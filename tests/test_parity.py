@@ -178,6 +178,16 @@ def test_real_weights(check, shared_dir):
     assert result['references'][0]['rows']['encoderblock_11']['largest_value'] > 10
 
 
+def test_hugging_face_folder_is_loaded_by_transformers_itself(check, command, tmp_path):
+    pytest.importorskip('transformers')
+    source, folder = FIXTURES / 'vit_token.checkpoint.npz', tmp_path / 'hf'
+    result = command('scripts/convert.py', source, folder, '--to', 'huggingface')
+    assert result.returncode == 0, result.stderr
+    result = check(folder, tolerance=1e-5)
+    assert result['passed']
+    assert result['weights_read'] == "by transformers' own from_pretrained"
+
+
 def test_timm(check, shared_dir):
     pytest.importorskip('timm', reason='timm is not installed')
     path = shared_dir / 'weights' / 'deit_ti16_imagenet1k.npz'
