@@ -4,9 +4,13 @@ import pathlib
 import re
 import threading
 
+import jax
+import numpy as np
 import pytest
 
-from vit_jax.checkpoint import catalog, download
+from configs import augreg
+from vit_jax import models
+from vit_jax.checkpoint import adapt, catalog, download, npz
 from vit_jax.errors import UserError
 
 MIB = 2**20
@@ -301,3 +305,31 @@ def test_augreg_in_a_local_folder(tmp_path):
         catalog.resolve_augreg('B_16', pretrained_dir=str(tmp_path))
     with pytest.raises(UserError, match='index.csv'):
         catalog.resolve_augreg('B_16', pretrained_dir=str(pathlib.Path(tmp_path / 'no')))
+
+
+@pytest.mark.parametrize('argument', ['R_Ti_16', 'R_Ti_16-i21k-300ep-d'])
+def test_augreg_config_gets_its_weights_from_the_bucket(bucket, tmp_path, argument):
+    config = augreg.get_config(argument)
+    model = models.from_config(config.model, num_classes=3)
+
+    def init(size):
+        image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
+        return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)
+
+    rng = np.random.default_rng(0)
+    published = jax.tree.map(lambda x: rng.random(x.shape, np.float32), init(224)['params'])
+    npz.save(tmp_path / 'x.npz', published)
+    bucket.put('/vit_models/augreg/index.csv', INDEX.encode())
+    data = (tmp_path / 'x.npz').read_bytes()
+    bucket.put('/vit_models/augreg/R_Ti_16-i21k-300ep-d.npz', data)
+
+    path = catalog.resolve_augreg(config.model_or_filename, pretrained_dir=config.pretrained_dir)
+    params, report = adapt.adapt(
+        npz.load(path), init(config.pp.crop)['params'], classifier='token', source=str(path)
+    )
+    assert list(report.resized) == [adapt.POSITION_EMBEDDING]
+    assert report.resized[adapt.POSITION_EMBEDDING] == ((1, 50, 192), (1, 145, 192))
+    assert list(report.initialised) == ['head/bias', 'head/kernel']
+    np.testing.assert_array_equal(params['conv_root']['kernel'], published['conv_root']['kernel'])
+    index = [request for request in bucket.requests if request[0].endswith('index.csv')]
+    assert len(index) == (1 if argument == 'R_Ti_16' else 0)
