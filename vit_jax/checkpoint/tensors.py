@@ -144,7 +144,7 @@ def _open_safetensors(path: pathlib.Path) -> tuple[dict[str, LazyArray], dict[st
     import safetensors
 
     try:
-        file = safetensors.safe_open(path, framework='numpy')
+        file = safetensors.safe_open(path, framework='numpy', backend='pread')
         metadata = file.metadata() or {}
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         shapes = {name: (piece.get_shape(), piece.get_dtype()) for name, piece in slices.items()}
