@@ -27,10 +27,10 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
+from vit_jax import checkpoint, evaluate, model_folder, models, optim, sharding, steps, telemetry
 from vit_jax import config as config_lib
-from vit_jax import evaluate, model_folder, models, optim, sharding, steps, telemetry
 from vit_jax import state as state_lib
-from vit_jax.checkpoint import adapt, catalog, npz
+from vit_jax.checkpoint import adapt, catalog
 from vit_jax.checkpoint import workdir as workdir_lib
 from vit_jax.data import pipeline, sources
 from vit_jax.data.preprocess import Preprocess
@@ -243,14 +243,18 @@ def _initial_params(config: ml_collections.ConfigDict, model: Any) -> tuple[Mapp
     path = _weights_path(config)
     if path is None:
         return init, 'new weights (no pretrained ones were asked for)'
-    params, report = adapt.adapt(
-        npz.load(path),
-        init,
-        classifier=config.model.classifier,
-        keep_head=config.keep_head,
-        source=str(path),
+    # PyTorch's files do not tell the number of heads; the model does.
+    weights = checkpoint.open_weights(
+        path, num_heads=config.model.get('transformer', {}).get('num_heads', 0)
     )
-    return params, str(report)
+    params, report = adapt.adapt(
+        weights.params,
+        init,
+        classifier=config.model.get('classifier', 'gap'),
+        keep_head=config.keep_head,
+        source=f'{path} ({weights.format})',
+    )
+    return params, '\n  '.join([str(report), *weights.notes])
 
 
 def _weights_path(config: ml_collections.ConfigDict) -> pathlib.Path | None:

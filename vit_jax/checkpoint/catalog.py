@@ -26,9 +26,9 @@ def resolve(pretrained: str, *, cache_dir: str | os.PathLike[str] = '') -> pathl
     """Finds a checkpoint, and downloads it to the cache if need be.
 
     Args:
-        pretrained: a file; a model folder; a released name, with or without '.npz'
-            ('imagenet21k/ViT-B_16', 'augreg/<file name>'); or an address, 'gs://bucket/path' or
-            'https://...'.
+        pretrained: a file; a model folder; a folder of Hugging Face or timm; a released name, with
+            or without '.npz' ('imagenet21k/ViT-B_16', 'augreg/<file name>'); or an address,
+            'gs://bucket/path' or 'https://...'.
         cache_dir: where downloads go, by the path they have in their bucket. Default: the
             environment variable VIT_JAX_CACHE, else ~/.cache/vit_jax. VIT_JAX_BASE_URL names a
             mirror of https://storage.googleapis.com.
@@ -45,9 +45,12 @@ def resolve(pretrained: str, *, cache_dir: str | os.PathLike[str] = '') -> pathl
     path = pathlib.Path(pretrained).expanduser()
     if (path / 'params.npz').is_file():
         return path / 'params.npz'
+    if (path / 'config.json').is_file():  # Hugging Face's or timm's
+        return path
     if path.is_dir():
         raise UserError(
-            f'{path} is a folder without params.npz; expected a checkpoint or a model folder'
+            f'{path} is a folder without params.npz or config.json; expected a checkpoint, a model '
+            'folder, or a folder of Hugging Face or timm'
         )
     if path.is_file():
         return path

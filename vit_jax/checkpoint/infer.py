@@ -96,11 +96,12 @@ def _vit(flat: Mapping[str, Any]) -> dict[str, Any]:
         config['representation_size'] = flat['pre_logits/kernel'].shape[1]
     if 'conv_root/kernel' in flat:
         stages = _count(flat, r'block(\d+)/.*')
+        width_factor = flat['conv_root/kernel'].shape[3] / 64
         config['resnet'] = {
             'num_layers': tuple(
                 _count(flat, rf'block{stage}/unit(\d+)/.*') for stage in range(1, stages + 1)
             ),
-            'width_factor': flat['conv_root/kernel'].shape[3] // 64,
+            'width_factor': int(width_factor) if width_factor >= 1 else width_factor,
         }
     config |= {'distilled': True} if 'dist' in flat else {}
     config |= {'mlp_head': True} if 'head_hidden/kernel' in flat else {}
