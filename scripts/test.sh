@@ -6,6 +6,7 @@
 #   bash scripts/test.sh                            # everything
 #   bash scripts/test.sh --python 3.12              # the same on another Python, in .venv-3.12
 #   bash scripts/test.sh tests/test_telemetry.py    # lint, and the tests of one file
+#   bash scripts/test.sh -n 0 -m slow               # what takes minutes or gigabytes, one at a time
 #
 # Exits with 0 only if the linter, the formatter and every test are content.
 set -euo pipefail
@@ -29,6 +30,7 @@ cd "$root"
 status=0
 "$venv/bin/ruff" check --output-format concise . || status=1
 "$venv/bin/ruff" format --check . || status=1
-# Two workers: the suite is made for two cores. An argument of the same name overrides (-n 0: in this process).
-"$venv/bin/python" -m pytest -n 2 --dist loadfile ${pytest[@]+"${pytest[@]}"} || status=$?
+# Two workers: the suite is made for two cores. An argument of the same name overrides (-n 0: in
+# this process; -m '': slow tests, too).
+"$venv/bin/python" -m pytest -n 2 --dist loadfile -m 'not slow' ${pytest[@]+"${pytest[@]}"} || status=$?
 exit "$status"

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -44,18 +45,23 @@ def check(scripts):
     return run
 
 
-def write_model(path, config, size, *, seed=0, head='random'):
-    """A file of weights that are nowhere zero, but for the head on request."""
+def write_model(path, config, size, *, head='random'):
+    """A file of made-up weights, nowhere zero (but for the head on request), of trained scale."""
     model = models.from_config(config)
     image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
     shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
 
     def array(keys, leaf):
         name = '/'.join(key.key for key in keys)
-        fan_in = max(1, int(np.prod(leaf.shape[:-1]))) if name.endswith('kernel') else 1
-        values = rng.standard_normal(leaf.shape, np.float32) * (0.5 / fan_in**0.5)
-        return values + np.float32(name.endswith('scale'))
+        values = rng.standard_normal(leaf.shape, np.float32)
+        if name.endswith('kernel'):  # keeps the variance
+            is_query_key_value = re.search('/(query|key|value)/', name)
+            inputs = leaf.shape[:1] if is_query_key_value else leaf.shape[:-1]
+            return values / np.float32(np.prod(inputs) ** 0.5)
+        if name.endswith('gn3/scale'):  # training starts at 0: a unit changes its input a little
+            return 0.2 + 0.02 * values
+        return 1 + 0.1 * values if name.endswith('scale') else 0.1 * values
 
     params = jax.tree_util.tree_map_with_path(array, shapes['params'])
     if head == 'zero':
@@ -192,6 +198,33 @@ def test_timm(check, shared_dir):
     pytest.importorskip('timm', reason='timm is not installed')
     path = shared_dir / 'weights' / 'deit_ti16_imagenet1k.npz'
     assert check(path, limit=1, reference='timm')['passed']
+
+
+FULL_SIZE = {
+    'ViT-B_16': dict(num_classes=21843, representation_size=768),  # as in imagenet21k
+    'ViT-B_32': dict(num_classes=1000),
+    'ViT-L_16': dict(num_classes=1000),
+    'R50+ViT-B_16': dict(num_classes=1000),
+    'R26+ViT-S_32': dict(num_classes=1000),
+    'R+ViT-Ti_16': dict(num_classes=1000),
+    'Mixer-B_16': dict(num_classes=1000),
+    'DeiT-B_16': dict(num_classes=1000),
+    'ViT-H_14': dict(num_classes=1000),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', FULL_SIZE)
+def test_full_size(check, tmp_path, name):
+    config = models.variants.get_config(name).to_dict() | FULL_SIZE[name]
+    if name == 'ViT-H_14':  # one block of its width: all of it takes 20 GB
+        config['transformer']['num_layers'] = 1
+    path = write_model(tmp_path / 'x.npz', config, 224)
+    result = check(path, tolerance=1e-5)
+    path.unlink()
+    assert result['passed']
+    rows = result['references'][0]['rows'].values()
+    assert max(row['ours_minus_reference_in_float64']['max'] for row in rows) < 1e-11
 
 
 def test_command_line(command, tmp_path):
