@@ -1,0 +1,125 @@
+"""Hybrids, Mixers, distilled models and the MLP head through whole runs: train, save, fine-tune."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import digits
+from vit_jax import config as config_lib
+from vit_jax import model_folder, models, train
+from vit_jax.checkpoint import npz
+from vit_jax.errors import UserError
+
+VIT = {
+    'patches': {'size': (8, 8)},
+    'hidden_size': 16,
+    'transformer': {
+        'mlp_dim': 32,
+        'num_heads': 2,
+        'num_layers': 1,
+        'attention_dropout_rate': 0.0,
+        'dropout_rate': 0.0,
+    },
+    'classifier': 'token',
+    'representation_size': None,
+}
+FAMILIES = {
+    'hybrid': VIT | {
+        'patches': {'size': (1, 1)}, 'resnet': {'num_layers': (1,), 'width_factor': 0.5},
+    },
+    'distilled': VIT | {'distilled': True},
+    'mlp_head': VIT | {'mlp_head': True},
+    'mixer': {
+        'patches': {'size': (4, 4)}, 'hidden_dim': 16, 'num_blocks': 1, 'tokens_mlp_dim': 8,
+        'channels_mlp_dim': 32,
+    },
+}  # fmt: skip
+NEW_WHEN_FINE_TUNED = {
+    'hybrid': {'head'},
+    'distilled': {'head', 'head_dist'},
+    'mlp_head': {'head', 'head_hidden'},
+    'mixer': {'head'},
+}
+
+
+def make_config(family, **changes):
+    config = digits.get_config()
+    config.model = {'model_name': f'{family}-digits', **FAMILIES[family]}
+    config.pp.crop, config.pp.resize = 16, 0
+    config.batch, config.batch_eval, config.total_steps, config.warmup_steps = 64, 360, 24, 3
+    config.progress_every, config.eval_every, config.checkpoint_every = 4, 24, 24
+    config.base_lr, config.compile_cache = 0.01, ''
+    config.update_from_flattened_dict(changes)
+    return config_lib.resolve(config)
+
+
+def random_params(model):
+    """Of a model for 16 x 16 pixels."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)), train=False)
+    )
+    return jax.tree.map(lambda p: rng.standard_normal(p.shape, np.float32), shapes['params'])
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_each_family_trains_and_is_saved(family, tmp_path):
+    config = make_config(family)
+    params = jax.device_get(train.train_and_evaluate(config, tmp_path / 'run'))
+    lines = [json.loads(x) for x in (tmp_path / 'run/metrics.jsonl').read_text().splitlines()]
+    losses = [line['train_loss'] for line in lines if 'train_loss' in line]
+    assert np.log(10) - 0.05 < losses[0] < np.log(10) + 0.5  # the head starts from zeros
+    assert losses[-1] < losses[0] - 0.3
+
+    # The model folder holds the same parameters, and what builds the same module.
+    model = model_folder.load(tmp_path / 'run/model')
+    jax.tree.map(np.testing.assert_array_equal, dict(model.params), dict(params))
+    assert model.model == models.from_config(config.model, num_classes=10)
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_all_but_the_heads_of_a_checkpoint_is_where_fine_tuning_starts(family, tmp_path):
+    config = make_config(family, pretrained=str(tmp_path / 'weights.npz'))
+    ten, three = (models.from_config(config.model, num_classes=classes) for classes in (10, 3))
+    params = random_params(ten)
+    npz.save(tmp_path / 'weights.npz', params)
+    start, origin = train._initial_params(config, three)
+    assert start.keys() == params.keys()
+    for name in start.keys() - NEW_WHEN_FINE_TUNED[family]:
+        jax.tree.map(np.testing.assert_array_equal, start[name], params[name])
+    for name in start.keys() & {'head', 'head_dist'}:
+        assert not np.any(start[name]['kernel']) and start[name]['kernel'].shape[1] == 3
+    assert 'newly initialised: head' in origin
+
+
+def test_weights_of_a_plain_vit_start_a_distilled_one_and_one_with_an_mlp_head(tmp_path):
+    """What a released ViT gives `configs/deit_*.py` and `configs/b16_mlp_head.py`."""
+    plain = models.from_config(VIT, num_classes=10)
+    weights = random_params(plain)
+    npz.save(tmp_path / 'vit.npz', weights)
+    for family in ('distilled', 'mlp_head'):
+        config = make_config(family, pretrained=str(tmp_path / 'vit.npz'))
+        model = models.from_config(config.model, num_classes=10)
+        start, _ = train._initial_params(config, model)
+        block = 'encoderblock_0'
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            start['Transformer'][block],
+            dict(weights)['Transformer'][block],
+        )
+        tokens = 2 if family == 'distilled' else 1
+        positions = start['Transformer']['posembed_input']['pos_embedding']
+        expected = weights['Transformer']['posembed_input']['pos_embedding']
+        np.testing.assert_array_equal(positions[:, tokens:], expected[:, 1:])
+
+
+def test_a_mixer_does_not_take_weights_of_another_size(tmp_path):
+    config = make_config('mixer')
+    model = models.from_config(config.model, num_classes=10)
+    npz.save(tmp_path / 'mixer.npz', random_params(model))
+    larger = make_config('mixer', **{'pretrained': str(tmp_path / 'mixer.npz'), 'pp.crop': 32})
+    with pytest.raises(UserError, match='token_mixing'):
+        train._initial_params(larger, model)
