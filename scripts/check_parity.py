@@ -12,9 +12,10 @@ Examples:
 
 Exit status: 0 if the logits agree; 1 if they differ by more than 1e-4 and by more than twice the
 distance of PyTorch's float32 from its own float64 (--tolerance sets another limit); 2 if no
-comparison was possible. Blocks hold values of 30 and more, so a row of theirs is held against its
-own rounding only: it is marked where it exceeds twice that, which does not fail the check. Where
-the head is all zeros (weights for fine-tuning), what the head reads is judged instead.
+comparison was possible. Blocks hold values of 30 and more, so their rows are held to twice their
+own distance from float64 only: a row beyond it is marked ("more than rounding"), which shows where
+a difference begins and does not by itself fail the check. Where the head is all zeros (weights for
+fine-tuning), what the head reads is judged instead.
 """
 
 import argparse
