@@ -28,7 +28,7 @@ def mistake(command, tmp_path):
         (['--config'], 'no config file given'),
         (['--config', 'configs/b61.py'], 'did you mean configs/b16.py?'),
         (['--config', 'vit_jax/configs/b16.py'], 'did you mean configs/b16.py?'),
-        (['--config', 'nowhere/zzz.py'], 'configs has: b16, '),
+        (['--config', 'nowhere/zzz.py'], 'configs has: augreg, b16, '),
         (['--config', 'tests/fixtures/x.py'], 'there is none in tests/fixtures'),
         (['--config=configs/b16.py', '--config.base_lrr=1'], 'did you mean --config.base_lr?'),
         (['--config=configs/b16.py', '--config.pp.crpo', '3'], 'did you mean --config.pp.crop?'),

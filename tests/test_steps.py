@@ -32,7 +32,7 @@ STEPS = 5
 
 def make_config(**changes) -> ml_collections.ConfigDict:
     config = common.get_defaults()
-    config.update(base_lr=0.5, total_steps=20, warmup_steps=2, momentum=0.9, accum_steps=1)
+    config.update(base_lr=0.1, total_steps=20, warmup_steps=2, momentum=0.9, accum_steps=1)
     config.update(changes)
     return config
 
@@ -158,7 +158,7 @@ def test_five_steps_equal_float64(reference, monkeypatch, devices, fsdp, accum_s
     np.testing.assert_allclose([m['train_loss'] for m in history], losses, atol=1e-5, rtol=0)
     ours, theirs = changes(new, params), changes(expected, params)
     largest = max(np.abs(change).max() for change in theirs)
-    assert largest > 0.05
+    assert largest > 0.01
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4 * largest, rtol=0)
 
@@ -195,7 +195,7 @@ def test_logged_rate_is_the_one_applied():
     config = make_config(optim_dtype='float32', momentum=0.0, grad_norm_clip=0.0)
     params = make_params(models.VisionTransformer(**MODEL))
     _, history = run_steps(config, params, make_batches(), devices=1)
-    np.testing.assert_allclose([m['lr'] for m in history][:3], [0, 0.25, 0.5], rtol=1e-6)
+    np.testing.assert_allclose([m['lr'] for m in history][:3], [0, 0.05, 0.1], rtol=1e-6)
     first, _ = run_steps(config, params, make_batches()[:1], devices=1)
     jax.tree.map(np.testing.assert_array_equal, first, jax.device_get(params))  # rate 0
 

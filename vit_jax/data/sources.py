@@ -144,15 +144,22 @@ class Selection:
         return f'{self._name} {self.spec} ({len(self):,} examples)'
 
     def common(self, other: 'Selection') -> int:
-        """Number of stored examples of the same dataset that are in both."""
+        """Number of stored examples of the same dataset that are in both, each counted once."""
         if self._name != other._name:
             return 0
-        return sum(
-            max(0, min(end, other_end) - max(first, other_first))
+        both = sorted(
+            (name, max(first, other_first), min(end, other_end))
             for name, first, end in self._ranges
             for other_name, other_first, other_end in other._ranges
             if name == other_name
         )
+        count, counted = 0, ('', 0)  # up to where, in which split
+        for name, first, end in both:
+            if counted[0] == name:
+                first = max(first, counted[1])
+            if first < end:
+                count, counted = count + end - first, (name, end)
+        return count
 
 
 def overlap(train: Selection, test: Selection) -> int:
