@@ -1,4 +1,5 @@
 import logging
+import pathlib
 
 import flax
 import jax
@@ -126,6 +127,15 @@ def test_every_misfit_is_listed():
     assert 'patch 16, hidden size 5' in message and 'patch 8, hidden size 6' in message
 
 
+def test_a_mixer_of_another_image_size_is_told_what_to_do():
+    tokens = 'MixerBlock_0/token_mixing/Dense_0/kernel'
+    trees = [_tree({tokens: np.zeros((count, 8), np.float32)}) for count in (49, 64)]
+    with pytest.raises(
+        UserError, match=r'for 49 tokens, the model has 64; use .*--config\.pp\.crop'
+    ):
+        adapt.adapt(*trees, classifier='gap', source='mixer.npz')
+
+
 @pytest.mark.parametrize('classifier', ['token', 'token_unpooled', 'gap', 'unpooled'])
 def test_position_embeddings_are_resized_to_the_grid(classifier):
     cls = classifier in ('token', 'token_unpooled')
@@ -154,8 +164,9 @@ def test_resize_equals_scipy_zoom_of_order_1(old, new):
     np.testing.assert_allclose(resized[0].reshape(new, new, 3), expected, rtol=0, atol=1e-5)
 
 
-def test_resize_conformance(shared_dir):
-    with np.load(shared_dir / 'conformance' / 'position_embedding_resize.npz') as cases:
+def test_resize_conformance():
+    fixtures = pathlib.Path(__file__).parents[1] / 'fixtures'
+    with np.load(fixtures / 'conformance' / 'position_embedding_resize.npz') as cases:
         expected = {name: cases[name] for name in cases if name != 'input'}
         assert len(expected) == 4
         for name, grid in expected.items():

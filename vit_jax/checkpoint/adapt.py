@@ -305,6 +305,14 @@ def _misfit(
 ) -> UserError:
     ours, theirs = describe(expected), describe(found)
     hint = f'The checkpoint is: {theirs}; the model: {ours}. ' if ours != theirs else ''
+    tokens = 'MixerBlock_0/token_mixing/Dense_0/kernel'
+    if tokens in found and tokens in expected:
+        old, new = (flat[tokens].shape[0] for flat in (found, expected))
+        if old != new:
+            hint += (
+                f'A Mixer has weights for each token: these are for {old} tokens, the model has '
+                f'{new}; use the image size they were trained at (--config.pp.crop). '
+            )
     return UserError(
         f'{source} does not fit the model: {len(problems)} of its arrays are missing, unknown or '
         f'wrongly shaped. {hint}'
