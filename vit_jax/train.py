@@ -76,11 +76,7 @@ def train_and_evaluate(
     workdir = pathlib.Path(workdir)
     with workdir_lib.Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
         if (workdir / MODEL_FOLDER).exists() and config.total_steps in checkpoints.steps():
-            if jax.process_index() == 0:
-                print(
-                    f'{workdir}: this run is finished ({config.total_steps:,} steps); its model is '
-                    f'{workdir / MODEL_FOLDER}. For another run use another --workdir.'
-                )
+            _say_finished(config, workdir)
             return None
 
         config_lib.check_devices(config, jax.device_count(), jax.default_backend())
@@ -110,9 +106,8 @@ def train_and_evaluate(
             start, state = restored
             origin = f'resumed from step {start:,} in {workdir}'
         else:
-            start = 0
             params, origin = _initial_params(config, model)
-            state = state_lib.create_state(params, tx, mesh)
+            start, state = 0, state_lib.create_state(params, tx, mesh)
 
         log = telemetry.Telemetry(
             workdir,
@@ -139,7 +134,7 @@ def train_and_evaluate(
             eval_step = steps.make_eval_step(model, mesh, shardings.params)
             if start < config.total_steps:
                 state = _run_steps(run, state, start, train_step, eval_step, checkpoints)
-            _write_model_folder(run, state, origin)
+            _write_model_folder(run, state)
             return state.params
 
 
@@ -294,7 +289,15 @@ def _introduce(run: _Run, state: TrainState, origin: str) -> None:
     log.info(f'workdir: {run.workdir}')
 
 
-def _write_model_folder(run: _Run, state: TrainState, origin: str) -> None:
+def _say_finished(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    if jax.process_index() == 0:
+        print(
+            f'{workdir}: this run is finished ({config.total_steps:,} steps); its model is '
+            f'{workdir / MODEL_FOLDER}. For another run use another --workdir.'
+        )
+
+
+def _write_model_folder(run: _Run, state: TrainState) -> None:
     """Writes the product of the run: weights, architecture, preprocessing and class names."""
     # Gathered on every device first, for the case that each holds a part only.
     whole = jax.jit(lambda params: params, out_shardings=sharding.replicated(run.mesh))(
@@ -312,7 +315,7 @@ def _write_model_folder(run: _Run, state: TrainState, origin: str) -> None:
         class_names=run.train.class_names,
         preprocess=run.preprocess.to_dict(),
         source={
-            'weights': origin.splitlines()[0],
+            'weights': next((config[key] for key in config_lib.WEIGHT_KEYS if config[key]), ''),
             'dataset': config.dataset,
             'train': run.train.spec,
             'test': run.test.spec,
