@@ -105,12 +105,12 @@ def test_find_images_walks_folders_in_order_of_names(images):
     found = predict.find_images([images / 'odd.img', images])
     assert [str(pathlib.Path(path).relative_to(images)) for path in found] == [
         'odd.img',
-        'single.png',
+        'a/x/ü 1.webp',
         'a/x.jpeg',
         'a/y.Bmp',
-        'a/x/ü 1.webp',
         'b/10.png',
         'b/2.PNG',
+        'single.png',
     ]
 
 

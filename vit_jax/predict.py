@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
+from vit_jax import steps
 from vit_jax.data.decode import BadImageError, decode
-from vit_jax.data.folders import SUFFIXES
-from vit_jax.data.preprocess import normalize
+from vit_jax.data.folders import SUFFIXES, list_images
 from vit_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def find_images(paths: Sequence[str | os.PathLike]) -> list[str]:
     found = []
     for path in paths:
         if os.path.isdir(path):
-            inside = list(_walk(path))
+            inside, _ = list_images(path)
             if not inside:
                 suffixes = ', '.join(sorted(suffix[1:] for suffix in SUFFIXES))
                 raise UserError(f'folder {path} holds no images ({suffixes})')
@@ -109,16 +109,6 @@ def format_prediction(
 
 
 def _predict(model, images, batch, on_error):
-    @jax.jit
-    def probabilities(params, pixels):
-        logits = model.model.apply({'params': params}, normalize(pixels), train=False)
-        if logits.shape != (len(pixels), len(model.class_names)):
-            raise UserError(
-                f'this model gives {list(logits.shape)} for {len(pixels)} images, not a score for '
-                f'each of its {len(model.class_names)} classes'
-            )
-        return jax.nn.softmax(logits)
-
     def read(path):
         try:
             image = decode(pathlib.Path(path).read_bytes(), key=path, exif=True)
@@ -129,10 +119,18 @@ def _predict(model, images, batch, on_error):
         return model.preprocess.evaluate(image)
 
     params = jax.device_put(model.params)
-    batch = min(batch, len(images))
+    batch = max(1, min(batch, len(images)))
     size = model.preprocess.crop
+    predict_step = steps.make_predict_step(model.model)
+    pixels = jax.ShapeDtypeStruct((batch, size, size, 3), np.float32)
+    shape = jax.eval_shape(predict_step, params, pixels).shape
+    if shape != (batch, len(model.class_names)):
+        raise UserError(
+            f'this model gives {list(shape)} for {batch} images, not a score for each of its '
+            f'{len(model.class_names)} classes'
+        )
     with concurrent.futures.ThreadPoolExecutor(DECODE_THREADS) as threads:
-        for first in range(0, len(images), batch or 1):
+        for first in range(0, len(images), batch):
             paths = images[first : first + batch]
             # One shape for every batch; the rows of missing images stay 0 and are not reported.
             pixels = np.zeros((batch, size, size, 3), np.float32)
@@ -146,13 +144,5 @@ def _predict(model, images, batch, on_error):
                 else:
                     on_error(result)
             if readable:
-                rows = jax.device_get(probabilities(params, pixels))
+                rows = jax.device_get(predict_step(params, pixels))
                 yield from ((path, rows[row]) for row, path in readable)
-
-
-def _walk(folder):
-    for path, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith('.'))
-        for name in sorted(files):
-            if not name.startswith('.') and os.path.splitext(name)[1].lower() in SUFFIXES:
-                yield os.path.join(path, name)

@@ -117,7 +117,7 @@ def _split_folders(root: pathlib.Path, names: list[str]) -> dict[str, pathlib.Pa
 def _list_split(folder: pathlib.Path, classes: list[str]) -> _Files:
     paths, labels, ignored = [], [], sum(1 for entry in os.scandir(folder) if entry.is_file())
     for label, name in enumerate(classes):
-        found, others = _list_images(folder / name)
+        found, others = list_images(folder / name)
         ignored += others
         if not found:
             raise UserError(
@@ -137,8 +137,15 @@ def _list_split(folder: pathlib.Path, classes: list[str]) -> _Files:
     return _Files(tuple(paths[i] for i in order), labels[order])
 
 
-def _list_images(folder: pathlib.Path) -> tuple[list[str], int]:
-    """Sorted paths of the images below a class folder, and how many files were left out."""
+def list_images(folder: str | os.PathLike[str]) -> tuple[list[str], int]:
+    """The images below a folder.
+
+    Args:
+      folder: searched with everything below it, links followed, hidden files and folders left out.
+
+    Returns:
+      Sorted paths of the images (see `SUFFIXES`), and how many other files there were.
+    """
     found, ignored, seen = [], 0, set()
     for path, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(path)
