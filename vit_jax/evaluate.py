@@ -12,6 +12,7 @@ from vit_jax import sharding
 from vit_jax.data import pipeline
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.data.sources import Source
+from vit_jax.errors import UserError
 
 
 def evaluate(
@@ -23,6 +24,7 @@ def evaluate(
     *,
     batch: int,
     threads: int | None = None,
+    on_bad: pipeline.OnBad | None = None,
 ) -> tuple[dict[str, float], float]:
     """Loss and accuracy over all examples of a source.
 
@@ -35,10 +37,18 @@ def evaluate(
       batch: images per step; rounded up to a multiple of the devices. The last one is padded, and
         the padding does not count.
       threads: readers, see `pipeline.eval_batches`.
+      on_bad: called with the error of each image that cannot be read, once for each key, from the
+        threads that read. None: such an image is an error.
 
     Returns:
       Metrics: `accuracy_test` in [0, 1], `loss_test` (mean cross-entropy) and, with more than 5
-      classes, `accuracy_top5_test`; and the speed, images per second and device.
+      classes, `accuracy_top5_test`; and the speed, images per second and device. Where images
+      cannot be read, `unreadable_test` is their number; they count in the accuracies, as wrong, and
+      not in the loss.
+
+    Raises:
+      BadImageError: without `on_bad`, an image that cannot be read.
+      UserError: no examples, or not one that can be read.
     """
     devices = mesh.devices.size
     batches = pipeline.eval_batches(
@@ -48,11 +58,12 @@ def evaluate(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         threads=threads,
+        on_bad=on_bad,
     )
     start = time.monotonic()
     sums = []
     for data in batches:
-        data = {name: data[name] for name in ('image', 'label', 'mask')}
+        data = {name: data[name] for name in ('image', 'label', 'mask', 'readable')}
         sums.append(eval_step(params, sharding.put_batch(data, mesh)))
         if len(sums) > sharding.steps_ahead():
             jax.block_until_ready(sums[-1 - sharding.steps_ahead()])
@@ -63,7 +74,14 @@ def evaluate(
     count = total['count']
     if count != len(source):
         raise RuntimeError(f'evaluated {count:.0f} of {len(source)} examples')
-    metrics = {'accuracy_test': total['correct'] / count, 'loss_test': total['loss'] / count}
+    if not total['readable']:
+        raise UserError(f'not one of the {len(source):,} images to evaluate on can be read')
+    metrics = {
+        'accuracy_test': total['correct'] / count,
+        'loss_test': total['loss'] / total['readable'],
+    }
     if len(source.class_names) > 5:
         metrics['accuracy_top5_test'] = total['correct_top5'] / count
+    if total['readable'] < count:
+        metrics['unreadable_test'] = count - total['readable']
     return metrics, count / seconds / devices

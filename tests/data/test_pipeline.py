@@ -137,6 +137,203 @@ def test_a_broken_image_is_named_by_the_consumer(threads):
         list(pipeline.eval_batches(Squares(40, bad=(13,)), PP, batch=4, threads=threads))
 
 
+BAD = (0, 7, 13, 25)
+
+
+def substituted(count, seed=3, steps=(0, 1, 2, 7), bad=BAD, on_bad=None):
+    """Batches of some steps, of 26 examples of which some are bad, joined over the processes."""
+    parts = [
+        pipeline.train_dataset(
+            Squares(26, bad=bad),
+            PP,
+            batch=12,
+            seed=seed,
+            process_index=index,
+            process_count=count,
+            on_bad=on_bad or (lambda error: None),
+        )
+        for index in range(count)
+    ]
+    for step in steps:
+        batches = [part[step] for part in parts]
+        joined = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+        order = np.argsort(joined['position'])
+        yield {key: value[order] for key, value in joined.items()}
+
+
+def test_a_substitute_takes_the_place_of_a_bad_image():
+    steps = range(13)  # six passes over 26 examples, so each bad one has been met six times
+    places = 0
+    for batch, good in zip(
+        substituted(1, steps=steps), substituted(1, steps=steps, bad=()), strict=True
+    ):
+        replaced = batch['replaced'] == 1
+        assert batch['replaced'].dtype == np.int32 and set(batch['replaced']) <= {0, 1}
+        assert not good['replaced'].any()
+        assert np.array_equal(replaced, np.isin(good['example'], BAD))
+        assert not np.isin(batch['example'], BAD).any()
+        assert np.array_equal(batch['label'], batch['example'] % 2)
+        # Nobody else notices.
+        for key in batch:
+            assert np.array_equal(batch[key][~replaced], good[key][~replaced])
+        places += replaced.sum()
+    assert places == 6 * len(BAD)
+
+
+def test_pixels_are_those_of_the_substitute():
+    class Grey(Squares):
+        def __getitem__(self, index):
+            example = super().__getitem__(index)
+            if index not in self._bad:
+                example.image[...] = 9 * index
+            return example
+
+    dataset = pipeline.train_dataset(
+        Grey(26, bad=BAD), PP, batch=26, seed=3, on_bad=lambda error: None
+    )
+    batch = dataset[0]
+    assert batch['replaced'].sum() == len(BAD)
+    grey = np.broadcast_to(batch['example'][:, None, None, None] * 9, batch['image'].shape)
+    assert np.array_equal(batch['image'], grey)
+
+
+@pytest.mark.parametrize('count', [2, 4])
+def test_substitutes_are_the_same_on_any_number_of_processes(count):
+    for batch, alone in zip(substituted(count), substituted(1), strict=True):
+        assert equal(batch, alone)
+
+
+def test_substitutes_depend_on_the_seed_and_are_the_same_after_resuming():
+    drawn = [
+        np.concatenate([b['example'][b['replaced'] == 1] for b in substituted(1, seed, range(13))])
+        for seed in (3, 3, 4)
+    ]
+    assert np.array_equal(drawn[0], drawn[1]) and len(set(drawn[0])) > 8
+    assert not np.array_equal(drawn[0], drawn[2])
+    dataset = pipeline.train_dataset(
+        Squares(26, bad=BAD), PP, batch=12, seed=3, on_bad=lambda error: None
+    )
+    whole = list(substituted(1, steps=range(9)))
+    with pipeline.train_batches(dataset, start=5, threads=3) as iterator:
+        for step in range(5, 9):
+            assert equal(next(iterator), whole[step])
+
+
+def test_a_substitute_may_be_bad_as_well():
+    bad = tuple(range(1, 26))  # one good image for a batch of 12
+    errors = []
+    (batch,) = substituted(1, steps=[1], bad=bad, on_bad=errors.append)
+    assert set(batch['example']) == {0} and batch['replaced'].sum() >= 11
+    assert {error.key for error in errors} == {f'square/{i}' for i in bad}
+    assert len(errors) == len(bad)
+    crops = {image.tobytes() for image in batch['image']}
+    assert len(crops) == 12  # each place has its own crop
+
+
+def test_without_any_readable_image_the_first_bad_one_is_named(monkeypatch):
+    reads = []
+
+    class Counted(Squares):
+        def __getitem__(self, index):
+            reads.append(index)
+            return super().__getitem__(index)
+
+    source = Counted(26, bad=range(26))
+    dataset = pipeline.train_dataset(source, PP, batch=4, seed=0, on_bad=lambda error: None)
+    with pytest.raises(BadImageError, match=r'none of 100 others .* can be used') as caught:
+        dataset[0]
+    assert caught.value.key == f'square/{reads[0]}' and len(reads) == 1 + pipeline.MAX_DRAWS
+
+
+@pytest.mark.parametrize('threads', [1, 4])
+def test_each_bad_key_is_reported_once(threads):
+    errors = []
+    dataset = pipeline.train_dataset(
+        Squares(26, bad=BAD), PP, batch=12, seed=3, on_bad=errors.append
+    )
+    with pipeline.train_batches(dataset, start=0, threads=threads) as iterator:
+        for _ in range(20):
+            next(iterator)
+    assert sorted(error.key for error in errors) == sorted(f'square/{i}' for i in BAD)
+    assert all(isinstance(error, BadImageError) and error.reason for error in errors)
+
+
+def test_once_per_key_over_several_calls():
+    errors = []
+    once = pipeline.OncePerKey(errors.append)
+    for _ in range(2):
+        list(pipeline.eval_batches(Squares(26, bad=BAD), PP, batch=5, on_bad=once))
+    assert len(errors) == len(BAD)
+
+
+@pytest.mark.parametrize('threads', [1, 4])
+def test_what_on_bad_raises_ends_the_reading(threads):
+    def too_many(error):
+        raise UserError('too many unreadable images')
+
+    dataset = pipeline.train_dataset(Squares(26, bad=BAD), PP, batch=12, seed=3, on_bad=too_many)
+    with (
+        pytest.raises(UserError, match='too many'),
+        pipeline.train_batches(dataset, start=0, threads=threads) as iterator,
+    ):
+        for _ in range(20):
+            next(iterator)
+
+
+@pytest.mark.parametrize('kind', [MemoryError, RuntimeError, SystemExit, KeyboardInterrupt])
+def test_the_death_of_a_reading_thread_is_an_error_not_a_wait(kind):
+    class Dying(Squares):
+        def __getitem__(self, index):
+            if index == 13:
+                raise kind('the reader of 13')
+            return super().__getitem__(index)
+
+    def read():
+        for batches in (
+            pipeline.train_dataset(Dying(40), PP, batch=4, seed=0, on_bad=lambda error: None),
+            None,
+        ):
+            try:
+                if batches is None:
+                    list(pipeline.eval_batches(Dying(40), PP, batch=4, threads=3))
+                else:
+                    with pipeline.train_batches(batches, start=0, threads=3) as iterator:
+                        for _ in range(11):
+                            next(iterator)
+            except kind as error:
+                assert str(error) == 'the reader of 13'
+                ended.append(error)
+
+    ended = []
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    thread.join(timeout=60)
+    assert not thread.is_alive() and len(ended) == 2
+
+
+@pytest.mark.parametrize('processes', [1, 2])
+def test_evaluation_marks_what_cannot_be_read(processes):
+    errors, seen = [], {}
+    for index in range(processes):
+        for batch in pipeline.eval_batches(
+            Squares(26, bad=BAD),
+            PP,
+            batch=8,
+            process_index=index,
+            process_count=processes,
+            on_bad=errors.append,
+        ):
+            assert batch['readable'].dtype == np.float32
+            assert np.all(batch['readable'] <= batch['mask'])
+            assert not batch['image'][batch['readable'] == 0].any()
+            for row in np.flatnonzero(batch['mask']):
+                example = int(batch['example'][row])
+                assert batch['label'][row] == example % 2
+                seen[example] = batch['readable'][row]
+    assert seen == {i: float(i not in BAD) for i in range(26)}
+    assert sorted(error.key for error in errors) == sorted(f'square/{i}' for i in BAD)
+
+
 @pytest.mark.parametrize(
     ('examples', 'batch', 'processes'),
     [(23, 8, 1), (23, 8, 2), (23, 8, 4), (24, 8, 2), (3, 8, 4), (23, 7, 2), (1, 1, 1), (17, 64, 2)],
@@ -157,6 +354,7 @@ def test_evaluation_sees_every_example_once(examples, batch, processes):
             real = part['mask'] == 1
             assert np.array_equal(real, part['example'] >= 0) and set(part['mask']) <= {0, 1}
             assert not part['image'][~real].any() and not part['label'][~real].any()
+            assert np.array_equal(part['readable'], part['mask'])
             for place in np.flatnonzero(real):
                 example = source[int(part['example'][place])]
                 assert part['label'][place] == example.label

@@ -5,7 +5,10 @@ pixels are bit-equal to `tf.io.decode_jpeg` and the published accuracies hold; e
 webp, bmp, ...) goes through Pillow.
 """
 
+import errno
 import io
+import os
+import stat
 
 import numpy as np
 import simplejpeg
@@ -15,6 +18,11 @@ from vit_jax.errors import UserError
 # Larger images are refused before memory for their pixels is asked for: a file of some kilobytes
 # can claim gigabytes. The value is the one above which Pillow warns of a decompression bomb.
 MAX_PIXELS = 89_478_485
+# Enough for so many pixels of any format; a file of more is none of an image's.
+MAX_BYTES = 1 << 30
+
+# Errors of the machine as it is now, not of the file.
+_NOT_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 _EXIF_ORIENTATION = 0x0112
 
@@ -26,15 +34,60 @@ class BadImageError(UserError):
       key: the path of the file, or dataset, split and index (`tf_flowers:train/17`); the message
         names it too.
       reason: what was wrong with the image.
+      label: of the example, where it is known.
     """
 
-    def __init__(self, key: str, reason: str):
-        super().__init__(f'cannot use image {key}: {reason}')
+    def __init__(self, key: str, reason: str, label: int | None = None):
+        # A name may hold anything: line breaks, bytes that are no text.
+        shown = key if key.isprintable() else ascii(key)
+        super().__init__(f'cannot use image {shown}: {reason}')
         self.key = key
         self.reason = reason
+        self.label = label
 
     def __reduce__(self):
-        return type(self), (self.key, self.reason)
+        return type(self), (self.key, self.reason, self.label)
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of an image file.
+
+    Args:
+      path: of the file; its text is the error's key.
+
+    Returns:
+      The whole file, at most `MAX_BYTES`.
+
+    Raises:
+      BadImageError: the file is gone, may not be read, is no regular file (a pipe or a device would
+        be waited for, or never end), or is larger.
+      OSError: this process has no memory or no more files for it; says nothing about the image.
+    """
+    key = os.fspath(path)
+    try:
+        # A pipe without a writer would block `open` itself.
+        descriptor = os.open(key, os.O_RDONLY | os.O_CLOEXEC | getattr(os, 'O_NONBLOCK', 0))
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                what = 'a folder' if stat.S_ISDIR(status.st_mode) else 'no regular file'
+                raise BadImageError(key, f'it is {what}')
+            if status.st_size > MAX_BYTES:
+                raise BadImageError(
+                    key, f'{status.st_size:,} bytes are more than {MAX_BYTES:,}, too many to read'
+                )
+            with open(descriptor, 'rb', closefd=False) as file:
+                return file.read(MAX_BYTES)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno in _NOT_THE_FILE:
+            raise
+        raise BadImageError(key, f'the file cannot be read ({error.strerror})') from error
+    except ValueError as error:
+        if isinstance(error, BadImageError):
+            raise
+        raise BadImageError(key, f'that is no name of a file ({error})') from error  # a null byte
 
 
 def decode(image: bytes | np.ndarray, *, key: str, exif: bool = False) -> np.ndarray:

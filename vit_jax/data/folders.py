@@ -14,7 +14,7 @@ import pathlib
 
 import numpy as np
 
-from vit_jax.data.decode import BadImageError
+from vit_jax.data.decode import BadImageError, read_file
 from vit_jax.data.sources import Dataset, Example, stratified_order
 from vit_jax.errors import UserError
 
@@ -88,13 +88,12 @@ class _Files:
         return len(self.paths)
 
     def read(self, index: int) -> Example:
-        path = self.paths[index]
+        path, label = self.paths[index], int(self.labels[index])
         try:
-            with open(path, 'rb') as file:
-                image = file.read()
-        except OSError as error:
-            raise BadImageError(path, f'the file cannot be read ({error.strerror})') from error
-        return Example(image, int(self.labels[index]), path)
+            return Example(read_file(path), label, path)
+        except BadImageError as error:
+            error.label = label
+            raise
 
 
 def _split_folders(root: pathlib.Path, names: list[str]) -> dict[str, pathlib.Path]:

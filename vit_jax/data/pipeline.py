@@ -7,12 +7,13 @@ number, and resuming is `start=step`.
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
 
-from vit_jax.data.decode import decode
+from vit_jax.data.decode import BadImageError, decode
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
@@ -22,6 +23,32 @@ Batch = dict[str, np.ndarray]
 # Host memory for batches that wait for the device. Grain's own default is 500 batches: 150 GB at
 # batch 512 and 224 px.
 MAX_BUFFER_BYTES = 8 << 30
+
+# Draws for a substitute of an unreadable image. Where half of a set is unreadable, one place in
+# 2**100 finds none.
+MAX_DRAWS = 100
+
+OnBad = Callable[[BadImageError], None]
+
+
+class OncePerKey:
+    """Passes on the first error of each key, one at a time, whichever thread meets it.
+
+    Args:
+      on_bad: gets the errors.
+    """
+
+    def __init__(self, on_bad: OnBad):
+        self._on_bad = on_bad
+        self._lock = threading.Lock()
+        self._known: set[str] = set()
+
+    def __call__(self, error: BadImageError) -> None:
+        """Takes an error of any key."""
+        with self._lock:
+            if error.key not in self._known:
+                self._known.add(error.key)
+                self._on_bad(error)
 
 
 def default_threads() -> int:
@@ -40,11 +67,15 @@ def train_dataset(
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
+    on_bad: OnBad | None = None,
 ) -> grain.MapDataset:
     """An endless sequence of training batches; element s belongs to step s.
 
     Each pass over the source is a new permutation of it. A batch may cross from one pass to the
     next, and a source smaller than a batch is passed over more than once in it.
+
+    With `on_bad`, another example takes the place of one that cannot be read, drawn from the whole
+    source by seed and place alone: the same one on any number of processes, and after resuming.
 
     Args:
       source: the examples.
@@ -55,17 +86,22 @@ def train_dataset(
       process_index: this process gets the examples at positions process_index, process_index +
         process_count, ... of each global batch.
       process_count: processes that share the work.
+      on_bad: called with the error of each unreadable image that this process meets, once for each
+        key (an `OncePerKey` also once over several calls), from the threads that read, one at a
+        time; what it raises ends the reading. None: the first such image is an error.
 
     Returns:
       A dataset whose element s (0-based) is a dict with, for b = batch / process_count:
         image: float32 [b, crop, crop, 3] in [0, 255];
         label: int32 [b];
         position: int32 [b], place in the global batch;
-        example: int32 [b], index in `source`.
+        example: int32 [b], index in `source`, of the substitute where there is one;
+        replaced: int32 [b], 1 for a substitute, else 0.
 
     Raises:
       UserError: an empty source, or a batch that the processes cannot share equally.
-      BadImageError: on access, an image that cannot be decoded, naming it.
+      BadImageError: on access, an image that cannot be read, naming it: without `on_bad`, or when
+        `MAX_DRAWS` substitutes could not be read either.
     """
     if not len(source):
         raise UserError('the training set is empty')
@@ -80,13 +116,26 @@ def train_dataset(
     def draw(item: tuple[int, int], rng: np.random.Generator) -> tuple[int, int, np.ndarray]:
         return *item, rng.integers(2**63, size=2, dtype=np.uint64)
 
+    report = None if on_bad is None else OncePerKey(on_bad)
+
     def load(items: Sequence[tuple[int, int, np.ndarray]]) -> Batch:
-        positions, indices, keys = zip(*items, strict=True)
         out = _empty_batch(len(items), preprocess.crop)
-        for row, (index, key) in enumerate(zip(indices, keys, strict=True)):
+        out |= {name: np.zeros(len(items), np.int32) for name in ('position', 'example')}
+        out['replaced'] = np.zeros(len(items), np.int32)
+        for row, (position, index, key) in enumerate(items):
+            try:
+                pixels, label = _read(source, index)
+            except BadImageError as error:
+                if report is None:
+                    raise
+                report(error)
+                index, pixels, label = _substitute(source, key, error, report)
+                out['replaced'][row] = 1
+            # The crop comes from the place alone, whichever image is there.
             rng = np.random.Generator(np.random.Philox(key=key))
-            out['label'][row] = _load(source, index, out['image'][row], preprocess.train, rng)
-        return out | {'position': np.int32(positions), 'example': np.int32(indices)}
+            preprocess.train(pixels, rng, out=out['image'][row])
+            out['label'][row], out['position'][row], out['example'][row] = label, position, index
+        return out
 
     # shuffle before repeat: each epoch is a permutation. Slicing after random_map: same crops on
     # any process count. The images are made last, in place: fresh memory for each of them, copied
@@ -112,7 +161,7 @@ def train_batches(
       is left.
 
     Raises:
-      BadImageError: from `next`, an image that cannot be decoded, naming it.
+      BadImageError: from `next`, an image that cannot be read, naming it (see `train_dataset`).
     """
     with contextlib.closing(_read_ahead(dataset, start, threads)) as iterator:
         yield iterator
@@ -126,6 +175,7 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
     threads: int | None = None,
+    on_bad: OnBad | None = None,
 ) -> Iterator[Batch]:
     """All examples once, in batches of one shape; the last ones are filled up with masked padding.
 
@@ -139,17 +189,19 @@ def eval_batches(
         process_count, ...
       process_count: processes that share the work.
       threads: as for `train_batches`.
+      on_bad: as for `train_dataset`. None: an image that cannot be read is an error.
 
     Yields:
       dicts with, for b = batch / process_count, rounded up:
-        image: float32 [b, crop, crop, 3] in [0, 255], zeros in padding;
-        label: int32 [b], 0 in padding;
-        mask: float32 [b], 1 for an example, 0 for padding;
+        image: float32 [b, crop, crop, 3] in [0, 255], zeros in padding and where unreadable;
+        label: int32 [b], 0 in padding, and where an unreadable record held the label, too;
+        mask: float32 [b], 1 for an example, readable or not, 0 for padding;
+        readable: float32 [b], 1 for an example whose image could be read, else 0;
         example: int32 [b], index in `source`, -1 in padding.
 
     Raises:
       UserError: an empty source or batch.
-      BadImageError: an image that cannot be decoded, naming it.
+      BadImageError: without `on_bad`, an image that cannot be read, naming it.
     """
     if not len(source):
         raise UserError('the set to evaluate is empty')
@@ -158,16 +210,29 @@ def eval_batches(
     local = -(-batch // process_count)
     count = -(-len(source) // (local * process_count))
 
+    report = None if on_bad is None else OncePerKey(on_bad)
+
     def load(number: int) -> Batch:
         first = number * local * process_count + process_index
         out = _empty_batch(local, preprocess.crop)
         indices = range(first, len(source), process_count)[:local]
-        for row, index in enumerate(indices):
-            out['label'][row] = _load(source, index, out['image'][row], preprocess.evaluate)
-        out['image'][len(indices) :] = 0
         padding = local - len(indices)
         mask = np.pad(np.ones(len(indices), np.float32), (0, padding))
-        return out | {'mask': mask, 'example': np.int32([*indices, *[-1] * padding])}
+        readable = mask.copy()
+        for row, index in enumerate(indices):
+            try:
+                pixels, out['label'][row] = _read(source, index)
+            except BadImageError as error:
+                if report is None:
+                    raise
+                report(error)
+                out['image'][row], readable[row] = 0, 0
+                out['label'][row] = 0 if error.label is None else error.label
+            else:
+                preprocess.evaluate(pixels, out=out['image'][row])
+        out['image'][len(indices) :] = 0
+        example = np.int32([*indices, *[-1] * padding])
+        return out | {'mask': mask, 'readable': readable, 'example': example}
 
     dataset = grain.MapDataset.range(count).map(load)
     with contextlib.closing(_read_ahead(dataset, 0, threads)) as iterator:
@@ -181,11 +246,34 @@ def _empty_batch(size: int, crop: int) -> Batch:
     }
 
 
-def _load(source: Source, index: int, out: np.ndarray, make: Callable, *rng) -> int:
-    """Writes the pixels of an example to `out`, float32 [crop, crop, 3], and gives its label."""
+def _read(source: Source, index: int) -> tuple[np.ndarray, int]:
+    """Pixels, uint8 [height, width, 3], and label of an example."""
     example = source[index]
-    make(decode(example.image, key=example.key, exif=source.exif), *rng, out=out)
-    return example.label
+    try:
+        return decode(example.image, key=example.key, exif=source.exif), example.label
+    except BadImageError as error:
+        error.label = example.label
+        raise
+
+
+def _substitute(
+    source: Source, key: np.ndarray, error: BadImageError, report: OnBad
+) -> tuple[int, np.ndarray, int]:
+    """(index, pixels, label) of an example that can be read, drawn by the key of the place."""
+    # The same key as the crop's; the counter begins elsewhere, so the numbers are others.
+    rng = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, 1]))
+    for _ in range(MAX_DRAWS):
+        index = int(rng.integers(len(source)))
+        try:
+            return index, *_read(source, index)
+        except BadImageError as another:
+            report(another)
+    raise BadImageError(
+        error.key,
+        f'{error.reason}; and none of {MAX_DRAWS} others drawn to take its place can be used: is '
+        'the folder or disk still there?',
+        error.label,
+    ) from error
 
 
 def _read_ahead(dataset: grain.MapDataset, start: int, threads: int | None) -> Iterator[Batch]:

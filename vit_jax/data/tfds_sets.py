@@ -12,6 +12,7 @@ import pathlib
 import re
 from typing import Any
 
+from vit_jax.data.decode import BadImageError
 from vit_jax.data.sources import Dataset, Example
 from vit_jax.errors import UserError
 
@@ -160,12 +161,24 @@ class _Records:
 
     def read(self, index: int) -> Example:
         records, features, decoders = self._opened
-        fields = features.deserialize_example_np(records[index], decoders=decoders)
-        label = int(fields['label'])
         key = f'{self.name}/{index}'
+        try:
+            # ArrayRecord verifies a checksum of each record; protobuf and TFDS the structure.
+            fields = features.deserialize_example_np(records[index], decoders=decoders)
+            image, label = fields['image'], int(fields['label'])
+        except MemoryError:
+            raise
+        except Exception as error:
+            reason = next(iter(str(error).splitlines()), '')
+            raise BadImageError(
+                key, f'its record in {self.folder} is damaged ({type(error).__name__}: {reason})'
+            ) from error
+        classes = features['label'].num_classes
+        if label >= classes:
+            raise BadImageError(key, f'its label is {label}, and there are {classes} classes')
         if label < 0:  # TFDS's mark for test sets whose labels are kept secret.
             raise UserError(f'{key} has no label; choose another split than {self.split}')
-        return Example(fields['image'], label, key)
+        return Example(image, label, key)
 
     @functools.cached_property
     def _opened(self) -> tuple[Any, Any, dict[str, Any]]:
