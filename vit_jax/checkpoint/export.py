@@ -73,12 +73,10 @@ def write(
     """
     if to not in TARGETS:
         raise UserError(f'unknown format {to!r}; known: {", ".join(TARGETS)}')
-    if wrong := [name for name in drop if name not in DROPPABLE]:
-        raise UserError(f'cannot drop {wrong[0]!r}; only {", ".join(DROPPABLE)} can be dropped')
     destination = pathlib.Path(destination)
     if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
         raise UserError(f'{destination} exists; remove it, or name another place')
-    flat, config, notes = _dropped(npz.flatten(params), dict(model_config), drop)
+    flat, config, notes = drop_layers(npz.flatten(params), model_config, drop)
     if to == 'npz':
         if class_names:
             notes.append('a .npz file has no place for class names: keep them elsewhere')
@@ -103,10 +101,26 @@ def write(
     return notes + export_notes.warnings(to, config)
 
 
-def _dropped(
-    flat: dict[str, Any], config: dict[str, Any], drop: Sequence[str]
+def drop_layers(
+    flat: Mapping[str, Any], config: Mapping[str, Any], drop: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    notes = []
+    """Leaves layers out of a model, for formats that have no place for them.
+
+    Args:
+        flat: name -> array, Linen names joined by '/'.
+        config: the architecture.
+        drop: what to leave out, of `DROPPABLE`.
+
+    Returns:
+        (arrays, architecture, what the user should know, a sentence each), of the model that is
+        left.
+
+    Raises:
+        UserError: a layer that cannot be left out, or the head does not fit without it.
+    """
+    if wrong := [name for name in drop if name not in DROPPABLE]:
+        raise UserError(f'cannot drop {wrong[0]!r}; only {", ".join(DROPPABLE)} can be dropped')
+    flat, config, notes = dict(flat), dict(config), []
     if 'pre_logits' in drop and 'pre_logits/kernel' in flat:
         flat = {name: leaf for name, leaf in flat.items() if not name.startswith('pre_logits/')}
         config = config | {'representation_size': None}
