@@ -1,0 +1,271 @@
+"""Bad images and hostile data sets on disk: named, counted, and never a hang or another file."""
+
+import io
+import json
+import os
+import pathlib
+import shutil
+import struct
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+from PIL import Image
+
+from vit_jax import evaluate, sharding, steps
+from vit_jax.data import decode, pipeline, sources
+from vit_jax.data.decode import BadImageError
+from vit_jax.data.preprocess import Preprocess
+from vit_jax.errors import UserError
+
+FIXTURES = pathlib.Path(__file__).parents[1] / 'fixtures' / 'data'
+PP = Preprocess(crop=8)
+
+
+def image_bytes(value=0, format='PNG', mode='RGB') -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.full((4, 5, 3), value, np.uint8)).convert(mode).save(file, format)
+    return file.getvalue()
+
+
+def bomb_jpeg() -> bytes:
+    jpeg = bytearray(image_bytes(format='JPEG'))
+    frame = jpeg.index(b'\xff\xc0')
+    jpeg[frame + 5 : frame + 9] = b'\xff\xff\xff\xff'
+    return bytes(jpeg)
+
+
+def bomb_png() -> bytes:
+    png = bytearray(image_bytes())
+    png[16:24] = struct.pack('>II', 2**31 - 1, 2**31 - 1)  # the header's checksum is wrong now, too
+    return bytes(png)
+
+
+BROKEN = {
+    'empty.jpg': b'',
+    'truncated.jpg': image_bytes(format='JPEG')[:-20],
+    'text.jpg': b'this is no image',
+    'page.png': b'<html><body>404</body></html>',
+    'bomb.jpg': bomb_jpeg(),
+    'bomb.png': bomb_png(),
+    'float.png': image_bytes(format='TIFF', mode='F'),
+}
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """30 good images of two classes and everything that can be wrong with a file."""
+    root = tmp_path / 'photos'
+    for name in ('cat', 'dog'):
+        (root / name).mkdir(parents=True)
+        for i in range(14):
+            (root / name / f'{i:02}.png').write_bytes(image_bytes(10 * i))
+    (root / 'cat' / 'cmyk.jpg').write_bytes(image_bytes(99, 'JPEG', 'CMYK'))
+    (root / 'dog' / 'palette.png').write_bytes(image_bytes(99, 'PNG', 'P'))
+    for name, data in BROKEN.items():
+        (root / 'cat' / name).write_bytes(data)
+    (root / 'cat' / 'broken_link.jpg').symlink_to(root / 'nowhere')
+    (root / 'cat' / 'itself.jpg').symlink_to(root / 'cat' / 'itself.jpg')
+    (root / 'dog' / 'endless.jpg').symlink_to('/dev/zero')
+    (root / 'dog' / 'folder.jpg').mkdir()
+    (root / 'dog' / 'folder.jpg' / 'inside.png').write_bytes(image_bytes(5))
+    os.mkfifo(root / 'dog' / 'pipe.jpg')
+    with open(root / 'dog' / 'sparse.jpg', 'wb') as file:
+        file.truncate(1 << 40)
+    (root / 'dog' / 'new\nline \x1b[31m.jpg').write_bytes(b'no image')
+    with open(os.fsencode(root / 'dog') + b'/no \xff\xfe text.jpg', 'wb') as file:
+        file.write(b'no image')
+    return root
+
+
+BAD_FILES = {
+    *BROKEN, 'broken_link.jpg', 'itself.jpg', 'endless.jpg', 'pipe.jpg', 'sparse.jpg',
+    'new\nline \x1b[31m.jpg', os.fsdecode(b'no \xff\xfe text.jpg'),
+}  # fmt: skip
+
+
+def test_every_bad_file_of_a_folder_is_reported_once(photos):
+    split = sources.open_dataset(str(photos)).select('train')
+    assert len(split) == 31 + len(BAD_FILES)
+    errors = []
+    once = pipeline.OncePerKey(errors.append)
+    for _ in range(2):
+        batches = list(pipeline.eval_batches(split, PP, batch=16, on_bad=once, threads=2))
+        assert sum(batch['readable'].sum() for batch in batches) == 31
+        assert sum(batch['mask'].sum() for batch in batches) == len(split)
+    assert {os.path.basename(error.key) for error in errors} == BAD_FILES
+    assert len(errors) == len(BAD_FILES)
+    for error in errors:
+        assert str(error).isprintable(), str(error)
+        assert error.label == ('dog' in error.key.split('/')[-2])
+    dataset = pipeline.train_dataset(split, PP, batch=len(split), seed=0, on_bad=errors.append)
+    assert dataset[0]['replaced'].sum() == len(BAD_FILES)
+
+
+def test_files_that_vanish_or_close_after_they_were_listed(photos):
+    split = sources.open_dataset(str(photos)).select('train')
+    places = {split[i].key: i for i in range(len(split)) if is_readable(split, i)}
+    first, second = (str(photos / 'cat' / name) for name in ('03.png', '04.png'))
+    os.unlink(first)
+    os.unlink(second)
+    os.mkdir(second)
+    for path, reason in ((first, 'No such file'), (second, 'it is a folder')):
+        with pytest.raises(BadImageError, match=reason) as caught:
+            split[places[path]]
+        assert caught.value.key == path and caught.value.label == 0
+
+
+def is_readable(split, index):
+    try:
+        return bool(split[index])
+    except BadImageError:
+        return False
+
+
+def test_too_many_open_files_is_not_the_fault_of_an_image(photos):
+    """It would make every image of the run a bad one."""
+    script = (
+        'import resource, sys; from vit_jax.data import decode\n'
+        'resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))\n'
+        'try: decode.read_file(sys.argv[1])\n'
+        'except OSError as e: print(type(e).__name__, e.errno)\n'
+    )
+    path = str(photos / 'cat' / '00.png')
+    done = subprocess.run([sys.executable, '-c', script, path], capture_output=True, text=True)
+    assert done.stdout.split() == ['OSError', '24'], done.stderr
+
+
+def test_read_file(tmp_path):
+    (tmp_path / 'a b.jpg').write_bytes(b'1234')
+    assert decode.read_file(tmp_path / 'a b.jpg') == b'1234'
+    with pytest.raises(BadImageError, match='no name of a file'):
+        decode.read_file('a\0b.jpg')
+
+
+def test_evaluation_of_unreadable_images():
+    """They count in the accuracy, as wrong, and not in the loss."""
+
+    class Oracle:
+        def apply(self, variables, images, train):
+            return -((images[:, 0, 0, :1] * 127.5 + 127.5 - np.arange(10)[None]) ** 2)
+
+    class Images:
+        class_names = tuple('0123456789')
+        exif = False
+        bad = ()
+
+        def __len__(self):
+            return 41
+
+        def __getitem__(self, index):
+            # Zeros are what an unreadable image gets, and are class 0: never counted as right.
+            label = index % 2
+            image = b'' if index in self.bad else np.full((4, 4, 3), label, np.uint8)
+            return sources.Example(image, label, str(index))
+
+    mesh = sharding.create_mesh(1, jax.devices()[:2])
+    step = steps.make_eval_step(Oracle(), mesh, sharding.replicated(mesh))
+    params = sharding.put_tree({'p': np.zeros(())}, {'p': sharding.replicated(mesh)})
+    images, errors = Images(), []
+
+    def run(**options):
+        return evaluate.evaluate(step, params, images, Preprocess(4), mesh, batch=8, **options)[0]
+
+    clean = run()
+    assert clean['accuracy_test'] == 1 and 'unreadable_test' not in clean
+    assert run(on_bad=errors.append) == clean and not errors
+    images.bad = (0, 5, 8, 40)
+    metrics = run(on_bad=errors.append)
+    assert metrics['unreadable_test'] == 4
+    assert metrics['accuracy_test'] == pytest.approx(37 / 41, abs=1e-12)
+    assert metrics['accuracy_top5_test'] == pytest.approx(37 / 41, abs=1e-12)
+    # Cross-entropy of class c where the logits are -(c - j)^2.
+    loss = [float(np.log(np.exp(-((c - np.arange(10.0)) ** 2)).sum())) for c in (0, 1)]
+    assert clean['loss_test'] == pytest.approx((21 * loss[0] + 20 * loss[1]) / 41, abs=1e-6)
+    assert metrics['loss_test'] == pytest.approx((18 * loss[0] + 19 * loss[1]) / 37, abs=1e-6)
+    assert sorted(error.key for error in errors) == ['0', '40', '5', '8']
+    with pytest.raises(BadImageError, match='image 0:'):
+        run()
+    images.bad = range(41)
+    with pytest.raises(UserError, match='not one of the 41 images'):
+        run(on_bad=errors.append)
+
+
+def varint(value):
+    out = b''
+    while True:
+        value, low = value >> 7, value & 127
+        if not value:
+            return out + bytes([low])
+        out += bytes([low | 128])
+
+
+def message(number, payload):
+    return bytes([number << 3 | 2]) + varint(len(payload)) + payload
+
+
+def tf_example(image, label):
+    """A serialized tf.train.Example, made without TensorFlow."""
+    features = {
+        b'image': message(1, message(1, image)),  # BytesList
+        b'label': message(3, message(1, varint(label))),  # Int64List
+    }
+    entries = [message(1, message(1, key) + message(2, f)) for key, f in features.items()]
+    return message(1, b''.join(entries))
+
+
+def make_tfds(root, records):
+    """A TFDS set `tiny_set` in ArrayRecord, with one shard."""
+    folder = root / 'tiny_set' / '1.2.0'
+    folder.mkdir(parents=True)
+    for name in ('features.json', 'label.labels.txt', 'dataset_info.json'):
+        shutil.copy(FIXTURES / 'tfrecord/tiny_set/1.2.0' / name, folder / name)
+    info = json.loads((folder / 'dataset_info.json').read_text())
+    info['fileFormat'] = 'array_record'
+    info['splits'] = info['splits'][:1]
+    info['splits'][0]['shardLengths'] = [str(len(records))]
+    (folder / 'dataset_info.json').write_text(json.dumps(info))
+    file = folder / 'tiny_set-train.array_record-00000-of-00001'
+    writer = ArrayRecordWriter(str(file), 'group_size:1')
+    for record in records:
+        writer.write(record)
+    writer.close()
+    return file
+
+
+def test_broken_records_of_a_tfds_set(tmp_path):
+    good = [tf_example(image_bytes(20 * i), i % 2) for i in range(8)]
+    records = [
+        *good,
+        tf_example(image_bytes()[:45], 0),  # 8: the image is broken
+        good[1][:-3],  # 9: the message is
+        b'',  # 10: empty, and so without its features
+        os.urandom(200),  # 11
+        tf_example(image_bytes(), 7),  # 12: a label that there is not
+    ]
+    file = make_tfds(tmp_path, records)
+    data = bytearray(file.read_bytes())
+    data[data.index(good[3]) + 30] ^= 4  # 3: a flipped bit
+    file.write_bytes(data)
+    split = sources.open_dataset('tiny_set', tfds_data_dir=str(tmp_path)).select('train')
+    errors = []
+    (batch,) = pipeline.eval_batches(split, PP, batch=13, on_bad=errors.append)
+    reasons = {error.key.rpartition('/')[2]: error.reason for error in errors}
+    assert set(reasons) == {'3', '8', '9', '10', '11', '12'}
+    assert np.flatnonzero(batch['readable'] == 0).tolist() == [3, 8, 9, 10, 11, 12]
+    assert 'hash mismatch' in reasons['3'] and 'is damaged' in reasons['9']
+    assert 'its label is 7' in reasons['12'] and 'not an image' in reasons['8']
+    assert all(error.key.startswith('tiny_set:train/') for error in errors)
+    dataset = pipeline.train_dataset(split, PP, batch=13, seed=0, on_bad=errors.append)
+    assert dataset[0]['replaced'].sum() == 6
+    # The whole file: cut short, or gone after the set was opened.
+    file.write_bytes(data[: len(data) // 2])
+    again = sources.open_dataset('tiny_set', tfds_data_dir=str(tmp_path)).select('train')
+    file.unlink()
+    gone = sources.open_dataset('tiny_set', tfds_data_dir=str(tmp_path)).select('train')
+    for split in (again, gone):
+        with pytest.raises(BadImageError, match=r'tiny_set:train/0: .*damaged'):
+            split[0]
