@@ -1,71 +1,189 @@
-"""Says what is on an image: every class of a model with its probability, most probable first.
+"""Says what is on images: the classes of a model with their probabilities, most probable first.
+
+IMAGE is a file, a folder, a pattern in quotes ('photos/**/*.jpg'), or - for standard input: a list
+of paths, one per line, or one image. Exit status: 0; 1 if an image could not be read (they are
+named at the end, all others are done) or something is wrong; 2 for a mistake in the command line.
 
 Examples:
     python scripts/predict.py --model runs/b16-tf_flowers/model photo.jpg photos/
-    python scripts/predict.py --model runs/b16-tf_flowers/model --top_k 3 photo.jpg
+    python scripts/predict.py --model flowers.onnx --format csv --output flowers.csv photos/
+    find photos -newer last_run | python scripts/predict.py --model flowers.onnx --top_k 1 -
+    python scripts/predict.py --model ViT-B_16.npz --labels imagenet1k --contact_sheet x.png photos/
 """
 
 import argparse
+import contextlib
 import signal
 import sys
+
+FORMATS = ('table', 'csv', 'jsonl')
+ALL_UP_TO = 20  # classes; of models with more, only the best are shown unless asked for
+BEST = 5
 
 
 def main() -> int:
     """Runs the command line; returns the exit status, 1 if an image could not be read."""
+    parser = _parser()
+    args = parser.parse_args()
+    if args.top_k is not None and args.top_k < 1:
+        parser.error(f'--top_k: expected a number of classes, at least 1; got {args.top_k}')
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
+        parser.error(f'--threshold: expected a probability from 0 to 1; got {args.threshold:g}')
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors='backslashreplace')  # names of files may be no text
+
+    # Not at the top: they take time, and --help should not.
+    from vit_jax.errors import UserError
+
+    try:
+        return _run(args)
+    except UserError as error:
+        sys.stdout.flush()
+        print(f'predict.py: {error}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print('predict.py: interrupted', file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         '--model',
         required=True,
-        metavar='DIR',
-        help='model folder (WORKDIR/model of a training run), or a released .npz file',
+        metavar='MODEL',
+        help='model folder (WORKDIR/model of a training run), exported .onnx file, or weights: '
+        '.npz, .safetensors, .pth, folder of Hugging Face or timm',
     )
-    parser.add_argument(
-        '--variant',
+    add('--variant', default='', help='architecture of weights, such as ViT-B_16, if not clear')
+    add(
+        '--labels',
         default='',
-        help='architecture of a .npz file, such as ViT-B_16, where its arrays do not tell',
+        metavar='NAMES',
+        help='class names: imagenet1k, a file (one per line, or JSON), or none for numbers. '
+        "Default: the model's own; for 1,000 classes without names imagenet1k, with a note",
     )
-    parser.add_argument(
+    add(
         '--top_k',
         type=int,
-        default=0,
         metavar='K',
-        help='show the K most probable classes only (default: all)',
+        help=f'show the K most probable classes (default: all of up to {ALL_UP_TO}, of more '
+        f'classes the first {BEST})',
     )
-    parser.add_argument('--batch', type=int, default=32, help='images at once (default: 32)')
-    parser.add_argument('images', nargs='+', metavar='IMAGE', help='image file, or folder of them')
-    args = parser.parse_args()
-    if args.top_k < 0:
-        parser.error(f'--top_k: expected a number of classes, or 0 for all; got {args.top_k}')
-    if hasattr(signal, 'SIGPIPE'):  # `predict.py ... | head` ends it quietly
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    add('--threshold', type=float, metavar='P', help='show classes of probability P or more')
+    add('--format', choices=FORMATS, default='table', help='default: table')
+    add('--output', metavar='FILE', help='write to FILE, which is there when it is complete')
+    add('--contact_sheet', metavar='PNG', help='draw images with their predictions')
+    add('--overwrite', action='store_true', help='replace FILE and PNG if they exist')
+    add('--batch', type=int, default=32, help='images at once (default: 32)')
+    add('images', nargs='+', metavar='IMAGE', help='file, folder, pattern, or - for standard input')
+    return parser
 
-    # Not at the top: they take seconds, and --help should not.
-    from vit_jax import model_folder, predict
+
+def _run(args: argparse.Namespace) -> int:
+    from vit_jax import classifier, contact_sheet, predict, prediction_output
     from vit_jax.errors import UserError
 
-    status = 0
-    unreadable = []
-    try:
-        images = predict.find_images(args.images)
-        model = model_folder.load(args.model, variant=args.variant)
-        results = predict.predict(model, images, batch=args.batch, on_error=unreadable.append)
-        for path, probabilities in results:
-            print(predict.format_prediction(path, probabilities, model.class_names, args.top_k))
-    except UserError as error:
-        print(f'predict.py: {error}', file=sys.stderr)
-        status = 1
-    if unreadable:
-        sys.stdout.flush()
-        print(f'{len(unreadable)} of {len(images)} images could not be read:', file=sys.stderr)
-        for error in unreadable:
-            print(f'  {error.key}: {error.reason}', file=sys.stderr)
-        status = 1
-    return status
+    if args.batch < 1:
+        raise UserError(f'batch is the number of images at once, at least 1; got {args.batch}')
+    for path, flag in ((args.output, '--output'), (args.contact_sheet, '--contact_sheet')):
+        if path:
+            prediction_output.check_output(path, overwrite=args.overwrite, flag=flag)
+    images = predict.find_images(args.images, stdin=sys.stdin.buffer)
+    model = classifier.open_classifier(args.model, variant=args.variant, labels=args.labels)
+    top_k, threshold = _how_many(args, len(model.class_names))
+    unreadable, drawn = [], []
+    with contextlib.ExitStack() as stack:
+        file = sys.stdout
+        if args.output:
+            partial = stack.enter_context(prediction_output.whole_file(args.output))
+            file = stack.enter_context(
+                open(partial, 'w', encoding='utf-8', newline='', errors='backslashreplace')
+            )
+        write = prediction_output.make_writer(
+            file, args.format, model.class_names, top_k=top_k, threshold=threshold
+        )
+        advance = stack.enter_context(_progress(len(images), shares_terminal=file is sys.stdout))
+        for prediction in predict.predictions(model, images, batch=args.batch):
+            write(prediction)
+            if prediction.error is not None:
+                unreadable.append(prediction.error)
+            elif args.contact_sheet and len(drawn) < contact_sheet.MAX_IMAGES:
+                drawn.append(prediction)
+            advance()
+    if args.contact_sheet:
+        _draw(args, drawn, len(images) - len(unreadable), model.class_names)
+    return _report(unreadable, len(images))
+
+
+def _how_many(args: argparse.Namespace, classes: int) -> tuple[int, float]:
+    """(top_k, threshold) for a model of so many classes; says so if not all will be shown."""
+    if args.top_k is None and args.threshold is None and classes > ALL_UP_TO:
+        print(f'Note: the {BEST} most probable of {classes:,} classes (--top_k {classes} for all)',
+              file=sys.stderr)  # fmt: skip
+        return BEST, 0.0
+    return args.top_k or 0, args.threshold or 0.0
+
+
+@contextlib.contextmanager
+def _progress(count: int, *, shares_terminal: bool):
+    """A bar on standard error, if that is a terminal; yields what moves it by one image."""
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich import console, progress
+
+    columns = (
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    bar = progress.Progress(
+        *columns,
+        console=console.Console(stderr=True),
+        transient=True,
+        # Lines for the same terminal go above the bar; a pipe is not rich's to write to.
+        redirect_stdout=shares_terminal and sys.stdout.isatty(),
+    )
+    with bar:
+        task = bar.add_task('', total=count)
+        yield lambda: bar.advance(task)
+
+
+def _draw(args: argparse.Namespace, drawn: list, readable: int, class_names) -> None:
+    from vit_jax import contact_sheet, prediction_output
+
+    if not drawn:
+        print(f'{args.contact_sheet} is not drawn: no image could be read', file=sys.stderr)
+        return
+    title = f'Predictions of {args.model}'
+    if readable > len(drawn):
+        note = f'the first {len(drawn)} of {readable} images'
+        print(f'{args.contact_sheet} shows {note}', file=sys.stderr)
+        title += f' ({note})'
+    with prediction_output.whole_file(args.contact_sheet) as partial:
+        contact_sheet.save(partial, drawn, class_names, title=title)
+
+
+def _report(unreadable: list, count: int) -> int:
+    """Names the images that could not be read; returns the exit status."""
+    if not unreadable:
+        return 0
+    from vit_jax import predict
+
+    sys.stdout.flush()
+    print(f'{len(unreadable)} of {count} images could not be read:', file=sys.stderr)
+    for error in unreadable:
+        print(f'  {predict.printable(error.key)}: {error.reason}', file=sys.stderr)
+    return 1
 
 
 if __name__ == '__main__':
+    if hasattr(signal, 'SIGPIPE'):  # `predict.py ... | head` ends it quietly
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())

@@ -180,7 +180,7 @@ def test_unreadable_images_are_reported_and_change_nothing_else(model, images):
         'empty.png',
         'gone.png',
     ]
-    assert errors[2].reason == 'No such file or directory'
+    assert errors[2].reason == 'the file cannot be read (No such file or directory)'
     assert results.keys() == undisturbed.keys()
     for path, probabilities in results.items():
         np.testing.assert_allclose(probabilities, undisturbed[path], atol=1e-6)

@@ -1,0 +1,167 @@
+"""Exported ONNX files as classifiers, by onnxruntime: neither JAX nor PyTorch is imported.
+
+What is needed beside the graph (class names, preprocessing, range of the input) is in the file's
+metadata, where `scripts/export.py` wrote it.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vit_jax.data.preprocess import Preprocess
+from vit_jax.errors import UserError
+
+FORMAT = '1'
+INPUT = 'image'
+OUTPUTS = ('logits', 'probabilities')
+LAYOUTS = ('NHWC', 'NCHW')
+_KEYS = ('class_names', 'image_size', 'layout', 'value_range', 'preprocessing', 'output')
+
+
+class OnnxClassifier:
+    """A `classifier.Classifier` of an exported file.
+
+    Args:
+      path: the `.onnx` file; weights kept beside it (`.onnx.data`) are found by its own reference.
+      threads: processors for one batch; default all.
+
+    Attributes:
+      class_names: in label order.
+      preprocess: from decoded images to pixels.
+      image_size: side of the input, pixels.
+      source: where the model came from.
+
+    Raises:
+      UserError: no such file, not an ONNX file, a file of another program, or onnxruntime is not
+        installed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, threads: int | None = None):
+        self._path = os.fspath(path)
+        self._session = _open_session(pathlib.Path(path), threads)
+        described = _read_metadata(self._session, self._path)
+        self.class_names: tuple[str, ...] = tuple(described['class_names'])
+        self.preprocess = Preprocess.from_dict(described['preprocessing'])
+        self.image_size: int = described['image_size']
+        self.source: Mapping[str, Any] = described['source']
+        self._output: str = described['output']
+        self._channels_first = described['layout'] == 'NCHW'
+        self._bytes = self._session.get_inputs()[0].type == 'tensor(uint8)'
+        low, high = described['value_range']
+        self._scale, self._shift = np.float32((high - low) / 255), np.float32(low)
+
+    def logits(self, pixels: np.ndarray) -> np.ndarray:
+        """Scores whose softmax gives the probabilities.
+
+        Args:
+          pixels: float32 [B, image_size, image_size, 3] in [0, 255], any B. A file whose graph
+            takes bytes gets them rounded.
+
+        Returns:
+          float32 [B, classes]; for a file that gives probabilities their logarithm, which is the
+          logits less a constant for each image.
+        """
+        if self._bytes:
+            pixels = np.rint(pixels).astype(np.uint8)
+        else:
+            pixels = pixels * self._scale + self._shift
+        if self._channels_first:
+            pixels = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+        (scores,) = self._session.run([self._output], {INPUT: pixels})
+        if self._output == 'probabilities':
+            scores = np.log(np.maximum(scores, np.finfo(np.float32).tiny))
+        return scores
+
+
+def _open_session(path: pathlib.Path, threads: int | None) -> Any:
+    if not path.is_file():
+        raise UserError(f'there is no ONNX file {path}')
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(
+            f'{path} needs onnxruntime, which is not installed here: pip install onnxruntime'
+        ) from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # Errors only: it would warn of every GPU that is not there.
+    # Threads that wait for work must not spin: decoding needs the processors.
+    options.add_session_config_entry('session.intra_op.allow_spinning', '0')
+    if threads:
+        options.intra_op_num_threads = threads
+    wanted = ('CUDAExecutionProvider', 'CPUExecutionProvider')
+    available = onnxruntime.get_available_providers()
+    providers = [provider for provider in wanted if provider in available]
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=providers)
+    except Exception as error:  # onnxruntime raises a dozen kinds for a file it cannot use.
+        raise UserError(
+            f'{path} cannot be opened as an ONNX model: {str(error).splitlines()[0][:300]}'
+        ) from error
+
+
+def _read_metadata(session: Any, path: str) -> dict[str, Any]:
+    """The metadata, parsed, after a check that it describes the graph.
+
+    Raises:
+      UserError: says what is missing or wrong.
+    """
+    metadata = session.get_modelmeta().custom_metadata_map
+    stamp = metadata.get('vit_jax.format')
+    missing = [key for key in ('vit_jax.format', *_KEYS) if key not in metadata]
+    if missing:
+        raise UserError(
+            f'{path} has no metadata {", ".join(missing)}, so its class names and preprocessing '
+            'are not known: it was not written by scripts/export.py. Export the model with it, or '
+            'use the file by a program of your own (docs/serving.md)'
+        )
+    if stamp != FORMAT:
+        raise UserError(
+            f'{path} has metadata of format {stamp}, this vit_jax reads {FORMAT}: update vit_jax'
+        )
+    try:
+        described = {key: metadata[key] for key in ('layout', 'output')}
+        described['image_size'] = int(metadata['image_size'])
+        for key in ('class_names', 'value_range', 'preprocessing'):
+            described[key] = json.loads(metadata[key])
+        described['source'] = json.loads(metadata.get('source', '{}'))
+        low, high = described['value_range']
+        consistent = (
+            float(low) < float(high)
+            and described['layout'] in LAYOUTS
+            and described['output'] in OUTPUTS
+            and described['preprocessing']['crop'] == described['image_size']
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f'the metadata of {path} is damaged: {error}; export it again') from error
+    if not consistent:
+        raise UserError(f'the metadata of {path} contradicts itself; export it again')
+    if not described['class_names']:
+        raise UserError(f'{path} is a model without classification head: it gives no probabilities')
+    _check_graph(session, described, path)
+    return described
+
+
+def _check_graph(session: Any, described: Mapping[str, Any], path: str) -> None:
+    inputs = {node.name: node.shape for node in session.get_inputs()}
+    outputs = {node.name: node.shape for node in session.get_outputs()}
+    side = described['image_size']
+    shape = [side, side, 3] if described['layout'] == 'NHWC' else [3, side, side]
+    classes = len(described['class_names'])
+    if list(inputs) != [INPUT] or not _fits(inputs[INPUT], shape):
+        raise UserError(f'{path} takes {inputs}, its metadata says {INPUT}: [batch, {shape}]')
+    if not _fits(outputs.get(described['output'], []), [classes]):
+        raise UserError(
+            f'{path} gives {outputs}, its metadata says {described["output"]}: [batch, {classes}]'
+        )
+
+
+def _fits(shape: Sequence[Any], after_batch: list[int]) -> bool:
+    """Whether a shape is [batch, *after_batch], where a dimension may be a name."""
+    return len(shape) == 1 + len(after_batch) and all(
+        have == want or not isinstance(have, int)
+        for have, want in zip(shape[1:], after_batch, strict=True)
+    )
