@@ -1,0 +1,282 @@
+"""Models as ONNX files: the graph is written layer by layer, not traced.
+
+The graph has a dynamic batch, LayerNormalization and Gelu as single nodes, and about half the nodes
+of a traced one. Runtimes fuse it further. What it needs to be used without this package (class
+names, preprocessing) is in its metadata.
+
+    proto = onnx.build(model_folder.load('runs/x/model'))
+    onnx.save(proto, 'x.onnx')
+"""
+
+import json
+import os
+import pathlib
+from typing import IO, TYPE_CHECKING, Any
+
+import onnx
+from google.protobuf.message import Message
+from onnx import external_data_helper, helper
+
+import vit_jax
+from vit_jax.errors import UserError
+from vit_jax.export import onnx_mixer, onnx_vit
+from vit_jax.export.onnx_graph import BATCH, FLOAT16, FLOAT32, IR_VERSIONS, UINT8, Graph
+from vit_jax.models import variants
+
+if TYPE_CHECKING:
+    from vit_jax import model_folder
+
+FORMAT = '1'
+LAYOUTS = ('NHWC', 'NCHW')
+OUTPUTS = ('logits', 'probabilities')
+DTYPES = {'float32': FLOAT32, 'float16': FLOAT16}
+OPSETS = tuple(IR_VERSIONS)
+
+# protobuf takes no message of 2 GiB. What of a file is not weights has room in the rest.
+EXTERNAL_DATA_ABOVE = 2**31 - 2**26
+# Weights begin at multiples of this, which lets runtimes map them into memory.
+_ALIGNMENT = 4096
+_EXTERNAL_FROM = 1024  # bytes; what is smaller stays in the file of the graph
+
+
+def build(
+    model: 'model_folder.Model',
+    *,
+    opset: int = 20,
+    layout: str = 'NHWC',
+    output: str = 'logits',
+    features: bool = False,
+    attention: bool = False,
+    preprocessing: bool = False,
+    dtype: str = 'float32',
+) -> onnx.ModelProto:
+    """Writes a model as an ONNX graph.
+
+    The input is `image`, [batch, side, side, 3] float32 in [-1, 1] with any batch. Outputs are
+    float32 whatever `dtype` is.
+
+    Args:
+        model: what `model_folder.load` gives; ViT, hybrid, DeiT or Mixer.
+        opset: version of ONNX's operators, 20, or 17 for older runtimes, which has no Gelu: it is
+            spelled out.
+        layout: 'NHWC', or 'NCHW' for an input of [batch, 3, side, side].
+        output: 'logits' [batch, C], or in their place 'probabilities', the softmax of each row.
+        features: also give `features` [batch, D], what the head reads (behind `pre_logits`, before
+            the hidden layer of an `mlp_head`; of a distilled model the mean of both tokens). All
+            that a model without a head can give.
+        attention: also give `attention` [batch, L, H, N, N], the weights of all blocks.
+        preprocessing: take uint8 in [0, 255], and do the normalisation in the graph. Images still
+            have to be of the model's size.
+        dtype: of weights and products: 'float32', or 'float16', in which LayerNorm, GroupNorm,
+            softmax and the sums over the layers stay float32, by casts in the graph.
+
+    Returns:
+        The model, with its metadata (see `metadata`); `save` writes it.
+
+    Raises:
+        UserError: an option with a value it does not have, a model that cannot give what is asked
+            for, or weights that float16 cannot hold.
+    """
+    _check(model, opset, layout, output, features, attention, dtype)
+    config, params, side = model.model_config, model.params, model.image_size
+    graph = Graph(opset, DTYPES[dtype])
+    image = _image(graph, side, layout, preprocessing)
+    mixer = variants.is_mixer(config)
+    values = (onnx_mixer if mixer else onnx_vit).build(graph, image, params, config, side)
+
+    if values.logits:
+        num_classes = params['head']['bias'].shape[0]
+        x = values.logits
+        if output == 'probabilities':
+            x = graph.softmax(x, 'softmax')
+        graph.output(x, output, (BATCH, num_classes))
+    if features:
+        width = config['hidden_dim' if mixer else 'hidden_size']
+        if 'pre_logits' in params:
+            width = params['pre_logits']['bias'].shape[0]
+        graph.output(values.features, 'features', (BATCH, width))
+    if attention:
+        blocks, tokens = len(values.attention), values.num_tokens
+        heads = config['transformer']['num_heads']
+        x = graph.op('Concat', values.attention, 'attention/stacked', axis=1)
+        x = graph.reshape(x, (BATCH, blocks, heads, tokens, tokens), 'attention/blocks')
+        graph.output(x, 'attention', (BATCH, blocks, heads, tokens, tokens))
+
+    proto = graph.model(str(config.get('model_name') or 'vit_jax'), vit_jax.__version__)
+    helper.set_model_props(
+        proto,
+        metadata(
+            model,
+            layout=layout,
+            output=output if values.logits else 'features',
+            preprocessing=preprocessing,
+            dtype=dtype,
+        ),
+    )
+    return proto
+
+
+def metadata(
+    model: 'model_folder.Model', *, layout: str, output: str, preprocessing: bool, dtype: str
+) -> dict[str, str]:
+    """What is written into the file: all that a program needs which has nothing but the file.
+
+    Returns:
+        'vit_jax.format' ('1'); 'vit_jax.version'; 'model_name' ('' for no known variant);
+        'class_names' (JSON list, in the order of the logits); 'image_size', pixels; 'layout';
+        'value_range' (JSON: [-1, 1] or [0, 255]); 'preprocessing' (JSON of `Preprocess.to_dict`);
+        'output' ('features' for a model without a head); 'dtype'; 'source' (JSON).
+    """
+
+    def text(value: Any) -> str:
+        return json.dumps(value, ensure_ascii=False)
+
+    return {
+        'vit_jax.format': FORMAT,
+        'vit_jax.version': vit_jax.__version__,
+        'model_name': str(model.model_config.get('model_name') or ''),
+        'class_names': text(list(model.class_names)),
+        'image_size': str(model.image_size),
+        'layout': layout,
+        'value_range': text([0, 255] if preprocessing else [-1, 1]),
+        'preprocessing': text(model.preprocess.to_dict()),
+        'output': output,
+        'dtype': dtype,
+        'source': text(dict(model.source)),
+    }
+
+
+def save(
+    proto: onnx.ModelProto, path: str | os.PathLike[str], *, external_data: bool | None = None
+) -> None:
+    """Writes a model; files appear, complete and on disk, by renames.
+
+    Args:
+        proto: what `build` gave; it is not changed.
+        path: the file. One that is there is replaced.
+        external_data: put the weights into `<name>.data` beside the file (to which the file refers
+            by name: they have to be moved together); by default, only where they are too much for
+            one file, 2 GB.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    path = pathlib.Path(path).absolute()
+    data = path.with_name(path.name + '.data')
+    if external_data is None:
+        external_data = sum(len(t.raw_data) for t in proto.graph.initializer) > EXTERNAL_DATA_ABOVE
+    partial = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    partial_data = path.with_name(f'.{data.name}.{os.getpid()}.part')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if external_data:
+            with open(partial_data, 'wb') as f:
+                proto = _write_weights(proto, f, data.name)
+                _sync(f)
+        with open(partial, 'wb') as f:
+            f.write(proto.SerializeToString())
+            _sync(f)
+        if external_data:
+            path.unlink(missing_ok=True)  # An older graph would read the new weights.
+            os.replace(partial_data, data)
+        os.replace(partial, path)
+    except OSError as e:
+        raise UserError(f'cannot write {path}: {e}') from e
+    finally:
+        partial.unlink(missing_ok=True)
+        partial_data.unlink(missing_ok=True)
+
+
+def _check(
+    model: 'model_folder.Model',
+    opset: int,
+    layout: str,
+    output: str,
+    features: bool,
+    attention: bool,
+    dtype: str,
+) -> None:
+    """Raises `UserError` for what cannot be exported."""
+    for name, value, known in (
+        ('opset', opset, OPSETS),
+        ('layout', layout, LAYOUTS),
+        ('output', output, OUTPUTS),
+        ('dtype', dtype, tuple(DTYPES)),
+    ):
+        if value not in known:
+            raise UserError(f'unknown {name} {value!r} for ONNX: one of {_listed(known)}')
+    config = model.model_config
+    classifier = config.get('classifier', 'token')
+    if not variants.is_mixer(config) and classifier not in ('token', 'gap'):
+        raise UserError(
+            f'a model with classifier {classifier!r} gives scores for each token, not for each '
+            "image: only 'token' and 'gap' can be exported to ONNX"
+        )
+    if 'head' not in model.params and not features:
+        raise UserError(
+            'this model has no classification head, so it has no logits: export its features'
+        )
+    if attention and variants.is_mixer(config):
+        raise UserError('an MLP-Mixer has no attention: export it without the attention output')
+
+
+def _listed(values: tuple[Any, ...]) -> str:
+    return ', '.join(map(str, values))
+
+
+def _image(graph: Graph, side: int, layout: str, preprocessing: bool) -> str:
+    """Declares the input; gives [B, 3, side, side] in [-1, 1]."""
+    shape = (BATCH, side, side, 3) if layout == 'NHWC' else (BATCH, 3, side, side)
+    x = graph.input('image', UINT8 if preprocessing else FLOAT32, shape)
+    if preprocessing:
+        x = graph.cast(x, FLOAT32)
+        # The two steps of `data.preprocess.normalize`, which round as it does.
+        half = graph.scalar(127.5)
+        x = graph.op('Sub', [x, half], 'image/centred')
+        x = graph.op('Div', [x, half], 'image/normalised')
+    # Cast before the transposition, which then moves half of the bytes.
+    x = graph.cast(x, graph.compute)
+    return graph.transpose(x, (0, 3, 1, 2), 'image/channels_first') if layout == 'NHWC' else x
+
+
+def _write_weights(proto: onnx.ModelProto, f: IO[bytes], location: str) -> onnx.ModelProto:
+    """Writes the large weights to `f`; returns the model with references to them, named `location`.
+
+    (onnx's own function for this would change `proto`, or copy all of it.)
+    """
+    light = onnx.ModelProto()
+    _copy_fields(proto, light, leave_out='graph')
+    _copy_fields(proto.graph, light.graph, leave_out='initializer')
+    for tensor in proto.graph.initializer:
+        reference = light.graph.initializer.add()
+        if len(tensor.raw_data) < _EXTERNAL_FROM:
+            reference.CopyFrom(tensor)
+            continue
+        _copy_fields(tensor, reference, leave_out='raw_data')
+        f.write(bytes(-f.tell() % _ALIGNMENT))
+        reference.raw_data = b''  # set_external_data wants it to be there
+        external_data_helper.set_external_data(
+            reference, location, offset=f.tell(), length=len(tensor.raw_data)
+        )
+        reference.ClearField('raw_data')
+        f.write(tensor.raw_data)
+    return light
+
+
+def _copy_fields(source: Message, target: Message, *, leave_out: str) -> None:
+    """Copies all fields but one between two protobuf messages of one type."""
+    for field, value in source.ListFields():
+        if field.name == leave_out:
+            continue
+        if field.is_repeated:
+            getattr(target, field.name).MergeFrom(value)
+        elif field.message_type:
+            getattr(target, field.name).CopyFrom(value)
+        else:
+            setattr(target, field.name, value)
+
+
+def _sync(f: IO[bytes]) -> None:
+    """Waits until what was written is on disk: a rename must not come before its content."""
+    f.flush()
+    os.fsync(f.fileno())

@@ -1,0 +1,333 @@
+"""Building an ONNX graph: named values with known types, and the layers all families are made of.
+
+The graph is typed explicitly, as a strongly typed TensorRT network has to be: in a float16 graph
+the weights of matrix products and convolutions are float16, and `Cast` nodes stand where a value
+changes its type. A layer casts what it reads to the type it computes in; products compute in the
+graph's type, normalisation and softmax always in float32.
+
+Operators: https://onnx.ai/onnx/operators/. Shapes: B batch, N tokens, D width.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from vit_jax.errors import UserError
+
+FLOAT16, FLOAT32 = TensorProto.FLOAT16, TensorProto.FLOAT
+INT64, UINT8 = TensorProto.INT64, TensorProto.UINT8
+TYPE_NAMES = {FLOAT16: 'float16', FLOAT32: 'float32'}
+
+# Names of the two lengths that are open until the graph runs.
+BATCH = 'batch'  # images
+ROWS = 'rows'  # tokens of all images, where they lie one below the other: [B * N, D]
+
+# The version of the file format that came with each opset (https://onnx.ai/onnx/repo-docs/
+# Versioning.html): a newer one would shut out runtimes that know the opset.
+IR_VERSIONS = {17: 8, 20: 9}
+
+LAYER_NORM_EPSILON = 1e-6
+
+# What is larger is kept out of the copy on which shapes are inferred, bytes.
+_LARGE = 1024
+
+
+class Graph:
+    """A graph in the making. A value is known by its name; every node's name is unique.
+
+    Attributes:
+        opset: version of the operators, a key of `IR_VERSIONS`.
+        compute: type of matrix products and convolutions and of their weights, FLOAT32 or FLOAT16.
+    """
+
+    def __init__(self, opset: int, compute: int):
+        self.opset = opset
+        self.compute = compute
+        self._nodes: list[onnx.NodeProto] = []
+        self._initializers: dict[str, TensorProto] = {}
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+        self._types: dict[str, int] = {}
+        self._shapes: dict[str, Sequence[int | str]] = {}
+
+    # Values
+
+    def input(self, name: str, elem_type: int, shape: Sequence[int | str]) -> str:
+        """Declares an input of the graph; `shape` may hold the name `BATCH`."""
+        self._inputs.append(helper.make_tensor_value_info(name, elem_type, shape))
+        self._types[name] = elem_type
+        return name
+
+    def output(self, value: str, name: str, shape: Sequence[int | str]) -> None:
+        """Declares `value` an output of this name, float32: the node that makes it is renamed."""
+        if self._types[value] != FLOAT32:
+            value = self.cast(value, FLOAT32)
+        for node in self._nodes:
+            for names in (node.input, node.output):
+                for i, old in enumerate(names):
+                    if old == value:
+                        names[i] = name
+        if value in self._shapes:
+            self._shapes[name] = self._shapes.pop(value)
+        self._types[name] = self._types.pop(value)
+        self._outputs.append(helper.make_tensor_value_info(name, FLOAT32, shape))
+
+    def weight(self, name: str, array: Any, elem_type: int | None = None) -> str:
+        """A constant of the graph's type (or of `elem_type`), from an array of any float type."""
+        elem_type = elem_type or self.compute
+        array = np.asarray(array)
+        with np.errstate(over='ignore'):  # told below, by name
+            converted = np.ascontiguousarray(array, helper.tensor_dtype_to_np_dtype(elem_type))
+        if not np.all(np.isfinite(converted)):
+            if np.all(np.isfinite(array)):
+                largest = np.abs(array).max()
+                raise UserError(
+                    f'{name} holds {largest:.3g}, beyond the range of float16 (65504): '
+                    'export in float32'
+                )
+            raise UserError(f'{name} holds NaN or infinity: these weights are of no use')
+        return self._initializer(name, converted, elem_type)
+
+    def integers(self, values: Sequence[int]) -> str:
+        """A constant int64 vector (shapes, axes); equal ones are one."""
+        name = 'int64[' + ','.join(map(str, values)) + ']'
+        if name in self._initializers:
+            return name
+        return self._initializer(name, np.array(values, np.int64), INT64)
+
+    def index(self, value: int) -> str:
+        """A constant int64 number."""
+        name = f'int64({value})'
+        if name in self._initializers:
+            return name
+        return self._initializer(name, np.array(value, np.int64), INT64)
+
+    def scalar(self, value: float, elem_type: int = FLOAT32) -> str:
+        """A constant number of a float type; equal ones are one."""
+        name = f'{TYPE_NAMES[elem_type]}({value!r})'
+        if name in self._initializers:
+            return name
+        return self.weight(name, np.float64(value), elem_type)
+
+    def full(self, length: int, value: float) -> str:
+        """A constant float32 vector of one number; equal ones are one."""
+        name = f'float32[{length}]({value!r})'
+        if name in self._initializers:
+            return name
+        return self.weight(name, np.full(length, value), FLOAT32)
+
+    def _initializer(self, name: str, array: np.ndarray, elem_type: int) -> str:
+        if name in self._types:
+            raise ValueError(f'two values have the name {name}')
+        self._initializers[name] = numpy_helper.from_array(array, name)
+        self._types[name] = elem_type
+        return name
+
+    # Nodes
+
+    def op(
+        self,
+        op_type: str,
+        inputs: Sequence[str],
+        name: str,
+        *,
+        elem_type: int | None = None,
+        **attributes: Any,
+    ) -> str:
+        """Adds a node with one output and returns that; node and output are called `name`.
+
+        Args:
+            op_type: an operator of ONNX.
+            inputs: values.
+            name: path of the layer, such as 'Transformer/encoderblock_0/LayerNorm_0'.
+            elem_type: of the output; by default that of the first input.
+            **attributes: of the operator.
+        """
+        if name in self._types:
+            raise ValueError(f'two values have the name {name}')
+        self._nodes.append(helper.make_node(op_type, inputs, [name], name=name, **attributes))
+        self._types[name] = elem_type or self._types[inputs[0]]
+        return name
+
+    def cast(self, x: str, elem_type: int) -> str:
+        """`x` in this type; no node if it has it already, none twice."""
+        if self._types[x] == elem_type:
+            return x
+        name = f'{x}/{TYPE_NAMES[elem_type]}'
+        if name in self._types:
+            return name
+        return self.op('Cast', [x], name, elem_type=elem_type, to=elem_type)
+
+    def reshape(self, x: str, shape: Sequence[int | str], name: str) -> str:
+        """`x` in another shape, whose first length is open: BATCH or ROWS."""
+        first, *rest = shape
+        if first not in (BATCH, ROWS):
+            raise ValueError(f'the first length of {shape} should be open')
+        self._shapes[name] = shape
+        return self.op('Reshape', [x, self.integers([-1, *rest])], name)
+
+    def transpose(self, x: str, perm: Sequence[int], name: str) -> str:
+        """`x` with its axes in this order."""
+        return self.op('Transpose', [x], name, perm=perm)
+
+    def split(self, x: str, parts: int, axis: int, names: Sequence[str]) -> list[str]:
+        """Equal parts along an axis, called `names`."""
+        attributes = {'num_outputs': parts} if self.opset >= 18 else {}  # before: always equal
+        node = helper.make_node('Split', [x], names, name=f'{x}/split', axis=axis, **attributes)
+        self._nodes.append(node)
+        self._types |= dict.fromkeys(names, self._types[x])
+        return list(names)
+
+    def add(self, x: str, y: str, name: str) -> str:
+        """The sum, in float32.
+
+        What is summed over the layers (the residual stream) is so never rounded to float16, whose
+        range (65504) it can leave in large models.
+        """
+        return self.op('Add', [self.cast(x, FLOAT32), self.cast(y, FLOAT32)], name)
+
+    def mean(self, x: str, axis: int, name: str) -> str:
+        """The mean over one axis, which goes, in float32."""
+        x = self.cast(x, FLOAT32)
+        if self.opset < 18:
+            return self.op('ReduceMean', [x], name, axes=[axis], keepdims=0)
+        return self.op('ReduceMean', [x, self.integers([axis])], name, keepdims=0)
+
+    # Layers
+
+    def layer_norm(self, x: str, params: Any, name: str) -> str:
+        """LayerNorm over the last axis, in float32; `params` has scale and bias [D]."""
+        scale = self.weight(f'{name}/scale', params['scale'], FLOAT32)
+        bias = self.weight(f'{name}/bias', params['bias'], FLOAT32)
+        inputs = [self.cast(x, FLOAT32), scale, bias]
+        return self.op('LayerNormalization', inputs, name, axis=-1, epsilon=LAYER_NORM_EPSILON)
+
+    def dense(self, x: str, kernel: Any, bias: Any, name: str) -> str:
+        """Rows [R, D] to rows [R, F]: one Gemm, with kernel [D, F] and bias [F]."""
+        kernel = self.weight(f'{name}/kernel', kernel)
+        bias = self.weight(f'{name}/bias', bias)
+        return self.op('Gemm', [self.cast(x, self.compute), kernel, bias], name)
+
+    def matmul(self, x: str, y: str, name: str) -> str:
+        """Matrix product of the last two axes, in the graph's type."""
+        return self.op('MatMul', [self.cast(x, self.compute), self.cast(y, self.compute)], name)
+
+    def softmax(self, x: str, name: str) -> str:
+        """Softmax over the last axis, in float32."""
+        return self.op('Softmax', [self.cast(x, FLOAT32)], name, axis=-1)
+
+    def gelu(self, x: str, name: str) -> str:
+        """GELU in its tanh form (https://arxiv.org/abs/1606.08415).
+
+        One node from opset 20 on; before, spelled x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))
+        and in float32, because 1 + tanh cancels.
+        """
+        if self.opset >= 20:
+            return self.op('Gelu', [x], name, approximate='tanh')
+        x = self.cast(x, FLOAT32)
+        y = self.op('Pow', [x, self.scalar(3.0)], f'{name}/cube')
+        y = self.op('Mul', [y, self.scalar(0.044715)], f'{name}/cube_scaled')
+        y = self.op('Add', [x, y], f'{name}/inner')
+        y = self.op('Mul', [y, self.scalar(float(np.sqrt(2 / np.pi)))], f'{name}/inner_scaled')
+        y = self.op('Tanh', [y], f'{name}/tanh')
+        y = self.op('Add', [y, self.scalar(1.0)], f'{name}/tanh_plus_1')
+        y = self.op('Mul', [x, y], f'{name}/doubled')
+        return self.op('Mul', [y, self.scalar(0.5)], name)
+
+    def mlp(self, x: str, params: Any, name: str) -> str:
+        """Two dense layers with GELU between them, on rows [R, D]."""
+        for layer in ('Dense_0', 'Dense_1'):
+            x = self.dense(x, params[layer]['kernel'], params[layer]['bias'], f'{name}/{layer}')
+            if layer == 'Dense_0':
+                x = self.gelu(x, f'{name}/gelu')
+        return x
+
+    def patches(
+        self, x: str, params: Any, patch: tuple[int, int], shape: Sequence[int | str], name: str
+    ) -> str:
+        """Cuts [B, F, h, w] into patches and projects them: tokens of `shape` (BATCH, N, D)."""
+        x = self.conv(x, params['kernel'], name, bias=params['bias'], strides=patch)
+        batch, tokens, width = shape
+        x = self.reshape(x, (batch, width, tokens), f'{name}/positions')
+        return self.transpose(x, (0, 2, 1), f'{name}/tokens')
+
+    def conv(
+        self,
+        x: str,
+        kernel: Any,
+        name: str,
+        *,
+        bias: Any = None,
+        strides: tuple[int, int] = (1, 1),
+        pads: tuple[int, int, int, int] = (0, 0, 0, 0),
+    ) -> str:
+        """Convolution of [B, F, h, w], in the graph's type.
+
+        Args:
+            x: the images or feature maps.
+            kernel: [height, width, F, output], of a Flax module.
+            name: of the layer.
+            bias: [output]; None for none.
+            strides: down and across.
+            pads: zeros added at the top, left, bottom and right.
+        """
+        kernel = np.asarray(kernel)
+        inputs = [
+            self.cast(x, self.compute),
+            self.weight(f'{name}/kernel', kernel.transpose(3, 2, 0, 1)),
+        ]
+        if bias is not None:
+            inputs.append(self.weight(f'{name}/bias', bias))
+        return self.op(
+            'Conv', inputs, name, kernel_shape=kernel.shape[:2], strides=strides, pads=pads
+        )
+
+    # The result
+
+    def model(self, name: str, producer_version: str) -> onnx.ModelProto:
+        """The finished model, with the shapes of all values written into it.
+
+        Args:
+            name: of the graph.
+            producer_version: version of vit_jax.
+
+        Raises:
+            onnx.shape_inference.InferenceError: the shapes do not fit each other, which is an error
+                in the graph's construction.
+        """
+        small = [t for t in self._initializers.values() if len(t.raw_data) <= _LARGE]
+        large = [t for t in self._initializers.values() if len(t.raw_data) > _LARGE]
+        graph = helper.make_graph(
+            self._nodes,
+            name,
+            # Shapes are inferred without the weights: protobuf does not take 2 GB at once.
+            self._inputs + [_info(t) for t in large],
+            self._outputs,
+            small,
+            value_info=[
+                helper.make_tensor_value_info(value, self._types[value], shape)
+                for value, shape in self._shapes.items()
+                if value not in {output.name for output in self._outputs}
+            ],
+        )
+        model = helper.make_model(
+            graph,
+            opset_imports=[helper.make_opsetid('', self.opset)],
+            ir_version=IR_VERSIONS[self.opset],
+            producer_name='vit_jax',
+            producer_version=producer_version,
+        )
+        model = onnx.shape_inference.infer_shapes(
+            model, check_type=True, strict_mode=True, data_prop=True
+        )
+        del model.graph.input[len(self._inputs) :]
+        del model.graph.initializer[:]
+        model.graph.initializer.extend(self._initializers.values())
+        return model
+
+
+def _info(tensor: TensorProto) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
