@@ -44,6 +44,8 @@ def make_batches(batch=16, size=16, count=STEPS):
             'image': rng.uniform(0, 255, (batch, size, size, 3)).astype(np.float32),
             'label': rng.integers(0, 5, batch).astype(np.int32),
             'position': np.arange(batch, dtype=np.int32),
+            'replaced': np.zeros(batch, np.int32),
+            'stop': np.zeros(batch, np.int32),
         }
         for _ in range(count)
     ]
@@ -55,8 +57,8 @@ def make_params(model, size=16):
     return jax.tree.map(lambda p: p + 0.1 * rng.standard_normal(p.shape, np.float32), params)
 
 
-def run_steps(config, params, batches, *, devices, fsdp=1, model=None, flip=False):
-    """The real thing: the jitted, sharded step. Returns final parameters and the metrics."""
+def run_steps(config, params, batches, *, devices, fsdp=1, model=None, flip=False, skip=False):
+    """The real thing: the jitted, sharded step. Returns the final state and the metrics."""
     model = model or models.VisionTransformer(**MODEL)
     mesh = sharding.create_mesh(fsdp, jax.devices()[:devices])
     schedule = optim.create_learning_rate_schedule(
@@ -73,6 +75,7 @@ def run_steps(config, params, batches, *, devices, fsdp=1, model=None, flip=Fals
         seed=config.seed,
         accum_steps=config.accum_steps,
         flip=flip,
+        skip_nonfinite=skip,
     )
     history = []
     for batch in batches:
@@ -80,7 +83,7 @@ def run_steps(config, params, batches, *, devices, fsdp=1, model=None, flip=Fals
             state, metrics = step(state, sharding.put_batch(batch, mesh))
         history.append(jax.device_get(metrics))
     assert step._cache_size() == 1
-    return jax.device_get(state.params), history
+    return jax.device_get(state), history
 
 
 def reference_steps(config, params, batches):
@@ -156,7 +159,7 @@ def test_five_steps_equal_float64(reference, monkeypatch, devices, fsdp, accum_s
 
     assert min(m['gradient_norm'] for m in history) > 0.3  # the clipped runs do clip
     np.testing.assert_allclose([m['train_loss'] for m in history], losses, atol=1e-5, rtol=0)
-    ours, theirs = changes(new, params), changes(expected, params)
+    ours, theirs = changes(new.params, params), changes(expected, params)
     largest = max(np.abs(change).max() for change in theirs)
     assert largest > 0.01
     for a, b in zip(ours, theirs, strict=True):
@@ -178,7 +181,7 @@ def test_five_steps_with_bfloat16_momentum(reference, devices, accum_steps, clip
 
     np.testing.assert_allclose([m['train_loss'] for m in history], losses, atol=1e-5, rtol=0)
     ours, theirs = (
-        np.concatenate([c.ravel() for c in changes(tree, params)]) for tree in (new, expected)
+        np.concatenate([c.ravel() for c in changes(tree, params)]) for tree in (new.params, expected)
     )
     largest = np.abs(theirs).max()
     off = np.abs(ours - theirs)
@@ -197,7 +200,38 @@ def test_logged_rate_is_the_one_applied():
     _, history = run_steps(config, params, make_batches(), devices=1)
     np.testing.assert_allclose([m['lr'] for m in history][:3], [0, 0.05, 0.1], rtol=1e-6)
     first, _ = run_steps(config, params, make_batches()[:1], devices=1)
-    jax.tree.map(np.testing.assert_array_equal, first, jax.device_get(params))  # rate 0
+    jax.tree.map(np.testing.assert_array_equal, first.params, jax.device_get(params))  # rate 0
+
+
+@pytest.mark.parametrize(('devices', 'fsdp', 'accum_steps'), [(1, 1, 1), (4, 4, 2)])
+def test_a_step_that_is_not_finite_is_told_and_can_be_skipped(
+    monkeypatch, devices, fsdp, accum_steps
+):
+    monkeypatch.setattr(sharding, 'MIN_SIZE_TO_SHARD', 64)
+    config = make_config(accum_steps=accum_steps)
+    params = make_params(models.VisionTransformer(**MODEL))
+    batches = make_batches(count=3)
+    bad = {**batches[2], 'image': batches[2]['image'].copy()}
+    bad['image'][13, 5, 5, 0] = np.inf
+    bad['replaced'] = np.eye(16, dtype=np.int32)[3] + np.eye(16, dtype=np.int32)[7]
+    bad['stop'] = np.eye(16, dtype=np.int32)[9]
+    where = {'devices': devices, 'fsdp': fsdp}
+
+    broken, history = run_steps(config, params, [*batches[:2], bad], **where)
+    assert [bool(m['finite']) for m in history] == [True, True, False]
+    assert [bool(m['stop']) for m in history] == [False, False, True]
+    assert not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(broken.params))
+
+    state, history = run_steps(config, params, [*batches[:2], bad], skip=True, **where)
+    assert [bool(m['finite']) for m in history] == [True, True, False]
+    assert [int(m['skipped']) for m in history] == [0, 0, 1]
+    assert [int(m['replaced']) for m in history] == [0, 0, 2]
+    assert (int(state.step), int(state.skipped), int(state.replaced)) == (3, 1, 2)
+    # Nothing but the counts tells of the bad step.
+    before, _ = run_steps(config, params, batches[:2], skip=True, **where)
+    for name in ('params', 'opt_state'):
+        jax.tree.map(np.testing.assert_array_equal, getattr(state, name), getattr(before, name))
+    assert changes(state.params, params)[0].any()
 
 
 def test_mirroring_is_the_same_on_any_topology():
@@ -221,8 +255,8 @@ def test_mirroring_is_the_same_on_any_topology():
     one, _ = run_steps(config, params, make_batches(), devices=1, flip=True)
     four, _ = run_steps(config, params, make_batches(), devices=4, flip=True)
     plain, _ = run_steps(config, params, make_batches(), devices=1, flip=False)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, four)
-    assert max(np.abs(change).max() for change in changes(one, plain)) > 1e-3
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one.params, four.params)
+    assert max(np.abs(change).max() for change in changes(one.params, plain.params)) > 1e-3
 
 
 def test_dropout_differs_by_step_micro_batch_and_device():
@@ -261,9 +295,9 @@ def lowered_step(devices, accum_steps, fsdp=1, batch=64):
     place = sharding.batch_sharding(mesh)
     data = {
         'image': jax.ShapeDtypeStruct((batch, 32, 32, 3), jnp.float32, sharding=place),
-        'label': jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=place),
-        'position': jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=place),
     }
+    for name in ('label', 'position', 'replaced', 'stop'):
+        data[name] = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=place)
     return step.lower(abstract, data).compile(), abstract
 
 
@@ -327,6 +361,7 @@ def test_evaluation_counts_only_what_is_not_masked():
         'image': rng.uniform(0, 255, (16, 16, 16, 3)).astype(np.float32),
         'label': rng.integers(0, 9, 16).astype(np.int32),
         'mask': (rng.random(16) < 0.6).astype(np.float32),
+        'readable': (np.arange(16) % 3 > 0).astype(np.float32),
     }
     sums = jax.device_get(step(params, sharding.put_batch(batch, mesh)))
     logits = model.apply(
@@ -335,8 +370,9 @@ def test_evaluation_counts_only_what_is_not_masked():
     logits = np.asarray(logits, np.float64)
     loss = np.log(np.exp(logits).sum(-1)) - logits[np.arange(16), batch['label']]
     order = np.argsort(-logits, axis=-1)
-    counted = batch['mask'] > 0
-    assert sums['count'] == counted.sum()
+    assert sums['count'] == batch['mask'].sum()
+    counted = (batch['mask'] > 0) & (batch['readable'] > 0)
+    assert sums['readable'] == counted.sum() < sums['count']
     np.testing.assert_allclose(sums['loss'], loss[counted].sum(), rtol=1e-5)
     assert sums['correct'] == (order[:, 0] == batch['label'])[counted].sum()
     right = (order[:, :5] == batch['label'][:, None]).any(-1)
@@ -358,6 +394,7 @@ def test_ties_and_nan_are_no_luck():
         'image': np.zeros((3, 4, 4, 3), np.float32),
         'label': np.array([0, 4, 5], np.int32),
         'mask': np.ones(3, np.float32),
+        'readable': np.ones(3, np.float32),
     }
     for value, top1, top5 in ((0.5, 1, 2), (np.nan, 0, 0)):
         step = steps.make_eval_step(Constant(value), mesh, sharding.replicated(mesh))

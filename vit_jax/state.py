@@ -20,14 +20,19 @@ class TrainState:
     Random keys and the place in the data are not in it: they follow from seed and step.
 
     Attributes:
-      step: number of updates done, int32 scalar.
+      step: number of steps done, int32 scalar.
       params: parameters, float32.
       opt_state: the optimizer's.
+      skipped: number of those steps that left the parameters as they were, because loss or
+        gradient was not finite, int32 scalar.
+      replaced: number of unreadable training examples for which another was used, int32 scalar.
     """
 
     step: jax.Array
     params: Mapping[str, Any]
     opt_state: optax.OptState
+    skipped: jax.Array
+    replaced: jax.Array
 
 
 def init_params(model: nn.Module, image_size: int, seed: int) -> Mapping[str, Any]:
@@ -56,8 +61,7 @@ def abstract_state(
 
     def create() -> TrainState:
         images = jnp.zeros((1, image_size, image_size, 3))
-        params = model.init(jax.random.key(0), images, train=False)['params']
-        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
+        return _new_state(model.init(jax.random.key(0), images, train=False)['params'], tx)
 
     shapes = jax.eval_shape(create)
     return jax.tree.map(
@@ -80,7 +84,12 @@ def create_state(
     params = sharding.put_tree(params, sharding.state_sharding(params, mesh))
 
     def create(params) -> TrainState:
-        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
+        return _new_state(params, tx)
 
     shardings = sharding.state_sharding(jax.eval_shape(create, params), mesh)
     return jax.jit(create, out_shardings=shardings, donate_argnums=0)(params)
+
+
+def _new_state(params: Mapping[str, Any], tx: optax.GradientTransformation) -> TrainState:
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, tx.init(params), skipped=zero, replaced=zero)

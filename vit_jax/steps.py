@@ -34,6 +34,7 @@ def make_train_step(
     seed: int,
     accum_steps: int = 1,
     flip: bool = True,
+    skip_nonfinite: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Builds the training step.
 
@@ -46,13 +47,19 @@ def make_train_step(
       seed: of mirroring and dropout.
       accum_steps: micro-batches per device; the batch is a multiple of devices * accum_steps.
       flip: whether to mirror half of the images.
+      skip_nonfinite: whether a step whose loss or gradient is not finite leaves parameters and
+        optimizer as they were, and is counted in `state.skipped`. Else they get what comes out;
+        `finite` tells.
 
     Returns:
       A jitted function (state, batch) -> (state, metrics). The state is donated. batch: `image`
-      float32 [B, height, width, 3] in [0, 255], `label` int32 [B], `position` int32 [B], each
-      sharded on its first axis over all devices. metrics, float32 scalars over the whole batch:
-      `train_loss` (mean cross-entropy), `accuracy_train` (share in [0, 1]), `gradient_norm` (before
-      clipping), `lr` (the learning rate of this update).
+      float32 [B, height, width, 3] in [0, 255], and int32 [B]: `label`, `position`, `replaced` (1
+      where another example stands for an unreadable one) and `stop` (not 0 where a process was
+      asked to stop), each sharded on its first axis over all devices. metrics, scalars over the
+      whole batch: `train_loss` (mean cross-entropy), `accuracy_train` (share in [0, 1]),
+      `gradient_norm` (before clipping), `lr` (the learning rate of this update), float32;
+      `finite` (loss and gradient norm are), `stop` (any process was asked to), bool; `skipped` and
+      `replaced`, the counts of the new state, int32.
     """
     gradients = _sharded_gradients if mesh.shape['fsdp'] == 1 else _fsdp_gradients
 
@@ -70,6 +77,7 @@ def make_train_step(
         return grads, (loss, accuracy)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        replaced, stop = batch['replaced'].sum(), batch['stop'].sum() > 0
         batch = {name: batch[name] for name in ('image', 'label', 'position')}
         if flip:
             key = augment.step_key(seed, state.step, augment.FLIP)
@@ -80,13 +88,28 @@ def make_train_step(
         )
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        skipped = state.skipped
+        if skip_nonfinite:
+            params, opt_state = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old),
+                (params, opt_state),
+                (state.params, state.opt_state),
+            )
+            skipped += ~finite
+        new = TrainState(state.step + 1, params, opt_state, skipped, state.replaced + replaced)
         metrics = {
             'train_loss': loss,
             'accuracy_train': accuracy,
-            'gradient_norm': optax.tree.norm(grads),
+            'gradient_norm': norm,
             'lr': schedule(state.step),
+            'finite': finite,
+            'stop': stop,
+            'skipped': new.skipped,
+            'replaced': new.replaced,
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return new, metrics
 
     return jax.jit(
         train_step,
@@ -102,14 +125,16 @@ def make_eval_step(
     """Builds the evaluation step.
 
     Returns:
-      A jitted function (params, batch) -> sums over the examples whose `mask` is 1: `count`, `loss`
-      (cross-entropy), `correct` (top-1), `correct_top5` (with fewer than 5 classes, all). batch:
-      `image` float32 [B, height, width, 3] in [0, 255], `label` int32 [B], `mask` float32 [B].
+      A jitted function (params, batch) -> sums over the examples whose `mask` is 1: `count`,
+      `readable`; and over those of them that are readable: `loss` (cross-entropy), `correct`
+      (top-1), `correct_top5` (with fewer than 5 classes, all). batch: `image` float32 [B, height,
+      width, 3] in [0, 255], `label` int32 [B], and `mask`, `readable` float32 [B] (0 or 1; an image
+      that could not be read is never right).
     """
 
     def eval_step(params, batch: Batch) -> Metrics:
         logits = model.apply({'params': params}, normalize(batch['image']), train=False)
-        label, mask = batch['label'], batch['mask']
+        label, mask = batch['label'], batch['mask'] * batch['readable']
         score = jnp.take_along_axis(logits, label[:, None], axis=-1)
         # How many classes come before the right one; of equal scores, the class of lower index
         # does.
@@ -117,7 +142,8 @@ def make_eval_step(
         before = (logits > score) | ((logits == score) & (classes < label[:, None]))
         rank = jnp.where(jnp.isfinite(score[:, 0]), before.sum(axis=-1), logits.shape[-1])
         return {
-            'count': mask.sum(),
+            'count': batch['mask'].sum(),
+            'readable': mask.sum(),
             'loss': jnp.where(mask > 0, _cross_entropy(logits, label), 0.0).sum(),
             'correct': ((rank < 1) * mask).sum(),
             'correct_top5': ((rank < 5) * mask).sum(),
