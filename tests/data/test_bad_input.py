@@ -118,6 +118,14 @@ def test_files_that_vanish_or_close_after_they_were_listed(photos):
         assert caught.value.key == path and caught.value.label == 0
 
 
+@pytest.mark.parametrize('name', [b'a\nb', b'\x1b[31mred', b'no \xff\xfe text'])
+def test_class_folders_that_cannot_be_printed_or_stored(photos, name):
+    os.rename(os.fsencode(photos / 'dog'), os.fsencode(photos) + b'/' + name)
+    with pytest.raises(UserError, match='rename it') as caught:
+        sources.open_dataset(str(photos))
+    assert str(caught.value).isprintable()
+
+
 def is_readable(split, index):
     try:
         return bool(split[index])
@@ -269,3 +277,131 @@ def test_broken_records_of_a_tfds_set(tmp_path):
     for split in (again, gone):
         with pytest.raises(BadImageError, match=r'tiny_set:train/0: .*damaged'):
             split[0]
+
+
+EVIL = 'import pathlib; pathlib.Path({!r}).write_text("ran")\n'
+
+
+def edit_json(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def refused(root, words, name='tiny_set'):
+    with pytest.raises(UserError, match=words) as caught:
+        sources.open_dataset(name, tfds_data_dir=str(root))
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize('version', ['1.2.0', '1.0.0', 'config/1.2.0'])
+def test_features_of_a_tfds_set_run_no_code(tmp_path, monkeypatch, version):
+    """TFDS imports the module that a feature names, from wherever Python looks."""
+    trace, module = tmp_path / 'trace', f'evil_{abs(hash(version))}'
+    (tmp_path / f'{module}.py').write_text(EVIL.format(str(trace)))
+    monkeypatch.syspath_prepend(tmp_path)
+    records = [tf_example(image_bytes(20 * i), i % 2) for i in range(4)]
+    make_tfds(tmp_path / 'tfds', records)
+    folder = tmp_path / 'tfds' / 'tiny_set' / version
+    if version != '1.2.0':
+        shutil.copytree(tmp_path / 'tfds/tiny_set/1.2.0', folder)
+
+    def name_it(features):
+        image = features['featuresDict']['features']['image']
+        image['pythonClassName'] = f'{module}.Image'
+
+    edit_json(folder / 'features.json', name_it)
+    refused(tmp_path / 'tfds', f'{module}.Image.*would run its code')
+    # The same file without our check, to see that it is one.
+    import tensorflow_datasets as tfds
+
+    with pytest.raises(ValueError, match='Unrecognized FeatureConnector'):
+        tfds.builder_from_directory(folder)
+    assert trace.read_text() == 'ran'
+
+
+def class_label(features):
+    return features['featuresDict']['features']['label']['classLabel']
+
+
+def split(info):
+    return info['splits'][0]
+
+
+CLASSES = 'tensorflow_datasets.core.features'
+LEGACY_FEATURES = {  # as TFDS wrote them until 4.4; TFDS would read the names from any file
+    'type': f'{CLASSES}.features_dict.FeaturesDict',
+    'content': {
+        'label': {
+            'type': f'{CLASSES}.class_label_feature.ClassLabel',
+            'content': {'names_file': '/etc/passwd'},
+        }
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ('file', 'change', 'words'),
+    [
+        (
+            'features.json',
+            lambda f: class_label(f).update(numClasses=10**12),
+            'numClasses is 1000000000000',
+        ),
+        (
+            'features.json',
+            lambda f: f.update(LEGACY_FEATURES),
+            'names_file',
+        ),
+        ('dataset_info.json', lambda f: split(f).update(shardLengths=['-3']), 'shardLengths'),
+        ('dataset_info.json', lambda f: split(f).update(shardLengths=[2**40]), 'shardLengths'),
+        ('dataset_info.json', lambda f: split(f).update(name='../x'), 'name of a split'),
+        (
+            'dataset_info.json',
+            lambda f: split(f).update(filepathTemplate='../../{SPLIT}'),
+            'no plain file name',
+        ),
+        ('dataset_info.json', lambda f: f.update(splits={'a': 1}), 'splits'),
+        ('dataset_info.json', lambda f: f.clear(), 'tiny_set'),
+    ],
+)  # fmt: skip
+def test_descriptions_of_tfds_sets_are_checked(tmp_path, file, change, words):
+    make_tfds(tmp_path, [tf_example(image_bytes(), i % 2) for i in range(2)])
+    edit_json(tmp_path / 'tiny_set/1.2.0' / file, change)
+    refused(tmp_path, words)
+
+
+LABELS = [b'', b'\xff\xfe', b'a\na\n', b'a\nb\nc', b'a\n', b'a\nb\x1b[31m', 'a\nb\u2028c'.encode()]
+
+
+@pytest.mark.parametrize('file', ['features.json', 'dataset_info.json', 'label.labels.txt'])
+def test_damaged_descriptions_of_tfds_sets(tmp_path, file):
+    make_tfds(tmp_path, [tf_example(image_bytes(), i % 2) for i in range(2)])
+    path = tmp_path / 'tiny_set/1.2.0' / file
+    contents = [b'', b'{', b'[' * 100_000, b'\xff\xfe\x00', b'"text"']
+    for content in contents if file.endswith('json') else LABELS:
+        path.write_bytes(content)
+        if (file, content) == ('label.labels.txt', b''):  # no names: numbers
+            assert sources.open_dataset('tiny_set', tfds_data_dir=str(tmp_path)).class_names
+            continue
+        refused(tmp_path, 'tiny_set')
+    with open(path, 'wb') as sparse:
+        sparse.truncate(1 << 40)
+    refused(tmp_path, 'of more than 67,108,864 bytes')
+    path.unlink()
+    os.mkfifo(path)
+    refused(tmp_path, 'no regular file')
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'huggingface:mnist', 'tf_flowers/data_dir=/etc', 'tf_flowers/..', 'tf_flowers/..:3.0.1',
+        'a\0b', 'tf_flowers\n', 'x' * 5000, '~no_such_user_here/photos', 'a' * 300 + '/b', '\ud800',
+        'tf_flowers:9999999999999999999999.0.0', '/' * 5000, '${HOME}', '*',
+    ],
+)  # fmt: skip
+def test_hostile_names_of_datasets(tmp_path, name):
+    with pytest.raises(UserError):
+        sources.open_dataset(name, tfds_data_dir=str(tmp_path))
+    assert not list(tmp_path.iterdir())

@@ -15,7 +15,7 @@ import pathlib
 import numpy as np
 
 from vit_jax.data.decode import BadImageError, read_file
-from vit_jax.data.sources import Dataset, Example, stratified_order
+from vit_jax.data.sources import Dataset, Example, check_class_names, stratified_order
 from vit_jax.errors import UserError
 
 SUFFIXES = frozenset(('.jpg', '.jpeg', '.png', '.webp', '.bmp'))
@@ -61,6 +61,7 @@ def open_folder(root: pathlib.Path, name: str) -> Dataset:
             f'{name} holds no folders of images; expected one per class, {name}/CLASS/*.jpg, or '
             f'{name}/train/CLASS/*.jpg and {name}/test/CLASS/*.jpg'
         )
+    check_class_names(classes, name)
     if len(classes) < 2:
         raise UserError(
             f'{folders["train"]} has one class only ({classes[0]}); at least two are needed'

@@ -20,7 +20,7 @@ import sys
 import tempfile
 from typing import Any
 
-from vit_jax.data import tfds_sets
+from vit_jax.data import sources, tfds_sets
 from vit_jax.errors import UserError
 
 
@@ -192,7 +192,7 @@ def _download(name: str, builder: Any, manual_dir: str) -> None:
     from tensorflow_datasets.core.download import downloader
 
     instructions = builder.MANUAL_DOWNLOAD_INSTRUCTIONS
-    manual = pathlib.Path(manual_dir).expanduser() if manual_dir else None
+    manual = sources.expand(manual_dir) if manual_dir else None
     if instructions and not (manual and manual.is_dir() and any(manual.iterdir())):
         raise UserError(
             f'some of its files must be downloaded by hand into the folder that '

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import pathlib
+import unicodedata
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -219,12 +220,16 @@ def open_dataset(dataset: str, *, tfds_data_dir: str = '', tfds_manual_dir: str 
         )
     if dataset == 'digits':
         return _open_digits()
-    path = pathlib.Path(dataset).expanduser()
-    if path.is_dir():
+    path = expand(dataset)
+    try:
+        is_folder, is_there = path.is_dir(), path.exists()
+    except OSError as error:  # too long for the file system, no right to look
+        raise UserError(f'dataset {dataset} cannot be opened ({error.strerror})') from error
+    if is_folder:
         from vit_jax.data import folders
 
         return folders.open_folder(path, dataset)
-    if path.exists():
+    if is_there:
         raise UserError(
             f'dataset {dataset} is a file; give the folder that holds the folders of the classes'
         )
@@ -237,6 +242,36 @@ def open_dataset(dataset: str, *, tfds_data_dir: str = '', tfds_manual_dir: str 
     from vit_jax.data import tfds_sets
 
     return tfds_sets.open_tfds(dataset, tfds_data_dir, tfds_manual_dir)
+
+
+def expand(path: str) -> pathlib.Path:
+    """The path that a user wrote, with ~ and ~name put in.
+
+    Raises:
+      UserError: there is no such user.
+    """
+    try:
+        return pathlib.Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f'{path}: there is no user of this name ({error})') from error
+
+
+def check_class_names(names: Sequence[str], where: str) -> None:
+    """Refuses names that could not be printed on one line or stored with the model.
+
+    Args:
+      names: of the classes.
+      where: they come from, for the message.
+
+    Raises:
+      UserError: a name has control characters, line breaks or bytes that are no text.
+    """
+    for name in names:
+        if any(unicodedata.category(c) in ('Cc', 'Cs', 'Zl', 'Zp') for c in name):
+            raise UserError(
+                f'{where}: the class name {ascii(name)} has control characters or bytes that are '
+                'no text; rename it'
+            )
 
 
 def stratified_order(labels: np.ndarray, *, seed: int = 0) -> np.ndarray:

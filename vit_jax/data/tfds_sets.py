@@ -12,11 +12,12 @@ import pathlib
 import re
 from typing import Any
 
+from vit_jax.data import tfds_metadata
 from vit_jax.data.decode import BadImageError
-from vit_jax.data.sources import Dataset, Example
+from vit_jax.data.sources import Dataset, Example, expand
 from vit_jax.errors import UserError
 
-_DESCRIPTION = 'dataset_info.json'  # the last file that TFDS writes of a set
+_DESCRIPTION = tfds_metadata.DESCRIPTION
 
 
 def open_tfds(name: str, data_dir: str, manual_dir: str) -> Dataset:
@@ -59,23 +60,40 @@ def find_builder(name: str, data_dir: str) -> Any:
     """
     import tensorflow_datasets as tfds
 
-    expanded = str(pathlib.Path(data_dir).expanduser()) if data_dir else None
+    expanded = str(expand(data_dir)) if data_dir else None
+    stem = tfds_metadata.parse_name(name)
+    if stem is None:
+        raise UserError(_unknown(name, expanded))
+    tfds_metadata.check_below(pathlib.Path(expanded or tfds.core.constants.DATA_DIR, stem))
     try:
-        return tfds.builder(name, data_dir=expanded)
+        builder = tfds.builder(name, data_dir=expanded)
+        described = pathlib.Path(builder.data_path)
+        builder.info.features  # noqa: B018  (reads the description if the set is there)
+    except MemoryError:
+        raise
     except tfds.core.registered.DatasetNotFoundError as error:
         raise UserError(_unknown(name, expanded)) from error
-    except (ValueError, AssertionError, RuntimeError) as error:
-        reason = ' '.join(str(error).split())
+    except Exception as error:  # a description that is damaged raises nearly anything
+        reason = ' '.join(str(error).split()) or type(error).__name__
         if reason.startswith('Parsing builder name'):
             raise UserError(_unknown(name, expanded)) from error
         reason = re.sub(r'^Failed to construct dataset .*?}": ', '', reason)  # config or version
         raise UserError(f'dataset {name} cannot be opened: {reason[:300]}') from error
+    if (described / _DESCRIPTION).exists():
+        tfds_metadata.check_folder(described)
+    return builder
 
 
 def _unknown(name: str, data_dir: str | None) -> str:
     import tensorflow_datasets as tfds
 
-    stem = re.split('[/:]', name)[0]
+    stem = tfds_metadata.parse_name(name) or ''
+    if not stem:
+        shown = name if name.isprintable() else ascii(name)
+        return (
+            f'dataset {shown} is neither a folder (seen from {pathlib.Path.cwd()}) nor a name of '
+            'TFDS: those are NAME, NAME/CONFIG and NAME:1.2.3'
+        )
     known = sorted(set(tfds.core.registered.list_imported_builders()))
     near = difflib.get_close_matches(stem, known, n=3, cutoff=0.7)
     prepared = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR, stem)
@@ -131,8 +149,19 @@ def converted_folder(builder: Any) -> pathlib.Path:
 def _open_prepared(name: str, folder: pathlib.Path) -> Dataset:
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder_from_directory(folder)
-    features = builder.info.features
+    tfds_metadata.check_folder(folder)
+    try:
+        builder = tfds.builder_from_directory(folder)
+        features = builder.info.features
+        lengths = {str(split): info.num_examples for split, info in builder.info.splits.items()}
+    except MemoryError:
+        raise
+    except Exception as error:  # protobuf's and TFDS's own, of many kinds
+        reason = ' '.join(str(error).split())[:300] or type(error).__name__
+        raise UserError(
+            f'{folder} does not describe a set of TFDS as it should: {reason}. Remove it to have '
+            'it prepared again, or copy it again from where it came from'
+        ) from error
     check_features(name, features)
     label = features['label']
     if (label.num_classes or 0) < 2:
@@ -140,10 +169,12 @@ def _open_prepared(name: str, folder: pathlib.Path) -> Dataset:
             f'{name} has {label.num_classes} classes; classification needs at least two'
         )
     splits = {
-        str(split): _Records(f'{name}:{split}', str(folder), str(split), info.num_examples)
-        for split, info in builder.info.splits.items()
-        if info.num_examples
+        split: _Records(f'{name}:{split}', str(folder), split, count)
+        for split, count in lengths.items()
+        if count
     }
+    if not splits:
+        raise UserError(f'{folder} has no examples in any split; remove it to prepare it again')
     return Dataset(name, tuple(label.names), False, splits)
 
 
