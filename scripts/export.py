@@ -1,0 +1,151 @@
+"""Exports a model to the runtime it is to be used in, and proves that it is still the model.
+
+The exported file is loaded by that runtime (ONNX Runtime, JAX without this package, timm,
+transformers, torchvision) in a process of its own and run on photographs at batch 1, 2 and 7;
+what it computes is compared with JAX in exact float32. The table is printed and stored beside the
+file, in <output>.verify.json. If the model is not the same, no file is left.
+
+(To turn one file of weights into another, of any size and without running it: scripts/convert.py.)
+
+Formats:
+    onnx         for ONNX Runtime, TensorRT, ...: any batch size; metadata with class names,
+                 preprocessing and value range
+    stablehlo    for JAX without this package, on CPU and NVIDIA GPU: any batch size; the same
+                 metadata in <output>.json
+    timm, huggingface, torchvision
+                 a folder for these libraries of PyTorch
+    npz          the weights alone, in the naming of Google's released files
+
+Examples:
+    python scripts/export.py --model runs/x/model --format onnx --output x.onnx
+    python scripts/export.py --model runs/x/model --format onnx --dtype float16 --output x16.onnx
+    python scripts/export.py --model runs/x/model --format timm --output x_timm --images photos/
+
+Exit status: 0 if the file was written and verified, or could not be verified because its runtime
+is not installed (the last lines say "not verified" and what to install); 1 if there is an error,
+or the model is not the same.
+"""
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+
+FORMATS = ('onnx', 'stablehlo', 'timm', 'huggingface', 'torchvision', 'npz')
+
+
+def main() -> int:
+    """Runs the command line; returns the exit status."""
+    args = _parse()
+    signal.signal(signal.SIGTERM, _terminate)  # as Ctrl-C: what is half done is removed
+    # An export needs no accelerator, and is held to what a CPU computes.
+    os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+
+    from vit_jax.errors import UserError
+
+    try:
+        return _export(args)
+    except UserError as error:
+        print(f'export.py: {error}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as interrupt:
+        left = 'was written' if os.path.exists(args.output) else 'was not written'
+        print(f'export.py: interrupted; {args.output} {left}', file=sys.stderr)
+        return interrupt.args[0] if interrupt.args else 128 + signal.SIGINT
+
+
+def _export(args: argparse.Namespace) -> int:
+    import pathlib
+
+    from vit_jax.export import formats
+
+    # What the command line alone tells comes first: the rest takes seconds to import.
+    given = {field: value for field, value in vars(args).items() if value is not None}
+    options = formats.Options(
+        **{
+            field: tuple(given[field]) if field == 'drop' else given[field]
+            for field in formats.Options.__dataclass_fields__
+            if field in given
+        }
+    )
+    formats.check(args.format, options, args.output)
+    formats.check_place(pathlib.Path(args.output))
+
+    import rich.console
+
+    from vit_jax import model_folder
+    from vit_jax.checkpoint import catalog
+    from vit_jax.export import deliver, verify
+
+    width = max(100, shutil.get_terminal_size().columns)  # the table needs 90
+    console = rich.console.Console(highlight=False, soft_wrap=True, width=width)
+    source = args.model if os.path.exists(args.model) else catalog.resolve(args.model)
+    model = model_folder.load(source, variant=args.variant)
+    report = deliver.export(
+        model,
+        args.output,
+        format=args.format,
+        options=options,
+        verified=args.verify,
+        images=args.images or (),
+        console=console,
+    )
+    verified = report is not None and report.status == verify.VERIFIED
+    console.print(f'{args.output}: written' + (', verified' if verified else ', not verified'))
+    return 0
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add('--model', required=True, help='model folder, file of weights, or released name')
+    add('--format', required=True, help=', '.join(FORMATS))
+    add('--output', required=True, metavar='PATH', help='file or folder to write; must not exist')
+    add('--variant', default='', help='architecture of a file, where its arrays do not tell')
+    add(
+        '--verify',
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help='run the exported model and compare it with JAX (default: yes)',
+    )
+    add('--images', nargs='+', metavar='PATH', help='image files and folders to verify on')
+    graph = parser.add_argument_group('onnx and stablehlo')
+    add = graph.add_argument
+    add('--layout', choices=('NHWC', 'NCHW'), help='of the input (default: NHWC)')
+    add('--probabilities', action='store_true', help='softmax of each image instead of logits')
+    add('--features', action='store_true', help='give the features that the head reads, too')
+    add('--attention', action='store_true', help='give the attention weights of all blocks, too')
+    add(
+        '--preprocessing',
+        action='store_true',
+        help='take uint8 images in [0, 255] (of the size of the model) and normalise them inside',
+    )
+    add = parser.add_argument_group('onnx').add_argument
+    add('--opset', type=int, choices=(17, 20), help='version of the operators (default: 20)')
+    add(
+        '--dtype',
+        choices=('float32', 'float16', 'int8'),
+        help='of weights and products (default: float32); int8: dynamic quantisation',
+    )
+    add = parser.add_argument_group('timm, huggingface, torchvision and npz').add_argument
+    add(
+        '--drop',
+        nargs='+',
+        metavar='LAYER',
+        help='leave this layer out where the format has no place for it: pre_logits',
+    )
+    return parser.parse_args()
+
+
+def _terminate(signum: int, _frame: object) -> None:
+    raise KeyboardInterrupt(128 + signum)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,320 @@
+"""Runs an exported model in the runtime it was made for: the child process of `verify.py`.
+
+    python -P runtimes.py FOLDER
+
+FOLDER holds `request.json` (format, path, outputs, batches, and what a format needs besides) and
+`images.npy` (in the layout and type that the model takes). For each batch `[first, end)` the
+outputs are written to `outputs-I.npz`, at the end `result.json`. Outputs are named as in
+`reference.py`; `own/logits` are those of a library that computes a layer in a form of its own, by
+which the rest was not judged.
+
+Only `npz`, whose runtime this package is, imports anything of it: the others prove that the file is
+enough. (-P, because Python would otherwise look for `onnx` in the folder of this file first.)
+
+Exit status: 0; 3 if the runtime is not installed (`result.json` says what is missing).
+"""
+
+import importlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+NOT_INSTALLED = 3
+
+Outputs = Mapping[str, np.ndarray]
+Run = Callable[[np.ndarray], Outputs]
+
+
+class NotInstalledError(Exception):
+    """A package that the runtime needs cannot be imported."""
+
+    def __init__(self, package: str, why: str):
+        super().__init__(package, why)
+        self.package, self.why = package, why
+
+
+def main(folder: str) -> int:
+    """Does what the request says; returns the exit status."""
+    place = pathlib.Path(folder)
+    request = json.loads((place / 'request.json').read_text(encoding='utf-8'))
+    images = np.load(place / 'images.npy', mmap_mode='r')
+    try:
+        start = time.perf_counter()
+        run, facts = _RUNTIMES[request['format']](request)
+        loaded = time.perf_counter()
+        for i, (first, end) in enumerate(request['batches']):
+            outputs = run(np.array(images[first:end]))
+            np.savez(place / f'outputs-{i}.npz', **outputs)
+    except NotInstalledError as e:
+        result = {'missing': e.package, 'why': e.why}
+        (place / 'result.json').write_text(json.dumps(result), encoding='utf-8')
+        return NOT_INSTALLED
+    result = {
+        **facts,
+        'load_seconds': round(loaded - start, 3),
+        'run_seconds': round(time.perf_counter() - loaded, 3),
+        'imported_vit_jax': 'vit_jax' in sys.modules,
+    }
+    (place / 'result.json').write_text(json.dumps(result), encoding='utf-8')
+    return 0
+
+
+def _require(name: str, package: str = '') -> Any:
+    """Imports a module of a package that may not be there."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as e:
+        raise NotInstalledError(package or name, str(e)) from e
+
+
+def _onnx(request: Mapping[str, Any]) -> tuple[Run, dict[str, Any]]:
+    onnxruntime = _require('onnxruntime')
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(
+        request['path'], options, providers=['CPUExecutionProvider']
+    )
+    (image,) = session.get_inputs()
+    names = [output.name for output in session.get_outputs()]
+    metadata = session.get_modelmeta().custom_metadata_map
+    return lambda images: dict(zip(names, session.run(None, {image.name: images}), strict=True)), {
+        'runtime': f'onnxruntime {onnxruntime.__version__}',
+        'input': {'name': image.name, 'shape': image.shape, 'type': image.type},
+        'class_names': json.loads(metadata['class_names']) if 'class_names' in metadata else None,
+    }
+
+
+def _stablehlo(request: Mapping[str, Any]) -> tuple[Run, dict[str, Any]]:
+    jax = _require('jax')
+    _require('flatbuffers')
+    export = importlib.import_module('jax.export')
+    with open(request['path'], 'rb') as f:
+        model = export.deserialize(bytearray(f.read()))
+    with open(f'{request["path"]}.json', encoding='utf-8') as f:
+        description = json.load(f)
+    (image,) = model.in_avals
+    return lambda images: {k: np.asarray(v) for k, v in model.call(images).items()}, {
+        'runtime': f'jax {jax.__version__}',
+        'input': {'shape': [str(size) for size in image.shape], 'type': image.dtype.name},
+        'class_names': description['class_names'],
+    }
+
+
+def _npz(request: Mapping[str, Any]) -> tuple[Run, dict[str, Any]]:
+    import vit_jax
+    from vit_jax import checkpoint, models
+    from vit_jax.export import reference
+
+    params = checkpoint.load(request['path'])
+    head = params.get('head')
+    module = models.from_config(
+        request['model_config'], num_classes=head['bias'].shape[0] if head else 0
+    )
+    return reference.runner(module, params, request['outputs']), {
+        'runtime': f'vit_jax {vit_jax.__version__}',
+        'class_names': None,
+    }
+
+
+def _timm(request: Mapping[str, Any]) -> tuple[Run, dict[str, Any]]:
+    torch, torchvision = _torch(), _torchvision()
+    timm = _require('timm')
+    model = timm.create_model(f'local-dir:{request["path"]}', pretrained=True)
+    forms = _gelu_of_mixer(torch, model) if 'mlp_tokens' in str(model) else _Forms()
+    forms.add_standardised_convolutions(torch, model)
+    wanted = request['outputs']
+
+    def compute(images):
+        x = model.forward_features(images)
+        outputs = {}
+        if 'logits' in wanted:
+            outputs['logits'] = model.forward_head(x)
+        if 'features' in wanted:
+            outputs['features'] = model.forward_head(x, pre_logits=True)
+        return outputs
+
+    return _torch_run(torch, model, compute, forms), {
+        'runtime': f'timm {timm.__version__}, PyTorch {torch.__version__}, '
+        f'torchvision {torchvision.__version__}',
+        'own_form': forms.description,
+        'class_names': model.pretrained_cfg.get('label_names'),
+    }
+
+
+def _hugging_face(request: Mapping[str, Any]) -> tuple[Run, dict[str, Any]]:
+    torch = _torch()
+    os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
+    transformers = _require('transformers')
+    transformers.utils.logging.disable_progress_bar()
+    config = transformers.AutoConfig.from_pretrained(request['path'], local_files_only=True)
+    (name,) = config.architectures
+    pooled = {}
+    if name == 'ViTModel':
+        # As the README.md in the folder says: without `pre_logits` there is no pooler.
+        pooled = {'add_pooling_layer': request['model_config']['representation_size'] is not None}
+    model, info = getattr(transformers, name).from_pretrained(
+        request['path'], local_files_only=True, output_loading_info=True, **pooled
+    )
+    for what in ('missing_keys', 'unexpected_keys', 'mismatched_keys'):
+        if info[what]:
+            raise ValueError(f'from_pretrained reports {what}: {sorted(map(str, info[what]))}')
+    wanted = request['outputs']
+    encoder = getattr(model, 'vit', None) or getattr(model, 'deit', None) or model
+
+    def compute(images):
+        outputs = {}
+        if 'logits' in wanted:
+            outputs['logits'] = model(images).logits
+        if 'features' in wanted:
+            found = encoder(images)
+            outputs['features'] = found.pooler_output if pooled.get('add_pooling_layer') else None
+            if outputs['features'] is None:
+                tokens = 2 if config.model_type == 'deit' else 1
+                outputs['features'] = found.last_hidden_state[:, :tokens].mean(dim=1)
+        return outputs
+
+    names = [config.id2label[i] for i in range(config.num_labels)]
+    return _torch_run(torch, model, compute, _Forms()), {
+        'runtime': f'transformers {transformers.__version__}, PyTorch {torch.__version__}',
+        'class_names': names,
+    }
+
+
+def _torchvision_model(request: Mapping[str, Any]) -> tuple[Run, dict[str, Any]]:
+    torch, torchvision = _torch(), _torchvision()
+    load_file = _require('safetensors.torch', 'safetensors').load_file
+    folder = pathlib.Path(request['path'])
+    description = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+    model = torchvision.models.VisionTransformer(**description['arguments'])
+    model.load_state_dict(load_file(folder / 'model.safetensors'))
+    forms = _Forms()
+    for module in model.modules():
+        if isinstance(module, torch.nn.GELU):
+            forms.add(module, 'approximate', module.approximate, 'tanh', 'erf GELU')
+    features = []
+    model.heads.head.register_forward_pre_hook(lambda _module, inputs: features.append(inputs[0]))
+
+    def compute(images):
+        features.clear()
+        logits = model(images)
+        outputs = {'logits': logits, 'features': features[0]}
+        return {name: outputs[name] for name in request['outputs']}
+
+    return _torch_run(torch, model, compute, forms), {
+        'runtime': f'torchvision {torchvision.__version__}, PyTorch {torch.__version__}',
+        'own_form': forms.description,
+        'class_names': description.get('class_names'),
+    }
+
+
+class _Forms:
+    """Layers that a library computes in a form of its own, and how to set them to ours and back."""
+
+    def __init__(self):
+        self.settings: list[tuple[Any, str, Any, Any]] = []
+        self.names: dict[str, None] = {}
+
+    def add(self, module: Any, attribute: str, theirs: Any, ours: Any, name: str) -> None:
+        self.settings.append((module, attribute, theirs, ours))
+        self.names[name] = None
+
+    @property
+    def description(self) -> str:
+        return ' and '.join(self.names)
+
+    def use(self, *, ours: bool) -> None:
+        for module, attribute, their_value, our_value in self.settings:
+            setattr(module, attribute, our_value if ours else their_value)
+
+    def add_standardised_convolutions(self, torch: Any, model: Any) -> None:
+        """Kernels: timm divides by sqrt(variance + 1e-8), this package by (deviation + 1e-5).
+
+        Its form is the same for a kernel and for a multiple s of it but for the epsilon, which
+        becomes 1e-8 / s^2; with s as below it is ours: s^2 = 1e-8 / ((deviation + 1e-5)^2 -
+        variance).
+        """
+        for module in model.modules():
+            if not type(module).__name__.startswith('StdConv2d'):
+                continue
+            weight = module.weight.detach()
+            exact = weight.double()
+            variance = exact.var(dim=(1, 2, 3), keepdim=True, correction=0)
+            ours = (variance.sqrt() + 1e-5).square()
+            scaled = exact * (module.eps / (ours - variance)).sqrt()
+            parameter = torch.nn.Parameter(scaled.to(weight.dtype))
+            name = 'its standardisation of weights'
+            self.add(module, 'weight', module.weight, parameter, name)
+
+
+def _gelu_of_mixer(torch: Any, model: Any) -> _Forms:
+    """GELU of a Mixer: timm has no argument for it; README.md in the folder sets it like this."""
+    forms = _Forms()
+    tanh = torch.nn.GELU(approximate='tanh')
+    for block in model.blocks:
+        for mlp in (block.mlp_tokens, block.mlp_channels):
+            forms.add(mlp, 'act', mlp.act, tanh, 'erf GELU')
+    return forms
+
+
+def _torch_run(torch: Any, model: Any, compute: Callable, forms: _Forms) -> Run:
+    """Runs a model that takes NCHW, as PyTorch does, on images [B, S, S, 3]."""
+    model.eval()
+
+    def run(images: np.ndarray) -> Outputs:
+        with torch.inference_mode():
+            images = torch.from_numpy(images).permute(0, 3, 1, 2)
+            outputs = {}
+            if forms.settings:
+                forms.use(ours=False)
+                outputs = {f'own/{name}': array for name, array in compute(images).items()}
+            forms.use(ours=True)
+            outputs |= compute(images)
+        return {name: tensor.numpy() for name, tensor in outputs.items()}
+
+    return run
+
+
+def _torch() -> Any:
+    return _require('torch')
+
+
+def _torchvision() -> Any:
+    """torchvision, also where its compiled operators do not fit PyTorch's build.
+
+    A build for another PyTorch (CUDA's beside the CPU's, say) cannot be imported, because the
+    operators of object detection are missing. No Vision Transformer uses them: declared, but not
+    defined, they are enough.
+    """
+    torch = _torch()
+    try:
+        return _require('torchvision')
+    except RuntimeError as e:
+        if 'torchvision::nms' not in str(e):
+            raise NotInstalledError('torchvision', f'it cannot be imported: {e}') from e
+    for name in [name for name in sys.modules if name.split('.')[0] == 'torchvision']:
+        del sys.modules[name]
+    global _operators  # lives as long as the process, or the declarations go with it
+    _operators = torch.library.Library('torchvision', 'DEF')
+    for name in ('nms', 'qnms'):
+        _operators.define(f'{name}(Tensor a) -> Tensor')
+    return _require('torchvision')
+
+
+_RUNTIMES = {
+    'onnx': _onnx,
+    'stablehlo': _stablehlo,
+    'npz': _npz,
+    'timm': _timm,
+    'huggingface': _hugging_face,
+    'torchvision': _torchvision_model,
+}
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1]))
