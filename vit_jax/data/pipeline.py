@@ -286,9 +286,7 @@ def _read_ahead(dataset: grain.MapDataset, start: int, threads: int | None) -> I
     threads = threads or default_threads()
     # The first batch tells how large they are. It would not come sooner from one of many threads.
     first = dataset[start]
-    buffer = max(
-        1, min(2 * threads, _buffer_bytes() // sum(array.nbytes for array in first.values()))
-    )
+    buffer = batches_ahead(sum(array.nbytes for array in first.values()), threads)
     options = grain.ReadOptions(num_threads=min(threads, buffer), prefetch_buffer_size=buffer)
     iterator = iter(dataset[start + 1 :].to_iter_dataset(options))
     try:
@@ -300,9 +298,13 @@ def _read_ahead(dataset: grain.MapDataset, start: int, threads: int | None) -> I
         iterator.close()
 
 
-def _buffer_bytes() -> int:
-    """A quarter of the machine's memory, at most `MAX_BUFFER_BYTES`."""
+def batches_ahead(batch_bytes: int, threads: int) -> int:
+    """How many batches are read ahead: two for each thread, as far as memory allows.
+
+    That is a quarter of the machine's memory, at most `MAX_BUFFER_BYTES`.
+    """
     try:
-        return min(MAX_BUFFER_BYTES, os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 4)
+        memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 4
     except (AttributeError, ValueError):  # Not on every system.
-        return MAX_BUFFER_BYTES
+        memory = MAX_BUFFER_BYTES
+    return max(1, min(2 * threads, min(memory, MAX_BUFFER_BYTES) // batch_bytes))
