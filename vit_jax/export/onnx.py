@@ -82,7 +82,10 @@ def build(
     graph = Graph(opset, DTYPES[dtype])
     image = _image(graph, side, layout, preprocessing)
     mixer = variants.is_mixer(config)
-    values = (onnx_mixer if mixer else onnx_vit).build(graph, image, params, config, side)
+    if mixer:
+        values = onnx_mixer.build(graph, image, params, config, side)
+    else:
+        values = onnx_vit.build(graph, image, params, config, side, attention=attention)
 
     if values.logits:
         num_classes = params['head']['bias'].shape[0]

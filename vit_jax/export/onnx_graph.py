@@ -162,9 +162,9 @@ class Graph:
         return self.op('Cast', [x], name, elem_type=elem_type, to=elem_type)
 
     def reshape(self, x: str, shape: Sequence[int | str], name: str) -> str:
-        """`x` in another shape, whose first length is open: BATCH or ROWS."""
+        """`x` in another shape, whose first length is open and has a name, such as BATCH."""
         first, *rest = shape
-        if first not in (BATCH, ROWS):
+        if not isinstance(first, str):
             raise ValueError(f'the first length of {shape} should be open')
         self._shapes[name] = shape
         return self.op('Reshape', [x, self.integers([-1, *rest])], name)
@@ -173,9 +173,9 @@ class Graph:
         """`x` with its axes in this order."""
         return self.op('Transpose', [x], name, perm=perm)
 
-    def split(self, x: str, parts: int, axis: int, names: Sequence[str]) -> list[str]:
+    def split(self, x: str, axis: int, names: Sequence[str]) -> list[str]:
         """Equal parts along an axis, called `names`."""
-        attributes = {'num_outputs': parts} if self.opset >= 18 else {}  # before: always equal
+        attributes = {'num_outputs': len(names)} if self.opset >= 18 else {}  # before: always equal
         node = helper.make_node('Split', [x], names, name=f'{x}/split', axis=axis, **attributes)
         self._nodes.append(node)
         self._types |= dict.fromkeys(names, self._types[x])
@@ -298,8 +298,10 @@ class Graph:
             onnx.shape_inference.InferenceError: the shapes do not fit each other, which is an error
                 in the graph's construction.
         """
+        self._prune()
         small = [t for t in self._initializers.values() if len(t.raw_data) <= _LARGE]
         large = [t for t in self._initializers.values() if len(t.raw_data) > _LARGE]
+        made = {value for node in self._nodes for value in node.output}
         graph = helper.make_graph(
             self._nodes,
             name,
@@ -310,7 +312,7 @@ class Graph:
             value_info=[
                 helper.make_tensor_value_info(value, self._types[value], shape)
                 for value, shape in self._shapes.items()
-                if value not in {output.name for output in self._outputs}
+                if value in made - {output.name for output in self._outputs}
             ],
         )
         model = helper.make_model(
@@ -327,6 +329,17 @@ class Graph:
         del model.graph.initializer[:]
         model.graph.initializer.extend(self._initializers.values())
         return model
+
+    def _prune(self) -> None:
+        """Removes the nodes and constants that no output needs, such as features not asked for."""
+        needed = {output.name for output in self._outputs}
+        kept = []
+        for node in reversed(self._nodes):
+            if needed.intersection(node.output):
+                needed.update(node.input)
+                kept.append(node)
+        self._nodes = kept[::-1]
+        self._initializers = {n: t for n, t in self._initializers.items() if n in needed}
 
 
 def _info(tensor: TensorProto) -> onnx.ValueInfoProto:

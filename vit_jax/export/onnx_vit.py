@@ -8,7 +8,7 @@ Shapes: B batch, N tokens, D width, H heads, K head size (D / H), C classes.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,23 @@ class Values:
     attention: list[str]
 
 
-def build(graph: Graph, image: str, params: _Tree, config: _Tree, side: int) -> Values:
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """N, H and D."""
+
+    tokens: int
+    heads: int
+    width: int
+
+    @property
+    def head_size(self) -> int:
+        """K."""
+        return self.width // self.heads
+
+
+def build(
+    graph: Graph, image: str, params: _Tree, config: _Tree, side: int, *, attention: bool = False
+) -> Values:
     """Adds a Vision Transformer to a graph.
 
     Args:
@@ -45,35 +61,32 @@ def build(graph: Graph, image: str, params: _Tree, config: _Tree, side: int) -> 
         params: of `models.VisionTransformer`.
         config: its arguments; the classifier is 'token' or 'gap'.
         side: of the image, pixels.
+        attention: whether the attention weights are wanted. If not, the last block of a model that
+            reads only its class token computes no other.
     """
-    token_names = ('cls', 'dist') if config.get('distilled') else ('cls',)
+    front = ('cls', 'dist') if config.get('distilled') else ('cls',)
     if config.get('classifier', 'token') != 'token':
-        token_names = ()
-    width = config['hidden_size']
-    x, num_tokens = _embed(graph, image, params, config, side, token_names)
-    attention = []
-    for layer in range(config['transformer']['num_layers']):
+        front = ()
+    x, num_tokens = _embed(graph, image, params, config, side, front)
+    sizes = _Sizes(num_tokens, config['transformer']['num_heads'], config['hidden_size'])
+    num_layers = config['transformer']['num_layers']
+    weights, read = [], 0
+    for layer in range(num_layers):
         name = f'Transformer/encoderblock_{layer}'
-        block = params['Transformer'][f'encoderblock_{layer}']
-        x, weights = _block(
-            graph, x, block, num_tokens, config['transformer']['num_heads'], width, name
-        )
-        attention.append(weights)
+        if layer == num_layers - 1 and not attention:
+            read = len(front)
+        x, w = _block(graph, x, params['Transformer'][f'encoderblock_{layer}'], sizes, name, read)
+        weights.append(w)
+    if front and not read:
+        x = _front(graph, x, sizes, len(front), 'tokens')
 
-    norm = params['Transformer']['encoder_norm']
-    if not token_names:
-        x = graph.layer_norm(x, norm, 'Transformer/encoder_norm')
-        x = graph.mean(graph.reshape(x, (BATCH, num_tokens, width), 'tokens'), 1, 'gap')
-        return Values(*classify(graph, x, params), num_tokens, attention)
-    x = graph.reshape(x, (BATCH, num_tokens, width), 'tokens')
-    # LayerNorm sees one token at a time: only those that are read need it.
-    if len(token_names) == 1:
-        x = graph.op('Gather', [x, graph.index(0)], 'tokens/cls', axis=1)
-        x = graph.layer_norm(x, norm, 'Transformer/encoder_norm')
-        return Values(*classify(graph, x, params), num_tokens, attention)
-    x = graph.op('Gather', [x, graph.integers([0, 1])], 'tokens/cls_dist', axis=1)
-    x = graph.layer_norm(x, norm, 'Transformer/encoder_norm')
-    return Values(*_classify_distilled(graph, x, params), num_tokens, attention)
+    x = graph.layer_norm(x, params['Transformer']['encoder_norm'], 'Transformer/encoder_norm')
+    if config.get('distilled'):
+        return Values(*_classify_distilled(graph, x, params), num_tokens, weights)
+    if not front:
+        x = graph.reshape(x, (BATCH, num_tokens, sizes.width), 'tokens')
+        x = graph.mean(x, 1, 'mean_of_tokens')
+    return Values(*classify(graph, x, params), num_tokens, weights)
 
 
 def _embed(
@@ -109,52 +122,99 @@ def _embed(
     return graph.reshape(x, (ROWS, width), 'rows'), num_tokens
 
 
+def _front(graph: Graph, x: str, sizes: _Sizes, count: int, name: str) -> str:
+    """Of rows [B * N, D] those of the first `count` tokens of each image, [B * count, D]."""
+    x = graph.reshape(x, (BATCH, sizes.tokens, sizes.width), name)
+    if count == 1:
+        return graph.op('Gather', [x, graph.index(0)], f'{name}/first', axis=1)
+    x = graph.op('Gather', [x, graph.integers(range(count))], f'{name}/first', axis=1)
+    return graph.reshape(x, (f'{count}*{BATCH}', sizes.width), f'{name}/first_rows')
+
+
 def _block(
-    graph: Graph, x: str, params: _Tree, num_tokens: int, num_heads: int, width: int, name: str
+    graph: Graph, x: str, params: _Tree, sizes: _Sizes, name: str, read: int
 ) -> tuple[str, str]:
-    """An encoder block: rows [B * N, D] to the same, and attention weights [B, H, N, N]."""
+    """An encoder block: rows [B * N, D] to the same, and attention weights [B, H, N, N].
+
+    If only the first `read` tokens of each image (0: all) are read afterwards, only they are
+    computed: rows [B * read, D], and weights [B, H, read, N].
+    """
     y = graph.layer_norm(x, params['LayerNorm_0'], f'{name}/LayerNorm_0')
-    y, weights = _attention(
-        graph,
-        y,
-        params['MultiHeadDotProductAttention_0'],
-        num_tokens,
-        num_heads,
-        width,
-        f'{name}/MultiHeadDotProductAttention_0',
-    )
+    attention = params['MultiHeadDotProductAttention_0'], f'{name}/MultiHeadDotProductAttention_0'
+    if read:
+        x = _front(graph, x, sizes, read, f'{name}/tokens')
+        query = _front(graph, y, sizes, read, f'{name}/LayerNorm_0/tokens')
+        heads = _some_queries(graph, query, y, attention[0], sizes, attention[1], read)
+    else:
+        heads = _all_queries(graph, y, attention[0], sizes, attention[1])
+    rows = f'{read}*{BATCH}' if read > 1 else BATCH if read else ROWS
+    y, weights = _attention(graph, *heads, attention[0], sizes, attention[1], rows)
     x = graph.add(x, y, f'{name}/self_attention')
     y = graph.layer_norm(x, params['LayerNorm_1'], f'{name}/LayerNorm_1')
     y = graph.mlp(y, params['MlpBlock_0'], f'{name}/MlpBlock_0')
     return graph.add(x, y, f'{name}/mlp'), weights
 
 
-def _attention(
-    graph: Graph, x: str, params: _Tree, num_tokens: int, num_heads: int, width: int, name: str
-) -> tuple[str, str]:
-    """Self-attention: rows [B * N, D] to the same, and its weights [B, H, N, N]."""
-    head_size = width // num_heads
-    # In float64, so that the factor adds one rounding of float32 and no more.
-    scale = np.float64(head_size) ** -0.5
+def _all_queries(
+    graph: Graph, x: str, params: _Tree, sizes: _Sizes, name: str
+) -> tuple[str, str, str]:
+    """Rows [B * N, D] to queries, keys and values [B, H, N, K], by one product."""
+    layer = _projections(params, ('query', 'key', 'value'), sizes)
+    x = graph.dense(x, *layer, f'{name}/query_key_value')
+    x = _heads(graph, x, sizes.tokens, 3 * sizes.heads, sizes, f'{name}/query_key_value')
+    return tuple(graph.split(x, 1, [f'{name}/{part}' for part in ('query', 'key', 'value')]))
+
+
+def _some_queries(
+    graph: Graph, query: str, x: str, params: _Tree, sizes: _Sizes, name: str, read: int
+) -> tuple[str, str, str]:
+    """Rows [B * read, D] to queries [B, H, read, K], and [B * N, D] to keys and values."""
+    query = graph.dense(query, *_projections(params, ('query',), sizes), f'{name}/query')
+    query = _heads(graph, query, read, sizes.heads, sizes, f'{name}/query')
+    x = graph.dense(x, *_projections(params, ('key', 'value'), sizes), f'{name}/key_value')
+    x = _heads(graph, x, sizes.tokens, 2 * sizes.heads, sizes, f'{name}/key_value')
+    return query, *graph.split(x, 1, [f'{name}/key', f'{name}/value'])
+
+
+def _projections(
+    params: _Tree, names: Sequence[str], sizes: _Sizes
+) -> tuple[np.ndarray, np.ndarray]:
+    """Kernels side by side [D, names * D], and biases, float64; queries with the factor of scores.
+
+    In float64, so that the factor adds one rounding and no more.
+    """
     kernels, biases = [], []
-    for projection, factor in (('query', scale), ('key', 1.0), ('value', 1.0)):
-        kernel, bias = (np.asarray(params[projection][key]) for key in ('kernel', 'bias'))
-        kernels.append(kernel.reshape(width, width) * factor)
-        biases.append(bias.reshape(width) * factor)
-    x = graph.dense(
-        x, np.concatenate(kernels, 1), np.concatenate(biases), f'{name}/query_key_value'
-    )
-    x = graph.reshape(x, (BATCH, num_tokens, 3 * num_heads, head_size), f'{name}/heads')
-    x = graph.transpose(x, (0, 2, 1, 3), f'{name}/heads_first')
-    query, key, value = graph.split(
-        x, 3, 1, [f'{name}/{part}' for part in ('query', 'key', 'value')]
-    )
+    for name in names:
+        factor = np.float64(sizes.head_size) ** (-0.5 if name == 'query' else 0)
+        kernel, bias = np.asarray(params[name]['kernel']), np.asarray(params[name]['bias'])
+        kernels.append(kernel.reshape(sizes.width, sizes.width) * factor)
+        biases.append(bias.reshape(sizes.width) * factor)
+    return np.concatenate(kernels, axis=1), np.concatenate(biases)
+
+
+def _heads(graph: Graph, x: str, tokens: int, heads: int, sizes: _Sizes, name: str) -> str:
+    """Rows [B * tokens, heads * K] to [B, heads, tokens, K]."""
+    x = graph.reshape(x, (BATCH, tokens, heads, sizes.head_size), f'{name}/heads')
+    return graph.transpose(x, (0, 2, 1, 3), f'{name}/heads_first')
+
+
+def _attention(
+    graph: Graph,
+    query: str,
+    key: str,
+    value: str,
+    params: _Tree,
+    sizes: _Sizes,
+    name: str,
+    rows: str,
+) -> tuple[str, str]:
+    """[B, H, n, K] and twice [B, H, N, K] to rows [B * n, D]; and the weights [B, H, n, N]."""
     key = graph.transpose(key, (0, 1, 3, 2), f'{name}/key_transposed')
     weights = graph.softmax(graph.matmul(query, key, f'{name}/scores'), f'{name}/weights')
     x = graph.matmul(weights, value, f'{name}/weighted')
     x = graph.transpose(x, (0, 2, 1, 3), f'{name}/tokens_first')
-    x = graph.reshape(x, (ROWS, width), f'{name}/rows')
-    kernel = np.asarray(params['out']['kernel']).reshape(width, width)
+    x = graph.reshape(x, (rows, sizes.width), f'{name}/rows')
+    kernel = np.asarray(params['out']['kernel']).reshape(sizes.width, sizes.width)
     return graph.dense(x, kernel, params['out']['bias'], f'{name}/out'), weights
 
 
@@ -175,16 +235,17 @@ def classify(graph: Graph, x: str, params: _Tree) -> tuple[str, str | None]:
 
 
 def _classify_distilled(graph: Graph, x: str, params: _Tree) -> tuple[str, str | None]:
-    """Normalised class and distillation tokens [B, 2, D] to features (their mean) and logits.
+    """Normalised class and distillation tokens [B * 2, D] to features (their mean) and logits.
 
     The logits are the mean of what two heads make of one token each: one product with both heads,
     halved, one above the other.
     """
-    features = graph.mean(x, 1, 'pre_logits')
+    width = np.asarray(params['cls']).shape[-1]
+    features = graph.mean(graph.reshape(x, (BATCH, 2, width), 'pre_logits/tokens'), 1, 'pre_logits')
     if 'head' not in params:
         return features, None
     heads = params['head'], params['head_dist']
     kernel = np.concatenate([np.asarray(head['kernel']) for head in heads]) * np.float32(0.5)
     bias = sum(np.asarray(head['bias']) for head in heads) * np.float32(0.5)
-    x = graph.reshape(x, (BATCH, kernel.shape[0]), 'tokens/side_by_side')
+    x = graph.reshape(x, (BATCH, 2 * width), 'pre_logits/side_by_side')
     return features, graph.dense(x, kernel, bias, 'head')
