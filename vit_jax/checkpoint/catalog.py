@@ -4,6 +4,7 @@ import csv
 import difflib
 import os
 import pathlib
+import re
 import urllib.parse
 
 from vit_jax.checkpoint import download, released
@@ -12,6 +13,8 @@ from vit_jax.errors import UserError
 BASE_URL = 'https://storage.googleapis.com'
 BUCKET = 'vit_models'
 OTHER_BUCKETS = ('mixer_models/',)
+_AUGREG_NAME = re.compile(r'\w[\w.+-]*', re.A)
+_MAX_INDEX_BYTES = 256 << 20  # the real one has 52,268 lines and 20 MiB
 AUGREG_DIR = f'gs://{BUCKET}/augreg'
 
 # Name -> size in MiB as the bucket's listing shows it; None where only the name is known. A name is
@@ -42,7 +45,7 @@ def resolve(pretrained: str, *, cache_dir: str | os.PathLike[str] = '') -> pathl
     if '://' in pretrained:
         name = pretrained.removeprefix('gs://').removeprefix(f'{BUCKET}/')
         return _fetch(pretrained, RELEASED.get(name), cache_dir)
-    path = pathlib.Path(pretrained).expanduser()
+    path = _expand(pretrained)
     if (path / 'params.npz').is_file():
         return path / 'params.npz'
     if (path / 'config.json').is_file():  # Hugging Face's or timm's
@@ -95,7 +98,7 @@ def resolve_augreg(
         if '://' in directory:
             released = name if directory != AUGREG_DIR else f'augreg/{name}'
             return _fetch(f'{directory}/{name}', RELEASED.get(released), cache_dir)
-        path = pathlib.Path(directory).expanduser() / name
+        path = _expand(directory) / name
         if not path.is_file():
             raise UserError(
                 f'no file {path}; expected AugReg checkpoints and index.csv in {directory}'
@@ -103,6 +106,8 @@ def resolve_augreg(
         return path
 
     if '-' in model_or_filename:
+        if not _AUGREG_NAME.fullmatch(model_or_filename):
+            raise UserError(f'{model_or_filename!r} is no file name of AugReg: those have no paths')
         return find(model_or_filename.removesuffix('.npz') + '.npz')
     return find(f'{_best_augreg(find("index.csv"), model_or_filename)}.npz')
 
@@ -111,14 +116,22 @@ def _best_augreg(index: pathlib.Path, model: str) -> str:
     """Returns the file name (without .npz) of the best ImageNet-21k checkpoint of a model."""
     best: dict[str, tuple[float, str]] = {}
     try:
+        if index.stat().st_size > _MAX_INDEX_BYTES:
+            raise ValueError(f'{index.stat().st_size:,} bytes')
         with open(index, newline='', encoding='utf-8') as f:
             for row in csv.DictReader(f):
                 if row['ds'] == 'i21k':
+                    # The name becomes a path: an index from elsewhere must not choose the folder.
+                    if not _AUGREG_NAME.fullmatch(row['filename']):
+                        raise ValueError(f'{row["filename"]!r} is no file name')
                     name = row['filename'].split('-')[0]
                     candidate = (float(row['final_val']), row['filename'])
                     best[name] = max(best.get(name, candidate), candidate)
-    except (KeyError, ValueError, TypeError) as e:
-        raise UserError(f'{index} is no index of AugReg checkpoints ({e!r})') from e
+    except (KeyError, ValueError, TypeError, OSError, csv.Error) as e:
+        reason = ascii(str(e))[:200]
+        raise UserError(
+            f'{index} is no index of AugReg checkpoints ({type(e).__name__}: {reason})'
+        ) from e
     if model not in best:
         raise UserError(
             f'no AugReg model {model!r}; known: {", ".join(sorted(best))}. A file is named in full'
@@ -126,8 +139,21 @@ def _best_augreg(index: pathlib.Path, model: str) -> str:
     return best[model][1]
 
 
+def _expand(path: str) -> pathlib.Path:
+    """The path with ~ put in; `UserError` if it can be none."""
+    try:
+        expanded = pathlib.Path(path).expanduser()
+        expanded.exists()  # too long, or with a null byte: every look at it would fail
+    except (RuntimeError, ValueError, OSError) as e:
+        raise UserError(f'{path[:200]!r} is no path that can be used ({e})') from e
+    return expanded
+
+
 def _fetch(address: str, mib: float | None, cache_dir: str | os.PathLike[str]) -> pathlib.Path:
-    parsed = urllib.parse.urlsplit(address)
+    try:
+        parsed = urllib.parse.urlsplit(address)
+    except ValueError as e:
+        raise UserError(f'cannot download {address}: it is no address ({e})') from e
     if parsed.scheme not in ('gs', 'http', 'https') or not parsed.netloc:
         raise UserError(
             f'cannot download {address}: expected gs://bucket/path or https://host/path'

@@ -42,9 +42,9 @@ def fetch(url: str, target: pathlib.Path, *, published_mib: float | None = None)
         UserError: there is no connection, no such file, another size than published, no space, or
             the connection broke (then the next call goes on from there).
     """
-    if target.exists():
-        return target
     try:
+        if target.exists():
+            return target
         target.parent.mkdir(parents=True, exist_ok=True)
         with _lock(target.with_name(target.name + '.lock')):
             if not target.exists():
@@ -56,6 +56,10 @@ def fetch(url: str, target: pathlib.Path, *, published_mib: float | None = None)
         raise _failed(url, target, e.reason) from e
     except (OSError, http.client.HTTPException) as e:
         raise _failed(url, target, e) from e
+    except ValueError as e:  # headers that are none: a length that is no number, a broken tag
+        if isinstance(e, UserError):
+            raise
+        raise _failed(url, target, f'the server answers what is no HTTP ({e})') from e
     return target
 
 

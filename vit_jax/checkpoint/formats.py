@@ -176,7 +176,9 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
         if config.get('library') == 'torchvision':  # what `export` writes
             return _torchvision_config(config)
         return _hugging_face_config(folder, config)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as e:
+        if isinstance(e, UserError):
+            raise
         raise UserError(f'{folder / "config.json"} is damaged ({type(e).__name__}: {e})') from e
 
 
@@ -236,7 +238,12 @@ def _from_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
         for key in ('num_heads', 'image_size', 'class_names'):
             if key in metadata:
                 known[key] = json.loads(metadata[key])
-    except ValueError:  # another writer's idea of these words
+        if not all(isinstance(known.get(key, 0), int) for key in ('num_heads', 'image_size')):
+            return {}
+        if not isinstance(known.get('class_names', []), list):
+            return {}
+        known |= {'class_names': [str(name) for name in known.get('class_names', ())]}
+    except (ValueError, RecursionError):  # another writer's idea of these words
         return {}
     if known:
         known |= {'normalization': HALF, 'activation': 'tanh'}
@@ -249,7 +256,15 @@ def _normalize(weights: Weights, normalization: Normalization) -> Weights:
     A model that takes (p - mean) / std with p in [0, 1] gets 2 p - 1 here, so its kernel is divided
     by 2 std, and (1 / 2 - mean) / std of it goes to the bias. Exact: that layer has no padding.
     """
-    mean, std = (np.asarray(values, np.float64) for values in normalization)
+    try:
+        mean, std = (np.asarray(values, np.float64) for values in normalization)
+        if not (np.isfinite(mean).all() and np.isfinite(std).all() and np.all(std > 0)):
+            raise ValueError('not finite, or no deviation')
+    except (ValueError, TypeError, OverflowError) as e:
+        raise UserError(
+            f'{weights.path}: mean and standard deviation should be three numbers each, of red, '
+            f'green and blue; got {str(normalization)[:200]} ({e})'
+        ) from e
     if np.array_equal([mean, std], HALF):
         return weights
     params = dict(weights.params)

@@ -10,10 +10,13 @@ other reader of these files (timm, for one) looks for. Scales and biases of Grou
 """
 
 import contextlib
+import io
+import lzma
 import math
 import os
 import pathlib
 import re
+import stat
 import struct
 import zipfile
 import zlib
@@ -27,8 +30,8 @@ from vit_jax.checkpoint import big_vision
 from vit_jax.checkpoint.arrays import LazyArray, Weights, check_dtype, derive, to_float32
 from vit_jax.errors import UserError
 
-# Names joined by '/': no absolute path, no '..', nothing empty.
-_KEY = re.compile(r'\w[\w.+-]*(?:/\w[\w.+-]*)*')
+# Names joined by '/': no absolute path, no '..', nothing empty, not nested without end.
+_KEY = re.compile(r'\w[\w.+-]*(?:/\w[\w.+-]*){0,31}')
 _NUMBERED = re.compile(r'(.*)_(\d+)')
 _GROUP_NORM = re.compile(r'(?:.*/)?(?:gn\d+|gn_root|gn_proj)/(?:scale|bias)')
 
@@ -70,6 +73,7 @@ def open_file(path: str | os.PathLike[str]) -> Weights:
     check_exists(path)
     try:
         with zipfile.ZipFile(path) as archive, open(path, 'rb') as file:
+            _check_sizes(archive.infolist(), path)
             members = {info.filename.removesuffix('.npy'): info for info in archive.infolist()}
             prefix, left_out = big_vision.find_weights(list(members))
             flat = {
@@ -79,7 +83,9 @@ def open_file(path: str | os.PathLike[str]) -> Weights:
             }
     except OSError as e:
         raise UserError(f'cannot read the checkpoint {path}: {e}') from e
-    except zipfile.BadZipFile as e:
+    except (*_ZIP_ERRORS, zipfile.BadZipFile) as e:
+        if isinstance(e, UserError):
+            raise
         raise _unreadable(path, e) from e
     if not flat:
         raise UserError(f'{path} holds no arrays')
@@ -210,12 +216,28 @@ def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
     return flat
 
 
+# What zipfile and the decompressors raise for damaged files, beside BadZipFile and OSError.
+_ZIP_ERRORS = (
+    *(ValueError, EOFError, RuntimeError, OverflowError, LookupError),
+    *(struct.error, zlib.error, lzma.LZMAError),
+)
+_MAX_HEADER = 10_000  # bytes of a .npy header, NumPy's own limit
+_MAX_AXES = 8
+_MAX_EXPANSION = 32  # weights are noise: compressed files hold hardly more than their size
+_SMALL = 1 << 30
+
+
 def check_exists(path: pathlib.Path) -> None:
-    """Raises `UserError` if `path` is no file."""
-    if path.is_dir():
+    """Raises `UserError` if `path` is no regular file."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as e:  # ValueError: a null byte
+        reason = '' if isinstance(e, FileNotFoundError) else f' ({e})'
+        raise UserError(f'no such checkpoint file: {path}{reason}') from e
+    if stat.S_ISDIR(mode):
         raise UserError(f'{path} is a folder; expected a checkpoint file (.npz)')
-    if not path.exists():
-        raise UserError(f'no such checkpoint file: {path}')
+    if not stat.S_ISREG(mode):  # a pipe would be waited for, a device might never end
+        raise UserError(f'{path} is no regular file; expected a checkpoint file (.npz)')
 
 
 def _unreadable(path: pathlib.Path, reason: Any) -> UserError:
@@ -223,6 +245,15 @@ def _unreadable(path: pathlib.Path, reason: Any) -> UserError:
         f'{path} is not a readable .npz file ({reason}; {path.stat().st_size:,} bytes). It may be '
         'cut short, damaged, or a web page saved under this name: remove it and download it again'
     )
+
+
+def _check_sizes(members: Sequence[zipfile.ZipInfo], path: pathlib.Path) -> None:
+    """Refuses zip bombs: members that share their bytes, or expand beyond what weights would."""
+    size = path.stat().st_size
+    if sum(info.compress_size for info in members) > size:
+        raise _unreadable(path, 'its members are larger than the file')
+    if sum(info.file_size for info in members) > max(_SMALL, _MAX_EXPANSION * size):
+        raise _unreadable(path, f'its contents are more than {_MAX_EXPANSION} times its size')
 
 
 def _open_array(
@@ -234,18 +265,24 @@ def _open_array(
         raise UserError(f'{path} is a zip file but no .npz checkpoint: it holds {info.filename!r}')
     try:
         with archive.open(info) as member:
-            version = np.lib.format.read_magic(member)
-            read_header = {
-                (1, 0): np.lib.format.read_array_header_1_0,
-                (2, 0): np.lib.format.read_array_header_2_0,
-            }.get(version)
-            if read_header is None:
-                raise ValueError(f'version {version} of the .npy format holds no weights')
-            shape, fortran_order, dtype = read_header(member)
-            header = member.tell()
-    except (ValueError, EOFError, RuntimeError) as e:  # RuntimeError: encrypted
+            start = io.BytesIO(member.read(_MAX_HEADER + 16))  # whatever length it claims
+        version = np.lib.format.read_magic(start)
+        read_header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }.get(version)
+        if read_header is None:
+            raise ValueError(f'version {version} of the .npy format holds no weights')
+        shape, fortran_order, dtype = read_header(start)
+        header = start.tell()
+        if len(shape) > _MAX_AXES or any(axis < 1 for axis in shape):
+            raise ValueError(f'shape {str(shape)[:80]}')
+    except (MemoryError, zipfile.BadZipFile):
+        raise
+    except Exception as e:  # NumPy evaluates the header as Python's literals: nearly any error
+        reason = ' '.join(str(e).split())[:200] or type(e).__name__
         raise UserError(
-            f'{path}: cannot read the array {name!r} ({e}). Expected plain arrays of weights: '
+            f'{path}: cannot read the array {name!r} ({reason}). Expected plain arrays of weights: '
             'download the file again, or save it anew with vit_jax.checkpoint.save'
         ) from e
     if dtype.hasobject:
@@ -277,7 +314,7 @@ def _open_array(
 
 def _data_offset(file: BinaryIO, info: zipfile.ZipInfo) -> int:
     """Where a member's bytes begin: after its local header, whose name and extra field vary."""
-    file.seek(info.header_offset + 26)
+    file.seek(max(0, info.header_offset) + 26)
     return info.header_offset + 30 + sum(struct.unpack('<HH', file.read(4)))
 
 
@@ -292,7 +329,7 @@ def _read_member(path: pathlib.Path, info: zipfile.ZipInfo, offset: int | None) 
         with open(path, 'rb') as file:
             file.seek(offset)
             complete = file.readinto(data) == data.size
-    except (OSError, zipfile.BadZipFile, zlib.error) as e:
+    except (OSError, zipfile.BadZipFile, *_ZIP_ERRORS) as e:
         raise _unreadable(path, e) from e
     if not complete or zlib.crc32(data) != info.CRC:
         raise _unreadable(path, f'bad checksum of {info.filename!r}')

@@ -7,12 +7,14 @@ runs.
 
 import contextlib
 import json
+import mmap
 import os
 import pathlib
 import re
+import stat
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,15 @@ _FOLDER_FILES = (
     'pytorch_model.bin',
     'pytorch_model.bin.index.json',
 )
+_MAX_JSON_BYTES = 64 << 20
+_SHARD_NAME = re.compile(r'\w[\w.+-]*')  # a file beside the index, no path
+_MAX_SHARDS = 1000
+# Python objects that PyTorch makes of any file and that can take memory without end: a byte array
+# as long as a number says, and text encoded again and again. No weights need them.
+_BOMBS = (b'bytearray', b'_codecs')
+# Of what a file's tensors may take when read: some share one stored array (tied weights), not many.
+_MAX_EXPANSION = 8
+_MAX_AXES = 8
 # Where training scripts keep the state dict in their checkpoints; averaged weights first.
 _STATE_DICTS = ('state_dict_ema', 'model_ema', 'state_dict', 'model', 'module')
 # What wrappers (DistributedDataParallel, torch.compile) put in front of every name.
@@ -89,9 +100,14 @@ def find_in_folder(folder: pathlib.Path) -> list[pathlib.Path]:
         shards = read_json(file).get('weight_map')
         if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
             raise UserError(f'{file} has no weight_map of names to files; copy the folder again')
-        files = [folder / shard for shard in sorted(set(shards.values()))]
+        names = sorted(set(shards.values()))
+        if bad := [name for name in names if not _SHARD_NAME.fullmatch(name)]:
+            raise UserError(f'{file} names {ascii(bad[0])[:99]}, which is not in the folder')
+        files = [folder / name for name in names]
+        if len(files) > _MAX_SHARDS:
+            raise UserError(f'{file} names {len(files):,} files, more than {_MAX_SHARDS}')
         for shard in files:
-            if shard.parent != folder or not shard.is_file():
+            if not shard.is_file():
                 raise UserError(f'{file} names {shard.name!r}, which is not in the folder')
         return files
     raise UserError(f'{folder} has no weights: none of {", ".join(_FOLDER_FILES)} is there')
@@ -100,8 +116,11 @@ def find_in_folder(folder: pathlib.Path) -> list[pathlib.Path]:
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Reads a JSON object from a file; `UserError` if it is none."""
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_JSON_BYTES:
+            raise ValueError(f'no regular file, or of more than {_MAX_JSON_BYTES:,} bytes')
         content = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(f'cannot read {path}: {e}') from e
     if not isinstance(content, dict):
         raise UserError(f'{path} should hold a JSON object, and holds a {type(content).__name__}')
@@ -148,7 +167,9 @@ def _open_safetensors(path: pathlib.Path) -> tuple[dict[str, LazyArray], dict[st
         metadata = file.metadata() or {}
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         shapes = {name: (piece.get_shape(), piece.get_dtype()) for name, piece in slices.items()}
-    except (safetensors.SafetensorError, OSError) as e:
+    except MemoryError:
+        raise
+    except Exception as e:  # its own, of the system, of text that is none
         raise UserError(
             f'{path} is not a readable .safetensors file ({e}). It may be cut short, damaged, or '
             'renamed: download it again'
@@ -159,11 +180,12 @@ def _open_safetensors(path: pathlib.Path) -> tuple[dict[str, LazyArray], dict[st
             raise UserError(
                 f'{path}: the tensor {name!r} has type {dtype}; expected weights, of a float type'
             )
+        _check_shape(path, name, shape)
 
         def read() -> np.ndarray:
             try:
                 tensor = file.get_tensor(name)
-            except (safetensors.SafetensorError, TypeError) as e:
+            except (safetensors.SafetensorError, TypeError, ValueError, OSError) as e:
                 raise UserError(f'{path}: cannot read the tensor {name!r}: {e}') from e
             return to_float32(tensor, name, path)
 
@@ -181,12 +203,12 @@ def _open_pickle(path: pathlib.Path) -> dict[str, LazyArray]:
             f'{path} is a PyTorch file, and reading those needs PyTorch: pip install torch (its '
             'CPU build is enough). .safetensors files of the same weights need nothing'
         ) from e
+    _refuse_bombs(path)
     try:
         with warnings.catch_warnings():
             # What it warns of (an odd or old pickle) ends in an error or is no one's concern here.
             warnings.simplefilter('ignore')
-            mmap = zipfile.is_zipfile(path) and path.suffix != '.safetensors'
-            if mmap:
+            if zipfile.is_zipfile(path) and path.suffix != '.safetensors':
                 content = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
             else:  # by its name PyTorch would take a renamed file for what it is not
                 with open(path, 'rb') as f:
@@ -205,7 +227,10 @@ def _open_pickle(path: pathlib.Path) -> dict[str, LazyArray]:
     if not isinstance(content, Mapping) or not content:
         raise UserError(f'{path} holds a {type(content).__name__}; expected a state dict')
 
+    total = 0
+
     def array(name: str, tensor: Any) -> LazyArray:
+        nonlocal total
         if not isinstance(tensor, torch.Tensor):
             raise UserError(
                 f'{path}: the entry {name!r} is a {type(tensor).__name__}, no tensor; expected a '
@@ -216,14 +241,72 @@ def _open_pickle(path: pathlib.Path) -> dict[str, LazyArray]:
                 f'{path}: the tensor {name!r} has type {tensor.dtype}; expected weights, of a '
                 'float type'
             )
+        if tensor.layout != torch.strided or tensor.device.type != 'cpu':
+            raise UserError(
+                f'{path}: the tensor {name!r} is stored as {tensor.layout} on {tensor.device}; '
+                'expected plain tensors'
+            )
+        _check_shape(path, name, tensor.shape)
+        total += tensor.numel() * tensor.element_size()
+        if total > _MAX_EXPANSION * path.stat().st_size:  # repeated rows of a few stored bytes
+            raise UserError(
+                f'{path}: its tensors would take {_MAX_EXPANSION} times the size of the file'
+            )
 
         def read() -> np.ndarray:
-            # A copy: the tensor's memory is the file's (mmap).
-            return to_float32(tensor.detach().float().numpy().copy(), name, path)
+            try:
+                # A copy: the tensor's memory is the file's (mmap).
+                values = tensor.detach().float().numpy().copy()
+            except (RuntimeError, TypeError, ValueError) as e:
+                raise UserError(f'{path}: cannot read the tensor {name!r}: {e}') from e
+            return to_float32(values, name, path)
 
         return LazyArray(tuple(tensor.shape), read, str(tensor.dtype).removeprefix('torch.'))
 
     return _unwrap({str(name): array(str(name), tensor) for name, tensor in content.items()})
+
+
+def _refuse_bombs(path: pathlib.Path) -> None:
+    """Refuses what PyTorch would make of a pickle before anyone can look at it.
+
+    Its unpickler knows the names of Python objects only as plain text, so looking for the text is
+    enough.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                pickles = [info for info in archive.infolist() if info.filename.endswith('.pkl')]
+                if sum(info.file_size for info in pickles) > _MAX_JSON_BYTES:
+                    raise UserError(f'{path}: its pickle has more than {_MAX_JSON_BYTES:,} bytes')
+                found = any(bomb in archive.read(info) for info in pickles for bomb in _BOMBS)
+        elif path.stat().st_size:
+            with (
+                open(path, 'rb') as file,
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view,
+            ):
+                found = any(view.find(bomb) >= 0 for bomb in _BOMBS)
+        else:
+            found = False
+    except MemoryError:
+        raise
+    except Exception as e:  # whatever zipfile raises for damage
+        if isinstance(e, UserError):
+            raise
+        raise UserError(f'{path} is damaged ({e}): download it again') from e
+    if found:
+        raise UserError(
+            f'{path} has other Python objects than tensors in it (bytes), which could take all '
+            'memory. Save the state dict alone (torch.save(model.state_dict(), ...)), or use '
+            '.safetensors'
+        )
+
+
+def _check_shape(path: pathlib.Path, name: str, shape: Sequence[int]) -> None:
+    """Refuses shapes of no weight: empty, or of more axes than NumPy has."""
+    if len(shape) > _MAX_AXES or any(size < 1 for size in shape):
+        raise UserError(
+            f'{path}: the tensor {name[:200]!r} has shape {tuple(shape)}; expected weights'
+        )
 
 
 def _unwrap(tensors: dict[str, LazyArray]) -> dict[str, LazyArray]:
