@@ -108,7 +108,9 @@ def _run(args: argparse.Namespace) -> int:
         write = prediction_output.make_writer(
             file, args.format, model.class_names, top_k=top_k, threshold=threshold
         )
-        advance = stack.enter_context(_progress(len(images), shares_terminal=file is sys.stdout))
+        advance = stack.enter_context(
+            prediction_output.progress_bar(len(images), shares_terminal=file is sys.stdout)
+        )
         for prediction in predict.predictions(model, images, batch=args.batch):
             write(prediction)
             if prediction.error is not None:
@@ -118,7 +120,7 @@ def _run(args: argparse.Namespace) -> int:
             advance()
     if args.contact_sheet:
         _draw(args, drawn, len(images) - len(unreadable), model.class_names)
-    return _report(unreadable, len(images))
+    return prediction_output.report_unreadable(unreadable, len(images))
 
 
 def _how_many(args: argparse.Namespace, classes: int) -> tuple[int, float]:
@@ -128,31 +130,6 @@ def _how_many(args: argparse.Namespace, classes: int) -> tuple[int, float]:
               file=sys.stderr)  # fmt: skip
         return BEST, 0.0
     return args.top_k or 0, args.threshold or 0.0
-
-
-@contextlib.contextmanager
-def _progress(count: int, *, shares_terminal: bool):
-    """A bar on standard error, if that is a terminal; yields what moves it by one image."""
-    if not sys.stderr.isatty():
-        yield lambda: None
-        return
-    from rich import console, progress
-
-    columns = (
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    bar = progress.Progress(
-        *columns,
-        console=console.Console(stderr=True),
-        transient=True,
-        # Lines for the same terminal go above the bar; a pipe is not rich's to write to.
-        redirect_stdout=shares_terminal and sys.stdout.isatty(),
-    )
-    with bar:
-        task = bar.add_task('', total=count)
-        yield lambda: bar.advance(task)
 
 
 def _draw(args: argparse.Namespace, drawn: list, readable: int, class_names) -> None:
@@ -168,19 +145,6 @@ def _draw(args: argparse.Namespace, drawn: list, readable: int, class_names) -> 
         title += f' ({note})'
     with prediction_output.whole_file(args.contact_sheet) as partial:
         contact_sheet.save(partial, drawn, class_names, title=title)
-
-
-def _report(unreadable: list, count: int) -> int:
-    """Names the images that could not be read; returns the exit status."""
-    if not unreadable:
-        return 0
-    from vit_jax import predict
-
-    sys.stdout.flush()
-    print(f'{len(unreadable)} of {count} images could not be read:', file=sys.stderr)
-    for error in unreadable:
-        print(f'  {predict.printable(error.key)}: {error.reason}', file=sys.stderr)
-    return 1
 
 
 if __name__ == '__main__':

@@ -5,10 +5,12 @@ import csv
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
 from vit_jax import predict
+from vit_jax.data.decode import BadImageError
 from vit_jax.errors import UserError
 
 FORMATS = ('table', 'csv', 'jsonl')
@@ -128,3 +130,52 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         raise UserError(f'cannot write {path}: {error.strerror or error}') from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def progress_bar(count: int, *, shares_terminal: bool = False) -> Iterator[Callable[[], None]]:
+    """A bar on standard error, if that is a terminal.
+
+    Args:
+      count: images to come.
+      shares_terminal: whether lines are printed to standard output meanwhile.
+
+    Yields:
+      A function that moves the bar by one image.
+    """
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich import console, progress
+
+    bar = progress.Progress(
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(),
+        console=console.Console(stderr=True),
+        transient=True,
+        # Lines for the same terminal go above the bar; a pipe is not rich's to write to.
+        redirect_stdout=shares_terminal and sys.stdout.isatty(),
+    )
+    with bar:
+        task = bar.add_task('', total=count)
+        yield lambda: bar.advance(task)
+
+
+def report_unreadable(errors: Sequence[BadImageError], count: int) -> int:
+    """Names the images that could not be read, on standard error.
+
+    Args:
+      errors: one for each of them.
+      count: of all images.
+
+    Returns:
+      The exit status: 1 if there are any, else 0.
+    """
+    if not errors:
+        return 0
+    sys.stdout.flush()
+    print(f'{len(errors)} of {count} images could not be read:', file=sys.stderr)
+    for error in errors:
+        print(f'  {predict.printable(error.key)}: {error.reason}', file=sys.stderr)
+    return 1

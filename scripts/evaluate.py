@@ -1,0 +1,183 @@
+"""Tells how well a model does on labelled images, class by class, and how far it can be trusted.
+
+Top-1 and top-5 accuracy, loss, precision and recall of each class, the confusion matrix and the
+calibration. Every image counts; one that cannot be read counts as wrong, is named at the end, and
+makes the exit status 1. Classes of model and data are matched by their names.
+
+Examples:
+    python scripts/evaluate.py --model runs/b16-tf_flowers/model --dataset tf_flowers
+    python scripts/evaluate.py --model flowers.onnx --dataset photos/ --output evaluation
+    python scripts/evaluate.py --model ViT-B_16.npz --labels imagenet1k --dataset imagenet2012
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import shutil
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+RESULT, CONFUSION, RELIABILITY = 'evaluation.json', 'confusion_matrix.png', 'reliability.png'
+
+
+def main() -> int:
+    """Runs the command line; returns the exit status, 1 if an image could not be read."""
+    args = _parser().parse_args()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors='backslashreplace')  # names of files may be no text
+
+    # Not at the top: they take time, and --help should not.
+    from vit_jax.errors import UserError
+
+    try:
+        return _run(args)
+    except UserError as error:
+        sys.stdout.flush()
+        print(f'evaluate.py: {error}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print('evaluate.py: interrupted', file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        '--model',
+        required=True,
+        metavar='MODEL',
+        help='model folder (WORKDIR/model of a training run), exported .onnx file, or weights: '
+        '.npz, .safetensors, .pth, folder of Hugging Face or timm',
+    )
+    add('--variant', default='', help='architecture of weights, such as ViT-B_16, if not clear')
+    add(
+        '--labels',
+        default='',
+        metavar='NAMES',
+        help="names of the model's classes: imagenet1k, a file (one per line, or JSON), or none "
+        "for numbers, in the order of the data. Default: the model's own",
+    )
+    add(
+        '--dataset',
+        default='',
+        help='name of a TFDS set, folder of CLASS/*.jpg or test/CLASS/*.jpg, or digits; default: '
+        'the one that the model was trained on',
+    )
+    add(
+        '--split',
+        default='',
+        help="such as test or train[90%%:]; default: the test images of the model's training, or "
+        'what training on that dataset would hold out',
+    )
+    add('--tfds_data_dir', default='', metavar='DIR', help='where TFDS sets are')
+    add('--batch', type=int, default=32, help='images at once (default: 32)')
+    add('--output', metavar='DIR', help=f'write {RESULT} and pictures to this new folder')
+    add('--overwrite', action='store_true', help='replace DIR, if it is of an earlier evaluation')
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    from rich import console
+
+    from vit_jax import (
+        classification_metrics,
+        classification_report,
+        classifier,
+        labels,
+        prediction_output,
+    )
+
+    if args.output:
+        _check_output(pathlib.Path(args.output), args.overwrite)
+    model = classifier.open_classifier(args.model, variant=args.variant, labels=args.labels)
+    source = _open_source(args, model.source)
+    to_model = labels.remap(source.class_names, model.class_names, str(source))
+    if labels.numbered(len(model.class_names)) == model.class_names:
+        model.class_names = tuple(source.class_names)
+    with prediction_output.progress_bar(len(source)) as advance:
+        metrics, unreadable = classification_metrics.evaluate(
+            model, source, model_labels=to_model, batch=args.batch, advance=advance
+        )
+    out = console.Console(highlight=False)
+    if not out.is_terminal:
+        out.width = 120  # A pipe has no width; 80 columns would fold long names of classes.
+    title = f'{args.model} on {source}'
+    out.print(classification_report.tables(metrics, title=title))
+    if args.output:
+        described = {
+            'model': args.model,
+            'data': str(source),
+            'model_source': dict(model.source),
+            'labels_of_data_in_model': list(to_model),
+            **metrics.to_dict(),
+            'unreadable_images': [
+                {'image': error.key, 'error': error.reason} for error in unreadable
+            ],
+        }
+        _write(pathlib.Path(args.output), described, metrics, title)
+        print(f'written to {args.output}: {RESULT}, {CONFUSION}, {RELIABILITY}')
+    return prediction_output.report_unreadable(unreadable, len(source))
+
+
+def _open_source(args: argparse.Namespace, trained_on: Mapping[str, Any]):
+    """The labelled images that are asked for, or those that the model's training held out."""
+    from configs import datasets
+    from vit_jax.data import sources
+    from vit_jax.errors import UserError
+
+    known = trained_on.get('dataset', '')
+    name = args.dataset or known
+    if not name:
+        raise UserError('the model does not tell what it was trained on: name a --dataset')
+    dataset = sources.open_dataset(name, tfds_data_dir=args.tfds_data_dir)
+    own = trained_on.get('test', '') if name == known else ''
+    preset = datasets.get_preset(name).get('pp', {}).get('test', '')
+    return dataset.select(args.split or own or preset or dataset.default_specs()[1])
+
+
+def _check_output(folder: pathlib.Path, overwrite: bool) -> None:
+    from vit_jax.errors import UserError
+
+    if folder.exists():
+        if not overwrite:
+            raise UserError(f'--output {folder} exists; name another folder, or add --overwrite')
+        if not (folder / RESULT).is_file():
+            raise UserError(
+                f'--output {folder} is no earlier evaluation (it has no {RESULT}), so it is not '
+                'replaced; name another folder'
+            )
+    if not folder.absolute().parent.is_dir():
+        raise UserError(f'--output {folder}: there is no folder {folder.parent}; make it first')
+
+
+def _write(folder: pathlib.Path, described: Mapping[str, Any], metrics, title: str) -> None:
+    """Writes all files under another name, then renames the folder."""
+    from vit_jax import classification_report
+    from vit_jax.errors import UserError
+
+    folder = folder.absolute()
+    partial = folder.with_name(f'.{folder.name}.{os.getpid()}.part')
+    try:
+        partial.mkdir()
+        text = json.dumps(described, indent=1, ensure_ascii=False, allow_nan=False)
+        (partial / RESULT).write_text(text + '\n', encoding='utf-8', errors='backslashreplace')
+        classification_report.save_confusion(partial / CONFUSION, metrics, title=title)
+        classification_report.save_reliability(partial / RELIABILITY, metrics, title=title)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.rename(partial, folder)
+    except OSError as error:
+        raise UserError(f'cannot write {folder}: {error}') from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
