@@ -1,6 +1,10 @@
 import json
 import logging
 import os
+import shutil
+import signal
+import subprocess
+import sys
 
 import jax
 import ml_collections
@@ -8,7 +12,7 @@ import numpy as np
 import pytest
 
 from vit_jax import checkpoint, model_folder, models
-from vit_jax.checkpoint import formats, npz
+from vit_jax.checkpoint import formats, npz, replace
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models import variants
@@ -251,3 +255,109 @@ def test_real_weights(shared_dir):
         images = (reference['images'].astype(np.float32) - 127.5) / 127.5
         logits = loaded.model.apply({'params': loaded.params}, images, train=False)
         np.testing.assert_allclose(logits, reference['logits'], rtol=0, atol=1e-4)
+
+
+KILLED = """
+import importlib.util, os, pathlib, shutil, signal, sys
+
+folder, new, moment = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+spec = importlib.util.spec_from_file_location('replace', sys.argv[4])  # alone: without JAX
+replace = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(replace)
+calls = 0
+
+def killing(function):
+    def call(*args, **kwargs):
+        global calls
+        if calls == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+        calls += 1
+        return function(*args, **kwargs)
+    return call
+
+shutil.copytree(new, replace.partial_name(folder))
+os.rename, shutil.rmtree = killing(os.rename), killing(shutil.rmtree)
+replace.put(folder)
+"""
+
+
+def test_killed_while_a_folder_is_replaced(tmp_path):
+    """Whenever that is, a reader finds all of the old or all of the new model."""
+    old, new = _params(seed=1), _params(seed=2)
+    _save(tmp_path / 'old', old)
+    _save(tmp_path / 'new', new)
+    # Before the first rename, between the two, after both with the old one still there.
+    for moment, expected in enumerate((old, new, new)):
+        run = tmp_path / f'run{moment}'
+        shutil.copytree(tmp_path / 'old', run / 'model')
+        command = [sys.executable, '-c', KILLED, run / 'model', tmp_path / 'new', str(moment)]
+        command.append(replace.__file__)
+        assert subprocess.run(command, env=os.environ, check=False).returncode == -signal.SIGKILL
+        assert (run / 'model').exists() == (moment != 1)
+        assert len(os.listdir(run)) > 1 or moment == 1
+        loaded = model_folder.load(run / 'model')
+        jax.tree.map(np.testing.assert_array_equal, loaded.params, expected)
+        # The next writer sweeps, and its model is the one that is there.
+        _save(run / 'model', third := _params(seed=3))
+        assert os.listdir(run) == ['model']
+        loaded = model_folder.load(run / 'model')
+        jax.tree.map(np.testing.assert_array_equal, loaded.params, third)
+
+
+def test_what_a_running_writer_has_beside_the_folder_is_left_alone(tmp_path):
+    running = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE)
+    try:
+        part = tmp_path / f'.model.{running.pid}.part'
+        part.mkdir()
+        _save(tmp_path / 'model')
+        assert sorted(os.listdir(tmp_path)) == [part.name, 'model']
+    finally:
+        running.communicate(b'\n')
+    _save(tmp_path / 'model')
+    assert os.listdir(tmp_path) == ['model']
+
+
+def encoder(description):
+    return description['architecture']['config']['transformer']
+
+
+@pytest.mark.parametrize(
+    ('change', 'words'),
+    [
+        (lambda d: d['params'].update(file='../other/params.npz'), 'no plain file name'),
+        (lambda d: d['params'].update(file='/etc/passwd'), 'no plain file name'),
+        (lambda d: d['params'].update(file=['params.npz']), 'is damaged'),
+        (lambda d: d.update(image_size=10**9), 'no side of an image'),
+        (lambda d: d.update(image_size='12'), 'no side of an image'),
+        (lambda d: d['preprocessing'].update(crop=10**9), 'no side of an image'),
+        (lambda d: d['preprocessing'].update(crop=16), 'do not agree'),
+        (lambda d: encoder(d).update(num_layers=10**9), 'num_layers'),
+        (lambda d: d['architecture']['config'].update(hidden_size=float('nan')), 'hidden_size'),
+        (lambda d: d['architecture']['config'].update(patches=3), 'is damaged'),
+        (lambda d: d['architecture']['config'].update(unknown=3), 'no model can be built'),
+        (lambda d: d['architecture'].update(num_classes=-1), 'is damaged'),
+        (lambda d: d.update(class_names=[1, 2, 3]), 'should be texts'),
+        (lambda d: d.update(source=7), 'is damaged'),
+        (lambda d: d.clear(), 'does not describe'),
+    ],
+)  # fmt: skip
+def test_a_description_from_elsewhere_is_not_trusted(tmp_path, change, words):
+    folder = _save(tmp_path / 'model')
+    (tmp_path / 'other').mkdir()
+    shutil.copy(folder / 'params.npz', tmp_path / 'other' / 'params.npz')
+    description = json.loads((folder / 'model.json').read_text())
+    change(description)
+    (folder / 'model.json').write_text(json.dumps(description))
+    with pytest.raises(UserError, match=words):
+        model_folder.load(folder)
+
+
+def test_a_description_nested_without_end(tmp_path):
+    folder = _save(tmp_path / 'model')
+    (folder / 'model.json').write_text('[' * 200_000)
+    with pytest.raises(UserError, match='is damaged'):
+        model_folder.load(folder)
+    (folder / 'model.json').unlink()
+    os.mkfifo(folder / 'model.json')
+    with pytest.raises(UserError, match='no model.json'):
+        model_folder.load(folder)

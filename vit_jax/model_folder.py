@@ -15,6 +15,7 @@ import logging
 import os
 import pathlib
 import platform
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,7 +26,7 @@ import ml_collections
 import numpy as np
 
 from vit_jax import models
-from vit_jax.checkpoint import adapt, formats, infer, npz
+from vit_jax.checkpoint import adapt, formats, infer, npz, replace, tensors
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 
@@ -33,6 +34,13 @@ FORMAT = 'vit_jax model'
 FORMAT_VERSION = 1
 PARAMS_FILE = 'params.npz'
 MODEL_FILE = 'model.json'
+
+# Larger than any real model; a description from elsewhere must not choose how long building takes.
+_MAX_LAYERS = 1000
+_MAX_WIDTH = 10_000_000
+_MAX_STAGES = 100
+_MAX_IMAGE_SIZE = 32_768
+_FILE_NAME = re.compile(r'\w[\w.+-]*')  # beside model.json, no path
 
 # How a model is computed, not what it is: left to whoever loads it.
 _EXECUTION_KEYS = ('dtype', 'attention', 'remat')
@@ -78,7 +86,8 @@ def save(
 
     Args:
         folder: the folder to write; missing parents are made. An older model folder there is
-            replaced.
+            replaced: whoever reads finds the old or the new one, also after this process was
+            killed (`checkpoint.replace`).
         params: nested dict with Linen names of NumPy or (fully addressable) JAX float arrays.
         model_config: arguments of `models.VisionTransformer`, a dict or ConfigDict; `num_classes`
             and how it is computed (dtype, attention, remat) are left out.
@@ -92,6 +101,7 @@ def save(
         ValueError: the arguments do not agree with each other.
     """
     folder = pathlib.Path(folder).absolute()
+    replace.recover(folder)
     num_classes = params['head']['bias'].shape[0] if 'head' in params else 0
     if len(class_names) != num_classes:
         raise ValueError(f'{len(class_names)} class names for a head of {num_classes} classes')
@@ -101,7 +111,8 @@ def save(
         raise UserError(f'{folder} exists and is no model folder; name another place for the model')
     config = {k: v for k, v in _plain(model_config).items() if k not in _EXECUTION_KEYS}
     config.pop('num_classes', None)
-    partial = folder.with_name(f'.{folder.name}.{os.getpid()}.part')
+    replace.sweep(folder)
+    partial = replace.partial_name(folder)
     try:
         partial.mkdir(parents=True)
         npz.save(partial / PARAMS_FILE, params)
@@ -126,7 +137,7 @@ def save(
             f.write('\n')
             f.flush()
             os.fsync(f.fileno())
-        _replace_folder(partial, folder)
+        replace.put(folder)
     except OSError as e:
         raise UserError(f'cannot write the model folder {folder}: {e}') from e
     finally:
@@ -176,6 +187,7 @@ def open_model(
         normalization: see `checkpoint.open_weights`; not for a model folder.
     """
     path = pathlib.Path(path)
+    replace.recover(path.absolute())
     if path.is_dir() and ((path / MODEL_FILE).is_file() or not (path / 'config.json').is_file()):
         if variant:
             raise UserError(f'{path} is a model folder, which knows its variant; leave it out')
@@ -201,46 +213,88 @@ def _open_folder(folder: pathlib.Path) -> Model:
         hint = f'; did you mean {inside}?' if (inside / MODEL_FILE).is_file() else ''
         raise UserError(f'{folder} is no model folder: it has no {MODEL_FILE}{hint}')
     try:
-        description = json.loads((folder / MODEL_FILE).read_text(encoding='utf-8'))
-        if description['format'] != FORMAT:
-            raise UserError(f'{folder / MODEL_FILE} does not describe a model of vit_jax')
-        if description['format_version'] > FORMAT_VERSION:
-            raise UserError(
-                f'{folder} was written by a newer vit_jax (format {description["format_version"]}, '
-                f'this one reads up to {FORMAT_VERSION}): update vit_jax'
-            )
-        architecture = description['architecture']
-        config = architecture['config']
-        class_names = tuple(description['class_names'])
-        image_size = description['image_size']
-        preprocess = Preprocess.from_dict(description['preprocessing'])
-        source, params_entry = description['source'], description['params']
-        params_path = folder / params_entry['file']
-        num_classes, sha256 = architecture['num_classes'], params_entry['sha256']
-    except (ValueError, KeyError, TypeError) as e:
-        if isinstance(e, UserError):
-            raise
+        description = tensors.read_json(folder / MODEL_FILE)
+    except UserError as e:
+        raise UserError(f'{folder / MODEL_FILE} is damaged, copy the folder again: {e}') from e
+    if description.get('format') != FORMAT:
+        raise UserError(f'{folder / MODEL_FILE} does not describe a model of vit_jax')
+    version = description.get('format_version')
+    if isinstance(version, int) and version > FORMAT_VERSION:
         raise UserError(
-            f'{folder / MODEL_FILE} is damaged ({type(e).__name__}: {e}); copy the folder again'
+            f'{folder} was written by a newer vit_jax (format {version}, this one reads up to '
+            f'{FORMAT_VERSION}): update vit_jax'
+        )
+    try:
+        architecture = description['architecture']
+        config, num_classes = _checked_architecture(architecture)
+        class_names = tuple(description['class_names'])
+        if not all(isinstance(name, str) for name in class_names):
+            raise TypeError('class_names should be texts')
+        if len(class_names) != num_classes:
+            raise ValueError(
+                f'{len(class_names)} class_names, num_classes {num_classes} do not agree'
+            )
+        preprocess = Preprocess.from_dict(description['preprocessing'])
+        image_size = _checked_size(description['image_size'])
+        for side in (preprocess.crop, preprocess.resize or 1):
+            _checked_size(side)
+        source, params_entry = dict(description['source']), description['params']
+        if not _FILE_NAME.fullmatch(params_entry['file']):
+            raise ValueError(f'params.file {params_entry["file"]!r} is no plain file name')
+        params_path, sha256 = folder / params_entry['file'], params_entry['sha256']
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
+        reason = ascii(str(e))[1:200]
+        raise UserError(
+            f'{folder / MODEL_FILE} is damaged ({type(e).__name__}: {reason}); copy the folder '
+            'again'
         ) from e
     if not params_path.is_file():
         raise UserError(f'{folder} has no {params_path.name}; copy the folder again')
+    npz.check_exists(params_path)
     if _sha256(params_path) != sha256:
         raise UserError(
             f'{params_path} is not the file that {MODEL_FILE} describes (its SHA-256 is another): '
             'it '
             'is damaged, or was exchanged. Copy the folder again'
         )
-    config['patches']['size'] = tuple(config['patches']['size'])
-    return Model(
-        models.from_config(config, num_classes=num_classes),
-        npz.open_file(params_path).params,
-        config,
-        image_size,
-        class_names,
-        preprocess,
-        source,
-    )
+    params = npz.open_file(params_path).params
+    try:
+        model = models.from_config(config, num_classes=num_classes)
+    except (ValueError, TypeError) as e:
+        raise UserError(f'{folder / MODEL_FILE}: no model can be built as described: {e}') from e
+    return Model(model, params, config, image_size, class_names, preprocess, source)
+
+
+def _checked_architecture(architecture: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+    """(arguments of the module, number of classes), numbers in the range of real models.
+
+    Raises:
+        ValueError, TypeError, KeyError: anything else; a number of a million layers would be built.
+    """
+    config, num_classes = architecture['config'], architecture['num_classes']
+    for name, value in npz.flatten(config).items():
+        values = value if isinstance(value, list) else [value]
+        if len(values) > _MAX_STAGES:
+            raise ValueError(f'{name} has {len(values)} values')
+        for number in values:
+            largest = _MAX_LAYERS if name.endswith('num_layers') else _MAX_WIDTH
+            if isinstance(number, int | float) and not 0 <= number <= largest:  # so that NaN fails
+                raise ValueError(f'{name} is {number}')
+            if not isinstance(number, int | float | str | None):
+                raise TypeError(f'{name} is {type(number).__name__}')
+    if type(num_classes) is not int or not 0 <= num_classes <= _MAX_WIDTH:
+        raise ValueError(f'num_classes is {num_classes!r}')
+    size = tuple(config['patches']['size'])
+    if len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
+        raise ValueError(f'patches.size is {size}')
+    return config | {'patches': config['patches'] | {'size': size}}, num_classes
+
+
+def _checked_size(size: Any) -> int:
+    """A side of an image, pixels."""
+    if type(size) is not int or not 1 <= size <= _MAX_IMAGE_SIZE:
+        raise ValueError(f'{size!r} is no side of an image')
+    return size
 
 
 def _from_weights(path: pathlib.Path, weights: formats.Weights, variant: str) -> Model:
@@ -276,7 +330,7 @@ def check(opened: Model) -> None:
         init = jax.eval_shape(
             lambda x: opened.model.init(jax.random.key(0), x, train=False)['params'], image
         )
-    except (ValueError, TypeError) as e:
+    except (ValueError, TypeError, ArithmeticError, AssertionError) as e:
         raise UserError(f'{what}: no model can be built as described: {e}') from e
     shapes = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), dict(opened.params))
     classifier = opened.model_config.get('classifier', '')
@@ -285,21 +339,11 @@ def check(opened: Model) -> None:
         raise UserError(
             f'the weights do not agree with the architecture ({adapt.describe(init)}):\n{report}'
         )
-
-
-def _replace_folder(new: pathlib.Path, folder: pathlib.Path) -> None:
-    """Renames `new` to `folder`; what was there goes only after that."""
-    if not folder.exists():
-        os.rename(new, folder)
-        return
-    old = folder.with_name(f'.{folder.name}.{os.getpid()}.old')
-    os.rename(folder, old)
-    try:
-        os.rename(new, folder)
-    except OSError:
-        os.rename(old, folder)
-        raise
-    shutil.rmtree(old)
+    if opened.preprocess.crop != opened.image_size:
+        raise UserError(
+            f'{what}: image_size {opened.image_size} and preprocessing, which makes images of '
+            f'{opened.preprocess.crop}, do not agree'
+        )
 
 
 def _plain(value: Any) -> Any:

@@ -7,7 +7,7 @@ import pathlib
 import re
 import urllib.parse
 
-from vit_jax.checkpoint import download, released
+from vit_jax.checkpoint import download, released, replace
 from vit_jax.errors import UserError
 
 BASE_URL = 'https://storage.googleapis.com'
@@ -46,6 +46,7 @@ def resolve(pretrained: str, *, cache_dir: str | os.PathLike[str] = '') -> pathl
         name = pretrained.removeprefix('gs://').removeprefix(f'{BUCKET}/')
         return _fetch(pretrained, RELEASED.get(name), cache_dir)
     path = _expand(pretrained)
+    replace.recover(path.absolute())
     if (path / 'params.npz').is_file():
         return path / 'params.npz'
     if (path / 'config.json').is_file():  # Hugging Face's or timm's
