@@ -1,0 +1,156 @@
+"""Measures what differences in preprocessing cost: grey levels, and how often the answer stays.
+
+The images go through the model as in its evaluation, and once more for each mistake that programs
+make around a model: another resize, another range of values, and so on. The table is Markdown; the
+one in docs/serving.md was made with this.
+
+Example:
+    python scripts/compare_preprocessing.py --model flowers.onnx photos/
+"""
+
+import argparse
+import importlib.util
+import io
+import pathlib
+import sys
+
+EXAMPLE = pathlib.Path(__file__).resolve().parent.parent / 'docs' / 'serving' / 'classify.py'
+BATCH = 20
+
+
+def main() -> int:
+    """Runs the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument('--model', required=True, help='as for scripts/predict.py')
+    parser.add_argument('images', nargs='+', metavar='IMAGE', help='file, folder or pattern')
+    args = parser.parse_args()
+
+    # Not at the top: they take time, and --help should not.
+    from vit_jax import classifier, predict
+    from vit_jax.errors import UserError
+
+    try:
+        images = predict.find_images(args.images)
+        model = classifier.open_classifier(args.model, labels='none')
+        _compare(model, images)
+    except UserError as error:
+        print(f'compare_preprocessing.py: {error}', file=sys.stderr)
+        return 1
+    return 0
+
+
+def _compare(model, images: list[str]) -> None:
+    import numpy as np
+
+    from vit_jax import predict
+
+    differences = _differences(model.image_size)
+    totals = {name: [0.0, 0.0, 0] for name in differences}  # mean and largest |levels|, agreements
+    for first in range(0, len(images), BATCH):
+        paths = images[first : first + BATCH]
+        upright = [predict.read_image(path) for path in paths]
+        right = np.stack([model.preprocess.evaluate(image) for image in upright])
+        answer = np.argmax(model.logits(right), axis=1)
+        for name, (make, _) in differences.items():
+            pixels = np.stack([make(*pair) for pair in zip(paths, upright, strict=True)])
+            gap = np.abs(pixels - right)
+            total = totals[name]
+            total[0] += gap.mean(axis=(1, 2, 3)).sum()
+            total[1] = max(total[1], gap.max())
+            total[2] += int((np.argmax(model.logits(pixels), axis=1) == answer).sum())
+        print(f'\r{first + len(paths)} of {len(images)} images', end='', file=sys.stderr)
+    print(file=sys.stderr)
+    print(f'| what differs | grey levels, mean | largest | same answer, of {len(images)} |')
+    print('|---|---:|---:|---:|')
+    for name, (_, in_levels) in differences.items():
+        mean, largest, agree = totals[name]
+        levels = (f'{mean / len(images):.3g}', f'{largest:.3g}') if in_levels else ('', '')
+        print(f'| {name} | {levels[0]} | {levels[1]} | {agree} ({agree / len(images):.1%}) |')
+
+
+def _differences(side: int) -> dict:
+    """All that is compared.
+
+    Returns:
+      By name: a function (path, upright pixels) -> float32 [side, side, 3], grey levels or what the
+      model takes for them; and whether it is a difference of grey levels.
+    """
+    import cv2
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    from vit_jax.data.preprocess import resize_bilinear
+
+    spec = importlib.util.spec_from_file_location('serving_example', EXAMPLE)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+
+    def pillow_pixels(path):
+        with Image.open(path) as image:
+            return np.asarray(ImageOps.exif_transpose(image).convert('RGB'))
+
+    def pillow_resize(image, size, method):
+        return np.asarray(Image.fromarray(image).resize(size, method), np.float32)
+
+    def crop(image, short, method):
+        """Short side to `short`, keeping proportions; then the square in the middle."""
+        height, width = image.shape[:2]
+        scale = short / min(height, width)
+        size = max(side, round(width * scale)), max(side, round(height * scale))
+        resized = pillow_resize(image, size, method)
+        y, x = (size[1] - side) // 2, (size[0] - side) // 2
+        return resized[y : y + side, x : x + side]
+
+    def as_levels(values):
+        """The grey levels from which a model that takes [-1, 1] would get these values."""
+        return np.float32((values + 1) * 127.5)
+
+    def recompressed(image):
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, 'JPEG', quality=75)
+        return np.asarray(Image.open(buffer))
+
+    mean, deviation = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+    bilinear, bicubic = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
+
+    def squash(image):
+        return resize_bilinear(image, side)
+
+    return {
+        '`docs/serving/classify.py`': (lambda path, _: example.read_image(path, side), True),
+        'its resize alone, on the same decoded pixels': (
+            lambda _, image: example.resize(image, side), True),
+        "JPEG decoded with libjpeg's accurate transform (Pillow's default)": (
+            lambda path, _: squash(pillow_pixels(path)), True),
+        'pixels rounded to whole grey levels (uint8)': (
+            lambda _, image: np.rint(squash(image)), True),
+        'resized in uint8 (`cv2.resize` of bytes)': (
+            lambda _, image: np.float32(cv2.resize(image, (side, side))), True),
+        'resized with antialiasing (Pillow, Hugging Face, torchvision)': (
+            lambda _, image: pillow_resize(image, (side, side), bilinear), True),
+        'nearest pixel instead of bilinear': (
+            lambda _, image: np.float32(
+                cv2.resize(image, (side, side), interpolation=cv2.INTER_NEAREST)), True),
+        f'short side to {round(side * 256 / 224)}, crop of {side} from the middle': (
+            lambda _, image: crop(image, round(side * 256 / 224), bilinear), True),
+        f'the same, 0.9 and bicubic (timm): {round(side / 0.9)}, then {side}': (
+            lambda _, image: crop(image, round(side / 0.9), bicubic), True),
+        'JPEG once more, quality 75': (lambda _, image: squash(recompressed(image)), True),
+        'BGR instead of RGB (OpenCV)': (lambda _, image: squash(image)[..., ::-1], True),
+        'range [0, 1] instead of [-1, 1]': (
+            lambda _, image: as_levels(squash(image) / 255), False),
+        "ImageNet's mean and deviation instead of [-1, 1]": (
+            lambda _, image: as_levels((squash(image) / 255 - mean) / deviation), False),
+        'range [0, 255] instead of [-1, 1]': (lambda _, image: as_levels(squash(image)), False),
+        'a photo that was taken upright, lying (EXIF orientation ignored)': (
+            lambda _, image: squash(np.ascontiguousarray(np.rot90(image))), True),
+        'mirrored': (lambda _, image: squash(image)[:, ::-1], True),
+    }  # fmt: skip
+
+
+if __name__ == '__main__':
+    sys.exit(main())
