@@ -1,0 +1,212 @@
+"""What training and predicting take: bytes on a device, and images per second.
+
+Everything here is arithmetic, about a millisecond a call; `vit_jax.analysis.measured` asks XLA
+itself, which compiles. How well the two agree is said at `training_memory`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from vit_jax.analysis import counts
+from vit_jax.models import variants
+from vit_jax.sharding import MIN_SIZE_TO_SHARD
+
+BYTES = {'float32': 4, 'bfloat16': 2}
+_WORKSPACE = {'gpu': 32 * 2**20, 'cpu': 0}  # bytes; of cuBLAS on Hopper
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device.
+
+    Attributes:
+      weights: the parameters, float32.
+      gradients: float32, one per parameter; 0 for inference.
+      optimizer: momentum or moments, and counters.
+      activations: what the forward pass keeps for the backward pass, at its largest, and working
+        space; of inference the working space alone.
+      inputs: a batch as it is put on the device, float32 images.
+      workspace: of libraries.
+      total: the most that is there at one time, weights and inputs included. It is less than the
+        sum: gradients come into being while activations go.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    inputs: int
+    workspace: int
+    total: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Activations:
+    """Numbers that are alive at the peak, for one image.
+
+    In units of: T*D, T*M, H*T*T (of a Mixer D * tokens_mlp_dim), each in `block` for every block,
+    and in `once` for the block that is worked on; and of the float32 image.
+    """
+
+    block: tuple[float, float, float]
+    once: tuple[float, float, float]
+    images: float
+
+
+# Least-squares fits to `memory_analysis()` of the compiled training step, jax 0.10.2; see
+# `training_memory` for what they were fitted to. On a CPU XLA removes the barriers that make
+# rematerialisation save anything and computes bfloat16 as float32, so one row serves all.
+_VIT = {
+    ('cpu', 4, ''): _Activations((14, 3, 3), (3, 0, 0), 2),
+    ('gpu', 4, ''): _Activations((8.3, 3, 2), (0, 0, 0), 1.4),
+    ('gpu', 4, 'dots'): _Activations((5, 1, 0), (3.1, 1.3, 0.8), 1.6),
+    ('gpu', 4, 'full'): _Activations((1, 0, 0), (10, 3, 3), 0),
+    ('gpu', 2, ''): _Activations((8, 3, 3), (0, 0, 0), 1.2),
+    ('gpu', 2, 'dots'): _Activations((5, 1, 0), (3.1, 1.3, 0.8), 1.6),
+    ('gpu', 2, 'full'): _Activations((1, 0, 0), (10, 3, 3), 0),
+}
+_MIXER = {
+    ('cpu', 4, ''): _Activations((10, 3, 3), (7.5, 0, 0), 1),
+}
+_DROPOUT = (4, 2)  # more of T*D and T*M for every block, if there is dropout
+# Numbers per output of a ResNet's convolution: of the root (with its pooling), of the units.
+_RESNET = {('cpu', 4, ''): (9, 2.5)}
+_FALLBACK = ('cpu', 4, '')  # the largest of all
+
+
+def training_memory(
+    model_config: Mapping[str, Any],
+    *,
+    num_classes: int,
+    image_size: int,
+    batch: int,
+    accum_steps: int = 1,
+    dtype: str = 'float32',
+    optimizer: str = 'sgd',
+    optim_dtype: str = 'bfloat16',
+    remat: str = '',
+    attention: str = 'xla',
+    devices: int = 1,
+    fsdp: int = 1,
+    platform: str = 'gpu',
+) -> Memory:
+    """What a training step needs on each device.
+
+    Args:
+      model_config: see `variants.get_config`.
+      num_classes: C.
+      image_size: side of the images, pixels.
+      batch: images per step, over all devices.
+      accum_steps: micro-batches per device.
+      dtype: of activations, 'float32' or 'bfloat16'.
+      optimizer: 'sgd' (with momentum) or 'adamw', see `optim.create_optimizer`.
+      optim_dtype: of momentum, or of the first moment.
+      remat: '', 'dots' or 'full', see `models.vit.Encoder`.
+      attention: 'auto', 'xla' or 'cudnn'.
+      devices: how many share the batch.
+      fsdp: how many share the parameters.
+      platform: 'gpu' or 'cpu': whose compiler, see `jax.default_backend`.
+
+    Returns:
+      The parts, and `total`: arguments and temporary memory of XLA's `memory_analysis()`.
+
+    Raises:
+      UserError: the image is not a whole number of patches.
+    """
+    arrays = list(_arrays(model_config, num_classes, image_size))
+    size = sum(_share(shape, fsdp) for shape in arrays)
+    weights = 4 * size
+    optimizer_bytes = size * (
+        BYTES[optim_dtype] + 4 if optimizer == 'adamw' else BYTES[optim_dtype]
+    ) + (8 if optimizer == 'adamw' else 4)
+    images = -(-batch // devices)
+    inputs = images * (12 * image_size**2 + 16)
+    micro = -(-images // max(1, accum_steps))
+    activations = micro * _per_image(model_config, image_size, dtype, remat, attention, platform)
+    gradients = weights
+    temporary = max(activations, gradients)
+    if accum_steps > 1:  # the sum of gradients, and the mirrored images of the whole batch
+        temporary += gradients + images * 12 * image_size**2
+    workspace = _WORKSPACE[platform]
+    return Memory(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer_bytes,
+        activations=round(activations),
+        inputs=inputs,
+        workspace=workspace,
+        total=round(weights + optimizer_bytes + inputs + temporary + workspace),
+    )
+
+
+def _arrays(
+    model_config: Mapping[str, Any], num_classes: int, image_size: int
+) -> Iterator[tuple[int, ...]]:
+    for part in counts.parts(model_config, num_classes, image_size):
+        for _ in range(part.repeat):
+            yield from part.shapes
+
+
+def _share(shape: tuple[int, ...], fsdp: int) -> int:
+    """Elements of an array on one device, by the rule of `sharding.state_sharding`."""
+    size = math.prod(shape)
+    if fsdp > 1 and size >= MIN_SIZE_TO_SHARD and any(n % fsdp == 0 for n in shape):
+        return size // fsdp
+    return size
+
+
+def _per_image(
+    model_config: Mapping[str, Any],
+    image_size: int,
+    dtype: str,
+    remat: str,
+    attention: str,
+    platform: str,
+) -> float:
+    """Bytes of activations for one image."""
+    s = counts.sizes(model_config, image_size)
+    width = 4 if platform == 'cpu' else BYTES[dtype]
+    key = (platform, width, '' if platform == 'cpu' else remat)
+    block_units, square = [0.0, 0.0], s.heads * s.tokens**2
+    if variants.is_mixer(model_config):
+        rule, square = _MIXER.get(key, _MIXER[_FALLBACK]), s.width * s.tokens_hidden
+    else:
+        rule = _VIT[key]
+        if model_config['transformer'].get('dropout_rate', 0.0):
+            block_units = _DROPOUT
+    units = (s.tokens * s.width, s.tokens * s.hidden, square if attention != 'cudnn' else 0)
+    numbers = sum(
+        unit * (s.blocks * (block + more) + once)
+        for unit, block, once, more in zip(
+            units, rule.block, rule.once, (*block_units, 0), strict=True
+        )
+    )
+    for index, group in enumerate(counts.convolutions(model_config, image_size)):
+        factors = _RESNET.get(key, _RESNET[_FALLBACK])
+        numbers += factors[min(index, 1)] * sum(c.outputs for c in group)
+    return width * numbers + rule.images * 12 * image_size**2
+
+
+def largest_batch(memory: int, needed: Callable[[int], Memory], multiple: int = 1) -> int:
+    """The largest batch that fits; 0 if none does.
+
+    Args:
+      memory: bytes that there are on a device.
+      needed: what a batch takes, such as `training_memory` with all but `batch` given.
+      multiple: of which the batch has to be a multiple (devices * accum_steps).
+    """
+    high = 1
+    while needed(high * multiple).total <= memory:
+        high *= 2
+        if high > 2**24:
+            return high * multiple
+    low = high // 2  # fits, or is 0
+    while high - low > 1:
+        middle = (low + high) // 2
+        if needed(middle * multiple).total <= memory:
+            low = middle
+        else:
+            high = middle
+    return low * multiple

@@ -1,0 +1,310 @@
+"""Parameters and multiply-accumulates of an architecture, by formula.
+
+Nothing is built, traced or loaded: it takes about a millisecond. The
+formulas give exactly the arrays of the real modules, which the tests hold against `jax.eval_shape`
+for every variant; multiply-accumulates are those of convolutions and matrix products.
+
+Letters: S side of the image, P patch size, N patches, T tokens (N and the class token, if any), D
+width, M hidden width of the MLP, H heads, L blocks, C classes.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from vit_jax.errors import UserError
+from vit_jax.models import variants
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of a model.
+
+    Attributes:
+      name: what it is, such as 'block'.
+      shapes: of the arrays of parameters in one repetition.
+      macs: multiply-accumulates of one repetition, for one image.
+      repeat: how many of them there are.
+      weightless_macs: those of `macs` whose factors are both activations (the two products of
+        attention).
+      last_macs: those of `macs` of the last matrix product, whose result no gradient needs.
+    """
+
+    name: str
+    shapes: tuple[Shape, ...]
+    macs: int = 0
+    repeat: int = 1
+    weightless_macs: int = 0
+    last_macs: int = 0
+
+    @property
+    def parameters(self) -> int:
+        """Parameters in all repetitions."""
+        return self.repeat * sum(math.prod(shape) for shape in self.shapes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+    """A convolution of a hybrid's ResNet: its kernel's shape and the side of its output."""
+
+    name: str
+    kernel: Shape
+    side: int
+
+    @property
+    def outputs(self) -> int:
+        """Numbers in its output, for one image."""
+        return self.side**2 * self.kernel[-1]
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates for one image."""
+        return self.side**2 * math.prod(self.kernel)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The numbers that the formulas are about, see the letters above.
+
+    Attributes:
+      tokens: T, the sequence that the blocks work on.
+      patches: N.
+      width: D.
+      hidden: M, hidden width of the MLP (of a Mixer: over channels).
+      heads: H; of a Mixer 0.
+      blocks: L.
+      tokens_hidden: hidden width of a Mixer's MLP over tokens; of a ViT 0.
+    """
+
+    tokens: int
+    patches: int
+    width: int
+    hidden: int
+    heads: int
+    blocks: int
+    tokens_hidden: int = 0
+
+
+def sizes(model_config: Mapping[str, Any], image_size: int) -> Sizes:
+    """The sizes of an architecture at an image size.
+
+    Args:
+      model_config: see `variants.get_config`.
+      image_size: side of the (square) images, pixels.
+
+    Raises:
+      UserError: the image is not a whole number of patches.
+    """
+    stride = variants.token_stride(model_config)
+    if image_size < 1 or image_size % stride:
+        below = image_size // stride * stride
+        nearest = ' or '.join(str(side) for side in (below, below + stride) if side > 0)
+        raise UserError(
+            f'image size {image_size}: {model_config.get("model_name") or "the model"} takes '
+            f'multiples of {stride} pixels: {nearest}'
+        )
+    patches = (image_size // stride) ** 2
+    if variants.is_mixer(model_config):
+        return Sizes(
+            patches,
+            patches,
+            model_config['hidden_dim'],
+            model_config['channels_mlp_dim'],
+            0,
+            model_config['num_blocks'],
+            model_config['tokens_mlp_dim'],
+        )
+    transformer = model_config['transformer']
+    return Sizes(
+        patches + _extra_tokens(model_config),
+        patches,
+        model_config['hidden_size'],
+        transformer['mlp_dim'],
+        transformer['num_heads'],
+        transformer['num_layers'],
+    )
+
+
+def parts(model_config: Mapping[str, Any], num_classes: int, image_size: int) -> tuple[Part, ...]:
+    """Everything a model consists of, in the order of the computation.
+
+    Args:
+      model_config: see `variants.get_config`.
+      num_classes: C; 0 for a model without a head.
+      image_size: S, pixels.
+
+    Returns:
+      Parts that together have every parameter once.
+
+    Raises:
+      UserError: the image is not a whole number of patches.
+    """
+    s = sizes(model_config, image_size)
+    if variants.is_mixer(model_config):
+        return _mixer(model_config, s, num_classes)
+    return _vit(model_config, s, num_classes, image_size)
+
+
+def parameters(model_config: Mapping[str, Any], num_classes: int, image_size: int) -> int:
+    """How many parameters a model has; arguments as for `parts`."""
+    return sum(part.parameters for part in parts(model_config, num_classes, image_size))
+
+
+def forward_macs(model_config: Mapping[str, Any], num_classes: int, image_size: int) -> int:
+    """Multiply-accumulates of one image's forward pass; arguments as for `parts`.
+
+    ViT: N 3P^2 D + L (T (4D^2 + 2DM) + 2T^2 D) + DC. Norms, softmax, GELU and additions are not
+    counted; they are 0.4 % of B/16's work and 1.3 % of Ti/16's.
+    """
+    return sum(part.repeat * part.macs for part in parts(model_config, num_classes, image_size))
+
+
+def training_macs(
+    model_config: Mapping[str, Any], num_classes: int, image_size: int, remat: str = ''
+) -> int:
+    """Multiply-accumulates of one image's training step; other arguments as for `parts`.
+
+    Each product costs two more in the backward pass: the gradients of its two factors. The first
+    layer is spared one of them, since nobody asks for the gradient of the image. Rematerialisation
+    'full' repeats the blocks but for their last product, 'dots' the two products of attention.
+
+    Args:
+      model_config: see `parts`.
+      num_classes: see `parts`.
+      image_size: see `parts`.
+      remat: see `models.vit.Encoder`.
+    """
+    total = 0
+    for index, part in enumerate(parts(model_config, num_classes, image_size)):
+        macs = 3 * part.macs
+        if index == 0:
+            macs -= part.macs
+        if remat == 'full' and part.name in ('block', 'residual unit'):
+            macs += part.macs - part.last_macs
+        if remat == 'dots' and part.name == 'block':
+            macs += part.weightless_macs
+        if remat == 'dots' and part.name == 'residual unit':
+            macs += part.macs - part.last_macs  # convolutions are not kept by this policy
+        total += part.repeat * macs
+    return total
+
+
+def convolutions(model_config: Mapping[str, Any], image_size: int) -> list[list[Convolution]]:
+    """The convolutions of a hybrid's ResNet: the root, then one list per residual unit.
+
+    Args:
+      model_config: see `variants.get_config`; an architecture without ResNet has none.
+      image_size: S, pixels.
+    """
+    resnet = model_config.get('resnet')
+    if not resnet:
+        return []
+    width = int(64 * resnet['width_factor'])
+    side = -(-image_size // 2)
+    groups = [[Convolution('conv_root', (7, 7, 3, width), side)]]
+    side, channels = -(-side // 2), width  # after the pooling
+    for stage, units in enumerate(resnet['num_layers']):
+        features = width * 2**stage
+        for unit in range(units):
+            before, side = side, -(-side // 2) if stage and not unit else side
+            group = [
+                Convolution('conv1', (1, 1, channels, features), before),
+                Convolution('conv2', (3, 3, features, features), side),
+                Convolution('conv3', (1, 1, features, 4 * features), side),
+            ]
+            if channels != 4 * features or before != side:
+                projection = Convolution('conv_proj', (1, 1, channels, 4 * features), side)
+                group.insert(0, projection)
+            groups.append(group)
+            channels = 4 * features
+    return groups
+
+
+def _extra_tokens(model_config: Mapping[str, Any]) -> int:
+    if model_config.get('classifier', 'token') not in ('token', 'token_unpooled'):
+        return 0
+    return 2 if model_config.get('distilled') else 1
+
+
+def _resnet(model_config: Mapping[str, Any], image_size: int) -> list[Part]:
+    """Each convolution has a GroupNorm (scale and bias) behind it."""
+    found = []
+    for i, group in enumerate(convolutions(model_config, image_size)):
+        shapes = [s for c in group for s in (c.kernel, c.kernel[-1:], c.kernel[-1:])]
+        found.append(
+            Part(
+                'residual unit' if i else 'ResNet root',
+                tuple(shapes),
+                sum(c.macs for c in group),
+                last_macs=0,
+            )
+        )
+    return found
+
+
+def _vit(
+    config: Mapping[str, Any], s: Sizes, num_classes: int, image_size: int
+) -> tuple[Part, ...]:
+    d, m, t = s.width, s.hidden, s.tokens
+    groups = convolutions(config, image_size)
+    channels = groups[-1][-1].kernel[-1] if groups else 3
+    patch = tuple(config['patches']['size'])
+    found = _resnet(config, image_size)
+    found.append(
+        Part(
+            'patch embedding',
+            ((*patch, channels, d), (d,)),
+            s.patches * math.prod(patch) * channels * d,
+        )
+    )
+    extra = _extra_tokens(config)
+    if extra:
+        name = 'class and distillation token' if extra == 2 else 'class token'
+        found.append(Part(name, ((1, 1, d),) * extra))
+    if config['transformer'].get('add_position_embedding', True):
+        found.append(Part('position embedding', ((1, t, d),)))
+    head = (d // s.heads,)
+    attention = (((d, s.heads, *head), (s.heads, *head)) * 3, ((s.heads, *head, d), (d,)))
+    block = ((d,),) * 4 + attention[0] + attention[1] + ((d, m), (m,), (m, d), (d,))
+    found.append(
+        Part(
+            'block',
+            block,
+            t * (4 * d * d + 2 * d * m) + 2 * t * t * d,
+            s.blocks,
+            weightless_macs=2 * t * t * d,
+            last_macs=t * d * m,
+        )
+    )
+    found.append(Part('norm', ((d,), (d,))))
+    features = d
+    read = {'unpooled': t, 'token_unpooled': t}.get(config.get('classifier', 'token'), 1)
+    if config.get('representation_size'):
+        features = config['representation_size']
+        found.append(Part('pre_logits', ((d, features), (features,)), read * d * features))
+    if not num_classes:
+        return tuple(found)
+    if config.get('mlp_head'):
+        found.append(Part('hidden layer of the head', ((features, d), (d,)), read * features * d))
+        features = d
+    head_shapes = ((features, num_classes), (num_classes,))
+    heads = 2 if config.get('distilled') else 1
+    found.append(Part('head', head_shapes, read * features * num_classes, heads))
+    return tuple(found)
+
+
+def _mixer(config: Mapping[str, Any], s: Sizes, num_classes: int) -> tuple[Part, ...]:
+    d, m, n, h = s.width, s.hidden, s.patches, s.tokens_hidden
+    patch = tuple(config['patches']['size'])
+    block = ((d,),) * 4 + ((n, h), (h,), (h, n), (n,), (d, m), (m,), (m, d), (d,))
+    found = [
+        Part('patch embedding', ((*patch, 3, d), (d,)), n * math.prod(patch) * 3 * d),
+        Part('block', block, 2 * d * n * h + 2 * n * d * m, s.blocks, last_macs=n * d * m),
+        Part('norm', ((d,), (d,))),
+    ]
+    if num_classes:
+        found.append(Part('head', ((d, num_classes), (num_classes,)), d * num_classes))
+    return tuple(found)
