@@ -195,7 +195,7 @@ def write(
 
 
 def _write_onnx(path: pathlib.Path, model: 'model_folder.Model', options: Options) -> list[str]:
-    from vit_jax.export import onnx
+    from vit_jax.export import onnx, onnx_quantize
 
     proto = onnx.build(
         model,
@@ -212,7 +212,7 @@ def _write_onnx(path: pathlib.Path, model: 'model_folder.Model', options: Option
         return []
     full = path.with_name(f'float32-{path.name}')
     onnx.save(proto, full)
-    onnx.quantize_dynamic(full, path)
+    onnx_quantize.quantize_dynamic(full, path)
     sizes = [file.stat().st_size / 2**20 for file in (full, path)]
     for file in path.parent.glob(f'{full.name}*'):
         file.unlink()

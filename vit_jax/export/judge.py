@@ -6,17 +6,21 @@ float32
     The largest absolute difference of an output is at most 1e-5 times its largest absolute value,
     that value taken as at least 1 and at most 10: 1e-5 for outputs of unit scale, 1e-4 for the
     logits of trained weights (about 10). Two correct float32 programs that add up in another order
-    differ by about a tenth of that.
+    differ by about a tenth of that. Attention weights are held to 1e-3: the softmax magnifies the
+    rounding of its large scores (JAX's own float32 is up to 8e-5 from its float64 for a trained
+    Ti/16), and what is wrong there (a head, a block, the scale) shows in the first decimals.
 float16
     The cosine of every image's vector with JAX's is above 0.9999, and the most probable class is
     the same. A class may differ only where JAX's two best logits are closer than the rounding of
     float16, 2 * 2^-10 times the largest absolute logit of the image (each of the two by one unit in
     the last of its 11 bits); such images are listed.
 int8
-    The cosine of every image's vector with JAX's is above 0.9, and the mean over images above 0.98.
-    Dynamic quantisation rounds weights and activations to 8 bits, which costs accuracy; the bound
-    separates that from a broken model (an unrelated vector has cosine 0). How often the most
-    probable class is the same is measured and shown.
+    The cosine of every image's vector with JAX's is above 0.95, and the mean over images above
+    0.99. Dynamic quantisation rounds weights and activations to 8 bits, which costs accuracy: a
+    trained Ti/16, the size that suffers most, has 0.9945 at the lowest and 0.9982 on average over
+    260 photos. The bound leaves 5 times that error (1 - cosine) and is far from a broken model (an
+    unrelated vector has cosine 0). How often the most probable class is the same is measured and
+    shown, not judged.
 
 No bound is passed by a NaN.
 """
@@ -34,10 +38,11 @@ DTYPES = ('float32', 'float16', 'int8')
 
 FLOAT32_RELATIVE = 1e-5
 FLOAT32_SCALES = (1.0, 10.0)
+FLOAT32_ATTENTION = 1e-3
 FLOAT16_COSINE = 0.9999
 FLOAT16_UNIT = 2.0**-10
-INT8_COSINE = 0.9
-INT8_MEAN_COSINE = 0.98
+INT8_COSINE = 0.95
+INT8_MEAN_COSINE = 0.99
 
 SCORES = ('logits', 'probabilities')  # outputs with a most probable class
 
@@ -109,6 +114,8 @@ class Row:
     @property
     def float32_limit(self) -> float:
         """The largest difference allowed in float32."""
+        if self.output == 'attention':
+            return FLOAT32_ATTENTION
         low, high = FLOAT32_SCALES
         return FLOAT32_RELATIVE * min(max(self.largest, low), high)
 
@@ -172,14 +179,17 @@ def bound(dtype: str) -> str:
         low, high = FLOAT32_SCALES
         return (
             f'differences of at most {FLOAT32_RELATIVE:.0e} of the largest value (taken as '
-            f'{low:.0f} to {high:.0f})'
+            f'{low:.0f} to {high:.0f}); of attention weights {FLOAT32_ATTENTION:.0e}'
         )
     if dtype == 'float16':
         return (
             f'cosine with JAX above {FLOAT16_COSINE} for every image, and the same top-1 unless '
             'the two classes are closer in JAX than the rounding of float16'
         )
-    return f'cosine with JAX above {INT8_COSINE} for every image, and {INT8_MEAN_COSINE} on average'
+    return (
+        f'cosine with JAX above {INT8_COSINE} for every image, and above {INT8_MEAN_COSINE} on '
+        'average; top-1 is shown, not judged'
+    )
 
 
 def compare(

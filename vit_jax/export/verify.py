@@ -75,8 +75,8 @@ class Report:
             return ''
         own = self.own
         return (
-            f'Compared with {self.own_form} set to the form of the model. As the library computes '
-            f'it, logits differ by {own.max:.1e} at most, {own.mean:.1e} on average, and the most '
+            f'Compared with {self.own_form} set to the form of this package. As the library '
+            f'computes it, logits differ by {own.max:.1e} at most, {own.mean:.1e} on average, and the most '
             f'probable class is the same for {own.agree} of {own.vectors} images'
         )
 
