@@ -5,9 +5,9 @@ Needs an NVIDIA GPU and `pip install tensorrt onnx` (TensorRT 10 or 11), and not
     python build_engine.py flowers16.onnx flowers16.engine --max-batch 64
 
 The network is strongly typed: every value has the type that the graph says, which for a float16
-file of scripts/export.py keeps LayerNorm and softmax in float32. So there is no precision flag here;
-choose with `scripts/export.py --dtype`. Beside the engine, <engine>.labels.txt gets the class names,
-a line each.
+file of scripts/export.py keeps LayerNorm and softmax in float32. So there is no precision flag
+here; choose with `scripts/export.py --dtype`. Beside the engine, <engine>.labels.txt gets the class
+names, a line each.
 """
 
 import argparse

@@ -76,8 +76,8 @@ class Report:
         own = self.own
         return (
             f'Compared with {self.own_form} set to the form of this package. As the library '
-            f'computes it, logits differ by {own.max:.1e} at most, {own.mean:.1e} on average, and the most '
-            f'probable class is the same for {own.agree} of {own.vectors} images'
+            f'computes it, logits differ by {own.max:.1e} at most, {own.mean:.1e} on average, and '
+            f'the most probable class is the same for {own.agree} of {own.vectors} images'
         )
 
     def print(self, console: Any) -> None:
