@@ -36,6 +36,8 @@ def get_defaults() -> ml_collections.ConfigDict:
     config.pp.flip = True
     # Threads that read and decode. 0: one per core, at most 16.
     config.data_threads = 0
+    # Largest share of unreadable images to put up with; training puts others in their place.
+    config.max_unreadable = 0.01
 
     # --- Weights to start from
     # `pretrained` beats `model_or_filename` beats `pretrained_dir`; but a flag beats a file.
@@ -80,6 +82,10 @@ def get_defaults() -> ml_collections.ConfigDict:
     config.remat = ''
     # Devices that share one copy of parameters and optimizer state. 1: data parallel; -1: all.
     config.fsdp = 1
+    # Same bits in every run, on GPU too, at some speed: XLA's deterministic operations.
+    config.deterministic = False
+    # Refuse to start where the estimated need of memory is more than there is.
+    config.check_memory = True
     # Where compiled programs are kept. Empty: nowhere.
     config.compile_cache = '~/.cache/vit_jax/jax'
 
@@ -90,6 +96,10 @@ def get_defaults() -> ml_collections.ConfigDict:
     config.checkpoint_every = 1_000
     # How many checkpoints stay. With 1, there is none to fall back to if the newest gets damaged.
     config.keep_checkpoints = 2
+    # Save and keep the step of the best test accuracy, too; it ends up in model_best/.
+    config.keep_best = False
+    # When loss or gradient is not finite: 'stop', or 'skip' the update and count it.
+    config.nan_policy = 'stop'
     return config
 
 

@@ -6,6 +6,7 @@ Fills what is unset and checks what can be checked without data.
 value of its type.
 """
 
+import os
 import pathlib
 import re
 from collections.abc import Iterable, Mapping
@@ -29,6 +30,7 @@ _CHOICES = {
     'dtype': ('', 'float32', 'bfloat16'),
     'attention': ATTENTION_IMPLEMENTATIONS,
     'remat': ('', *REMAT_POLICIES),
+    'nan_policy': ('stop', 'skip'),
 }
 _AT_LEAST_ONE = (
     'batch', 'batch_eval', 'total_steps', 'progress_every', 'eval_every', 'checkpoint_every',
@@ -36,7 +38,7 @@ _AT_LEAST_ONE = (
 )  # fmt: skip
 _NOT_NEGATIVE = (
     'data_threads', 'accum_steps', 'warmup_steps', 'base_lr', 'grad_norm_clip', 'momentum',
-    'weight_decay', 'seed',
+    'weight_decay', 'seed', 'max_unreadable',
 )  # fmt: skip
 
 
@@ -116,6 +118,20 @@ def compute_dtype(config: ml_collections.ConfigDict, platform: str) -> str:
     return config.dtype or ('float32' if platform == 'cpu' else 'bfloat16')
 
 
+DETERMINISTIC_FLAG = '--xla_gpu_deterministic_ops=true'
+
+
+def use_deterministic_operations() -> None:
+    """Makes XLA choose GPU operations that give the same bits every time (a CPU always does).
+
+    To be called before anything runs on a device. The flag excludes operations whose result depends
+    on the order of atomic additions, and choosing among algorithms by timing them.
+    """
+    flags = os.environ.get('XLA_FLAGS', '')
+    if DETERMINISTIC_FLAG not in flags:
+        os.environ['XLA_FLAGS'] = f'{flags} {DETERMINISTIC_FLAG}'.strip()
+
+
 def check_devices(config: ml_collections.ConfigDict, devices: int, platform: str) -> None:
     """Checks that batch, mesh and attention fit the devices.
 
@@ -143,6 +159,17 @@ def check_devices(config: ml_collections.ConfigDict, devices: int, platform: str
             f'config.fsdp={config.fsdp} does not divide the {devices} devices: use -1 (all), '
             '1 (data parallel) or a divisor'
         )
+    if config.deterministic and platform == 'gpu':
+        if DETERMINISTIC_FLAG not in os.environ.get('XLA_FLAGS', ''):
+            raise UserError(
+                'config.deterministic=True needs XLA_FLAGS=' + DETERMINISTIC_FLAG + ' in the '
+                'environment before JAX starts (`python -m vit_jax.main` sets it)'
+            )
+        if config.attention == 'cudnn':
+            raise UserError(
+                "config.attention='cudnn' adds gradients in any order, which "
+                'config.deterministic=True excludes: use --config.attention=xla'
+            )
     if config.attention == 'cudnn' and (platform, compute_dtype(config, platform)) != (
         'gpu',
         'bfloat16',

@@ -25,7 +25,8 @@ def evaluate(
     batch: int,
     threads: int | None = None,
     on_bad: pipeline.OnBad | None = None,
-) -> tuple[dict[str, float], float]:
+    should_stop: Callable[[], bool] | None = None,
+) -> tuple[dict[str, float], float] | None:
     """Loss and accuracy over all examples of a source.
 
     Args:
@@ -39,12 +40,13 @@ def evaluate(
       threads: readers, see `pipeline.eval_batches`.
       on_bad: called with the error of each image that cannot be read, once for each key, from the
         threads that read. None: such an image is an error.
+      should_stop: asked after each batch; once it says so, the evaluation ends without a result.
 
     Returns:
       Metrics: `accuracy_test` in [0, 1], `loss_test` (mean cross-entropy) and, with more than 5
       classes, `accuracy_top5_test`; and the speed, images per second and device. Where images
       cannot be read, `unreadable_test` is their number; they count in the accuracies, as wrong, and
-      not in the loss.
+      not in the loss. None if `should_stop` ended it.
 
     Raises:
       BadImageError: without `on_bad`, an image that cannot be read.
@@ -67,6 +69,8 @@ def evaluate(
         sums.append(eval_step(params, sharding.put_batch(data, mesh)))
         if len(sums) > sharding.steps_ahead():
             jax.block_until_ready(sums[-1 - sharding.steps_ahead()])
+        if should_stop and should_stop():
+            return None
     # Summed in float64 on the host: float32 stops counting at 2**24 images.
     sums = jax.device_get(sums)
     total = {name: float(np.sum([s[name] for s in sums], dtype=np.float64)) for name in sums[0]}

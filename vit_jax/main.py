@@ -3,13 +3,19 @@
 Fine-tunes the model of a config file and writes a model folder. Every knob (`configs/common.py`) is
 a flag: `--config.base_lr=0.003`, `--config.pp.crop=384`. Run again with the same --workdir, a run
 goes on where it stopped.
+
+Several machines run the same command each; Slurm, Open MPI and Kubernetes tell them of each other,
+elsewhere --coordinator_address, --num_processes and --process_id do.
 """
 
 import difflib
+import errno
 import os
 import pathlib
 import re
+import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 
 from absl import app, flags, logging
@@ -28,6 +34,28 @@ _WORKDIR = flags.DEFINE_string(
     'Folder of the run: checkpoints, metrics, logs, model. Default: runs/<config>-<dataset>.',
 )
 
+_COORDINATOR_ADDRESS = flags.DEFINE_string(
+    'coordinator_address', '', 'Several processes: HOST:PORT of process 0, the same for all.'
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    'num_processes', 0, 'Several processes: how many.', lower_bound=0
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    'process_id', -1, 'Several processes: index of this one, from 0.', lower_bound=-1
+)
+_HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
+    'heartbeat_timeout_seconds',
+    30,
+    'Several processes: after so long without a sign of life of one, the others end.',
+    lower_bound=1,
+)
+
+_FLAGS = ('config', 'workdir', 'coordinator_address', 'num_processes', 'process_id',
+          'heartbeat_timeout_seconds')  # fmt: skip
+
+# What the system says when a disk does not take a file.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO)
+
 # Knobs of the original release that have no counterpart, and why.
 _RETIRED = {
     'shuffle_buffer': 'the whole training set is shuffled anew in every epoch',
@@ -40,19 +68,40 @@ _RETIRED = {
 def main(argv: Sequence[str]) -> None:
     """Runs the training that the parsed flags ask for."""
     del argv
-    from vit_jax import (
-        config as config_lib,
-    )  # Here, so that --help and mistakes on the command line are quick.
-    from vit_jax import train
+    # Here, so that --help and mistakes on the command line are quick.
+    import jax
+
+    from vit_jax import config as config_lib
+    from vit_jax import distributed, preemption, train
 
     config = config_lib.resolve(
         _CONFIG.value, config_flags.get_override_values(flags.FLAGS['config'])
     )
+    if config.deterministic:
+        config_lib.use_deterministic_operations()
     _use_compile_cache(config.compile_cache)
+    distributed.start(
+        _COORDINATOR_ADDRESS.value,
+        _NUM_PROCESSES.value,
+        _PROCESS_ID.value,
+        heartbeat_timeout=_HEARTBEAT_TIMEOUT.value,
+    )
     workdir = _WORKDIR.value or config_lib.default_workdir(
         config_flags.get_config_filename(flags.FLAGS['config']), config.dataset
     )
-    train.train_and_evaluate(config, workdir)
+    try:
+        train.train_and_evaluate(config, workdir)
+    except preemption.PreemptedError as stopped:
+        sys.exit(128 + stopped.signum)
+    except (UserError, jax.errors.JaxRuntimeError) as error:
+        explained = error if isinstance(error, UserError) else distributed.explain(error)
+        if explained is None:
+            raise
+        if jax.process_count() == 1:
+            raise explained from error
+        # At once: an orderly end would wait for the others, who may be waiting for this one.
+        print(f'error: process {jax.process_index()}: {explained}', file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 def run() -> None:
@@ -63,6 +112,16 @@ def run() -> None:
         app.run(main, argv=argv, flags_parser=lambda args: args)
     except UserError as error:
         sys.exit(f'error: {error}')
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        sys.exit(
+            f'error: {error.filename or "a file"} cannot be written ({error.strerror}). Earlier '
+            'checkpoints are intact: make room or set the permissions, and run the same command '
+            'again to go on'
+        )
+    except KeyboardInterrupt:  # before the first step, or a second one
+        sys.exit(128 + signal.SIGINT)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -116,11 +175,11 @@ def _check_config_file(argv: Sequence[str]) -> None:
 def _unknown_flag(name: str) -> str:
     if name.startswith('config.'):
         return f'--{name}: {_unknown_knob(name)}'
-    near = difflib.get_close_matches(name, ['config', 'workdir'], n=1, cutoff=0.4)
+    near = difflib.get_close_matches(name, _FLAGS, n=1, cutoff=0.4)
     hint = (
         f'did you mean --{near[0]}?'
         if near
-        else 'known: --config FILE, --config.KNOB=VALUE, --workdir DIR'
+        else f'known: --config.KNOB=VALUE, --{", --".join(_FLAGS)}'
     )
     return f'unknown flag --{name}: {hint}'
 
@@ -178,10 +237,12 @@ def _use_compile_cache(folder: str) -> None:
     path = pathlib.Path(folder).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
     except OSError as error:
         raise UserError(
-            f'config.compile_cache={folder} cannot be made ({error.strerror}): use another folder, '
-            'or --config.compile_cache= for none'
+            f'config.compile_cache={folder} cannot be written ({error.strerror}): use another '
+            'folder, or --config.compile_cache= for none'
         ) from error
     jax.config.update('jax_compilation_cache_dir', str(path))
 

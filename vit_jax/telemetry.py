@@ -55,8 +55,7 @@ class Telemetry:
       workdir: folder of the run; made if it does not exist.
       total_steps: number of training steps of the whole run.
       start_step: number of steps already done; 0 for a new run.
-      enabled: False on every process but the first: then nothing is written or shown, and no folder
-        made.
+      process_index: of several processes only the first, 0, writes, shows, and makes the folder.
       console: where to show it; standard output by default. A terminal gets one live line, anything
         else plain lines.
     """
@@ -67,14 +66,15 @@ class Telemetry:
         *,
         total_steps: int,
         start_step: int,
-        enabled: bool = True,
+        process_index: int = 0,
         console: rich.console.Console | None = None,
     ):
         self._total_steps = total_steps
-        self._enabled = enabled
+        self._process_index = process_index
+        self._enabled = process_index == 0
         self._live = None
         self._last_plain = -math.inf
-        if not enabled:
+        if not self._enabled:
             return
         workdir = pathlib.Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
@@ -179,6 +179,16 @@ class Telemetry:
             self._print(text)
             self._log_line(text)
 
+    def note(self, text: str) -> None:
+        """As `info`; but every process shows what it has to say, and only the first writes it.
+
+        May be called from any thread.
+        """
+        if self._process_index == 0:
+            self.info(text)
+        else:
+            print(f'process {self._process_index}: {text}', file=sys.stderr)
+
     def close(self) -> None:
         """Leaves the last progress line on the terminal and closes the files."""
         if not self._enabled:
@@ -227,8 +237,36 @@ class _EventFile:
         self._writer.flush()
 
 
+def read_metric(
+    workdir: str | os.PathLike, name: str, *, up_to: int | None = None
+) -> dict[int, float]:
+    """What `metrics.jsonl` has of one metric: step -> value, in order; {} without such a file.
+
+    Args:
+      workdir: folder of the run.
+      name: of the metric, such as `accuracy_test`.
+      up_to: last step to read; the lines of later ones are those of steps that a resumed run
+        repeats.
+    """
+    path = pathlib.Path(workdir) / METRICS_FILE
+    if not path.exists():
+        return {}
+    values = {}
+    for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
+        try:
+            row = json.loads(line)
+            step, value = int(row['step']), float(row[name])
+        except (ValueError, TypeError, KeyError):
+            continue  # other metrics; or torn by a kill, which `Telemetry` reports
+        if up_to is None or step <= up_to:
+            values[step] = value
+    return values
+
+
 def write_run_info(
-    workdir: str | os.PathLike, config: ml_collections.ConfigDict | Mapping[str, Any]
+    workdir: str | os.PathLike,
+    config: ml_collections.ConfigDict | Mapping[str, Any],
+    others: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Writes `config.json` and `versions.json` into the workdir.
 
@@ -238,6 +276,7 @@ def write_run_info(
     Args:
       workdir: folder of the run; made if it does not exist.
       config: the configuration with every value filled in.
+      others: more to write, by file name.
 
     Raises:
       TypeError: a value of the configuration has no JSON form.
@@ -246,6 +285,8 @@ def write_run_info(
     workdir.mkdir(parents=True, exist_ok=True)
     config = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
     _write_json(workdir / CONFIG_FILE, config)
+    for name, value in (others or {}).items():
+        _write_json(workdir / name, value)
     _write_json(
         workdir / VERSIONS_FILE,
         {

@@ -11,6 +11,7 @@ checkpoint that it still lists. Here a folder is renamed first (`trash-<step>`),
 """
 
 import contextlib
+import errno
 import gc
 import hashlib
 import json
@@ -68,7 +69,8 @@ class Checkpoints:
         self._folder = pathlib.Path(workdir).absolute() / 'checkpoints'
         self._keep = keep
         self._known: set[int] = set()  # steps that this object has saved or verified
-        self._pending: Any = None  # Orbax's response for the save that is on its way
+        self._protected: int | None = None  # a step that stays although it is not among the newest
+        self._pending: tuple[int, Any] | None = None  # a save that is on its way: step, response
         self._quiet = _QuietOrbax()
         self._quiet.install()
         self._sweep()
@@ -90,8 +92,8 @@ class Checkpoints:
 
         Returns as soon as checksums are computed and the values are copied, so `state` may be
         donated right after; the files are written in the background. Waits for the save before it,
-        and then removes the checkpoints that are not among the `keep` newest. A step that this
-        object has saved or restored already is not written again.
+        and then removes the checkpoints that are neither among the `keep` newest nor protected. A
+        step that this object has saved or restored already is not written again.
 
         Args:
             step: number of finished optimizer steps, 0 or more.
@@ -99,7 +101,8 @@ class Checkpoints:
 
         Raises:
             TypeError: a leaf is no jax.Array.
-            UserError: the folder has a checkpoint of this step, and this object did not write it.
+            UserError: the folder has a checkpoint of this step, and this object did not write it;
+                or the save before could not be written.
         """
         from orbax.checkpoint import v1 as ocp  # slow to import, and only runs that save need it
 
@@ -115,10 +118,22 @@ class Checkpoints:
         checksums, leaves = _checksums(state), _describe(state)
         digest = _digest([leaves, checksums])
         metadata = {'leaves': leaves, 'checksums': checksums, 'digest': digest}
-        if jax.process_index() == 0:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        self._pending = ocp.save_async(path, state, custom_metadata={_METADATA_KEY: metadata})
+        try:
+            if jax.process_index() == 0:
+                self._folder.mkdir(parents=True, exist_ok=True)
+            response = ocp.save_async(path, state, custom_metadata={_METADATA_KEY: metadata})
+        except Exception as error:  # as for `wait`
+            raise self._not_written(step, error) from error
+        self._pending = step, response
         self._known.add(step)
+
+    def protect(self, step: int) -> None:
+        """Keeps the checkpoint of this step whatever its age, instead of the one before it.
+
+        Args:
+            step: saved, or about to be.
+        """
+        self._protected = step
 
     def restore_latest(self, abstract_state: Any) -> tuple[int, Any] | None:
         """Restores the newest checkpoint whose checksums hold.
@@ -140,15 +155,9 @@ class Checkpoints:
         self.wait()
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
-            with self._quiet.while_loading():
-                state, checksums, problem = self._try_read(step, abstract_state)
-            # Checksums are computed by all processes together, so all must have come this far.
-            if not _agreed(not problem):
-                problem = problem or 'another process cannot read it'
-            else:
-                problem = _compare(_checksums(state), checksums)
+            state, problem = self._read_and_verify(step, abstract_state)
             if problem:
-                damaged[step] = ' '.join(problem.split())[:300]
+                damaged[step] = problem
                 path = self._folder / str(step)
                 _log.warning('The checkpoint %s is damaged and not used: %s', path, damaged[step])
                 continue
@@ -165,18 +174,58 @@ class Checkpoints:
             )
         return None
 
+    def restore(self, step: int, abstract_state: Any) -> Any | None:
+        """Restores the checkpoint of one step, as `restore_latest` does.
+
+        Returns:
+            The state, or None if that checkpoint is damaged (a warning says how) or not there.
+        """
+        self.wait()
+        if step not in self.steps():
+            return None
+        state, problem = self._read_and_verify(step, abstract_state)
+        if problem:
+            path = self._folder / str(step)
+            _log.warning('The checkpoint %s is damaged and not used: %s', path, problem)
+            return None
+        return state
+
     def wait(self) -> None:
         """Waits until the last save is complete on disk, then removes old checkpoints.
 
         Raises:
-            Exception: what made the save fail, whatever Orbax raises for it.
+            UserError: it could not be written (disk full, no permission, ...); what was written of
+                it is removed, earlier checkpoints are as they were.
         """
         if self._pending is None:
             return
-        pending, self._pending = self._pending, None
-        pending.result()
-        for step in self.steps()[: -self._keep]:
-            self._remove(step)
+        (step, response), self._pending = self._pending, None
+        try:
+            response.result()
+        except Exception as error:  # Orbax raises many types, ValueError for a full disk
+            raise self._not_written(step, error) from error
+        for old in self.steps()[: -self._keep]:
+            if old != self._protected:
+                self._remove(old)
+
+    def _not_written(self, step: int, error: Exception) -> UserError:
+        """Removes what there is of a checkpoint, and returns the error to raise."""
+        self._known.discard(step)
+        if jax.process_index() == 0:
+            for path in self._folder.glob(f'{step}.orbax-checkpoint-tmp*'):
+                shutil.rmtree(path, ignore_errors=True)
+        reason = ' '.join(str(error).split())
+        # tensorstore's messages end with the system's words: "... to file 14: No space left on ..."
+        known = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO)
+        words = next((os.strerror(n) for n in known if os.strerror(n) in reason), reason[:300])
+        kept = ', '.join(map(str, self.steps()))
+        intact = (
+            f'the checkpoints of steps {kept} are intact' if kept else 'there is no earlier one'
+        )
+        return UserError(
+            f'the checkpoint of step {step} could not be written to {self._folder} ({words}); '
+            f'{intact}. Make room or set the permissions, and run the same command again to go on'
+        )
 
     def close(self) -> None:
         """Waits for the last save, as `wait`; the object must not be used afterwards."""
@@ -184,6 +233,17 @@ class Checkpoints:
             self.wait()
         finally:
             self._quiet.remove()
+
+    def _read_and_verify(self, step: int, abstract_state: Any) -> tuple[Any, str]:
+        """Returns (state, '') or, if damaged, (None, what is wrong); the same in all processes."""
+        with self._quiet.while_loading():
+            state, checksums, problem = self._try_read(step, abstract_state)
+        # Checksums are computed by all processes together, so all must have come this far.
+        if not _agreed(not problem):
+            problem = problem or 'another process cannot read it'
+        else:
+            problem = _compare(_checksums(state), checksums)
+        return (None if problem else state), ' '.join(problem.split())[:300]
 
     def _try_read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, int], str]:
         """Returns (state, saved checksums, '') or, if damaged, (None, {}, what is wrong)."""
@@ -377,8 +437,10 @@ class _QuietOrbax(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if record.name == 'asyncio':
             return not self._loading
-        from_orbax = f'{os.sep}orbax{os.sep}' in record.pathname
-        return not (from_orbax and (self._loading or record.levelno < logging.WARNING))
+        if f'{os.sep}orbax{os.sep}' not in record.pathname:
+            return True
+        # Its errors are tracebacks of what it raises a moment later.
+        return record.levelno == logging.WARNING and not self._loading
 
     @contextlib.contextmanager
     def while_loading(self) -> Iterator[None]:

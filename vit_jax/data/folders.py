@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import os
 import pathlib
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -80,8 +81,9 @@ def open_folder(root: pathlib.Path, name: str) -> Dataset:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Files:
-    """A split on disk: paths and labels (int [examples]) of its images."""
+    """A split on disk: its folder, and paths and labels (int [examples]) of its images."""
 
+    folder: str
     paths: tuple[str, ...]
     labels: np.ndarray
 
@@ -95,6 +97,9 @@ class _Files:
         except BadImageError as error:
             error.label = label
             raise
+
+    def identity(self) -> Iterator[str]:
+        return (os.path.relpath(path, self.folder) for path in self.paths)
 
 
 def _split_folders(root: pathlib.Path, names: list[str]) -> dict[str, pathlib.Path]:
@@ -134,7 +139,7 @@ def _list_split(folder: pathlib.Path, classes: list[str]) -> _Files:
         )
     labels = np.array(labels)
     order = stratified_order(labels)
-    return _Files(tuple(paths[i] for i in order), labels[order])
+    return _Files(str(folder), tuple(paths[i] for i in order), labels[order])
 
 
 def list_images(folder: str | os.PathLike[str]) -> tuple[list[str], int]:

@@ -8,10 +8,11 @@ written in the split grammar of TensorFlow Datasets (https://www.tensorflow.org/
 import bisect
 import dataclasses
 import functools
+import hashlib
 import itertools
 import pathlib
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -58,6 +59,9 @@ class Split(Protocol):
 
     def read(self, index: int) -> Example:
         """Example `index` of the split, 0-based."""
+
+    def identity(self) -> Iterable[str]:
+        """What tells this split from another, or from what it was before, without reading it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +147,19 @@ class Selection:
 
     def __repr__(self) -> str:
         return f'{self._name} {self.spec} ({len(self):,} examples)'
+
+    def fingerprint(self) -> str:
+        """Tells whether this is the same sequence of examples as another time; no image is read.
+
+        It covers the stored splits as far as their names and sizes go (of a folder the names of all
+        files, below the split's folder), and which part of them this is.
+        """
+        digest = hashlib.sha256()
+        for name, first, end in self._ranges:
+            digest.update(f'{name}\0{first}\0{end}\0'.encode())
+            for part in self._splits[name].identity():
+                digest.update(part.encode(errors='surrogateescape') + b'\0')
+        return digest.hexdigest()[:32]
 
     def common(self, other: 'Selection') -> int:
         """Number of stored examples of the same dataset that are in both, each counted once."""
@@ -341,6 +358,9 @@ class _Pixels:
 
     def read(self, index: int) -> Example:
         return Example(self.images[index], int(self.labels[index]), f'{self.name}/{index}')
+
+    def identity(self) -> tuple[str, ...]:
+        return self.name, str(len(self))
 
 
 @functools.cache

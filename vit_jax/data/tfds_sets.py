@@ -211,6 +211,10 @@ class _Records:
             raise UserError(f'{key} has no label; choose another split than {self.split}')
         return Example(image, label, key)
 
+    def identity(self) -> tuple[str, ...]:
+        version = re.match(r'[\d.]+', pathlib.Path(self.folder).name)
+        return self.name, version[0] if version else '', str(self.length)
+
     @functools.cached_property
     def _opened(self) -> tuple[Any, Any, dict[str, Any]]:
         import tensorflow_datasets as tfds

@@ -1,0 +1,9 @@
+"""A run that is killed again and again ends as one that nobody disturbed."""
+
+import kill
+
+
+def test_three_kills_change_nothing(tmp_path):
+    said = []
+    assert kill.kill_and_compare(tmp_path, kills=3, seed=0, say=said.append) == []
+    assert len([line for line in said if line.startswith('kill')]) == 3

@@ -1,0 +1,134 @@
+"""Two processes, gloo between them, train as one does; none is left hanging."""
+
+import json
+import signal
+import socket
+import time
+
+import numpy as np
+import processes
+import pytest
+
+# Kernels of 2**14 elements, so that FSDP cuts them; no dropout, whose masks depend on the topology.
+FLAGS = [
+    '--config.model.hidden_size=64',
+    '--config.model.transformer.mlp_dim=256',
+    '--config.model.transformer.dropout_rate=0.0',
+    '--config.total_steps=20',
+    '--config.eval_every=10',
+    '--config.checkpoint_every=10',
+    '--heartbeat_timeout_seconds=10',
+]
+
+
+class Pair:
+    """Both processes of a run, with two devices each."""
+
+    def __init__(self, folder, cache, *flags, workdir='run'):
+        with socket.socket() as probe:
+            probe.bind(('localhost', 0))
+            port = probe.getsockname()[1]
+        flags = [*FLAGS, *flags, f'--coordinator_address=localhost:{port}', '--num_processes=2']
+        self.runs = [
+            processes.Run(
+                folder / workdir, *flags, f'--process_id={index}', devices=2,
+                cache=cache, log=folder / f'{workdir}-{index}.log',
+            )
+            for index in range(2)
+        ]  # fmt: skip
+
+    def wait(self, timeout=300):
+        return [run.wait(timeout) for run in self.runs]
+
+    def kill(self):
+        for run in self.runs:
+            run.kill()
+
+    @property
+    def output(self):
+        return '\n---\n'.join(run.output for run in self.runs)
+
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp('cache')
+
+
+@pytest.fixture(scope='module')
+def alone(tmp_path_factory, cache):
+    """One process on one device."""
+    folder = tmp_path_factory.mktemp('alone')
+    run = processes.Run(folder / 'run', *FLAGS, cache=cache, log=folder / 'log')
+    assert run.wait() == 0, run.output
+    return folder / 'run'
+
+
+def assert_close(one, other):
+    """The same lines of metrics, and parameters, to 1e-6."""
+    rows = [
+        [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+        for folder in (one, other)
+    ]
+    assert len(rows[0]) == len(rows[1]) > 6
+    for a, b in zip(*rows, strict=True):
+        assert a.keys() == b.keys() and a['step'] == b['step']
+        for name in a:
+            assert b[name] == pytest.approx(a[name], abs=2e-6 if 'norm' in name else 1e-6), name
+    with np.load(one / 'model/params.npz') as a, np.load(other / 'model/params.npz') as b:
+        assert set(a) == set(b) and len(a) > 10
+        for name in a:
+            np.testing.assert_allclose(a[name], b[name], atol=1e-6, rtol=0, err_msg=name)
+
+
+@pytest.mark.parametrize('fsdp', [1, -1])
+def test_two_processes_train_as_one_and_stop_together(alone, cache, tmp_path, fsdp):
+    flag = f'--config.fsdp={fsdp}'
+    pair = Pair(tmp_path, cache, flag)
+    # Only the second one is told to stop.
+    pair.runs[0].wait_for('step 4/20')
+    pair.runs[1].signal(signal.SIGTERM)
+    assert pair.wait() == [143, 143], pair.output
+    [saved] = [path.name for path in (tmp_path / 'run/checkpoints').iterdir()]
+    assert 0 < int(saved) < 20
+    for run in pair.runs:
+        assert f'stopped by SIGTERM after step {saved} of 20' in run.output, run.output
+
+    if fsdp == 1:  # goes on in two processes
+        pair = Pair(tmp_path, cache, flag)
+        assert pair.wait() == [0, 0], pair.output
+        assert f'resumed from step {saved}' in pair.runs[0].output
+        # One writer: the second process shows nothing of its own.
+        assert 'resumed' not in pair.runs[1].output and 'step ' not in pair.runs[1].output
+        assert len(list((tmp_path / 'run').glob('events.out.tfevents*'))) == 2
+    else:  # goes on in one, on one device
+        run = processes.Run(tmp_path / 'run', *FLAGS, cache=cache, log=tmp_path / 'one.log')
+        assert run.wait() == 0, run.output
+        assert f'resumed from step {saved}' in run.output
+    assert_close(alone, tmp_path / 'run')
+
+
+@pytest.mark.parametrize('dead', [0, 1])
+def test_a_dead_process_ends_the_other_with_a_message(cache, tmp_path, dead):
+    pair = Pair(tmp_path, cache, '--config.total_steps=100000')
+    pair.runs[0].wait_for('step 4/')
+    pair.runs[dead].kill()
+    begin = time.monotonic()
+    other = pair.runs[1 - dead]
+    assert other.wait(60) != 0
+    assert time.monotonic() - begin < 60
+    assert 'another of the 2 processes is gone' in other.output, other.output
+
+
+def test_a_failure_of_one_is_told_by_all(cache, tmp_path):
+    """The workdir is in use, which only the first process finds out."""
+    first = processes.Run(
+        tmp_path / 'run', *FLAGS, '--config.total_steps=100000', cache=cache, log=tmp_path / '1.log'
+    )
+    try:
+        first.wait_for('step 4/')
+        pair = Pair(tmp_path, cache)
+        assert pair.wait(120) == [1, 1], pair.output
+        assert 'another run is at work in' in pair.runs[0].output
+        assert 'process 0 of 2 cannot go on' in pair.runs[1].output
+    finally:
+        first.kill()

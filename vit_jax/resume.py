@@ -1,0 +1,143 @@
+"""Whether a run may use its workdir: one run at a time, and going on only with what it began with.
+
+A resumed run equals an uninterrupted one only if neither the settings nor the examples changed.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import pathlib
+import socket
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from vit_jax.errors import UserError
+
+LOCK_FILE = '.lock'
+DATA_FILE = 'data.json'
+
+# Settings that do not change what is learned. All others stay as they were when the run began.
+FREE = frozenset({
+    # Where and how to read. The examples themselves are compared by `check_data`.
+    'dataset', 'tfds_data_dir', 'tfds_manual_dir', 'data_threads', 'max_unreadable',
+    # How often to report, what to keep, what to put up with.
+    'batch_eval', 'progress_every', 'eval_every', 'checkpoint_every',
+    'keep_checkpoints', 'keep_best', 'nan_policy', 'check_memory',
+    # How it is computed.
+    'compile_cache', 'deterministic', 'attention', 'remat', 'fsdp',
+})  # fmt: skip
+
+
+@contextlib.contextmanager
+def locked(workdir: str | os.PathLike[str]) -> Iterator[None]:
+    """Holds the workdir for this process; the system lets go of it however the process ends.
+
+    Raises:
+      UserError: another run holds it, or the folder cannot be written.
+    """
+    workdir = pathlib.Path(workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = open(workdir / LOCK_FILE, 'a+', encoding='utf-8')
+    except OSError as error:
+        raise UserError(
+            f'the workdir {workdir} cannot be written ({error.strerror}): use another --workdir'
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = ' '.join(file.read().split()) or 'another process'
+            raise UserError(
+                f'another run is at work in {workdir} ({holder}): wait for it, stop it, or use '
+                'another --workdir'
+            ) from error
+        file.truncate(0)
+        now = datetime.datetime.now().isoformat(sep=' ', timespec='seconds')
+        file.write(f'process {os.getpid()} on {socket.gethostname()}, since {now}\n')
+        file.flush()
+        yield
+
+
+def check_config(saved: pathlib.Path, config: Mapping[str, Any]) -> list[str]:
+    """Compares the settings of a run with those it began with.
+
+    Args:
+      saved: the `config.json` of the run.
+      config: resolved settings of now, nested, as JSON would give them back.
+
+    Returns:
+      The settings that changed and may, one text each: `eval_every: 100 -> 50`.
+
+    Raises:
+      UserError: settings changed that must not (`FREE` lists those that may), or the file is
+        missing or damaged.
+    """
+    before = _read(saved, 'the settings this run began with')
+    now = json.loads(json.dumps(config))
+    changed = {
+        name: f'{name}: {_shown(old)} -> {_shown(new)}'
+        for name, old, new in _differences(before, now)
+    }
+    bound = [text for name, text in changed.items() if name.split('.')[0] not in FREE]
+    if bound:
+        raise UserError(
+            f'{saved.parent} holds a run with other settings ({"; ".join(bound)}). To go on with '
+            'it, use the old values; to start another, use another --workdir. What may change in '
+            f'between: {", ".join(sorted(FREE))}'
+        )
+    return list(changed.values())
+
+
+def check_data(saved: pathlib.Path, data: Mapping[str, Any]) -> None:
+    """Compares the examples of a run with those it began with.
+
+    Args:
+      saved: the `data.json` of the run.
+      data: description of the examples of now, nested, as JSON would give it back.
+
+    Raises:
+      UserError: they differ, or the file is missing or damaged.
+    """
+    before = _read(saved, 'which examples this run began with')
+    texts = [
+        f'{name}: {_shown(old)} -> {_shown(new)}'
+        for name, old, new in _differences(before, json.loads(json.dumps(data)))
+    ]
+    if texts:
+        raise UserError(
+            f'the dataset is another than when the run in {saved.parent} began '
+            f'({"; ".join(texts)}). Put it back as it was, or use another --workdir'
+        )
+
+
+def _read(path: pathlib.Path, what: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding='utf-8'))
+        if not isinstance(value, dict):
+            raise ValueError('not a JSON object')
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f'{path}, which says {what}, cannot be read ({error}). Put the file back, or use '
+            'another --workdir'
+        ) from error
+    return value
+
+
+def _differences(old: Any, new: Any, name: str = '') -> Iterator[tuple[str, Any, Any]]:
+    """Yields (dotted name, old, new) of the leaves that differ; None where there is none."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            yield from _differences(
+                old.get(key), new.get(key), f'{name}.{key}' if name else str(key)
+            )
+    elif old != new:
+        yield name, old, new
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + '...'
