@@ -47,6 +47,8 @@ def main() -> int:
     from vit_jax.errors import UserError
 
     try:
+        if args.output and not pathlib.Path(args.output).absolute().parent.is_dir():
+            raise UserError(f'the folder of {args.output} does not exist: make it first')
         result = _benchmark(args)
         _print(result)
         if args.output:

@@ -172,6 +172,9 @@ def save(
     partial_data = path.with_name(f'.{data.name}.{os.getpid()}.part')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f'cannot write {path}: {e}') from e
+    try:
         if external_data:
             with open(partial_data, 'wb') as f:
                 proto = _write_weights(proto, f, data.name)

@@ -1,0 +1,158 @@
+"""ONNX files: writing them, weights beside them, 8-bit integers, and the benchmark's errors."""
+
+import copy
+import os
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from vit_jax.errors import UserError
+from vit_jax.export import onnx as onnx_export
+from vit_jax.export import onnx_quantize
+
+
+def run_file(path, images):
+    session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+    return session.run(None, {'image': images})[0]
+
+
+def metadata(path):
+    model = onnx.load(path, load_external_data=False)
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def test_one_file(case, tmp_path):
+    tiny = case('token')
+    path = tmp_path / 'new folder' / 'x.onnx'
+    onnx_export.save(onnx_export.build(tiny.model), path)
+    assert os.listdir(path.parent) == ['x.onnx']
+    onnx.checker.check_model(str(path), full_check=True)
+    np.testing.assert_allclose(run_file(path, tiny.images), tiny.logits, atol=1e-5, rtol=0)
+
+
+def test_external_data(case, tmp_path):
+    tiny = case('token')
+    proto = onnx_export.build(tiny.model)
+    before = copy.deepcopy(proto)
+    path = tmp_path / 'x.onnx'
+    onnx_export.save(proto, path, external_data=True)
+    assert proto == before
+    assert sorted(os.listdir(tmp_path)) == ['x.onnx', 'x.onnx.data']
+    onnx.checker.check_model(str(path), full_check=True)
+    np.testing.assert_allclose(run_file(path, tiny.images), tiny.logits, atol=1e-5, rtol=0)
+    # Read back by onnx, it is the same model; and the two can be moved together.
+    moved = tmp_path / 'moved'
+    moved.mkdir()
+    for name in ('x.onnx', 'x.onnx.data'):
+        os.rename(tmp_path / name, moved / name)
+    read = onnx.load(moved / 'x.onnx')
+    for theirs, ours in zip(read.graph.initializer, proto.graph.initializer, strict=True):
+        assert (theirs.name, theirs.dims, theirs.raw_data) == (ours.name, ours.dims, ours.raw_data)
+    light = onnx.load(moved / 'x.onnx', load_external_data=False)
+    assert light.graph.node == proto.graph.node
+    assert light.metadata_props == proto.metadata_props
+    outside = [t for t in light.graph.initializer if t.external_data]
+    assert outside
+    for tensor in outside:
+        reference = {entry.key: entry.value for entry in tensor.external_data}
+        assert reference['location'] == 'x.onnx.data'
+        assert int(reference['offset']) % 4096 == 0
+
+
+def test_large_models_get_external_data_by_themselves(case, tmp_path, monkeypatch):
+    proto = onnx_export.build(case('token').model)
+    size = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
+    monkeypatch.setattr(onnx_export, 'EXTERNAL_DATA_ABOVE', size)
+    onnx_export.save(proto, tmp_path / 'a.onnx')
+    monkeypatch.setattr(onnx_export, 'EXTERNAL_DATA_ABOVE', size - 1)
+    onnx_export.save(proto, tmp_path / 'b.onnx')
+    assert sorted(os.listdir(tmp_path)) == ['a.onnx', 'b.onnx', 'b.onnx.data']
+
+
+def test_a_file_is_replaced(case, tmp_path):
+    path = tmp_path / 'x.onnx'
+    for name, external in (('token', False), ('gap', True), ('mixer', False)):
+        tiny = case(name)
+        onnx_export.save(onnx_export.build(tiny.model), path, external_data=external)
+        np.testing.assert_allclose(run_file(path, tiny.images), tiny.logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize('external', [False, True])
+def test_a_failed_write_leaves_nothing(case, tmp_path, monkeypatch, external):
+    def full(*_):
+        raise OSError(28, 'No space left on device')
+
+    proto = onnx_export.build(case('token').model)
+    path = tmp_path / 'x.onnx'
+    path.write_bytes(b'an older file')
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(UserError, match='cannot write .*x.onnx.*No space left'):
+        onnx_export.save(proto, path, external_data=external)
+    assert os.listdir(tmp_path) == ['x.onnx'] and path.read_bytes() == b'an older file'
+
+
+def test_a_folder_that_is_a_file(case, tmp_path):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(UserError, match='cannot write'):
+        onnx_export.save(onnx_export.build(case('token').model), tmp_path / 'file' / 'x.onnx')
+
+
+@pytest.mark.parametrize('name', ['token', 'hybrid_root', 'mixer'])
+@pytest.mark.parametrize('external', [False, True])
+def test_int8(case, tmp_path, name, external):
+    tiny = case(name)
+    plain, path = tmp_path / 'plain.onnx', tmp_path / 'out' / 'int8.onnx'
+    onnx_export.save(onnx_export.build(tiny.model), plain, external_data=external)
+    onnx_quantize.quantize_dynamic(plain, path)
+    assert os.listdir(path.parent) == ['int8.onnx']
+    onnx.checker.check_model(str(path), full_check=True)
+    model = onnx.load(path)
+    operators = {node.op_type for node in model.graph.node}
+    assert 'MatMulInteger' in operators and not operators & {'Gemm', 'ConvInteger'}
+    assert metadata(path) == metadata(plain) | {'dtype': 'int8'}
+    for batch in (1, 2, 7):
+        logits = run_file(path, tiny.images[:batch])
+        expected = tiny.logits[:batch]
+        norms = np.linalg.norm(logits, axis=1) * np.linalg.norm(expected, axis=1)
+        assert ((logits * expected).sum(axis=1) / norms).min() > 0.99
+        assert np.abs(logits - expected).max() > 1e-4
+
+
+def test_int8_of_what_it_cannot_be_made_of(case, tmp_path):
+    path, out = tmp_path / 'x.onnx', tmp_path / 'out.onnx'
+    with pytest.raises(UserError, match=r'cannot read .*x\.onnx'):
+        onnx_quantize.quantize_dynamic(path, out)
+    path.write_bytes(b'no ONNX file')
+    with pytest.raises(UserError, match=r'x\.onnx is no ONNX file, or is damaged'):
+        onnx_quantize.quantize_dynamic(path, out)
+    proto = onnx_export.build(case('token').model, dtype='float16')
+    onnx_export.save(proto, path)
+    with pytest.raises(UserError, match='x.onnx is float16: int8 is made from a float32 file'):
+        onnx_quantize.quantize_dynamic(path, out)
+    del proto.metadata_props[:]
+    onnx_export.save(proto, path)
+    with pytest.raises(UserError, match='was not exported by this vit_jax'):
+        onnx_quantize.quantize_dynamic(path, out)
+    assert os.listdir(tmp_path) == ['x.onnx']
+
+
+def test_benchmark_errors(command, tmp_path):
+    done = command('scripts/benchmark_export.py', '--variant', 'ViT-Q_16')
+    assert done.returncode == 1
+    assert done.stderr.startswith("benchmark_export.py: unknown model 'ViT-Q_16'")
+    assert done.stderr.count('\n') == 1
+    done = command('scripts/benchmark_export.py', '--output', tmp_path / 'nowhere' / 'x.json')
+    assert done.returncode == 1
+    assert 'the folder of' in done.stderr and done.stderr.count('\n') == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason='PyTorch is there on Python 3.11 only')
+def test_benchmark(command, tmp_path):
+    out = tmp_path / 'x.json'
+    done = command('scripts/benchmark_export.py', '--runs', 3, '--batch', 1, 2, '--output', out)
+    assert done.returncode == 0, done.stderr
+    assert 'speed' in done.stdout and out.is_file()
