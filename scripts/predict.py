@@ -23,12 +23,7 @@ BEST = 5
 
 def main() -> int:
     """Runs the command line; returns the exit status, 1 if an image could not be read."""
-    parser = _parser()
-    args = parser.parse_args()
-    if args.top_k is not None and args.top_k < 1:
-        parser.error(f'--top_k: expected a number of classes, at least 1; got {args.top_k}')
-    if args.threshold is not None and not 0 <= args.threshold <= 1:
-        parser.error(f'--threshold: expected a probability from 0 to 1; got {args.threshold:g}')
+    args = _parser().parse_args()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors='backslashreplace')  # names of files may be no text
 
@@ -90,7 +85,11 @@ def _run(args: argparse.Namespace) -> int:
     from vit_jax.errors import UserError
 
     if args.batch < 1:
-        raise UserError(f'batch is the number of images at once, at least 1; got {args.batch}')
+        raise UserError(f'--batch is the number of images at once, at least 1; got {args.batch}')
+    if args.top_k is not None and args.top_k < 1:
+        raise UserError(f'--top_k is the number of classes to show, at least 1; got {args.top_k}')
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
+        raise UserError(f'--threshold is a probability, from 0 to 1; got {args.threshold:g}')
     for path, flag in ((args.output, '--output'), (args.contact_sheet, '--contact_sheet')):
         if path:
             prediction_output.check_output(path, overwrite=args.overwrite, flag=flag)
@@ -99,7 +98,10 @@ def _run(args: argparse.Namespace) -> int:
     top_k, threshold = _how_many(args, len(model.class_names))
     unreadable, drawn = [], []
     with contextlib.ExitStack() as stack:
-        file = sys.stdout
+        advance = stack.enter_context(
+            prediction_output.progress_bar(len(images), shares_terminal=not args.output)
+        )
+        file = sys.stdout  # Not before: the bar may have put one there that writes above it.
         if args.output:
             partial = stack.enter_context(prediction_output.whole_file(args.output))
             file = stack.enter_context(
@@ -107,9 +109,6 @@ def _run(args: argparse.Namespace) -> int:
             )
         write = prediction_output.make_writer(
             file, args.format, model.class_names, top_k=top_k, threshold=threshold
-        )
-        advance = stack.enter_context(
-            prediction_output.progress_bar(len(images), shares_terminal=file is sys.stdout)
         )
         for prediction in predict.predictions(model, images, batch=args.batch):
             write(prediction)
@@ -126,8 +125,10 @@ def _run(args: argparse.Namespace) -> int:
 def _how_many(args: argparse.Namespace, classes: int) -> tuple[int, float]:
     """(top_k, threshold) for a model of so many classes; says so if not all will be shown."""
     if args.top_k is None and args.threshold is None and classes > ALL_UP_TO:
-        print(f'Note: the {BEST} most probable of {classes:,} classes (--top_k {classes} for all)',
-              file=sys.stderr)  # fmt: skip
+        print(
+            f'Note: the {BEST} most probable of {classes:,} classes (--top_k {classes} for all)',
+            file=sys.stderr,
+        )
         return BEST, 0.0
     return args.top_k or 0, args.threshold or 0.0
 

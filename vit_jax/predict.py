@@ -324,7 +324,6 @@ def _score(classifier, load, count, batch, threads):
         try:
             return load(index, out), None
         except BadImageError as error:
-            out[...] = 0  # Whatever it left there.
             return None, error
 
     def read_batch(first):
@@ -347,7 +346,11 @@ def _score(classifier, load, count, batch, threads):
                 ahead.append(read_batch(starts.popleft()))
             first, pixels, futures = ahead.popleft()
             done = [future.result() for future in futures]
-            if any(error is None for _, error in done):
+            bad = [row for row, (_, error) in enumerate(done) if error is not None]
+            if len(bad) < len(done):
+                # A copy of another image: it changes nothing, not even in int8 models, whose
+                # scales depend on all the images of a batch.
+                pixels[bad] = pixels[next(row for row in range(len(done)) if row not in bad)]
                 logits = classifier.logits(pixels)
             else:
                 logits = np.zeros((len(done), len(classifier.class_names)), np.float32)
