@@ -137,10 +137,10 @@ def _read_metadata(session: Any, path: str) -> dict[str, Any]:
         )
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f'the metadata of {path} is damaged: {error}; export it again') from error
-    if not consistent:
-        raise UserError(f'the metadata of {path} contradicts itself; export it again')
     if not described['class_names']:
         raise UserError(f'{path} is a model without classification head: it gives no probabilities')
+    if not consistent:
+        raise UserError(f'the metadata of {path} contradicts itself; export it again')
     _check_graph(session, described, path)
     return described
 
@@ -152,10 +152,10 @@ def _check_graph(session: Any, described: Mapping[str, Any], path: str) -> None:
     shape = [side, side, 3] if described['layout'] == 'NHWC' else [3, side, side]
     classes = len(described['class_names'])
     if list(inputs) != [INPUT] or not _fits(inputs[INPUT], shape):
-        raise UserError(f'{path} takes {inputs}, its metadata says {INPUT}: [batch, {shape}]')
+        raise UserError(f'{path} takes {inputs}, its metadata says {INPUT}: {["batch", *shape]}')
     if not _fits(outputs.get(described['output'], []), [classes]):
         raise UserError(
-            f'{path} gives {outputs}, its metadata says {described["output"]}: [batch, {classes}]'
+            f"{path} gives {outputs}, its metadata says {described['output']}: ['batch', {classes}]"
         )
 
 
