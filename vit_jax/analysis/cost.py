@@ -42,37 +42,45 @@ class Memory:
     total: int
 
 
+Units = tuple[float, float, float]  # of T*D, of T*M, and of H*T*T (of a Mixer D * tokens_hidden)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Activations:
     """Numbers that are alive at the peak, for one image.
 
-    In units of: T*D, T*M, H*T*T (of a Mixer D * tokens_mlp_dim), each in `block` for every block,
-    and in `once` for the block that is worked on; and of the float32 image.
+    `block` in every block; the largest of `once` in the block that is worked on (the gradients of
+    its two halves are computed one after the other); and `images` times the float32 image.
     """
 
-    block: tuple[float, float, float]
-    once: tuple[float, float, float]
-    images: float
+    block: Units
+    once: tuple[Units, ...] = ((0, 0, 0),)
+    images: float = 0.0
 
 
-# Least-squares fits to `memory_analysis()` of the compiled training step, jax 0.10.2; see
-# `training_memory` for what they were fitted to. On a CPU XLA removes the barriers that make
-# rematerialisation save anything and computes bfloat16 as float32, so one row serves all.
+# Fits to `memory_analysis()` of the compiled training step, jax 0.10.2; `training_memory` tells how
+# well they do. Keys: platform, bytes of an activation, rematerialisation. On a CPU, XLA computes
+# bfloat16 as float32, and takes out the barriers that make rematerialisation save anything: one row
+# serves all.
 _VIT = {
-    ('cpu', 4, ''): _Activations((14, 3, 3), (3, 0, 0), 2),
-    ('gpu', 4, ''): _Activations((8.3, 3, 2), (0, 0, 0), 1.4),
-    ('gpu', 4, 'dots'): _Activations((5, 1, 0), (3.1, 1.3, 0.8), 1.6),
-    ('gpu', 4, 'full'): _Activations((1, 0, 0), (10, 3, 3), 0),
-    ('gpu', 2, ''): _Activations((8, 3, 3), (0, 0, 0), 1.2),
-    ('gpu', 2, 'dots'): _Activations((5, 1, 0), (3.1, 1.3, 0.8), 1.6),
-    ('gpu', 2, 'full'): _Activations((1, 0, 0), (10, 3, 3), 0),
+    ('cpu', 4, ''): _Activations((14, 3, 3), ((3, 0, 0),), 2),
+    ('gpu', 4, ''): _Activations((8.3, 3, 2), images=1.4),
+    ('gpu', 4, 'dots'): _Activations((5.3, 1, 0), ((2.1, 3, 0),), 1.7),
+    ('gpu', 4, 'full'): _Activations((1, 0, 0), ((8.8, 4, 2),)),
+    ('gpu', 2, ''): _Activations((8, 3, 3), images=1.2),
+    ('gpu', 2, 'dots'): _Activations((5, 1, 0), ((3.1, 1.3, 0.8),), 1.6),
+    ('gpu', 2, 'full'): _Activations((1, 0, 0), ((14.4, 3.8, 0), (12, 0, 5)), 0.3),
 }
 _MIXER = {
-    ('cpu', 4, ''): _Activations((10, 3, 3), (7.5, 0, 0), 1),
+    ('cpu', 4, ''): _Activations((10, 3, 3), ((7.5, 0, 0),), 1),
+    ('gpu', 2, ''): _Activations((4.3, 3, 3), images=1.4),
 }
-_DROPOUT = (4, 2)  # more of T*D and T*M for every block, if there is dropout
+# More of T*D and T*M in every block that keeps the masks of dropout.
+_DROPOUT = {'cpu': (4, 2), 'gpu': (0.1, 0.8)}
 # Numbers per output of a ResNet's convolution: of the root (with its pooling), of the units.
 _RESNET = {('cpu', 4, ''): (9, 2.5)}
+# What is there of the gradients' size while the parameters are updated.
+_UPDATE = {('cpu', 'sgd'): 2.2, ('cpu', 'adamw'): 2.5, ('gpu', 'sgd'): 1.1, ('gpu', 'adamw'): 1.1}
 _FALLBACK = ('cpu', 4, '')  # the largest of all
 
 
@@ -126,9 +134,14 @@ def training_memory(
     micro = -(-images // max(1, accum_steps))
     activations = micro * _per_image(model_config, image_size, dtype, remat, attention, platform)
     gradients = weights
-    temporary = max(activations, gradients)
-    if accum_steps > 1:  # the sum of gradients, and the mirrored images of the whole batch
-        temporary += gradients + images * 12 * image_size**2
+    temporary = activations
+    if accum_steps > 1:
+        temporary += images * 12 * image_size**2  # the mirrored images of the whole batch
+    if fsdp > 1:
+        temporary += 1.8 * gradients  # with what is gathered of the weights
+    else:
+        temporary += gradients if accum_steps > 1 else 0
+        temporary = max(temporary, _UPDATE[platform, optimizer] * gradients)
     workspace = _WORKSPACE[platform]
     return Memory(
         weights=weights,
@@ -169,20 +182,19 @@ def _per_image(
     s = counts.sizes(model_config, image_size)
     width = 4 if platform == 'cpu' else BYTES[dtype]
     key = (platform, width, '' if platform == 'cpu' else remat)
-    block_units, square = [0.0, 0.0], s.heads * s.tokens**2
+    masks, square = (0.0, 0.0), s.heads * s.tokens**2
     if variants.is_mixer(model_config):
         rule, square = _MIXER.get(key, _MIXER[_FALLBACK]), s.width * s.tokens_hidden
     else:
         rule = _VIT[key]
-        if model_config['transformer'].get('dropout_rate', 0.0):
-            block_units = _DROPOUT
+        if model_config['transformer'].get('dropout_rate', 0.0) and not key[2]:
+            masks = _DROPOUT[platform]
     units = (s.tokens * s.width, s.tokens * s.hidden, square if attention != 'cudnn' else 0)
-    numbers = sum(
-        unit * (s.blocks * (block + more) + once)
-        for unit, block, once, more in zip(
-            units, rule.block, rule.once, (*block_units, 0), strict=True
-        )
-    )
+
+    def size(factors: Units) -> float:
+        return sum(factor * unit for factor, unit in zip(factors, units, strict=True))
+
+    numbers = s.blocks * (size(rule.block) + size((*masks, 0))) + max(map(size, rule.once))
     for index, group in enumerate(counts.convolutions(model_config, image_size)):
         factors = _RESNET.get(key, _RESNET[_FALLBACK])
         numbers += factors[min(index, 1)] * sum(c.outputs for c in group)

@@ -1,0 +1,66 @@
+"""Published figures of devices: memory and peak rates.
+
+They are the makers' figures, not measured here: dense (without structured sparsity) peaks of the
+tensor cores with float32 accumulation. What a training step reaches of them, its utilisation, is
+30 to 60 %.
+"""
+
+import dataclasses
+import difflib
+
+from vit_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """An accelerator.
+
+    Attributes:
+      name: short, as on the command line.
+      memory_gib: of the device, GiB.
+      peak_16bit: TFLOP/s in bfloat16 (float16 on devices that have no bfloat16).
+      peak_float32: TFLOP/s for float32 arrays: in TensorFloat-32, which JAX uses for them on
+        devices that have it, else in float32.
+      source: where the figures are published.
+    """
+
+    name: str
+    memory_gib: float
+    peak_16bit: float
+    peak_float32: float
+    source: str
+
+
+DEVICES = {
+    device.name: device
+    for device in (
+        Device('h200', 141, 989, 495, 'NVIDIA H200 datasheet (SXM)'),
+        Device('h100', 80, 989, 495, 'NVIDIA H100 datasheet (SXM5)'),
+        Device('h100-pcie', 80, 756, 378, 'NVIDIA H100 datasheet (PCIe)'),
+        Device('a100', 80, 312, 156, 'NVIDIA A100 80GB datasheet'),
+        Device('a100-40gb', 40, 312, 156, 'NVIDIA A100 40GB datasheet'),
+        Device('l40s', 48, 362, 183, 'NVIDIA L40S datasheet'),
+        Device('l4', 24, 121, 60, 'NVIDIA L4 datasheet'),
+        Device('a10', 24, 125, 62.5, 'NVIDIA A10 datasheet'),
+        Device('t4', 16, 65, 8.1, 'NVIDIA T4 datasheet; float16, no bfloat16'),
+        Device('v100', 32, 125, 15.7, 'NVIDIA V100 datasheet (SXM2); float16, no bfloat16'),
+        Device('rtx4090', 24, 165.2, 82.6, 'NVIDIA Ada GPU architecture whitepaper'),
+        Device('rtx3090', 24, 71, 35.6, 'NVIDIA Ampere GA102 architecture whitepaper'),
+    )
+}
+
+
+def get(name: str) -> Device:
+    """The device of a name, whatever its case, spaces and underscores ('RTX 4090').
+
+    Raises:
+      UserError: it is not in the table; the message names the nearest.
+    """
+    plain = name.lower().replace(' ', '').replace('_', '-')
+    if plain not in DEVICES:
+        near = difflib.get_close_matches(plain, DEVICES, n=1, cutoff=0.0)[0]
+        raise UserError(
+            f'device {name!r} is not in the table; nearest: {near!r}; known: {", ".join(DEVICES)}. '
+            'For another give --memory_gib and --peak_tflops'
+        )
+    return DEVICES[plain]

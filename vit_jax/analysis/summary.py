@@ -1,0 +1,259 @@
+"""The layers of a model: output shapes, parameters and FLOPs, as the real module has them.
+
+The module is traced, not run: no weights are made, and no list of layers is kept here. FLOPs are
+those of convolutions and matrix products, two per multiply-accumulate.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vit_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A module, or a parameter that a module with submodules has itself.
+
+    Attributes:
+      path: names from the model down, ('Transformer', 'encoderblock_0', 'LayerNorm_0'); () is the
+        model.
+      kind: class of the module, or 'parameter'.
+      output: shape of its output for a batch of one; () if it gives anything but one array.
+      parameters: with those of the layers inside.
+      flops: of the forward pass of one image, with those of the layers inside.
+    """
+
+    path: tuple[str, ...]
+    kind: str
+    output: tuple[int, ...]
+    parameters: int
+    flops: int
+
+
+def layers(model: nn.Module, image_size: int) -> list[Layer]:
+    """Every layer of a model in the order of the computation, each after the one it lies in.
+
+    Args:
+      model: a module of `vit_jax.models`.
+      image_size: side of the (square) images, pixels.
+
+    Raises:
+      UserError: the model takes no such image.
+    """
+    image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    outputs: dict[tuple[str, ...], tuple[str, tuple[int, ...]]] = {}
+
+    def record(call, args, kwargs, context):
+        if context.method_name != '__call__':
+            return call(*args, **kwargs)
+        path = context.module.path
+        outputs[path] = (type(context.module).__name__, ())  # takes its place before those inside
+        result = call(*args, **kwargs)
+        outputs[path] = (outputs[path][0], tuple(getattr(result, 'shape', ())))
+        return result
+
+    def init(x):
+        return model.init(jax.random.key(0), x, train=False)['params']
+
+    try:
+        params = jax.eval_shape(init, image)
+    except ValueError as e:
+        raise UserError(f'image size {image_size}: {e}') from e
+    with nn.intercept_methods(record):
+        traced = jax.make_jaxpr(lambda p, x: model.apply({'params': p}, x, train=False))(
+            params, image
+        )
+    flops = dict[tuple[str, ...], int]()
+    for path, count in _products(traced.jaxpr):
+        while path not in outputs:  # such as the name of a method
+            path = path[:-1]
+        flops[path] = flops.get(path, 0) + count
+    arrays = {
+        tuple(entry.key for entry in path): leaf.shape
+        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+    }
+    return list(_in_order(outputs, arrays, flops))
+
+
+def _in_order(outputs, arrays, flops) -> Iterator[Layer]:
+    """Layers, with the parameters that a module with submodules has itself behind the module."""
+    containers = {path[:-1] for path in outputs if path}
+    for path, (kind, output) in outputs.items():
+        inside = len(path)
+        yield Layer(
+            path,
+            kind,
+            output,
+            sum(math.prod(shape) for name, shape in arrays.items() if name[:inside] == path),
+            sum(count for name, count in flops.items() if name[:inside] == path),
+        )
+        if path in containers:
+            for name, shape in arrays.items():
+                if name[:-1] == path:
+                    yield Layer(name, 'parameter', shape, math.prod(shape), 0)
+
+
+def _products(jaxpr: Any) -> Iterator[tuple[tuple[str, ...], int]]:
+    """Path of the module and FLOPs of each convolution and matrix product."""
+    for equation in jaxpr.eqns:
+        stack = str(equation.source_info.name_stack).split('/')
+        # The first name is the model's class; 'VisionTransformer._embed' is a method, no module.
+        path = tuple(name for name in stack[1:] if '.' not in name)
+        if equation.primitive.name == 'dot_general':
+            (contracted, _), _ = equation.params['dimension_numbers']
+            left = equation.invars[0].aval.shape
+            size = math.prod(left[axis] for axis in contracted)
+            yield path, 2 * size * math.prod(equation.outvars[0].aval.shape)
+        elif equation.primitive.name == 'conv_general_dilated':
+            kernel = equation.invars[1].aval.shape
+            outputs = kernel[equation.params['dimension_numbers'].rhs_spec[0]]
+            size = math.prod(kernel) // outputs
+            yield path, 2 * size * math.prod(equation.outvars[0].aval.shape)
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, 'eqns')
+        ):
+            inner = getattr(inner, 'jaxpr', inner)
+            if hasattr(inner, 'eqns'):
+                yield from ((path + name, count) for name, count in _products(inner))
+
+
+# --- The table that torchsummary prints
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchLayer:
+    """A line of torchsummary's table; `output` [-1, channels, height, width] or [-1, N, D]."""
+
+    name: str
+    output: tuple[int, ...]
+    parameters: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchSummary:
+    """What torchsummary 1.5.1 prints for the PyTorch ViT that is known from tutorials.
+
+    Sizes are in MiB, which torchsummary calls MB.
+
+    Attributes:
+      layers: the lines of the table.
+      parameters: the total below it.
+      left_out: (name, parameters) of what the model has and the table has not.
+      input_mib: the image, float32.
+      passes_mib: "Forward/backward pass size", by convention the outputs of all lines twice.
+      params_mib: the parameters that are counted, float32.
+    """
+
+    layers: tuple[TorchLayer, ...]
+    parameters: int
+    left_out: tuple[tuple[str, int], ...]
+    input_mib: float
+    passes_mib: float
+    params_mib: float
+
+    @property
+    def total_mib(self) -> float:
+        """The "Estimated Total Size"."""
+        return self.input_mib + self.passes_mib + self.params_mib
+
+
+def torchsummary(
+    model_config: Mapping[str, Any], num_classes: int, image_size: int
+) -> TorchSummary:
+    """The table that torchsummary prints for a plain ViT.
+
+    It names the modules of the PyTorch implementation (WZMIAOMIAO's, after timm's): one matrix for
+    query, key and value, modules for dropout, GELU and identity. Parameters that belong to no
+    leaf module, class token and position embedding, are not in it.
+
+    Args:
+      model_config: see `variants.get_config`.
+      num_classes: C, at least 1.
+      image_size: side of the images, pixels.
+
+    Raises:
+      UserError: an architecture which that implementation has not.
+    """
+    from vit_jax.analysis import counts  # `layers` does without
+
+    _check_plain(model_config, num_classes)
+    s = counts.sizes(model_config, image_size)
+    d, m, t, n = s.width, s.hidden, s.tokens, s.patches
+    side = math.isqrt(n)
+    patch = math.prod(model_config['patches']['size'])
+
+    rows: list[tuple[str, tuple[int, ...], int]] = [
+        ('Conv2d', (d, side, side), 3 * patch * d + d),
+        ('Identity', (n, d), 0),
+        ('PatchEmbed', (n, d), 0),
+        ('Dropout', (t, d), 0),
+    ]
+    block = [
+        ('LayerNorm', (t, d), 2 * d),
+        ('Linear', (t, 3 * d), 3 * (d * d + d)),
+        ('Dropout', (s.heads, t, t), 0),
+        ('Linear', (t, d), d * d + d),
+        ('Dropout', (t, d), 0),
+        ('Attention', (t, d), 0),
+        ('Identity', (t, d), 0),
+        ('LayerNorm', (t, d), 2 * d),
+        ('Linear', (t, m), d * m + m),
+        ('GELU', (t, m), 0),
+        ('Dropout', (t, m), 0),
+        ('Linear', (t, d), m * d + d),
+        ('Dropout', (t, d), 0),
+        ('Mlp', (t, d), 0),
+        ('Identity', (t, d), 0),
+        ('Block', (t, d), 0),
+    ]
+    rows += block * s.blocks
+    rows.append(('LayerNorm', (t, d), 2 * d))
+    features = model_config.get('representation_size') or 0
+    if features:
+        rows += [('Linear', (features,), d * features + features), ('Tanh', (features,), 0)]
+    else:
+        rows.append(('Identity', (d,), 0))
+    features = features or d
+    rows.append(('Linear', (num_classes,), features * num_classes + num_classes))
+
+    parameters = sum(row[2] for row in rows)
+    return TorchSummary(
+        layers=tuple(
+            TorchLayer(f'{name}-{i}', (-1, *output), params)
+            for i, (name, output, params) in enumerate(rows, start=1)
+        ),
+        parameters=parameters,
+        left_out=(('class token', d), ('position embedding', t * d)),
+        input_mib=3 * image_size**2 * 4 / 2**20,
+        passes_mib=sum(math.prod(row[1]) for row in rows) * 4 * 2 / 2**20,
+        params_mib=parameters * 4 / 2**20,
+    )
+
+
+def _check_plain(model_config: Mapping[str, Any], num_classes: int) -> None:
+    """Raises `UserError` unless the PyTorch implementation has this architecture."""
+    why = ''
+    if 'num_blocks' in model_config:
+        why = 'it is an MLP-Mixer'
+    elif model_config.get('resnet'):
+        why = 'it has a ResNet in front'
+    elif model_config.get('distilled'):
+        why = 'it has a distillation token and two heads'
+    elif model_config.get('mlp_head'):
+        why = 'its head has a hidden layer'
+    elif model_config.get('classifier', 'token') != 'token':
+        why = 'it has no class token that the head reads'
+    elif not num_classes:
+        why = 'it has no head'
+    if why:
+        name = model_config.get('model_name') or 'the model'
+        raise UserError(
+            f'{name} is not in the PyTorch code that the torchsummary style shows ({why}): '
+            'use --style jax'
+        )
