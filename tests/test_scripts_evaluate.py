@@ -1,0 +1,325 @@
+"""scripts/evaluate.py and what it is made of: metrics, pictures, tables."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from PIL import Image
+
+from vit_jax import classification_metrics as metrics_lib
+from vit_jax import classification_report, classifier, labels, model_folder, models, sharding, steps
+from vit_jax import evaluate as training_evaluation
+from vit_jax.data import sources
+from vit_jax.data.preprocess import Preprocess
+from vit_jax.errors import UserError
+from vit_jax.export import onnx
+
+SCRIPT = pathlib.Path(__file__).resolve().parent.parent / 'scripts' / 'evaluate.py'
+CLASSES = ('aster', 'daisy', 'iris', 'lily', 'poppy', 'rose', 'tulip')
+MODEL_CONFIG = {
+    'model_name': None,
+    'patches': {'size': (8, 8)},
+    'hidden_size': 8,
+    'transformer': {
+        'mlp_dim': 16,
+        'num_heads': 2,
+        'num_layers': 1,
+        'attention_dropout_rate': 0.0,
+        'dropout_rate': 0.0,
+    },
+    'classifier': 'token',
+    'representation_size': None,
+}
+
+
+def random_params(module):
+    image = np.zeros((1, 16, 16, 3), np.float32)
+    shapes = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False), image)
+    leaves, tree = jax.tree.flatten(shapes['params'])
+    rng = np.random.default_rng(0)
+    return tree.unflatten([rng.normal(0, 0.5, leaf.shape).astype(np.float32) for leaf in leaves])
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    """`photos/{train,test}/CLASS`, a model folder and ONNX files of the same model."""
+    root = tmp_path_factory.mktemp('run')
+    rng = np.random.default_rng(3)
+    for label, name in enumerate(CLASSES):
+        for split in ('train', 'test'):
+            folder = root / 'photos' / split / name
+            folder.mkdir(parents=True)
+            for i in range(3 if split == 'test' else 1):
+                pixels = rng.integers(0, 255 - 20 * label, (18, 20, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / f'{i}.png')
+    module = models.from_config(MODEL_CONFIG, num_classes=len(CLASSES))
+    model_folder.save(
+        root / 'model',
+        random_params(module),
+        model_config=MODEL_CONFIG,
+        image_size=16,
+        class_names=CLASSES,
+        preprocess=Preprocess(crop=16).to_dict(),
+        source={'dataset': str(root / 'photos'), 'train': 'train', 'test': 'test'},
+    )
+    onnx.save(onnx.build(model_folder.load(root / 'model')), root / 'model.onnx')
+    return root
+
+
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """Runs the command in this process: (status, stdout, stderr)."""
+    spec = importlib.util.spec_from_file_location('evaluate_script', SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, 'argv', ['evaluate.py', *map(str, arguments)])
+        status = script.main()
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def logits_for(probabilities):
+    return np.log(np.float32(probabilities))
+
+
+def test_metrics_by_hand():
+    # Labels a, a, b, b, b and c that cannot be read; predicted a, b, b, b, a.
+    logits = logits_for(
+        [[0.7, 0.2, 0.1], [0.3, 0.6, 0.1], [0.2, 0.5, 0.3], [0.1, 0.9, 1e-9], [0.4, 0.3, 0.3],
+         [0.2, 0.2, 0.6]]
+    )  # fmt: skip
+    wanted = np.array([0, 0, 1, 1, 1, 2])
+    readable = np.array([True] * 5 + [False])
+    found = metrics_lib.compute(metrics_lib.outcomes(logits, wanted, readable), 'abc')
+    assert (found.count, found.unreadable, found.accuracy_top5) == (6, 1, None)
+    assert found.accuracy == pytest.approx(3 / 6), 'the unreadable one is not right'
+    assert found.loss == pytest.approx(-np.log([0.7, 0.3, 0.5, 0.9, 0.3]).mean(), abs=1e-6)
+    assert found.confusion.tolist() == [[1, 1, 0], [1, 2, 0], [0, 0, 0]]
+    assert found.support.tolist() == [2, 3, 1]
+    np.testing.assert_allclose(found.precision, [1 / 2, 2 / 3, np.nan])
+    np.testing.assert_allclose(found.recall, [1 / 2, 2 / 3, 0])
+    np.testing.assert_allclose(found.f1, [1 / 2, 2 / 3, 0])
+    assert found.macro(found.precision) == pytest.approx((1 / 2 + 2 / 3) / 3)
+    # confidences 0.7 right, 0.6 wrong, 0.5 right, 0.9 right, 0.4 wrong: each in a bin of its own.
+    assert found.calibration.expected_error == pytest.approx((0.3 + 0.6 + 0.5 + 0.1 + 0.4) / 5)
+    text = json.dumps(found.to_dict(), allow_nan=False)
+    assert json.loads(text)['classes'][2] == {
+        'class': 'c', 'precision': None, 'recall': 0.0, 'f1': 0.0, 'support': 1,
+    }  # fmt: skip
+
+
+def test_calibration_by_hand():
+    confidence = np.array([0.0, 0.05, 0.1, 0.35, 0.3, 1.0, 0.95])
+    right = np.array([0, 0, 1, 1, 0, 1, 1], bool)
+    found = metrics_lib.calibrate(confidence, right, bins=10)
+    assert found.count.tolist() == [3, 0, 1, 1, 0, 0, 0, 0, 0, 2], 'bins are open on the left'
+    np.testing.assert_allclose(found.accuracy[[0, 2, 3, 9]], [1 / 3, 0, 1, 1])
+    np.testing.assert_allclose(found.confidence[[0, 2, 3, 9]], [0.05, 0.3, 0.35, 0.975])
+    assert np.isnan(found.accuracy[1])
+    gaps = np.array([1 / 3 - 0.05, 0.3, 0.65, 0.025])
+    assert found.expected_error == pytest.approx((gaps * [3, 1, 1, 2]).sum() / 7)
+    assert found.largest_error == pytest.approx(0.65)
+
+
+def test_ties_and_nan_count_as_in_training():
+    logits = np.float32([[1, 1, 0], [1, 1, 0], [np.nan, 1, 0], [np.nan, 1, 0]])
+    found = metrics_lib.outcomes(logits, np.array([0, 1, 0, 1]), np.ones(4, bool))
+    assert found.rank.tolist() == [0, 1, 3, 0]
+
+
+def test_agrees_with_the_evaluation_of_a_training_run(run, tmp_path):
+    """On photos that are all there, and with one that cannot be read."""
+    for file in (run / 'photos').rglob('*.png'):
+        copy = tmp_path / 'photos' / file.relative_to(run / 'photos')
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(b'broken' if copy.match('test/iris/1.png') else file.read_bytes())
+    model = model_folder.load(run / 'model')
+    opened = classifier.JaxClassifier(model)
+    mesh = sharding.create_mesh(1)
+    step = steps.make_eval_step(model.model, mesh, NamedSharding(mesh, PartitionSpec()))
+    for root, unreadable in ((run, 0), (tmp_path, 1)):
+        source = sources.open_dataset(str(root / 'photos')).select('test+train')
+        errors = []
+        expected, _ = training_evaluation.evaluate(
+            step, model.params, source, model.preprocess, mesh, batch=8, on_bad=errors.append
+        )
+        found, reported = metrics_lib.evaluate(opened, source, model_labels=range(7), batch=5)
+        assert found.accuracy == pytest.approx(expected['accuracy_test'])
+        assert found.accuracy_top5 == pytest.approx(expected['accuracy_top5_test'])
+        assert found.loss == pytest.approx(expected['loss_test'], rel=1e-5)
+        assert 0 < found.accuracy < found.accuracy_top5 < 1, 'the test tells them apart'
+        assert [one.key for one in reported] == [one.key for one in errors]
+        assert found.unreadable == expected.get('unreadable_test', 0) == unreadable
+        assert found.support.tolist() == [4] * 7 and found.confusion.sum() == 28 - unreadable
+
+
+def test_the_three_sources_of_a_model_agree(run, main, tmp_path):
+    results = []
+    names = tmp_path / 'names.txt'
+    names.write_text('\n'.join(CLASSES))
+    weights = run / 'model' / 'params.npz'
+    bare = (weights, '--labels', names, '--dataset', run / 'photos')
+    for i, words in enumerate([(run / 'model',), (run / 'model.onnx',), bare]):
+        output = tmp_path / f'evaluation{i}'
+        status, out, err = main('--model', *words, '--output', output, '--batch', 8)
+        assert (status, err) == (0, ''), 'the model tells which images its training held out'
+        assert f'on {run / "photos"} test (21 examples)' in out and 'top-5 accuracy' in out
+        results.append(json.loads((output / 'evaluation.json').read_text()))
+        for picture in ('confusion_matrix.png', 'reliability.png'):
+            with Image.open(output / picture) as opened:
+                assert opened.format == 'PNG' and np.asarray(opened.convert('L')).std() > 10
+    first, second, third = results
+    assert first['images'] == 21 and first['model_source']['test'] == 'test'
+    for other in (second, third):
+        assert other['confusion'] == first['confusion']
+        assert other['loss'] == pytest.approx(first['loss'], rel=1e-5)
+        assert [entry['class'] for entry in other['classes']] == list(CLASSES)
+
+
+def test_classes_are_matched_by_name(run, main, tmp_path):
+    """The same photos under names in another order: another label for each, the same result."""
+    turned = {'daisy': 'a daisy', 'tulip': 'A tulip', 'aster': 'z aster'}
+    for file in (run / 'photos' / 'test').rglob('*.png'):
+        name = turned.get(file.parent.name, file.parent.name)
+        copy = tmp_path / 'photos' / name / file.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+    names = tmp_path / 'names.json'
+    names.write_text(json.dumps([turned.get(name, name) for name in CLASSES]))
+    words = ('--model', run / 'model.onnx', '--output')
+    main(*words, tmp_path / 'plain')
+    status, _, _ = main(
+        *words, tmp_path / 'turned', '--dataset', tmp_path / 'photos', '--split', 'train',
+        '--labels', names,
+    )  # fmt: skip
+    plain, other = (
+        json.loads((tmp_path / name / 'evaluation.json').read_text())
+        for name in ('plain', 'turned')
+    )
+    assert status == 0 and other['labels_of_data_in_model'] == [6, 1, 2, 3, 4, 5, 0]
+    assert other['confusion'] == plain['confusion'] and other['accuracy'] == plain['accuracy']
+    status, _, err = main('--model', run / 'model.onnx', '--dataset', tmp_path / 'photos')
+    assert status == 1 and err.count('\n') == 1
+    assert '3 of the 7 classes' in err and "none of the model's 7 classes" in err
+
+
+def test_unreadable_images_are_reported(run, main, tmp_path):
+    for i, name in enumerate(CLASSES):
+        (tmp_path / 'photos' / name).mkdir(parents=True)
+        source = run / 'photos' / 'test' / name / '0.png'
+        content = b'broken' if i == 2 else source.read_bytes()
+        (tmp_path / 'photos' / name / '0.png').write_bytes(content)
+    words = ('--model', run / 'model.onnx', '--dataset', tmp_path / 'photos', '--split', 'train')
+    status, out, err = main(*words, '--output', tmp_path / 'out')
+    bad = tmp_path / 'photos' / 'iris' / '0.png'
+    assert status == 1 and 'of these unreadable, counted as wrong' in out
+    assert err.splitlines()[0] == '1 of 7 images could not be read:' and f'  {bad}: ' in err
+    found = json.loads((tmp_path / 'out' / 'evaluation.json').read_text())
+    assert (found['images'], found['unreadable'], found['classes'][2]['recall']) == (7, 1, 0.0)
+    assert [entry['image'] for entry in found['unreadable_images']] == [str(bad)]
+    for name in CLASSES:
+        (tmp_path / 'photos' / name / '0.png').write_bytes(b'broken')
+    status, out, err = main(*words)
+    assert (status, out) == (1, '')
+    assert err == 'evaluate.py: not one of the 7 images to evaluate on can be read\n'
+
+
+def test_output_is_whole_new_and_replaced_on_request_only(run, main, tmp_path, monkeypatch):
+    words = ('--model', run / 'model.onnx', '--output')
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine' / 'thesis.txt').write_text('years of work')
+    for extra, message in (((), 'exists'), (('--overwrite',), 'is no earlier evaluation')):
+        status, out, err = main(*words, tmp_path / 'mine', *extra)
+        assert (status, out) == (1, '') and message in err and err.count('\n') == 1
+    assert os.listdir(tmp_path / 'mine') == ['thesis.txt']
+    assert 'there is no folder' in main(*words, tmp_path / 'no' / 'where')[2]
+    assert main(*words, tmp_path / 'out')[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(classification_report, 'save_reliability', lambda *a, **k: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(*words, tmp_path / 'out', '--overwrite')
+    assert len(os.listdir(tmp_path / 'out')) == 3
+    assert main(*words, tmp_path / 'out', '--overwrite')[0] == 0
+    assert sorted(os.listdir(tmp_path)) == ['mine', 'out']
+
+
+@pytest.mark.parametrize(
+    'words, message',
+    [
+        (('--dataset', 'digits'), 'none of the model'),
+        (('--dataset', 'digits', '--labels', 'none', '--split', 'tset'), 'tset'),
+        (('--labels', 'imagenet1k'), 'has 1,000 names, but'),
+        (('--batch', '0'), 'at least 1; got 0'),
+        (('--dataset', './nowhere'), 'there is no folder ./nowhere'),
+    ],
+)
+def test_mistakes_are_told_in_one_line(run, main, words, message):
+    status, out, err = main('--model', run / 'model.onnx', *words)
+    assert (status, out) == (1, '')
+    assert err.startswith('evaluate.py: ') and message in err and err.count('\n') == 1
+
+
+def test_weights_do_not_tell_the_dataset_nor_the_names(run, main):
+    weights = run / 'model' / 'params.npz'
+    status, _, err = main('--model', weights)
+    assert status == 1 and 'name a --dataset' in err
+    status, _, err = main('--model', weights, '--dataset', 'digits')
+    assert status == 1 and 'the model has 7 classes without names' in err
+
+
+def test_split_is_the_one_that_training_holds_out(main, tmp_path, caplog):
+    """On digits that is a fifth of them, as configs/datasets.py says."""
+    module = models.from_config(MODEL_CONFIG, num_classes=10)
+    path = tmp_path / 'digits.onnx'
+    model = model_folder.Model(
+        module,
+        random_params(module),
+        MODEL_CONFIG,
+        16,
+        labels.numbered(10),
+        Preprocess(crop=16),
+        {},
+    )
+    onnx.save(onnx.build(model), path)
+    status, out, _ = main('--model', path, '--dataset', 'digits')
+    assert status == 0 and f'{path} on digits train[80%:] (359 examples)' in out
+    assert (
+        'the model has no class names; its classes are taken for those of the data' in caplog.text
+    )
+
+
+def test_many_classes_show_those_with_most_mistakes(tmp_path):
+    rng = np.random.default_rng(0)
+    wanted = np.repeat(np.arange(100), 5)
+    logits = rng.normal(0, 1, (500, 100)).astype(np.float32)
+    logits[np.arange(500), wanted] += np.where(wanted < 50, 9, 1)
+    names = [f'[b]class {i}[/b]' if i else '$a$ 写' for i in range(100)]
+    found = metrics_lib.compute(metrics_lib.outcomes(logits, wanted, np.ones(500, bool)), names)
+    chosen, note = classification_report._choose(found)
+    assert len(chosen) == classification_report.MAX_CLASSES and chosen.min() >= 50
+    assert 'the 40 of 100 classes with most mistakes' in note
+    classification_report.save_confusion(tmp_path / 'x.png', found, title='$t$')
+    from rich import console
+
+    out = console.Console(width=200, record=True, file=open(os.devnull, 'w'))
+    out.print(classification_report.tables(found, title='[b]t[/b]'))
+    text = out.export_text()
+    out.file.close()
+    assert 'The 30 of 100 classes with the lowest F1' in text and '[b]class' in text
+
+
+def test_one_image_that_can_be_read_is_needed():
+    nothing = metrics_lib.outcomes(
+        np.zeros((2, 3), np.float32), np.array([0, -1]), np.zeros(2, bool)
+    )
+    with pytest.raises(UserError, match='not one of the 2 images'):
+        metrics_lib.compute(nothing, 'abc')
