@@ -1,0 +1,91 @@
+"""StableHLO files: what they compute, for which devices and batches, and their description."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from jax import export
+
+from vit_jax.errors import UserError
+from vit_jax.export import reference, stablehlo
+
+
+@pytest.mark.parametrize('name', ['distilled', 'hybrid_root', 'mixer'])
+def test_it_computes_the_model_at_any_batch(case, name):
+    found = case(name)
+    exported = export.deserialize(bytearray(stablehlo.build(found.model)))
+    assert exported.platforms == ('cpu', 'cuda')
+    assert str(exported.in_avals[0].shape[0]) == 'batch'
+    for count in (1, 3):
+        outputs = exported.call(found.images[:count])
+        assert list(outputs) == ['logits']
+        np.testing.assert_allclose(
+            outputs['logits'], found.logits[:count], rtol=0, atol=2e-6, err_msg=str(count)
+        )
+
+
+def test_options(case):
+    found = case('distilled')
+    pixels = np.random.default_rng(2).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    outputs = ('probabilities', 'features', 'attention')
+    content = stablehlo.build(found.model, outputs=outputs, layout='NCHW', preprocessing=True)
+    result = export.deserialize(bytearray(content)).call(pixels.transpose(0, 3, 1, 2))
+    run = reference.runner(found.model.model, found.model.params, ('logits', *outputs))
+    expected = run((pixels.astype(np.float32) - 127.5) / 127.5)
+    logits = expected.pop('logits')
+    assert result['attention'].shape == (2, 2, 4, 18, 18)
+    assert result['features'].shape == (2, 24)
+    for name in outputs:
+        np.testing.assert_allclose(result[name], expected[name], rtol=0, atol=2e-6, err_msg=name)
+    softmax = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(result['probabilities'], softmax, rtol=0, atol=1e-6)
+
+
+def test_the_device_chooses_kernels_and_precision(case):
+    model = case('token').model
+    module = model.model.clone(attention='cudnn', remat='full', dtype=jax.numpy.bfloat16)
+    content = stablehlo.build(dataclasses.replace(model, model=module))
+    text = export.deserialize(bytearray(content)).mlir_module()
+    # The one call there is checks that the batch is not 0.
+    assert text.count('custom_call') == text.count('custom_call @shape_assertion')
+    assert 'bf16' not in text
+    assert 'HIGHEST' not in text  # though the tests ask for it
+    assert content == stablehlo.build(model)
+
+
+def test_the_file_and_what_stands_beside_it(case, tmp_path):
+    model = case('token').model
+    stablehlo.write(tmp_path / 'x.stablehlo', model, preprocessing=True, outputs=('logits',))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['x.stablehlo', 'x.stablehlo.json']
+    description = json.loads((tmp_path / 'x.stablehlo.json').read_text(encoding='utf-8'))
+    assert description['class_names'] == [f'Blüte {i}' for i in range(5)]
+    assert description['input'] == {
+        'shape': ['batch', 32, 32, 3],
+        'dtype': 'uint8',
+        'layout': 'NHWC',
+        'value_range': [0, 255],
+    }
+    assert description['outputs'] == {'logits': ['batch', 5]}
+    assert description['preprocessing'] == model.preprocess.to_dict()
+    assert description['source'] == {'dataset': 'made up'}
+    exported = export.deserialize(bytearray((tmp_path / 'x.stablehlo').read_bytes()))
+    assert exported.in_avals[0].dtype == np.uint8
+
+
+def test_what_a_model_does_not_have_is_refused(case, made_up, monkeypatch):
+    with pytest.raises(UserError, match='MLP-Mixer has no attention'):
+        stablehlo.build(case('mixer').model, outputs=('logits', 'attention'))
+    headless = made_up(case('token').model.model_config, 32, classes=0)
+    with pytest.raises(UserError, match='no classification head'):
+        stablehlo.build(headless)
+    result = export.deserialize(bytearray(stablehlo.build(headless, outputs=('features',))))
+    assert result.call(np.zeros((2, 32, 32, 3), np.float32))['features'].shape == (2, 24)
+    with pytest.raises(UserError, match="unknown output 'logit'"):
+        stablehlo.build(headless, outputs=('logit',))
+    with pytest.raises(UserError, match='layout'):
+        stablehlo.build(headless, outputs=('features',), layout='HWC')
+    monkeypatch.setattr(stablehlo, '_LARGEST', 10_000)
+    with pytest.raises(UserError, match='at most 2 GiB.*--format onnx'):
+        stablehlo.build(headless, outputs=('features',))
