@@ -5,14 +5,16 @@ those of convolutions and matrix products, two per multiply-accumulate.
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vit_jax.analysis import counts, tables
 from vit_jax.errors import UserError
 
 
@@ -123,6 +125,63 @@ def _products(jaxpr: Any) -> Iterator[tuple[tuple[str, ...], int]]:
                 yield from ((path + name, count) for name, count in _products(inner))
 
 
+def table(
+    found: Sequence[Layer], *, title: str, expand: bool = False, indent: bool = True
+) -> tables.Table:
+    """The layers as a table.
+
+    Args:
+      found: what `layers` gave.
+      title: above the table.
+      expand: every layer. Else those without parameters and products are left out, and of equal
+        neighbours ('encoderblock_0', 'encoderblock_1', ...) the first is shown with what is in it,
+        the others in one line.
+      indent: names, indented by what lies in what; else whole paths.
+    """
+    rows = []
+    for layer in _brief(found) if not expand else found:
+        name = '/'.join(layer.path) or 'model'
+        if indent:
+            name = '  ' * len(layer.path) + name.split('/')[-1]
+        batch = ('B',) if layer.kind != 'parameter' and layer.output else ()
+        shape = ' x '.join(map(str, (*batch, *layer.output[len(batch) :])))
+        rows.append((name, layer.kind, shape, f'{layer.parameters:,}', f'{layer.flops:,}'))
+    return tables.Table(title, ('Layer', 'Type', 'Output', 'Parameters>', 'FLOPs>'), rows)
+
+
+def _brief(found: Sequence[Layer], root: Layer | None = None) -> Iterator[Layer]:
+    """The layers for a short table, from `root` (default: the model) down."""
+    root = found[0] if root is None else root
+    yield root
+    children = [
+        layer
+        for layer in found
+        if layer.path and layer.path[:-1] == root.path and (layer.parameters or layer.flops)
+    ]
+    for _, group in itertools.groupby(children, lambda child: _likeness(found, child)):
+        first, *twins = group
+        yield from _brief(found, first)
+        if twins:
+            names = list(dict.fromkeys((twins[0].path[-1], twins[-1].path[-1])))
+            yield dataclasses.replace(
+                first,
+                path=(*root.path, ' to '.join(names)),
+                parameters=sum(twin.parameters for twin in twins),
+                flops=sum(twin.flops for twin in twins),
+            )
+
+
+def _likeness(found: Sequence[Layer], root: Layer) -> tuple:
+    """Equal for layers that differ only in the number at the end of their names."""
+    depth = len(root.path)
+    inside = [
+        dataclasses.astuple(dataclasses.replace(layer, path=layer.path[depth:]))
+        for layer in found
+        if layer.path[:depth] == root.path
+    ]
+    return root.path[-1].rstrip('0123456789'), tuple(inside)
+
+
 # --- The table that torchsummary prints
 
 
@@ -180,8 +239,6 @@ def torchsummary(
     Raises:
       UserError: an architecture which that implementation has not.
     """
-    from vit_jax.analysis import counts  # `layers` does without
-
     _check_plain(model_config, num_classes)
     s = counts.sizes(model_config, image_size)
     d, m, t, n = s.width, s.hidden, s.tokens, s.patches
@@ -257,3 +314,48 @@ def _check_plain(model_config: Mapping[str, Any], num_classes: int) -> None:
             f'{name} is not in the PyTorch code that the torchsummary style shows ({why}): '
             'use --style jax'
         )
+
+
+def torch_table(summary: TorchSummary, *, title: str) -> tables.Table:
+    """Torchsummary's table and the lines below it, and what they leave out."""
+    rows = [
+        (layer.name, f'[{", ".join(map(str, layer.output))}]', f'{layer.parameters:,}')
+        for layer in summary.layers
+    ]
+    left_out = ', '.join(f'{name} ({count:,})' for name, count in summary.left_out)
+    total = summary.parameters + sum(count for _, count in summary.left_out)
+    notes = (
+        f'Total params: {summary.parameters:,}',
+        f'Input size (MB): {summary.input_mib:.2f}',
+        f'Forward/backward pass size (MB): {summary.passes_mib:.2f}',
+        f'Params size (MB): {summary.params_mib:.2f}',
+        f'Estimated Total Size (MB): {summary.total_mib:.2f}',
+        f'Not in this table: {left_out}. With them the model has {total:,} parameters.',
+        'The pass size is a convention (every output twice, float32), not the memory of training: '
+        'see scripts/cost.py.',
+    )
+    return tables.Table(title, ('Layer (type)', 'Output Shape', 'Param #>'), rows, notes)
+
+
+def torch_csv(summary: TorchSummary) -> tables.Table:
+    """Torchsummary's lines for programs: layer, output_shape ('[-1,197,768]'), params."""
+    rows = [
+        (layer.name, f'[{",".join(map(str, layer.output))}]', str(layer.parameters))
+        for layer in summary.layers
+    ]
+    return tables.Table('', ('layer', 'output_shape', 'params'), rows)
+
+
+def csv_table(found: Sequence[Layer]) -> tables.Table:
+    """Every layer for programs: layer ('' is the model), type, output_shape, parameters, flops."""
+    rows = [
+        (
+            '/'.join(layer.path),
+            layer.kind,
+            f'[{",".join(map(str, layer.output))}]' if layer.output else '',
+            str(layer.parameters),
+            str(layer.flops),
+        )
+        for layer in found
+    ]
+    return tables.Table('', ('layer', 'type', 'output_shape', 'parameters', 'flops'), rows)

@@ -1,0 +1,72 @@
+"""Lists the layers of a model: output shape, parameters, FLOPs, one by one and in total.
+
+The table is made from the real module, without weights. FLOPs are those of convolutions and matrix
+products in the forward pass of one image, two per multiply-accumulate. The line of a block holds
+what is in it. --style torchsummary prints the table that tutorials show for the PyTorch model.
+
+Examples:
+    python scripts/summary.py --variant ViT-B_16 --num_classes 5
+    python scripts/summary.py --variant R50+ViT-B_16 --image_size 384 --format markdown
+    python scripts/summary.py --variant ViT-B_16 --num_classes 5 --style torchsummary --format csv
+    python scripts/summary.py --model runs/b16-tf_flowers/model
+"""
+
+import argparse
+import signal
+import sys
+
+STYLES = ('jax', 'torchsummary')
+FORMATS = ('terminal', 'markdown', 'csv')
+
+
+def main() -> int:
+    """Runs the command line; returns the exit status, 1 if there is no such model."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument('--variant', help='a name of scripts/list_models.py --variants')
+    what.add_argument('--model', help='model folder, or weights of any kind that can be loaded')
+    parser.add_argument('--num_classes', type=int, help='default: 1000, or those of --model')
+    parser.add_argument('--image_size', type=int, help='default: 224, or that of --model')
+    parser.add_argument('--style', choices=STYLES, default='jax', help='default: jax')
+    parser.add_argument('--format', choices=FORMATS, default='terminal', help='default: terminal')
+    parser.add_argument('--expand', action='store_true', help='every layer of every block')
+    args = parser.parse_args()
+    if hasattr(signal, 'SIGPIPE'):  # `summary.py ... | head` ends it quietly
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+    # Not at the top: they take seconds, and --help should not.
+    from vit_jax.errors import UserError
+
+    try:
+        print(_run(args), end='')
+    except UserError as error:
+        print(f'summary.py: {error}', file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run(args: argparse.Namespace) -> str:
+    from vit_jax import models
+    from vit_jax.analysis import subject, summary, tables
+
+    of = subject.open_subject(args.variant, args.model, args.num_classes, args.image_size)
+    if args.style == 'torchsummary':
+        found = summary.torchsummary(of.model_config, of.num_classes, of.image_size)
+        if args.format == 'csv':
+            return tables.render(summary.torch_csv(found), 'csv')
+        return tables.render(summary.torch_table(found, title=str(of)), args.format)
+    model = models.from_config(of.model_config, num_classes=of.num_classes)
+    layers = summary.layers(model, of.image_size)
+    if args.format == 'csv':
+        return tables.render(summary.csv_table(layers), 'csv')
+    indent = args.format == 'terminal'  # Markdown would swallow the spaces
+    table = summary.table(layers, title=str(of), expand=args.expand, indent=indent)
+    return tables.render(table, args.format)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

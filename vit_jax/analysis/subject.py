@@ -1,0 +1,72 @@
+"""The model that a table is about: a variant by its name, or somebody's model."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from vit_jax.errors import UserError
+from vit_jax.models import variants
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """An architecture at an image size.
+
+    Attributes:
+      name: of the variant, or path of the model.
+      model_config: see `variants.get_config`.
+      num_classes: C; 0 without a head.
+      image_size: side of the images, pixels.
+    """
+
+    name: str
+    model_config: Mapping[str, Any]
+    num_classes: int
+    image_size: int
+
+    def __str__(self) -> str:
+        return f'{self.name}, {self.image_size} px, {self.num_classes} classes'
+
+
+def open_subject(
+    variant: str | None,
+    model: str | None,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+) -> Subject:
+    """What a command line asks about.
+
+    Args:
+      variant: a name of `variants.VARIANTS`; or None, and
+      model: a model folder or weights, see `model_folder.open_model`; nothing but shapes is read.
+      num_classes: default 1000, or the model's own.
+      image_size: default 224, or the model's own.
+
+    Raises:
+      UserError: no such variant or model, or a number that is none of classes or pixels.
+    """
+    if num_classes is not None and num_classes < 0:
+        raise UserError(f'{num_classes} classes: expected a number from 0 (no head) up')
+    if variant:
+        try:
+            config = variants.get_config(variant).to_dict()
+        except ValueError as e:
+            raise UserError(str(e)) from e
+        found = Subject(variant, config, 1000, 224)
+    else:
+        from vit_jax import model_folder
+
+        opened = model_folder.open_model(model)
+        config = dict(opened.model_config)
+        found = Subject(model, config, len(opened.class_names), opened.image_size)
+    changes = dict(num_classes=num_classes, image_size=image_size)
+    found = dataclasses.replace(found, **{k: v for k, v in changes.items() if v is not None})
+    stride = variants.token_stride(found.model_config)
+    if found.image_size < stride or found.image_size % stride:
+        below = found.image_size // stride * stride
+        nearest = ' or '.join(str(side) for side in (below, below + stride) if side > 0)
+        raise UserError(
+            f'image size {found.image_size}: {found.name} takes multiples of {stride} pixels: '
+            f'use {nearest}'
+        )
+    return found
