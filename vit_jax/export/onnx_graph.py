@@ -47,7 +47,7 @@ class Graph:
         self.opset = opset
         self.compute = compute
         self._nodes: list[onnx.NodeProto] = []
-        self._initializers: dict[str, TensorProto] = {}
+        self._constants: dict[str, np.ndarray] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
         self._types: dict[str, int] = {}
@@ -89,40 +89,40 @@ class Graph:
                     'export in float32'
                 )
             raise UserError(f'{name} holds NaN or infinity: these weights are of no use')
-        return self._initializer(name, converted, elem_type)
+        return self._constant(name, converted, elem_type)
 
     def integers(self, values: Sequence[int]) -> str:
         """A constant int64 vector (shapes, axes); equal ones are one."""
         name = 'int64[' + ','.join(map(str, values)) + ']'
-        if name in self._initializers:
+        if name in self._constants:
             return name
-        return self._initializer(name, np.array(values, np.int64), INT64)
+        return self._constant(name, np.array(values, np.int64), INT64)
 
     def index(self, value: int) -> str:
         """A constant int64 number."""
         name = f'int64({value})'
-        if name in self._initializers:
+        if name in self._constants:
             return name
-        return self._initializer(name, np.array(value, np.int64), INT64)
+        return self._constant(name, np.array(value, np.int64), INT64)
 
     def scalar(self, value: float, elem_type: int = FLOAT32) -> str:
         """A constant number of a float type; equal ones are one."""
         name = f'{TYPE_NAMES[elem_type]}({value!r})'
-        if name in self._initializers:
+        if name in self._constants:
             return name
         return self.weight(name, np.float64(value), elem_type)
 
     def full(self, length: int, value: float) -> str:
         """A constant float32 vector of one number; equal ones are one."""
         name = f'float32[{length}]({value!r})'
-        if name in self._initializers:
+        if name in self._constants:
             return name
         return self.weight(name, np.full(length, value), FLOAT32)
 
-    def _initializer(self, name: str, array: np.ndarray, elem_type: int) -> str:
+    def _constant(self, name: str, array: np.ndarray, elem_type: int) -> str:
         if name in self._types:
             raise ValueError(f'two values have the name {name}')
-        self._initializers[name] = numpy_helper.from_array(array, name)
+        self._constants[name] = array
         self._types[name] = elem_type
         return name
 
@@ -299,16 +299,20 @@ class Graph:
                 in the graph's construction.
         """
         self._prune()
-        small = [t for t in self._initializers.values() if len(t.raw_data) <= _LARGE]
-        large = [t for t in self._initializers.values() if len(t.raw_data) > _LARGE]
+        small = {name: a for name, a in self._constants.items() if a.nbytes <= _LARGE}
+        large = {name: a for name, a in self._constants.items() if a.nbytes > _LARGE}
         made = {value for node in self._nodes for value in node.output}
         graph = helper.make_graph(
             self._nodes,
             name,
             # Shapes are inferred without the weights: protobuf does not take 2 GB at once.
-            self._inputs + [_info(t) for t in large],
+            self._inputs
+            + [
+                helper.make_tensor_value_info(name, self._types[name], array.shape)
+                for name, array in large.items()
+            ],
             self._outputs,
-            small,
+            [numpy_helper.from_array(array, name) for name, array in small.items()],
             value_info=[
                 helper.make_tensor_value_info(value, self._types[value], shape)
                 for value, shape in self._shapes.items()
@@ -327,7 +331,8 @@ class Graph:
         )
         del model.graph.input[len(self._inputs) :]
         del model.graph.initializer[:]
-        model.graph.initializer.extend(self._initializers.values())
+        for constant, array in self._constants.items():  # one by one: there may be gigabytes
+            model.graph.initializer.append(numpy_helper.from_array(array, constant))
         return model
 
     def _prune(self) -> None:
@@ -339,8 +344,4 @@ class Graph:
                 needed.update(node.input)
                 kept.append(node)
         self._nodes = kept[::-1]
-        self._initializers = {n: t for n, t in self._initializers.items() if n in needed}
-
-
-def _info(tensor: TensorProto) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+        self._constants = {n: a for n, a in self._constants.items() if n in needed}
