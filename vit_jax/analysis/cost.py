@@ -73,15 +73,15 @@ _VIT = {
 }
 _MIXER = {
     ('cpu', 4, ''): _Activations((10, 3, 3), ((7.5, 0, 0),), 1),
+    ('gpu', 4, ''): _Activations((4.3, 3, 3), images=1.4),
     ('gpu', 2, ''): _Activations((4.3, 3, 3), images=1.4),
 }
 # More of T*D and T*M in every block that keeps the masks of dropout.
 _DROPOUT = {'cpu': (4, 2), 'gpu': (0.1, 0.8)}
 # Numbers per output of a ResNet's convolution: of the root (with its pooling), of the units.
-_RESNET = {('cpu', 4, ''): (9, 2.5)}
+_RESNET = {('cpu', 4): (9, 2.5), ('gpu', 4): (5.7, 1.65), ('gpu', 2): (5.7, 1.65)}
 # What is there of the gradients' size while the parameters are updated.
 _UPDATE = {('cpu', 'sgd'): 2.2, ('cpu', 'adamw'): 2.5, ('gpu', 'sgd'): 1.1, ('gpu', 'adamw'): 1.1}
-_FALLBACK = ('cpu', 4, '')  # the largest of all
 
 
 def training_memory(
@@ -133,14 +133,15 @@ def training_memory(
     inputs = images * (12 * image_size**2 + 16)
     micro = -(-images // max(1, accum_steps))
     activations = micro * _per_image(model_config, image_size, dtype, remat, attention, platform)
-    gradients = weights
+    # Under bfloat16 a GPU holds the gradients of the bfloat16 copies of the weights.
+    gradients = weights // 2 if platform == 'gpu' and dtype == 'bfloat16' else weights
     temporary = activations
     if accum_steps > 1:
         temporary += images * 12 * image_size**2  # the mirrored images of the whole batch
     if fsdp > 1:
         temporary += 1.8 * gradients  # with what is gathered of the weights
     else:
-        temporary += gradients if accum_steps > 1 else 0
+        temporary += weights if accum_steps > 1 else 0  # their sum, float32
         temporary = max(temporary, _UPDATE[platform, optimizer] * gradients)
     workspace = _WORKSPACE[platform]
     return Memory(
@@ -184,7 +185,7 @@ def _per_image(
     key = (platform, width, '' if platform == 'cpu' else remat)
     masks, square = (0.0, 0.0), s.heads * s.tokens**2
     if variants.is_mixer(model_config):
-        rule, square = _MIXER.get(key, _MIXER[_FALLBACK]), s.width * s.tokens_hidden
+        rule, square = _MIXER.get(key, _MIXER[(*key[:2], '')]), s.width * s.tokens_hidden
     else:
         rule = _VIT[key]
         if model_config['transformer'].get('dropout_rate', 0.0) and not key[2]:
@@ -196,9 +197,58 @@ def _per_image(
 
     numbers = s.blocks * (size(rule.block) + size((*masks, 0))) + max(map(size, rule.once))
     for index, group in enumerate(counts.convolutions(model_config, image_size)):
-        factors = _RESNET.get(key, _RESNET[_FALLBACK])
-        numbers += factors[min(index, 1)] * sum(c.outputs for c in group)
+        numbers += _RESNET[key[:2]][min(index, 1)] * sum(c.outputs for c in group)
     return width * numbers + rule.images * 12 * image_size**2
+
+
+def inference_memory(
+    model_config: Mapping[str, Any],
+    *,
+    num_classes: int,
+    image_size: int,
+    batch: int,
+    dtype: str = 'float32',
+    platform: str = 'gpu',
+) -> Memory:
+    """What a prediction step needs; arguments as for `training_memory`, on one device.
+
+    The working space is that of the widest layer: the image as float32, or the MLP's hidden layer,
+    or the attention weights, whichever is largest. A rough figure: XLA's own was found between a
+    third of it and 1.1 times as much on CPU, where a GELU over a large batch takes six times its
+    size.
+    """
+    s = counts.sizes(model_config, image_size)
+    width = 4 if platform == 'cpu' else BYTES[dtype]
+    weights = 4 * counts.parameters(model_config, num_classes, image_size)
+    image, tokens = 12 * image_size**2, width * s.tokens * s.width
+    hidden = width * max(s.tokens * s.hidden, s.width * s.tokens_hidden)
+    phases = [
+        image + tokens,
+        (6 if platform == 'cpu' else 1) * hidden + 2 * tokens,
+        2 * width * s.heads * s.tokens**2 + 4 * tokens,
+    ]
+    for group in counts.convolutions(model_config, image_size):
+        phases.append(image + 3 * width * max(c.outputs for c in group))
+    activations = batch * max(phases)
+    if platform == 'gpu' and dtype == 'bfloat16':
+        activations += weights // 2  # the weights in bfloat16
+    inputs, workspace = batch * image, _WORKSPACE[platform]
+    total = weights + activations + inputs + workspace
+    return Memory(weights, 0, 0, activations, inputs, workspace, total)
+
+
+def images_per_second(
+    macs_per_image: int, peak_tflops: float, utilisation: float, devices: int = 1
+) -> float:
+    """Images per second at a share of the peak rate: 2 FLOPs to a multiply-accumulate.
+
+    Args:
+      macs_per_image: see `counts.training_macs` and `counts.forward_macs`.
+      peak_tflops: of one device, TFLOP/s.
+      utilisation: what is reached of it, above 0, at most 1.
+      devices: how many work.
+    """
+    return devices * utilisation * peak_tflops * 1e12 / (2 * macs_per_image)
 
 
 def largest_batch(memory: int, needed: Callable[[int], Memory], multiple: int = 1) -> int:

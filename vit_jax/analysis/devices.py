@@ -64,3 +64,33 @@ def get(name: str) -> Device:
             'For another give --memory_gib and --peak_tflops'
         )
     return DEVICES[plain]
+
+
+def choose(name: str, memory_gib: float | None, peak_tflops: float | None, dtype: str) -> Device:
+    """A device of the table, or the user's own.
+
+    Args:
+      name: see `get`; '' for the user's own, or, with neither number given, an H200.
+      memory_gib: instead of the table's.
+      peak_tflops: at `dtype`, instead of the table's.
+      dtype: 'bfloat16' or 'float32'.
+
+    Raises:
+      UserError: not in the table, or only one of the two numbers of an unnamed device.
+    """
+    for option, value in (('--memory_gib', memory_gib), ('--peak_tflops', peak_tflops)):
+        if value is not None and not value > 0:
+            raise UserError(f'{option} {value:g}: expected a number above 0')
+    if not name and (memory_gib is None) != (peak_tflops is None):
+        raise UserError('give both --memory_gib and --peak_tflops, or a --device they belong to')
+    own = memory_gib is not None or peak_tflops is not None
+    base = get(name or 'h200')
+    if not own:
+        return base
+    peak = 'peak_float32' if dtype == 'float32' else 'peak_16bit'
+    changes = dict(source='as given', name=name or 'own device')
+    if memory_gib is not None:
+        changes['memory_gib'] = memory_gib
+    if peak_tflops is not None:
+        changes[peak] = peak_tflops
+    return dataclasses.replace(base, **changes)

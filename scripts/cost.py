@@ -1,0 +1,106 @@
+"""What a model costs: parameters, FLOPs, memory, the largest batch that fits, images per second.
+
+All by formula, at once; --xla compiles the real training step beside it (for the devices at hand,
+without running it) and shows what XLA counts. --all lists the largest batch of every variant.
+Peaks and memory of devices are published figures; the rate is a prediction at --utilisation.
+
+Examples:
+    python scripts/cost.py --variant ViT-L_16 --batch 256 --dtype bfloat16 --optimizer adamw
+    python scripts/cost.py --variant ViT-B_16 --num_classes 5 --batch 64 --device rtx4090 --xla
+    python scripts/cost.py --all --device h200 --image_size 224 384 --format markdown
+"""
+
+import argparse
+import signal
+import sys
+
+FORMATS = ('terminal', 'markdown', 'csv')
+
+
+def main() -> int:
+    """Runs the command line; returns the exit status, 1 if something is not possible."""
+    parser = _parser()
+    args = parser.parse_args()
+    if sum(map(bool, (args.variant, args.model, args.all))) != 1:
+        parser.error('give one of --variant, --model and --all')
+    if args.xla and args.all:
+        parser.error('--xla goes with one model, not with --all')
+    if hasattr(signal, 'SIGPIPE'):  # `cost.py ... | head` ends it quietly
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+    # Not at the top: they take seconds, and --help should not.
+    from vit_jax.errors import UserError
+
+    try:
+        _run(args)
+    except UserError as error:
+        print(f'cost.py: {error}', file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add('--variant', default='', help='a name of scripts/list_models.py --variants')
+    add('--model', default='', help='model folder, or weights of any kind that can be loaded')
+    add('--all', action='store_true', help='every variant: the largest batch that fits')
+    add('--num_classes', type=int, help='default: 1000, or those of --model')
+    add('--image_size', type=int, nargs='+', help='default: 224, or that of --model')
+    add('--batch', type=int, default=256, help='images per step, over all devices; default: 256')
+    add('--accum_steps', type=int, default=1, help='micro-batches per device; default: 1')
+    add('--dtype', choices=('float32', 'bfloat16'), default='bfloat16', help='default: bfloat16')
+    add('--optimizer', choices=('sgd', 'adamw'), default='sgd', help='default: sgd')
+    add('--optim_dtype', choices=('bfloat16', 'float32'), default='bfloat16', help='of momentum')
+    add('--remat', choices=('', 'dots', 'full'), default='', help='default: none')
+    add('--devices', type=int, default=1, help='how many share the batch; default: 1')
+    add('--fsdp', type=int, default=1, help='how many of them share the parameters; default: 1')
+    add('--device', default='', help='such as h200, a100, l4, rtx4090; default: h200')
+    add('--memory_gib', type=float, help='memory of a device that is not in the table, GiB')
+    add('--peak_tflops', type=float, help='its peak rate at --dtype, TFLOP/s')
+    add('--memory_fraction', type=float, default=0.75, help='what JAX takes of it; default: 0.75')
+    add('--utilisation', type=float, default=0.4, help='share of the peak reached; default: 0.4')
+    add('--platform', choices=('gpu', 'cpu'), default='gpu', help='whose compiler; default: gpu')
+    add('--xla', action='store_true', help="compile the training step and show XLA's own counts")
+    add('--format', choices=FORMATS, default='terminal', help='default: terminal')
+    return parser
+
+
+def _run(args: argparse.Namespace) -> None:
+    from vit_jax.analysis import cost_report, devices, subject, tables
+
+    device = devices.choose(args.device, args.memory_gib, args.peak_tflops, args.dtype)
+    plan = cost_report.Plan(
+        batch=args.batch,
+        accum_steps=args.accum_steps,
+        dtype=args.dtype,
+        optimizer=args.optimizer,
+        optim_dtype=args.optim_dtype,
+        remat=args.remat,
+        devices=args.devices,
+        fsdp=args.fsdp,
+        platform=args.platform,
+        device=device,
+        memory_fraction=args.memory_fraction,
+        utilisation=args.utilisation,
+    )
+    plan.check()
+    if args.all:
+        classes = 1000 if args.num_classes is None else args.num_classes
+        table = cost_report.largest_batches(plan, classes, args.image_size or [224])
+        print(tables.render(table, args.format), end='')
+        return
+    for size in args.image_size or [None]:
+        of = subject.open_subject(args.variant, args.model, args.num_classes, size)
+        for table in cost_report.report(of, plan):
+            print(tables.render(table, args.format), flush=True)
+        if args.xla:
+            print(tables.render(cost_report.beside_xla(of, plan), args.format))
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,258 @@
+"""The tables of scripts/cost.py."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from vit_jax.analysis import cost, counts, devices
+from vit_jax.analysis.subject import Subject
+from vit_jax.analysis.tables import Table
+from vit_jax.errors import UserError
+from vit_jax.models import variants
+
+GIB = 2**30
+RULE_OF_THUMB = 20  # bytes per parameter: 16-bit weights and gradients beside float32, and Adam
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a model is to be trained, and on what; see `cost.training_memory`."""
+
+    batch: int
+    accum_steps: int
+    dtype: str
+    optimizer: str
+    optim_dtype: str
+    remat: str
+    devices: int
+    fsdp: int
+    platform: str
+    device: devices.Device
+    memory_fraction: float
+    utilisation: float
+
+    def check(self) -> None:
+        """Raises `UserError` for what no run could have."""
+        for name in ('batch', 'accum_steps', 'devices', 'fsdp'):
+            if getattr(self, name) < 1:
+                raise UserError(f'--{name} {getattr(self, name)}: expected a number from 1 up')
+        for name in ('memory_fraction', 'utilisation'):
+            if not 0 < getattr(self, name) <= 1:
+                raise UserError(f'--{name} {getattr(self, name):g}: expected a share, above 0 to 1')
+        if self.devices % self.fsdp:
+            raise UserError(f'--fsdp {self.fsdp} does not divide --devices {self.devices}')
+        if self.batch % self.multiple:
+            nearest = max(1, round(self.batch / self.multiple)) * self.multiple
+            raise UserError(
+                f'--batch {self.batch} is not a multiple of devices times accum_steps, '
+                f'{self.multiple}: use {nearest}'
+            )
+
+    @property
+    def multiple(self) -> int:
+        """Of which a batch is a multiple."""
+        return self.devices * self.accum_steps
+
+    @property
+    def memory(self) -> int:
+        """Bytes of a device that JAX takes."""
+        return int(self.device.memory_gib * GIB * self.memory_fraction)
+
+    @property
+    def peak(self) -> float:
+        """TFLOP/s of a device at `dtype`."""
+        device = self.device
+        return device.peak_float32 if self.dtype == 'float32' else device.peak_16bit
+
+    def training(self, of: Subject, batch: int | None = None) -> cost.Memory:
+        """Memory of training, at another batch size if one is given."""
+        return cost.training_memory(
+            of.model_config,
+            num_classes=of.num_classes,
+            image_size=of.image_size,
+            batch=batch or self.batch,
+            accum_steps=self.accum_steps,
+            dtype=self.dtype,
+            optimizer=self.optimizer,
+            optim_dtype=self.optim_dtype,
+            remat=self.remat,
+            devices=self.devices,
+            fsdp=self.fsdp,
+            platform=self.platform,
+        )
+
+    def inference(self, of: Subject, batch: int | None = None) -> cost.Memory:
+        """Memory of predicting on one device."""
+        return cost.inference_memory(
+            of.model_config,
+            num_classes=of.num_classes,
+            image_size=of.image_size,
+            batch=batch or self.batch,
+            dtype=self.dtype,
+            platform=self.platform,
+        )
+
+    def largest(self, of: Subject) -> int:
+        """The largest batch that can be trained, over all devices."""
+        return cost.largest_batch(self.memory, lambda b: self.training(of, b), self.multiple)
+
+
+def report(of: Subject, plan: Plan) -> list[Table]:
+    """Parameters and FLOPs; memory; speed and the largest batch."""
+    return [_work(of, plan), _memory(of, plan), _speed(of, plan)]
+
+
+def _work(of: Subject, plan: Plan) -> Table:
+    sizes = counts.sizes(of.model_config, of.image_size)
+    rows = []
+    for part in counts.parts(of.model_config, of.num_classes, of.image_size):
+        name = f'{part.repeat} x {part.name}' if part.repeat > 1 else part.name
+        rows.append((name, f'{part.parameters:,}', _giga(2 * part.repeat * part.macs)))
+    forward = counts.forward_macs(of.model_config, of.num_classes, of.image_size)
+    training = counts.training_macs(of.model_config, of.num_classes, of.image_size, plan.remat)
+    total = counts.parameters(of.model_config, of.num_classes, of.image_size)
+    rows.append(('forward', f'{total:,}', _giga(2 * forward)))
+    remat = f', remat {plan.remat}' if plan.remat else ''
+    rows.append((f'training{remat}', '', _giga(2 * training)))
+    notes = [f'{forward / 1e9:.3f} G multiply-accumulates forward, {sizes.tokens} tokens.']
+    h = sizes.width
+    if sizes.heads and sizes.hidden == 4 * h:
+        notes.append(f'A block has 12 h^2 + 13 h = {12 * h * h + 13 * h:,} parameters (h = {h}).')
+    return Table(f'{of}: work for one image', ('Part', 'Parameters>', 'GFLOPs>'), rows, notes)
+
+
+def _memory(of: Subject, plan: Plan) -> Table:
+    training, inference = plan.training(of), plan.inference(of)
+    rows = [
+        (name, _gib(getattr(training, name)), _gib(getattr(inference, name)))
+        for name in (f.name for f in dataclasses.fields(cost.Memory))
+    ]
+    parameters = counts.parameters(of.model_config, of.num_classes, of.image_size)
+    state = training.weights + training.gradients + training.optimizer
+    notes = (
+        'The total is the most at one time; gradients come into being while activations go.',
+        f'Weights, gradients and optimizer: {state / parameters:.1f} bytes per parameter and '
+        f'device ({plan.optimizer}, moments {plan.optim_dtype}); the rule of thumb '
+        f'{RULE_OF_THUMB} bytes (mixed precision with Adam) would be '
+        f'{_gib(RULE_OF_THUMB * parameters)} GiB.',
+        f'Predicted by formula, for the {plan.platform.upper()} compiler of XLA; --xla compiles.',
+    )
+    title = (
+        f'{of}: GiB on each of {plan.devices} device(s), batch {plan.batch}, {plan.dtype}, '
+        f'{plan.optimizer}'
+    )
+    return Table(title, ('Part', 'Training>', 'Inference>'), rows, notes)
+
+
+def _speed(of: Subject, plan: Plan) -> Table:
+    device, needed = plan.device, plan.training(of).total
+    largest = plan.largest(of)
+    predicting = cost.largest_batch(plan.memory, lambda b: plan.inference(of, b))
+    forward = counts.forward_macs(of.model_config, of.num_classes, of.image_size)
+    training = counts.training_macs(of.model_config, of.num_classes, of.image_size, plan.remat)
+    rates = [
+        cost.images_per_second(macs, plan.peak, plan.utilisation, plan.devices)
+        for macs in (training, forward)
+    ]
+    fits = 'fits' if needed <= plan.memory else 'does NOT fit'
+    rows = (
+        ('largest batch', f'{largest:,}', f'{predicting:,}'),
+        ('images per second', f'{rates[0]:,.0f}', f'{rates[1]:,.0f}'),
+    )
+    notes = (
+        f'{device.name}: {device.memory_gib:g} GiB, of which JAX takes '
+        f'{plan.memory_fraction:.0%} ({plan.memory / GIB:.1f} GiB); {plan.peak:g} TFLOP/s peak at '
+        f'{plan.dtype}. Published figures: {device.source}.',
+        f'Images per second are a prediction at {plan.utilisation:.0%} of that peak.',
+        f'Batch {plan.batch} {fits}: {_gib(needed)} GiB.',
+    )
+    columns = ('Predicted', 'Training>', 'Inference>')
+    return Table(f'{of} on {plan.devices} x {device.name}', columns, rows, notes)
+
+
+def largest_batches(plan: Plan, num_classes: int, image_sizes: Sequence[int]) -> Table:
+    """The largest batch of every variant at every image size, without and with remat 'full'."""
+    rows = []
+    for name in variants.VARIANTS:
+        config = variants.get_config(name).to_dict()
+        for size in image_sizes:
+            if size % variants.token_stride(config):
+                continue
+            of = Subject(name, config, num_classes, size)
+            macs = counts.training_macs(config, num_classes, size)
+            rate = cost.images_per_second(macs, plan.peak, plan.utilisation, plan.devices)
+            batches = [
+                dataclasses.replace(plan, remat=remat).largest(of) for remat in ('', 'dots', 'full')
+            ]
+            rows.append((name, str(size), *(f'{b:,}' for b in batches), f'{rate:,.0f}'))
+    device = plan.device
+    title = (
+        f'Largest training batch, predicted: {plan.devices} x {device.name}, '
+        f'{plan.memory / GIB:.1f} of {device.memory_gib:g} GiB, {plan.dtype}, {plan.optimizer}'
+    )
+    notes = (
+        f'Image/s at {plan.utilisation:.0%} of {plan.peak:g} TFLOP/s, without remat. Device: '
+        f'{device.source}, published.',
+    )
+    columns = ('Variant', 'Pixels>', 'Batch>', 'remat dots>', 'remat full>', 'Image/s>')
+    return Table(title, columns, rows, notes)
+
+
+def beside_xla(of: Subject, plan: Plan) -> Table:
+    """The formula beside what XLA counts in the compiled training step of one device.
+
+    The step is compiled at an eighth and a quarter of the batch (at least 8 and 16 images); a line
+    through the two predicts the memory of the whole batch.
+    """
+    import jax
+
+    from vit_jax.analysis import measured
+
+    platform = jax.default_backend()
+    plan = dataclasses.replace(plan, platform=platform, devices=1, fsdp=1, accum_steps=1)
+    shared: dict[str, Any] = dict(
+        num_classes=of.num_classes,
+        image_size=of.image_size,
+        dtype=plan.dtype,
+        optimizer=plan.optimizer,
+        optim_dtype=plan.optim_dtype,
+        remat=plan.remat,
+    )
+    small = max(8, plan.batch // 8)
+    first, second = (
+        measured.training(of.model_config, batch=batch, **shared) for batch in (small, 2 * small)
+    )
+    rows = []
+    macs = counts.training_macs(of.model_config, of.num_classes, of.image_size, plan.remat)
+    for compiled in (first, second):
+        rows.append(
+            _beside(
+                f'TFLOPs, batch {compiled.batch}',
+                2e-12 * macs * compiled.batch,
+                compiled.flops / 1e12,
+            )
+        )
+    for compiled in (first, second):
+        predicted = plan.training(of, compiled.batch).total / GIB
+        rows.append(_beside(f'GiB, batch {compiled.batch}', predicted, compiled.total / GIB))
+    line = measured.predict_total(first, second, plan.batch) / GIB
+    rows.append(_beside(f'GiB, batch {plan.batch}', plan.training(of).total / GIB, line))
+    notes = (
+        f'XLA: the training step compiled for {platform} on one device, no accumulation. The last '
+        'line is on the line through its two memory figures.',
+    )
+    return Table(f'{of}: formula beside XLA', ('', 'Formula>', 'XLA>', 'Difference>'), rows, notes)
+
+
+def _beside(name: str, formula: float, xla: float) -> tuple[str, str, str, str]:
+    if not xla:
+        return name, f'{formula:.3f}', 'not counted', ''
+    return name, f'{formula:.3f}', f'{xla:.3f}', f'{formula / xla - 1:+.1%}'
+
+
+def _giga(flops: int) -> str:
+    return f'{flops / 1e9:,.3f}'
+
+
+def _gib(size: float) -> str:
+    return f'{size / GIB:,.3f}'
