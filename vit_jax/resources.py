@@ -72,6 +72,7 @@ def estimate(
         attention=config.attention,
         devices=devices,
         fsdp=devices if config.fsdp == -1 else config.fsdp,
+        platform=platform,
     )
 
 
