@@ -80,6 +80,22 @@ def test_a_file_is_replaced(case, tmp_path):
         np.testing.assert_allclose(run_file(path, tiny.images), tiny.logits, atol=1e-5, rtol=0)
 
 
+def test_an_older_graph_never_meets_new_weights(case, tmp_path, monkeypatch):
+    path = tmp_path / 'x.onnx'
+    onnx_export.save(onnx_export.build(case('token').model), path, external_data=True)
+    replace = os.replace
+
+    def cut_short(source, target):
+        if os.path.basename(target) == 'x.onnx':
+            raise OSError(5, 'Input/output error')
+        replace(source, target)
+
+    monkeypatch.setattr(os, 'replace', cut_short)
+    with pytest.raises(UserError, match='Input/output error'):
+        onnx_export.save(onnx_export.build(case('gap').model), path, external_data=True)
+    assert os.listdir(tmp_path) == ['x.onnx.data']
+
+
 @pytest.mark.parametrize('external', [False, True])
 def test_a_failed_write_leaves_nothing(case, tmp_path, monkeypatch, external):
     def full(*_):

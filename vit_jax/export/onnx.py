@@ -56,7 +56,8 @@ def build(
     float32 whatever `dtype` is.
 
     Args:
-        model: what `model_folder.load` gives; ViT, hybrid, DeiT or Mixer.
+        model: what `model_folder.load` gives (or `open_model`, which reads each array when it is
+            written); ViT, hybrid, DeiT or Mixer.
         opset: version of ONNX's operators, 20, or 17 for older runtimes, which has no Gelu: it is
             spelled out.
         layout: 'NHWC', or 'NCHW' for an input of [batch, 3, side, side].
