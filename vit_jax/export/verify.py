@@ -216,11 +216,6 @@ def _compare(
     ours: Mapping[str, np.ndarray] = {}
     chunk = -1
     for i, (first, end) in enumerate(batches):
-        if first // samples.BATCH != chunk:
-            chunk = first // samples.BATCH
-            start = chunk * samples.BATCH
-            ours = _reference(compute, stored[start : start + samples.BATCH], options)
-        wanted = {name: array[first - start : end - start] for name, array in ours.items()}
         with np.load(folder / f'outputs-{i}.npz') as file:
             found = dict(file)
         own = {name: found.pop(name) for name in list(found) if name.startswith('own/')}
@@ -229,6 +224,11 @@ def _compare(
                 f'its outputs are {", ".join(sorted(found))}; expected {", ".join(outputs)}'
             )
             break
+        if first // samples.BATCH != chunk:
+            chunk = first // samples.BATCH
+            start = chunk * samples.BATCH
+            ours = _reference(compute, stored[start : start + samples.BATCH], options)
+        wanted = {name: array[first - start : end - start] for name, array in ours.items()}
         with np.errstate(invalid='ignore', over='ignore'):  # not finite is told by the rows
             report.reasons += judge.compare(rows, wanted, found, keys[first:end])
             if 'own/logits' in own and i >= len(_SMALL):
