@@ -148,7 +148,6 @@ def _differences(side: int) -> dict:
         'range [0, 255] instead of [-1, 1]': (lambda _, image: as_levels(squash(image)), False),
         'a photo that was taken upright, lying (EXIF orientation ignored)': (
             lambda _, image: squash(np.ascontiguousarray(np.rot90(image))), True),
-        'mirrored': (lambda _, image: squash(image)[:, ::-1], True),
     }  # fmt: skip
 
 
