@@ -4,8 +4,8 @@ SRC is a model folder, a .npz, .safetensors or .pth file, a folder of Hugging Fa
 name of a released checkpoint. DST is a .npz file or, for the other formats, a folder; it must not
 exist. Arrays are read and written one by one. What a format cannot express is refused by name.
 
-(This turns files into files, of any size, without running the model. For a model that is verified in
-the library it is for, and for ONNX and StableHLO: scripts/export.py.)
+(This turns files into files, of any size, without running the model. For a model that is verified
+in the library it is for, and for ONNX and StableHLO: scripts/export.py.)
 
 Examples:
     python scripts/convert.py runs/b16-tf_flowers/model flowers_hf --to huggingface
