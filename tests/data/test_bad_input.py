@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pathlib
+import runpy
 import shutil
 import struct
 import subprocess
@@ -12,7 +13,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
 from vit_jax import evaluate, sharding, steps
@@ -22,6 +22,8 @@ from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 
 FIXTURES = pathlib.Path(__file__).parents[1] / 'fixtures' / 'data'
+_tfds_set = runpy.run_path(str(FIXTURES / 'tfds_set.py'))
+tf_example, make_tfds = _tfds_set['tf_example'], _tfds_set['make']
 PP = Preprocess(crop=8)
 
 
@@ -200,48 +202,6 @@ def test_evaluation_of_unreadable_images():
     images.bad = range(41)
     with pytest.raises(UserError, match='not one of the 41 images'):
         run(on_bad=errors.append)
-
-
-def varint(value):
-    out = b''
-    while True:
-        value, low = value >> 7, value & 127
-        if not value:
-            return out + bytes([low])
-        out += bytes([low | 128])
-
-
-def message(number, payload):
-    return bytes([number << 3 | 2]) + varint(len(payload)) + payload
-
-
-def tf_example(image, label):
-    """A serialized tf.train.Example, made without TensorFlow."""
-    features = {
-        b'image': message(1, message(1, image)),  # BytesList
-        b'label': message(3, message(1, varint(label))),  # Int64List
-    }
-    entries = [message(1, message(1, key) + message(2, f)) for key, f in features.items()]
-    return message(1, b''.join(entries))
-
-
-def make_tfds(root, records):
-    """A TFDS set `tiny_set` in ArrayRecord, with one shard."""
-    folder = root / 'tiny_set' / '1.2.0'
-    folder.mkdir(parents=True)
-    for name in ('features.json', 'label.labels.txt', 'dataset_info.json'):
-        shutil.copy(FIXTURES / 'tfrecord/tiny_set/1.2.0' / name, folder / name)
-    info = json.loads((folder / 'dataset_info.json').read_text())
-    info['fileFormat'] = 'array_record'
-    info['splits'] = info['splits'][:1]
-    info['splits'][0]['shardLengths'] = [str(len(records))]
-    (folder / 'dataset_info.json').write_text(json.dumps(info))
-    file = folder / 'tiny_set-train.array_record-00000-of-00001'
-    writer = ArrayRecordWriter(str(file), 'group_size:1')
-    for record in records:
-        writer.write(record)
-    writer.close()
-    return file
 
 
 def test_broken_records_of_a_tfds_set(tmp_path):

@@ -99,7 +99,7 @@ def resolve_augreg(
         if '://' in directory:
             released = name if directory != AUGREG_DIR else f'augreg/{name}'
             return _fetch(f'{directory}/{name}', RELEASED.get(released), cache_dir)
-        path = _expand(directory) / name
+        path = _expand(f'{directory}/{name}')
         if not path.is_file():
             raise UserError(
                 f'no file {path}; expected AugReg checkpoints and index.csv in {directory}'

@@ -96,7 +96,7 @@ def _leftovers(folder: pathlib.Path, kind: str) -> list[int]:
     pattern = re.compile(rf'\.{re.escape(folder.name)}\.([0-9]{{1,10}})\.{kind}')
     try:
         names = os.listdir(folder.parent)
-    except OSError:  # No such folder, or none that may be looked into: nothing to find.
+    except (OSError, ValueError):  # No such folder, or none to look into: nothing to find.
         return []
     return sorted(int(match[1]) for name in names if (match := pattern.fullmatch(name)))
 

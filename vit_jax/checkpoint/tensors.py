@@ -5,7 +5,6 @@ PyTorch reads it, with `weights_only`, which builds tensors and nothing else, so
 runs.
 """
 
-import contextlib
 import json
 import mmap
 import os
@@ -68,11 +67,15 @@ def kind(path: pathlib.Path) -> str:
     Args:
         path: an existing file, whatever its name.
     """
-    if zipfile.is_zipfile(path):
-        with contextlib.suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(path) as archive:
-            if any(name.endswith('data.pkl') for name in archive.namelist()):
-                return 'pickle'
-        return 'npz'
+    if _is_zip(path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+        except MemoryError:
+            raise
+        except Exception:  # zipfile raises nearly anything for damage; whoever reads it names it
+            return 'pickle' if path.suffix in _PICKLES else 'npz'
+        return 'pickle' if any(name.endswith('data.pkl') for name in names) else 'npz'
     try:
         with open(path, 'rb') as f:
             start = f.read(10)
@@ -83,6 +86,13 @@ def kind(path: pathlib.Path) -> str:
     if start[:1] == b'\x80' or path.suffix in _PICKLES:
         return 'pickle'
     return 'npz'
+
+
+def _is_zip(path: pathlib.Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # one in several parts
+        return True
 
 
 def find_in_folder(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -208,7 +218,7 @@ def _open_pickle(path: pathlib.Path) -> dict[str, LazyArray]:
         with warnings.catch_warnings():
             # What it warns of (an odd or old pickle) ends in an error or is no one's concern here.
             warnings.simplefilter('ignore')
-            if zipfile.is_zipfile(path) and path.suffix != '.safetensors':
+            if _is_zip(path) and path.suffix != '.safetensors':
                 content = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
             else:  # by its name PyTorch would take a renamed file for what it is not
                 with open(path, 'rb') as f:
@@ -273,7 +283,7 @@ def _refuse_bombs(path: pathlib.Path) -> None:
     enough.
     """
     try:
-        if zipfile.is_zipfile(path):
+        if _is_zip(path):
             with zipfile.ZipFile(path) as archive:
                 pickles = [info for info in archive.infolist() if info.filename.endswith('.pkl')]
                 if sum(info.file_size for info in pickles) > _MAX_JSON_BYTES:

@@ -77,7 +77,7 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
                     key, f'{status.st_size:,} bytes are more than {MAX_BYTES:,}, too many to read'
                 )
             with open(descriptor, 'rb', closefd=False) as file:
-                return file.read(MAX_BYTES)
+                return file.read(status.st_size)  # a larger number would be allocated first
         finally:
             os.close(descriptor)
     except OSError as error:

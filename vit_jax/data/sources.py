@@ -238,15 +238,11 @@ def open_dataset(dataset: str, *, tfds_data_dir: str = '', tfds_manual_dir: str 
     if dataset == 'digits':
         return _open_digits()
     path = expand(dataset)
-    try:
-        is_folder, is_there = path.is_dir(), path.exists()
-    except OSError as error:  # too long for the file system, no right to look
-        raise UserError(f'dataset {dataset} cannot be opened ({error.strerror})') from error
-    if is_folder:
+    if path.is_dir():
         from vit_jax.data import folders
 
         return folders.open_folder(path, dataset)
-    if is_there:
+    if path.exists():
         raise UserError(
             f'dataset {dataset} is a file; give the folder that holds the folders of the classes'
         )
@@ -265,12 +261,15 @@ def expand(path: str) -> pathlib.Path:
     """The path that a user wrote, with ~ and ~name put in.
 
     Raises:
-      UserError: there is no such user.
+      UserError: there is no such user, or there can be no such path.
     """
     try:
-        return pathlib.Path(path).expanduser()
-    except RuntimeError as error:
-        raise UserError(f'{path}: there is no user of this name ({error})') from error
+        expanded = pathlib.Path(path).expanduser()
+        expanded.exists()  # too long, or not to be looked at: whatever is done with it would fail
+    except (RuntimeError, ValueError, OSError) as error:
+        shown = path if path.isprintable() else ascii(path)
+        raise UserError(f'{shown[:300]} is no path that can be used ({error})') from error
+    return expanded
 
 
 def check_class_names(names: Sequence[str], where: str) -> None:

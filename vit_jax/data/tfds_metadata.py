@@ -13,6 +13,8 @@ import stat
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from vit_jax.data import sources
 from vit_jax.errors import UserError
 
@@ -62,6 +64,8 @@ def check_below(folder: pathlib.Path) -> None:
                 if file == _FEATURES:
                     with contextlib.suppress(_Unreadable):
                         _check_classes(_read_json(path), path)
+                if file == DESCRIPTION:
+                    _check_files(path.parent)
 
 
 def check_folder(folder: pathlib.Path) -> None:
@@ -130,6 +134,25 @@ def _check_split(split: dict[str, Any], path: pathlib.Path) -> None:
         )
 
 
+def _check_files(folder: pathlib.Path) -> None:
+    """Refuses pipes and devices in the place of files, which would be waited for without end."""
+    for path in folder.iterdir():
+        with contextlib.suppress(OSError):  # a link to nowhere: missing, which TFDS tells
+            mode = path.stat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise _damaged(path, 'it is no regular file')
+
+
+def _is_dtype(name: Any) -> bool:
+    """Whether NumPy knows it; for one that it does not, TFDS would import TensorFlow."""
+    if name == 'string':
+        return True
+    try:
+        return isinstance(name, str) and np.dtype(name) is not None
+    except (TypeError, ValueError, SyntaxError):
+        return False
+
+
 def _is_count(value: Any, largest: int) -> bool:
     """Whether it is an integer, as number or (protobuf's 64-bit ones) as text, in [0, largest]."""
     if isinstance(value, str) and re.fullmatch(r'[0-9]{1,19}', value):
@@ -139,6 +162,14 @@ def _is_count(value: Any, largest: int) -> bool:
 
 def _check_classes(features: Any, path: pathlib.Path) -> None:
     for node in _objects(features):
+        if not _is_dtype(node.get('dtype', 'string')):
+            raise _damaged(path, f'dtype is {_short(node["dtype"])}')
+        for kind, key in (('Image', 'image'), ('Tensor', 'tensor')):
+            described = node.get(key)
+            if str(node.get('pythonClassName')).endswith(f'.{kind}') and not (
+                isinstance(described, dict) and 'dtype' in described
+            ):
+                raise _damaged(path, f'a feature {kind} has no dtype')
         for key in _CLASS_KEYS:
             name = node.get(key)
             if isinstance(name, str) and not _FEATURE_CLASS.fullmatch(name):

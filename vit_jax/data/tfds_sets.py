@@ -5,11 +5,13 @@ there as TFRecord as the original release left it, is brought into that form by
 `vit_jax.data.prepare` in a child process.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
 import pathlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from vit_jax.data import tfds_metadata
@@ -146,22 +148,29 @@ def converted_folder(builder: Any) -> pathlib.Path:
     return path.with_name(path.name + '-array_record')
 
 
-def _open_prepared(name: str, folder: pathlib.Path) -> Dataset:
-    import tensorflow_datasets as tfds
-
-    tfds_metadata.check_folder(folder)
+@contextlib.contextmanager
+def _described(folder: pathlib.Path) -> Iterator[None]:
+    """Makes one `UserError` of whatever protobuf and TFDS raise for a damaged description."""
     try:
-        builder = tfds.builder_from_directory(folder)
-        features = builder.info.features
-        lengths = {str(split): info.num_examples for split, info in builder.info.splits.items()}
+        yield
     except MemoryError:
         raise
-    except Exception as error:  # protobuf's and TFDS's own, of many kinds
+    except Exception as error:
         reason = ' '.join(str(error).split())[:300] or type(error).__name__
         raise UserError(
             f'{folder} does not describe a set of TFDS as it should: {reason}. Remove it to have '
             'it prepared again, or copy it again from where it came from'
         ) from error
+
+
+def _open_prepared(name: str, folder: pathlib.Path) -> Dataset:
+    import tensorflow_datasets as tfds
+
+    tfds_metadata.check_folder(folder)
+    with _described(folder):
+        builder = tfds.builder_from_directory(folder)
+        features = builder.info.features
+        lengths = {str(split): info.num_examples for split, info in builder.info.splits.items()}
     check_features(name, features)
     label = features['label']
     if (label.num_classes or 0) < 2:
@@ -219,15 +228,18 @@ class _Records:
     def _opened(self) -> tuple[Any, Any, dict[str, Any]]:
         import tensorflow_datasets as tfds
 
-        builder = tfds.builder_from_directory(self.folder)
-        stored = builder.info.features
-        # Only image and label are parsed: other features (masks, boxes) may be large.
-        features = tfds.features.FeaturesDict({'image': stored['image'], 'label': stored['label']})
-        records = builder.as_data_source(
-            self.split,
-            deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
-            file_format=tfds.core.FileFormat.ARRAY_RECORD,
-        )
+        with _described(pathlib.Path(self.folder)):
+            builder = tfds.builder_from_directory(self.folder)
+            stored = builder.info.features
+            # Only image and label are parsed: other features (masks, boxes) may be large.
+            features = tfds.features.FeaturesDict(
+                {'image': stored['image'], 'label': stored['label']}
+            )
+            records = builder.as_data_source(
+                self.split,
+                deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
+                file_format=tfds.core.FileFormat.ARRAY_RECORD,
+            )
         return records, features, {'image': tfds.decode.SkipDecoding()}
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""What `tests/fuzz.py` is made of: small real files, ways to damage them, and who reads them."""
