@@ -568,3 +568,21 @@ def test_many_classes_show_the_best(main, model, images, monkeypatch):
     assert names == list(labels.imagenet1k()[:-6:-1]), 'a model of 1,000 classes without names'
     _, out, _ = main('--model', 'x.npz', '--labels', 'none', '--top_k', 1000, images / 'single.png')
     assert len(out.splitlines()) == 1001 and 'class 999 ' in out
+
+
+def test_progress_bar_is_for_terminals_and_not_in_the_output(exported, images):
+    pty = pytest.importorskip('pty', reason='there are no pseudo-terminals here')
+    ours, theirs = pty.openpty()
+    command = [sys.executable, str(SCRIPT), '--model', str(exported), '--format', 'csv', images]
+    with os.fdopen(ours, 'rb', buffering=0) as terminal:
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs)
+        os.close(theirs)
+        shown = b''
+        try:
+            while piece := terminal.read(65536):
+                shown += piece
+        except OSError:  # How Linux tells that nobody has the other end any more.
+            pass
+        out, _ = child.communicate()
+    assert child.returncode == 0 and b'6/6' in shown
+    assert len(out.splitlines()) == 1 + 6 * len(CLASSES) and b'\x1b' not in out

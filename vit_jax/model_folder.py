@@ -25,7 +25,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from vit_jax import models
+from vit_jax import labels, models
 from vit_jax.checkpoint import adapt, formats, infer, npz, replace, tensors
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
@@ -200,11 +200,7 @@ def open_model(
 
 def own_class_names(model: Model) -> tuple[str, ...]:
     """The names of the classes; () if they have none but 'class 0', 'class 1', ..."""
-    return () if model.class_names == _numbered(len(model.class_names)) else model.class_names
-
-
-def _numbered(num_classes: int) -> tuple[str, ...]:
-    return tuple(f'class {i}' for i in range(num_classes))
+    return () if model.class_names == labels.numbered(len(model.class_names)) else model.class_names
 
 
 def _open_folder(folder: pathlib.Path) -> Model:
@@ -305,7 +301,7 @@ def _from_weights(path: pathlib.Path, weights: formats.Weights, variant: str) ->
     num_classes = head['bias'].shape[0] if head else 0
     class_names = weights.class_names
     if len(class_names) != num_classes:
-        class_names = _numbered(num_classes)
+        class_names = labels.numbered(num_classes)
     source = {'file': str(path), 'format': weights.format}
     return Model(
         models.from_config(config, num_classes=num_classes),
