@@ -1,0 +1,271 @@
+"""Parameters, FLOPs and memory: published figures, the real modules, and XLA's own counts."""
+
+import collections
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import pytest
+
+from vit_jax import models, optim
+from vit_jax.analysis import cost, counts, devices, measured
+from vit_jax.errors import UserError
+from vit_jax.models import variants
+
+# At 1000 classes and 224 pixels, as the original's tests have them, and as published of DeiT and
+# the model with the hidden layer in its head.
+PARAMETERS = {
+    'ViT-B_16': 86_567_656,
+    'ViT-B_32': 88_224_232,
+    'ViT-L_16': 304_326_632,
+    'ViT-L_32': 306_535_400,
+    'ViT-H_14': 632_045_800,
+    'ViT-B_8': 86_576_872,
+    'ViT-S_16': 22_050_664,
+    'ViT-S_32': 22_878_952,
+    'ViT-Ti_16': 5_717_416,
+    'ViT-B_16-gap-norep': 86_566_120,
+    'ViT-B_32-gap-norep': 88_222_696,
+    'ViT-S_16-gap-norep': 22_049_896,
+    'ViT-S_32-gap-norep': 22_878_184,
+    'R+ViT-Ti_16': 6_337_704,
+    'R26+ViT-B_32': 101_383_976,
+    'R26+ViT-S_32': 36_431_912,
+    'R50+ViT-B_16': 98_659_112,
+    'R50+ViT-L_32': 328_994_856,
+    'Mixer-B_16': 59_880_472,
+    'Mixer-B_32': 60_293_428,
+    'Mixer-L_16': 208_196_168,
+    'DeiT-B_16': 87_338_192,
+    'ViT-B_16-mlp-head': 87_158_248,
+}
+# With 5 classes; with 21843 classes and a representation layer.
+FIVE = {
+    'ViT-B_16': 85_802_501,
+    'ViT-B_32': 87_459_077,
+    'ViT-L_16': 303_306_757,
+    'ViT-L_32': 305_515_525,
+    'ViT-H_14': 630_771_205,
+    'DeiT-B_16': 85_807_882,
+}
+IMAGENET21K = {
+    'ViT-B_16': (768, 103_186_515),
+    'ViT-B_32': (768, 104_843_091),
+    'ViT-L_16': (1024, 326_740_307),
+    'ViT-L_32': (1024, 328_949_075),
+    'ViT-H_14': (1280, 660_385_363),
+}
+# Multiply-accumulates at 1000 classes, in units of 10^9: torchvision's figures.
+MACS = {
+    ('ViT-B_16', 224): 17.564,
+    ('ViT-B_32', 224): 4.409,
+    ('ViT-L_16', 224): 61.555,
+    ('ViT-L_32', 224): 15.378,
+    ('ViT-H_14', 224): 167.295,
+    ('ViT-B_16', 384): 55.48,
+    ('ViT-L_16', 384): 191.07,
+}
+
+
+def smaller(name, **changes):
+    """A variant with other sizes, as a plain dict."""
+    config = variants.get_config(name).to_dict()
+    for key, value in changes.items():
+        inside = 'transformer' in config and key in config['transformer']
+        (config['transformer'] if inside else config)[key] = value
+    return config
+
+
+def test_published_numbers_of_parameters():
+    for name, expected in PARAMETERS.items():
+        assert counts.parameters(variants.get_config(name), 1000, 224) == expected, name
+    for name, expected in FIVE.items():
+        assert counts.parameters(variants.get_config(name), 5, 224) == expected, name
+    for name, (width, expected) in IMAGENET21K.items():
+        config = smaller(name, representation_size=width)
+        assert counts.parameters(config, 21843, 224) == expected, name
+
+
+@pytest.mark.parametrize(('name', 'size'), MACS)
+def test_published_multiply_accumulates(name, size):
+    macs = counts.forward_macs(variants.get_config(name), 1000, size)
+    digits = 2 if size == 384 else 3
+    assert round(macs / 1e9, digits) == MACS[name, size]
+
+
+def test_a_block_has_12hh_13h_parameters():
+    for name in ('ViT-Ti_16', 'ViT-B_16', 'ViT-H_14'):
+        config = variants.get_config(name)
+        (block,) = (p for p in counts.parts(config, 5, 224) if p.name == 'block')
+        h = config.hidden_size
+        assert block.parameters == block.repeat * (12 * h * h + 13 * h)
+
+
+@pytest.mark.parametrize(
+    ('name', 'changes'),
+    [
+        ('ViT-Ti_16', dict(representation_size=48)),
+        ('ViT-S_16-gap-norep', {}),
+        ('R26+ViT-S_32', {}),
+        ('R+ViT-Ti_16', {}),
+        ('Mixer-S_32', dict(num_blocks=2)),
+        ('DeiT-Ti_16', {}),
+        ('ViT-B_16-mlp-head', {}),
+    ],
+)
+def test_the_formulas_have_every_array_of_the_module(name, changes):
+    config = smaller(name, **(changes | ({} if 'num_blocks' in changes else dict(num_layers=2))))
+    model = models.from_config(config, num_classes=7)
+    image = jax.ShapeDtypeStruct((1, 96, 96, 3), jnp.float32)
+    params = jax.eval_shape(
+        lambda x: model.init(jax.random.key(0), x, train=False)['params'], image
+    )
+    expected = collections.Counter(leaf.shape for leaf in jax.tree.leaves(params))
+    found = collections.Counter()
+    for part in counts.parts(config, 7, 96):
+        found.update(dict.fromkeys(part.shapes, 0))
+        for shape in part.shapes:
+            found[shape] += part.repeat
+    assert found == expected
+
+
+@pytest.mark.parametrize('optimizer', ['sgd', 'adamw'])
+@pytest.mark.parametrize('optim_dtype', ['bfloat16', 'float32'])
+def test_the_optimizer_takes_what_the_real_one_takes(optimizer, optim_dtype):
+    config = smaller('ViT-Ti_16', num_layers=1)
+    model = models.from_config(config, num_classes=5)
+    knobs = ml_collections.ConfigDict(
+        dict(
+            optimizer=optimizer,
+            optim_dtype=optim_dtype,
+            grad_norm_clip=1.0,
+            weight_decay=0.0,
+            momentum=0.9,
+        )
+    )
+    tx = optim.create_optimizer(knobs, optim.create_learning_rate_schedule(10, 0.1, 'cosine', 1))
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    params = jax.eval_shape(
+        lambda x: model.init(jax.random.key(0), x, train=False)['params'], image
+    )
+    real = jax.eval_shape(tx.init, params)
+    memory = cost.training_memory(
+        config,
+        num_classes=5,
+        image_size=32,
+        batch=1,
+        optimizer=optimizer,
+        optim_dtype=optim_dtype,
+    )
+    assert memory.optimizer == sum(
+        math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(real)
+    )
+    assert memory.weights == sum(math.prod(x.shape) * 4 for x in jax.tree.leaves(params))
+
+
+@pytest.fixture(scope='module')
+def compiled():
+    """The real training step of a ViT-Ti/16 with two blocks, compiled at three batch sizes."""
+    config = smaller('ViT-Ti_16', num_layers=2)
+    shared = dict(num_classes=5, image_size=224)
+    return (
+        config,
+        shared,
+        [measured.training(config, batch=batch, **shared) for batch in (8, 16, 48)],
+    )
+
+
+def test_flops_agree_with_xla(compiled):
+    config, shared, steps = compiled
+    for step in steps:
+        formula = 2 * step.batch * counts.training_macs(config, **shared)
+        assert formula == pytest.approx(step.flops, rel=0.02)
+
+
+def test_memory_agrees_with_xla(compiled):
+    config, shared, steps = compiled
+    for step in steps:
+        memory = cost.training_memory(config, batch=step.batch, platform='cpu', **shared)
+        assert memory.total == pytest.approx(step.total, rel=0.1)
+        # Exact but for step, counts of skipped and replaced, and the loss's few bytes.
+        assert memory.weights + memory.optimizer + memory.inputs == pytest.approx(
+            step.arguments, abs=100
+        )
+
+
+def test_a_line_through_two_batch_sizes_predicts_a_third(compiled):
+    *_, (first, second, third) = compiled
+    assert measured.predict_total(first, second, third.batch) == pytest.approx(third.total, rel=0.1)
+
+
+def test_rematerialised_flops_agree_with_xla():
+    config = smaller('ViT-Ti_16', num_layers=1)
+    for remat in ('dots', 'full'):
+        step = measured.training(config, num_classes=5, image_size=96, batch=8, remat=remat)
+        macs = counts.training_macs(config, 5, 96, remat)
+        assert 2 * 8 * macs == pytest.approx(step.flops, rel=0.03), remat
+
+
+def needed(batch=64, name='ViT-B_16', **changes):
+    arguments = dict(num_classes=5, image_size=224, batch=batch, dtype='bfloat16') | changes
+    return cost.training_memory(variants.get_config(name), **arguments)
+
+
+def test_memory_follows_its_knobs():
+    plain = needed().total
+    assert needed(remat='full').total < needed(remat='dots').total < plain
+    assert needed(accum_steps=8).total < plain < needed(dtype='float32').total
+    assert needed(attention='cudnn').total < plain
+    assert needed(optimizer='adamw').optimizer > needed(optim_dtype='float32').optimizer
+    assert needed(devices=4, fsdp=4).weights == pytest.approx(needed().weights / 4, rel=0.01)
+    assert needed(devices=4).inputs == needed().inputs / 4
+    # On a CPU neither saves anything.
+    cpu = needed(platform='cpu').total
+    assert cpu == needed(platform='cpu', remat='full').total
+    assert cpu == needed(platform='cpu', dtype='float32').total
+
+
+def test_every_variant_has_a_cost_on_every_platform_in_no_time():
+    start = time.process_time()
+    calls = 0
+    for name in variants.VARIANTS:
+        for platform in ('cpu', 'gpu'):
+            for dtype in cost.BYTES:
+                for remat in ('', 'dots', 'full'):
+                    memory = needed(name=name, platform=platform, dtype=dtype, remat=remat)
+                    assert memory.total > memory.weights + memory.optimizer
+                    calls += 1
+    assert (time.process_time() - start) / calls < 0.05
+
+
+def test_the_largest_batch_is_the_largest():
+    memory = 16 * 2**30
+    largest = cost.largest_batch(memory, needed, 8)
+    assert largest % 8 == 0
+    assert needed(largest).total <= memory < needed(largest + 8).total
+    assert cost.largest_batch(2**20, needed) == 0
+
+
+def test_images_per_second():
+    # 1 TFLOP/s, half of it, 250 MMACs: 0.5e12 / 0.5e9.
+    assert cost.images_per_second(250_000_000, 1.0, 0.5) == pytest.approx(1000)
+    assert cost.images_per_second(250_000_000, 1.0, 0.5, devices=4) == pytest.approx(4000)
+
+
+def test_an_image_that_is_no_whole_number_of_patches():
+    with pytest.raises(UserError, match='multiples of 16 pixels: 224 or 240'):
+        needed(image_size=230)
+
+
+def test_devices():
+    assert devices.get('RTX 4090').memory_gib == 24
+    with pytest.raises(UserError, match="nearest: 'h200'"):
+        devices.get('h20')
+    own = devices.choose('', 10.0, 5.0, 'float32')
+    assert (own.memory_gib, own.peak_float32) == (10, 5)
+    with pytest.raises(UserError, match='give both'):
+        devices.choose('', 10.0, None, 'float32')
+    with pytest.raises(UserError, match='above 0'):
+        devices.choose('l4', -1.0, None, 'float32')
