@@ -133,8 +133,8 @@ def test_a_full_disk_leaves_earlier_checkpoints_as_they_were():
 def test_a_read_only_workdir_is_one_line():
     code = (
         'import sys; from vit_jax import main\n'
-        'sys.argv = ["main", "--config", "tests/fixtures/tiny.py", "--workdir", sys.argv[1] + "/x",'
-        ' "--config.compile_cache="]\n'
+        'sys.argv = ["main", "--config", "tests/endurance/tiny.py", "--config.compile_cache=",'
+        ' "--workdir", sys.argv[1] + "/x"]\n'
         'main.run()'
     )
     ended = in_small_disk(code, '3m', readonly=True)

@@ -181,7 +181,8 @@ def test_five_steps_with_bfloat16_momentum(reference, devices, accum_steps, clip
 
     np.testing.assert_allclose([m['train_loss'] for m in history], losses, atol=1e-5, rtol=0)
     ours, theirs = (
-        np.concatenate([c.ravel() for c in changes(tree, params)]) for tree in (new.params, expected)
+        np.concatenate([c.ravel() for c in changes(tree, params)])
+        for tree in (new.params, expected)
     )
     largest = np.abs(theirs).max()
     off = np.abs(ours - theirs)

@@ -132,7 +132,7 @@ def test_damaged_lines_are_removed_and_counted(tmp_path, damage):
 
 def test_other_processes_write_nothing(tmp_path):
     shown = console()
-    with start(tmp_path / 'run', enabled=False, console=shown) as out:
+    with start(tmp_path / 'run', process_index=1, console=shown) as out:
         out.metrics(1, train_loss=1.0)
         out.timing(1, seconds=1.0)
         out.progress(1, **PROGRESS)

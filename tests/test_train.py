@@ -11,7 +11,7 @@ import pytest
 
 from configs import digits
 from vit_jax import config as config_lib
-from vit_jax import evaluate, model_folder, predict, sharding, steps, train
+from vit_jax import evaluate, loop, model_folder, predict, sharding, steps, train
 from vit_jax import state as state_lib
 from vit_jax.checkpoint import npz
 from vit_jax.data import sources
@@ -100,7 +100,7 @@ def test_a_finished_run_started_again_does_nothing(finished, capsys):
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(finished, tmp_path, monkeypatch):
     """Stopped at step 10, with a checkpoint of step 6: no line is missing, none is there twice."""
     _, whole, params = finished
-    original = train._report_progress
+    original = loop._report_progress
 
     def stop_at_ten(run, step, *rest):
         original(run, step, *rest)
@@ -109,7 +109,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(finished, tmp_path, m
 
     config = make_config(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(train, '_report_progress', stop_at_ten)
+        patch.setattr(loop, '_report_progress', stop_at_ten)
         with pytest.raises(KeyboardInterrupt):
             train.train_and_evaluate(config, tmp_path / 'run')
     assert lines(tmp_path / 'run')[-1]['step'] == 10
@@ -140,13 +140,14 @@ def test_nothing_compiles_after_the_first_step_and_evaluation(tmp_path, monkeypa
                 compiled.append(record.getMessage())
 
     marks = []
-    original = train._evaluate
+    original = loop.Loop._evaluate
 
     def mark(*args):
-        original(*args)
+        result = original(*args)
         marks.append(len(compiled))
+        return result
 
-    monkeypatch.setattr(train, '_evaluate', mark)
+    monkeypatch.setattr(loop.Loop, '_evaluate', mark)
     logger, handler = logging.getLogger('jax._src.dispatch'), Listen()
     logger.addHandler(handler)
     try:

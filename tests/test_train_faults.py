@@ -13,7 +13,7 @@ from PIL import Image
 
 from configs import digits
 from vit_jax import config as config_lib
-from vit_jax import model_folder, preemption, steps, train
+from vit_jax import evaluate, loop, model_folder, preemption, sharding, steps, train
 from vit_jax.checkpoint import workdir as workdir_lib
 from vit_jax.data import sources
 from vit_jax.errors import UserError
@@ -37,7 +37,7 @@ def lines(workdir, name='metrics.jsonl'):
 
 def spoil(monkeypatch, bad_steps):
     """Makes the images of some steps (1-based) infinite, on their way to the device."""
-    original = train.sharding.put_batch
+    original = sharding.put_batch
     count = iter(range(1, 1000))
 
     def put(batch, mesh):
@@ -45,12 +45,12 @@ def spoil(monkeypatch, bad_steps):
             batch = {**batch, 'image': np.full_like(batch['image'], np.inf)}
         return original(batch, mesh)
 
-    monkeypatch.setattr(train.sharding, 'put_batch', put)
+    monkeypatch.setattr(sharding, 'put_batch', put)
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(monkeypatch, tmp_path):
     spoil(monkeypatch, {6})
-    monkeypatch.setattr(train.sharding, 'steps_ahead', lambda: 2)  # as on a GPU
+    monkeypatch.setattr(sharding, 'steps_ahead', lambda: 2)  # as on a GPU
     with pytest.raises(UserError) as error:
         train.train_and_evaluate(make_config(), tmp_path)
     text = str(error.value)
@@ -74,7 +74,7 @@ def test_skipping_is_counted_and_ends_somewhere(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().out.count('its update is skipped') == 2
 
     spoil(monkeypatch, range(3, 100))
-    monkeypatch.setattr(train, 'MAX_SKIPPED_IN_A_ROW', 4)
+    monkeypatch.setattr(loop, 'MAX_SKIPPED_IN_A_ROW', 4)
     with pytest.raises(UserError, match='step 6.*4 steps in a row were skipped'):
         train.train_and_evaluate(make_config(nan_policy='skip'), tmp_path / 'all')
 
@@ -172,12 +172,12 @@ def test_the_best_step_is_kept_and_becomes_a_model(monkeypatch, tmp_path):
     at = iter(sorted(accuracies))
     kept = {}
 
-    def evaluate(eval_step, params, *args, **kwargs):
+    def made_up(eval_step, params, *args, **kwargs):
         step = next(at)
         kept[step] = jax.device_get(params)
         return {'accuracy_test': accuracies[step], 'loss_test': 1.0}, 1.0
 
-    monkeypatch.setattr(train.evaluate, 'evaluate', evaluate)
+    monkeypatch.setattr(evaluate, 'evaluate', made_up)
     config = make_config(keep_best=True, eval_every=1, checkpoint_every=100, keep_checkpoints=1)
     train.train_and_evaluate(config, tmp_path)
     with workdir_lib.Checkpoints(tmp_path) as checkpoints:

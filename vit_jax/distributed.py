@@ -5,6 +5,7 @@ Each process holds the devices of its machine (or one of them); all together for
 """
 
 import contextlib
+import faulthandler
 import os
 import re
 import socket
@@ -80,6 +81,9 @@ def start(
             'Check that all of them were started, with the same coordinator, and that its port is '
             f'free and reachable; the flags are {_FLAGS}'
         ) from error
+    # When another process dies, JAX says so and aborts this one. Python's own dump of an aborted
+    # process (absl turns that on) would bury the message.
+    faulthandler.disable()
 
 
 def find_cluster(environ: Mapping[str, str]) -> str:

@@ -34,10 +34,13 @@ FREE = frozenset({
 def locked(workdir: str | os.PathLike[str]) -> Iterator[None]:
     """Holds the workdir for this process; the system lets go of it however the process ends.
 
+    A folder that was made for that, and has nothing else in it in the end, is removed again.
+
     Raises:
       UserError: another run holds it, or the folder cannot be written.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = pathlib.Path(workdir).absolute()
+    made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = open(workdir / LOCK_FILE, 'a+', encoding='utf-8')
@@ -48,6 +51,8 @@ def locked(workdir: str | os.PathLike[str]) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(file.fileno()), os.stat(workdir / LOCK_FILE)):
+                raise BlockingIOError('the file was removed and made anew in this moment')
         except OSError as error:
             file.seek(0)
             holder = ' '.join(file.read().split()) or 'another process'
@@ -59,7 +64,14 @@ def locked(workdir: str | os.PathLike[str]) -> Iterator[None]:
         now = datetime.datetime.now().isoformat(sep=' ', timespec='seconds')
         file.write(f'process {os.getpid()} on {socket.gethostname()}, since {now}\n')
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            if made and os.listdir(workdir) == [LOCK_FILE]:
+                os.unlink(workdir / LOCK_FILE)
+                with contextlib.suppress(OSError):  # somebody put something there
+                    for folder in made:
+                        folder.rmdir()
 
 
 def check_config(saved: pathlib.Path, config: Mapping[str, Any]) -> list[str]:

@@ -17,7 +17,7 @@ class Run:
     """A process of `python -m vit_jax.main`; its output goes to a file. Kill it with `kill`."""
 
     def __init__(
-        self, workdir, *flags, cache, log, devices=1, config='tests/fixtures/tiny.py', env=()
+        self, workdir, *flags, cache, log, devices=1, config='tests/endurance/tiny.py', env=()
     ):
         self.log = pathlib.Path(log)
         environment = {

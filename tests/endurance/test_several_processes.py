@@ -1,6 +1,7 @@
 """Two processes, gloo between them, train as one does; none is left hanging."""
 
 import json
+import re
 import signal
 import socket
 import time
@@ -120,7 +121,10 @@ def test_a_dead_process_ends_the_other_with_a_message(cache, tmp_path, dead):
     other = pair.runs[1 - dead]
     assert other.wait(60) != 0
     assert time.monotonic() - begin < 60
-    assert 'another of the 2 processes is gone' in other.output, other.output
+    # Ours, or JAX's own, whichever of the two notices first.
+    messages = 'another of the 2 processes is gone|another task died'
+    assert re.search(messages, other.output), other.output
+    assert 'Fatal Python error' not in other.output
 
 
 def test_a_failure_of_one_is_told_by_all(cache, tmp_path):

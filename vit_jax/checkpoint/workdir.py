@@ -83,9 +83,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Returns the steps that have a complete, perhaps damaged, checkpoint; ascending."""
-        if not self._folder.is_dir():
-            return []
-        return sorted(int(p.name) for p in self._folder.iterdir() if re.fullmatch(r'\d+', p.name))
+        return saved_steps(self._folder.parent)
 
     def save(self, step: int, state: Any) -> None:
         """Starts to save `state` as the checkpoint of `step`.
@@ -319,6 +317,14 @@ class Checkpoints:
             aside = self._folder / f'damaged-{step}'
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(self._folder / str(step), aside)
+
+
+def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
+    """Returns the steps that have a complete, perhaps damaged, checkpoint; ascending."""
+    folder = pathlib.Path(workdir) / 'checkpoints'
+    if not folder.is_dir():
+        return []
+    return sorted(int(p.name) for p in folder.iterdir() if re.fullmatch(r'\d+', p.name))
 
 
 def _describe(state: Any) -> dict[str, list[Any]]:

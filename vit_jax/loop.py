@@ -1,0 +1,356 @@
+"""The training loop.
+
+What it does in which order:
+
+    1. get the batch of this step (a function of seed and step), put it on the devices
+    2. the training step: one jitted call; the old state is donated to it
+    3. look at the step before the last ones under way: was it finite, is the run to stop?
+    4. every `progress_every` steps: read the metrics, write and show them
+    5. every `eval_every` steps: evaluate on the whole test set, write metrics
+    6. every `checkpoint_every` steps, and when the run is to stop: save, asynchronously
+
+Metrics of a step are written before its checkpoint, so a resumed run has neither a gap nor a line
+twice; and no state is saved before its step, and all before it, are known to be finite.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from vit_jax import evaluate, preemption, sharding, telemetry
+from vit_jax.checkpoint import workdir as workdir_lib
+from vit_jax.data import pipeline, sources
+from vit_jax.data.preprocess import Preprocess
+from vit_jax.errors import UserError
+from vit_jax.state import TrainState
+
+# With nan_policy='skip': after so many skipped steps in a row nothing good will come any more.
+MAX_SKIPPED_IN_A_ROW = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What stays the same over a run."""
+
+    config: ml_collections.ConfigDict
+    workdir: pathlib.Path
+    mesh: Mesh
+    train: sources.Selection
+    test: sources.Selection
+    preprocess: Preprocess
+    log: telemetry.Telemetry
+    on_bad: pipeline.OncePerKey
+
+    @property
+    def threads(self) -> int | None:
+        """Threads that read; None for as many as seem useful."""
+        return self.config.data_threads or None
+
+
+class Loop:
+    """The loop over steps, and what it has to remember.
+
+    Args:
+      run: what stays the same.
+      train_step: of `steps.make_train_step`.
+      eval_step: of `steps.make_eval_step`.
+      checkpoints: of the run.
+      signals: that ask it to stop.
+      accuracies: step -> test accuracy, of the evaluations before it was resumed.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        train_step: Callable,
+        eval_step: Callable,
+        checkpoints: workdir_lib.Checkpoints,
+        signals: preemption.StopSignals,
+        accuracies: dict[int, float],
+    ):
+        self._run = run
+        self._train_step = train_step
+        self._eval_step = eval_step
+        self._checkpoints = checkpoints
+        self._signals = signals
+        self._accuracies = accuracies
+        self._in_flight = collections.deque()  # (step, indices of the examples, metrics)
+        self._skipped_in_a_row = 0
+        self._stopping = False
+
+    def best(self) -> int | None:
+        """The first step of the best test accuracy; None if that is not asked for."""
+        if not (self._run.config.keep_best and self._accuracies):
+            return None
+        return max(self._accuracies, key=self._accuracies.get)
+
+    def run_steps(self, state: TrainState, start: int) -> TrainState:
+        """Steps start + 1 to total_steps, from the state after `start` to that after the last.
+
+        Raises:
+          UserError: the loss is not finite, too many images cannot be read, a checkpoint cannot be
+            written.
+          PreemptedError: a signal came, and the state is saved.
+        """
+        config, log, run = self._run.config, self._run.log, self._run
+        if self.best() is not None:
+            self._checkpoints.protect(self.best())
+        if start and self._is_due(start, config.eval_every) and start not in self._accuracies:
+            self._evaluate(start, state)  # it was stopped before, or while, it did
+            self._leave_if_stopping(start)
+        if start == config.total_steps:
+            return state
+        clock = _Clock()
+        dataset = pipeline.train_dataset(
+            run.train,
+            run.preprocess,
+            batch=config.batch,
+            seed=config.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            on_bad=run.on_bad,
+        )
+        with pipeline.train_batches(dataset, start=start, threads=run.threads) as batches:
+            for step in range(start + 1, config.total_steps + 1):
+                with clock.waiting():
+                    batch = next(batches)
+                examples = batch.pop('example')
+                batch['stop'] = np.full_like(examples, bool(self._signals.received))
+                # An implicit transfer would stall the device unnoticed; here it is an error.
+                with jax.transfer_guard('disallow'):
+                    state, metrics = self._train_step(state, sharding.put_batch(batch, run.mesh))
+                self._in_flight.append((step, examples, metrics))
+                clock.step_done(config.batch)
+                if step == start + 1:
+                    jax.block_until_ready(metrics)
+                    log.timing(step, first_step_s=clock.restart())
+
+                show = self._is_due(step, config.progress_every)
+                assess = self._is_due(step, config.eval_every)
+                save = self._is_due(step, config.checkpoint_every)
+                self._settle(0 if show or assess or save else sharding.steps_ahead())
+                if self._stopping:
+                    self._settle(0)
+
+                if show:
+                    values = {name: v.item() for name, v in jax.device_get(metrics).items()}
+                    log.metrics(step, **_for_the_log(values, config))
+                    _report_progress(run, step, values, clock)
+                    self._check_unreadable('train', values['replaced'], step * config.batch)
+
+                if assess and not self._stopping:
+                    with clock.paused():
+                        save = self._evaluate(step, state) or save
+
+                if save or self._stopping:
+                    with clock.paused():
+                        self._checkpoints.save(step, state)
+                self._leave_if_stopping(step)
+        return state
+
+    def _is_due(self, step: int, every: int) -> bool:
+        return step % every == 0 or step == self._run.config.total_steps
+
+    def _settle(self, ahead: int) -> None:
+        """Waits until at most `ahead` steps are under way, and looks at what the others gave."""
+        while len(self._in_flight) > ahead:
+            step, examples, metrics = self._in_flight.popleft()
+            finite, stop = jax.device_get((metrics['finite'], metrics['stop']))
+            # Every process sees the same `stop` at the same step. One that is alone need not wait
+            # for the next step to learn of its own signal.
+            self._stopping |= bool(stop)
+            if jax.process_count() == 1:
+                self._stopping |= bool(self._signals.received)
+            if finite:
+                self._skipped_in_a_row = 0
+            else:
+                self._not_finite(step, examples, metrics)
+
+    def _not_finite(self, step: int, examples: np.ndarray, metrics: Any) -> None:
+        """A step whose loss or gradient is not finite: stop, or say that it was skipped."""
+        run = self._run
+        loss, norm = jax.device_get((metrics['train_loss'], metrics['gradient_norm']))
+        what = f'step {step:,}: the loss is {loss:.4g}, the norm of its gradient {norm:.4g}'
+        indices = ', '.join(map(str, examples))
+        which = f'examples of {run.train!r} in this batch: {indices}'
+        if jax.process_count() > 1:
+            which += f' (those of process {jax.process_index()})'
+        self._skipped_in_a_row += 1
+        if run.config.nan_policy == 'skip' and self._skipped_in_a_row < MAX_SKIPPED_IN_A_ROW:
+            run.log.info(f'WARNING: {what}; its update is skipped. The {which}')
+            return
+        self._checkpoints.wait()
+        kept = self._checkpoints.steps()
+        last = (
+            f'The last good checkpoint is that of step {kept[-1]:,}, in {run.workdir}'
+            if kept
+            else 'No checkpoint was saved yet'
+        )
+        if run.config.nan_policy == 'skip':
+            advice = f'{MAX_SKIPPED_IN_A_ROW} steps in a row were skipped'
+        else:
+            advice = '--config.nan_policy=skip goes on without such updates'
+        raise UserError(
+            f'{what}. {last}. {advice}; a smaller --config.base_lr, more --config.warmup_steps or '
+            f'--config.dtype=float32 may avoid it. The {which}'
+        )
+
+    def _evaluate(self, step: int, state: TrainState) -> bool:
+        """Evaluates on the test examples, and says whether it is the best so far, and wanted."""
+        run, before = self._run, self.best()
+        # Alone, a run that is to stop does not finish the evaluation; the next one begins with it.
+        alone = jax.process_count() == 1
+        result = evaluate.evaluate(
+            self._eval_step,
+            state.params,
+            run.test,
+            run.preprocess,
+            run.mesh,
+            batch=run.config.batch_eval,
+            threads=run.threads,
+            on_bad=run.on_bad,
+            should_stop=(lambda: bool(self._signals.received)) if alone else None,
+        )
+        if result is None:
+            self._stopping = True
+            return False
+        metrics, speed = result
+        run.log.metrics(step, **metrics)
+        run.log.timing(step, img_sec_core_test=speed)
+        top5 = ''
+        if 'accuracy_top5_test' in metrics:
+            top5 = f', top-5 {100 * metrics["accuracy_top5_test"]:.2f} %'
+        run.log.info(
+            f'step {step:,}: test accuracy {100 * metrics["accuracy_test"]:.2f} %{top5}, '
+            f'loss {metrics["loss_test"]:.4f} ({len(run.test):,} images)'
+        )
+        self._check_unreadable('test', metrics.get('unreadable_test', 0), len(run.test))
+        self._accuracies[step] = metrics['accuracy_test']
+        if self.best() == before:
+            return False
+        self._checkpoints.protect(step)
+        return True
+
+    def _check_unreadable(self, split: str, count: float, seen: int) -> None:
+        """Raises if more images than `max_unreadable` allows cannot be read."""
+        run = self._run
+        examples = len(run.train if split == 'train' else run.test)
+        # Of the first pass, the whole set is the measure: one bad image in the first batch is none.
+        if count > run.config.max_unreadable * max(seen, examples):
+            raise UserError(
+                f'{count:,.0f} of {seen:,} {split} images so far could not be read (they are named '
+                f'above and in {run.workdir / telemetry.LOG_FILE}), and '
+                f'--config.max_unreadable={run.config.max_unreadable:g} allows a share of that of '
+                f'{examples:,} or more. Repair or remove them, or raise it'
+            )
+
+    def _leave_if_stopping(self, step: int) -> None:
+        """Waits for the checkpoint of `step`, and ends the run, if it was asked to."""
+        if not self._stopping:
+            return
+        self._checkpoints.wait()
+        signum = self._signals.received or signal.SIGTERM  # another process got one
+        message = (
+            f'stopped by {signal.Signals(signum).name} after step {step:,} of '
+            f'{self._run.config.total_steps:,}, which is saved in {self._run.workdir}. To go on, '
+            f'run the same command again'
+        )
+        if '--workdir' not in ' '.join(sys.argv):
+            message += f' (with --workdir {self._run.workdir})'
+        self._run.log.note(message)
+        raise preemption.PreemptedError(signum, message)
+
+
+def _for_the_log(values: dict[str, Any], config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """What of a step's metrics goes to metrics.jsonl: counts only where there is something."""
+    learned = {
+        name: values[name] for name in ('train_loss', 'accuracy_train', 'gradient_norm', 'lr')
+    }
+    if config.nan_policy == 'skip':
+        learned['skipped_steps'] = values['skipped']
+    if values['replaced']:
+        learned['replaced_images'] = values['replaced']
+    return learned
+
+
+def _report_progress(run: Run, step: int, values: dict[str, float], clock: '_Clock') -> None:
+    """Shows the progress line and writes the timing since the last one."""
+    if not clock.images:  # The first step: its time was that of compiling.
+        return
+    images, seconds, waited = clock.lap()
+    eta = clock.seconds_per_step() * (run.config.total_steps - step)
+    stats = jax.local_devices()[0].memory_stats() or {}  # a CPU has none
+    memory = {'device_memory_peak': stats['peak_bytes_in_use']} if stats else {}
+    run.log.timing(
+        step,
+        img_sec_core_train=images / seconds / run.mesh.devices.size,
+        data_wait=waited / seconds,
+        eta_s=eta,
+        **memory,
+    )
+    run.log.progress(
+        step,
+        loss=values['train_loss'],
+        accuracy=values['accuracy_train'],
+        lr=values['lr'],
+        images_per_sec=images / seconds,
+        data_wait=waited / seconds,
+        eta_s=eta,
+    )
+
+
+class _Clock:
+    """Time of training alone: without the first step (compiling), evaluation and saving."""
+
+    def __init__(self):
+        self.images = 0  # since the last lap
+        self._steps = 0
+        self._waited = 0.0
+        self._begin = self._lap = time.monotonic()
+
+    def restart(self) -> float:
+        """Forgets what was so far, and returns how long it took, in seconds."""
+        took = time.monotonic() - self._begin
+        self.__init__()
+        return took
+
+    def step_done(self, images: int) -> None:
+        """Counts a step of so many images."""
+        self.images += images
+        self._steps += 1
+
+    def lap(self) -> tuple[int, float, float]:
+        """Images, seconds, and seconds of waiting for data since the last lap, without pauses."""
+        now = time.monotonic()
+        result = self.images, now - self._lap, self._waited
+        self._lap, self.images, self._waited = now, 0, 0.0
+        return result
+
+    def seconds_per_step(self) -> float:
+        """Mean since the first step, pauses included: what a step costs in the long run."""
+        return (time.monotonic() - self._begin) / max(1, self._steps)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts what runs in it as waiting for data."""
+        start = time.monotonic()
+        yield
+        self._waited += time.monotonic() - start
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves what runs in it out of the lap."""
+        start = time.monotonic()
+        yield
+        self._lap += time.monotonic() - start
