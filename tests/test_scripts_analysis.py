@@ -10,6 +10,8 @@ import types
 
 import pytest
 
+from vit_jax.models import variants
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -103,11 +105,15 @@ def test_cost_of_all_variants(run):
     assert ('ViT-H_14', '384') not in rows  # 384 is no multiple of 14
 
 
-def test_cost_beside_xla(run):
-    arguments = ('--variant', 'Mixer-S_32', '--image_size', '64', '--batch', '32')
+def test_cost_beside_xla(run, monkeypatch):
+    config = variants.get_config('ViT-Ti_16').to_dict()
+    config['transformer']['num_layers'] = 1  # The smallest of the table takes a minute to compile.
+    monkeypatch.setitem(variants.VARIANTS, 'one-block', config)
+    arguments = ('--variant', 'one-block', '--image_size', '32', '--batch', '32')
     done = run('cost.py', *arguments, '--dtype', 'float32', '--xla', '--num_classes', '5')
     assert (done.returncode, done.stderr) == (0, '')
     assert 'formula beside XLA' in done.stdout
+    assert re.search(r'TFLOPs, batch 16 +\d', done.stdout)
     assert re.search(r'GiB, batch 32 +\d', done.stdout)
 
 

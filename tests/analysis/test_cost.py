@@ -167,8 +167,8 @@ def test_the_optimizer_takes_what_the_real_one_takes(optimizer, optim_dtype):
 
 @pytest.fixture(scope='module')
 def compiled():
-    """The real training step of a ViT-Ti/16 with two blocks, compiled at three batch sizes."""
-    config = smaller('ViT-Ti_16', num_layers=2)
+    """The real training step of a ViT-Ti/16 of one block, compiled at three batch sizes."""
+    config = smaller('ViT-Ti_16', num_layers=1)
     shared = dict(num_classes=5, image_size=224)
     return (
         config,
