@@ -40,7 +40,7 @@ _MAX_LAYERS = 1000
 _MAX_WIDTH = 10_000_000
 _MAX_STAGES = 100
 _MAX_IMAGE_SIZE = 32_768
-_FILE_NAME = re.compile(r'\w[\w.+-]*')  # beside model.json, no path
+_FILE_NAME = re.compile(r'\w[\w.+-]{0,199}', re.A)  # beside model.json, no path
 
 # How a model is computed, not what it is: left to whoever loads it.
 _EXECUTION_KEYS = ('dtype', 'attention', 'remat')
@@ -188,7 +188,9 @@ def open_model(
     """
     path = pathlib.Path(path)
     replace.recover(path.absolute())
-    if path.is_dir() and ((path / MODEL_FILE).is_file() or not (path / 'config.json').is_file()):
+    if npz.is_folder(path) and (
+        (path / MODEL_FILE).is_file() or not (path / 'config.json').is_file()
+    ):
         if variant:
             raise UserError(f'{path} is a model folder, which knows its variant; leave it out')
         if normalization:

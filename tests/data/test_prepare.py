@@ -138,3 +138,71 @@ def test_no_network(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match='flower_photos.tgz cannot be reached.*tfds_data_dir=DIR'):
         prepare.run('tf_flowers', data_dir=str(tmp_path))
+
+
+KILLED = 'import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n'
+
+
+def test_a_killed_conversion_is_said_and_swept(tfrecord_set, tmp_path, monkeypatch, capfd):
+    """As when memory runs out: the child dies when it begins to read, its folder half full."""
+    (tmp_path / 'path').mkdir()
+    (tmp_path / 'path' / 'tensorflow.py').write_text(KILLED)
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path / 'path'))
+    folder = tfrecord_set / 'tiny_set'
+
+    def left():
+        return {path.name for path in folder.iterdir()} - {'1.2.0'}
+
+    seen = set()
+    for _ in range(2):
+        with pytest.raises(UserError, match='process was killed, as .* memory runs out') as caught:
+            sources.open_sources('tiny_set', tfds_data_dir=str(tfrecord_set))
+        assert '\n' not in str(caught.value)
+        (name,) = left()  # of this try; that of the one before is gone
+        assert name.startswith('incomplete-1.2.0-array_record-') and name not in seen
+        seen.add(name)
+    assert 'which a process that was killed left' in capfd.readouterr().out
+    # TFDS's own way of making a set leaves others.
+    for name, age in (('incomplete.ABC123_1.2.0', 7200), ('incomplete.XYZ789_1.2.0', 0)):
+        (folder / name).mkdir()
+        os.utime(folder / name, ((folder / name).stat().st_mtime - age,) * 2)
+    # One at work is left alone.
+    with prepare._appears_complete(folder / '1.2.0-array_record') as scratch:
+        prepare._sweep(folder / '1.2.0')
+        assert left() == {scratch.name, 'incomplete.XYZ789_1.2.0'}
+    assert left() == {'1.2.0-array_record', 'incomplete.XYZ789_1.2.0'}
+
+
+FULL = """
+mount -t tmpfs -o size={size} none {data} || exit 77
+cp -r {source}/. {data}
+{python} -c "
+from vit_jax.data import prepare
+from vit_jax.errors import UserError
+try:
+    prepare.run('tiny_set', data_dir='{data}')
+except UserError as error:
+    print('UserError:', error)
+"
+ls {data}/tiny_set
+"""
+
+
+def test_no_room_for_a_conversion(tmp_path):
+    """On a real file system that is full (root may mount one in a name space of its own)."""
+    data = tmp_path / 'data'
+    data.mkdir()
+    words = {'data': data, 'source': FIXTURES / 'tfrecord', 'python': sys.executable}
+    try:
+        done = subprocess.run(
+            ['unshare', '-m', 'sh', '-c', FULL.format(size='200k', **words)],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    except FileNotFoundError:
+        pytest.skip('there is no command unshare')
+    if 'UserError' not in done.stdout and ('unshare' in done.stderr or done.returncode == 77):
+        pytest.skip('only root may mount a file system that is full')
+    message = next(line for line in done.stdout.splitlines() if line.startswith('UserError'))
+    assert 'No space left on device' in message and 'tfds_data_dir' in message
+    assert 'GiB free there' in message
+    assert done.stdout.split()[-1] == '1.2.0'  # nothing is left behind

@@ -87,7 +87,7 @@ def open_weights(
     """
     path = pathlib.Path(path)
     config: dict[str, Any] = {}
-    if path.is_dir():
+    if npz.is_folder(path):
         if not (path / 'config.json').is_file():
             raise UserError(
                 f'{path} is a folder without config.json; expected a checkpoint file, or a folder '
@@ -185,7 +185,7 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
 def _timm_config(config: Mapping[str, Any]) -> dict[str, Any]:
     pretrained = config.get('pretrained_cfg', config)
     arguments = config.get('model_args') or {}
-    known: dict[str, Any] = {'activation': arguments.get('act_layer') or 'gelu'}
+    known: dict[str, Any] = {'activation': str(arguments.get('act_layer') or 'gelu')}
     if 'num_heads' in arguments:
         known['num_heads'] = int(arguments['num_heads'])
     names = config.get('label_names') or pretrained.get('label_names')
@@ -209,7 +209,7 @@ def _torchvision_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _hugging_face_config(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    known: dict[str, Any] = {'activation': config.get('hidden_act', 'gelu')}
+    known: dict[str, Any] = {'activation': str(config.get('hidden_act', 'gelu'))}
     if 'num_attention_heads' in config:
         known['num_heads'] = int(config['num_attention_heads'])
     labels = {int(index): str(name) for index, name in (config.get('id2label') or {}).items()}

@@ -240,6 +240,14 @@ def check_exists(path: pathlib.Path) -> None:
         raise UserError(f'{path} is no regular file; expected a checkpoint file (.npz)')
 
 
+def is_folder(path: pathlib.Path) -> bool:
+    """Whether `path` is a folder; `UserError` if the system cannot even look for it."""
+    try:
+        return path.is_dir()
+    except OSError as e:
+        raise UserError(f'{str(path)[:200]} is no path that can be used ({e.strerror})') from e
+
+
 def _unreadable(path: pathlib.Path, reason: Any) -> UserError:
     return UserError(
         f'{path} is not a readable .npz file ({reason}; {path.stat().st_size:,} bytes). It may be '

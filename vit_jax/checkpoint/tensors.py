@@ -30,7 +30,8 @@ _FOLDER_FILES = (
     'pytorch_model.bin.index.json',
 )
 _MAX_JSON_BYTES = 64 << 20
-_SHARD_NAME = re.compile(r'\w[\w.+-]*')  # a file beside the index, no path
+# A file beside the index, no path.
+_SHARD_NAME = re.compile(r'\w[\w.+-]{0,199}', re.A)
 _MAX_SHARDS = 1000
 # Python objects that PyTorch makes of any file and that can take memory without end: a byte array
 # as long as a number says, and text encoded again and again. No weights need them.

@@ -10,18 +10,25 @@ by record: same bytes, same order, nothing downloaded.
 
 import argparse
 import contextlib
+import errno
+import fcntl
 import json
 import logging
 import os
 import pathlib
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from typing import Any
 
 from vit_jax.data import sources, tfds_sets
 from vit_jax.errors import UserError
+
+_ABANDONED_SECONDS = 3600
 
 
 def run(name: str, *, data_dir: str = '', manual_dir: str = '') -> None:
@@ -47,10 +54,21 @@ def run(name: str, *, data_dir: str = '', manual_dir: str = '') -> None:
         command += ['--data_dir', data_dir, '--manual_dir', manual_dir, '--error_file', str(result)]
         code = subprocess.run(command, env=environment, check=False).returncode
         if code:
-            reason = (
-                result.read_text() if result.exists() else f'its process ended with code {code}'
-            )
+            reason = result.read_text() if result.exists() else _how_it_ended(code)
             raise UserError(f'dataset {name} could not be prepared: {reason}')
+
+
+def _how_it_ended(code: int) -> str:
+    """What to say of a child that did not say anything itself."""
+    if code == -signal.SIGKILL:
+        return (
+            'its process was killed, as the system does when memory runs out (converting needs as '
+            'much as the largest file of the set). Run the same command again; nothing that is '
+            'incomplete is used'
+        )
+    if code < 0:
+        return f'its process was ended by signal {-code} ({signal.strsignal(-code)})'
+    return f'its process ended with code {code}; its last lines are above'
 
 
 def prepare(name: str, *, data_dir: str = '', manual_dir: str = '') -> pathlib.Path:
@@ -75,17 +93,50 @@ def prepare(name: str, *, data_dir: str = '', manual_dir: str = '') -> pathlib.P
         return folder
     source = pathlib.Path(builder.data_path)
     try:
+        _sweep(source)
         if (source / 'dataset_info.json').exists():
             return convert(builder, tfds_sets.converted_folder(builder))
         _download(name, builder, manual_dir)
     except OSError as error:
-        # Network errors are OSErrors as well, but they come without a file.
-        if error.filename is None:
-            raise
-        raise UserError(
-            f'{error.strerror}: {error.filename}; choose another place with --config.tfds_data_dir'
-        ) from error
+        raise _no_room(error, source) from error
     return source
+
+
+def _sweep(source: pathlib.Path) -> None:
+    """Removes what killed processes left beside the folder of a set: half of it.
+
+    A conversion's folder is locked by the process at work in it; TFDS's own, of a set that was
+    being made from its download, is not, so that must have been left alone for an hour. (The
+    downloaded files lie elsewhere and are used again.)
+    """
+    made = re.compile(rf'incomplete\.\w+_{re.escape(source.name)}')
+    pattern = re.compile(rf'incomplete-{re.escape(source.name)}-array_record-\w+')
+    folders = sorted(source.parent.iterdir()) if source.parent.is_dir() else []
+    for folder in [folder for folder in folders if made.fullmatch(folder.name)]:
+        newest = max(path.stat().st_mtime for path in (folder, *folder.rglob('*')))
+        if time.time() - newest > _ABANDONED_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)
+    for folder in [folder for folder in folders if pattern.fullmatch(folder.name)]:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue  # Another process is at work in it.
+        finally:
+            os.close(descriptor)
+        print(f'Removing {folder}, which a process that was killed left', flush=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _no_room(error: OSError, place: pathlib.Path) -> UserError:
+    """What is wrong with the place where the set should go."""
+    what = f'{error.strerror}: {error.filename or place}'
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        with contextlib.suppress(OSError):
+            existing = next(path for path in (place, *place.parents) if path.exists())
+            what += f' ({shutil.disk_usage(existing).free / 2**30:.1f} GiB free there)'
+        return UserError(f'{what}. Make room, or choose another place with --config.tfds_data_dir')
+    return UserError(f'{what}; choose another place with --config.tfds_data_dir')
 
 
 def convert(builder: Any, target: pathlib.Path) -> pathlib.Path:
@@ -143,7 +194,12 @@ def convert(builder: Any, target: pathlib.Path) -> pathlib.Path:
                 data_dir=folder, filetype_suffix=formats.ARRAY_RECORD.file_suffix
             )
             out = template.sharded_filepath(shard_index=number, num_shards=split.num_shards)
-            writer.write_examples(out, enumerate(records))
+            try:
+                writer.write_examples(out, enumerate(records))
+            except RuntimeError as error:  # ArrayRecord's
+                if _is_full(error):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from error
+                raise
             print(f'  {split.name}: file {number + 1} of {split.num_shards}', flush=True)
         _copy_description(builder, source, folder)
     return target
@@ -174,7 +230,9 @@ def _appears_complete(target: pathlib.Path):
             f'({error.strerror}); make it writable, or copy the set and give '
             '--config.tfds_data_dir=COPY'
         ) from error
+    lock = os.open(scratch, os.O_RDONLY)
     try:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # Until this process ends, however it does: see _sweep.
         yield scratch
         scratch.chmod(0o755)  # mkdtemp's folders are for their owner alone.
         try:
@@ -184,7 +242,12 @@ def _appears_complete(target: pathlib.Path):
                 raise
             # Another process was faster; what it wrote is the same.
     finally:
+        os.close(lock)
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _is_full(error: Exception) -> bool:
+    return os.strerror(errno.ENOSPC).lower() in str(error).lower()
 
 
 def _download(name: str, builder: Any, manual_dir: str) -> None:
@@ -206,8 +269,13 @@ def _download(name: str, builder: Any, manual_dir: str) -> None:
     try:
         builder.download_and_prepare(file_format='array_record', download_config=config)
     except Exception as error:
-        if isinstance(error, OSError) and error.filename is not None:
+        # Network errors are OSErrors as well, but they come without a file.
+        if isinstance(error, OSError) and (
+            error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+        ):
             raise
+        if _is_full(error):  # TensorFlow's and ArrayRecord's own words for it
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), builder.data_path) from error
         request = getattr(error, 'request', None)  # of the errors of the package requests
         address = getattr(request, 'url', '')
         reason = next(iter(str(error).strip().splitlines()), '') or 'no reason given'

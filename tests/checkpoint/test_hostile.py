@@ -1,0 +1,185 @@
+"""Files of weights made to harm: they end in one message, and take neither memory nor time."""
+
+import io
+import json
+import os
+import pickle
+import struct
+import zipfile
+
+import numpy as np
+import pytest
+
+from vit_jax.checkpoint import catalog, formats, npz, tensors
+from vit_jax.errors import UserError
+
+
+def refused(path, words):
+    with pytest.raises(UserError, match=words):
+        formats.load(path)
+
+
+def npy(shape, descr='<f4', values=b''):
+    file = io.BytesIO()
+    header = {'descr': descr, 'fortran_order': False, 'shape': shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue() + values
+
+
+def write_zip(path, members, method=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, 'w', method) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return path
+
+
+@pytest.mark.parametrize('shape', [(10**12,), (-2, -3), (0, 10**30), (1,) * 40, (2**63, 2)])
+def test_npz_headers_that_claim_anything(tmp_path, shape):
+    path = write_zip(tmp_path / 'a.npz', {'head/kernel.npy': npy(shape, values=bytes(24))})
+    refused(path, 'cannot read the array|declares')
+
+
+def test_npz_header_as_long_as_it_says(tmp_path):
+    data = b'\x93NUMPY\2\0' + struct.pack('<I', 2**32 - 1) + bytes(1 << 24)
+    path = write_zip(tmp_path / 'a.npz', {'a.npy': data}, zipfile.ZIP_DEFLATED)
+    refused(path, "cannot read the array 'a'")
+
+
+def test_zip_bombs(tmp_path, monkeypatch):
+    """Sizes are scaled down: what counts is the bound."""
+    monkeypatch.setattr(npz, '_SMALL', 1 << 20)
+    zeros = npy((1 << 20,), values=bytes(4 << 20))
+    path = write_zip(tmp_path / 'a.npz', {'a.npy': zeros}, zipfile.ZIP_DEFLATED)
+    refused(path, 'more than 32 times its size')
+    # Members that share their bytes: the second name of the central directory leads to the first.
+    values = np.arange(1000, dtype=np.float32)
+    path = write_zip(tmp_path / 'b.npz', {n: npy((1000,), values=values.tobytes()) for n in 'ab'})
+    data = bytearray(path.read_bytes())
+    entries = [i for i in range(len(data)) if data[i : i + 4] == b'PK\1\2']
+    data[entries[1] + 42 : entries[1] + 46] = data[entries[0] + 42 : entries[0] + 46]
+    del data[4128 + 30 + 1 : entries[0]]
+    path.write_bytes(data)
+    refused(path, 'not a readable|larger than the file')
+
+
+def test_keys_nested_without_end(tmp_path):
+    path = write_zip(tmp_path / 'a.npz', {'a/' * 5000 + 'b.npy': npy((1,), values=bytes(4))})
+    refused(path, 'a.npz')
+
+
+@pytest.mark.parametrize('kind', ['npz', 'pth', 'safetensors'])
+def test_pipes_and_devices_are_not_waited_for(tmp_path, kind):
+    os.mkfifo(tmp_path / f'pipe.{kind}')
+    refused(tmp_path / f'pipe.{kind}', 'no regular file')
+    (tmp_path / f'device.{kind}').symlink_to('/dev/zero')
+    refused(tmp_path / f'device.{kind}', 'no regular file')
+
+
+def long_bytes():
+    return b'\x80\x02cbuiltins\nbytearray\n\x8a\x05' + (10**11).to_bytes(5, 'little') + b'\x85R.'
+
+
+def doubled_bytes():
+    """b'x' written in hexadecimal 40 times over would take a terabyte."""
+    hexadecimal = b'c_codecs\nencode\n'
+    return b'\x80\x02' + hexadecimal * 40 + b'X\1\0\0\0x' + b'X\3\0\0\0hex\x86R' * 40 + b'.'
+
+
+@pytest.mark.parametrize('make', [long_bytes, doubled_bytes])
+@pytest.mark.parametrize('zipped', [True, False])
+def test_pickles_that_allocate(tmp_path, make, zipped):
+    pytest.importorskip('torch')
+    path = tmp_path / 'a.pth'
+    if zipped:
+        write_zip(path, {'a/data.pkl': make(), 'a/version': b'3\n'})
+    else:
+        path.write_bytes(make())
+    refused(path, 'could take all memory')
+
+
+def test_pickles_run_no_code(tmp_path):
+    pytest.importorskip('torch')
+    trace = tmp_path / 'trace'
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(trace),)
+
+    (tmp_path / 'a.pth').write_bytes(pickle.dumps({'a': Evil()}, protocol=2))
+    write_zip(tmp_path / 'b.pth', {'a/data.pkl': pickle.dumps(Evil(), protocol=2)})
+    for name in ('a.pth', 'b.pth'):
+        refused(tmp_path / name, 'cannot be read safely')
+    assert not trace.exists()
+
+
+def test_tensors_larger_than_their_file(tmp_path):
+    """A stored row repeated by a stride of zero: a terabyte in a kilobyte."""
+    torch = pytest.importorskip('torch')
+    torch.save({'patch_embed.proj.weight': torch.ones(1).expand(10**6, 10**6)}, tmp_path / 'a.pth')
+    refused(tmp_path / 'a.pth', 'would take 8 times the size of the file')
+    tied = torch.randn(100, 100)
+    torch.save({'a': tied, 'b': tied}, tmp_path / 'tied.pth')
+    assert set(tensors.open_tensors(tmp_path / 'tied.pth')[0]) == {'a', 'b'}
+    sparse = torch.sparse_coo_tensor([[0], [0]], [1.0], (9, 9), check_invariants=True)
+    torch.save({'a': sparse}, tmp_path / 'sparse.pth')
+    refused(tmp_path / 'sparse.pth', 'expected plain tensors')
+
+
+@pytest.mark.parametrize(
+    'name', ['../x.safetensors', '/etc/passwd', '..', 'a/../b', 'a\0b', '', 'x' * 999]
+)
+def test_shards_are_files_beside_their_index(tmp_path, name):
+    (tmp_path / 'config.json').write_text('{}')
+    index = {'weight_map': {'a': name}}
+    (tmp_path / 'model.safetensors.index.json').write_text(json.dumps(index))
+    refused(tmp_path, 'not in the folder')
+
+
+@pytest.mark.parametrize('activation', [3, True, ['gelu'], 'x' * 9999])
+def test_activations_from_a_configuration(tmp_path, activation):
+    from safetensors.numpy import save_file
+
+    names = ('embeddings.patch_embeddings.projection.weight', 'embeddings.cls_token')
+    shapes = ((8, 3, 4, 4), (1, 1, 8))
+    arrays = {name: np.ones(shape, np.float32) for name, shape in zip(names, shapes, strict=True)}
+    save_file(arrays, tmp_path / 'model.safetensors')
+    config = {'model_type': 'vit', 'hidden_act': activation, 'num_attention_heads': 2}
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    assert formats.load(tmp_path)['cls'].shape == (1, 1, 8)
+
+
+@pytest.mark.parametrize('mean', [[0.5, 0.5], ['a', 'b', 'c'], [float('nan')] * 3, {'a': 1}])
+def test_normalisation_from_a_configuration(tmp_path, mean):
+    from safetensors.numpy import save_file
+
+    tensor = {'conv_proj.weight': np.ones((8, 3, 4, 4), np.float32)}
+    tensor['class_token'] = np.ones((1, 1, 8), np.float32)
+    save_file(tensor, tmp_path / 'model.safetensors')
+    config = {'library': 'torchvision', 'arguments': {'num_heads': 2}, 'mean': mean, 'std': [0] * 3}
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    refused(tmp_path, 'should be three numbers|is damaged')
+
+
+@pytest.mark.parametrize(
+    'row',
+    ['../../secret-i21k', '/etc/passwd', '"' + 'x' * 200_000 + '"', 'a\0b', '..'],
+)
+def test_an_index_does_not_choose_the_folder(tmp_path, row):
+    (tmp_path / 'secret-i21k.npz').write_bytes(b'secret')
+    folder = tmp_path / 'a' / 'b'
+    folder.mkdir(parents=True)
+    (folder / 'index.csv').write_text(f'ds,filename,final_val\ni21k,{row},0.5\n')
+    with pytest.raises(UserError, match='is no index of AugReg checkpoints'):
+        catalog.resolve_augreg('B_16', pretrained_dir=str(folder))
+    with pytest.raises(UserError, match='have no paths'):
+        catalog.resolve_augreg('../../secret-i21k', pretrained_dir=str(folder))
+
+
+@pytest.mark.parametrize(
+    'name', ['~no_such_user_here/x', 'x' * 5000, 'a\0b', 'http://[::1', '\ud800']
+)
+def test_names_that_can_be_no_path(tmp_path, name):
+    with pytest.raises(UserError):
+        catalog.resolve(name, cache_dir=tmp_path)
+    with pytest.raises(UserError):
+        formats.load(name)
