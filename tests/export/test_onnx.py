@@ -63,6 +63,7 @@ def test_logits_are_those_of_jax(case, name, opset):
     proto = onnx_export.build(tiny.model, opset=opset)
     onnx.checker.check_model(proto, full_check=True)
     assert proto.opset_import[0].version == opset
+    assert proto.ir_version == {17: 8, 20: 9}[opset]  # what came with them
     for batch in BATCHES:
         outputs = run(proto, tiny.images[:batch])
         assert list(outputs) == ['logits'] and outputs['logits'].dtype == np.float32
