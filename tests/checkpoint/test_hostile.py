@@ -176,7 +176,7 @@ def test_an_index_does_not_choose_the_folder(tmp_path, row):
 
 
 @pytest.mark.parametrize(
-    'name', ['~no_such_user_here/x', 'x' * 5000, 'a\0b', 'http://[::1', '\ud800']
+    'name', ['~no_such_user_here/x', 'x' * 5000, 'a\0b', 'http://[::1', '\ud800', 'gs://x/\udcff']
 )
 def test_names_that_can_be_no_path(tmp_path, name):
     with pytest.raises(UserError):

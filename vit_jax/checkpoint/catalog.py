@@ -152,9 +152,10 @@ def _expand(path: str) -> pathlib.Path:
 
 def _fetch(address: str, mib: float | None, cache_dir: str | os.PathLike[str]) -> pathlib.Path:
     try:
+        address.encode()  # what comes from a command line may hold bytes that are no text
         parsed = urllib.parse.urlsplit(address)
     except ValueError as e:
-        raise UserError(f'cannot download {address}: it is no address ({e})') from e
+        raise UserError(f'cannot download {ascii(address)}: it is no address ({e})') from e
     if parsed.scheme not in ('gs', 'http', 'https') or not parsed.netloc:
         raise UserError(
             f'cannot download {address}: expected gs://bucket/path or https://host/path'
