@@ -36,10 +36,10 @@ def test_b16_as_it_stands_is_refused_on_a_laptop(monkeypatch):
         check(resolved(b16))
     text = str(error.value)
     assert 'this machine has 8.0 GiB left' in text and 'micro-batches of 64 images' in text
-    for advice in ('--config.batch', '--config.accum_steps', '--config.remat', '--config.dtype'):
-        assert advice in text
+    assert '--config.batch' in text and '--config.accum_steps' in text
+    assert '--config.remat' not in text  # would not help on a CPU
     # What it advises helps.
-    check(resolved(b16, batch=64, accum_steps=16, remat='full'))
+    check(resolved(b16, batch=64, accum_steps=16))
     need = check(resolved(b16, check_memory=False))
     assert need.total > 8 * GIB
 
@@ -52,10 +52,13 @@ def test_a_gpu_is_asked_for_its_own_memory(monkeypatch):
             return {'bytes_limit': 10 * GIB}
 
     monkeypatch.setattr(jax, 'local_devices', lambda: [Gpu()])
-    config = resolved(b16, batch=1024, accum_steps=1)
-    with pytest.raises(UserError, match='NVIDIA Example has 10.0 GiB'):
+    config = resolved(b16, batch=1024, accum_steps=1, dtype='float32')
+    with pytest.raises(UserError, match='NVIDIA Example has 10.0 GiB') as error:
         check(config, platform='gpu')
-    assert check(config, devices=16, platform='gpu').total < 10 * GIB
+    text = str(error.value)
+    for advice in ('--config.batch', '--config.accum_steps', '--config.remat', '--config.dtype'):
+        assert advice in text
+    assert check(config, devices=32, platform='gpu').total < 10 * GIB
 
 
 def test_a_memory_error_of_the_device_is_explained():

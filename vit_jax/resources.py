@@ -14,11 +14,6 @@ from vit_jax.analysis import cost
 from vit_jax.data import pipeline
 from vit_jax.errors import UserError
 
-_ADVICE = (
-    'use a smaller --config.batch, a larger --config.accum_steps (so far {accum_steps}: micro-'
-    'batches of {micro} images), --config.remat=dots or full{dtype}, or more devices'
-)
-
 
 def check_memory(
     config: ml_collections.ConfigDict, *, num_classes: int, devices: int, platform: str
@@ -159,12 +154,17 @@ def _waiting_batches(config: ml_collections.ConfigDict) -> int:
 
 def _advice(config: ml_collections.ConfigDict, devices: int, platform: str) -> str:
     accum_steps = max(1, config.accum_steps)
-    half = config_lib.compute_dtype(config, platform) == 'bfloat16'
-    return _ADVICE.format(
-        accum_steps=accum_steps,
-        micro=config.batch // (accum_steps * devices),
-        dtype='' if half else ', --config.dtype=bfloat16',
-    )
+    micro = config.batch // (accum_steps * devices)
+    ways = [
+        'use a smaller --config.batch',
+        f'a larger --config.accum_steps (so far {accum_steps}: micro-batches of {micro} images)',
+    ]
+    if platform != 'cpu':  # Measured: XLA's CPU compiler makes nothing of these two.
+        ways.append('--config.remat=dots or full')
+        if config_lib.compute_dtype(config, platform) != 'bfloat16':
+            ways.append('--config.dtype=bfloat16')
+        ways.append('more devices (--config.fsdp=-1 shares parameters and optimizer state)')
+    return ', '.join([*ways, 'a smaller model'])
 
 
 def _parts(need: cost.Memory) -> str:
