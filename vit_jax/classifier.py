@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from vit_jax import labels as names
-from vit_jax.data.preprocess import Preprocess, normalize
+from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ class JaxClassifier:
     def __init__(self, model: 'model_folder.Model'):
         import jax
 
+        from vit_jax import steps
+
         if not len(model.class_names):
             raise UserError('this model has no classification head, so it gives no probabilities')
         self.class_names: tuple[str, ...] = tuple(model.class_names)
@@ -66,11 +68,7 @@ class JaxClassifier:
         self.source: Mapping[str, Any] = model.source
         self._params = jax.device_put(model.params)
         self._batch = 0
-
-        def logits(params, pixels):
-            return model.model.apply({'params': params}, normalize(pixels), train=False)
-
-        self._apply = jax.jit(logits)
+        self._apply = steps.make_predict_step(model.model)
 
     def logits(self, pixels: np.ndarray) -> Any:
         """See `Classifier.logits`."""

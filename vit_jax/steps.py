@@ -160,14 +160,13 @@ def make_predict_step(model: nn.Module) -> Callable[[Any, jax.Array], jax.Array]
     """Builds the prediction step.
 
     Returns:
-      A jitted function (params, pixels [B, height, width, 3] in [0, 255]) -> probabilities [B, C]
-      float32.
+      A jitted function (params, pixels [B, height, width, 3] in [0, 255]) -> logits [B, C] float32.
     """
-    return jax.jit(
-        lambda params, pixels: jax.nn.softmax(
-            model.apply({'params': params}, normalize(pixels), train=False), axis=-1
-        )
-    )
+
+    def predict_step(params: Any, pixels: jax.Array) -> jax.Array:
+        return model.apply({'params': params}, normalize(pixels), train=False)
+
+    return jax.jit(predict_step)
 
 
 def _cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:

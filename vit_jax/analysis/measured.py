@@ -1,4 +1,4 @@
-"""What XLA says about the real training and prediction step: FLOPs and memory.
+"""What XLA says about the real training step: FLOPs and memory.
 
 The step is compiled for the devices at hand, not run: seconds for small models, minutes for large
 ones. Neither weights nor images are made.
@@ -102,23 +102,6 @@ def training(
     for name in ('label', 'position', 'replaced', 'stop'):
         images[name] = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=place)
     return _counted(step.lower(abstract, images).compile(), batch)
-
-
-def prediction(
-    model_config: Mapping[str, Any],
-    *,
-    num_classes: int,
-    image_size: int,
-    batch: int,
-    dtype: str = 'float32',
-) -> Compiled:
-    """Compiles the prediction step for the first device; arguments as for `training`."""
-    model = models.from_config(model_config, num_classes=num_classes, dtype=jnp.dtype(dtype))
-    images = jax.ShapeDtypeStruct((batch, image_size, image_size, 3), jnp.float32)
-    params = jax.eval_shape(
-        lambda x: model.init(jax.random.key(0), x, train=False)['params'], images
-    )
-    return _counted(steps.make_predict_step(model).lower(params, images).compile(), batch)
 
 
 def _counted(compiled: Any, batch: int) -> Compiled:
