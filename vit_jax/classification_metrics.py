@@ -199,6 +199,28 @@ def evaluate(
     Raises:
       UserError: not one image could be read, or `batch` less than 1.
     """
+    found, errors = collect(
+        classifier, source, model_labels=model_labels, batch=batch, advance=advance
+    )
+    return compute(found, classifier.class_names), errors
+
+
+def collect(
+    classifier: 'Classifier',
+    source: 'Source',
+    *,
+    model_labels: Sequence[int],
+    batch: int = 32,
+    advance: Callable[[], None] = lambda: None,
+) -> tuple[Outcomes, list[BadImageError]]:
+    """What becomes of each example of a source; arguments as for `evaluate`.
+
+    Returns:
+      The outcomes, in the order of the source, and the errors of the images that could not be read.
+
+    Raises:
+      UserError: `batch` less than 1.
+    """
     errors, parts = [], []
     logits, labels, readable = [], [], []
 
@@ -236,7 +258,7 @@ def evaluate(
         field.name: np.concatenate([getattr(part, field.name) for part in parts])
         for field in dataclasses.fields(Outcomes)
     }
-    return compute(Outcomes(**joined), classifier.class_names), errors
+    return Outcomes(**joined), errors
 
 
 def compute(found: Outcomes, class_names: Sequence[str], *, bins: int = BINS) -> Metrics:

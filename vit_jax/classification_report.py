@@ -10,6 +10,7 @@ from vit_jax.classification_metrics import Metrics
 
 if TYPE_CHECKING:
     import rich.console
+    from matplotlib.figure import Figure
 
 MAX_CLASSES = 40  # of a confusion matrix that can be read
 MAX_ROWS = 30  # classes in the table
@@ -56,13 +57,17 @@ def tables(metrics: Metrics, *, title: str) -> 'rich.console.Group':
 
 
 def save_confusion(path: str | os.PathLike[str], metrics: Metrics, *, title: str) -> None:
+    """Writes the confusion matrix as a PNG file; the rest as for `draw_confusion`."""
+    _save(draw_confusion(metrics, title=title), path)
+
+
+def draw_confusion(metrics: Metrics, *, title: str) -> 'Figure':
     """Draws the confusion matrix: each row the images of one class, by what they were taken for.
 
     Colours are shares of a row, numbers are images. Of more than `MAX_CLASSES` classes, those with
     the most mistakes are drawn, and the title says so; shares are of the whole row all the same.
 
     Args:
-      path: the PNG file to write.
       metrics: of `classification_metrics.compute`.
       title: first line of the picture.
     """
@@ -88,14 +93,18 @@ def save_confusion(path: str | os.PathLike[str], metrics: Metrics, *, title: str
             if count:
                 color = 'white' if shares[row, column] > 0.5 else 'black'
                 axes.text(column, row, f'{count:,}', ha='center', va='center', color=color)
-    _save(figure, path)
+    return figure
 
 
 def save_reliability(path: str | os.PathLike[str], metrics: Metrics, *, title: str) -> None:
+    """Writes the reliability diagram as a PNG file; the rest as for `draw_reliability`."""
+    _save(draw_reliability(metrics, title=title), path)
+
+
+def draw_reliability(metrics: Metrics, *, title: str) -> 'Figure':
     """Draws the reliability diagram: accuracy against confidence, over a histogram of confidence.
 
     Args:
-      path: the PNG file to write.
       metrics: of `classification_metrics.compute`.
       title: first line of the picture.
     """
@@ -128,7 +137,7 @@ def save_reliability(path: str | os.PathLike[str], metrics: Metrics, *, title: s
     lower.set_xlim(0, 1)
     lower.set_xlabel('confidence: probability of the predicted class')
     lower.set_ylabel('images')
-    _save(figure, path)
+    return figure
 
 
 def _summary(metrics: Metrics) -> list[tuple[str, str]]:

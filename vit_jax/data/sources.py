@@ -148,6 +148,19 @@ class Selection:
     def __repr__(self) -> str:
         return f'{self._name} {self.spec} ({len(self):,} examples)'
 
+    def labels(self) -> np.ndarray | None:
+        """Labels, int [examples], where they are known without reading; None where they are not.
+
+        Known are those of folders and digits; those of TFDS sets stand in the records.
+        """
+        parts = []
+        for name, first, end in self._ranges:
+            known = getattr(self._splits[name], 'labels', None)
+            if known is None:
+                return None
+            parts.append(known[first:end])
+        return np.concatenate(parts)
+
     def fingerprint(self) -> str:
         """Tells whether this is the same sequence of examples as another time; no image is read.
 
