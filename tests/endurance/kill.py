@@ -10,7 +10,7 @@ equal.
 """
 
 import argparse
-import os
+import functools
 import pathlib
 import random
 import re
@@ -22,14 +22,18 @@ import processes
 
 
 def kill_and_compare(
-    folder, kills: int, seed: int, flags=(), devices: int = 1, say=print
+    folder, kills: int, seed: int, flags=(), *, platform: str = 'cpu', say=print
 ) -> list[str]:
     """Runs the comparison in `folder`; returns what differs, [] if nothing."""
     folder = pathlib.Path(folder)
     steps = 30 * (kills + 1)
     flags = [f'--config.total_steps={steps}', *flags]
     cache = folder / 'cache'
-    options = {'cache': cache, 'devices': devices}
+    options = {'cache': cache, 'env': {'JAX_PLATFORMS': 'cpu'}}
+    if platform == 'gpu':
+        # Not all of its memory at once: the caller may hold some of it.
+        options['env'] = {'JAX_PLATFORMS': 'cuda', 'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
+        flags.append('--config.deterministic=True')
 
     begin = time.monotonic()
     run = processes.Run(folder / 'whole', *flags, log=folder / 'whole.log', **options)
@@ -80,13 +84,9 @@ def main() -> int:
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--platform', choices=('cpu', 'gpu'), default='cpu')
     args, flags = parser.parse_known_args()
-    if args.platform == 'gpu':
-        os.environ['JAX_PLATFORMS'] = 'cuda'
-        flags.append('--config.deterministic=True')
-    else:
-        os.environ['JAX_PLATFORMS'] = 'cpu'
+    say = functools.partial(print, flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        different = kill_and_compare(folder, args.kills, args.seed, flags)
+        different = kill_and_compare(folder, args.kills, args.seed, flags, platform=args.platform)
     if different:
         print(f'DIFFERENT: {", ".join(different)}')
         return 1
