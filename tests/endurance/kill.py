@@ -86,7 +86,9 @@ def main() -> int:
     args, flags = parser.parse_known_args()
     say = functools.partial(print, flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        different = kill_and_compare(folder, args.kills, args.seed, flags, platform=args.platform)
+        different = kill_and_compare(
+            folder, args.kills, args.seed, flags, platform=args.platform, say=say
+        )
     if different:
         print(f'DIFFERENT: {", ".join(different)}')
         return 1
