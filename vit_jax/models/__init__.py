@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from flax import traverse_util
 
 from vit_jax.models import variants
 from vit_jax.models.mixer import MlpMixer
@@ -70,6 +71,7 @@ def apply_with_intermediates(
     images: jax.Array,
     *,
     attention_weights: bool = False,
+    attention_offsets: Mapping[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Logits and everything in between.
 
@@ -79,6 +81,9 @@ def apply_with_intermediates(
       images: [B, height, width, 3] float32 in [-1, 1].
       attention_weights: also return attention weights, [B, H, N, N] float32 for every block,
         whatever attention implementation the model uses.
+      attention_offsets: only with `attention_weights`: what to add to the weights of every block,
+        by the names they have in what is returned. With zeros, the gradient with respect to them is
+        that with respect to the attention weights.
 
     Returns:
       Logits, and a flat dict: 'patch_embedding' [B, h, w, D]; 'Transformer/with_position_embedding'
@@ -90,7 +95,15 @@ def apply_with_intermediates(
       `jax.jit`, what is not used costs nothing.
     """
     collections = ['intermediates'] + (['attention_weights'] if attention_weights else [])
-    logits, state = model.apply({'params': params}, images, train=False, mutable=collections)
+    variables = {'params': params}
+    if attention_offsets is not None:
+        variables['attention_offsets'] = traverse_util.unflatten_dict(
+            {
+                (*name.split('/')[:-1], 'MultiHeadDotProductAttention_0', 'weights'): offset
+                for name, offset in attention_offsets.items()
+            }
+        )
+    logits, state = model.apply(variables, images, train=False, mutable=collections)
     out: dict[str, jax.Array] = {}
     for collection in collections:
         for path, leaf in jax.tree_util.tree_flatten_with_path(state[collection])[0]:

@@ -89,6 +89,9 @@ class MultiHeadDotProductAttention(nn.Module):
             logits = jnp.einsum('bhqk,bhnk->bhqn', query * head_size**-0.5, key)
             weights = jax.nn.softmax(logits.astype(at_least_float32(self.dtype)), axis=-1)
             if record:
+                # Adds what the caller gave for this place, if anything: the gradient with respect
+                # to it is that with respect to the weights.
+                weights = self.perturb('weights', weights, collection='attention_offsets')
                 self.sow('attention_weights', 'weights', weights)
             weights = nn.Dropout(drop)(weights.astype(self.dtype), deterministic=deterministic)
             x = jnp.einsum('bhqn,bhnk->bhqk', weights, value)
