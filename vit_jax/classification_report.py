@@ -30,30 +30,46 @@ def tables(metrics: Metrics, *, title: str) -> 'rich.console.Group':
     from rich import box, console, table, text
 
     summary = table.Table(box=None, show_header=False, pad_edge=False)
-    for name, value in _summary(metrics):
+    for name, value in summary_rows(metrics):
         summary.add_row(name, value)
     classes = table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
     classes.add_column('class', overflow='fold')
     for heading in ('precision', 'recall', 'F1', 'images'):
         classes.add_column(heading, justify='right')
     classes.add_column('most often taken for', overflow='fold')
-    taken = metrics.confusion.sum(axis=0)
-    labels = np.flatnonzero((metrics.support > 0) | (taken > 0))
-    note = ''
-    if len(labels) > MAX_ROWS:
-        note = f'The {MAX_ROWS} of {len(labels):,} classes with the lowest F1:'
-        labels = labels[np.argsort(metrics.f1[labels], kind='stable')[:MAX_ROWS]]
-    for label in labels:
-        shares = (metrics.precision[label], metrics.recall[label], metrics.f1[label])
-        classes.add_row(
-            text.Text(metrics.class_names[label]),
-            *map(_percent, shares),
-            f'{metrics.support[label]:,}',
-            text.Text(_commonest_mistake(metrics, label)),
-        )
+    rows, note = class_rows(metrics)
+    for name, *numbers, mistake in rows:
+        classes.add_row(text.Text(name), *numbers, text.Text(mistake))
     return console.Group(
         text.Text(title), summary, *([text.Text(f'\n{note}')] if note else []), classes
     )
+
+
+def class_rows(metrics: Metrics) -> tuple[list[tuple[str, ...]], str]:
+    """The classes as rows of texts, and a line that says which they are where not all are there.
+
+    Args:
+      metrics: of `classification_metrics.compute`.
+
+    Returns:
+      Rows of class, precision, recall, F1, images, and the class it is most often taken for; and
+      the line, perhaps ''. See `tables` for the choice of classes.
+    """
+    taken = metrics.confusion.sum(axis=0)
+    labels, note = np.flatnonzero((metrics.support > 0) | (taken > 0)), ''
+    if len(labels) > MAX_ROWS:
+        note = f'The {MAX_ROWS} of {len(labels):,} classes with the lowest F1:'
+        labels = labels[np.argsort(metrics.f1[labels], kind='stable')[:MAX_ROWS]]
+    rows = []
+    for label in labels:
+        shares = (metrics.precision[label], metrics.recall[label], metrics.f1[label])
+        rows.append((
+            metrics.class_names[label],
+            *map(_percent, shares),
+            f'{metrics.support[label]:,}',
+            _commonest_mistake(metrics, label),
+        ))  # fmt: skip
+    return rows, note
 
 
 def save_confusion(path: str | os.PathLike[str], metrics: Metrics, *, title: str) -> None:
@@ -140,7 +156,8 @@ def draw_reliability(metrics: Metrics, *, title: str) -> 'Figure':
     return figure
 
 
-def _summary(metrics: Metrics) -> list[tuple[str, str]]:
+def summary_rows(metrics: Metrics) -> list[tuple[str, str]]:
+    """The metrics of all classes together: what it is, and its value as text."""
     rows = [('top-1 accuracy', _percent(metrics.accuracy))]
     if metrics.accuracy_top5 is not None:
         rows.append(('top-5 accuracy', _percent(metrics.accuracy_top5)))
