@@ -52,10 +52,10 @@ def save(
 def _draw(axes, prediction: predict.Prediction, class_names: Sequence[str]) -> None:
     axes.imshow(_thumbnail(predict.read_image(prediction.path)))
     name = predict.printable(pathlib.PurePath(prediction.path).name)
-    axes.set_title(_shorten(name), fontsize=8, color='dimgray', parse_math=False)
+    axes.set_title(shorten(name), fontsize=8, color='dimgray', parse_math=False)
     best = predict.choose_classes(prediction.probabilities, top_k=SHOWN_CLASSES)
     lines = [
-        f'{_shorten(class_names[label])}  {100 * prediction.probabilities[label]:.1f} %'
+        f'{shorten(class_names[label])}  {100 * prediction.probabilities[label]:.1f} %'
         for label in best
     ]
     for line, text in enumerate(lines):
@@ -83,8 +83,9 @@ def _thumbnail(pixels: np.ndarray) -> np.ndarray:
     return np.asarray(square)
 
 
-def _shorten(text: str) -> str:
-    if len(text) <= _NAME_LENGTH:
+def shorten(text: str, length: int = _NAME_LENGTH) -> str:
+    """A text of at most about `length` characters: begin and end of a longer one."""
+    if len(text) <= length:
         return text
-    half = (_NAME_LENGTH - 1) // 2
+    half = (length - 1) // 2
     return f'{text[:half]}…{text[-half:]}'

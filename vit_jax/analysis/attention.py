@@ -21,6 +21,7 @@ import numpy as np
 from vit_jax import model_folder, models
 from vit_jax.data.preprocess import normalize
 from vit_jax.errors import UserError
+from vit_jax.models import resnet
 
 _EXACT = jax.lax.Precision.HIGHEST  # products of attention matrices, also where TF32 is the default
 _OPACITY = 0.6  # of the colours over the brightness of an image
@@ -275,7 +276,8 @@ def _maps(model, params, pixels):
     start = _mean_of(slice(1) if special_tokens(model) else slice(None), tokens)
     # A query's row of attention, or the mean of all; a sum of products would round.
     rows = [(layer[:, :, 0] if special_tokens(model) else layer.mean(axis=2)) for layer in layers]
-    stride = tuple(side / count for side, count in zip(pixels.shape[1:3], grid, strict=True))
+    hybrid = model.resnet and resnet.stride(model.resnet['num_layers'])
+    stride = tuple(float(side * (hybrid or 1)) for side in model.patches['size'])
     return (
         _on_grid(jnp.stack(rows, axis=1), grid),
         _on_grid(rollout(layers, start), grid),

@@ -1,0 +1,317 @@
+"""A folder of attention pictures and arrays, complete or not there.
+
+OUTPUT/attention_distance.png, patch_filters.png, position_similarity.png, arrays.npz
+OUTPUT/NAME OF AN IMAGE/class_token.png, rollout.png, relevance.png, arrays.npz
+"""
+
+import dataclasses
+import difflib
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from vit_jax import contact_sheet, model_folder, predict
+from vit_jax.analysis import attention, embeddings
+from vit_jax.analysis import attention_pictures as pictures
+from vit_jax.checkpoint import replace
+from vit_jax.classifier import softmax
+from vit_jax.data.decode import BadImageError
+from vit_jax.errors import UserError
+
+OF_EACH_IMAGE = ('class_token', 'rollout', 'relevance')
+OF_IMAGES = (*OF_EACH_IMAGE, 'distance')
+OF_MODEL = ('filters', 'positions')
+KINDS = OF_IMAGES + OF_MODEL
+ARRAYS = 'arrays.npz'
+TOP_K = 3
+_MAX_NAME = 80  # of an image's folder, characters
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What to draw.
+
+    Attributes:
+      kinds: of `KINDS`.
+      layers: of which class_token.png shows the maps, from 0.
+      heads: likewise.
+      classes: labels whose relevance is drawn; () for the most probable ones of each image.
+      top_k: how many most probable ones.
+    """
+
+    kinds: tuple[str, ...]
+    layers: tuple[int, ...]
+    heads: tuple[int, ...]
+    classes: tuple[int, ...] = ()
+    top_k: int = TOP_K
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Drawn:
+    """What was made of one image.
+
+    Attributes:
+      path: of the image.
+      folder: name of its folder in the output; '' if nothing was drawn of it alone.
+      probabilities: float32 [classes]; None of a model without head.
+    """
+
+    path: str
+    folder: str
+    probabilities: np.ndarray | None
+
+
+def check_folder(folder: pathlib.Path) -> None:
+    """Raises `UserError` for a folder that has files, or whose parent is not there."""
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f'--output {folder} exists and is not empty; name another folder')
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UserError(f'--output {folder} is a file; name a folder')
+    if not folder.absolute().parent.is_dir():
+        raise UserError(f'--output {folder}: there is no folder {folder.parent}; make it first')
+
+
+def parse_kinds(text: str) -> tuple[str, ...]:
+    """Kinds of pictures from a list with commas, such as 'rollout,distance', in order of `KINDS`.
+
+    Raises:
+      UserError: a word that is no kind.
+    """
+    words = [word.strip() for word in text.split(',')]
+    for word in words:
+        if word not in KINDS:
+            near = difflib.get_close_matches(word, KINDS, n=1, cutoff=0.0)
+            raise UserError(
+                f'--what {text}: {word!r} is none of {", ".join(KINDS)}'
+                + (f'; nearest: {near[0]}' if near else '')
+            )
+    return tuple(kind for kind in KINDS if kind in words)
+
+
+def parse_numbers(text: str, count: int, flag: str) -> tuple[int, ...]:
+    """Numbers of layers or heads from a list with commas; negative ones count from the end.
+
+    Args:
+      text: such as '0,5,-1'; '' for all.
+      count: how many the model has.
+      flag: that was given, for messages.
+
+    Raises:
+      UserError: no number, or none that the model has.
+    """
+    if not text:
+        return tuple(range(count))
+    try:
+        numbers = [int(word) for word in text.split(',')]
+    except ValueError:
+        raise UserError(f'{flag} {text}: expected numbers such as 0 or 0,5,-1') from None
+    if not all(-count <= number < count for number in numbers):
+        raise UserError(
+            f'{flag} {text}: this model has numbers 0 to {count - 1}, or -1 for its last'
+        )
+    return tuple(sorted({number % count for number in numbers}))
+
+
+def find_labels(names: Sequence[str], class_names: Sequence[str]) -> tuple[int, ...]:
+    """Labels of classes that were named; `UserError` (with the nearest) for an unknown name."""
+    for name in names:
+        if name not in class_names:
+            near = difflib.get_close_matches(name, class_names, n=1, cutoff=0.0)
+            hint = f'; the nearest is {near[0]}' if near else ''
+            raise UserError(f'the model has no class {name!r}{hint}')
+    return tuple(dict.fromkeys(class_names.index(name) for name in names))
+
+
+def write(
+    folder: pathlib.Path,
+    model: model_folder.Model,
+    images: Sequence[str],
+    choice: Choice,
+    *,
+    title: str,
+    skip: Callable[[str], None] | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> tuple[list[Drawn], list[BadImageError]]:
+    """Draws, and gives the folder its name when everything is drawn.
+
+    Args:
+      folder: the place; nothing there, or an empty folder.
+      model: what `model_folder.load` gives.
+      images: paths, of `predict.find_images`.
+      choice: what to draw.
+      title: name of the model in the pictures.
+      skip: called with the reason for each kind that this model has not; by default it is raised.
+      advance: called after each image.
+
+    Returns:
+      What was drawn, and the images that could not be read. If there is nothing at all to draw, no
+      folder is written.
+
+    Raises:
+      UserError: see `attention.check`; the folder cannot be written; a kind of picture that this
+        model has not; a model that gives NaN.
+    """
+    attention.check(model)
+    check_folder(folder)
+    folder = folder.absolute()
+    partial = replace.partial_name(folder)
+    try:
+        replace.sweep(folder)
+        partial.mkdir()
+        of_model = _draw_model(partial, model, choice.kinds, title, skip)
+        if 'relevance' in choice.kinds and not model.class_names:
+            _lacking('relevance.png needs a model with a classification head', skip)
+            kinds = tuple(kind for kind in choice.kinds if kind != 'relevance')
+            choice = dataclasses.replace(choice, kinds=kinds)
+        drawn, distances, unreadable = _draw_images(partial, model, images, choice, title, advance)
+        if 'distance' in choice.kinds and drawn:
+            of_model['mean_distance'] = np.stack(distances)
+            figure = pictures.distance(
+                np.mean(distances, axis=0),
+                images=len(drawn),
+                image_size=model.image_size,
+                title=f'Mean attention distance of the heads\n{title}',
+            )
+            pictures.save(figure, partial / 'attention_distance.png')
+        if of_model:
+            np.savez(partial / ARRAYS, **of_model)
+        if any(partial.iterdir()):
+            check_folder(folder)  # it took a while
+            replace.put(folder)
+    except OSError as error:
+        raise UserError(f'cannot write {folder}: {error.strerror or error}') from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return drawn, unreadable
+
+
+def _lacking(reason: str, skip: Callable[[str], None] | None) -> None:
+    if skip is None:
+        raise UserError(reason)
+    skip(reason)
+
+
+def _draw_model(partial, model, kinds, title, skip) -> dict[str, np.ndarray]:
+    """The pictures that need no image; returns their arrays."""
+    arrays = {}
+    if 'filters' in kinds:
+        try:
+            components, share = embeddings.filter_components(model)
+        except UserError as error:
+            _lacking(f'patch_filters.png: {error}', skip)
+        else:
+            arrays |= {'filter_components': components, 'filter_variance_share': share}
+            text = f'Principal components of the patch embedding filters\n{title}'
+            pictures.save(
+                pictures.filters(components, share, title=text), partial / 'patch_filters.png'
+            )
+    if 'positions' in kinds:
+        try:
+            similarity = embeddings.position_similarity(model)
+        except UserError as error:
+            _lacking(f'position_similarity.png: {error}', skip)
+        else:
+            arrays['position_similarity'] = similarity
+            text = f'Similarity of position embeddings\n{title}'
+            pictures.save(
+                pictures.positions(similarity, title=text), partial / 'position_similarity.png'
+            )
+    return arrays
+
+
+def _draw_images(
+    partial, model, images, choice, title, advance
+) -> tuple[list[Drawn], list[np.ndarray], list[BadImageError]]:
+    """The pictures of each image, in a folder for each."""
+    drawn, distances, unreadable, taken = [], [], [], {ARRAYS}
+    if not set(choice.kinds) & set(OF_IMAGES):
+        return drawn, distances, unreadable
+    alone = bool(set(choice.kinds) & set(OF_EACH_IMAGE))
+    model = dataclasses.replace(model, params=jax.device_put(model.params))
+    for path in images:
+        try:
+            image = predict.read_image(path)
+        except BadImageError as error:
+            unreadable.append(error)
+            advance()
+            continue
+        # One at a time: the weights of attention are large, and it is drawing that takes long.
+        pixels = model.preprocess.evaluate(image)[None]
+        found = attention.maps(model, pixels)
+        if not np.isfinite(found.logits).all():
+            raise UserError(
+                f'the model gives NaN or infinite numbers for {predict.printable(path)}'
+            )
+        probabilities = softmax(found.logits[0]) if model.class_names else None
+        name = _folder_name(path, taken) if alone else ''
+        if alone:
+            (partial / name).mkdir()
+            _draw_image(partial / name, model, path, image, pixels, found, choice, title)
+        drawn.append(Drawn(path, name, probabilities))
+        distances.append(found.mean_distance[0])
+        advance()
+    return drawn, distances, unreadable
+
+
+def _draw_image(folder, model, path, image, pixels, found, choice, title) -> None:
+    image = pictures.shrink(image)
+    name = contact_sheet.shorten(predict.printable(pathlib.PurePath(path).name), 36)
+    title = f'{name} · {title}'
+    has_class_token = attention.special_tokens(model.model) > 0
+    arrays = {'path': predict.printable(path), 'class_names': np.array(model.class_names)}
+    if model.class_names:
+        arrays['probabilities'] = softmax(found.logits[0])
+    if 'class_token' in choice.kinds:
+        arrays['class_token'] = found.class_token[0]
+        what = (
+            'Attention of the class token' if has_class_token else 'Mean attention of all patches'
+        )
+        figure = pictures.class_token(
+            image, found.class_token[0], choice.layers, choice.heads, title=f'{what}\n{title}'
+        )
+        pictures.save(figure, folder / 'class_token.png')
+    if 'rollout' in choice.kinds:
+        arrays['rollout'] = found.rollout[0]
+        start = 'the class token' if has_class_token else 'the mean of all tokens'
+        figure = pictures.overlays(
+            image,
+            [(f'from {start}', 100 * found.rollout[0])],
+            title=f'Attention rollout\n{title}',
+            unit='% of the rollout',
+        )
+        pictures.save(figure, folder / 'rollout.png')
+    if 'relevance' in choice.kinds:
+        probabilities = arrays['probabilities']
+        labels = choice.classes or predict.choose_classes(probabilities, top_k=choice.top_k)
+        labels = np.array(labels)
+        maps = attention.relevance(model, pixels, labels[None])[0]
+        arrays |= {'relevance': maps, 'relevance_labels': labels}
+        captions = [
+            f'{contact_sheet.shorten(model.class_names[label])}  {100 * probabilities[label]:.1f} %'
+            for label in labels
+        ]
+        figure = pictures.overlays(
+            image,
+            list(zip(captions, maps, strict=True)),
+            title=f'Relevance for a class, gradient-weighted attention\n{title}',
+            unit='relevance (no unit)',
+        )
+        pictures.save(figure, folder / 'relevance.png')
+    np.savez(folder / ARRAYS, **arrays)
+
+
+def _folder_name(path: str, taken: set[str]) -> str:
+    """A name like the image's, that no other has on any file system; added to `taken`."""
+    stem = 'stdin' if path == predict.STDIN else pathlib.PurePath(path).stem
+    stem = re.sub(r'[^\w .+-]', '_', stem)[:_MAX_NAME].strip(' .') or 'image'
+    name, number = stem, 1
+    while name.casefold() in taken:
+        number += 1
+        name = f'{stem}-{number}'
+    taken.add(name.casefold())
+    return name

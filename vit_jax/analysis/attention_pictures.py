@@ -1,0 +1,226 @@
+"""Pictures of what `attention` and `embeddings` compute, as Matplotlib figures.
+
+Shapes: L layers, H heads, [h, w] the grid of patches. Images are [height, width, 3] uint8, upright
+and in their own aspect ratio: a map covers the whole image, see `attention.overlay`.
+"""
+
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vit_jax.analysis import attention
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LONGER_SIDE = 480  # of an image in a figure, pixels
+_SHEET = 1920  # of all maps of one figure together, the longer side
+_TILE = (48, 320)  # of one map: least and most
+_GAP = 4  # pixels between maps
+
+
+def save(figure: 'Figure', path: str | os.PathLike[str]) -> None:
+    """Writes a figure as PNG, 100 dots per inch."""
+    with warnings.catch_warnings():
+        # Characters that no font here has are drawn as boxes.
+        warnings.filterwarnings('ignore', message='Glyph .* missing from', category=UserWarning)
+        figure.savefig(path, format='png', dpi=100)
+
+
+def shrink(image: np.ndarray, longer_side: int = LONGER_SIDE) -> np.ndarray:
+    """The image, made smaller if its longer side has more pixels than `longer_side`; uint8."""
+    from PIL import Image
+
+    picture = Image.fromarray(image)
+    picture.thumbnail((longer_side, longer_side))
+    return np.asarray(picture)
+
+
+def class_token(
+    image: np.ndarray, maps: np.ndarray, layers: Sequence[int], heads: Sequence[int], *, title: str
+) -> 'Figure':
+    """The map of every layer and head over the image, one row per layer.
+
+    Args:
+      image: [height, width, 3] uint8.
+      maps: [L, H, h, w] all maps of the image.
+      layers: which to draw, from 0.
+      heads: which to draw, from 0.
+      title: of the figure.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    count = max(len(layers), len(heads))
+    side = min(max(_SHEET // count, _TILE[0]), _TILE[1])
+    small = shrink(image, side)
+    tiles = np.stack(
+        [[attention.overlay(small, maps[layer, head]) for head in heads] for layer in layers]
+    )
+    sheet = _tiled(tiles, np.uint8(255))
+    width, height = sheet.shape[1] / 100, sheet.shape[0] / 100
+    figure = Figure(figsize=(max(width, 4.5) + 2.2, height + 1.6), layout='constrained')
+    figure.suptitle(title, parse_math=False)
+    axes = figure.subplots()
+    axes.imshow(sheet)
+    step_y, step_x = (size + _GAP for size in small.shape[:2])
+    axes.set_xticks([(i + 0.5) * step_x for i in range(len(heads))], [str(i) for i in heads])
+    axes.set_yticks([(i + 0.5) * step_y for i in range(len(layers))], [str(i) for i in layers])
+    axes.set_xlabel('head')
+    axes.set_ylabel('layer (0 is nearest to the image)')
+    _bare(axes)
+    scale = matplotlib.cm.ScalarMappable(cmap='inferno')
+    bar = figure.colorbar(scale, ax=axes, ticks=[0, 1], shrink=min(1.0, 4 / height), pad=0.02)
+    bar.ax.set_yticklabels(['least', 'most'])
+    bar.set_label('attention, in the range of each map')
+    return figure
+
+
+def overlays(
+    image: np.ndarray, maps: Sequence[tuple[str, np.ndarray]], *, title: str, unit: str
+) -> 'Figure':
+    """The image, and beside it the same with each map over it.
+
+    Args:
+      image: [height, width, 3] uint8.
+      maps: (caption, [h, w] map) of each.
+      title: of the figure.
+      unit: what the numbers of the maps are, for the colour bars.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    small = shrink(image)
+    height, width = (size / 120 for size in small.shape[:2])
+    panels = 1 + len(maps)
+    columns = min(panels, 4)
+    rows = math.ceil(panels / columns)
+    figure = Figure(
+        figsize=(max(columns * (width + 1.1), 6), rows * (height + 0.6) + 0.6), layout='constrained'
+    )
+    figure.suptitle(title, parse_math=False)
+    places = list(figure.subplots(rows, columns, squeeze=False).flat)
+    places[0].imshow(small)
+    places[0].set_title('image', fontsize=10)
+    for axes, (caption, heat) in zip(places[1:], maps, strict=False):
+        axes.imshow(attention.overlay(small, heat))
+        axes.set_title(caption, fontsize=10, parse_math=False)
+        limits = matplotlib.colors.Normalize(float(heat.min()), float(heat.max()))
+        scale = matplotlib.cm.ScalarMappable(limits, cmap='inferno')
+        bar = figure.colorbar(scale, ax=axes, shrink=0.8, pad=0.02)
+        bar.ax.tick_params(labelsize=8)
+        bar.set_label(unit, fontsize=9)
+    for axes in places:
+        axes.axis('off')
+    return figure
+
+
+def distance(mean_distance: np.ndarray, *, images: int, image_size: int, title: str) -> 'Figure':
+    """Mean attention distance of every head over depth, as in figure 7 of the ViT paper.
+
+    Args:
+      mean_distance: [L, H] pixels, the mean over images.
+      images: how many they are, for the caption.
+      image_size: side of the model's input, pixels.
+      title: of the figure.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 5), layout='constrained')
+    figure.suptitle(title, parse_math=False)
+    axes = figure.subplots()
+    layers, heads = mean_distance.shape
+    colours = np.arange(heads) % 20
+    for layer in range(layers):
+        axes.scatter([layer] * heads, mean_distance[layer], c=colours, cmap='tab20', vmax=20, s=24)
+    axes.plot(mean_distance.mean(axis=1), color='dimgray', linewidth=1, label='mean of the heads')
+    axes.set_xlabel('layer (0 is nearest to the image); a point is a head')
+    axes.set_ylabel(f'mean attention distance (pixels of {image_size})')
+    axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    counted = 'image' if images == 1 else 'images'
+    axes.legend(title=f'{images:,} {counted}')
+    return figure
+
+
+def filters(components: np.ndarray, share: np.ndarray, *, title: str) -> 'Figure':
+    """Principal components of the filters that embed RGB patches.
+
+    Args:
+      components: [count, P, P, 3], see `embeddings.filter_components`; each is scaled to its own
+        range, 0 is grey.
+      share: [count] of the variance, in [0, 1].
+      title: of the figure.
+    """
+    from matplotlib.figure import Figure
+
+    columns = min(7, len(components))
+    rows = math.ceil(len(components) / columns)
+    figure = Figure(figsize=(max(1.25 * columns, 6), 1.5 * rows + 0.9), layout='constrained')
+    figure.suptitle(title, parse_math=False)
+    places = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in places:
+        axes.axis('off')
+    for axes, component, part in zip(places, components, share, strict=False):
+        largest = np.abs(component).max() or 1
+        axes.imshow(0.5 + 0.5 * component / largest, interpolation='nearest')
+        axes.set_title(f'{100 * part:.1f} %', fontsize=8)
+    size = components.shape[1:3]
+    figure.supxlabel(
+        f'{size[0]} x {size[1]} pixels each, grey is 0; % of the variance of all filters '
+        f'(together {100 * share.sum():.0f} %)',
+        fontsize=9,
+    )
+    return figure
+
+
+def positions(similarity: np.ndarray, *, title: str) -> 'Figure':
+    """A grid of grids: a patch's tile shows how similar all position embeddings are to its own.
+
+    Args:
+      similarity: [h, w, h, w] cosines, see `embeddings.position_similarity`.
+      title: of the figure.
+    """
+    from matplotlib.figure import Figure
+
+    height, width = similarity.shape[:2]
+    # Several screen pixels to a patch, and a gap that can be seen, also for large grids.
+    enlarged = max(1, round(700 / (height * width)))
+    tiles = similarity.repeat(enlarged, axis=2).repeat(enlarged, axis=3)
+    sheet = _tiled(tiles, np.float32(np.nan))
+    figure = Figure(figsize=(9, 8), layout='constrained')
+    figure.suptitle(title, parse_math=False)
+    axes = figure.subplots()
+    picture = axes.imshow(sheet, vmin=-1, vmax=1, cmap='viridis', interpolation='nearest')
+    places = sorted({*range(0, height, max(1, math.ceil(height / 16)))})
+    axes.set_xticks([(i + 0.5) * (width * enlarged + _GAP) for i in places], map(str, places))
+    axes.set_yticks([(i + 0.5) * (height * enlarged + _GAP) for i in places], map(str, places))
+    axes.set_xlabel('column of the patch')
+    axes.set_ylabel('row of the patch')
+    _bare(axes)
+    figure.colorbar(picture, ax=axes, shrink=0.8, pad=0.02).set_label(
+        'cosine similarity to the position embedding of each patch'
+    )
+    return figure
+
+
+def _tiled(tiles: np.ndarray, background) -> np.ndarray:
+    """[rows, columns, height, width, ...] to one picture with gaps in the background's value."""
+    rows, columns, height, width, *rest = tiles.shape
+    full = np.full((rows, columns, height + _GAP, width + _GAP, *rest), background, tiles.dtype)
+    full[:, :, :height, :width] = tiles
+    joined = full.swapaxes(1, 2).reshape(rows * (height + _GAP), columns * (width + _GAP), *rest)
+    return joined[:-_GAP, :-_GAP]
+
+
+def _bare(axes: 'Axes') -> None:
+    """Labels without a frame and ticks."""
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
