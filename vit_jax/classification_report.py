@@ -131,7 +131,7 @@ def draw_reliability(metrics: Metrics, *, title: str) -> 'Figure':
     left = np.arange(bins) / bins
     figure = Figure(figsize=(5.5, 6.5), layout='constrained')
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    style = dict(width=1 / bins, align='edge', edgecolor='white')
+    style = dict(width=0.95 / bins, align='edge')
     upper.bar(
         left, np.nan_to_num(calibration.accuracy), color='steelblue', label='accuracy', **style
     )
