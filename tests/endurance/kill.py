@@ -47,8 +47,11 @@ def kill_and_compare(
     rng = random.Random(seed)
     workdir, killed = folder / 'killed', 0
     while killed < kills:
-        run = processes.Run(workdir, *flags, log=folder / f'killed-{killed}.log', **options)
-        if rng.random() < 0.2:  # anywhere in the start, most of which is importing
+        # Saving nearly always, or rarely: so that both sides of a save are hit.
+        often = f'--config.checkpoint_every={rng.choice((5, 5, 25))}'
+        log = folder / f'killed-{killed}.log'
+        run = processes.Run(workdir, *flags, often, log=log, **options)
+        if killed % 5 == 4:  # anywhere in the start, most of which is importing
             moment = 'starting'
             time.sleep(rng.uniform(0.3, 1) * start_up)
         else:
@@ -62,7 +65,7 @@ def kill_and_compare(
             raise RuntimeError(f'it ended before it was killed:\n{run.output}')
         run.kill()
         killed += 1
-        saved = sorted(p.name for p in (workdir / 'checkpoints').glob('*'))
+        saved = sorted(p.name[:16] for p in (workdir / 'checkpoints').glob('*'))
         has = ', '.join(saved) or 'nothing'
         say(f'kill {killed:2d} of {kills}, while {moment}: checkpoints/ has {has}')
     run = processes.Run(workdir, *flags, log=folder / 'last.log', **options)
