@@ -107,6 +107,15 @@ with workdir.Checkpoints(folder, keep=2) as checkpoints:
 """
 
 
+MAIN = """
+import sys
+from vit_jax import main
+folder = sys.argv[1]
+sys.argv = ['main', '--config', 'tests/endurance/tiny.py', *FLAGS]
+main.run()
+"""
+
+
 def in_small_disk(code: str, size: str, readonly: bool = False) -> subprocess.CompletedProcess:
     """Runs Python code with the path of a file system of its own as argument."""
     mount = 'mkdir -p "$0" && mount -t tmpfs -o size=' + size + ' t "$0"'
@@ -134,13 +143,27 @@ def test_a_full_disk_leaves_earlier_checkpoints_as_they_were():
 
 
 def test_a_read_only_workdir_is_one_line():
-    code = (
-        'import sys; from vit_jax import main\n'
-        'sys.argv = ["main", "--config", "tests/endurance/tiny.py", "--config.compile_cache=",'
-        ' "--workdir", sys.argv[1] + "/x"]\n'
-        'main.run()'
-    )
-    ended = in_small_disk(code, '3m', readonly=True)
+    flags = '["--config.compile_cache=", f"--workdir={folder}/x"]'
+    ended = in_small_disk(MAIN.replace('*FLAGS', f'*{flags}'), '3m', readonly=True)
     assert ended.returncode == 1
     assert ended.stderr.startswith('error: the workdir') and 'Read-only' in ended.stderr
     assert ended.stderr.count('\n') == 1
+
+
+def test_a_disk_that_fills_up_ends_a_run_with_one_line():
+    flags = (
+        '[f"--workdir={folder}/run", "--config.compile_cache=", "--config.checkpoint_every=1",'
+        ' "--config.keep_checkpoints=100", "--config.eval_every=100"]'
+    )
+    ended = in_small_disk(MAIN.replace('*FLAGS', f'*{flags}'), '2m')
+    assert ended.returncode == 1, ended.stderr
+    assert ended.stderr.startswith('error: ') and ended.stderr.count('\n') == 1, ended.stderr
+    assert 'No space left on device' in ended.stderr and 'intact' in ended.stderr
+
+
+def test_a_read_only_cache_is_one_line():
+    flags = '["--workdir=/tmp/never", f"--config.compile_cache={folder}"]'
+    ended = in_small_disk(MAIN.replace('*FLAGS', f'*{flags}'), '2m', readonly=True)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith('error: config.compile_cache=') and 'Read-only' in ended.stderr
+    assert not pathlib.Path('/tmp/never').exists()
