@@ -18,17 +18,16 @@ import sys
 import tempfile
 import time
 
+from vit_jax import command
+from vit_jax.errors import UserError
+
 OURS, THEIRS, INT8 = 'vit_jax', 'transformers', 'vit_jax int8'  # which file
 TOLERANCE = 1e-4  # of the largest logit: these are two exports of one model
 
 
 def main() -> int:
     """Runs the command line; returns the exit status, 1 if there is no result."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command.make_parser(__doc__)
     parser.add_argument(
         '--model', help='model folder or weights of a ViT; default: made-up weights'
     )
@@ -42,21 +41,16 @@ def main() -> int:
     args = parser.parse_args()
     if min(*args.batch, args.runs, args.threads) < 1:
         parser.error('--batch, --runs and --threads are at least 1')
+    return command.run(lambda: _run(args))
 
-    # Not at the top: they take seconds, and --help should not.
-    from vit_jax.errors import UserError
 
-    try:
-        if args.output and not pathlib.Path(args.output).absolute().parent.is_dir():
-            raise UserError(f'the folder of {args.output} does not exist: make it first')
-        result = _benchmark(args)
-        _print(result)
-        if args.output:
-            _write(pathlib.Path(args.output), result)
-    except UserError as error:
-        print(f'benchmark_export.py: {error}', file=sys.stderr)
-        return 1
-    return 0
+def _run(args: argparse.Namespace) -> None:
+    if args.output and not pathlib.Path(args.output).absolute().parent.is_dir():
+        raise UserError(f'the folder of {args.output} does not exist: make it first')
+    result = _benchmark(args)
+    _print(result)
+    if args.output:
+        _write(pathlib.Path(args.output), result)
 
 
 def _benchmark(args: argparse.Namespace) -> dict:

@@ -32,6 +32,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
+from vit_jax import command
+
 REFERENCES = ('auto', 'transformers', 'torch_reference', 'timm')
 
 
@@ -46,16 +48,14 @@ def main() -> int:
                 file=sys.stderr,
             )
             return 2
-    from vit_jax.errors import UserError
 
-    try:
+    def work() -> int:
         result = check(args)
-    except UserError as error:
-        print(f'check_parity.py: {error}', file=sys.stderr)
-        return 2
-    if args.json:
-        print(json.dumps(result, indent=1))
-    return 0 if result['passed'] else 1
+        if args.json:
+            print(json.dumps(result, indent=1))
+        return 0 if result['passed'] else 1
+
+    return command.run(work, failure=2)
 
 
 def check(args: argparse.Namespace) -> dict:
@@ -135,11 +135,7 @@ def check(args: argparse.Namespace) -> dict:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command.make_parser(__doc__)
     add = parser.add_argument
     add('--model', required=True, help='model folder, file of weights, or released name')
     add('--images', nargs='+', default=[], metavar='DIR', help='images (default: 8 made-up ones)')

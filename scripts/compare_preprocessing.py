@@ -14,33 +14,28 @@ import io
 import pathlib
 import sys
 
+from vit_jax import command
+
 EXAMPLE = pathlib.Path(__file__).resolve().parent.parent / 'docs' / 'serving' / 'classify.py'
 BATCH = 20
 
 
 def main() -> int:
     """Runs the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command.make_parser(__doc__)
     parser.add_argument('--model', required=True, help='as for scripts/predict.py')
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='file, folder or pattern')
     args = parser.parse_args()
+    return command.run(lambda: _run(args))
 
+
+def _run(args: argparse.Namespace) -> None:
     # Not at the top: they take time, and --help should not.
     from vit_jax import classifier, predict
-    from vit_jax.errors import UserError
 
-    try:
-        images = predict.find_images(args.images)
-        model = classifier.open_classifier(args.model, labels='none')
-        _compare(model, images)
-    except UserError as error:
-        print(f'compare_preprocessing.py: {error}', file=sys.stderr)
-        return 1
-    return 0
+    images = predict.find_images(args.images)
+    model = classifier.open_classifier(args.model, labels='none')
+    _compare(model, images)
 
 
 def _compare(model, images: list[str]) -> None:

@@ -17,17 +17,15 @@ import argparse
 import os
 import sys
 
+from vit_jax import command
+
 TARGETS = ('npz', 'timm', 'huggingface', 'torchvision')
 NORMALIZATIONS = ('half', 'imagenet')
 
 
 def main() -> int:
     """Runs the command line; returns the exit status, 1 if the conversion failed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command.make_parser(__doc__)
     parser.add_argument('source', metavar='SRC', help='what to convert')
     parser.add_argument('destination', metavar='DST', help='file (npz) or folder to write')
     parser.add_argument('--to', required=True, choices=TARGETS, help='the format of DST')
@@ -51,42 +49,40 @@ def main() -> int:
         'into the first layer',
     )
     args = parser.parse_args()
+    return command.run(lambda: _convert(args))
 
+
+def _convert(args: argparse.Namespace) -> None:
     # Not at the top: they take seconds, and --help should not.
     from vit_jax import model_folder
     from vit_jax.checkpoint import catalog, export, formats, npz
-    from vit_jax.errors import UserError
 
-    try:
-        source = args.source if os.path.exists(args.source) else catalog.resolve(args.source)
-        normalization = {None: None, 'half': formats.HALF, 'imagenet': formats.IMAGENET}
-        model = model_folder.open_model(
-            source, variant=args.variant, normalization=normalization[args.normalization]
-        )
-        arrays = npz.flatten(model.params)
-        count = sum(array.size for array in arrays.values())
-        name = model.model_config.get('model_name') or 'a model of no known variant'
-        kind = model.source.get('format', 'vit_jax model folder')
-        print(f'{source}: {name}, {kind}, {len(arrays)} arrays, {count:,} parameters')
-        for note in model.source.get('notes', ()):
-            print(f'  {note}')
-        model_folder.check(model)
-        notes = export.write(
-            args.destination,
-            model.params,
-            to=args.to,
-            model_config=model.model_config,
-            image_size=model.image_size,
-            class_names=model_folder.own_class_names(model),
-            drop=args.drop,
-        )
-    except UserError as error:
-        print(f'convert.py: {error}', file=sys.stderr)
-        return 1
+    source = args.source if os.path.exists(args.source) else catalog.resolve(args.source)
+    normalization = {None: None, 'half': formats.HALF, 'imagenet': formats.IMAGENET}
+    model = model_folder.open_model(
+        source, variant=args.variant, normalization=normalization[args.normalization]
+    )
+    arrays = npz.flatten(model.params)
+    count = sum(array.size for array in arrays.values())
+    name = model.model_config.get('model_name') or 'a model of no known variant'
+    kind = model.source.get('format', 'vit_jax model folder')
+    print(f'{source}: {name}, {kind}, {len(arrays)} arrays, {count:,} parameters')
+    for note in model.source.get('notes', ()):
+        print(f'  {note}')
+    model_folder.check(model)
+    notes = export.write(
+        args.destination,
+        model.params,
+        to=args.to,
+        model_config=model.model_config,
+        image_size=model.image_size,
+        class_names=model_folder.own_class_names(model),
+        drop=args.drop,
+    )
+    command.end_on_closed_pipe()  # all is written
     print(f'{args.destination}: written for {args.to}')
     for note in notes:
         print(f'  {note}')
-    return 0
 
 
 if __name__ == '__main__':

@@ -11,8 +11,9 @@ Examples:
 """
 
 import argparse
-import signal
 import sys
+
+from vit_jax import command
 
 FORMATS = ('terminal', 'markdown', 'csv')
 
@@ -25,26 +26,12 @@ def main() -> int:
         parser.error('give one of --variant, --model and --all')
     if args.xla and args.all:
         parser.error('--xla goes with one model, not with --all')
-    if hasattr(signal, 'SIGPIPE'):  # `cost.py ... | head` ends it quietly
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-
-    # Not at the top: they take seconds, and --help should not.
-    from vit_jax.errors import UserError
-
-    try:
-        _run(args)
-    except UserError as error:
-        print(f'cost.py: {error}', file=sys.stderr)
-        return 1
-    return 0
+    command.end_on_closed_pipe()
+    return command.run(lambda: _run(args))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command.make_parser(__doc__)
     add = parser.add_argument
     add('--variant', default='', help='a name of scripts/list_models.py --variants')
     add('--model', default='', help='model folder, or weights of any kind that can be loaded')

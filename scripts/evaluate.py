@@ -19,35 +19,19 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from vit_jax import command
+
 RESULT, CONFUSION, RELIABILITY = 'evaluation.json', 'confusion_matrix.png', 'reliability.png'
 
 
 def main() -> int:
     """Runs the command line; returns the exit status, 1 if an image could not be read."""
     args = _parser().parse_args()
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors='backslashreplace')  # names of files may be no text
-
-    # Not at the top: they take time, and --help should not.
-    from vit_jax.errors import UserError
-
-    try:
-        return _run(args)
-    except UserError as error:
-        sys.stdout.flush()
-        print(f'evaluate.py: {error}', file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print('evaluate.py: interrupted', file=sys.stderr)
-        return 130
+    return command.run(lambda: _run(args))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command.make_parser(__doc__)
     add = parser.add_argument
     add(
         '--model',

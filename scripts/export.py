@@ -32,6 +32,8 @@ import shutil
 import signal
 import sys
 
+from vit_jax import command
+
 FORMATS = ('onnx', 'stablehlo', 'timm', 'huggingface', 'torchvision', 'npz')
 
 
@@ -98,11 +100,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command.make_parser(__doc__)
     add = parser.add_argument
     add('--model', required=True, help='model folder, file of weights, or released name')
     add('--format', required=True, help=', '.join(FORMATS))

@@ -8,27 +8,22 @@ Examples:
     python scripts/inspect_checkpoint.py runs/flowers/model --brief
 """
 
-import argparse
 import dataclasses
 import json
 import pathlib
-import signal
 import sys
+
+from vit_jax import command
 
 
 def main() -> int:
     """Runs the command line; returns the exit status, 1 if something cannot be used."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command.make_parser(__doc__)
     parser.add_argument('files', nargs='+', metavar='FILE', help='file or folder of weights')
     parser.add_argument('--variant', default='', help='architecture, where the arrays do not tell')
     parser.add_argument('--brief', action='store_true', help='leave out the table of arrays')
     args = parser.parse_args()
-    if hasattr(signal, 'SIGPIPE'):  # `inspect_checkpoint.py ... | head` ends it quietly
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    command.end_on_closed_pipe()
 
     # Not at the top: they take seconds, and --help should not.
     from vit_jax.checkpoint import inspection

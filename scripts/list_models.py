@@ -9,24 +9,19 @@ Examples:
     python scripts/list_models.py --variants              # the models themselves
 """
 
-import argparse
-import signal
 import sys
+
+from vit_jax import command
 
 
 def main() -> int:
     """Runs the command line; returns the exit status, 1 if nothing was found."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command.make_parser(__doc__)
     parser.add_argument('words', nargs='*', metavar='WORD', help='only what has all these words')
     parser.add_argument('--addresses', action='store_true', help='print addresses for download')
     parser.add_argument('--variants', action='store_true', help='list the models that are known')
     args = parser.parse_args()
-    if hasattr(signal, 'SIGPIPE'):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    command.end_on_closed_pipe()
     rows = _variants() if args.variants else _checkpoints(args.addresses)
     found = [row for row in rows[1:] if all(_has(row, word) for word in args.words)]
     if not found:

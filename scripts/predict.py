@@ -13,8 +13,9 @@ Examples:
 
 import argparse
 import contextlib
-import signal
 import sys
+
+from vit_jax import command
 
 FORMATS = ('table', 'csv', 'jsonl')
 ALL_UP_TO = 20  # classes; of models with more, only the best are shown unless asked for
@@ -24,29 +25,11 @@ BEST = 5
 def main() -> int:
     """Runs the command line; returns the exit status, 1 if an image could not be read."""
     args = _parser().parse_args()
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors='backslashreplace')  # names of files may be no text
-
-    # Not at the top: they take time, and --help should not.
-    from vit_jax.errors import UserError
-
-    try:
-        return _run(args)
-    except UserError as error:
-        sys.stdout.flush()
-        print(f'predict.py: {error}', file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print('predict.py: interrupted', file=sys.stderr)
-        return 130
+    return command.run(lambda: _run(args))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command.make_parser(__doc__)
     add = parser.add_argument
     add(
         '--model',
@@ -149,6 +132,5 @@ def _draw(args: argparse.Namespace, drawn: list, readable: int, class_names) -> 
 
 
 if __name__ == '__main__':
-    if hasattr(signal, 'SIGPIPE'):  # `predict.py ... | head` ends it quietly
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    command.end_on_closed_pipe()
     sys.exit(main())

@@ -12,8 +12,9 @@ Examples:
 """
 
 import argparse
-import signal
 import sys
+
+from vit_jax import command
 
 STYLES = ('jax', 'torchsummary')
 FORMATS = ('terminal', 'markdown', 'csv')
@@ -21,11 +22,7 @@ FORMATS = ('terminal', 'markdown', 'csv')
 
 def main() -> int:
     """Runs the command line; returns the exit status, 1 if there is no such model."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command.make_parser(__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument('--variant', help='a name of scripts/list_models.py --variants')
     what.add_argument('--model', help='model folder, or weights of any kind that can be loaded')
@@ -35,18 +32,8 @@ def main() -> int:
     parser.add_argument('--format', choices=FORMATS, default='terminal', help='default: terminal')
     parser.add_argument('--expand', action='store_true', help='every layer of every block')
     args = parser.parse_args()
-    if hasattr(signal, 'SIGPIPE'):  # `summary.py ... | head` ends it quietly
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-
-    # Not at the top: they take seconds, and --help should not.
-    from vit_jax.errors import UserError
-
-    try:
-        print(_run(args), end='')
-    except UserError as error:
-        print(f'summary.py: {error}', file=sys.stderr)
-        return 1
-    return 0
+    command.end_on_closed_pipe()
+    return command.run(lambda: print(_run(args), end=''))
 
 
 def _run(args: argparse.Namespace) -> str:

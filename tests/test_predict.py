@@ -428,7 +428,7 @@ def test_command_help_loads_nothing_heavy():
     assert done.returncode == 0 and '--top_k' in done.stdout
     loaded = {line.rpartition('|')[2].strip() for line in done.stderr.splitlines()}
     assert 'argparse' in loaded
-    assert not loaded & {'jax', 'flax', 'numpy', 'vit_jax', 'vit_jax.predict'}
+    assert not loaded & {'jax', 'flax', 'numpy', 'vit_jax.predict', 'vit_jax.models'}
 
 
 def test_json_lines(main, exported, model, images):

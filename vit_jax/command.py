@@ -1,0 +1,56 @@
+"""What the commands in scripts/ have in common; imports nothing that takes time."""
+
+import argparse
+import pathlib
+import signal
+import sys
+from collections.abc import Callable
+
+from vit_jax.errors import UserError
+
+
+def make_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser of a command line.
+
+    Args:
+      doc: the docstring of the script, shown by --help as it is.
+    """
+    return argparse.ArgumentParser(
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def run(work: Callable[[], int | None], *, failure: int = 1) -> int:
+    """Runs a command; the user's mistakes become one line on standard error.
+
+    Args:
+      work: does it, and returns the exit status (None for 0).
+      failure: exit status after a `UserError`.
+
+    Returns:
+      The exit status; 130 after Ctrl-C.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):  # not where a test has put another stream
+            stream.reconfigure(errors='backslashreplace')  # names of files may be no text
+    name = pathlib.Path(sys.argv[0]).name
+    try:
+        return work() or 0
+    except UserError as error:
+        sys.stdout.flush()
+        print(f'{name}: {error}', file=sys.stderr)
+        return failure
+    except KeyboardInterrupt:
+        print(f'{name}: interrupted', file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def end_on_closed_pipe() -> None:
+    """Lets `command | head` end the command, quietly, once `head` has enough.
+
+    Not for a command that has files to complete.
+    """
+    if hasattr(signal, 'SIGPIPE'):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
