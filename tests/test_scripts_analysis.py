@@ -39,7 +39,7 @@ def test_help_comes_before_jax_is_imported():
             'try:\n'
             f'    runpy.run_path({str(ROOT / "scripts" / script)!r}, run_name="__main__")\n'
             'finally:\n'
-            '    assert not {"jax", "rich", "vit_jax"} & set(sys.modules)\n'
+            '    assert not {"jax", "rich", "vit_jax.models"} & set(sys.modules)\n'
         )
         done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -243,7 +243,7 @@ def test_help_is_quick():
     )
     assert all(name in done.stdout for name in formats.FORMATS)
     imported = {line.split('|')[-1].strip() for line in done.stderr.splitlines()}
-    assert not imported & {'jax', 'numpy', 'onnx', 'rich', 'vit_jax'}
+    assert not imported & {'jax', 'numpy', 'onnx', 'rich', 'vit_jax.export'}
 
 
 # docs/tensorrt/build_engine.py
