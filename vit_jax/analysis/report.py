@@ -1,0 +1,216 @@
+"""The report of a run, `<workdir>/report.html`: one file that needs nothing else, and no network.
+
+    run_files.py         reads the workdir
+    report_charts.py     draws the curves
+    report_examples.py   runs the model over test images
+    report_tables.py     makes texts of numbers
+    report.html.j2       the page
+
+Whatever is not there, because the run is under way or the dataset has moved, is left out, and the
+page says so.
+"""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import logging
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+
+from vit_jax import prediction_output
+from vit_jax.analysis import report_charts, report_tables, run_files
+from vit_jax.analysis.run_files import Run
+from vit_jax.errors import UserError
+
+REPORT_FILE = 'report.html'
+_TEMPLATE = 'report.html.j2'
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """The parts of the page that need the data and the model, and notes on what is missing."""
+
+    predictions: object | None  # `report_examples.Predictions`
+    confusion: str
+    reliability: str
+    classes: report_tables.Table | None
+    results: report_tables.Table | None
+    predictions_note: str
+    balance: str
+    balance_notes: tuple[str, ...]
+
+
+def write(
+    workdirs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    images: int | None = None,
+) -> pathlib.Path:
+    """Writes the report of a run, or of several beside each other.
+
+    Args:
+      workdirs: of the runs, at most `report_charts.MAX_RUNS`; finished or not.
+      output: the file to write, replaced if it is there; of a single run `<workdir>/report.html` by
+        default.
+      images: how many test images of each run to predict at most; 0 for none, None for what
+        `report_examples.image_limit` says.
+
+    Returns:
+      The file.
+
+    Raises:
+      UserError: a folder without a run, too many of them, or a file that cannot be written.
+    """
+    if isinstance(workdirs, str | os.PathLike):
+        workdirs = [workdirs]
+    if len(workdirs) > report_charts.MAX_RUNS:
+        raise UserError(
+            f'{len(workdirs)} runs have too many colours to tell apart; give at most '
+            f'{report_charts.MAX_RUNS}'
+        )
+    if output is None:
+        if len(workdirs) != 1:
+            raise UserError('a report of several runs needs a place: name a file with --output')
+        output = pathlib.Path(workdirs[0]) / REPORT_FILE
+    runs = run_files.read_all(workdirs)
+    page = render(runs, images=images)
+    with prediction_output.whole_file(output) as partial:
+        partial.write_text(page, encoding='utf-8')
+    return pathlib.Path(output)
+
+
+def write_at_end(workdir: str | os.PathLike[str], say: Callable[[str], None]) -> None:
+    """Writes the report of a run that has just ended, and tells where it is.
+
+    Nothing that goes wrong here may cost the run, whose model is saved; so any error is told in one
+    line instead of being raised.
+
+    Args:
+      workdir: of the run.
+      say: gets the line, such as `Telemetry.info`.
+    """
+    try:
+        path = write(workdir)
+    except Exception as error:  # noqa: BLE001  (whatever it is, the run has succeeded)
+        reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
+        say(
+            f'WARNING: no report could be written ({reason}); the model is not affected. Try '
+            f'again: python scripts/report.py {workdir}'
+        )
+    else:
+        say(f'report: {path}')
+
+
+def render(runs: Sequence[Run], *, images: int | None = None) -> str:
+    """The page as HTML.
+
+    Args:
+      runs: of `run_files.read_all`; at least one.
+      images: see `write`.
+    """
+    import jinja2
+    import markupsafe
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader('vit_jax', 'analysis'),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_printable,
+    )
+    environment.filters['svg'] = markupsafe.Markup  # what `report_charts.to_svg` made
+    with report_charts.themed():
+        page = environment.get_template(_TEMPLATE).render(
+            runs=[_describe(run, number, images) for number, run in enumerate(runs)],
+            single=len(runs) == 1,
+            charts=report_charts.curves(runs),
+            summary=report_tables.summary(runs),
+            differences=report_tables.differences(runs),
+            written=datetime.datetime.now().strftime('%Y-%m-%d %H:%M'),
+            version=importlib.metadata.version('vit_jax'),
+            series=report_charts.MAX_RUNS,
+        )
+    return page
+
+
+def _printable(value: object) -> object:
+    """Texts with control characters, turned letters or bytes that are no text are shown escaped."""
+    import markupsafe
+
+    if not isinstance(value, str) or isinstance(value, markupsafe.Markup):
+        return value
+    return '\n'.join(
+        line if line.isprintable() else line.encode('unicode_escape').decode()
+        for line in value.split('\n')
+    )
+
+
+def _describe(run: Run, number: int, images: int | None) -> dict[str, object]:
+    """All that a page shows of one run."""
+    return {
+        'name': run.name,
+        'id': f'run{number + 1}',
+        'workdir': str(run.workdir.absolute()),
+        'state': report_tables.state(run),
+        'notes': run.notes,
+        'examples': _examples(run, number, images),
+        'config': report_tables.configuration(run),
+        'model': report_tables.architecture(run),
+        'environment': report_tables.environment(run),
+        'packages': report_tables.packages(run),
+        'cost': report_tables.costs(run),
+        'happened': report_tables.happened(run),
+        'events': report_tables.events(run),
+    }
+
+
+def _examples(run: Run, number: int, images: int | None) -> Examples:
+    """Opens the data and the model, as far as they are there."""
+    import jax
+
+    from vit_jax.analysis import report_examples
+
+    try:
+        train, test = report_examples.open_data(run)
+    except UserError as error:
+        note = f'Left out, because the images are not there: {error}.'
+        return Examples(None, '', '', None, None, note, '', (note,))
+    counted = report_examples.class_balance(train, test)
+    figure = report_charts.class_balance(counted.class_names, counted.counts)
+    balance = report_charts.to_svg(figure, f'balance{number}')
+    missing = ''
+    if images == 0:
+        missing = 'Left out, as was asked for.'
+    elif not run.finished:
+        missing = 'There is no model folder yet: the run has not ended.'
+    else:
+        try:
+            found = report_examples.predict(run, test, images)
+        except (UserError, jax.errors.JaxRuntimeError) as error:  # such as: no memory left
+            missing = f'Left out: {" ".join(str(error).split())[:500]}.'
+    if missing:
+        return Examples(None, '', '', None, None, missing, balance, counted.notes)
+    return Examples(
+        found,
+        *_draw(found, number),
+        report_tables.classes(found.metrics),
+        report_tables.results(found, run),
+        '',
+        balance,
+        counted.notes,
+    )
+
+
+def _draw(found: object, number: int) -> tuple[str, str]:
+    from vit_jax import classification_report
+
+    drawn = (
+        classification_report.draw_confusion(found.metrics, title='Confusion matrix'),
+        classification_report.draw_reliability(found.metrics, title='Calibration'),
+    )
+    names = (f'confusion{number}', f'calibration{number}')
+    return tuple(map(report_charts.to_svg, drawn, names))

@@ -1,0 +1,273 @@
+"""The charts of a report, as SVG that takes its colours from the page: light, dark, or printed.
+
+Matplotlib draws with stand-in colours, which `to_svg` replaces by CSS: `currentColor` for lines and
+text, `--grid` and `--series-1` ... for the rest. Names of runs are not in the SVG but in a legend
+of the page.
+"""
+
+import contextlib
+import dataclasses
+import io
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vit_jax.analysis.run_files import Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MAX_RUNS = 8  # colours that can be told apart
+MAX_POINTS = 1000  # of a curve; the eye sees no more
+MAX_CLASSES = 40  # bars that can be read
+
+_INK, _GRID = '#0a0b0c', '#0a0b0d'
+_SERIES = tuple(f'#0a0c0{i}' for i in range(1, MAX_RUNS + 1))
+_CSS = {_INK: 'currentColor', _GRID: 'var(--grid)'} | {
+    color: f'var(--series-{i})' for i, color in enumerate(_SERIES, start=1)
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """An entry of a legend: `series` from 1 (its colour), a `label`, whether it has `points`."""
+
+    series: int
+    label: str
+    points: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """A chart: its SVG, what it shows in words, the legend, and a note."""
+
+    svg: str
+    title: str
+    legend: tuple[Key, ...] = ()
+    note: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class _Curve:
+    """One metric of a chart: its name, which file has it, what to call it, points or a line."""
+
+    name: str
+    label: str
+    timing: bool = False
+    points: bool = False
+    scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    title: str
+    unit: str  # of the vertical axis
+    curves: tuple[_Curve, ...]
+    zero: bool = False  # whether the vertical axis begins at 0
+
+
+_PLANS = (
+    _Plan(
+        'Loss',
+        'cross-entropy (nats)',
+        (_Curve('train_loss', 'training batch'), _Curve('loss_test', 'test set', points=True)),
+    ),
+    _Plan(
+        'Accuracy',
+        'accuracy (%)',
+        (
+            _Curve('accuracy_train', 'training batch', scale=100),
+            _Curve('accuracy_test', 'test set', points=True, scale=100),
+        ),
+    ),
+    _Plan('Learning rate', 'learning rate', (_Curve('lr', 'learning rate'),), zero=True),
+    _Plan(
+        'Training speed',
+        'images/s per device',
+        (_Curve('img_sec_core_train', 'training speed', timing=True),),
+        zero=True,
+    ),
+    _Plan(
+        'Norm of the gradient',
+        'norm, before clipping',
+        (_Curve('gradient_norm', 'norm of the gradient'),),
+        zero=True,
+    ),
+    _Plan(
+        'Waiting for data',
+        'share of the time (%)',
+        (_Curve('data_wait', 'waiting for data', timing=True, scale=100),),
+        zero=True,
+    ),
+)
+
+
+def curves(runs: Sequence[Run]) -> list[Chart]:
+    """One chart for each kind of metric that a run has, all runs in each.
+
+    Args:
+      runs: at most `MAX_RUNS`, each in its own colour. Of a single run, the metrics of a chart have
+        different colours.
+    """
+    return [chart for plan in _PLANS if (chart := _chart(plan, runs)) is not None]
+
+
+def class_balance(class_names: Sequence[str], counts: dict[str, np.ndarray]) -> 'Figure':
+    """Bars: how many images each class has.
+
+    Args:
+      class_names: C names, in label order.
+      counts: for each split, 'training' and 'test', int [C].
+    """
+    from matplotlib.figure import Figure
+
+    labels, note = np.arange(len(class_names)), ''
+    if len(labels) > MAX_CLASSES:
+        half = MAX_CLASSES // 2
+        order = np.argsort(-next(iter(counts.values())), kind='stable')
+        labels = np.concatenate([order[:half], order[-half:]])
+        note = f'the {half} largest and {half} smallest of {len(order):,} classes'
+    names = [_short(class_names[label]) for label in labels]
+    figure = Figure(figsize=(5.6, 1.3 + 0.22 * len(labels)), layout='constrained')
+    panels = figure.subplots(1, len(counts), sharey=True, squeeze=False)[0]
+    for panel, color, (split, values) in zip(panels, _SERIES, counts.items(), strict=False):
+        panel.barh(range(len(labels)), values[labels], color=color)
+        panel.set_title(f'{split}: {values.sum():,} images', fontsize=9)
+        panel.set_xlabel('images')
+        panel.grid(axis='y', visible=False)
+        panel.locator_params(axis='x', nbins=4, integer=True)
+    panels[0].set_yticks(range(len(labels)), names, parse_math=False)
+    panels[0].set_ylabel('class')
+    panels[0].invert_yaxis()
+    figure.suptitle('Class balance' + (f'\n{note}' if note else ''), fontsize=10)
+    return figure
+
+
+@contextlib.contextmanager
+def themed() -> Iterator[None]:
+    """Makes the figures that are drawn inside use the stand-in colours."""
+    import matplotlib
+
+    settings = {
+        'axes.edgecolor': _INK,
+        'axes.facecolor': 'none',
+        'axes.grid': False,
+        'axes.labelcolor': _INK,
+        'axes.spines.right': False,
+        'axes.spines.top': False,
+        'axes.titlecolor': _INK,
+        'figure.facecolor': 'none',
+        'font.family': 'sans-serif',
+        'grid.color': _GRID,
+        'legend.facecolor': 'none',
+        'legend.framealpha': 0.0,
+        'path.simplify': True,
+        'savefig.facecolor': 'none',
+        'svg.fonttype': 'none',  # text stays text
+        'text.color': _INK,
+        'xtick.color': _INK,
+        'ytick.color': _INK,
+    }
+    with matplotlib.rc_context(settings):
+        yield
+
+
+def to_svg(figure: 'Figure', name: str) -> str:
+    """An `<svg>` element for a page, from a figure that was drawn inside `themed`.
+
+    Args:
+      figure: drawn.
+      name: of letters and digits, unlike any other on the page: ids begin with it.
+    """
+    import matplotlib
+
+    out = io.StringIO()
+    with matplotlib.rc_context({'svg.hashsalt': name}), warnings.catch_warnings():
+        # Only for measuring: the browser brings the fonts.
+        warnings.filterwarnings('ignore', message='Glyph .* missing from', category=UserWarning)
+        metadata = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
+        figure.savefig(out, format='svg', metadata=metadata)
+    svg = out.getvalue()
+    svg = svg[svg.index('<svg') :]
+    for color, css in _CSS.items():
+        svg = svg.replace(color, css)
+    # The page decides how wide it is; it knows the figure's own width as --width.
+    head, body = svg.split('>', 1)
+    width = round(float(re.search(r' width="([\d.]+)pt"', head)[1]))
+    head = re.sub(r' (?:width|height)="[^"]*"', '', head)
+    svg = f'{head} role="img" style="--width: {width}px">{body}'
+    return re.sub(r'(\bid="|url\(#|href="#)', rf'\g<1>{name}-', svg)
+
+
+def _chart(plan: _Plan, runs: Sequence[Run]) -> Chart | None:
+    from matplotlib.figure import Figure
+
+    single = len(runs) == 1
+    legend, longest = [], 1
+    figure = Figure(figsize=(5.0, 3.0), layout='constrained')
+    axes = figure.subplots()
+    for place, run in enumerate(runs):
+        for number, curve in enumerate(plan.curves):
+            steps, values = run.series(curve.name, timing=curve.timing)
+            if not np.isfinite(values).any():
+                continue
+            steps, values, together = thin(steps, curve.scale * values)
+            longest = max(longest, together)
+            series = number if single else place
+            # Test results of several runs differ from those of training by the points alone.
+            style = dict(marker='o', markersize=3.5) if curve.points else {}
+            if len(values) == 1:
+                style = dict(marker='o', markersize=3.5)
+            alpha = 0.55 if not curve.points and len(plan.curves) > 1 else 1
+            axes.plot(steps, values, color=_SERIES[series], linewidth=1.4, alpha=alpha, **style)
+            names = [] if single else [run.name]
+            if len(plan.curves) > 1 or single:
+                names.append(curve.label)
+            legend.append(Key(series + 1, ', '.join(names), curve.points))
+    if not legend:
+        return None
+    if len(plan.curves) == 1 and single:
+        legend = []
+    axes.set_title(plan.title, fontsize=11)
+    axes.set_xlabel('training step')
+    axes.set_ylabel(plan.unit)
+    axes.grid(True, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.set_xlim(left=0)
+    if plan.zero:
+        axes.set_ylim(bottom=0)
+    note = f'Each point is the mean of {longest} values or fewer.' if longest > 1 else ''
+    svg = to_svg(figure, 'curve' + re.sub(r'\W', '', plan.title))
+    return Chart(svg, plan.title, tuple(legend), note)
+
+
+def thin(
+    steps: np.ndarray, values: np.ndarray, most: int = MAX_POINTS
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Means of neighbouring points where a curve has more than can be seen.
+
+    Args:
+      steps: int [n].
+      values: float [n]; NaN does not count in the mean of its group.
+      most: points to give.
+
+    Returns:
+      Steps and values, float [m] with m at most `most`, and how many points there are to a mean.
+    """
+    together = -(-len(steps) // most)
+    if together <= 1:
+        return steps, values, 1
+    edges = np.arange(0, len(steps), together)
+    finite = np.isfinite(values)
+    count = np.add.reduceat(finite, edges, dtype=np.int64)
+    total = np.add.reduceat(np.where(finite, values, 0), edges)
+    size = np.diff(np.append(edges, len(steps)))
+    with np.errstate(invalid='ignore'):
+        return np.add.reduceat(steps, edges) / size, total / count, together
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 24 else f'{name[:23]}…'

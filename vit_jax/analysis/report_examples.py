@@ -1,0 +1,286 @@
+"""What the model of a run says about its test images: the part of a report that computes."""
+
+import base64
+import dataclasses
+import io
+from collections.abc import Sequence
+
+import numpy as np
+
+from vit_jax import classification_metrics, labels, model_folder
+from vit_jax.analysis import counts
+from vit_jax.analysis.run_files import MODEL_FOLDER, Run
+from vit_jax.classifier import JaxClassifier
+from vit_jax.data import sources
+from vit_jax.data.decode import decode
+from vit_jax.errors import UserError
+
+MAX_IMAGES = 2000  # to predict; with more, a sample of so many
+MIN_IMAGES = 64
+CPU_MACS = 2 * 10**12  # of all predictions, which is about half a minute
+SHOWN = 8  # best, and worst
+EXPLAINED = 3  # best, and worst, with attention
+_BATCH = 32
+_SIDE = 192  # of a picture, pixels at most
+_SEED = 0  # of the samples
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A test image and what the model says about it.
+
+    Attributes:
+      key: what a person calls the image.
+      url: `data:` URL of a small version.
+      right: name of its class.
+      predicted: name of the most probable class.
+      confidence: probability of that class.
+      probability: of the right class.
+      attention: `data:` URLs: what the model sees, attention of the last block, rollout; or none.
+    """
+
+    key: str
+    url: str
+    right: str
+    predicted: str
+    confidence: float
+    probability: float
+    attention: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """The predictions of a model on the test images of its run.
+
+    Attributes:
+      metrics: of the images that were predicted.
+      source: what they are, for people.
+      available: how many test images there are.
+      best: right predictions, the surest first.
+      worst: wrong predictions, the lowest probability of the right class first.
+      attention_note: why there are no attention maps; '' if there are.
+    """
+
+    metrics: classification_metrics.Metrics
+    source: str
+    available: int
+    best: tuple[Picture, ...]
+    worst: tuple[Picture, ...]
+    attention_note: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Balance:
+    """How many images each class has.
+
+    Attributes:
+      class_names: in label order.
+      counts: for 'training' and 'test', int64 [C].
+      notes: what was counted, where not all was.
+    """
+
+    class_names: tuple[str, ...]
+    counts: dict[str, np.ndarray]
+    notes: tuple[str, ...]
+
+
+class _Some:
+    """A few examples of a source, itself a source."""
+
+    def __init__(self, source: sources.Source, indices: np.ndarray):
+        self.class_names, self.exif = source.class_names, source.exif
+        self._source, self._indices = source, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> sources.Example:
+        return self._source[int(self._indices[index])]
+
+
+def open_data(run: Run) -> tuple[sources.Selection, sources.Selection]:
+    """The training and test examples of a run; nothing is downloaded or prepared.
+
+    Raises:
+      UserError: the run does not tell, or the dataset is not there, or is another than it was.
+    """
+    if not run.config or not run.data:
+        raise UserError('config.json and data.json tell what the data are, and one is missing')
+    try:
+        dataset, data_dir = run.config['dataset'], run.config['tfds_data_dir']
+        specs = [run.data[name]['split'] for name in ('train', 'test')]
+        before = [run.data[name]['fingerprint'] for name in ('train', 'test')]
+        if not all(isinstance(text, str) for text in (dataset, data_dir, *specs)):
+            raise TypeError('dataset and splits should be texts')
+    except (KeyError, TypeError) as error:
+        raise UserError(f'config.json or data.json is damaged ({error!r})') from error
+    if dataset != 'digits' and not sources.expand(dataset).exists():
+        _check_prepared(dataset, data_dir)
+    opened = sources.open_dataset(dataset, tfds_data_dir=data_dir)
+    train, test = (opened.select(spec) for spec in specs)
+    if [train.fingerprint(), test.fingerprint()] != before:
+        raise UserError(f'the dataset {dataset} is another than when the run began')
+    return train, test
+
+
+def class_balance(train: sources.Selection, test: sources.Selection) -> Balance:
+    """Counts the images of each class; of a set whose labels have to be read, in a sample."""
+    found, notes = {}, []
+    for split, source in (('training', train), ('test', test)):
+        known = source.labels()
+        if known is None:
+            indices = sample(len(source), MAX_IMAGES)
+            known = np.array([_label(source, index) for index in indices])
+            if len(indices) < len(source):
+                notes.append(
+                    f'Of the {len(source):,} {split} images a fixed random sample of '
+                    f'{len(indices):,} was counted.'
+                )
+            if (known < 0).any():
+                notes.append(f'{(known < 0).sum():,} records could not be read.')
+            known = known[known >= 0]
+        found[split] = np.bincount(known, minlength=len(source.class_names))
+    return Balance(tuple(train.class_names), found, tuple(notes))
+
+
+def predict(run: Run, test: sources.Selection, limit: int | None = None) -> Predictions:
+    """Runs the model folder of a run over its test images.
+
+    Args:
+      run: finished.
+      test: its test examples.
+      limit: how many images at most; None for `image_limit`.
+
+    Raises:
+      UserError: the model folder is damaged, does not fit the data, or no image can be read.
+    """
+    model = model_folder.load(run.workdir / MODEL_FOLDER)
+    classifier = JaxClassifier(model)
+    to_model = labels.remap(test.class_names, model.class_names, str(test))
+    chosen = sample(len(test), image_limit(model) if limit is None else limit)
+    found, _ = classification_metrics.collect(
+        classifier, _Some(test, chosen), model_labels=to_model, batch=_BATCH
+    )
+    metrics = classification_metrics.compute(found, model.class_names)
+    right = found.readable & (found.rank < 1)
+    wrong = found.readable & (found.rank > 0)
+    # NaN would be neither best nor worst; it is wrong with no probability at all.
+    score = np.nan_to_num(found.log_probability, nan=-np.inf)
+    best, worst = (
+        np.flatnonzero(which)[np.argsort(order[which], kind='stable')][:SHOWN]
+        for which, order in ((right, -score), (wrong, score))
+    )
+
+    note = _attention_note(model)
+    pictures = [
+        tuple(
+            _picture(model, test, int(chosen[row]), found, row, not note and place < EXPLAINED)
+            for place, row in enumerate(rows)
+        )
+        for rows in (best, worst)
+    ]
+    return Predictions(metrics, repr(test), len(test), *pictures, note)
+
+
+def image_limit(model: model_folder.Model) -> int:
+    """How many test images to predict: `MAX_IMAGES`, on a CPU less where a model is large."""
+    import jax
+
+    if jax.default_backend() != 'cpu':
+        return MAX_IMAGES
+    macs = counts.forward_macs(model.model_config, len(model.class_names), model.image_size)
+    return int(np.clip(CPU_MACS // macs, MIN_IMAGES, MAX_IMAGES))
+
+
+def sample(count: int, limit: int) -> np.ndarray:
+    """Sorted indices: all of `count`, or a random sample of `limit`, the same every time."""
+    if count <= limit:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(_SEED).choice(count, limit, replace=False))
+
+
+def to_url(pixels: np.ndarray) -> str:
+    """A picture as a `data:` URL: PNG, or JPEG where that is smaller.
+
+    Args:
+      pixels: uint8 [height, width, 3].
+    """
+    from PIL import Image
+
+    # Browsers would blur a tiny image.
+    factor = max(1, _SIDE // 2 // max(pixels.shape[:2]))
+    image = Image.fromarray(pixels.repeat(factor, axis=0).repeat(factor, axis=1))
+    image.thumbnail((_SIDE, _SIDE))
+    encoded = {}
+    for kind, options in (('png', {'optimize': True}), ('jpeg', {'quality': 85})):
+        out = io.BytesIO()
+        image.save(out, format=kind, **options)
+        encoded[kind] = out.getvalue()
+    kind = min(encoded, key=lambda kind: len(encoded[kind]))
+    return f'data:image/{kind};base64,{base64.b64encode(encoded[kind]).decode()}'
+
+
+def _check_prepared(name: str, data_dir: str) -> None:
+    """Raises if a TFDS set would have to be downloaded or converted first."""
+    from vit_jax.data import tfds_metadata, tfds_sets
+
+    if tfds_metadata.parse_name(name) is None:
+        return  # a folder that is gone, as opening it will say
+    if tfds_sets.array_record_folder(tfds_sets.find_builder(name, data_dir)) is None:
+        raise UserError(f'the dataset {name} is not on this machine')
+
+
+def _label(source: sources.Selection, index: int) -> int:
+    try:
+        return source[int(index)].label
+    except UserError:  # a damaged record
+        return -1
+
+
+def _attention_note(model: model_folder.Model) -> str:
+    from vit_jax.analysis import attention
+
+    try:
+        attention.check(model)
+    except UserError as error:
+        return str(error)
+    return ''
+
+
+def _picture(
+    model: model_folder.Model,
+    test: sources.Selection,
+    index: int,
+    found: classification_metrics.Outcomes,
+    row: int,
+    explain: bool,
+) -> Picture:
+    """Reads an image once more; it could be read before."""
+    example = test[index]
+    pixels = decode(example.image, key=example.key, exif=test.exif)
+    return Picture(
+        key=example.key,
+        url=to_url(pixels),
+        right=model.class_names[found.label[row]],
+        predicted=model.class_names[found.predicted[row]],
+        confidence=float(found.confidence[row]),
+        probability=float(np.exp(found.log_probability[row])),
+        attention=_attention(model, pixels) if explain else (),
+    )
+
+
+def _attention(model: model_folder.Model, pixels: np.ndarray) -> tuple[str, ...]:
+    """What the model sees, and over it the attention of the last block, and the rollout."""
+    from vit_jax.analysis import attention
+
+    seen = model.preprocess.evaluate(pixels)
+    maps = attention.maps(model, seen[None])
+    last = maps.class_token[0, -1].mean(axis=0)
+    # Each patch of a small image should be larger than a pixel of the overlay.
+    enlarged = seen.repeat(-(-_SIDE // len(seen)), axis=0).repeat(-(-_SIDE // len(seen)), axis=1)
+    pictures: Sequence[np.ndarray] = (
+        np.rint(enlarged).astype(np.uint8),
+        attention.overlay(enlarged, last),
+        attention.overlay(enlarged, maps.rollout[0]),
+    )
+    return tuple(map(to_url, pictures))

@@ -1,0 +1,297 @@
+"""The tables of a report: every number as people read it, from what the run wrote."""
+
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from configs import common
+from vit_jax import classification_report
+from vit_jax.analysis.run_files import MODEL_FOLDER, Event, Run
+from vit_jax.analysis.tables import Table
+from vit_jax.errors import UserError
+from vit_jax.telemetry import format_duration, format_rate
+
+if TYPE_CHECKING:
+    from vit_jax.analysis.report_examples import Predictions
+    from vit_jax.classification_metrics import Metrics
+
+MAX_EVENTS = 200
+_MAX_TEXT = 500  # characters of an event or a setting
+_NONE = '–'
+
+
+def state(run: Run) -> str:
+    """How far a run is."""
+    of = f' of {run.total_steps:,}' if run.total_steps else ''
+    if run.finished:
+        return f'finished, {run.steps:,}{of} steps'
+    stopped = [e.text for e in run.log if e.text.startswith(('stopped by ', 'model: '))]
+    if stopped and stopped[-1].startswith('stopped by '):
+        return f'stopped, {run.steps:,}{of} steps done; it can go on'
+    return f'not finished, {run.steps:,}{of} steps so far: it is under way, or was ended'
+
+
+def summary(runs: Sequence[Run]) -> Table:
+    """The latest values of each run, a column for each."""
+    rows = [
+        ('Training steps', *(f'{run.steps:,}' for run in runs)),
+        ('Test accuracy, last', *(_share(run.last('accuracy_test')) for run in runs)),
+        ('Test accuracy, best', *(_best(run) for run in runs)),
+        ('Top-5 test accuracy, last', *(_share(run.last('accuracy_top5_test')) for run in runs)),
+        ('Test loss, last', *(_loss(run.last('loss_test')) for run in runs)),
+        ('Training loss, last batch', *(_loss(run.last('train_loss')) for run in runs)),
+        ('Training accuracy, last batch', *(_share(run.last('accuracy_train')) for run in runs)),
+        ('Training speed, median (images/s per device)', *(_speed(run) for run in runs)),
+        ('Compiling and first step', *(_seconds(run, 'first_step_s') for run in runs)),
+        ('Time from first to last line of the log', *(_wall(run) for run in runs)),
+    ]
+    kept = [row for row in rows if any(value != _NONE for value in row[1:])]
+    return Table('Results', ('', *(f'{run.name}>' for run in runs)), kept)
+
+
+def differences(runs: Sequence[Run]) -> Table | None:
+    """The settings in which runs differ; None of a single run."""
+    if len(runs) < 2:
+        return None
+    flat = [dict(_leaves(run.config)) for run in runs]
+    names = sorted({name for settings in flat for name in settings})
+    rows = []
+    for name in names:
+        values = [_setting(settings[name]) if name in settings else _NONE for settings in flat]
+        if len(set(values)) > 1:
+            rows.append((name, *values))
+    notes = () if rows else ('All settings are the same.',)
+    columns = ('Setting', *(f'{run.name}>' for run in runs))
+    return Table('Settings that differ between the runs', columns, rows, notes)
+
+
+def configuration(run: Run) -> tuple[Table, Table]:
+    """The settings that are not the defaults of `configs/common.py`, and the others."""
+    defaults = dict(_leaves(common.get_defaults().to_dict()))
+    config = {key: value for key, value in run.config.items() if key != 'model'}
+    changed, same = [], []
+    settings = dict(_leaves(config))
+    order = {name: place for place, name in enumerate(defaults)}
+    for name in sorted(settings, key=lambda name: (order.get(name, len(order)), name)):
+        value = settings[name]
+        if name in defaults and defaults[name] == value:
+            same.append((name, _setting(value)))
+        else:
+            default = _setting(defaults[name]) if name in defaults else 'no such setting now'
+            changed.append((name, _setting(value), default))
+    return (
+        Table('Other than the defaults', ('Setting', 'This run', 'Default'), changed),
+        Table('As the defaults', ('Setting', 'Value'), same),
+    )
+
+
+def architecture(run: Run) -> Table:
+    """The model's own settings."""
+    model = run.config.get('model')
+    leaves = _leaves(model) if isinstance(model, Mapping) else ()
+    rows = [(name, _setting(value)) for name, value in leaves]
+    return Table('Model', ('Setting', 'Value'), rows)
+
+
+def environment(run: Run) -> Table:
+    """Where and from what the run was made."""
+    names = {'command': 'Command', 'git_revision': 'Revision of the code (git)',
+             'python': 'Python', 'platform': 'Platform'}  # fmt: skip
+    rows = [
+        (shown, _setting(run.versions[name]))
+        for name, shown in names.items()
+        if run.versions.get(name) is not None
+    ]
+    if run.device:
+        rows.append(('Devices', f'{run.device["devices"]} x {run.device["kind"]}'))
+        rows.append(('Type of activations', run.device['dtype']))
+    return Table('Environment', ('', ''), rows)
+
+
+def packages(run: Run) -> Table:
+    """The packages that were installed."""
+    found = run.versions.get('packages')
+    rows = [(name, str(version)) for name, version in found.items()] if _is_dict(found) else []
+    return Table('Packages', ('Package', 'Version'), rows)
+
+
+def costs(run: Run) -> Table:
+    """What the model and its training take, by formula, beside what was measured."""
+    title, columns = 'Cost', ('', '>')
+    try:
+        rows, notes = _costs(run)
+    except (UserError, KeyError, TypeError, ValueError, ArithmeticError) as error:
+        reason = str(error) if isinstance(error, UserError) else repr(error)
+        return Table(title, columns, (), (f'Left out: config.json does not tell it ({reason}).',))
+    return Table(title, columns, rows, notes)
+
+
+def classes(metrics: 'Metrics') -> Table:
+    """How each class did."""
+    rows, note = classification_report.class_rows(metrics)
+    columns = ('Class', 'Precision>', 'Recall>', 'F1>', 'Images>', 'Most often taken for')
+    return Table('Classes', columns, rows, (note,) if note else ())
+
+
+def results(found: 'Predictions', run: Run) -> Table:
+    """All classes together."""
+    metrics = found.metrics
+    rows = [
+        (name[0].upper() + name[1:], v) for name, v in classification_report.summary_rows(metrics)
+    ]
+    if metrics.count < found.available:
+        note = (
+            f'Predicted anew for this page, a fixed random sample of {metrics.count:,} of the '
+            f'{found.available:,} test images: {found.source}.'
+        )
+    else:
+        note = (
+            f'Predicted anew for this page, all {metrics.count:,} test images: {found.source}. '
+            f'The last evaluation of the run itself gave {_share(run.last("accuracy_test"))}.'
+        )
+    return Table('Test images', ('', '>'), rows, (note,))
+
+
+def happened(run: Run) -> Table:
+    """What went another way than planned, counted."""
+    resumes = run.resumes()
+    nulls = _not_finite(run)
+    rows = [
+        ('Resumed', f'from step {", ".join(f"{step:,}" for step in resumes)}' if resumes else 'no'),
+        ('Unreadable images named in the log', f'{run.unreadable():,}'),
+        ('Training images replaced by others', _count(run.last('replaced_images'))),
+        ('Unreadable test images, last evaluation', _count(run.last('unreadable_test'))),
+        ('Updates skipped (loss or gradient not finite)', _count(run.last('skipped_steps'))),
+        ('Logged steps whose loss was not finite', f'{nulls:,}'),
+    ]
+    return Table('What happened', ('', '>'), rows)
+
+
+def events(run: Run) -> tuple[list[Event], int]:
+    """The entries to show, long ones cut, and how many are left out between first and last ones."""
+    found = [Event(e.time, _cut(e.text)) for e in run.events()]
+    if len(found) <= MAX_EVENTS:
+        return found, 0
+    half = MAX_EVENTS // 2
+    left_out = len(found) - 2 * half
+    gap = Event('', f'… {left_out:,} more entries in train.log …')
+    return [*found[:half], gap, *found[-half:]], left_out
+
+
+def _costs(run: Run) -> tuple[list[tuple[str, str]], list[str]]:
+    """Rows and notes; raises nearly anything where the configuration is damaged."""
+    from vit_jax.analysis import cost, counts
+
+    config, model = run.config, run.config['model']
+    num_classes, size = len(run.data['class_names']), config['pp']['crop']
+    forward = counts.forward_macs(model, num_classes, size)
+    training = counts.training_macs(model, num_classes, size, config['remat'])
+    images = run.steps * config['batch']
+    rows = [
+        ('Parameters', f'{counts.parameters(model, num_classes, size):,}'),
+        ('Forward, one image (GFLOPs)', f'{2 * forward / 1e9:,.4g}'),
+        ('Training, one image (GFLOPs)', f'{2 * training / 1e9:,.4g}'),
+        ('Images trained on', f'{images:,}'),
+        ('Training so far (PFLOPs)', f'{2 * training * images / 1e15:,.4g}'),
+    ]
+    notes = ['Parameters, FLOPs and memory by formula (see scripts/cost.py).']
+    speed = _speeds(run)
+    if speed:
+        rate = statistics.median(speed) * 2 * training / 1e12
+        rows.append(('Reached on each device, median (TFLOP/s)', f'{rate:,.4g}'))
+    if run.device:
+        devices, kind = run.device['devices'], run.device['kind']
+        need = cost.training_memory(
+            model, num_classes=num_classes, image_size=size, batch=config['batch'],
+            accum_steps=max(1, config['accum_steps']), dtype=run.device['dtype'],
+            optimizer=config['optimizer'], optim_dtype=config['optim_dtype'],
+            remat=config['remat'], attention=config['attention'], devices=devices,
+            fsdp=devices if config['fsdp'] == -1 else config['fsdp'],
+            platform='cpu' if kind == 'cpu' else 'gpu',
+        )  # fmt: skip
+        parts = ('weights', 'gradients', 'optimizer', 'activations', 'inputs', 'total')
+        rows += [
+            (f'Memory of training, {part} (MiB per device)', f'{getattr(need, part) / 2**20:,.1f}')
+            for part in parts
+        ]
+        notes.append('The total is the most at one time, which is less than the sum.')
+    else:
+        notes.append('No memory: train.log, which tells the devices, is missing.')
+    peak = run.last('device_memory_peak', timing=True)
+    if peak is not None and math.isfinite(peak):
+        rows.append(('Memory of training, measured peak (MiB)', f'{peak / 2**20:,.1f}'))
+    params = run.workdir / MODEL_FOLDER / 'params.npz'
+    if params.is_file():
+        rows.append(('Model file (MiB)', f'{params.stat().st_size / 2**20:,.1f}'))
+    return rows, notes
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every value that is no mapping."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f'{prefix}{name}.')
+        else:
+            yield f'{prefix}{name}', value
+
+
+def _setting(value: Any) -> str:
+    if value == '':
+        return '(empty)'
+    return _cut(value if isinstance(value, str) else json.dumps(value))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_TEXT else f'{text[: _MAX_TEXT - 1]}…'
+
+
+def _share(value: float | None) -> str:
+    return _NONE if value is None else 'not finite' if math.isnan(value) else f'{100 * value:.2f} %'
+
+
+def _loss(value: float | None) -> str:
+    return _NONE if value is None else 'not finite' if math.isnan(value) else f'{value:.4f}'
+
+
+def _count(value: float | None) -> str:
+    return '0' if value is None or math.isnan(value) else f'{value:,.0f}'
+
+
+def _best(run: Run) -> str:
+    steps, values = run.series('accuracy_test')
+    if not np.isfinite(values).any():
+        return _NONE
+    place = int(np.nanargmax(values))
+    return f'{_share(values[place])} (step {steps[place]:,})'
+
+
+def _speeds(run: Run) -> list[float]:
+    _, values = run.series('img_sec_core_train', timing=True)
+    return values[np.isfinite(values)].tolist()
+
+
+def _speed(run: Run) -> str:
+    values = _speeds(run)
+    return format_rate(statistics.median(values)) if values else _NONE
+
+
+def _seconds(run: Run, name: str) -> str:
+    value = run.last(name, timing=True)
+    return _NONE if value is None else format_duration(value)
+
+
+def _wall(run: Run) -> str:
+    seconds = run.wall_seconds()
+    return _NONE if seconds is None else format_duration(seconds)
+
+
+def _not_finite(run: Run) -> int:
+    return int(np.isnan(run.series('train_loss')[1]).sum())
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, Mapping)

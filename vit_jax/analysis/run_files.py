@@ -1,0 +1,266 @@
+"""What a run left in its workdir, read for people: no JAX, no images, whatever state it is in.
+
+A run may be under way, killed while it wrote a line, or copied without some of its files. What is
+missing or damaged is told in `Run.notes`, and the rest is there.
+"""
+
+import dataclasses
+import datetime
+import json
+import math
+import os
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vit_jax import resume, telemetry
+from vit_jax.checkpoint import tensors
+from vit_jax.errors import UserError
+
+MODEL_FOLDER = 'model'  # as `train.MODEL_FOLDER`, which takes the whole of training to import
+
+_LOG_LINE = re.compile(r'(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  (.*)')
+_MODEL_LINE = re.compile(
+    r'model: .+, [\d,]+ parameters, (?P<dtype>\w+), \d+ px, on (?P<devices>\d+) x (?P<kind>.+?) '
+    r'\((?:data parallel|fsdp=\d+)'
+)
+_PROGRESS = re.compile(r'step [\d,]+/[\d,]+  loss ')
+_EVALUATION = re.compile(r'step [\d,]+: test accuracy ')
+_RESUMED = re.compile(r'weights: resumed from step ([\d,]+)')
+_UNREADABLE = re.compile(r'WARNING: cannot use image ')
+_SKIPPED = re.compile(r'WARNING: step [\d,]+: the loss is .* its update is skipped')
+_LARGEST_STEP = 2**53
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """An entry of `train.log`: `time` as it stands there, and `text`, of one or more lines."""
+
+    time: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A workdir.
+
+    Attributes:
+      workdir: the folder.
+      name: what to call the run, the folder's name.
+      metrics: lines of `metrics.jsonl`: `step`, and numbers by name; a value that was not finite is
+        NaN.
+      timing: lines of `timing.jsonl`, likewise.
+      config: `config.json`; {} where it is missing, as the next two.
+      data: `data.json`.
+      versions: `versions.json`.
+      log: entries of `train.log`.
+      notes: what is missing or damaged, in sentences.
+    """
+
+    workdir: pathlib.Path
+    name: str
+    metrics: tuple[Mapping[str, float], ...]
+    timing: tuple[Mapping[str, float], ...]
+    config: Mapping[str, Any]
+    data: Mapping[str, Any]
+    versions: Mapping[str, Any]
+    log: tuple[Event, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def steps(self) -> int:
+        """The last step of which something is told; 0 if none."""
+        return max((int(row['step']) for row in (*self.metrics, *self.timing)), default=0)
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps that the run is to have; None if it does not tell."""
+        total = self.config.get('total_steps')
+        return total if type(total) is int and total > 0 else None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the product of the run is there."""
+        return (self.workdir / MODEL_FOLDER / 'model.json').is_file()
+
+    @property
+    def device(self) -> Mapping[str, Any] | None:
+        """`dtype`, number of `devices` and their `kind` when it last started; None if not told."""
+        for event in reversed(self.log):
+            found = _MODEL_LINE.match(event.text)
+            if found:
+                return found.groupdict() | {'devices': int(found['devices'])}
+        return None
+
+    def series(self, name: str, *, timing: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """The values of one metric, in the order of the steps.
+
+        Args:
+          name: such as `train_loss`.
+          timing: whether it is one of `timing.jsonl`.
+
+        Returns:
+          Steps, int64 [n], each once, and values, float64 [n], of which some may be NaN. Of a step
+          that is there twice, the last line counts.
+        """
+        rows = self.timing if timing else self.metrics
+        values = {int(row['step']): row[name] for row in rows if name in row}
+        steps = sorted(values)
+        return np.array(steps, np.int64), np.array([values[step] for step in steps], np.float64)
+
+    def last(self, name: str, *, timing: bool = False) -> float | None:
+        """The last value of a metric; None if there is none."""
+        _, values = self.series(name, timing=timing)
+        return float(values[-1]) if len(values) else None
+
+    def resumes(self) -> list[int]:
+        """The steps from which the run went on after it had been stopped."""
+        found = (_RESUMED.match(event.text) for event in self.log)
+        return [int(match[1].replace(',', '')) for match in found if match]
+
+    def unreadable(self) -> int:
+        """How many images `train.log` names that could not be read, each once."""
+        return len({e.text for e in self.log if _UNREADABLE.match(e.text)})
+
+    def skipped(self) -> int:
+        """How many skipped updates `train.log` names; a step that was repeated counts again."""
+        return sum(bool(_SKIPPED.match(event.text)) for event in self.log)
+
+    def events(self) -> list[Event]:
+        """The entries of `train.log` but for progress and evaluations, which the curves show."""
+        shown_elsewhere = (_PROGRESS, _EVALUATION)
+        return [e for e in self.log if not any(p.match(e.text) for p in shown_elsewhere)]
+
+    def wall_seconds(self) -> float | None:
+        """Time between the first and the last entry of `train.log`, pauses included."""
+        if not self.log:
+            return None
+        try:
+            first, last = (
+                datetime.datetime.fromisoformat(self.log[place].time) for place in (0, -1)
+            )
+        except ValueError:  # digits that are no date
+            return None
+        return max(0.0, (last - first).total_seconds())
+
+
+def read(workdir: str | os.PathLike[str], *, name: str = '') -> Run:
+    """Reads a workdir.
+
+    Args:
+      workdir: the folder of a run.
+      name: what to call it; by default the folder's name.
+
+    Raises:
+      UserError: there is no such folder, or no run in it.
+    """
+    workdir = pathlib.Path(workdir)
+    names = (telemetry.METRICS_FILE, telemetry.CONFIG_FILE, telemetry.LOG_FILE)
+    try:
+        found = [(workdir / name).is_file() for name in names]
+    except OSError as error:
+        raise UserError(f'{workdir} cannot be read ({error.strerror})') from error
+    if not workdir.is_dir():
+        raise UserError(f'there is no folder {workdir}; give the --workdir of a run')
+    if not any(found):
+        raise UserError(
+            f'{workdir} holds no run: it has none of {", ".join(names)}; give the --workdir of one'
+        )
+    notes: list[str] = []
+    return Run(
+        workdir=workdir,
+        name=name or workdir.absolute().name or str(workdir),
+        metrics=_read_lines(workdir / telemetry.METRICS_FILE, notes),
+        timing=_read_lines(workdir / telemetry.TIMING_FILE, notes),
+        config=_read_object(workdir / telemetry.CONFIG_FILE, notes),
+        data=_read_object(workdir / resume.DATA_FILE, notes),
+        versions=_read_object(workdir / telemetry.VERSIONS_FILE, notes),
+        log=_read_log(workdir / telemetry.LOG_FILE, notes),
+        notes=tuple(notes),
+    )
+
+
+def read_all(workdirs: Sequence[str | os.PathLike[str]]) -> list[Run]:
+    """Reads workdirs; those whose folders have the same name are called by their whole paths."""
+    runs = [read(workdir) for workdir in workdirs]
+    names = [run.name for run in runs]
+    return [
+        dataclasses.replace(run, name=str(run.workdir)) if names.count(run.name) > 1 else run
+        for run in runs
+    ]
+
+
+def _read_object(path: pathlib.Path, notes: list[str]) -> Mapping[str, Any]:
+    if not path.exists():
+        notes.append(f'There is no {path.name}.')
+        return {}
+    try:
+        return tensors.read_json(path)
+    except UserError as error:
+        notes.append(f'{path.name} is damaged: {error}.')
+        return {}
+
+
+def _read_text(path: pathlib.Path, notes: list[str]) -> str:
+    try:
+        return path.read_text(encoding='utf-8', errors='replace')
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        reason = f'There is no {path.name}.' if missing else f'{path.name}: {error.strerror}.'
+        notes.append(reason)
+        return ''
+
+
+def _read_lines(path: pathlib.Path, notes: list[str]) -> tuple[Mapping[str, float], ...]:
+    """The lines of a `.jsonl` file that have a step, with the values that are numbers."""
+    rows, unreadable = [], 0
+    lines = _read_text(path, notes).splitlines(keepends=True)
+    for line in lines:
+        try:
+            row = json.loads(line)
+            step = row['step']
+            if type(step) is not int or not 0 <= step < _LARGEST_STEP:
+                raise ValueError(f'step is {step!r}')
+        except (ValueError, TypeError, KeyError, RecursionError):
+            unreadable += 1
+            continue
+        rows.append({'step': step} | {k: v for k, v in map(_number, row.items()) if v is not None})
+    if unreadable:
+        torn = bool(lines) and not lines[-1].endswith('\n')
+        why = (
+            ' (the last one is half-written: the run was killed, or is writing it)' if torn else ''
+        )
+        notes.append(
+            f'{path.name}: {unreadable} of {len(lines):,} lines cannot be read and are left '
+            f'out{why}.'
+        )
+    return tuple(rows)
+
+
+def _number(item: tuple[str, Any]) -> tuple[str, float | None]:
+    """A value as float: NaN for null (not finite when it was written), None for no number."""
+    name, value = item
+    if value is None:
+        return name, math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return name, None
+    try:
+        value = float(value)
+    except OverflowError:
+        return name, math.nan
+    return name, value if math.isfinite(value) else math.nan
+
+
+def _read_log(path: pathlib.Path, notes: list[str]) -> tuple[Event, ...]:
+    """Entries begin with a time; lines without one belong to the entry before."""
+    events: list[Event] = []
+    for line in _read_text(path, notes).splitlines():
+        found = _LOG_LINE.fullmatch(line)
+        if found:
+            events.append(Event(found[1], found[2]))
+        elif events:
+            events[-1] = Event(events[-1].time, f'{events[-1].text}\n{line}')
+    return tuple(events)
