@@ -124,7 +124,7 @@ def _run(args: argparse.Namespace) -> int:
             model,
             images,
             choice,
-            title=contact_sheet.shorten(predict.printable(args.model), 40),
+            title=contact_sheet.shorten(predict.printable(_short_name(args.model)), 40),
             skip=None if args.what else _note,
             advance=advance,
         )
@@ -149,6 +149,12 @@ def _kinds(args: argparse.Namespace) -> tuple[str, ...]:
         if getattr(args, option) and kind not in kinds:
             raise UserError(f'--{option} is for {kind}, which is not to be drawn; leave it out')
     return kinds
+
+
+def _short_name(model: str) -> str:
+    """`run/model` of a model folder, else the name of the file."""
+    path = pathlib.Path(model)
+    return '/'.join(path.absolute().parts[-2:]) if path.is_dir() else path.name
 
 
 def _note(reason: str) -> None:

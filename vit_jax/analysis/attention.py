@@ -103,7 +103,8 @@ def relevance(model: model_folder.Model, pixels: np.ndarray, classes: np.ndarray
     heads of relu(gradient * A) R in each block, with the attention weights A after softmax and the
     gradient of the class's logit with respect to them. The result is the row of R of what the head
     reads: the class token; of a DeiT the mean of class and distillation token, since its logit is
-    the mean of two heads; without class token the mean of all rows.
+    the mean of two heads; without class token the mean of all rows. The identity itself
+    is left out.
 
     Args:
       model: what `model_folder.load` gives, with a head.
@@ -303,12 +304,14 @@ def _relevance(model, params, pixels, classes):
 
     def of_class(labels):  # [B] -> [B, h, w]
         (gradients,) = pull_back(jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype))
-        row = jnp.broadcast_to(start, (len(labels), len(start)))
-        # R = (I + A_L) ... (I + A_1), of which one row (or mix of rows) is wanted.
+        # One row (or mix of rows) of R = (I + A_L) ... (I + A_1), less that of the identity,
+        # which without class token is the same for every patch, and much larger than the rest.
+        added = jnp.zeros((len(labels), len(start)))
         for layer in reversed(range(len(layers))):
             weighted = jax.nn.relu(gradients[_name(layer)] * layers[layer]).mean(axis=1)
-            row += jnp.einsum('bn,bnm->bm', row, weighted, precision=_EXACT)
-        return _on_grid(row, grid)
+            row = start[None] + added
+            added += jnp.einsum('bn,bnm->bm', row, weighted, precision=_EXACT)
+        return _on_grid(added, grid)
 
     # One class after another: the gradients of all at once may not fit.
     return jax.lax.map(of_class, classes.T).swapaxes(0, 1)
