@@ -1,0 +1,167 @@
+"""Where the time of a step goes, from a trace of `jax.profiler`.
+
+Read by `jax.profiler.ProfileData`, which needs no TensorFlow. A trace names the operations of the
+compiled program; the program's text says which part of the model each of them came from.
+"""
+
+import collections
+import dataclasses
+import pathlib
+import re
+from collections.abc import Iterable, Mapping
+
+from vit_jax.errors import UserError
+
+_INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*? ([a-z][\w\-]*)\(')
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+# These contain others, which are in the trace themselves.
+_CONTAINERS = ('while', 'call', 'conditional')
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """An operation of a compiled program.
+
+    Attributes:
+      kind: of the instruction, 'fusion' or 'dot'.
+      part: of the model that it comes from: 'backward Transformer/encoderblock_*/MlpBlock_0',
+        or '(none)' where the compiler does not say.
+    """
+
+    kind: str
+    part: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """A line of the list.
+
+    Attributes:
+      name: what it is.
+      seconds: in one step.
+      count: how often in one step.
+      share: of the seconds of all operations, in [0, 1].
+    """
+
+    name: str
+    seconds: float
+    count: float
+    share: float
+
+
+def operations(hlo: str) -> dict[str, Operation]:
+    """The operations of a compiled program, by their names in a trace.
+
+    Args:
+      hlo: its text, `compiled.as_text()`.
+    """
+    found = {}
+    for line in hlo.splitlines():
+        match = _INSTRUCTION.match(line)
+        if match:
+            op_name = _OP_NAME.search(line)
+            found[match[1]] = Operation(match[2], part_of(op_name[1] if op_name else ''))
+    return found
+
+
+def part_of(op_name: str) -> str:
+    """The part of the model that an operation belongs to.
+
+    Args:
+      op_name: metadata of the instruction, such as
+        'jit(step)/transpose(jvp(VisionTransformer))/Transformer/encoderblock_3/MlpBlock_0/add'.
+
+    Returns:
+      The modules on the way to it, blocks not told apart; 'backward' in front where it computes
+      gradients; 'optimizer and loss' for what is in no module.
+    """
+    if not op_name:
+        return '(none)'
+    backward = 'transpose(' in op_name
+    words = [re.sub(r'_\d+$', '_*', w) if 'block' in w and 'Block' not in w else w
+             for w in op_name.split('/')]  # fmt: skip
+    # Modules are in front of the last word, which is the operation; functions have brackets.
+    modules = [w for w in words[:-1] if re.fullmatch(r'[\w*]+', w) and w not in _NOISE]
+    if not modules:
+        inside = 'jvp(' in op_name or 'VisionTransformer' in op_name or 'MlpMixer' in op_name
+        name = 'model, outside of its modules' if inside else 'optimizer, loss and the rest'
+        return f'backward {name}' if backward else name
+    return ('backward ' if backward else '') + '/'.join(modules)
+
+
+_NOISE = ('shard_map', 'closed_call', 'while', 'body', 'cond', 'checkpoint', 'rematted_computation',
+          'pjit', 'jit', 'vmap')  # fmt: skip
+
+
+def read(folder: str, known: Mapping[str, Operation]) -> dict[str, tuple[float, int]]:
+    """Seconds and count of each operation in a trace.
+
+    Args:
+      folder: where `jax.profiler.trace` wrote.
+      known: of `operations`; others (of other programs) are left out.
+
+    Returns:
+      name -> (seconds, count), over all of the trace. Seconds of operations that ran at the same
+      time are added up.
+
+    Raises:
+      UserError: there is no trace, or none of these operations is in it.
+    """
+    from jax.profiler import ProfileData
+
+    files = sorted(pathlib.Path(folder).glob('**/*.xplane.pb'))
+    if not files:
+        raise UserError(f'the profiler wrote no trace to {folder}')
+    found = collections.defaultdict(lambda: (0.0, 0))
+    for plane in ProfileData.from_file(str(files[-1])).planes:
+        for line in plane.lines:
+            # A GPU's plane shows operations a second time, summed up in lines of their own.
+            if plane.name.startswith('/device') and not line.name.startswith('Stream'):
+                continue
+            for event in line.events:
+                name = _operation_of(event)
+                operation = known.get(name)
+                if operation and operation.kind not in _CONTAINERS:
+                    seconds, count = found[name]
+                    found[name] = seconds + 1e-9 * event.duration_ns, count + 1
+    if not found:
+        raise UserError('none of the operations of the step is in the trace')
+    return dict(found)
+
+
+def _operation_of(event) -> str:
+    """The name of the operation of the program that an event shows; '' if it is none."""
+    return next((str(value) for key, value in event.stats if key == 'hlo_op'), '')
+
+
+def rank(
+    times: Mapping[str, tuple[float, int]], label: Mapping[str, str], steps: int
+) -> list[Share]:
+    """Sums by label, longest first.
+
+    Args:
+      times: of `read`.
+      label: of each operation.
+      steps: that were traced.
+    """
+    total = sum(seconds for seconds, _ in times.values())
+    sums: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
+    for name, (seconds, count) in times.items():
+        sums[label[name]][0] += seconds
+        sums[label[name]][1] += count
+    shares = [
+        Share(name, seconds / steps, count / steps, seconds / total)
+        for name, (seconds, count) in sums.items()
+    ]
+    return sorted(shares, key=lambda share: -share.seconds)
+
+
+def top(shares: Iterable[Share], count: int) -> list[Share]:
+    """The first so many, and one line for all the rest."""
+    shares = list(shares)
+    rest = shares[count:]
+    if rest:
+        name = f'{len(rest)} others'
+        sums = (sum(getattr(s, key) for s in rest) for key in ('seconds', 'count', 'share'))
+        shares = [*shares[:count], Share(name, *sums)]
+    return shares
