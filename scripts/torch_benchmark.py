@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vit_jax.benchmark import child, feed
+from vit_jax.benchmark import child, feed, torchvision_import
 
 MATMUL_SIDE = {'cpu': 2048, 'cuda': 8192}
 
@@ -138,7 +138,7 @@ class Model:
 
 
 def _timm(setup: Mapping[str, Any]) -> Any:
-    _torchvision()  # timm imports it
+    torchvision_import.load()  # timm imports it
     from timm.models import vision_transformer
 
     config = setup['model_config']
@@ -191,7 +191,7 @@ def _transformers(setup: Mapping[str, Any]) -> Any:
 def _torchvision_vit(setup: Mapping[str, Any]) -> Any:
     import torch
 
-    torchvision = _torchvision()
+    torchvision = torchvision_import.load()
     config = setup['model_config']
     transformer = config['transformer']
     model = torchvision.models.VisionTransformer(
@@ -206,28 +206,6 @@ def _torchvision_vit(setup: Mapping[str, Any]) -> Any:
     for layer in model.encoder.layers:
         layer.mlp[1] = torch.nn.GELU(approximate='tanh')
     return model
-
-
-def _torchvision() -> Any:
-    """torchvision, also where its compiled operators do not fit PyTorch's build.
-
-    They are for object detection; declared, they need not work.
-    """
-    import torch
-
-    try:
-        import torchvision
-    except RuntimeError as error:
-        if 'torchvision::nms' not in str(error):
-            raise
-        for name in [n for n in sys.modules if n.split('.')[0] == 'torchvision']:
-            del sys.modules[name]
-        global _operators  # lives as long as the process, or the declarations go with it
-        _operators = torch.library.Library('torchvision', 'DEF')
-        for name in ('nms', 'qnms'):
-            _operators.define(f'{name}(Tensor a) -> Tensor')
-        import torchvision
-    return torchvision
 
 
 def _wait(tensor: Any) -> None:
