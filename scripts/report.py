@@ -13,41 +13,17 @@ Examples:
 import argparse
 import sys
 
+from vit_jax import command
+
 
 def main() -> int:
     """Runs the command line; returns the exit status, 1 if no report could be written."""
     args = _parser().parse_args()
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors='backslashreplace')  # names of folders may be no text
-
-    # Not at the top: they take seconds, and --help should not.
-    from vit_jax import prediction_output
-    from vit_jax.errors import UserError
-
-    try:
-        if args.images is not None and args.images < 0:
-            raise UserError(f'--images {args.images}: expected a number of images, 0 for none')
-        if args.output:
-            prediction_output.check_output(args.output, overwrite=args.overwrite, flag='--output')
-        from vit_jax.analysis import report
-
-        path = report.write(args.workdirs, args.output, images=args.images)
-    except UserError as error:
-        print(f'report.py: {error}', file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print('report.py: interrupted', file=sys.stderr)
-        return 130
-    print(f'written: {path}')
-    return 0
+    return command.run(lambda: _run(args))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command.make_parser(__doc__)
     add = parser.add_argument
     add('workdirs', nargs='+', metavar='WORKDIR', help='the --workdir of a run')
     add(
@@ -64,6 +40,19 @@ def _parser() -> argparse.ArgumentParser:
         'as many as a model of that size can be expected to do in half a minute, at least 64',
     )
     return parser
+
+
+def _run(args: argparse.Namespace) -> None:
+    # Not at the top: they take seconds, and --help should not.
+    from vit_jax import prediction_output
+    from vit_jax.analysis import report
+    from vit_jax.errors import UserError
+
+    if args.images is not None and args.images < 0:
+        raise UserError(f'--images {args.images}: expected a number of images, 0 for none')
+    if args.output:
+        prediction_output.check_output(args.output, overwrite=args.overwrite, flag='--output')
+    print(f'written: {report.write(args.workdirs, args.output, images=args.images)}')
 
 
 if __name__ == '__main__':

@@ -160,7 +160,7 @@ def themed() -> Iterator[None]:
         'axes.spines.top': False,
         'axes.titlecolor': _INK,
         'figure.facecolor': 'none',
-        'font.family': 'sans-serif',
+        'font.family': 'DejaVu Sans',  # for measuring; the page has its own
         'grid.color': _GRID,
         'legend.facecolor': 'none',
         'legend.framealpha': 0.0,
