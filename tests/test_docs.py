@@ -1,0 +1,117 @@
+"""Pages of docs/: their blocks run and print what the page shows, their links lead somewhere."""
+
+import contextlib
+import importlib.util
+import io
+import pathlib
+import re
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PAGE = ROOT / 'docs' / 'how_a_vit_works.md'
+PAGES = [ROOT / 'README.md', *sorted(ROOT.glob('docs/*.md'))]
+
+BLOCK = re.compile(r'^```(\w+)\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+
+
+def blocks(text, language):
+    """(line of its first line, content) of each block in a language."""
+    for found in BLOCK.finditer(text):
+        if found[1] == language:
+            yield text.count('\n', 0, found.start(2)) + 1, found[2]
+
+
+def shows(shown, printed):
+    """Whether a page's `shown` is what was `printed`; a line '...' stands for any lines."""
+    pattern = '.*'.join(re.escape(part) for part in re.split(r'^\.\.\.\n', shown, flags=re.M))
+    return re.fullmatch(pattern, printed, re.DOTALL) is not None
+
+
+def run_blocks(page):
+    """Runs the Python blocks of a page in one namespace.
+
+    Yields:
+      (line of the block, what it printed, the block `text` that follows it or '').
+    """
+    text = page.read_text()
+    found = [(match[1], match) for match in BLOCK.finditer(text)]
+    namespace = {'__name__': page.stem}
+    for place, (language, match) in enumerate(found):
+        if language != 'python':
+            continue
+        line = text.count('\n', 0, match.start(2)) + 1
+        # Line numbers of a traceback are those of the page.
+        code = compile('\n' * (line - 1) + match[2], str(page), 'exec')
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(code, namespace)
+        following = found[place + 1] if place + 1 < len(found) else ('', None)
+        yield line, printed.getvalue(), following[1][2] if following[0] == 'text' else ''
+
+
+@pytest.mark.parametrize(
+    ('shown', 'printed', 'same'),
+    [
+        ('a\nb\n', 'a\nb\n', True),
+        ('a\n', 'a\nb\n', False),
+        ('a\n...\nd\n', 'a\nb\nc\nd\n', True),
+        ('a\n...\n', 'a\nb\n', True),
+        ('a\n...\nd\n', 'a\nb\nc\n', False),
+        ('a.b\n', 'axb\n', False),
+    ],
+)
+def test_shown_and_printed_are_compared(shown, printed, same):
+    assert shows(shown, printed) == same
+
+
+def test_python_of_the_page_prints_what_it_shows():
+    ran = 0
+    for line, printed, shown in run_blocks(PAGE):
+        assert printed == shown, f'{PAGE.name}, block at line {line}'
+        ran += 1
+    assert ran == PAGE.read_text().count('```python')
+
+
+def test_commands_of_the_page_print_what_it_shows(monkeypatch, capsys):
+    """In this process: starting JAX for each would take most of the time."""
+    found = list(blocks(PAGE.read_text(), 'console'))
+    assert found
+    for line, block in found:
+        command, shown = block.split('\n', 1)
+        words = command.split()
+        assert words[:2] == ['$', 'python'], f'{PAGE.name}, line {line}'
+        script = ROOT / words[2]
+        spec = importlib.util.spec_from_file_location(script.stem, script)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, 'argv', [script.name, *words[3:]])
+        assert module.main() == 0
+        printed = capsys.readouterr().out
+        assert shows(shown, printed), f'{PAGE.name}, line {line}: {command} prints\n{printed}'
+
+
+def test_unfold_of_pytorch_orders_a_patch_as_the_page_says():
+    torch = pytest.importorskip('torch', reason='PyTorch is not installed')
+    import jax
+    import numpy as np
+
+    images = np.random.default_rng(0).normal(size=[2, 8, 12, 3]).astype(np.float32)
+    unfold = torch.nn.functional.unfold
+    of_torch = unfold(torch.from_numpy(images.transpose(0, 3, 1, 2)), kernel_size=4, stride=4)
+    of_page = jax.lax.conv_general_dilated_patches(
+        images, (4, 4), (4, 4), 'VALID', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+    )
+    np.testing.assert_array_equal(
+        of_torch.numpy().swapaxes(1, 2), np.asarray(of_page).reshape(2, 6, 48)
+    )
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+def test_links_of_the_pages_lead_to_files(page):
+    text = BLOCK.sub('', page.read_text())
+    links = re.findall(r'\]\(([^)#\s]+)[^)]*\)', text)
+    local = [link for link in links if '://' not in link and not link.startswith('mailto:')]
+    missing = [link for link in local if not (page.parent / link).exists()]
+    assert not missing
