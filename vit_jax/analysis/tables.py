@@ -48,7 +48,13 @@ def render(table: Table, style: str) -> str:
         )
     for row in table.rows:
         rich_table.add_row(*row)
-    out = console.Console(width=10_000, file=io.StringIO(), markup=False, highlight=False)
+    out = console.Console(
+        width=10_000,
+        file=io.StringIO(),
+        markup=False,
+        highlight=False,
+        force_jupyter=False,  # in a notebook, rich would show the table and leave the file empty
+    )
     out.print(rich_table)
     lines = [line.rstrip() for line in out.file.getvalue().splitlines()]
     body = '\n'.join(line for line in lines if line)
