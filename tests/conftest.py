@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -22,11 +23,21 @@ def pytest_configure(config):
             os.environ.get('XLA_FLAGS', '')
             + ' --xla_cpu_collective_call_terminate_timeout_seconds=600'
         ).strip()
+    # What one test has compiled, others need not, in any worker or child process.
+    if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+        config.compiled = tempfile.TemporaryDirectory(prefix='vit_jax-tests-')
+        os.environ['JAX_COMPILATION_CACHE_DIR'] = config.compiled.name
+        os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
     import jax
 
     jax.config.update('jax_cpu_enable_async_dispatch', False)  # as `sharding.steps_ahead` says
     jax.config.update('jax_numpy_rank_promotion', 'raise')
     jax.config.update('jax_default_matmul_precision', 'highest')
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, 'compiled'):
+        config.compiled.cleanup()
 
 
 def pytest_collection_modifyitems(items):

@@ -22,11 +22,11 @@ import processes
 
 
 def kill_and_compare(
-    folder, kills: int, seed: int, flags=(), *, platform: str = 'cpu', say=print
+    folder, kills: int, seed: int, flags=(), *, platform='cpu', steps_per_kill=30, say=print
 ) -> list[str]:
     """Runs the comparison in `folder`; returns what differs, [] if nothing."""
     folder = pathlib.Path(folder)
-    steps = 30 * (kills + 1)
+    steps = steps_per_kill * (kills + 1)
     flags = [f'--config.total_steps={steps}', *flags]
     cache = folder / 'cache'
     options = {'cache': cache, 'env': {'JAX_PLATFORMS': 'cpu'}}
