@@ -1,6 +1,6 @@
 """Times the input pipeline alone: images per second by stage, and how it grows with threads.
 
-Stages on one core: read, decode, crop, resize, batch, transfer to the device; then the whole
+Stages on one thread: read, decode, crop, resize, batch, transfer to the device; then the whole
 pipeline with more and more threads. Beside it the same work in torchvision with Pillow (DataLoader
 workers) and in tf.data, where they are installed; each in a process of its own, turn about.
 
@@ -65,7 +65,7 @@ def main() -> int:
 
 
 def _benchmark(args: argparse.Namespace) -> dict:
-    """Stages on one core, then the whole with more and more threads. The result is JSON."""
+    """Stages on one thread, then the whole with more and more threads. The result is JSON."""
     import importlib.util
 
     from vit_jax import predict
@@ -101,16 +101,16 @@ def _benchmark(args: argparse.Namespace) -> dict:
         'images': count,
         'bytes_per_image': sum(pathlib.Path(f).stat().st_size for f in files) // count,
         'left_out': [f'{name}: not installed: {", ".join(p)}' for name, p in missing.items() if p],
-        'stages': _measure(args, files, takes_part, threads=0, cores=1),
+        'stages': _measure(args, files, takes_part, threads=0),
         'whole': [
-            {'threads': number, 'results': _measure(args, files, takes_part, number, cores=0)}
+            {'threads': number, 'results': _measure(args, files, takes_part, number)}
             for number in threads
         ],
     }
 
 
 def _measure(
-    args: argparse.Namespace, files: list[str], names: list[str], threads: int, cores: int
+    args: argparse.Namespace, files: list[str], names: list[str], threads: int
 ) -> list[dict]:
     """Turn about; for each contestant `seconds` of each round, of stages `stages`, or `error`."""
     import contextlib
@@ -119,10 +119,7 @@ def _measure(
 
     package = 'vit_jax.benchmark'
     command = [sys.executable, '-m', f'{package}.child', f'{package}.input_stages']
-    setup = {
-        'files': files, 'crop': args.image_size, 'batch': args.batch, 'threads': threads,
-        'cores': cores,
-    }  # fmt: skip
+    setup = {'files': files, 'crop': args.image_size, 'batch': args.batch, 'threads': threads}
     rows = {name: {'contestant': name, 'seconds': [], 'stages': []} for name in names}
     with contextlib.ExitStack() as stack:
         children = {}
@@ -170,7 +167,7 @@ def _print(result: dict, style: str) -> None:
         rates = [_rate(count, seconds) for seconds in (*medians, total)]
         rows.append([row['contestant'], *rates])
     columns = (
-        'images/s on one core', *(f'{n}>' for n in ('read', 'decode', 'crop', 'resize', 'batch',
+        'images/s on one thread', *(f'{n}>' for n in ('read', 'decode', 'crop', 'resize', 'batch',
                                                     'transfer', 'all stages')),
     )  # fmt: skip
     notes = [

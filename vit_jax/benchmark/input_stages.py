@@ -1,7 +1,7 @@
 """The input pipelines that benchmark_data.py compares, each in a process of its own.
 
 Setup: `contestant` ('vit_jax', 'torchvision' or 'tf.data'), `files` (paths of images), `crop`
-(pixels), `batch`, `cores`, and `threads`: 0 times the stages one after the other on one thread;
+(pixels), `batch`, and `threads`: 0 times the stages one after the other on one thread;
 else the whole pipeline with so many threads (of torchvision: worker processes).
 
 A step is all files once; the seconds of a stage are those of all files. The crop of torchvision is

@@ -116,7 +116,8 @@ class Child:
             env=os.environ | _environment(cache),
         )
         self._answers: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
         try:
             self.facts = self._ask(setup)['facts']
         except BaseException:
@@ -137,6 +138,8 @@ class Child:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._reader.join()
+        self._process.stdout.close()
         self._log.close()
 
     def _read(self) -> None:

@@ -1,0 +1,230 @@
+"""scripts/benchmark.py, benchmark_data.py and profile_step.py, and what they measure with."""
+
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from vit_jax import models
+from vit_jax.benchmark import contestants, interleave, machine, original, results, trace
+from vit_jax.errors import UserError
+from vit_jax.models import variants
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SCRIPTS = ('benchmark.py', 'benchmark_data.py', 'profile_step.py')
+
+# A contestant that needs neither JAX nor PyTorch.
+SLEEPER = """
+import os
+import time
+from vit_jax.benchmark import child
+class Sleeper:
+    facts = {'platform': 'cpu', 'flops': 100}
+    def __init__(self, setup):
+        print('a library prints to stdout')
+        self.name = setup['contestant']
+        if self.name == 'broken':
+            raise ValueError('no such thing')
+    def run(self, steps):
+        time.sleep(0.01 * steps)
+        with open(os.environ['ORDER_FILE'], 'a') as file:
+            file.write(self.name)
+    def peak_memory(self):
+        return 7
+child.serve(Sleeper)
+"""
+
+
+class Sleeper(contestants.Contestant):
+    command = (sys.executable, '-c', SLEEPER)
+
+
+def small_config(layers=1):
+    config = variants.get_config('ViT-Ti_16').to_dict()
+    config['hidden_size'] = 24
+    config['transformer'] |= {'num_layers': layers, 'mlp_dim': 32}
+    return config
+
+
+def cell(**changes):
+    arguments = dict(
+        variant='small', model_config=small_config(), num_classes=5, image_size=32,
+        dtype='float32', batch=2, mode='inference',
+    )  # fmt: skip
+    return interleave.Cell(**arguments | changes)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a script's `main` in this process."""
+
+    def run(script, *arguments):
+        spec = importlib.util.spec_from_file_location(script[:-3], ROOT / 'scripts' / script)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, 'argv', [script, *map(str, arguments)])
+        code = module.main()
+        out, err = capsys.readouterr()
+        return types.SimpleNamespace(returncode=code, stdout=out, stderr=err)
+
+    return run
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_help_comes_before_jax_is_imported(script):
+    code = (
+        'import runpy, sys\n'
+        f'sys.argv = ["{script}", "--help"]\n'
+        'try:\n'
+        f'    runpy.run_path({str(ROOT / "scripts" / script)!r}, run_name="__main__")\n'
+        'finally:\n'
+        '    assert not {"jax", "rich", "vit_jax"} & set(sys.modules)\n'
+    )
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 'Examples:' in done.stdout
+
+
+def test_the_originals_way_gives_the_same_logits():
+    config, rng = small_config(layers=2), np.random.default_rng(0)
+    ours = models.from_config(config, num_classes=5)
+    theirs = models.from_config(config, num_classes=5, encoder=original.OriginalEncoder)
+    images = rng.uniform(-1, 1, (2, 32, 32, 3)).astype(np.float32)
+    shapes = jax.eval_shape(lambda x: ours.init(jax.random.key(0), x, train=False), images)
+    params = jax.tree.map(lambda s: rng.normal(0, 0.3, s.shape).astype(np.float32), shapes)
+    logits = jax.jit(lambda p, x: ours.apply(p, x, train=False))(params, images)
+    others = original.make_predict(theirs)(params['params'], images)
+    assert np.abs(logits).max() > 0.1
+    np.testing.assert_allclose(others, logits, rtol=1e-5, atol=1e-5)
+
+
+def test_rounds_time_each_contestant_once_in_rotated_order(tmp_path, monkeypatch):
+    monkeypatch.setenv('ORDER_FILE', str(tmp_path / 'order'))
+    people = [Sleeper(name, name) for name in ('a', 'broken', 'b')]
+    timing = interleave.Timing(rounds=3, steps=2, warmup=0, timeout=60)
+    a, broken, b = interleave.measure(cell(), people, timing)
+    assert broken == {'contestant': 'broken', 'error': 'ValueError: no such thing'}
+    for row in (a, b):
+        assert len(row['seconds']) == 3 and row['steps'] == 2 and row['peak_memory'] == 7
+        assert min(row['seconds']) >= 0.01
+        assert row['ready_s'] > 0 and row['ready_warm_s'] > 0
+    assert (tmp_path / 'order').read_text() == 'ab' + 'ba' + 'ab'
+
+
+def test_a_contestant_that_dies_or_hangs_is_an_error():
+    for code, message in (
+        ('import sys; sys.exit("out of memory")', 'out of memory'),
+        ('import time; time.sleep(60)', 'no answer within 1 s'),
+    ):
+        with pytest.raises(interleave.ContestantError, match=message):
+            interleave.Child(
+                [sys.executable, '-c', code], {}, '', timeout=1 if 'time' in code else 60
+            )
+
+
+def test_contestants_of_a_command_line():
+    (ours,) = contestants.parse(['vit_jax:remat=full,accum_steps=4'])
+    assert (ours.name, ours.options) == ('vit_jax', {'remat': 'full', 'accum_steps': '4'})
+    for wrong in (['tim'], ['vit_jax:speed=9'], ['timm:remat=full'], ['timm', 'timm']):
+        with pytest.raises(UserError):
+            contestants.parse(wrong)
+    mixer = variants.get_config('Mixer-B_16').to_dict()
+    peer = contestants.Contestant('transformers', 'transformers')
+    assert peer.reason_to_leave_out(mixer, 'float32')
+    (way,) = contestants.parse(['original'])
+    assert way.reason_to_leave_out(small_config(), 'bfloat16') == 'computes in float32 only'
+    assert way.reason_to_leave_out(small_config(), 'float32') == ''
+
+
+def test_published_peaks_by_the_names_that_devices_give_themselves():
+    assert machine.published_peak('NVIDIA H200', 'bfloat16')[0] == 989e12
+    assert machine.published_peak('NVIDIA GeForce RTX 4090', 'float32')[0] == 82.6e12
+    assert machine.published_peak('some other card', 'float32') is None
+
+
+def test_benchmark_measures_ours_beside_the_original_and_writes_tables(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(variants.VARIANTS, 'small', small_config() | {'model_name': 'small'})
+    # The children are to compute as ours does for users: on one device.
+    monkeypatch.setenv('JAX_NUM_CPU_DEVICES', '1')
+    # The products of matrices are large, and other contestants' are alike.
+    monkeypatch.setattr(contestants, 'MATMULS', ())
+    file = tmp_path / 'result.json'
+    done = run(
+        'benchmark.py', '--variants', 'small', '--image_size', 32, '--batch', 2, '--rounds', 3,
+        '--num_classes', 5, '--modes', 'training', '--contestants', 'vit_jax', 'original',
+        '--steps', 1, '--skip_warm_start', '--peak_tflops', 1, '--output', file,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(file.read_text())
+    assert str(tmp_path) not in file.read_text()
+    ours, way = result['cells'][0]['results']
+    formula = result['cells'][0]['flops_per_image'] * 2
+    for row in (ours, way):
+        assert row['facts']['parameters'] == ours['facts']['parameters'] > 0
+        # A model this small is mostly what the formula leaves out; the same order of size.
+        assert 1 <= row['facts']['xla_flops'] / formula < 3
+        assert len(row['seconds']) == 3 and row['peak_memory'] > 0
+    table = run('benchmark.py', '--table', file)
+    assert table.returncode == 0
+    assert '| small | 32 | float32 | 2 | vit_jax' in ' '.join(table.stdout.split())
+    file.write_text('{}')
+    wrong = run('benchmark.py', '--table', file)
+    assert wrong.returncode == 1 and 'no result' in wrong.stderr
+
+
+def test_quartiles():
+    assert results.quartiles([3.0]) == (3.0, 3.0, 3.0)
+    assert results.quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 3.0, 4.0)
+
+
+def test_parts_of_a_model_in_the_names_of_operations():
+    start = 'jit(train_step)/transpose(jvp(VisionTransformer))/Transformer/'
+    name = start + 'encoderblock_11/MlpBlock_0/Dense_0/dot_general'
+    assert trace.part_of(name) == 'backward Transformer/encoderblock_*/MlpBlock_0/Dense_0'
+    assert trace.part_of('jit(train_step)/mul') == 'optimizer, loss and the rest'
+    known = trace.operations(
+        '  %dot.3 = (f32[2,3]{1,0}, f32[4]{0}) fusion(%a), metadata={op_name="jit(f)/head/add"}\n'
+        '  ROOT %while.1 = f32[] while(%b)\n'
+    )
+    assert known['dot.3'] == trace.Operation('fusion', 'head')
+    assert known['while.1'].kind == 'while'
+
+
+def test_profile_of_a_step(run, monkeypatch):
+    monkeypatch.setitem(variants.VARIANTS, 'small', small_config() | {'model_name': 'small'})
+    done = run(
+        'profile_step.py', '--variant', 'small', '--image_size', 32, '--batch', 2, '--steps', 2,
+        '--num_classes', 5, '--mode', 'inference', '--format', 'csv',
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert 'part of the model,ms a step' in done.stdout
+    assert 'encoderblock_*' in done.stdout
+
+
+def test_input_pipeline_by_stage_and_by_threads(run, tmp_path):
+    from PIL import Image
+
+    for index in range(5):
+        pixels = np.random.default_rng(index).integers(0, 256, (40, 50, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f'{index}.jpg')
+    file = tmp_path / 'result.json'
+    done = run(
+        'benchmark_data.py', '--folder', tmp_path, '--image_size', 32, '--batch', 2, '--rounds', 2,
+        '--threads', 1, '--contestants', 'vit_jax', '--output', file,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(file.read_text())
+    assert result['images'] == 4
+    assert str(tmp_path) not in file.read_text()
+    (row,) = result['stages']
+    assert len(row['stages']) == 2
+    for stages, seconds in zip(row['stages'], row['seconds'], strict=True):
+        assert list(stages) == ['read', 'decode', 'crop', 'resize', 'batch', 'transfer']
+        assert 0 < sum(stages.values()) <= seconds
+    assert 'Whole pipeline' in done.stdout
