@@ -157,7 +157,7 @@ def test_benchmark_measures_ours_beside_the_original_and_writes_tables(run, tmp_
     file = tmp_path / 'result.json'
     done = run(
         'benchmark.py', '--variants', 'small', '--image_size', 32, '--batch', 2, '--rounds', 3,
-        '--num_classes', 5, '--modes', 'training', '--contestants', 'vit_jax', 'original',
+        '--num_classes', 5, '--modes', 'inference', '--contestants', 'vit_jax', 'original',
         '--steps', 1, '--skip_warm_start', '--peak_tflops', 1, '--output', file,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -200,11 +200,12 @@ def test_profile_of_a_step(run, monkeypatch):
     monkeypatch.setitem(variants.VARIANTS, 'small', small_config() | {'model_name': 'small'})
     done = run(
         'profile_step.py', '--variant', 'small', '--image_size', 32, '--batch', 2, '--steps', 2,
-        '--num_classes', 5, '--mode', 'inference', '--format', 'csv',
+        '--num_classes', 5, '--mode', 'training', '--format', 'csv',
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert 'part of the model,ms a step' in done.stdout
     assert 'encoderblock_*' in done.stdout
+    assert 'backward ' in done.stdout
 
 
 def test_input_pipeline_by_stage_and_by_threads(run, tmp_path):
