@@ -1,8 +1,10 @@
-"""Pages of docs/: their blocks run and print what the page shows, their links lead somewhere."""
+"""Pages of docs/: their blocks run and print what the page shows; the notebook runs."""
 
 import contextlib
 import importlib.util
 import io
+import json
+import os
 import pathlib
 import re
 import sys
@@ -11,7 +13,18 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = ROOT / 'docs' / 'how_a_vit_works.md'
+NOTEBOOK = ROOT / 'docs' / 'tour.ipynb'
 PAGES = [ROOT / 'README.md', *sorted(ROOT.glob('docs/*.md'))]
+
+# What the test of the notebook asks it at the end.
+MEASURED = """
+print(json.dumps({
+    'accuracy': accuracy,
+    'logits': float(abs(maps.logits).max()),
+    'difference': float(difference),
+    'attention': float(maps.class_token.sum(axis=(-1, -2)).max()),
+}))
+"""
 
 BLOCK = re.compile(r'^```(\w+)\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 
@@ -115,3 +128,44 @@ def test_links_of_the_pages_lead_to_files(page):
     local = [link for link in links if '://' not in link and not link.startswith('mailto:')]
     missing = [link for link in local if not (page.parent / link).exists()]
     assert not missing
+
+
+@pytest.fixture
+def notebook():
+    nbformat = pytest.importorskip('nbformat', reason='nbformat is not installed')
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+def test_notebook_is_small_and_shows_results(notebook):
+    assert NOTEBOOK.stat().st_size < 300_000
+    cells = [cell for cell in notebook.cells if cell.cell_type == 'code']
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert not [output for output in outputs if output.output_type == 'error']
+    assert sum('image/png' in output.get('data', {}) for output in outputs) == 4
+
+
+def test_notebook_runs(notebook, tmp_path, monkeypatch):
+    nbclient = pytest.importorskip('nbclient', reason='nbclient is not installed')
+    from nbformat.v4 import new_code_cell
+
+    notebook.cells.append(new_code_cell(MEASURED))
+    for name in ('IPYTHONDIR', 'JUPYTER_RUNTIME_DIR', 'TMPDIR'):
+        monkeypatch.setenv(name, str(tmp_path))
+    client = nbclient.NotebookClient(
+        notebook, timeout=600, kernel_name='python3', resources={'metadata': {'path': str(ROOT)}}
+    )
+    client.execute(
+        env={
+            **os.environ,
+            'JAX_PLATFORMS': 'cpu',
+            'JAX_NUM_CPU_DEVICES': '1',
+            # Half of the time goes into compiling what runs for a second.
+            'XLA_FLAGS': '--xla_backend_optimization_level=0',
+        }
+    )
+    measured = json.loads(notebook.cells[-1].outputs[0].text)
+    assert measured['accuracy'] > 0.8  # measured: 0.94; a guess is right in 0.1
+    assert measured['logits'] > 1
+    assert measured['difference'] < 1e-4
+    assert measured['attention'] <= 1 + 1e-5
