@@ -53,7 +53,8 @@ def render(table: Table, style: str) -> str:
         file=io.StringIO(),
         markup=False,
         highlight=False,
-        force_jupyter=False,  # in a notebook, rich would show the table and leave the file empty
+        force_jupyter=False,  # in a notebook, rich would show it and leave the file empty
+        color_system=None,  # whatever FORCE_COLOR says: this is for files, too
     )
     out.print(rich_table)
     lines = [line.rstrip() for line in out.file.getvalue().splitlines()]
