@@ -138,14 +138,13 @@ def render(runs: Sequence[Run], *, images: int | None = None) -> str:
 
 
 def _printable(value: object) -> object:
-    """Texts with control characters, turned letters or bytes that are no text are shown escaped."""
+    """Escapes control characters, marks that turn text around, and bytes that are no text."""
     import markupsafe
 
     if not isinstance(value, str) or isinstance(value, markupsafe.Markup):
         return value
-    return '\n'.join(
-        line if line.isprintable() else line.encode('unicode_escape').decode()
-        for line in value.split('\n')
+    return ''.join(
+        c if c.isprintable() or c == '\n' else c.encode('unicode_escape').decode() for c in value
     )
 
 

@@ -30,7 +30,7 @@ class Picture:
     """A test image and what the model says about it.
 
     Attributes:
-      key: what a person calls the image.
+      key: what a person calls the image; of one in a folder the path below it.
       url: `data:` URL of a small version.
       right: name of its class.
       predicted: name of the most probable class.
@@ -171,10 +171,14 @@ def predict(run: Run, test: sources.Selection, limit: int | None = None) -> Pred
         for which, order in ((right, -score), (wrong, score))
     )
 
+    # What tells images of a folder from each other is the end of their paths.
+    folder = f'{sources.expand(run.config["dataset"])}/'
     note = _attention_note(model)
     pictures = [
         tuple(
-            _picture(model, test, int(chosen[row]), found, row, not note and place < EXPLAINED)
+            _picture(
+                model, test, int(chosen[row]), found, row, folder, not note and place < EXPLAINED
+            )
             for place, row in enumerate(rows)
         )
         for rows in (best, worst)
@@ -253,13 +257,14 @@ def _picture(
     index: int,
     found: classification_metrics.Outcomes,
     row: int,
+    folder: str,
     explain: bool,
 ) -> Picture:
     """Reads an image once more; it could be read before."""
     example = test[index]
     pixels = decode(example.image, key=example.key, exif=test.exif)
     return Picture(
-        key=example.key,
+        key=example.key.removeprefix(folder),
         url=to_url(pixels),
         right=model.class_names[found.label[row]],
         predicted=model.class_names[found.predicted[row]],
