@@ -359,7 +359,7 @@ def test_similarity_of_positions(family):
 
 
 def test_positions_of_real_weights_are_a_grid(shared_dir):
-    """As in the paper's figure: near patches are similar, in the same row or column more than not."""
+    """As in the paper's figure: near patches are similar, those of a row or column more so."""
     model = model_folder.load(shared_dir / 'weights' / 'deit_ti16_imagenet1k.npz')
     found = embeddings.position_similarity(model)[7, 7]
     assert found.shape == (14, 14)
