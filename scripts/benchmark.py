@@ -184,7 +184,7 @@ def _cell_result(args, cell, rows: list[dict], products: list[dict]) -> dict:
 
     arguments = (cell.model_config, cell.num_classes, cell.image_size)
     training = cell.mode == 'training'
-    macs = counts.training_macs(*arguments) if training else counts.macs(*arguments)
+    macs = counts.training_macs(*arguments) if training else counts.forward_macs(*arguments)
     for row in rows:
         parameters = row.get('facts', {}).get('parameters')
         expected = sum(part.parameters for part in counts.parts(*arguments))
