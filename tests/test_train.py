@@ -23,6 +23,7 @@ TINY = {'mlp_dim': 32, 'num_heads': 2, 'num_layers': 1, 'dropout_rate': 0.0}
 def make_config(tmp_path, **changes) -> ml_collections.ConfigDict:
     """Digits with a model that compiles in a moment; 12 steps on 4 devices."""
     config = digits.get_config()
+    config.report = False
     config.model.hidden_size = 16
     config.model.transformer.update(TINY)
     config.pp.crop, config.pp.resize, config.model.patches.size = 16, 18, (8, 8)
@@ -41,7 +42,7 @@ def lines(workdir, name='metrics.jsonl'):
 def finished(tmp_path_factory):
     """One run from start to end, whose output several tests look at."""
     tmp_path = tmp_path_factory.mktemp('run')
-    config = make_config(tmp_path)
+    config = make_config(tmp_path, report=True)
     params = train.train_and_evaluate(config, tmp_path / 'run')
     return config, tmp_path / 'run', jax.device_get(params)
 
@@ -51,6 +52,7 @@ def test_a_run_leaves_what_it_promises(finished):
     metrics = lines(workdir)
     training = [line for line in metrics if 'train_loss' in line]
     assert [line['step'] for line in training] == [2, 4, 6, 8, 10, 12]
+    assert '</html>' in (workdir / 'report.html').read_text()
     assert set(training[0]) == {'step', 'train_loss', 'accuracy_train', 'lr', 'gradient_norm'}
     testing = [line for line in metrics if 'accuracy_test' in line]
     assert [line['step'] for line in testing] == [6, 12]

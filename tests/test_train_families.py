@@ -47,6 +47,7 @@ NEW_WHEN_FINE_TUNED = {
 
 def make_config(family, **changes):
     config = digits.get_config()
+    config.report = False
     config.model = {'model_name': f'{family}-digits', **FAMILIES[family]}
     config.pp.crop, config.pp.resize = 16, 0
     config.batch, config.batch_eval, config.total_steps, config.warmup_steps = 64, 360, 24, 3

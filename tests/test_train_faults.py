@@ -22,6 +22,7 @@ from vit_jax.errors import UserError
 def make_config(**changes) -> ml_collections.ConfigDict:
     """Digits and a model that compiles in a moment; 8 steps on 4 devices."""
     config = digits.get_config()
+    config.report = False
     config.model.hidden_size = 16
     config.model.transformer.update(mlp_dim=32, num_heads=2, num_layers=1, dropout_rate=0.0)
     config.pp.crop, config.model.patches.size = 16, (8, 8)

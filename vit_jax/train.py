@@ -117,6 +117,10 @@ def train_and_evaluate(
             if explained is None:
                 raise
             raise explained from error
+        if config.report and jax.process_index() == 0:
+            from vit_jax.analysis import report  # draws pictures, and only here
+
+            report.write_at_end(workdir, log.info)
         return state.params
 
 
