@@ -325,3 +325,6 @@ def test_a_mixer_takes_no_attention():
     assert models.get_model('Mixer-S_16', num_classes=2, attention='auto')
     with pytest.raises(ValueError, match='an MLP-Mixer has no attention'):
         models.get_model('Mixer-S_16', num_classes=2, attention='xla')
+    with pytest.raises(ValueError, match='an MLP-Mixer has no attention'):
+        images, params = images_and_params('mixer')
+        models.apply_with_intermediates(create('mixer'), params, images, attention_weights=True)

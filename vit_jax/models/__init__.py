@@ -93,7 +93,12 @@ def apply_with_intermediates(
       the ResNet's features; and on request 'Transformer/encoderblock_0/attention_weights'. A Mixer
       has 'MixerBlock_0/tokens', '/tokens_mlp' and '/channels_mlp' instead of the encoder's. Inside
       `jax.jit`, what is not used costs nothing.
+
+    Raises:
+      ValueError: attention weights of an MLP-Mixer, which has none.
     """
+    if attention_weights and isinstance(model, MlpMixer):
+        raise ValueError('an MLP-Mixer has no attention, and so no attention weights')
     collections = ['intermediates'] + (['attention_weights'] if attention_weights else [])
     variables = {'params': params}
     if attention_offsets is not None:
