@@ -12,7 +12,16 @@ import numpy as np
 import pytest
 
 from vit_jax import models
-from vit_jax.benchmark import contestants, interleave, machine, original, results, trace
+from vit_jax.analysis import counts
+from vit_jax.benchmark import (
+    contestants,
+    interleave,
+    jax_workload,
+    machine,
+    original,
+    results,
+    trace,
+)
 from vit_jax.errors import UserError
 from vit_jax.models import variants
 
@@ -148,7 +157,7 @@ def test_published_peaks_by_the_names_that_devices_give_themselves():
     assert machine.published_peak('some other card', 'float32') is None
 
 
-def test_benchmark_measures_ours_beside_the_original_and_writes_tables(run, tmp_path, monkeypatch):
+def test_benchmark_measures_in_a_process_of_its_own_and_writes_tables(run, tmp_path, monkeypatch):
     monkeypatch.setitem(variants.VARIANTS, 'small', small_config() | {'model_name': 'small'})
     # The children are to compute as ours does for users: on one device.
     monkeypatch.setenv('JAX_NUM_CPU_DEVICES', '1')
@@ -157,25 +166,33 @@ def test_benchmark_measures_ours_beside_the_original_and_writes_tables(run, tmp_
     file = tmp_path / 'result.json'
     done = run(
         'benchmark.py', '--variants', 'small', '--image_size', 32, '--batch', 2, '--rounds', 3,
-        '--num_classes', 5, '--modes', 'inference', '--contestants', 'vit_jax', 'original',
+        '--num_classes', 5, '--modes', 'inference', '--contestants', 'vit_jax',
         '--steps', 1, '--skip_warm_start', '--peak_tflops', 1, '--output', file,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads(file.read_text())
     assert str(tmp_path) not in file.read_text()
-    ours, way = result['cells'][0]['results']
+    (row,) = result['cells'][0]['results']
     formula = result['cells'][0]['flops_per_image'] * 2
-    for row in (ours, way):
-        assert row['facts']['parameters'] == ours['facts']['parameters'] > 0
-        # A model this small is mostly what the formula leaves out; the same order of size.
-        assert 1 <= row['facts']['xla_flops'] / formula < 3
-        assert len(row['seconds']) == 3 and row['peak_memory'] > 0
+    # A model this small is mostly what the formula leaves out; the same order of size.
+    assert 1 <= row['facts']['xla_flops'] / formula < 3
+    assert len(row['seconds']) == 3 and row['peak_memory'] > 0
     table = run('benchmark.py', '--table', file)
     assert table.returncode == 0
     assert '| small | 32 | float32 | 2 | vit_jax' in ' '.join(table.stdout.split())
     file.write_text('{}')
     wrong = run('benchmark.py', '--table', file)
     assert wrong.returncode == 1 and 'no result' in wrong.stderr
+
+
+def test_a_training_step_in_the_originals_way():
+    way = contestants.Contestant('original', 'original')
+    workload = jax_workload.build(cell(mode='training').setup(way))
+    workload.run(2)
+    # The first update has a learning rate of 0; then the warm-up begins.
+    assert np.abs(workload._params['head']['bias']).max() > 0
+    expected = sum(p.parameters for p in counts.parts(small_config(), 5, 32))
+    assert workload.facts['parameters'] == expected
 
 
 def test_quartiles():
