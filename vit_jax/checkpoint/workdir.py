@@ -13,7 +13,6 @@ checkpoint that it still lists. Here a folder is renamed first (`trash-<step>`),
 import contextlib
 import errno
 import gc
-import hashlib
 import json
 import logging
 import os
@@ -27,9 +26,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from vit_jax.checkpoint import checksums
 from vit_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -113,9 +112,9 @@ class Checkpoints:
                 f'{path} exists already, from another run. Use another workdir, or remove that '
                 'folder'
             )
-        checksums, leaves = _checksums(state), _describe(state)
-        digest = _digest([leaves, checksums])
-        metadata = {'leaves': leaves, 'checksums': checksums, 'digest': digest}
+        sums, leaves = checksums.checksums(state), checksums.describe(state)
+        digest = checksums.digest([leaves, sums])
+        metadata = {'leaves': leaves, 'checksums': sums, 'digest': digest}
         try:
             if jax.process_index() == 0:
                 self._folder.mkdir(parents=True, exist_ok=True)
@@ -235,12 +234,12 @@ class Checkpoints:
     def _read_and_verify(self, step: int, abstract_state: Any) -> tuple[Any, str]:
         """Returns (state, '') or, if damaged, (None, what is wrong); the same in all processes."""
         with self._quiet.while_loading():
-            state, checksums, problem = self._try_read(step, abstract_state)
+            state, saved, problem = self._try_read(step, abstract_state)
         # Checksums are computed by all processes together, so all must have come this far.
         if not _agreed(not problem):
             problem = problem or 'another process cannot read it'
         else:
-            problem = _compare(_checksums(state), checksums)
+            problem = checksums.compare(checksums.checksums(state), saved)
         return (None if problem else state), ' '.join(problem.split())[:300]
 
     def _try_read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, int], str]:
@@ -272,9 +271,9 @@ class Checkpoints:
         # Read as the JSON that it is: Orbax's reader takes a damaged file for an empty one.
         metadata = json.loads((path / '_CHECKPOINT_METADATA').read_text())
         saved = metadata['custom_metadata'][_METADATA_KEY]
-        if saved['digest'] != _digest([saved['leaves'], saved['checksums']]):
+        if saved['digest'] != checksums.digest([saved['leaves'], saved['checksums']]):
             raise ValueError('its metadata do not match their own digest')
-        _check_structure(path, saved['leaves'], _describe(abstract_state))
+        _check_structure(path, saved['leaves'], checksums.describe(abstract_state))
         abstract_state = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), abstract_state
         )
@@ -325,71 +324,6 @@ def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
     if not folder.is_dir():
         return []
     return sorted(int(p.name) for p in folder.iterdir() if re.fullmatch(r'\d+', p.name))
-
-
-def _describe(state: Any) -> dict[str, list[Any]]:
-    """Returns leaf name -> [shape, dtype], as JSON gives it back. The tree may be abstract."""
-    return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in _named_leaves(state)}
-
-
-def _named_leaves(state: Any) -> list[tuple[str, Any]]:
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return [(jax.tree_util.keystr(path, simple=True, separator='/'), leaf) for path, leaf in leaves]
-
-
-def _checksums(state: Any) -> dict[str, int]:
-    """Returns leaf name -> checksum (uint32), computed where the leaves are."""
-    named = _named_leaves(state)
-    for name, leaf in named:
-        if not isinstance(leaf, jax.Array):
-            raise TypeError(f'{name} is a {type(leaf).__name__}; a state has only jax.Arrays')
-    # All are under way before the first result is waited for.
-    sums = [_checksum(leaf) for _, leaf in named]
-    return {name: int(s) for (name, _), s in zip(named, jax.device_get(sums), strict=True)}
-
-
-def _compare(checksums: dict[str, int], expected: dict[str, int]) -> str:
-    """Returns '' if they are equal, else what is wrong."""
-    wrong = [name for name, value in checksums.items() if value != expected[name]]
-    return f'{len(wrong)} arrays have wrong checksums, {wrong[0]} among them' if wrong else ''
-
-
-@jax.jit
-def _checksum(x: jax.Array) -> jax.Array:
-    """Sums a hash of every element and its global index, modulo 2**32.
-
-    The sum of integers does not depend on the order, hence not on sharding or device count; and as
-    the hash of an element is a bijection of its (32-bit) value, one changed element always shows.
-
-    Args:
-        x: array of any shape, dtype and sharding; typed PRNG keys, too.
-
-    Returns:
-        uint32 scalar.
-    """
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        x = jax.random.key_data(x)
-    if x.dtype == jnp.bool_:
-        x = x.astype(jnp.uint8)
-    # 8-byte types come out as two 4-byte words in a new last axis.
-    word = jnp.dtype(f'uint{8 * min(x.dtype.itemsize, 4)}')
-    words = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
-    index = jnp.zeros(words.shape, jnp.uint32)
-    for axis, size in enumerate(words.shape):
-        position = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-        index = index * np.uint32(size % 2**32) + position
-    return jnp.sum(_mix(words ^ _mix(index + np.uint32(0x9E3779B9))), dtype=jnp.uint32)
-
-
-def _mix(x: jax.Array) -> jax.Array:
-    """MurmurHash3's finalizer (Appleby, 2011, public domain): a bijection of 32-bit words."""
-    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
-
-
-def _digest(metadata: Any) -> str:
-    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
 
 
 def _check_structure(path: pathlib.Path, saved: dict[str, Any], expected: dict[str, Any]) -> None:
