@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vit_jax import sharding
+
 
 def describe(state: Any) -> dict[str, list[Any]]:
     """Returns leaf name -> [shape, dtype], as JSON gives it back. The tree may be abstract."""
@@ -23,8 +25,13 @@ def checksums(state: Any) -> dict[str, int]:
     for name, leaf in named:
         if not isinstance(leaf, jax.Array):
             raise TypeError(f'{name} is a {type(leaf).__name__}; a state has only jax.Arrays')
-    # All are under way before the first result is waited for.
-    sums = [_checksum(leaf) for _, leaf in named]
+    sums = []
+    for _, leaf in named:
+        sums.append(_checksum(leaf))
+        # On a GPU all are under way before the first is waited for. Virtual devices of a CPU can
+        # lock up where two programs that add across devices run at once.
+        if sharding.steps_ahead() == 0:
+            jax.block_until_ready(sums[-1])
     return {name: int(s) for (name, _), s in zip(named, jax.device_get(sums), strict=True)}
 
 
