@@ -150,7 +150,8 @@ def _decode_jpeg(image: bytes, key: str) -> np.ndarray:
 
 
 def _decode_other(image: bytes, key: str, exif: bool) -> np.ndarray:
-    from PIL import Image  # Here, because sets of JPEG files do not need it.
+    # Here, because sets of JPEG files do not need it.
+    from PIL import Image, UnidentifiedImageError
 
     try:
         # Not Image.open(formats=...): an unusual format that Pillow knows is welcome.
@@ -162,6 +163,8 @@ def _decode_other(image: bytes, key: str, exif: bool) -> np.ndarray:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise BadImageError(key, f'more than {MAX_PIXELS:,} pixels') from None
+    except UnidentifiedImageError as error:  # whose text is the address of our buffer
+        raise BadImageError(key, 'not an image that can be read (no known format)') from error
     except Exception as error:  # Pillow's decoders raise almost anything.
         raise BadImageError(key, f'not an image that can be read ({error})') from error
     return _upright(pixels, orientation)
