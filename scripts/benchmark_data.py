@@ -117,8 +117,8 @@ def _measure(
 
     from vit_jax.benchmark import interleave
 
-    package = 'vit_jax.benchmark'
-    command = [sys.executable, '-m', f'{package}.child', f'{package}.input_stages']
+    script = pathlib.Path(__file__).with_name('input_stages.py')
+    command = [sys.executable, str(script)]
     setup = {'files': files, 'crop': args.image_size, 'batch': args.batch, 'threads': threads}
     rows = {name: {'contestant': name, 'seconds': [], 'stages': []} for name in names}
     with contextlib.ExitStack() as stack:

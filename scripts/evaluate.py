@@ -33,19 +33,9 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = command.make_parser(__doc__)
     add = parser.add_argument
-    add(
-        '--model',
-        required=True,
-        metavar='MODEL',
-        help='model folder (WORKDIR/model of a training run), exported .onnx file, or weights: '
-        '.npz, .safetensors, .pth, folder of Hugging Face or timm',
-    )
-    add('--variant', default='', help='architecture of weights, such as ViT-B_16, if not clear')
-    add(
-        '--labels',
-        default='',
-        metavar='NAMES',
-        help="names of the model's classes: imagenet1k, a file (one per line, or JSON), or none "
+    command.add_model(
+        parser,
+        "names of the model's classes: imagenet1k, a file (one per line, or JSON), or none "
         "for numbers, in the order of the data. Default: the model's own",
     )
     add(

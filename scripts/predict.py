@@ -31,19 +31,9 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = command.make_parser(__doc__)
     add = parser.add_argument
-    add(
-        '--model',
-        required=True,
-        metavar='MODEL',
-        help='model folder (WORKDIR/model of a training run), exported .onnx file, or weights: '
-        '.npz, .safetensors, .pth, folder of Hugging Face or timm',
-    )
-    add('--variant', default='', help='architecture of weights, such as ViT-B_16, if not clear')
-    add(
-        '--labels',
-        default='',
-        metavar='NAMES',
-        help='class names: imagenet1k, a file (one per line, or JSON), or none for numbers. '
+    command.add_model(
+        parser,
+        'class names: imagenet1k, a file (one per line, or JSON), or none for numbers. '
         "Default: the model's own; for 1,000 classes without names imagenet1k, with a note",
     )
     add(

@@ -11,7 +11,9 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vit_jax.benchmark import child, feed, torchvision_import
+import torchvision_import
+
+from vit_jax.benchmark import child, feed
 
 MATMUL_SIDE = {'cpu': 2048, 'cuda': 8192}
 

@@ -22,6 +22,26 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     )
 
 
+def add_model(parser: argparse.ArgumentParser, labels: str) -> None:
+    """Adds the options that `classifier.open_classifier` takes: --model, --variant, --labels.
+
+    Args:
+      parser: of the command.
+      labels: help for --labels.
+    """
+    parser.add_argument(
+        '--model',
+        required=True,
+        metavar='MODEL',
+        help='model folder (WORKDIR/model of a training run), exported .onnx file, or weights: '
+        '.npz, .safetensors, .pth, folder of Hugging Face or timm',
+    )
+    parser.add_argument(
+        '--variant', default='', help='architecture of weights, such as ViT-B_16, if not clear'
+    )
+    parser.add_argument('--labels', default='', metavar='NAMES', help=labels)
+
+
 def run(work: Callable[[], int | None], *, failure: int = 1) -> int:
     """Runs a command; the user's mistakes become one line on standard error.
 

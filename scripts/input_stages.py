@@ -1,4 +1,4 @@
-"""The input pipelines that benchmark_data.py compares, each in a process of its own.
+"""The input pipelines that benchmark_data.py compares; it starts this for each of them.
 
 Setup: `contestant` ('vit_jax', 'torchvision' or 'tf.data'), `files` (paths of images), `crop`
 (pixels), `batch`, and `threads`: 0 times the stages one after the other on one thread;
@@ -10,11 +10,13 @@ the usual way there, with other pixels.
 """
 
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torchvision_import
 
 from vit_jax.benchmark import child
 from vit_jax.data import decode, preprocess
@@ -153,8 +155,6 @@ class Torchvision(Pipeline):
     def __init__(self, setup: Mapping[str, Any]):
         import torch
 
-        from vit_jax.benchmark import torchvision_import
-
         torch.set_num_threads(1)  # the workers are what is counted
         self.transforms = torchvision_import.load().transforms
         super().__init__(setup)
@@ -283,3 +283,7 @@ class TensorFlow(Pipeline):
         options = tf.data.Options()
         options.threading.private_threadpool_size = threads
         return data.with_options(options).prefetch(1).as_numpy_iterator()
+
+
+if __name__ == '__main__':
+    sys.exit(child.serve(build))
