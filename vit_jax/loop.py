@@ -32,6 +32,7 @@ from vit_jax import evaluate, preemption, sharding, telemetry
 from vit_jax.checkpoint import workdir as workdir_lib
 from vit_jax.data import pipeline, sources
 from vit_jax.data.preprocess import Preprocess
+from vit_jax.data.reader import Memory, Reader
 from vit_jax.errors import UserError
 from vit_jax.state import TrainState
 
@@ -85,6 +86,11 @@ class Loop:
         self._checkpoints = checkpoints
         self._signals = signals
         self._accuracies = accuracies
+        memory = None
+        if run.config.cache:
+            memory = Memory(int(run.config.cache * 2**30) // (1 + run.config.data_processes))
+        self._train_images = Reader(run.train, memory)
+        self._test_images = Reader(run.test, memory)
         self._in_flight = collections.deque()  # (step, indices of the examples, metrics)
         self._skipped_in_a_row = 0
         self._stopping = False
@@ -113,15 +119,18 @@ class Loop:
             return state
         clock = _Clock()
         dataset = pipeline.train_dataset(
-            run.train,
+            self._train_images,
             run.preprocess,
             batch=config.batch,
             seed=config.seed,
+            exact=config.pp.exact,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             on_bad=run.on_bad,
         )
-        with pipeline.train_batches(dataset, start=start, threads=run.threads) as batches:
+        with pipeline.train_batches(
+            dataset, start=start, threads=run.threads, processes=config.data_processes
+        ) as batches:
             for step in range(start + 1, config.total_steps + 1):
                 with clock.waiting():
                     batch = next(batches)
@@ -214,7 +223,7 @@ class Loop:
         result = evaluate.evaluate(
             self._eval_step,
             state.params,
-            run.test,
+            self._test_images,
             run.preprocess,
             run.mesh,
             batch=run.config.batch_eval,

@@ -37,7 +37,9 @@ def check_memory(
     has = memory_of(jax.local_devices()[0])
     if platform == 'cpu':
         total = need.total * jax.local_device_count() + _waiting_batches(config)
-        where = f'this machine has {_gib(has)} left'
+        has = max(1, has - int(config.cache * 2**30)) if has else 0
+        beside = f' beside config.cache={config.cache:g}' if config.cache else ''
+        where = f'this machine has {_gib(has)} left{beside}'
     else:
         total = need.total
         where = f'{jax.local_devices()[0].device_kind} has {_gib(has)}'
@@ -69,6 +71,20 @@ def estimate(
         fsdp=devices if config.fsdp == -1 else config.fsdp,
         platform=platform,
     )
+
+
+def check_cache(config: ml_collections.ConfigDict) -> None:
+    """Raises if `config.cache` is more than this machine has.
+
+    Raises:
+      UserError: says how much is left.
+    """
+    has = _host_memory_left()
+    if has and not config.cache * 2**30 <= has:
+        raise UserError(
+            f'config.cache={config.cache:g}: this machine has {_gib(has)} of memory left; use a '
+            'smaller one (as many images are kept as fit), or 0'
+        )
 
 
 def out_of_memory(
@@ -147,7 +163,8 @@ def _host_memory_left() -> int:
 
 def _waiting_batches(config: ml_collections.ConfigDict) -> int:
     """Bytes of the batches that wait for the device."""
-    size = config.batch // jax.process_count() * config.pp.crop**2 * 3 * 4
+    size = config.batch // jax.process_count() * config.pp.crop**2 * 3
+    size *= 4 if config.pp.exact else 1
     threads = config.data_threads or pipeline.default_threads()
     return size * pipeline.batches_ahead(size, threads)
 

@@ -167,6 +167,7 @@ def _set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> _Setup:
     if workdir_lib.saved_steps(workdir):
         changed = resume.check_config(workdir / telemetry.CONFIG_FILE, config.to_dict())
         resume.check_data(workdir / resume.DATA_FILE, _describe(train, test))
+    resources.check_cache(config)
     need = resources.check_memory(
         config,
         num_classes=len(train.class_names),

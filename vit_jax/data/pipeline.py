@@ -6,6 +6,7 @@ number, and resuming is `start=step`.
 """
 
 import contextlib
+import dataclasses
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -13,8 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 import grain
 import numpy as np
 
-from vit_jax.data.decode import BadImageError, decode
-from vit_jax.data.preprocess import Preprocess
+from vit_jax.data import workers
+from vit_jax.data.decode import BadImageError
+from vit_jax.data.preprocess import Preprocess, View
+from vit_jax.data.reader import Reader
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 
@@ -59,16 +62,58 @@ def default_threads() -> int:
     )
 
 
+class TrainDataset:
+    """An endless sequence of training batches, see `train_dataset`; picklable without `on_bad`.
+
+    Args:
+      order: which examples.
+      load: makes the batch of them.
+      on_bad: see `train_dataset`.
+    """
+
+    def __init__(self, order: '_Order', load: '_Load', on_bad: OnBad | None):
+        self._order = order
+        self._plan = order.plan()
+        self._load = load
+        self.on_bad = on_bad
+        self.batches = self._plan.map(lambda items: load(items, on_bad))
+
+    def __getitem__(self, step: int) -> Batch:
+        return self.batches[step]
+
+    def __reduce__(self):  # to another process, which sends the errors back
+        return TrainDataset, (self._order, self._load, None)
+
+    def batch_and_errors(
+        self, step: int, empty: Callable[..., np.ndarray]
+    ) -> tuple[Batch, list[BadImageError]]:
+        """A batch, and the errors that `on_bad` is to get, instead of giving them to it.
+
+        Args:
+          step: of the batch.
+          empty: makes the array of the images, as `np.empty`.
+        """
+        errors: list[BadImageError] = []
+        return self._load(self._plan[step], errors.append, empty), errors
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of the images of one batch."""
+        size = self._order.batch // self._order.process_count
+        return self._load.image_bytes(size)
+
+
 def train_dataset(
-    source: Source,
+    source: Source | Reader,
     preprocess: Preprocess,
     *,
     batch: int,
     seed: int,
+    exact: bool = True,
     process_index: int = 0,
     process_count: int = 1,
     on_bad: OnBad | None = None,
-) -> grain.MapDataset:
+) -> TrainDataset:
     """An endless sequence of training batches; element s belongs to step s.
 
     Each pass over the source is a new permutation of it. A batch may cross from one pass to the
@@ -78,11 +123,14 @@ def train_dataset(
     source by seed and place alone: the same one on any number of processes, and after resuming.
 
     Args:
-      source: the examples.
-      preprocess: its `train` is applied with a random generator that depends on seed and place in
-        the sequence alone.
+      source: the examples; a `Reader` to keep images in memory.
+      preprocess: its views are drawn with a random generator that depends on seed and place in the
+        sequence alone.
       batch: examples in the global batch, over all processes.
       seed: of the order and of the crops.
+      exact: whether the pixels are those of the original release. Else the same crops are made
+        from images that were decoded to a smaller size where that leaves enough pixels, in whole
+        grey levels.
       process_index: this process gets the examples at positions process_index, process_index +
         process_count, ... of each global batch.
       process_count: processes that share the work.
@@ -92,7 +140,7 @@ def train_dataset(
 
     Returns:
       A dataset whose element s (0-based) is a dict with, for b = batch / process_count:
-        image: float32 [b, crop, crop, 3] in [0, 255];
+        image: float32 [b, crop, crop, 3] in [0, 255], or uint8 if not `exact`;
         label: int32 [b];
         position: int32 [b], place in the global batch;
         example: int32 [b], index in `source`, of the substitute where there is one;
@@ -109,45 +157,116 @@ def train_dataset(
         raise UserError(
             f'batch={batch} must be a multiple of the number of processes ({process_count})'
         )
+    order = _Order(len(source), batch, seed, process_index, process_count)
+    load = _Load(_reader(source), preprocess, exact, on_bad is not None)
+    return TrainDataset(order, load, None if on_bad is None else OncePerKey(on_bad))
 
-    def place(index: int, example: int) -> tuple[int, int]:
-        return index % batch, example
 
-    def draw(item: tuple[int, int], rng: np.random.Generator) -> tuple[int, int, np.ndarray]:
-        return *item, rng.integers(2**63, size=2, dtype=np.uint64)
+_COLUMNS = ('label', 'position', 'example', 'replaced')
+_Item = tuple[int, int, np.ndarray]  # place in the global batch, example, key of its randomness
 
-    report = None if on_bad is None else OncePerKey(on_bad)
 
-    def load(items: Sequence[tuple[int, int, np.ndarray]]) -> Batch:
-        out = _empty_batch(len(items), preprocess.crop)
-        out |= {name: np.zeros(len(items), np.int32) for name in ('position', 'example')}
-        out['replaced'] = np.zeros(len(items), np.int32)
+@dataclasses.dataclass(frozen=True)
+class _Order:
+    """Which examples come when, see `train_dataset`."""
+
+    examples: int
+    batch: int
+    seed: int
+    process_index: int
+    process_count: int
+
+    def plan(self) -> grain.MapDataset:
+        """A dataset whose element s is a list of `_Item`, those of batch s."""
+
+        def place(index: int, example: int) -> tuple[int, int]:
+            return index % self.batch, example
+
+        def draw(item: tuple[int, int], rng: np.random.Generator) -> _Item:
+            return *item, rng.integers(2**63, size=2, dtype=np.uint64)
+
+        # shuffle before repeat: each epoch is a permutation. Slicing after random_map: same crops
+        # on any process count. The images are made last, in place: fresh memory for each of them,
+        # copied into the batch, would take more time than decoding does.
+        examples = grain.MapDataset.range(self.examples).seed(self.seed).shuffle().repeat()
+        examples = examples.map_with_index(place).random_map(draw)
+        mine = examples[self.process_index :: self.process_count]
+        return mine.batch(self.batch // self.process_count, batch_fn=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Load:
+    """Makes a batch; `substitute` says whether others take the place of unreadable images."""
+
+    reader: Reader
+    preprocess: Preprocess
+    exact: bool
+    substitute: bool
+
+    def image_bytes(self, size: int) -> int:
+        return size * self.preprocess.crop**2 * 3 * (4 if self.exact else 1)
+
+    def __call__(
+        self,
+        items: Sequence[_Item],
+        on_bad: OnBad | None,
+        empty: Callable[..., np.ndarray] = np.empty,
+    ) -> Batch:
+        shape = (len(items), self.preprocess.crop, self.preprocess.crop, 3)
+        out = {'image': empty(shape, np.float32 if self.exact else np.uint8)}
+        out |= {name: np.zeros(len(items), np.int32) for name in _COLUMNS}
         for row, (position, index, key) in enumerate(items):
             try:
-                pixels, label = _read(source, index)
+                label = self._show(index, key, out['image'][row])
             except BadImageError as error:
-                if report is None:
+                if not self.substitute:
                     raise
-                report(error)
-                index, pixels, label = _substitute(source, key, error, report)
+                on_bad(error)
+                index, label = self._substitute(key, error, on_bad, out['image'][row])
                 out['replaced'][row] = 1
-            # The crop comes from the place alone, whichever image is there.
-            rng = np.random.Generator(np.random.Philox(key=key))
-            preprocess.train(pixels, rng, out=out['image'][row])
             out['label'][row], out['position'][row], out['example'][row] = label, position, index
         return out
 
-    # shuffle before repeat: each epoch is a permutation. Slicing after random_map: same crops on
-    # any process count. The images are made last, in place: fresh memory for each of them, copied
-    # into the batch, would take more time than decoding does.
-    examples = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    examples = examples.map_with_index(place).random_map(draw)[process_index::process_count]
-    return examples.batch(batch // process_count, batch_fn=load)
+    def _show(self, index: int, key: np.ndarray, out: np.ndarray) -> int:
+        """Writes the view of an example; its crop comes from the key alone. Returns the label."""
+        rng = np.random.Generator(np.random.Philox(key=key))
+        if self.exact:
+            pixels, label = self.reader.read(index)
+            self.preprocess.train(pixels, rng, out)
+            return label
+        drawn: list[View] = []
+
+        def reduction(height: int, width: int) -> int:
+            drawn.append(self.preprocess.draw_view(height, width, rng))
+            return drawn[0].reduction()
+
+        pixels, label, size = self.reader.read_reduced(index, reduction)
+        self.preprocess.render_uint8(pixels, drawn[0], size, out)
+        return label
+
+    def _substitute(
+        self, key: np.ndarray, error: BadImageError, on_bad: OnBad, out: np.ndarray
+    ) -> tuple[int, int]:
+        """Index and label of an example that can be read, drawn by the key of the place."""
+        # The same key as the crop's; the counter begins elsewhere, so the numbers are others.
+        rng = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, 1]))
+        for _ in range(MAX_DRAWS):
+            index = int(rng.integers(len(self.reader)))
+            try:
+                return index, self._show(index, key, out)
+            except BadImageError as another:
+                on_bad(another)
+        raise BadImageError(
+            error.key,
+            f'{error.reason}; and none of {MAX_DRAWS} others drawn to take its place can be used: '
+            'is the folder or disk still there?',
+            error.label,
+        ) from error
 
 
 @contextlib.contextmanager
 def train_batches(
-    dataset: grain.MapDataset, *, start: int, threads: int | None = None
+    dataset: TrainDataset, *, start: int, threads: int | None = None, processes: int = 0
 ) -> Iterator[Iterator[Batch]]:
     """Reads batches ahead of the training loop, in threads.
 
@@ -155,6 +274,9 @@ def train_batches(
       dataset: what `train_dataset` gave.
       start: the first step to deliver.
       threads: how many batches are worked on at a time; default `default_threads()`.
+      processes: over which the threads are spread; 0: they belong to this process. Python runs
+        one thread of a process at a time, except while it decodes or resizes. `on_bad` is then
+        called by the thread that takes the batches.
 
     Yields:
       An iterator over the batches of steps start, start + 1, ... The threads end when the context
@@ -162,13 +284,20 @@ def train_batches(
 
     Raises:
       BadImageError: from `next`, an image that cannot be read, naming it (see `train_dataset`).
+      UserError: from `next`, a process has died.
     """
-    with contextlib.closing(_read_ahead(dataset, start, threads)) as iterator:
+    threads = threads or default_threads()
+    if processes:
+        ahead = batches_ahead(dataset.image_bytes, max(threads, processes))
+        batches = workers.read_ahead(dataset, start, threads, processes, ahead)
+    else:
+        batches = _read_ahead(dataset.batches, start, threads)
+    with contextlib.closing(batches) as iterator:
         yield iterator
 
 
 def eval_batches(
-    source: Source,
+    source: Source | Reader,
     preprocess: Preprocess,
     *,
     batch: int,
@@ -211,17 +340,21 @@ def eval_batches(
     count = -(-len(source) // (local * process_count))
 
     report = None if on_bad is None else OncePerKey(on_bad)
+    reader = _reader(source)
 
     def load(number: int) -> Batch:
         first = number * local * process_count + process_index
-        out = _empty_batch(local, preprocess.crop)
+        out = {
+            'image': np.empty((local, preprocess.crop, preprocess.crop, 3), np.float32),
+            'label': np.zeros(local, np.int32),
+        }
         indices = range(first, len(source), process_count)[:local]
         padding = local - len(indices)
         mask = np.pad(np.ones(len(indices), np.float32), (0, padding))
         readable = mask.copy()
         for row, index in enumerate(indices):
             try:
-                pixels, out['label'][row] = _read(source, index)
+                pixels, out['label'][row] = reader.read(index)
             except BadImageError as error:
                 if report is None:
                     raise
@@ -235,55 +368,21 @@ def eval_batches(
         return out | {'mask': mask, 'readable': readable, 'example': example}
 
     dataset = grain.MapDataset.range(count).map(load)
-    with contextlib.closing(_read_ahead(dataset, 0, threads)) as iterator:
+    with contextlib.closing(_read_ahead(dataset, 0, threads or default_threads())) as iterator:
         yield from iterator
 
 
-def _empty_batch(size: int, crop: int) -> Batch:
-    return {
-        'image': np.empty((size, crop, crop, 3), np.float32),
-        'label': np.zeros(size, np.int32),
-    }
+def _reader(source: Source | Reader) -> Reader:
+    return source if isinstance(source, Reader) else Reader(source)
 
 
-def _read(source: Source, index: int) -> tuple[np.ndarray, int]:
-    """Pixels, uint8 [height, width, 3], and label of an example."""
-    example = source[index]
-    try:
-        return decode(example.image, key=example.key, exif=source.exif), example.label
-    except BadImageError as error:
-        error.label = example.label
-        raise
-
-
-def _substitute(
-    source: Source, key: np.ndarray, error: BadImageError, report: OnBad
-) -> tuple[int, np.ndarray, int]:
-    """(index, pixels, label) of an example that can be read, drawn by the key of the place."""
-    # The same key as the crop's; the counter begins elsewhere, so the numbers are others.
-    rng = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, 1]))
-    for _ in range(MAX_DRAWS):
-        index = int(rng.integers(len(source)))
-        try:
-            return index, *_read(source, index)
-        except BadImageError as another:
-            report(another)
-    raise BadImageError(
-        error.key,
-        f'{error.reason}; and none of {MAX_DRAWS} others drawn to take its place can be used: is '
-        'the folder or disk still there?',
-        error.label,
-    ) from error
-
-
-def _read_ahead(dataset: grain.MapDataset, start: int, threads: int | None) -> Iterator[Batch]:
+def _read_ahead(dataset: grain.MapDataset, start: int, threads: int) -> Iterator[Batch]:
     """Batches start, start + 1, ..., worked on ahead in threads as far as memory allows."""
     import cv2
 
     # Threads share the processors by images; OpenCV's own ones would only get in their way. Holds
     # for the process.
     cv2.setNumThreads(0)
-    threads = threads or default_threads()
     # The first batch tells how large they are. It would not come sooner from one of many threads.
     first = dataset[start]
     buffer = batches_ahead(sum(array.nbytes for array in first.values()), threads)

@@ -6,7 +6,7 @@ all use it, and it is stored with the model, so they cannot drift apart.
 
 import dataclasses
 import math
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -22,7 +22,37 @@ MIN_ASPECT = 0.75
 MAX_ASPECT = 1.33
 TRIES = 100
 
+# Divisors of height and width by which JPEG files can be decoded to smaller images quickly.
+REDUCTIONS = (1, 2, 4, 8)
+
 _F32 = np.float32
+
+
+class View(NamedTuple):
+    """Which part of an image the model sees, and how large.
+
+    Attributes:
+      y: first row of the box that is cut out, pixels of the whole image.
+      x: first column.
+      height: of the box, pixels.
+      width: of the box, pixels.
+      side: of the square that the box is resized to, pixels.
+      top: first row of the final crop in that square.
+      left: first column.
+    """
+
+    y: int
+    x: int
+    height: int
+    width: int
+    side: int
+    top: int = 0
+    left: int = 0
+
+    def reduction(self) -> int:
+        """By how much (1, 2, 4 or 8) the image may be reduced before, and have enough pixels."""
+        most = min(self.height, self.width) // self.side
+        return max(k for k in REDUCTIONS if k <= max(1, most))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,16 +104,70 @@ class Preprocess:
           float32 [crop, crop, 3] in [0, 255], not rounded to whole grey levels. Without
           `inception_crop` and `resize` this is `evaluate(image)`.
         """
+        return self.render(image, self.draw_view(image.shape[0], image.shape[1], rng), out)
+
+    def draw_view(self, height: int, width: int, rng: np.random.Generator) -> View:
+        """Draws what training sees of an image.
+
+        Args:
+          height: of the image, pixels.
+          width: of the image, pixels.
+          rng: where the randomness comes from.
+        """
         if self.inception_crop:
-            y, x, height, width = sample_inception_box(image.shape[0], image.shape[1], rng)
-            return resize_bilinear(image[y : y + height, x : x + width], self.crop, out)
+            return View(*sample_inception_box(height, width, rng), self.crop)
         if not self.resize:
-            return self.evaluate(image, out)
-        image = resize_bilinear(image, self.resize)
-        y, x = rng.integers(self.resize - self.crop + 1, size=2)
+            return View(0, 0, height, width, self.crop)
+        top, left = rng.integers(self.resize - self.crop + 1, size=2)
+        return View(0, 0, height, width, self.resize, int(top), int(left))
+
+    def render(self, image: np.ndarray, view: View, out: np.ndarray | None = None) -> np.ndarray:
+        """What a view shows of an image.
+
+        Args:
+          image: uint8 [height, width, 3] in [0, 255].
+          view: of an image of that size.
+          out: where to put the result; default new memory.
+
+        Returns:
+          float32 [crop, crop, 3] in [0, 255], not rounded to whole grey levels.
+        """
+        box = image[view.y : view.y + view.height, view.x : view.x + view.width]
+        if view.side == self.crop:
+            return resize_bilinear(box, self.crop, out)
         out = np.empty((self.crop, self.crop, 3), np.float32) if out is None else out
-        out[...] = image[y : y + self.crop, x : x + self.crop]
+        out[...] = self._cut(resize_bilinear(box, view.side), view)
         return out
+
+    def render_uint8(
+        self, image: np.ndarray, view: View, size: tuple[int, int], out: np.ndarray
+    ) -> np.ndarray:
+        """`render` in whole grey levels, from an image that may have been reduced.
+
+        Args:
+          image: uint8 [height / k, width / k, 3] in [0, 255], rounded up, k of `REDUCTIONS`.
+          view: of the whole image.
+          size: height and width of the whole image, pixels.
+          out: uint8 [crop, crop, 3], where to put the result.
+
+        Returns:
+          `out`, in [0, 255]. The corners of the box are rounded to pixels of the reduced image.
+        """
+        import cv2
+
+        rows, columns = image.shape[0] / size[0], image.shape[1] / size[1]
+        top, bottom = round(view.y * rows), round((view.y + view.height) * rows)
+        left, right = round(view.x * columns), round((view.x + view.width) * columns)
+        box, side = image[top : max(bottom, top + 1), left : max(right, left + 1)], view.side
+        if side == self.crop:
+            cv2.resize(box, (side, side), dst=out, interpolation=cv2.INTER_LINEAR)
+        else:
+            resized = cv2.resize(box, (side, side), interpolation=cv2.INTER_LINEAR)
+            out[...] = self._cut(resized, view)
+        return out
+
+    def _cut(self, image: np.ndarray, view: View) -> np.ndarray:
+        return image[view.top : view.top + self.crop, view.left : view.left + self.crop]
 
     def evaluate(self, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """The whole image squashed to the model's square, whatever its aspect ratio.

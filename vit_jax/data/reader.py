@@ -1,0 +1,137 @@
+"""The examples of a source as pixels, kept in memory where that was allowed."""
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+
+from vit_jax.data import decode
+from vit_jax.data.decode import BadImageError
+from vit_jax.data.sources import Example, Source
+
+# What Python needs to keep an array, beside its pixels. Bytes; measured 250.
+_OVERHEAD = 320
+
+
+class Memory:
+    """Room for decoded images, shared by readers and threads.
+
+    Args:
+      size: bytes that may be used.
+    """
+
+    def __init__(self, size: int):
+        self.size = size
+        self._used = 0
+        self._lock = threading.Lock()
+
+    @property
+    def used(self) -> int:
+        """Bytes given so far."""
+        return self._used
+
+    def take(self, size: int) -> bool:
+        """Whether so many bytes are left; if so, they are used from now on."""
+        with self._lock:
+            if self._used + size > self.size:
+                return False
+            self._used += size
+            return True
+
+    def __reduce__(self):  # to another process: as much room, nothing in it
+        return Memory, (self.size,)
+
+
+class Reader:
+    """Reads and decodes examples; itself a `Source`, safe to use from several threads.
+
+    Images stay in memory, in the order in which they are first read, until there is no more room;
+    then none is put out for another. With every epoch a new permutation, no other choice would be
+    met more often. Pixels are the same with and without.
+
+    Args:
+      source: the examples.
+      memory: room for decoded images; None for none. Pixels that the source itself holds in memory
+        take nothing of it.
+
+    Attributes:
+      class_names: see `Source`.
+      exif: see `Source`.
+    """
+
+    def __init__(self, source: Source, memory: Memory | None = None):
+        self.class_names = source.class_names
+        self.exif = source.exif
+        self._source = source
+        self._memory = memory
+        self._pixels: dict[tuple[int, int], tuple[np.ndarray, int]] = {}  # with the labels
+        self._sizes: dict[int, tuple[int, int] | None] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._source[index]
+
+    def read(self, index: int) -> tuple[np.ndarray, int]:
+        """Pixels, uint8 [height, width, 3] in [0, 255], and label of an example.
+
+        Raises:
+          BadImageError: the image cannot be read; its `label` is set where it is known.
+        """
+        return self.read_reduced(index, None)[:2]
+
+    def read_reduced(
+        self, index: int, reduction: Callable[[int, int], int] | None
+    ) -> tuple[np.ndarray, int, tuple[int, int]]:
+        """An example, decoded to a smaller size where its format has one.
+
+        Args:
+          index: of the example.
+          reduction: from height and width of the whole image to the divisor of both, one of
+            `preprocess.REDUCTIONS`; called once. None: the whole image.
+
+        Returns:
+          Pixels, uint8, label, and height and width of the whole image.
+
+        Raises:
+          BadImageError: as `read`.
+        """
+        index, example, size = int(index), None, None
+        if reduction and index in self._sizes:
+            size = self._sizes[index]
+        elif reduction:
+            example = self._source[index]
+            size = decode.size_of_jpeg(example.image, exif=self.exif)
+        divisor = reduction(*size) if size else 1
+        kept = self._pixels.get((index, divisor))
+        if kept is None:
+            example = example or self._source[index]
+            try:
+                pixels = decode.decode(
+                    example.image, key=example.key, exif=self.exif, reduction=divisor
+                )
+            except BadImageError as error:
+                error.label = example.label
+                raise
+            kept = pixels, example.label
+            if self._memory and isinstance(example.image, bytes):
+                with self._lock:  # another thread may have been at the same image
+                    if (index, divisor) not in self._pixels and self._memory.take(
+                        pixels.nbytes + _OVERHEAD
+                    ):
+                        self._pixels[index, divisor] = kept
+                        if reduction:
+                            self._sizes[index] = size
+        if size is None:  # another format than JPEG, or nobody asked
+            size = kept[0].shape[:2]
+            if reduction:
+                reduction(*size)
+        return *kept, size
+
+    def __getstate__(self):  # to another process: nothing in memory
+        return self.__dict__ | {'_pixels': {}, '_sizes': {}, '_lock': None}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state | {'_lock': threading.Lock()})

@@ -1,0 +1,240 @@
+"""Processes that make training batches, for machines where threads wait for Python's lock.
+
+A process gets the dataset once and then step numbers, over a socket; it answers with the batch of
+that step. Images travel as anonymous shared memory, whose descriptor is sent along (not /dev/shm:
+containers have 64 MB of it). A process ends when its socket is closed, so also when the one that
+started it is killed. SIGTERM and Ctrl-C, which may reach all processes of a run, are for the one
+that trains; the others start with them blocked.
+"""
+
+import contextlib
+import mmap
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from vit_jax.errors import UserError
+
+_CHILD = (
+    'import sys; sys.path[:] = sys.argv[2:]; '
+    'from vit_jax.data import workers; workers.serve(int(sys.argv[1]))'
+)
+_LEFT_TO_THE_PARENT = (signal.SIGTERM, signal.SIGINT)
+_CLOSED = (EOFError, BrokenPipeError, ConnectionResetError)
+_ENDS_WITHIN = 10.0  # seconds, once its socket is closed from its side
+
+
+def read_ahead(
+    dataset: Any, start: int, threads: int, processes: int, ahead: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batches start, start + 1, ... of a dataset, made in other processes.
+
+    Args:
+      dataset: a `pipeline.TrainDataset`.
+      start: the first step.
+      threads: over all processes; each has at least one.
+      processes: at least 1.
+      ahead: batches that are under way or wait, at least 1.
+
+    Yields:
+      What `dataset[step]` gives, to the byte.
+
+    Raises:
+      UserError: a process has died, or cannot be given the dataset.
+      Exception: what making a batch raised.
+    """
+    try:
+        pickled = pickle.dumps((dataset, max(1, threads // processes)))
+    except Exception as error:  # noqa: BLE001  (anything may be in a source)
+        raise UserError(
+            f'config.data_processes={processes}: the dataset cannot be sent to other processes '
+            f'({error}); use --config.data_processes=0'
+        ) from error
+    with contextlib.ExitStack() as stack:
+        children = [stack.enter_context(_Child(pickled)) for _ in range(processes)]
+        for step in range(start, start + ahead):
+            children[step % processes].ask(step)
+        step = start
+        while True:
+            batch, errors = children[step % processes].batch(step)
+            children[(step + ahead) % processes].ask(step + ahead)
+            for error in errors:
+                dataset.on_bad(error)
+            yield batch
+            step += 1
+
+
+class _Child:
+    """One process, as the one that started it sees it."""
+
+    def __init__(self, setup: bytes):
+        self._socket, theirs = socket.socketpair()
+        # A blocked signal stays blocked in the program that is started.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_THE_PARENT)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, '-c', _CHILD, str(theirs.fileno()), *sys.path],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            theirs.close()
+        self._connection = Connection(os.dup(self._socket.fileno()))
+        self._answers: dict[int, tuple] = {}
+        with self._alive():
+            self._connection.send_bytes(setup)
+
+    def __enter__(self) -> '_Child':
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        # It owns nothing that would have to be put away.
+        self._process.kill()
+        self._process.wait()
+        self._connection.close()
+        self._socket.close()
+
+    def ask(self, step: int) -> None:
+        """Asks for the batch of a step."""
+        with self._alive():
+            self._connection.send(step)
+
+    def batch(self, step: int) -> tuple[dict[str, np.ndarray], list]:
+        """Waits for the batch of a step that was asked for, and errors of images in it."""
+        while step not in self._answers:  # threads may overtake each other
+            with self._alive():
+                number, *answer = self._connection.recv()
+                if isinstance(answer[0], BaseException):
+                    raise answer[0]
+                batch, name, dtype, shape, errors = answer
+                _, (descriptor,), _, _ = socket.recv_fds(self._socket, 1, 1)
+            try:
+                batch[name] = _shared(descriptor, dtype, shape)
+            finally:
+                os.close(descriptor)
+            self._answers[number] = batch, errors
+        return self._answers.pop(step)
+
+    @contextlib.contextmanager
+    def _alive(self) -> Iterator[None]:
+        """Says in one sentence that the process has died, where that shows."""
+        try:
+            yield
+        except _CLOSED as error:
+            try:
+                status = self._process.wait(_ENDS_WITHIN)
+            except subprocess.TimeoutExpired:
+                how = 'does not answer any more'
+            else:
+                how = f'ended with status {status}'
+                if status < 0:
+                    how = f'was ended by {signal.Signals(-status).name}'
+            raise UserError(
+                f'a process that reads images {how} (where memory runs out, the system sends '
+                'SIGKILL). The same command goes on from the last checkpoint; fewer '
+                '--config.data_processes need less memory'
+            ) from error
+
+
+def _shared(descriptor: int, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """An array in shared memory, which lives as long as the array."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return np.frombuffer(mmap.mmap(descriptor, size), dtype).reshape(shape)
+
+
+def serve(descriptor: int) -> None:
+    """What such a process does: makes the batches it is asked for, until the socket is closed.
+
+    Args:
+      descriptor: of the socket.
+    """
+    import cv2
+
+    cv2.setNumThreads(0)  # as `pipeline` does
+    link = _Link(descriptor)
+    with contextlib.suppress(*_CLOSED):
+        link.dataset, threads = link.receive_setup()
+        others = [threading.Thread(target=link.work) for _ in range(threads - 1)]
+        for thread in others:
+            thread.start()
+        link.work()
+        for thread in others:
+            thread.join()
+
+
+class _Link:
+    """The socket, as the process that makes batches sees it; shared by its threads."""
+
+    def __init__(self, descriptor: int):
+        self.dataset: Any = None
+        self._socket = socket.socket(fileno=descriptor)
+        self._connection = Connection(os.dup(descriptor))
+        self._reading, self._writing = threading.Lock(), threading.Lock()
+
+    def receive_setup(self) -> tuple[Any, int]:
+        """The dataset, and the number of threads."""
+        return pickle.loads(self._connection.recv_bytes())
+
+    def work(self) -> None:
+        """Makes batches until the socket is closed."""
+        with contextlib.suppress(*_CLOSED):
+            while True:
+                with self._reading:
+                    step = self._connection.recv()
+                self._answer(step)
+
+    def _answer(self, step: int) -> None:
+        with contextlib.ExitStack() as stack:
+            made = []
+
+            def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+                descriptor = _anonymous(int(np.prod(shape)) * np.dtype(dtype).itemsize)
+                stack.callback(os.close, descriptor)
+                made.append(descriptor)
+                return _shared(descriptor, dtype, shape)
+
+            try:
+                batch, errors = self.dataset.batch_and_errors(step, empty)
+            except BaseException as error:  # noqa: BLE001  (is raised where the batch is taken)
+                answer = _pickled_error(step, error)
+                with self._writing:
+                    self._connection.send_bytes(answer)
+                return
+            name = next(iter(batch))
+            image = batch.pop(name)
+            with self._writing:
+                self._connection.send((step, batch, name, image.dtype.str, image.shape, errors))
+                socket.send_fds(self._socket, [b'.'], made)
+
+
+def _pickled_error(step: int, error: BaseException) -> bytes:
+    """The answer that a batch cannot be made."""
+    where = traceback.format_exc()
+    error.add_note(where)
+    try:
+        return pickle.dumps((step, error))
+    except Exception:  # noqa: BLE001  (an exception may hold anything)
+        return pickle.dumps((step, RuntimeError(where)))
+
+
+def _anonymous(size: int) -> int:
+    """The descriptor of so much memory that other processes can be given."""
+    if hasattr(os, 'memfd_create'):
+        descriptor = os.memfd_create('vit_jax batch')
+    else:  # not Linux
+        with tempfile.TemporaryFile() as file:
+            descriptor = os.dup(file.fileno())
+    os.ftruncate(descriptor, size)
+    return descriptor
