@@ -1,54 +1,58 @@
-"""Times the input pipeline alone: images per second by stage, and how it grows with threads.
+"""Times the input pipeline alone: images per second by stage, and how it grows with workers.
 
 Stages on one thread: read, decode, crop, resize, batch, transfer to the device; then the whole
-pipeline with more and more threads. Beside it the same work in torchvision with Pillow (DataLoader
-workers) and in tf.data, where they are installed; each in a process of its own, turn about.
+pipeline with more and more threads, and processes. Beside it the same work in torchvision with
+Pillow (DataLoader workers) and in tf.data, where they are installed; each in a process of its own,
+turn about. Ours comes as it is, with config.pp.exact=False, with the images in config.cache, and
+with config.data_processes.
 
 Examples:
     python scripts/benchmark_data.py --folder photos/ --output data.json
-    python scripts/benchmark_data.py --folder photos/ --image_size 384 --images 256 --threads 1 2 4
+    python scripts/benchmark_data.py --folder photos/ --image_size 384 --images 256 --workers 1 2 4
+    python scripts/benchmark_data.py --table data.json
 """
 
 import argparse
 import datetime
+import json
 import pathlib
 import random
+import statistics
 import sys
 
+# What each needs; those of ours that have no stages of their own are in the second table only.
 CONTESTANTS = {
     'vit_jax': (),
+    'vit_jax:exact=False': (),
+    'vit_jax:processes': (),
+    'vit_jax:cache': (),
     'torchvision': ('torch', 'torchvision'),
     'tf.data': ('tensorflow',),
 }
+WITHOUT_STAGES = ('vit_jax:processes', 'vit_jax:cache')
+PEER = 'torchvision'
+KIND = 'vit_jax benchmark of data'
+FORMAT = 2
 
 
 def main() -> int:
     """Runs the command line; returns the exit status, 1 if a contestant failed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add('--folder', required=True, help='of photos, with whatever folders are in it')
-    add('--images', type=int, default=128, help='of the folder, drawn at random; default: 128')
-    add('--image_size', type=int, default=224, help='side of the crops, pixels; default: 224')
-    add('--batch', type=int, default=32, help='default: 32')
-    add('--threads', type=int, nargs='+', help='default: 1, 2, 4, ... to all cores')
-    add('--contestants', nargs='+', choices=tuple(CONTESTANTS), default=list(CONTESTANTS))
-    add('--rounds', type=int, default=5, help='timings of each; default: 5')
-    add('--timeout', type=float, default=600, help='seconds to wait for a contestant')
-    add('--format', choices=('terminal', 'markdown', 'csv'), default='terminal')
-    add('--output', help='write the result as JSON to this file')
+    parser = _parser()
     args = parser.parse_args()
-    if min(args.images, args.image_size, args.batch, args.rounds, *(args.threads or [1])) < 1:
-        parser.error('--images, --image_size, --batch, --rounds and --threads are at least 1')
+    if not args.table and not args.folder:
+        parser.error('--folder says which photos to read (or --table which result to print)')
+    if min(args.images, args.image_size, args.batch, args.rounds, *(args.workers or [1])) < 1:
+        parser.error('--images, --image_size, --batch, --rounds and --workers are at least 1')
 
     # Not at the top: they take time, and --help should not.
     from vit_jax.benchmark import machine
     from vit_jax.errors import UserError
 
     try:
+        if args.table:
+            for path in args.table:
+                _print(_read(path), 'markdown')
+            return 0
         if args.output and not pathlib.Path(args.output).absolute().parent.is_dir():
             raise UserError(f'the folder of {args.output} does not exist: make it first')
         result = _benchmark(args)
@@ -64,8 +68,32 @@ def main() -> int:
     return 0
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add('--folder', help='of photos, with whatever folders are in it')
+    add('--images', type=int, default=128, help='of the folder, drawn at random; default: 128')
+    add('--image_size', type=int, default=224, help='side of the crops, pixels; default: 224')
+    add('--batch', type=int, default=32, help='default: 32')
+    add(
+        '--workers', type=int, nargs='*',
+        help='threads or processes; none: the stages alone; default: 1, 2, 4, ... to all cores',
+    )  # fmt: skip
+    add('--contestants', nargs='+', choices=tuple(CONTESTANTS), default=list(CONTESTANTS))
+    add('--rounds', type=int, default=5, help='timings of each; default: 5')
+    add('--timeout', type=float, default=600, help='seconds to wait for a contestant')
+    add('--format', choices=('terminal', 'markdown', 'csv'), default='terminal')
+    add('--output', help='write the result as JSON to this file')
+    add('--table', nargs='+', metavar='FILE.json', help='only print results as Markdown tables')
+    return parser
+
+
 def _benchmark(args: argparse.Namespace) -> dict:
-    """Stages on one thread, then the whole with more and more threads. The result is JSON."""
+    """Stages on one thread, then the whole with more and more workers. The result is JSON."""
     import importlib.util
 
     from vit_jax import predict
@@ -88,43 +116,46 @@ def _benchmark(args: argparse.Namespace) -> dict:
     if not takes_part:
         raise UserError('none of these contestants is installed')
     hardware = machine.hardware()
-    threads = args.threads
-    if not threads:
-        threads = [2**i for i in range(16) if 2**i < hardware['cores']] + [hardware['cores']]
+    cores = hardware['cores']
+    workers = args.workers
+    if workers is None:
+        workers = [2**i for i in range(16) if 2**i < cores] + [cores]
+    with_stages = [name for name in takes_part if name not in WITHOUT_STAGES]
     return {
-        'kind': 'vit_jax benchmark of data',
-        'format': 1,
+        'kind': KIND,
+        'format': FORMAT,
         'date': datetime.date.today().isoformat(),
         'command': machine.command('benchmark_data.py', sys.argv[1:]),
         'hardware': hardware,
         'versions': machine.versions(),
         'images': count,
+        'image_size': args.image_size,
         'bytes_per_image': sum(pathlib.Path(f).stat().st_size for f in files) // count,
         'left_out': [f'{name}: not installed: {", ".join(p)}' for name, p in missing.items() if p],
-        'stages': _measure(args, files, takes_part, threads=0),
+        'stages': _measure(args, files, with_stages, workers=0),
         'whole': [
-            {'threads': number, 'results': _measure(args, files, takes_part, number)}
-            for number in threads
+            {'workers': number, 'results': _measure(args, files, takes_part, number)}
+            for number in workers
         ],
     }
 
 
 def _measure(
-    args: argparse.Namespace, files: list[str], names: list[str], threads: int
+    args: argparse.Namespace, files: list[str], names: list[str], workers: int
 ) -> list[dict]:
-    """Turn about; for each contestant `seconds` of each round, of stages `stages`, or `error`."""
+    """Turn about; for each contestant `timed` of each round (seconds of what), or `error`."""
     import contextlib
 
     from vit_jax.benchmark import interleave
 
     script = pathlib.Path(__file__).with_name('input_stages.py')
     command = [sys.executable, str(script)]
-    setup = {'files': files, 'crop': args.image_size, 'batch': args.batch, 'threads': threads}
-    rows = {name: {'contestant': name, 'seconds': [], 'stages': []} for name in names}
+    setup = {'files': files, 'crop': args.image_size, 'batch': args.batch, 'workers': workers}
+    rows = {name: {'contestant': name, 'timed': []} for name in names}
     with contextlib.ExitStack() as stack:
         children = {}
         for name in names:
-            print(f'{name}, {threads or "stages"}: starts', file=sys.stderr, flush=True)
+            print(f'{name}, {workers or "stages"}: starts', file=sys.stderr, flush=True)
             try:
                 child = interleave.Child(command, setup | {'contestant': name}, '', args.timeout)
             except interleave.ContestantError as error:
@@ -142,8 +173,7 @@ def _measure(
                 except interleave.ContestantError as error:
                     rows[name]['error'] = str(error)
                     continue
-                rows[name]['seconds'].append(answer['seconds'])
-                rows[name]['stages'].append(answer.get('stages'))
+                rows[name]['timed'].append(answer['timed'])
     return list(rows.values())
 
 
@@ -151,49 +181,102 @@ def _all_rows(result: dict) -> list[dict]:
     return result['stages'] + [row for part in result['whole'] for row in part['results']]
 
 
-def _print(result: dict, style: str) -> None:
-    import statistics
+def _seconds(row: dict) -> float:
+    """Median of the whole, of all rounds."""
+    return statistics.median(sum(timed.values()) for timed in row['timed'])
 
+
+def _print(result: dict, style: str) -> None:
     from vit_jax.analysis import tables
 
-    count, hardware = result['images'], result['hardware']
-    rows = []
-    for row in result['stages']:
-        if 'error' in row:
-            continue
-        names = list(row['stages'][0])
-        medians = [statistics.median(r[name] for r in row['stages']) for name in names]
-        total = statistics.median(row['seconds'])
-        rates = [_rate(count, seconds) for seconds in (*medians, total)]
-        rows.append([row['contestant'], *rates])
-    columns = (
-        'images/s on one thread', *(f'{n}>' for n in ('read', 'decode', 'crop', 'resize', 'batch',
-                                                    'transfer', 'all stages')),
-    )  # fmt: skip
+    hardware = result['hardware']
     notes = [
-        f'`{result["command"]}`; {result["date"]}; {hardware["processor"]}; load average at the '
-        f'start {hardware["load_average"]}; {count} files of {result["bytes_per_image"] / 1e3:.0f} '
-        'kB on average; medians.',
+        f'`{result["command"]}`; {result["date"]}; {hardware["processor"]}, {hardware["cores"]} '
+        f'cores; load average at the start {hardware["load_average"]}; {result["images"]} files of '
+        f'{result["bytes_per_image"] / 1e3:.0f} kB on average; {result["image_size"]} px; medians.',
         *(f'Left out: {text}.' for text in result['left_out']),
     ]
-    print(tables.render(tables.Table('Input pipeline by stage', columns, rows), style))
-    names = [row['contestant'] for row in result['stages']]
+    print(tables.render(_stages_table(result), style))
+    print(tables.render(_whole_table(result, notes), style))
+
+
+def _stages_table(result: dict):
+    """Milliseconds of an image in each stage, and images per second of all."""
+    from vit_jax.analysis.tables import Table
+
+    done = {row['contestant']: row for row in result['stages'] if 'error' not in row}
+    rows, stages = [], ()
+    for name, row in done.items():
+        stages = tuple(row['timed'][0])
+        medians = [statistics.median(timed[stage] for timed in row['timed']) for stage in stages]
+        rows.append([
+            name,
+            *(f'{1e3 * seconds / result["images"]:.2f}' for seconds in medians),
+            _rate(result, _seconds(row)),
+            f'{_seconds(done[PEER]) / _seconds(row):.2f}' if PEER in done else '-',
+        ])  # fmt: skip
+    columns = (
+        'ms an image, on one thread', *(f'{name}>' for name in stages), 'images/s>', f'x {PEER}>'
+    )  # fmt: skip
+    return Table('Input pipeline by stage', columns, rows)
+
+
+def _whole_table(result: dict, notes: list[str]):
+    """Images per second, of all workers and of each core that they can keep busy."""
+    from vit_jax.analysis.tables import Table
+
     rows = []
     for part in result['whole']:
-        found = {r['contestant']: r for r in part['results'] if 'error' not in r}
-        cells = [
-            _rate(count, statistics.median(found[n]['seconds'])) if n in found else 'failed'
-            for n in names
-        ]
-        rows.append([str(part['threads']), *cells])
-    title = 'Whole pipeline, images/s'
-    columns = ('threads (torchvision: processes)>', *(f'{n}>' for n in names))
-    print(tables.render(tables.Table(title, columns, rows, notes), style))
+        done = {row['contestant']: row for row in part['results'] if 'error' not in row}
+        busy = min(part['workers'], result['hardware']['cores'])
+        for row in part['results']:
+            name = row['contestant']
+            if name not in done:
+                rows.append([str(part['workers']), name, 'failed', '', '', ''])
+                continue
+            rates = sorted(result['images'] / sum(timed.values()) for timed in done[name]['timed'])
+            rows.append([
+                str(part['workers']),
+                name,
+                _rate(result, _seconds(row)),
+                f'{rates[0]:.0f} to {rates[-1]:.0f}',
+                _rate(result, _seconds(row) * busy),
+                f'{_seconds(done[PEER]) / _seconds(row):.2f}' if PEER in done else '-',
+            ])  # fmt: skip
+    columns = (
+        'workers>', 'whole pipeline', 'images/s>', 'range>', 'images/s per core>', f'x {PEER}>'
+    )  # fmt: skip
+    what = 'Workers are processes of torchvision and of vit_jax:processes, else threads.'
+    return Table('Whole pipeline', columns, rows, [what, *notes])
 
 
-def _rate(count: int, seconds: float) -> str:
-    rate = count / seconds if seconds else float('inf')
+def _rate(result: dict, seconds: float) -> str:
+    rate = result['images'] / seconds if seconds else float('inf')
     return f'{rate:.0f}' if rate < 1e6 else '> 1e6'
+
+
+def _read(path: str) -> dict:
+    """A result that was written before.
+
+    Raises:
+      UserError: the file is none.
+    """
+    from vit_jax.errors import UserError
+
+    try:
+        result = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
+    except OSError as error:
+        raise UserError(f'cannot read {path}: {error.strerror}') from error
+    except ValueError as error:
+        raise UserError(f'{path} is no JSON: {error}') from error
+    if not isinstance(result, dict) or result.get('kind') != KIND:
+        raise UserError(f'{path} is no result of scripts/benchmark_data.py --output')
+    if result.get('format') != FORMAT:
+        raise UserError(
+            f'{path} has format {result.get("format")!r}, and this version reads {FORMAT}: '
+            'measure again'
+        )
+    return result
 
 
 if __name__ == '__main__':

@@ -151,19 +151,33 @@ class Preprocess:
           out: uint8 [crop, crop, 3], where to put the result.
 
         Returns:
-          `out`, in [0, 255]. The corners of the box are rounded to pixels of the reduced image.
+          `out`, in [0, 255]. Of a reduced image, pixels that straddle the edge of the box count in
+          part.
         """
         import cv2
 
-        rows, columns = image.shape[0] / size[0], image.shape[1] / size[1]
-        top, bottom = round(view.y * rows), round((view.y + view.height) * rows)
-        left, right = round(view.x * columns), round((view.x + view.width) * columns)
-        box, side = image[top : max(bottom, top + 1), left : max(right, left + 1)], view.side
-        if side == self.crop:
-            cv2.resize(box, (side, side), dst=out, interpolation=cv2.INTER_LINEAR)
-        else:
-            resized = cv2.resize(box, (side, side), interpolation=cv2.INTER_LINEAR)
-            out[...] = self._cut(resized, view)
+        if image.shape[:2] == size:
+            box = image[view.y : view.y + view.height, view.x : view.x + view.width]
+            square = (view.side, view.side)
+            whole = out if view.side == self.crop else None
+            whole = cv2.resize(box, square, dst=whole, interpolation=cv2.INTER_LINEAR)
+            if view.side != self.crop:
+                out[...] = self._cut(whole, view)
+            return out
+        # The last row and column of a reduced image may stand for less than k of the whole one.
+        k = next(k for k in REDUCTIONS if max(image.shape[:2]) == -(-max(size) // k))
+        # From a pixel of the output to a place in the image; pixel centres are at one half.
+        across, down = view.width / view.side / k, view.height / view.side / k
+        left = view.x / k + across * (view.left + 0.5) - 0.5
+        top = view.y / k + down * (view.top + 0.5) - 0.5
+        cv2.warpAffine(
+            image,
+            np.array([[across, 0, left], [0, down, top]]),
+            (self.crop, self.crop),
+            dst=out,
+            flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+            borderMode=cv2.BORDER_REPLICATE,
+        )
         return out
 
     def _cut(self, image: np.ndarray, view: View) -> np.ndarray:

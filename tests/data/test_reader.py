@@ -1,0 +1,123 @@
+"""Images kept in memory: the same pixels, never more than there is room for, read once."""
+
+import pickle
+import threading
+
+import numpy as np
+import pytest
+import simplejpeg
+
+from vit_jax.data import decode, pipeline, reader
+from vit_jax.data.decode import BadImageError
+from vit_jax.data.preprocess import Preprocess
+from vit_jax.data.sources import Example
+
+PIXELS = np.random.RandomState(0).randint(0, 256, (12, 40, 48, 3)).astype(np.uint8)
+SIZE = PIXELS[0].nbytes + reader._OVERHEAD
+
+
+class Files:
+    """Encoded images, and how often each was asked for."""
+
+    class_names = ('even', 'odd')
+    exif = False
+
+    def __init__(self, encode=simplejpeg.encode_jpeg, broken=()):
+        self._files = [encode(image) for image in PIXELS]
+        self.broken = broken
+        self.reads = [0] * len(PIXELS)
+
+    def __len__(self):
+        return len(self._files)
+
+    def __getitem__(self, index):
+        self.reads[index] += 1
+        return Example(
+            b'' if index in self.broken else self._files[index], index % 2, f'file/{index}'
+        )
+
+
+def png(image):
+    import cv2
+
+    return cv2.imencode('.png', image[..., ::-1])[1].tobytes()
+
+
+def batches(source, exact, crop=9, count=4):
+    dataset = pipeline.train_dataset(
+        source, Preprocess(crop), batch=8, seed=1, exact=exact, on_bad=lambda error: None
+    )
+    return [dataset[step] for step in range(count)]
+
+
+@pytest.mark.parametrize('encode', [simplejpeg.encode_jpeg, png], ids=['jpeg', 'png'])
+@pytest.mark.parametrize('exact', [True, False])
+def test_batches_are_the_same_with_and_without_memory(encode, exact):
+    expected = batches(Files(encode, broken=(3,)), exact)
+    for room in (0, 5, 100):
+        memory = reader.Memory(room * SIZE)
+        found = batches(reader.Reader(Files(encode, broken=(3,)), memory), exact)
+        for kept, plain in zip(found, expected, strict=True):
+            assert kept.keys() == plain.keys()
+            for name in kept:
+                assert kept[name].dtype == plain[name].dtype
+                assert np.array_equal(kept[name], plain[name])
+        assert memory.used <= memory.size
+        if exact:
+            assert memory.used == min(room, 11) * SIZE
+
+
+def test_what_is_kept_is_not_read_again_and_what_does_not_fit_is():
+    source = Files(broken=(3,))
+    images = reader.Reader(source, reader.Memory(5 * SIZE))
+    for _ in range(4):
+        for index in range(len(source)):
+            if index == 3:
+                with pytest.raises(BadImageError, match='file/3') as caught:
+                    images.read(index)
+                assert caught.value.label == 1
+                continue
+            pixels, label = images.read(index)
+            expected = decode.decode(source._files[index], key='')
+            assert np.array_equal(pixels, expected) and label == index % 2
+    assert source.reads == [1, 1, 1, 4, 1, 1] + [4] * 6
+
+
+def test_readers_share_the_room_and_threads_do_not_take_it_twice():
+    memory = reader.Memory(20 * SIZE)
+    first, second = reader.Reader(Files(), memory), reader.Reader(Files(), memory)
+    barrier = threading.Barrier(4)
+
+    def read_all():
+        barrier.wait()
+        for index in range(len(PIXELS)):
+            first.read(index)
+
+    threads = [threading.Thread(target=read_all) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert memory.used == 12 * SIZE
+    for index in range(len(PIXELS)):
+        second.read(index)
+    assert memory.used == 20 * SIZE
+
+
+def test_pixels_that_are_in_memory_anyway_take_no_room():
+    class InMemory(Files):
+        def __getitem__(self, index):
+            return Example(PIXELS[index], 0, str(index))
+
+    memory = reader.Memory(100 * SIZE)
+    images = reader.Reader(InMemory(), memory)
+    assert np.array_equal(images.read(5)[0], PIXELS[5]) and memory.used == 0
+
+
+def test_another_process_gets_the_room_but_not_what_is_in_it():
+    images = reader.Reader(Files(), reader.Memory(100 * SIZE))
+    images.read(0)
+    copy = pickle.loads(pickle.dumps(images))
+    assert copy._memory.used == 0 and copy._memory.size == 100 * SIZE
+    assert np.array_equal(copy.read(0)[0], images.read(0)[0])
+    assert copy._source.reads[0] == 2  # it came along with one

@@ -1,0 +1,142 @@
+"""Batches from other processes: the same ones, and what becomes of broken images and processes."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import simplejpeg
+
+from vit_jax.data import pipeline, sources
+from vit_jax.data.decode import BadImageError
+from vit_jax.data.preprocess import Preprocess
+from vit_jax.errors import UserError
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """24 JPEG files of two classes, of which two are broken."""
+    random = np.random.RandomState(0)
+    for index in range(24):
+        folder = tmp_path / ('cat', 'dog')[index % 2]
+        folder.mkdir(exist_ok=True)
+        file = simplejpeg.encode_jpeg(random.randint(0, 256, (40, 60, 3)).astype(np.uint8))
+        (folder / f'{index:02}.jpg').write_bytes(file[:99] if index in (4, 17) else file)
+    return sources.open_dataset(str(tmp_path)).select('train')
+
+
+def dataset(source, on_bad=None, exact=True):
+    return pipeline.train_dataset(
+        source, Preprocess(9), batch=10, seed=0, exact=exact, on_bad=on_bad
+    )
+
+
+def children():
+    """Processes that make batches, of this one."""
+    found = subprocess.run(
+        ['ps', '-ww', '-o', 'pid=', '-o', 'args=', '--ppid', str(os.getpid())],
+        capture_output=True,
+        text=True,
+    )
+    return [int(x.split()[0]) for x in found.stdout.splitlines() if 'workers.serve' in x]
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype and np.array_equal(a[name], b[name])
+
+
+def test_the_same_batches_and_errors_and_one_message_when_a_process_dies(photos):
+    known, errors = [], []
+    for exact in (True, False):
+        here = dataset(photos, known.append, exact)
+        there = dataset(photos, errors.append, exact)
+        processes = 2 if exact else 1
+        with pipeline.train_batches(there, start=3, threads=3, processes=processes) as iterator:
+            for step in range(3, 9):
+                assert_equal(next(iterator), here[step])
+            if exact:
+                # Signals for the whole group are not theirs.
+                for child in children():
+                    os.kill(child, signal.SIGTERM)
+                    os.kill(child, signal.SIGINT)
+                time.sleep(0.1)
+                assert_equal(next(iterator), here[9])
+                assert len(children()) == 2
+            else:
+                (child,) = children()
+                os.kill(child, signal.SIGKILL)
+                with pytest.raises(UserError, match=r'was ended by SIGKILL .*data_processes'):
+                    for _ in range(20):
+                        next(iterator)
+        assert not children()
+    assert sorted(e.key for e in errors) == sorted(e.key for e in known) and len(known) == 4
+    assert {(e.label, pathlib.Path(e.key).name) for e in errors} == {(0, '04.jpg'), (1, '17.jpg')}
+
+
+def test_errors_are_raised_where_batches_are_taken(photos):
+    def too_many(error):
+        raise UserError('too many')
+
+    # Without on_bad the image itself is the error.
+    for on_bad, kind, words in (
+        (None, BadImageError, r'(04|17)\.jpg'),
+        (too_many, UserError, 'too many'),
+    ):
+        with (
+            pytest.raises(kind, match=words),
+            pipeline.train_batches(
+                dataset(photos, on_bad), start=0, threads=1, processes=1
+            ) as iterator,
+        ):
+            for _ in range(3):
+                next(iterator)
+        assert not children()
+
+
+def test_a_source_that_cannot_be_sent_is_said(photos):
+    photos.lock = (x for x in ())
+    with (
+        pytest.raises(UserError, match='cannot be sent to other processes'),
+        pipeline.train_batches(dataset(photos), start=0, processes=1) as iterator,
+    ):
+        next(iterator)
+
+
+def test_processes_end_when_the_one_that_trains_is_killed(photos, tmp_path):
+    script = (
+        'import sys, time\n'
+        'from vit_jax.data import pipeline, preprocess, sources\n'
+        'train = sources.open_dataset(sys.argv[1]).select("train")\n'
+        'data = pipeline.train_dataset(train, preprocess.Preprocess(9), batch=4, seed=0,'
+        ' on_bad=lambda error: None)\n'
+        'with pipeline.train_batches(data, start=0, processes=1, threads=1) as batches:\n'
+        '    next(batches)\n'
+        '    print("ready", flush=True)\n'
+        '    time.sleep(60)\n'
+    )
+    parent = subprocess.Popen(
+        [sys.executable, '-c', script, photos._name], stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout.readline() == 'ready\n'
+    found = subprocess.run(
+        ['ps', '-o', 'pid=', '--ppid', str(parent.pid)], capture_output=True, text=True
+    )
+    (child,) = map(int, found.stdout.split())
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    for _ in range(200):
+        if (
+            not pathlib.Path(f'/proc/{child}').exists()
+            or 'Z' in pathlib.Path(f'/proc/{child}/stat').read_text().rpartition(')')[2].split()[:1]
+        ):
+            return
+        time.sleep(0.05)
+    os.kill(child, signal.SIGKILL)
+    raise AssertionError('it lives on')
