@@ -354,4 +354,7 @@ KINDS = {
 }
 
 if __name__ == '__main__':
-    sys.exit(child.serve(build))
+    # By its name, which worker processes can import, too.
+    import input_stages
+
+    sys.exit(child.serve(input_stages.build))

@@ -225,24 +225,60 @@ def test_profile_of_a_step(run, monkeypatch):
     assert 'backward ' in done.stdout
 
 
-def test_input_pipeline_by_stage_and_by_threads(run, tmp_path):
+@pytest.fixture
+def photos(tmp_path):
     from PIL import Image
 
     for index in range(5):
         pixels = np.random.default_rng(index).integers(0, 256, (40, 50, 3), np.uint8)
         Image.fromarray(pixels).save(tmp_path / f'{index}.jpg')
-    file = tmp_path / 'result.json'
+    return tmp_path
+
+
+def test_input_pipeline_by_stage_and_by_threads(run, photos):
+    file = photos / 'result.json'
     done = run(
-        'benchmark_data.py', '--folder', tmp_path, '--image_size', 32, '--batch', 2, '--rounds', 2,
-        '--threads', 1, '--contestants', 'vit_jax', '--output', file,
+        'benchmark_data.py', '--folder', photos, '--image_size', 32, '--batch', 2, '--rounds', 2,
+        '--workers', 1, '--contestants', 'vit_jax', '--output', file,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads(file.read_text())
     assert result['images'] == 4
-    assert str(tmp_path) not in file.read_text()
+    assert str(photos) not in file.read_text()
     (row,) = result['stages']
-    assert len(row['stages']) == 2
-    for stages, seconds in zip(row['stages'], row['seconds'], strict=True):
-        assert list(stages) == ['read', 'decode', 'crop', 'resize', 'batch', 'transfer']
-        assert 0 < sum(stages.values()) <= seconds
+    assert len(row['timed']) == 2
+    for timed in row['timed']:
+        assert list(timed) == ['read', 'decode', 'crop', 'resize', 'batch', 'transfer']
+        assert all(seconds > 0 for seconds in timed.values())
+    ((whole,),) = (part['results'] for part in result['whole'])
+    assert [list(timed) for timed in whole['timed']] == [['all'], ['all']]
     assert 'Whole pipeline' in done.stdout
+    table = run('benchmark_data.py', '--table', file)
+    assert table.returncode == 0 and '| vit_jax ' in table.stdout
+    assert f'{4 / np.median([t["all"] for t in whole["timed"]]):.0f} |' in table.stdout
+    file.write_text('{"kind": "vit_jax benchmark of data", "format": 1}')
+    old = run('benchmark_data.py', '--table', file)
+    assert old.returncode == 1 and 'measure again' in old.stderr
+    file.write_text('[]')
+    wrong = run('benchmark_data.py', '--table', file)
+    assert wrong.returncode == 1 and 'no result' in wrong.stderr
+
+
+@pytest.mark.parametrize('name', ['exact=False', 'cache', 'processes'])
+def test_ways_of_our_input_pipeline(name, photos, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / 'scripts')
+    import input_stages
+
+    files = [str(path) for path in sorted(photos.glob('*.jpg'))]
+    setup = {'files': files, 'crop': 8, 'batch': 2, 'workers': 1}
+    workload = input_stages.KINDS[f'vit_jax:{name}'](setup)
+    try:
+        assert workload.run(1)['timed']['all'] > 0
+        batch = next(workload._stream)
+        assert batch['image'].shape == (2, 8, 8, 3)
+        assert batch['image'].dtype == (np.uint8 if name == 'exact=False' else np.float32)
+    finally:
+        workload._stream.close()
+    if name == 'exact=False':
+        timed = input_stages.KINDS['vit_jax:exact=False'](setup | {'workers': 0}).run(1)['timed']
+        assert timed['decode'] > 0 and timed['resize'] > 0

@@ -16,6 +16,7 @@ from vit_jax import state as state_lib
 from vit_jax.checkpoint import npz
 from vit_jax.data import sources
 from vit_jax.data.preprocess import Preprocess
+from vit_jax.errors import UserError
 
 TINY = {'mlp_dim': 32, 'num_heads': 2, 'num_layers': 1, 'dropout_rate': 0.0}
 
@@ -119,6 +120,55 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(finished, tmp_path, m
     jax.tree.map(np.testing.assert_array_equal, resumed, params)
     assert (tmp_path / 'run/metrics.jsonl').read_bytes() == (whole / 'metrics.jsonl').read_bytes()
     assert 'resumed from step 6' in (tmp_path / 'run/train.log').read_text()
+
+
+def test_data_processes_and_cache_change_nothing(finished, tmp_path):
+    _, whole, params = finished
+    config = make_config(tmp_path, data_processes=1, cache=0.01)
+    found = jax.device_get(train.train_and_evaluate(config, tmp_path / 'run'))
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+    assert (tmp_path / 'run/metrics.jsonl').read_bytes() == (whole / 'metrics.jsonl').read_bytes()
+
+
+def test_training_on_approximate_pixels(finished, tmp_path, monkeypatch):
+    """8 bits in training, exact ones in evaluation; it resumes as any other run."""
+    seen = set()
+    original = sharding.put_batch
+
+    def put(batch, mesh):
+        seen.add(('mask' if 'mask' in batch else 'position', str(batch['image'].dtype)))
+        return original(batch, mesh)
+
+    monkeypatch.setattr(sharding, 'put_batch', put)
+    report = loop._report_progress
+
+    def stop_at_ten(run, step, *rest):
+        report(run, step, *rest)
+        if step == 10:
+            raise KeyboardInterrupt
+
+    workdir = tmp_path / 'run'
+    config = make_config(tmp_path, **{'pp.exact': False})
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, '_report_progress', stop_at_ten)
+        with pytest.raises(KeyboardInterrupt):
+            train.train_and_evaluate(config, workdir)
+    before = lines(workdir)
+    assert before[-1]['step'] == 10
+    with pytest.raises(UserError, match='pp.exact: false -> true'):
+        train.train_and_evaluate(make_config(tmp_path), workdir)
+    train.train_and_evaluate(config, workdir)
+    assert lines(workdir)[: len(before)] == before
+    assert seen == {('position', 'uint8'), ('mask', 'float32')}
+    losses, exact = (
+        [line['train_loss'] for line in lines(folder) if 'train_loss' in line]
+        for folder in (workdir, finished[1])
+    )
+    # Pixels are rounded to whole grey levels, and otherwise those of the exact run.
+    np.testing.assert_allclose(losses, exact, rtol=1e-3)
+    assert losses != exact
+    first, second = (model_folder.load(folder / 'model') for folder in (workdir, finished[1]))
+    assert first.preprocess == second.preprocess
 
 
 def test_nothing_compiles_after_the_first_step_and_evaluation(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.data.decode import MAX_PIXELS, BadImageError, decode
+from vit_jax.data.decode import MAX_PIXELS, BadImageError, decode, size_of_jpeg
 
 FIXTURES = pathlib.Path(__file__).parents[1] / 'fixtures' / 'data'
 PHOTOS = sorted((FIXTURES / 'photos').glob('*.jpg'))
@@ -151,3 +151,27 @@ def test_decompression_bombs_are_refused():
     jpeg[frame + 5 : frame + 9] = b'\xfd\xe8\xfd\xe8'  # 65000 x 65000 by its header
     with pytest.raises(BadImageError, match='65000 x 65000 is more than'):
         decode(bytes(jpeg), key='bomb.jpg')
+
+
+@pytest.mark.parametrize('k', [1, 2, 4, 8])
+def test_a_smaller_size_of_a_jpeg_file(k):
+    image = np.zeros((53, 38, 3), np.uint8)
+    image[:26] = 200
+    file = encode(image, 'JPEG')
+    assert size_of_jpeg(file) == (53, 38)
+    small = decode(file, key='', reduction=k)
+    assert small.shape == (-(-53 // k), -(-38 // k), 3)
+    assert abs(float(small[0, 0, 0]) - 200) < 9 and small[-1, 0, 0] < 9
+    for broken in (file[: len(file) // 2], file[:30]):
+        with pytest.raises(BadImageError):
+            decode(broken, key='', reduction=k)
+    assert size_of_jpeg(file[:30]) is None and size_of_jpeg(image) is None
+    assert size_of_jpeg(encode(image, 'PNG')) is None
+
+
+def test_the_size_of_a_turned_jpeg_file(picture):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = encode(picture, 'JPEG', exif=exif)
+    assert size_of_jpeg(file) == (48, 64) and size_of_jpeg(file, exif=True) == (64, 48)
+    assert decode(file, key='', exif=True, reduction=2).shape == (32, 24, 3)

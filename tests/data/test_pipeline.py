@@ -1,12 +1,13 @@
 """Batches: a pure function of seed and step on any number of processes; every test example once."""
 
 import collections
+import pathlib
 import threading
 
 import numpy as np
 import pytest
 
-from vit_jax.data import pipeline
+from vit_jax.data import pipeline, training
 from vit_jax.data.decode import BadImageError
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.data.sources import Example
@@ -242,7 +243,7 @@ def test_without_any_readable_image_the_first_bad_one_is_named(monkeypatch):
     dataset = pipeline.train_dataset(source, PP, batch=4, seed=0, on_bad=lambda error: None)
     with pytest.raises(BadImageError, match=r'none of 100 others .* can be used') as caught:
         dataset[0]
-    assert caught.value.key == f'square/{reads[0]}' and len(reads) == 1 + pipeline.MAX_DRAWS
+    assert caught.value.key == f'square/{reads[0]}' and len(reads) == 1 + training.MAX_DRAWS
 
 
 @pytest.mark.parametrize('threads', [1, 4])
@@ -362,6 +363,73 @@ def test_evaluation_sees_every_example_once(examples, batch, processes):
             seen += part['example'][real].tolist()
     assert sorted(seen) == list(range(examples))
     assert len(counts) == 1  # every process takes part in as many collective operations
+
+
+class Photos:
+    """The real photos of the fixtures, as they are stored."""
+
+    class_names = ('photo',)
+    exif = False
+
+    def __init__(self):
+        folder = pathlib.Path(__file__).parents[1] / 'fixtures/data/photos'
+        self._files = [path.read_bytes() for path in sorted(folder.glob('*.jpg'))]
+
+    def __len__(self):
+        return len(self._files)
+
+    def __getitem__(self, index):
+        return Example(self._files[index], 0, str(index))
+
+
+@pytest.mark.parametrize(
+    ('options', 'mean', 'most'),
+    # As measured. Where nothing is reduced it is rounding; else what antialiasing makes.
+    [
+        ({'crop': 48}, 0.27, 0.3),
+        ({'crop': 16}, 8.23, 17),
+        ({'crop': 40, 'resize': 60, 'inception_crop': False}, 0.27, 0.3),
+        ({'crop': 96, 'inception_crop': False}, 0.27, 0.3),
+    ],
+)
+def test_approximate_pixels_of_the_same_crops(monkeypatch, options, mean, most):
+    drawn = []
+    draw = Preprocess.draw_view
+
+    def note(self, height, width, rng):
+        drawn.append((height, width, draw(self, height, width, rng)))
+        return drawn[-1][-1]
+
+    monkeypatch.setattr(Preprocess, 'draw_view', note)
+    pp, batches, views = Preprocess(**options), {}, {}
+    for exact in (True, False):
+        dataset = pipeline.train_dataset(Photos(), pp, batch=12, seed=5, exact=exact)
+        drawn.clear()
+        batches[exact] = [dataset[step] for step in (0, 1)]
+        views[exact] = list(drawn)
+    assert views[True] == views[False] and len(drawn) == 24
+    differences = []
+    for exact, other in zip(batches[True], batches[False], strict=True):
+        assert other['image'].dtype == np.uint8 and other['image'].shape == exact['image'].shape
+        assert all(np.array_equal(exact[key], other[key]) for key in exact if key != 'image')
+        differences.append(np.abs(exact['image'] - other['image']).mean(axis=(1, 2, 3)))
+    assert np.max(differences) < most and np.mean(differences) == pytest.approx(mean, rel=0.1)
+
+
+def test_approximate_batches_from_any_step_and_with_bad_images():
+    def dataset(bad=BAD):
+        return pipeline.train_dataset(
+            Squares(26, bad=bad), PP, batch=12, seed=3, exact=False, on_bad=lambda error: None
+        )
+
+    whole, good = dataset(), dataset(bad=())
+    with pipeline.train_batches(whole, start=2, threads=2) as iterator:
+        for step in (2, 3):
+            batch = next(iterator)
+            assert equal(batch, whole[step])
+            same = batch['replaced'] == 0
+            assert np.array_equal(batch['image'][same], good[step]['image'][same])
+            assert not same.all() and not np.isin(batch['example'], BAD).any()
 
 
 def test_memory_for_waiting_batches_is_bounded(monkeypatch):

@@ -6,32 +6,24 @@ number, and resuming is `start=step`.
 """
 
 import contextlib
-import dataclasses
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 
 import grain
 import numpy as np
 
 from vit_jax.data import workers
 from vit_jax.data.decode import BadImageError
-from vit_jax.data.preprocess import Preprocess, View
+from vit_jax.data.preprocess import Preprocess
 from vit_jax.data.reader import Reader
 from vit_jax.data.sources import Source
+from vit_jax.data.training import Batch, Load, OnBad, Order, TrainDataset
 from vit_jax.errors import UserError
-
-Batch = dict[str, np.ndarray]
 
 # Host memory for batches that wait for the device. Grain's own default is 500 batches: 150 GB at
 # batch 512 and 224 px.
 MAX_BUFFER_BYTES = 8 << 30
-
-# Draws for a substitute of an unreadable image. Where half of a set is unreadable, one place in
-# 2**100 finds none.
-MAX_DRAWS = 100
-
-OnBad = Callable[[BadImageError], None]
 
 
 class OncePerKey:
@@ -60,47 +52,6 @@ def default_threads() -> int:
         16,
         len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1,
     )
-
-
-class TrainDataset:
-    """An endless sequence of training batches, see `train_dataset`; picklable without `on_bad`.
-
-    Args:
-      order: which examples.
-      load: makes the batch of them.
-      on_bad: see `train_dataset`.
-    """
-
-    def __init__(self, order: '_Order', load: '_Load', on_bad: OnBad | None):
-        self._order = order
-        self._plan = order.plan()
-        self._load = load
-        self.on_bad = on_bad
-        self.batches = self._plan.map(lambda items: load(items, on_bad))
-
-    def __getitem__(self, step: int) -> Batch:
-        return self.batches[step]
-
-    def __reduce__(self):  # to another process, which sends the errors back
-        return TrainDataset, (self._order, self._load, None)
-
-    def batch_and_errors(
-        self, step: int, empty: Callable[..., np.ndarray]
-    ) -> tuple[Batch, list[BadImageError]]:
-        """A batch, and the errors that `on_bad` is to get, instead of giving them to it.
-
-        Args:
-          step: of the batch.
-          empty: makes the array of the images, as `np.empty`.
-        """
-        errors: list[BadImageError] = []
-        return self._load(self._plan[step], errors.append, empty), errors
-
-    @property
-    def image_bytes(self) -> int:
-        """Bytes of the images of one batch."""
-        size = self._order.batch // self._order.process_count
-        return self._load.image_bytes(size)
 
 
 def train_dataset(
@@ -149,7 +100,7 @@ def train_dataset(
     Raises:
       UserError: an empty source, or a batch that the processes cannot share equally.
       BadImageError: on access, an image that cannot be read, naming it: without `on_bad`, or when
-        `MAX_DRAWS` substitutes could not be read either.
+        `training.MAX_DRAWS` substitutes could not be read either.
     """
     if not len(source):
         raise UserError('the training set is empty')
@@ -157,130 +108,9 @@ def train_dataset(
         raise UserError(
             f'batch={batch} must be a multiple of the number of processes ({process_count})'
         )
-    order = _Order(len(source), batch, seed, process_index, process_count)
-    load = _Load(_reader(source), preprocess, exact, on_bad is not None)
+    order = Order(len(source), batch, seed, process_index, process_count)
+    load = Load(_reader(source), preprocess, exact, on_bad is not None)
     return TrainDataset(order, load, None if on_bad is None else OncePerKey(on_bad))
-
-
-_COLUMNS = ('label', 'position', 'example', 'replaced')
-_Item = tuple[int, int, np.ndarray]  # place in the global batch, example, key of its randomness
-
-
-@dataclasses.dataclass(frozen=True)
-class _Order:
-    """Which examples come when, see `train_dataset`."""
-
-    examples: int
-    batch: int
-    seed: int
-    process_index: int
-    process_count: int
-
-    def plan(self) -> grain.MapDataset:
-        """A dataset whose element s is a list of `_Item`, those of batch s."""
-
-        def place(index: int, example: int) -> tuple[int, int]:
-            return index % self.batch, example
-
-        def draw(item: tuple[int, int], rng: np.random.Generator) -> _Item:
-            return *item, rng.integers(2**63, size=2, dtype=np.uint64)
-
-        # shuffle before repeat: each epoch is a permutation. Slicing after random_map: same crops
-        # on any process count. The images are made last, in place: fresh memory for each of them,
-        # copied into the batch, would take more time than decoding does.
-        examples = grain.MapDataset.range(self.examples).seed(self.seed).shuffle().repeat()
-        examples = examples.map_with_index(place).random_map(draw)
-        mine = examples[self.process_index :: self.process_count]
-        return mine.batch(self.batch // self.process_count, batch_fn=list)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Load:
-    """Makes a batch; `substitute` says whether others take the place of unreadable images."""
-
-    reader: Reader
-    preprocess: Preprocess
-    exact: bool
-    substitute: bool
-
-    def image_bytes(self, size: int) -> int:
-        return size * self.preprocess.crop**2 * 3 * (4 if self.exact else 1)
-
-    def __call__(
-        self,
-        items: Sequence[_Item],
-        on_bad: OnBad | None,
-        empty: Callable[..., np.ndarray] = np.empty,
-    ) -> Batch:
-        shape = (len(items), self.preprocess.crop, self.preprocess.crop, 3)
-        out = {'image': empty(shape, np.float32 if self.exact else np.uint8)}
-        out |= {name: np.zeros(len(items), np.int32) for name in _COLUMNS}
-        rng = np.random.Generator(np.random.Philox(0))
-        for row, (position, index, key) in enumerate(items):
-            try:
-                label = self._show(index, _begin(rng, key), out['image'][row])
-            except BadImageError as error:
-                if not self.substitute:
-                    raise
-                on_bad(error)
-                index, label = self._substitute(rng, key, error, on_bad, out['image'][row])
-                out['replaced'][row] = 1
-            out['label'][row], out['position'][row], out['example'][row] = label, position, index
-        return out
-
-    def _show(self, index: int, rng: np.random.Generator, out: np.ndarray) -> int:
-        """Writes a view of an example, drawn by `rng`; returns the label."""
-        if self.exact:
-            pixels, label = self.reader.read(index)
-            self.preprocess.train(pixels, rng, out)
-            return label
-        drawn: list[View] = []
-
-        def reduction(height: int, width: int) -> int:
-            drawn.append(self.preprocess.draw_view(height, width, rng))
-            return drawn[0].reduction()
-
-        pixels, label, size = self.reader.read_reduced(index, reduction)
-        self.preprocess.render_uint8(pixels, drawn[0], size, out)
-        return label
-
-    def _substitute(
-        self,
-        rng: np.random.Generator,
-        key: np.ndarray,
-        error: BadImageError,
-        on_bad: OnBad,
-        out: np.ndarray,
-    ) -> tuple[int, int]:
-        """Index and label of an example that can be read, drawn by the key of the place."""
-        # The same key as the crop's; the counter begins elsewhere, so the numbers are others.
-        draw = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, 1]))
-        for _ in range(MAX_DRAWS):
-            index = int(draw.integers(len(self.reader)))
-            try:
-                # The crop comes from the place alone, whichever image is there.
-                return index, self._show(index, _begin(rng, key), out)
-            except BadImageError as another:
-                on_bad(another)
-        raise BadImageError(
-            error.key,
-            f'{error.reason}; and none of {MAX_DRAWS} others drawn to take its place can be used: '
-            'is the folder or disk still there?',
-            error.label,
-        ) from error
-
-
-def _begin(rng: np.random.Generator, key: np.ndarray) -> np.random.Generator:
-    """Sets a Philox generator to the beginning of a key's sequence: quicker than a new one."""
-    rng.bit_generator.state = {
-        'bit_generator': 'Philox',
-        'state': {'counter': np.zeros(4, np.uint64), 'key': key},
-        'buffer': np.zeros(4, np.uint64),
-        'buffer_pos': 4,
-        'has_uint32': 0,
-        'uinteger': 0,
-    }
-    return rng
 
 
 @contextlib.contextmanager

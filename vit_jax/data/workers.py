@@ -41,7 +41,7 @@ def read_ahead(
     """Batches start, start + 1, ... of a dataset, made in other processes.
 
     Args:
-      dataset: a `pipeline.TrainDataset`.
+      dataset: a `training.TrainDataset`.
       start: the first step.
       threads: over all processes; each has at least one.
       processes: at least 1.
@@ -138,13 +138,14 @@ class _Child:
             except subprocess.TimeoutExpired:
                 how = 'does not answer any more'
             else:
-                how = f'ended with status {status}'
+                how = f'ended with status {status}; what it said stands above'
                 if status < 0:
                     how = f'was ended by {signal.Signals(-status).name}'
+                if status == -signal.SIGKILL:
+                    how += ', which the system sends where memory runs out'
             raise UserError(
-                f'a process that reads images {how} (where memory runs out, the system sends '
-                'SIGKILL). The same command goes on from the last checkpoint; fewer '
-                '--config.data_processes need less memory'
+                f'a process that reads images {how}. The same command goes on from the last '
+                'checkpoint; fewer --config.data_processes need less memory'
             ) from error
 
 
