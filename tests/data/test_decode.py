@@ -175,3 +175,18 @@ def test_the_size_of_a_turned_jpeg_file(picture):
     file = encode(picture, 'JPEG', exif=exif)
     assert size_of_jpeg(file) == (48, 64) and size_of_jpeg(file, exif=True) == (64, 48)
     assert decode(file, key='', exif=True, reduction=2).shape == (32, 24, 3)
+
+
+@pytest.mark.parametrize('between', [b'', b'\xff\xff', b'\xff\xfe\x00\x06Exif', b'stray'])
+def test_exif_data_wherever_they_are_before_the_picture(picture, between):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned, plain = encode(picture, 'JPEG', exif=exif), encode(picture, 'JPEG')
+    place = turned.index(b'\xff\xe1')
+    file = turned[:place] + between + turned[place:]
+    assert decode(file, key='', exif=True).shape == (64, 48, 3)
+    # A file without, whose picture or comment has the letters.
+    place = plain.index(b'\xff\xdb')
+    comment = b'\xff\xfe\x00\x08Exif\x00\x00'
+    file = plain[:place] + between + comment + plain[place:]
+    assert decode(file, key='', exif=True).shape == (48, 64, 3)

@@ -216,7 +216,7 @@ def _check_size(height: int, width: int, key: str) -> None:
 
 def _jpeg_orientation(image: bytes) -> int:
     """EXIF orientation (1 to 8) of a JPEG file; 1, upright, if there is none."""
-    if image.find(b'Exif\x00', 0, 65536) < 0:  # Most have none, and Pillow takes its time.
+    if not _has_exif(image):  # Saves Pillow's parsing for the many files without it.
         return 1
     from PIL import Image
 
@@ -224,6 +224,26 @@ def _jpeg_orientation(image: bytes) -> int:
         return Image.open(io.BytesIO(image)).getexif().get(_EXIF_ORIENTATION, 1)
     except Exception:  # Damaged metadata of a picture that did decode: as it is stored.
         return 1
+
+
+def _has_exif(image: bytes) -> bool:
+    """Whether a JPEG file may have EXIF data before its picture.
+
+    Walks over the segments (ITU T.81, section B.1.1): a search through the first 64 kB took six
+    times as long, with Python's lock held.
+    """
+    place = 2
+    while image[place : place + 1] == b'\xff':
+        marker = image[place + 1 : place + 2]
+        if marker == b'\xff':  # padding
+            place += 1
+            continue
+        if marker == b'\xda':  # the picture begins
+            return False
+        if marker == b'\xe1' and image[place + 4 : place + 9] == b'Exif\x00':
+            return True
+        place += 2 + int.from_bytes(image[place + 2 : place + 4], 'big')
+    return image.find(b'Exif\x00', 0, 65536) >= 0  # stray bytes between segments
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
