@@ -243,7 +243,7 @@ def _has_exif(image: bytes) -> bool:
         if marker == b'\xe1' and image[place + 4 : place + 9] == b'Exif\x00':
             return True
         place += 2 + int.from_bytes(image[place + 2 : place + 4], 'big')
-    return image.find(b'Exif\x00', 0, 65536) >= 0  # stray bytes between segments
+    return False  # stray bytes, with which it is not decoded either
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
