@@ -264,7 +264,7 @@ def test_input_pipeline_by_stage_and_by_threads(run, photos):
     assert wrong.returncode == 1 and 'no result' in wrong.stderr
 
 
-@pytest.mark.parametrize('name', ['exact=False', 'cache', 'processes'])
+@pytest.mark.parametrize('name', ['exact=False', 'cache'])
 def test_ways_of_our_input_pipeline(name, photos, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / 'scripts')
     import input_stages
