@@ -44,6 +44,20 @@ def test_b16_as_it_stands_is_refused_on_a_laptop(monkeypatch):
     assert need.total > 8 * GIB
 
 
+def test_a_cache_larger_than_the_memory_is_refused(monkeypatch):
+    monkeypatch.setattr(resources, '_host_memory_left', lambda: 8 * GIB)
+    monkeypatch.setattr(jax, 'local_device_count', lambda: 1)
+    resources.check_cache(resolved(b16, cache=7.5))
+    for size in (8.5, float('inf')):
+        with pytest.raises(UserError, match=r'config.cache=\S+: this machine has 8.0 GiB'):
+            resources.check_cache(resolved(b16, cache=size))
+    # What it takes is not there for training.
+    small = {'batch': 64, 'accum_steps': 16}
+    check(resolved(b16, **small))
+    with pytest.raises(UserError, match=r'has 1.0 GiB left beside config.cache=7'):
+        check(resolved(b16, cache=7.0, **small))
+
+
 def test_a_gpu_is_asked_for_its_own_memory(monkeypatch):
     class Gpu:
         platform, device_kind = 'gpu', 'NVIDIA Example'
