@@ -9,7 +9,8 @@ Examples:
     python scripts/benchmark.py --variants ViT-Ti_16 ViT-B_16 --batch 8 --output cpu.json
     python scripts/benchmark.py --variants ViT-B_16 --batch 512 --dtype bfloat16 --device h200
     python scripts/benchmark.py --variants ViT-B_32 --inference-only --contestants vit_jax original
-    python scripts/benchmark.py --table cpu.json
+    python scripts/benchmark.py --variants ViT-L_16 --largest-batch --batch 64 --dtype bfloat16
+    python scripts/benchmark.py --table cpu.json --update README.md
 """
 
 import argparse
@@ -17,7 +18,10 @@ import datetime
 import json
 import pathlib
 import sys
+from typing import Any
 
+# Lines of a document between which --update writes.
+MARKS = ('<!-- benchmark -->', '<!-- /benchmark -->')
 CONTESTANTS = ('vit_jax', 'original', 'timm', 'timm+compile', 'transformers', 'torchvision')
 
 
@@ -30,16 +34,22 @@ def main() -> int:
     from vit_jax.errors import UserError
 
     try:
+        if args.update and not args.table:
+            raise UserError('--update goes with --table: which results should be written?')
         if args.table:
-            _print_tables([_read(path) for path in args.table], 'markdown')
+            text = _tables([_read(path) for path in args.table], 'markdown')
+            if args.update:
+                machine.update_document(args.update, MARKS, text)
+            else:
+                print(text)
             return 0
         if args.output and not pathlib.Path(args.output).absolute().parent.is_dir():
             raise UserError(f'the folder of {args.output} does not exist: make it first')
         result = _benchmark(args)
         if args.output:
             machine.write_json(args.output, result)
-        _print_tables([result], 'terminal')
-        rows = [row for cell in result['cells'] for row in cell['results']]
+        print(_tables([result], 'terminal'))
+        rows = [r for cell in result.get('cells', result.get('largest')) for r in cell['results']]
         failed = sum('error' in row for row in rows)
         if failed or not rows:
             raise UserError(f'{failed} of {len(rows)} measurements failed, see above')
@@ -79,20 +89,28 @@ def _parser() -> argparse.ArgumentParser:
         '--inference-only', '--inference_only', action='store_true', dest='inference_only',
         help="the original's inference_time: 10 steps of warm-up, then 30, each timed alone",
     )  # fmt: skip
+    add(
+        '--largest-batch', '--largest_batch', action='store_true', dest='largest_batch',
+        help='time nothing: try which batch still fits in memory, from --batch on',
+    )  # fmt: skip
+    add('--memory_gib', type=float, default=0, help='of a process in --largest-batch on a CPU')
     add('--output', help='write the result as JSON to this file')
     add('--table', nargs='+', metavar='FILE.json', help='only print results as Markdown tables')
+    add('--update', metavar='FILE.md', help=f'put them between {MARKS[0]} and {MARKS[1]} of it')
     return parser
 
 
 def _benchmark(args: argparse.Namespace) -> dict:
     """Measures every cell. The result is JSON."""
-    from vit_jax.benchmark import contestants, interleave, machine, results
+    from vit_jax.benchmark import contestants, interleave, machine
 
     timing = _timing(args)
     if args.device:
         machine.stated_peak(args.device, 'float32')  # an unknown name is refused before measuring
     labels = contestants.parse(args.contestants)
     cells = _cells(args)
+    if args.largest_batch:
+        return _largest(args, cells, labels)
     hardware = machine.hardware()  # before the contestants make it busy
     done, left_out = [], {}
     for cell in cells:
@@ -110,20 +128,59 @@ def _benchmark(args: argparse.Namespace) -> dict:
         )
         rows, products = measured[: len(takes_part)], measured[len(takes_part) :]
         done.append(_cell_result(args, cell, rows, products))
-        for row in rows:
-            if row.get('facts', {}).get('platform') == 'gpu':
-                hardware['accelerator'] = row['facts']['device']
+        _note_accelerator(hardware, rows)
+    settings = {'inference_only': args.inference_only, **vars(timing)}
+    return _result(hardware, list(left_out), settings=settings, cells=done)
+
+
+def _result(hardware: dict, left_out: list[str], **measured: Any) -> dict:
+    from vit_jax.benchmark import machine, results
+
     return {
         'kind': results.KIND,
         'format': results.FORMAT,
         'date': datetime.date.today().isoformat(),
         'command': machine.command('benchmark.py', sys.argv[1:]),
-        'settings': {'inference_only': args.inference_only, **vars(timing)},
         'hardware': hardware,
         'versions': machine.versions(),
-        'left_out': list(left_out),
-        'cells': done,
+        'left_out': left_out,
+        **measured,
     }
+
+
+def _largest(args: argparse.Namespace, cells: list, labels: list) -> dict:
+    """Tries the largest batch of every cell, of which --batch is the first."""
+    from vit_jax.benchmark import largest, machine
+
+    hardware, done, left_out = machine.hardware(), [], []
+    for cell in cells:
+        takes_part = []
+        for contestant in labels:
+            reason = contestant.reason_to_leave_out(cell.model_config, cell.dtype)
+            if reason:
+                left_out.append(f'{contestant.label}: {reason}')
+            else:
+                takes_part.append(contestant)
+        name = f'{cell.variant} {cell.image_size} px, {cell.dtype}, {cell.mode}'
+        rows = largest.measure(
+            cell, takes_part, args.timeout, args.memory_gib,
+            lambda text, name=name: print(f'{name}: {text}', file=sys.stderr, flush=True),
+        )  # fmt: skip
+        _note_accelerator(hardware, rows)
+        done.append(
+            {
+                **{key: getattr(cell, key) for key in ('variant', 'image_size', 'dtype', 'mode')},
+                'memory_gib': args.memory_gib,
+                'results': rows,
+            }
+        )
+    return _result(hardware, list(dict.fromkeys(left_out)), largest=done)
+
+
+def _note_accelerator(hardware: dict, rows: list[dict]) -> None:
+    for row in rows:
+        if row.get('facts', {}).get('platform') == 'gpu':
+            hardware['accelerator'] = row['facts']['device']
 
 
 def _timing(args: argparse.Namespace):
@@ -237,11 +294,11 @@ def _peak(args, cell, rows: list[dict], products: list[dict]) -> dict | None:
     }
 
 
-def _print_tables(found: list[dict], style: str) -> None:
+def _tables(found: list[dict], style: str) -> str:
     from vit_jax.analysis import tables
     from vit_jax.benchmark import results
 
-    print('\n'.join(tables.render(t, style) for result in found for t in results.tables(result)))
+    return '\n'.join(tables.render(t, style) for result in found for t in results.tables(result))
 
 
 def _read(path: str) -> dict:

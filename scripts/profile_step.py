@@ -1,7 +1,9 @@
 """Traces steps of a model and prints where their time goes, the ten longest first.
 
-By part of the model (forward and backward apart) and by operation of the compiled program. The
-trace itself can be opened in Perfetto or TensorBoard's profiler: --output keeps it.
+By kind of work (matrix products, softmax, layer norm, ...), by part of the model (forward and
+backward apart) and by operation of the compiled program. What the compiler has fused counts as
+what most of it is, with a matrix product in it as that. The trace itself can be opened in Perfetto
+or TensorBoard's profiler: --output keeps it.
 
 Examples:
     python scripts/profile_step.py --variant ViT-Ti_16 --batch 8
@@ -91,6 +93,7 @@ def _print(args, known: dict, times: dict, untraced: float, traced: float) -> No
 
     busy = sum(seconds for seconds, _ in times.values()) / args.steps
     labels = {
+        'kind of work': {name: known[name].work for name in times},
         'part of the model': {name: known[name].part for name in times},
         'operation': {name: f'{known[name].kind} {name}: {known[name].part}' for name in times},
     }

@@ -17,6 +17,7 @@ from vit_jax.benchmark import (
     contestants,
     interleave,
     jax_workload,
+    largest,
     machine,
     original,
     results,
@@ -180,6 +181,16 @@ def test_benchmark_measures_in_a_process_of_its_own_and_writes_tables(run, tmp_p
     table = run('benchmark.py', '--table', file)
     assert table.returncode == 0
     assert '| small | 32 | float32 | 2 | vit_jax' in ' '.join(table.stdout.split())
+    page = tmp_path / 'page.md'
+    page.write_text('a\n<!-- benchmark -->\nbefore\n<!-- /benchmark -->\nb\n')
+    assert run('benchmark.py', '--table', file, '--update', page).returncode == 0
+    assert page.read_text().splitlines()[:3] == ['a', '<!-- benchmark -->', '']
+    assert page.read_text().endswith('\n\n<!-- /benchmark -->\nb\n')
+    assert table.stdout.strip() in page.read_text() and 'before\n' not in page.read_text()
+    page.write_text('a\n<!-- /benchmark -->\n<!-- benchmark -->\n')
+    wrong = run('benchmark.py', '--table', file, '--update', page)
+    assert wrong.returncode == 1 and 'expected a line <!-- benchmark -->' in wrong.stderr
+    assert len(page.read_text()) == 42
     file.write_text('{}')
     wrong = run('benchmark.py', '--table', file)
     assert wrong.returncode == 1 and 'no result' in wrong.stderr
@@ -193,6 +204,38 @@ def test_a_training_step_in_the_originals_way():
     assert np.abs(workload._params['head']['bias']).max() > 0
     expected = sum(p.parameters for p in counts.parts(small_config(), 5, 32))
     assert workload.facts['parameters'] == expected
+
+
+@pytest.mark.parametrize('limit', [0, 1, 5, 77, 100, 1000])
+def test_search_for_the_largest_batch(limit):
+    tried = []
+
+    def fits(batch):
+        tried.append(batch)
+        return batch <= limit
+
+    found = largest.search(fits, 8)
+    assert limit * 0.93 <= found <= limit
+    assert len(tried) == len(set(tried)) <= 12
+
+
+# A contestant with memory for 6 images.
+HUNGRY = SLEEPER.replace(
+    "if self.name == 'broken':",
+    "if setup['batch'] > 6:\n            raise MemoryError\n        if self.name == 'broken':",
+)
+
+
+def test_running_out_of_memory_ends_a_try_and_no_more(monkeypatch, tmp_path):
+    monkeypatch.setenv('ORDER_FILE', str(tmp_path / 'order'))
+    monkeypatch.setattr(Sleeper, 'command', (sys.executable, '-c', HUNGRY))
+    people = [Sleeper(name, name) for name in ('a', 'broken')]
+    arguments = (cell(batch=4), people, 60)
+    a, broken = largest.measure(*arguments, memory_gib=8, say=lambda text: None)
+    assert a['largest'] == 6 and a['facts']['platform'] == 'cpu'
+    assert broken['error'] == 'ValueError: no such thing'
+    with pytest.raises(UserError, match='needs --memory_gib'):
+        largest.measure(*arguments, memory_gib=0, say=lambda text: None)
 
 
 def test_quartiles():

@@ -57,6 +57,9 @@ def serve(build: Callable[[Mapping[str, Any]], Workload]) -> int:
     try:
         setup = json.loads(sys.stdin.readline())
         _use_cores(setup.get('cores') or 0)
+        if setup.get('memory_gib'):
+            limit = round(setup['memory_gib'] * 2**30)
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         workload = build(setup)
         answer({'facts': dict(workload.facts)})
         for line in sys.stdin:

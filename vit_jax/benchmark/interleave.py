@@ -92,6 +92,7 @@ class Child:
       setup: its first line.
       cache: folder for compiled programs; '' for none.
       timeout: seconds to wait for any answer.
+      alone: whether no other contestant is on the device.
 
     Attributes:
       facts: what it said when it was ready.
@@ -102,7 +103,13 @@ class Child:
     """
 
     def __init__(
-        self, command: Sequence[str], setup: Mapping[str, Any], cache: str, timeout: float
+        self,
+        command: Sequence[str],
+        setup: Mapping[str, Any],
+        cache: str,
+        timeout: float,
+        *,
+        alone: bool = False,
     ):
         self._timeout = timeout
         self._log = tempfile.TemporaryFile('w+', errors='replace')
@@ -113,7 +120,7 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env=os.environ | _environment(cache),
+            env=os.environ | _environment(cache, alone),
         )
         self._answers: queue.Queue[str] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -242,13 +249,12 @@ def _start(
     return child, result | {'steps': steps, 'seconds': []}
 
 
-def _environment(cache: str) -> dict[str, str]:
+def _environment(cache: str, alone: bool) -> dict[str, str]:
     """What the processes of contestants need to live beside each other, and where programs go."""
-    shared = {
+    shared = {'TOKENIZERS_PARALLELISM': 'false'}
+    if not alone:
         # The contestants share one GPU: none may take all of its memory at the start.
-        'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',
-        'TOKENIZERS_PARALLELISM': 'false',
-    }
+        shared['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'
     if not cache:
         return shared | {'JAX_ENABLE_COMPILATION_CACHE': 'false'}
     return shared | {

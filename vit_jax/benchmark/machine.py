@@ -98,12 +98,39 @@ def write_json(path: str, result: Mapping[str, Any]) -> None:
     Raises:
       UserError: it cannot be written.
     """
+    _write(pathlib.Path(path), json.dumps(result, indent=1) + '\n')
+
+
+def update_document(path: str, marks: tuple[str, str], text: str) -> None:
+    """Replaces what is between two lines of a document, or leaves it as it is.
+
+    Args:
+      path: of a text file in UTF-8.
+      marks: the lines, each there once and in this order; they stay.
+      text: what comes between them, with an empty line before and after.
+
+    Raises:
+      UserError: the document cannot be read or written, or the lines are not in it.
+    """
     target = pathlib.Path(path)
+    try:
+        lines = target.read_text(encoding='utf-8').splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'cannot read {path}: {error}') from error
+    places = [number for number, line in enumerate(lines) if line.strip() in marks]
+    if [lines[number].strip() for number in places] != list(marks):
+        raise UserError(f'{path}: expected a line {marks[0]} and after it a line {marks[1]}, once')
+    first, last = places
+    lines[first + 1 : last] = ['', text.strip(), '']
+    _write(target, '\n'.join(lines) + '\n')
+
+
+def _write(target: pathlib.Path, text: str) -> None:
     partial = target.with_name(f'.{target.name}.{os.getpid()}.part')
     try:
-        partial.write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
+        partial.write_text(text, encoding='utf-8')
         os.replace(partial, target)
     except OSError as error:
-        raise UserError(f'cannot write {path}: {error}') from error
+        raise UserError(f'cannot write {target}: {error}') from error
     finally:
         partial.unlink(missing_ok=True)

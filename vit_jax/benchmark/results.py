@@ -36,7 +36,9 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
-    """Speed in training and inference, and start-up with memory, of one result."""
+    """Speed in training and inference, and start-up with memory, or largest batches."""
+    if 'largest' in result:
+        return [_largest(result)]
     found = []
     for mode in ('training', 'inference'):
         cells = [cell for cell in result['cells'] if cell['mode'] == mode]
@@ -56,7 +58,8 @@ def _rows(cells: Sequence[Mapping[str, Any]]):
 
 
 def _name(cell: Mapping[str, Any]) -> list[str]:
-    return [cell['variant'], str(cell['image_size']), cell['dtype'], str(cell['batch'])]
+    batch = [str(cell['batch'])] if 'batch' in cell else []
+    return [cell['variant'], str(cell['image_size']), cell['dtype'], *batch]
 
 
 _NAME = ('model', 'pixels>', 'dtype', 'batch>', 'who')
@@ -128,6 +131,29 @@ def _start_up(result: Mapping[str, Any]) -> Table:
     return Table('Start and memory', columns, rows, notes)
 
 
+def _largest(result: Mapping[str, Any]) -> Table:
+    rows = []
+    for cell in result['largest']:
+        for row in cell['results']:
+            if 'error' in row:
+                continue
+            predicted = f'{row["predicted"]:,}' if 'predicted' in row else ''
+            limit = row.get('limit') or cell['memory_gib'] * 2**30
+            rows.append(
+                [
+                    *(str(cell[key]) for key in ('variant', 'image_size', 'dtype', 'mode')),
+                    row['contestant'],
+                    f'{limit / 2**30:.1f}' if limit else 'all',
+                    predicted,
+                    f'{row["largest"]:,}',
+                ]
+            )
+    columns = ('model', 'pixels>', 'dtype', 'step', 'who', 'GiB>', 'predicted>', 'measured>')
+    notes = ['Measured: tried, each batch in a process of its own; the next larger try, at most '
+             '6 % above, had too little memory. GiB: of the device, what JAX may use.']  # fmt: skip
+    return Table(f'Largest batch: {_where(result)}', columns, rows, notes + _notes(result))
+
+
 def _where(result: Mapping[str, Any]) -> str:
     hardware = result['hardware']
     accelerator = hardware.get('accelerator')
@@ -149,7 +175,7 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
     ]
     errors = [
         f'{row["contestant"]} failed on {" ".join(_name(cell))} {cell["mode"]}: {row["error"]}.'
-        for cell in result['cells']
+        for cell in result.get('cells', result.get('largest'))
         for row in cell['results']
         if 'error' in row
     ]

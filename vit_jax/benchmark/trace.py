@@ -14,8 +14,27 @@ from vit_jax.errors import UserError
 
 _INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*? ([a-z][\w\-]*)\(')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
+_COMPUTATION = re.compile(r'^(?:ENTRY )?%?([\w.\-]+) .*\{\s*$')
+_CALLS = re.compile(r' (?:fusion|call)\(.* (?:calls|to_apply)=%?([\w.\-]+)')
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
 # These contain others, which are in the trace themselves.
 _CONTAINERS = ('while', 'call', 'conditional')
+# Instructions that compute nothing, and those of them that move numbers.
+_MOVES = ('copy', 'transpose', 'concatenate', 'slice', 'dynamic-slice', 'dynamic-update-slice',
+          'pad', 'gather', 'scatter', 'reverse', 'copy-start', 'copy-done')  # fmt: skip
+_NOTHING = ('parameter', 'constant', 'broadcast', 'bitcast', 'reshape', 'convert', 'iota', 'tuple',
+            'get-tuple-element', *_MOVES)  # fmt: skip
+_ON_THE_WAY = 2
+# Libraries' matrix products, convolutions and attention.
+_PRODUCT = re.compile(r'gemm|matmul|dot|conv|fmha', re.IGNORECASE)
+# Words of the modules that tell what is computed, beside matrix products; the first that fits.
+_WORK = (
+    (re.compile(r'Dropout|random_bits|threefry'), 'dropout'),
+    (re.compile(r'LayerNorm|encoder_norm|pre_head_layer_norm|GroupNorm|/gn'), 'layer norm'),
+    (re.compile(r'/(query|key|value|out|embedding|head|Dense_\d+)/'), 'biases'),
+    (re.compile(r'Attention'), 'softmax'),
+    (re.compile(r'Mlp|mixing'), 'GELU'),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +45,15 @@ class Operation:
       kind: of the instruction, 'fusion' or 'dot'.
       part: of the model that it comes from: 'backward Transformer/encoderblock_*/MlpBlock_0',
         or '(none)' where the compiler does not say.
+      work: what it computes, or most of it where the compiler has fused several: 'matrix products'
+        (with what is fused to them), 'softmax', 'layer norm', 'GELU', 'biases', 'dropout',
+        'copies, transposes, broadcasts' (a sum or a product on the way is nothing beside them),
+        'optimizer and loss' (all that is in no module), 'others' (additions).
     """
 
     kind: str
     part: str
+    work: str = 'others'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +79,61 @@ def operations(hlo: str) -> dict[str, Operation]:
     Args:
       hlo: its text, `compiled.as_text()`.
     """
-    found = {}
+    computations: dict[str, list[_Instruction]] = collections.defaultdict(list)
+    inside = ''
     for line in hlo.splitlines():
         match = _INSTRUCTION.match(line)
         if match:
-            op_name = _OP_NAME.search(line)
-            found[match[1]] = Operation(match[2], part_of(op_name[1] if op_name else ''))
-    return found
+            op_name, calls, target = (
+                found[1] if (found := pattern.search(line)) else ''
+                for pattern in (_OP_NAME, _CALLS, _TARGET)
+            )
+            computations[inside].append(_Instruction(*match.groups(), op_name, calls, target))
+        elif header := _COMPUTATION.match(line):
+            inside = header[1]
+    return {
+        i.name: Operation(i.kind, part_of(i.op_name), _work(_fused(i, computations)))
+        for instructions in list(computations.values())
+        for i in instructions
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    """A line of a program: `calls` names the computation that it fuses."""
+
+    name: str
+    kind: str
+    op_name: str
+    calls: str
+    target: str
+
+
+def _fused(
+    instruction: _Instruction, computations: Mapping[str, list[_Instruction]]
+) -> list[_Instruction]:
+    """The instruction, or those that it consists of."""
+    inner = computations.get(instruction.calls, [])
+    return [part for i in inner for part in _fused(i, computations)] or [instruction]
+
+
+def _work(instructions: list[_Instruction]) -> str:
+    """See `Operation.work`."""
+    if any(i.kind in ('dot', 'convolution') or _PRODUCT.search(i.target) for i in instructions):
+        return 'matrix products'
+    computing = [i for i in instructions if i.kind not in _NOTHING]
+    moved = any(i.kind in ('copy', 'transpose') for i in instructions)
+    if not computing or (moved and len(computing) <= _ON_THE_WAY):
+        return 'copies, transposes, broadcasts'
+    named = [i for i in computing if i.op_name] or computing
+    return collections.Counter(_work_of_one(i.op_name) for i in named).most_common(1)[0][0]
+
+
+def _work_of_one(op_name: str) -> str:
+    for words, work in _WORK:
+        if words.search(op_name):
+            return work
+    return 'optimizer and loss' if part_of(op_name).endswith(_REST) else 'others'
 
 
 def part_of(op_name: str) -> str:
@@ -84,11 +156,12 @@ def part_of(op_name: str) -> str:
     modules = [w for w in words[:-1] if re.fullmatch(r'[\w*]+', w) and w not in _NOISE]
     if not modules:
         inside = 'jvp(' in op_name or 'VisionTransformer' in op_name or 'MlpMixer' in op_name
-        name = 'model, outside of its modules' if inside else 'optimizer, loss and the rest'
+        name = 'model, outside of its modules' if inside else _REST
         return f'backward {name}' if backward else name
     return ('backward ' if backward else '') + '/'.join(modules)
 
 
+_REST = 'optimizer, loss and the rest'
 _NOISE = ('shard_map', 'closed_call', 'while', 'body', 'cond', 'checkpoint', 'rematted_computation',
           'pjit', 'jit', 'vmap')  # fmt: skip
 
