@@ -62,7 +62,9 @@ def read_ahead(
             f'({error}); use --config.data_processes=0'
         ) from error
     with contextlib.ExitStack() as stack:
-        children = [stack.enter_context(_Child(pickled)) for _ in range(processes)]
+        children = [stack.enter_context(_Child()) for _ in range(processes)]
+        for child in children:  # all are starting by now
+            child.set_up(pickled)
         for step in range(start, start + ahead):
             children[step % processes].ask(step)
         step = start
@@ -78,7 +80,7 @@ def read_ahead(
 class _Child:
     """One process, as the one that started it sees it."""
 
-    def __init__(self, setup: bytes):
+    def __init__(self):
         self._socket, theirs = socket.socketpair()
         # A blocked signal stays blocked in the program that is started.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_THE_PARENT)
@@ -93,8 +95,6 @@ class _Child:
             theirs.close()
         self._connection = Connection(os.dup(self._socket.fileno()))
         self._answers: dict[int, tuple] = {}
-        with self._alive():
-            self._connection.send_bytes(setup)
 
     def __enter__(self) -> '_Child':
         return self
@@ -105,6 +105,11 @@ class _Child:
         self._process.wait()
         self._connection.close()
         self._socket.close()
+
+    def set_up(self, setup: bytes) -> None:
+        """Gives it the dataset and the number of its threads, pickled."""
+        with self._alive():
+            self._connection.send_bytes(setup)
 
     def ask(self, step: int) -> None:
         """Asks for the batch of a step."""
