@@ -195,7 +195,9 @@ def test_nothing_compiles_after_the_first_step_and_evaluation(tmp_path, monkeypa
         logger.removeHandler(handler)
     assert len(marks) == 3 and marks[0] > 2
     assert marks[0] == marks[-1], compiled[marks[0] :]
-    assert [function._cache_size() for function in made] == [1, 1]
+    # The training step is compiled ahead, once, and never by a call.
+    assert [function._cache_size() for function in made] == [0, 1]
+    assert len([message for message in compiled if 'jit(train_step)' in message]) == 1
 
 
 @pytest.mark.parametrize('batch', [1, 7, 64, 359, 1000])
@@ -277,11 +279,17 @@ def test_weights_are_fitted_and_accounted_for(tmp_path, finished):
         **{'pretrained': str(workdir / 'model/params.npz'), 'pp.crop': 24, 'pp.resize': 0},
     )
     model = train.models.from_config(config.model, num_classes=3)
-    params, origin = train._initial_params(config, model)
+    abstract = jax.eval_shape(lambda: state_lib.init_params(model, 24, 0))
+    params, origin = train._initial_params(config, model, abstract)
     assert 'resized: Transformer/posembed_input/pos_embedding (1, 4, 16) -> (1, 9, 16)' in origin
     assert 'newly initialised: head' in origin
-    abstract = state_lib.init_params(model, 24, 0)
     assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, abstract)
+    whole = state_lib.init_params(model, 24, config.seed)
+    jax.tree.map(np.testing.assert_array_equal, params['head'], whole['head'])
+    some = state_lib.init_params(model, 24, 0, only=['embedding/kernel'])
+    jax.tree.map(
+        np.testing.assert_array_equal, some, {'embedding': {'kernel': whole['embedding']['kernel']}}
+    )
 
 
 def test_overlapping_splits_are_said(tmp_path):

@@ -2,6 +2,7 @@
 
 What it does in which order:
 
+    0. compile the training step, while the first batch is read
     1. get the batch of this step (a function of seed and step), put it on the devices
     2. the training step: one jitted call; the old state is donated to it
     3. look at the step before the last ones under way: was it finite, is the run to stop?
@@ -14,8 +15,10 @@ twice; and no state is saved before its step, and all before it, are known to be
 """
 
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import pathlib
 import signal
 import sys
@@ -128,9 +131,16 @@ class Loop:
             process_count=jax.process_count(),
             on_bad=run.on_bad,
         )
-        with pipeline.train_batches(
-            dataset, start=start, threads=run.threads, processes=config.data_processes
-        ) as batches:
+        with (
+            pipeline.train_batches(
+                dataset, start=start, threads=run.threads, processes=config.data_processes
+            ) as batches,
+            concurrent.futures.ThreadPoolExecutor(1) as thread,
+        ):
+            # Either takes seconds: the first batch is read while the step is compiled.
+            first = thread.submit(next, batches)
+            train_step = self._compile(state)
+            batches = itertools.chain([first.result()], batches)
             for step in range(start + 1, config.total_steps + 1):
                 with clock.waiting():
                     batch = next(batches)
@@ -138,7 +148,7 @@ class Loop:
                 batch['stop'] = np.full_like(examples, bool(self._signals.received))
                 # An implicit transfer would stall the device unnoticed; here it is an error.
                 with jax.transfer_guard('disallow'):
-                    state, metrics = self._train_step(state, sharding.put_batch(batch, run.mesh))
+                    state, metrics = train_step(state, sharding.put_batch(batch, run.mesh))
                 self._in_flight.append((step, examples, metrics))
                 clock.step_done(config.batch)
                 if step == start + 1:
@@ -167,6 +177,20 @@ class Loop:
                         self._checkpoints.save(step, state)
                 self._leave_if_stopping(step)
         return state
+
+    def _compile(self, state: TrainState) -> Callable:
+        """The training step, compiled or read from the cache, for batches as the pipeline's."""
+        config, place = self._run.config, sharding.batch_sharding(self._run.mesh)
+        names = ('label', 'position', 'replaced', 'stop')
+        batch = {
+            name: jax.ShapeDtypeStruct((config.batch,), np.int32, sharding=place) for name in names
+        }
+        batch['image'] = jax.ShapeDtypeStruct(
+            (config.batch, config.pp.crop, config.pp.crop, 3),
+            np.float32 if config.pp.exact else np.uint8,
+            sharding=place,
+        )
+        return self._train_step.lower(state, batch).compile()
 
     def _is_due(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self._run.config.total_steps

@@ -245,6 +245,8 @@ def _use_compile_cache(folder: str) -> None:
             'folder, or --config.compile_cache= for none'
         ) from error
     jax.config.update('jax_compilation_cache_dir', str(path))
+    # Also the small programs of the start: by default only what took a second is kept.
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 
 
 if __name__ == '__main__':

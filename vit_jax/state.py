@@ -1,6 +1,6 @@
 """The training state: what a checkpoint holds and the training step transforms."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -8,6 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 from jax.sharding import Mesh
 
 from vit_jax import sharding
@@ -35,19 +36,30 @@ class TrainState:
     replaced: jax.Array
 
 
-def init_params(model: nn.Module, image_size: int, seed: int) -> Mapping[str, Any]:
+def init_params(
+    model: nn.Module, image_size: int, seed: int, *, only: Collection[str] | None = None
+) -> Mapping[str, Any]:
     """New parameters, float32, made on the host's CPU and equal on every machine.
 
     Args:
       model: a module of `vit_jax.models`.
       image_size: side of the images, pixels.
       seed: of the initial values.
+      only: names of those that are wanted, joined by '/' ('head/kernel'); they have the values that
+        they have among all. The compiler leaves out the others, which saves seconds.
     """
+
+    @jax.jit
+    def init(key: jax.Array) -> Mapping[str, Any]:
+        images = jnp.zeros((1, image_size, image_size, 3))
+        params = model.init(key, images, train=False)['params']
+        if only is None:
+            return params
+        flat = traverse_util.flatten_dict(params, sep='/')
+        return traverse_util.unflatten_dict({name: flat[name] for name in only}, sep='/')
+
     with jax.default_device(jax.local_devices(backend='cpu')[0]):
-        init = jax.jit(
-            lambda key: model.init(key, jnp.zeros((1, image_size, image_size, 3)), train=False)
-        )
-        return init(jax.random.key(seed))['params']
+        return init(jax.random.key(seed))
 
 
 def abstract_state(

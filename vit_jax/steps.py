@@ -20,6 +20,10 @@ from vit_jax.data import augment
 from vit_jax.data.preprocess import normalize
 from vit_jax.state import TrainState
 
+# Without this pass, XLA's CPU compiler gives matrix products to Eigen instead of YNNPACK. That makes
+# a forward pass faster and a training step slower (docs/performance.md has the figures).
+_CPU_FORWARD = {'xla_disable_hlo_passes': 'dot-library-rewriter'}
+
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
@@ -73,7 +77,8 @@ def make_train_step(
             return _cross_entropy(logits, batch['label']).mean(), logits
 
         (loss, logits), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-        accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == batch['label'])
+        right = jnp.argmax(logits, axis=-1) == batch['label']
+        accuracy = jnp.mean(right, dtype=jnp.float32)
         return grads, (loss, accuracy)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -153,6 +158,7 @@ def make_eval_step(
         eval_step,
         in_shardings=(params_shardings, sharding.batch_sharding(mesh)),
         out_shardings=sharding.replicated(mesh),
+        compiler_options=_forward_options(),
     )
 
 
@@ -166,7 +172,12 @@ def make_predict_step(model: nn.Module) -> Callable[[Any, jax.Array], jax.Array]
     def predict_step(params: Any, pixels: jax.Array) -> jax.Array:
         return model.apply({'params': params}, normalize(pixels), train=False)
 
-    return jax.jit(predict_step)
+    return jax.jit(predict_step, compiler_options=_forward_options())
+
+
+def _forward_options() -> dict[str, str] | None:
+    """Options of the compiler for programs without gradients."""
+    return _CPU_FORWARD if jax.default_backend() == 'cpu' else None
 
 
 def _cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
@@ -175,7 +186,10 @@ def _cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
 
 
 def _accumulate(micro_batch, params, batches, key, accum_steps, constrain=lambda grads: grads):
-    """Mean gradients and metrics over micro-batches `batches` [accum_steps, b, ...]."""
+    """Mean gradients and metrics over micro-batches `batches` [accum_steps, b, ...].
+
+    `micro_batch` gives gradients like `params`, and two float32 scalars.
+    """
     if accum_steps == 1:
         grads, metrics = micro_batch(
             params, jax.tree.map(lambda x: x[0], batches), jax.random.fold_in(key, 0)
@@ -188,14 +202,11 @@ def _accumulate(micro_batch, params, batches, key, accum_steps, constrain=lambda
         grads, metrics = jax.tree.map(jnp.add, total, (grads, metrics))
         return (constrain(grads), metrics), None
 
-    first = jax.tree.map(lambda x: x[0], batches)
-    shapes = jax.eval_shape(micro_batch, params, first, key)
     grads = constrain(jax.tree.map(jnp.zeros_like, params))
     # Made from `key`, so that under shard_map it varies over devices as the sums that replace it
     # do.
-    zero = 0.0 * jax.random.uniform(key)
-    metrics = jax.tree.map(lambda leaf: zero.astype(leaf.dtype), shapes[1])
-    total, _ = jax.lax.scan(body, (grads, metrics), (jnp.arange(accum_steps), batches))
+    zero = 0.0 * jax.random.uniform(key, dtype=jnp.float32)
+    total, _ = jax.lax.scan(body, (grads, (zero, zero)), (jnp.arange(accum_steps), batches))
     return jax.tree.map(lambda x: x / accum_steps, total)
 
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
+from flax import traverse_util
 from jax.sharding import Mesh
 
 from vit_jax import (
@@ -190,7 +191,7 @@ def _first_state(
         start, state = restored
         return state, start, f'resumed from step {start:,} in {workdir}'
     with distributed.together():
-        params, origin = _initial_params(config, setup.model)
+        params, origin = _initial_params(config, setup.model, setup.abstract.params)
     return state_lib.create_state(params, setup.tx, setup.mesh), 0, origin
 
 
@@ -222,23 +223,30 @@ def _describe(train: sources.Selection, test: sources.Selection) -> dict[str, An
     }
 
 
-def _initial_params(config: ml_collections.ConfigDict, model: Any) -> tuple[Mapping[str, Any], str]:
-    """Parameters to start from, on the host, and where they come from, for people."""
-    init = jax.device_get(state_lib.init_params(model, config.pp.crop, config.seed))
+def _initial_params(
+    config: ml_collections.ConfigDict, model: nn.Module, shapes: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], str]:
+    """Parameters of these shapes to start from, on the host, and where they come from."""
+    init = functools.partial(state_lib.init_params, model, config.pp.crop, config.seed)
     path = _weights_path(config)
     if path is None:
-        return init, 'new weights (no pretrained ones were asked for)'
+        params = jax.device_get(init())
+        return params, 'new weights (no pretrained ones were asked for)'
     # PyTorch's files do not tell the number of heads; the model does.
     weights = checkpoint.open_weights(
         path, num_heads=config.model.get('transformer', {}).get('num_heads', 0)
     )
     params, report = adapt.adapt(
         weights.params,
-        init,
+        shapes,
         classifier=config.model.get('classifier', 'gap'),
         keep_head=config.keep_head,
         source=f'{path} ({weights.format})',
     )
+    if report.initialised:
+        new = jax.device_get(init(only=report.initialised))
+        flat = traverse_util.flatten_dict(params) | traverse_util.flatten_dict(new)
+        params = traverse_util.unflatten_dict(flat)
     return params, '\n  '.join([str(report), *weights.notes])
 
 
