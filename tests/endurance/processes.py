@@ -24,6 +24,8 @@ class Run:
             **os.environ,
             'JAX_PLATFORMS': os.environ.get('JAX_PLATFORMS', 'cpu'),
             'JAX_NUM_CPU_DEVICES': str(devices),
+            # Steps of milliseconds: fast programs would take longer to compile than to run.
+            'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} --xla_backend_optimization_level=0',
             **dict(env),
         }
         words = [sys.executable, '-m', 'vit_jax.main', '--config', config]

@@ -51,8 +51,8 @@ def test_a_second_signal_ends_it_at_once(whole, tmp_path):
     assert run.wait(60) != 0
 
 
-def test_a_signal_before_the_first_step_is_no_traceback(tmp_path):
-    run = processes.Run(tmp_path / 'run', cache=tmp_path / 'cache', log=tmp_path / 'log')
+def test_a_signal_before_the_first_step_is_no_traceback(whole, tmp_path):
+    run = processes.Run(tmp_path / 'run', cache=whole / 'cache', log=tmp_path / 'log')
     run.wait_for('data: ')
     run.signal(signal.SIGINT)
     assert run.wait() == 130
