@@ -256,6 +256,44 @@ def test_parts_of_a_model_in_the_names_of_operations():
     assert known['while.1'].kind == 'while'
 
 
+PROGRAM = """
+%fused (p: f32[2]) -> f32[2] {
+  %p = f32[2]{0} parameter(0)
+  %e = f32[2]{0} exponential(%p), metadata={op_name="jit(f)/jvp(V)/block_0/Attention_0/exp"}
+  ROOT %b = f32[2]{0} broadcast(%e), metadata={op_name="jit(f)/jvp(V)/block_0/LayerNorm_0/x"}
+}
+
+%product (q: f32[2]) -> f32[2] {
+  %q = f32[2]{0} parameter(0)
+  %dot.1 = f32[2]{0} dot(%q, %q)
+  ROOT %t = f32[2]{0} tanh(%dot.1), metadata={op_name="jit(f)/jvp(V)/block_0/MlpBlock_0/tanh"}
+}
+
+ENTRY %main (a: f32[2]) -> f32[2] {
+  %fusion.1 = f32[2]{0} fusion(%a), kind=kLoop, calls=%fused
+  %fusion.2 = f32[2]{0} fusion(%a), kind=kCustom, calls=%product
+  %custom.3 = f32[2]{0} custom-call(%a), custom_call_target="__cublas$gemm"
+  %copy.4 = f32[2]{0} copy(%fusion.1), metadata={op_name="jit(f)/jvp(V)/block_0/MlpBlock_0/x"}
+  %mul.5 = f32[2]{0} multiply(%a, %a), metadata={op_name="jit(f)/mul"}
+  ROOT %add.6 = f32[2]{0} add(%a, %a), metadata={op_name="jit(f)/jvp(V)/block_0/add"}
+}
+"""
+
+
+def test_kinds_of_work_of_a_program():
+    known = trace.operations(PROGRAM)
+    found = {name: known[name].work for name in known if '.' in name}
+    assert found == {
+        'dot.1': 'matrix products',
+        'fusion.1': 'softmax',
+        'fusion.2': 'matrix products',
+        'custom.3': 'matrix products',
+        'copy.4': 'copies, transposes, broadcasts',
+        'mul.5': 'optimizer and loss',
+        'add.6': 'others',
+    }
+
+
 def test_profile_of_a_step(run, monkeypatch):
     monkeypatch.setitem(variants.VARIANTS, 'small', small_config() | {'model_name': 'small'})
     done = run(

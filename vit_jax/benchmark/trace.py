@@ -113,7 +113,7 @@ def _fused(
     instruction: _Instruction, computations: Mapping[str, list[_Instruction]]
 ) -> list[_Instruction]:
     """The instruction, or those that it consists of."""
-    inner = computations.get(instruction.calls, [])
+    inner = computations.get(instruction.calls, []) if instruction.calls else []
     return [part for i in inner for part in _fused(i, computations)] or [instruction]
 
 
