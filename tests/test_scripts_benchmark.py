@@ -175,6 +175,7 @@ def test_benchmark_measures_in_a_process_of_its_own_and_writes_tables(run, tmp_p
     assert str(tmp_path) not in file.read_text()
     (row,) = result['cells'][0]['results']
     formula = result['cells'][0]['flops_per_image'] * 2
+    formula -= 2 * 2 * counts.unused_macs(small_config(), 32)
     # A model this small is mostly what the formula leaves out; the same order of size.
     assert 1 <= row['facts']['xla_flops'] / formula < 3
     assert len(row['seconds']) == 3 and row['peak_memory'] > 0

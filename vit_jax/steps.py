@@ -20,9 +20,9 @@ from vit_jax.data import augment
 from vit_jax.data.preprocess import normalize
 from vit_jax.state import TrainState
 
-# Without this pass, XLA's CPU compiler gives matrix products to Eigen instead of YNNPACK. That makes
-# a forward pass faster and a training step slower (docs/performance.md has the figures).
-_CPU_FORWARD = {'xla_disable_hlo_passes': 'dot-library-rewriter'}
+# Without this pass, XLA's CPU compiler gives matrix products to Eigen instead of YNNPACK, which was
+# faster for every model measured (docs/performance.md).
+_CPU_OPTIONS = {'xla_disable_hlo_passes': 'dot-library-rewriter'}
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -57,10 +57,10 @@ def make_train_step(
 
     Returns:
       A jitted function (state, batch) -> (state, metrics). The state is donated. batch: `image`
-      float32 [B, height, width, 3] in [0, 255], and int32 [B]: `label`, `position`, `replaced` (1
-      where another example stands for an unreadable one) and `stop` (not 0 where a process was
-      asked to stop), each sharded on its first axis over all devices. metrics, scalars over the
-      whole batch: `train_loss` (mean cross-entropy), `accuracy_train` (share in [0, 1]),
+      float32 or uint8 [B, height, width, 3] in [0, 255], and int32 [B]: `label`, `position`,
+      `replaced` (1 where another example stands for an unreadable one) and `stop` (not 0 where a
+      process was asked to stop), each sharded on its first axis over all devices. metrics, scalars
+      over the whole batch: `train_loss` (mean cross-entropy), `accuracy_train` (share in [0, 1]),
       `gradient_norm` (before clipping), `lr` (the learning rate of this update), float32;
       `finite` (loss and gradient norm are), `stop` (any process was asked to), bool; `skipped` and
       `replaced`, the counts of the new state, int32.
@@ -121,6 +121,7 @@ def make_train_step(
         donate_argnums=0,
         in_shardings=(state_shardings, sharding.batch_sharding(mesh)),
         out_shardings=(state_shardings, sharding.replicated(mesh)),
+        compiler_options=_compiler_options(),
     )
 
 
@@ -158,7 +159,7 @@ def make_eval_step(
         eval_step,
         in_shardings=(params_shardings, sharding.batch_sharding(mesh)),
         out_shardings=sharding.replicated(mesh),
-        compiler_options=_forward_options(),
+        compiler_options=_compiler_options(),
     )
 
 
@@ -172,12 +173,11 @@ def make_predict_step(model: nn.Module) -> Callable[[Any, jax.Array], jax.Array]
     def predict_step(params: Any, pixels: jax.Array) -> jax.Array:
         return model.apply({'params': params}, normalize(pixels), train=False)
 
-    return jax.jit(predict_step, compiler_options=_forward_options())
+    return jax.jit(predict_step, compiler_options=_compiler_options())
 
 
-def _forward_options() -> dict[str, str] | None:
-    """Options of the compiler for programs without gradients."""
-    return _CPU_FORWARD if jax.default_backend() == 'cpu' else None
+def _compiler_options() -> dict[str, str] | None:
+    return _CPU_OPTIONS if jax.default_backend() == 'cpu' else None
 
 
 def _cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:

@@ -115,6 +115,12 @@ def _work(of: Subject, plan: Plan) -> Table:
     remat = f', remat {plan.remat}' if plan.remat else ''
     rows.append((f'training{remat}', '', _giga(2 * training)))
     notes = [f'{forward / 1e9:.3f} G multiply-accumulates forward, {sizes.tokens} tokens.']
+    unused = counts.unused_macs(of.model_config, of.image_size)
+    if unused:
+        notes.append(
+            f'Of the last block, {2 * unused / 1e9:.3f} GFLOPs forward are not done here: nothing '
+            'depends on them.'
+        )
     h = sizes.width
     if sizes.heads and sizes.hidden == 4 * h:
         notes.append(f'A block has 12 h^2 + 13 h = {12 * h * h + 13 * h:,} parameters (h = {h}).')
@@ -224,6 +230,7 @@ def beside_xla(of: Subject, plan: Plan) -> Table:
     )
     rows = []
     macs = counts.training_macs(of.model_config, of.num_classes, of.image_size, plan.remat)
+    macs -= counts.unused_macs(of.model_config, of.image_size, training=True, remat=plan.remat)
     for compiled in (first, second):
         rows.append(
             _beside(

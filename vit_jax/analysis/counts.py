@@ -192,6 +192,33 @@ def training_macs(
     return total
 
 
+def unused_macs(
+    model_config: Mapping[str, Any], image_size: int, *, training: bool = False, remat: str = ''
+) -> int:
+    """Multiply-accumulates for one image that belong to the architecture but are not done.
+
+    Where only the first tokens are read in the end, nothing depends on what the last block makes of
+    the others but their keys and values (see `models.vit.Encoder`). `forward_macs` and
+    `training_macs` count the whole, as published figures do.
+
+    Args:
+      model_config: see `parts`.
+      image_size: see `parts`.
+      training: of a training step; else of a forward pass.
+      remat: of the training step, see `models.vit.Encoder`.
+    """
+    if variants.is_mixer(model_config) or model_config.get('classifier', 'token') != 'token':
+        return 0
+    s = sizes(model_config, image_size)
+    left_out = s.tokens - _extra_tokens(model_config)
+    products = 2 * left_out * s.tokens * s.width
+    last = left_out * s.width * s.hidden
+    macs = left_out * 2 * s.width**2 + products + 2 * last
+    if not training:
+        return macs
+    return 3 * macs + {'full': macs - last, 'dots': products}.get(remat, 0)
+
+
 def convolutions(model_config: Mapping[str, Any], image_size: int) -> list[list[Convolution]]:
     """The convolutions of a hybrid's ResNet: the root, then one list per residual unit.
 

@@ -76,8 +76,8 @@ class OriginalEncoder(nn.Module):
     remat: str = ''
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Tokens [B, N, D] in, normalised tokens [B, N, D] out."""
+    def __call__(self, x: jax.Array, *, train: bool, outputs: int | None = None) -> jax.Array:
+        """Tokens [B, N, D] in, normalised tokens [B, N, D] out, whatever `outputs` says."""
         if jnp.dtype(self.dtype) != jnp.float32 or self.attention != 'auto' or self.remat:
             raise ValueError(
                 "the original's way is float32, with its own attention and without remat"

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.models.layers import at_least_float32
+from vit_jax.models.layers import affine, at_least_float32
 
 ATTENTION_IMPLEMENTATIONS = ('auto', 'xla', 'cudnn')
 
@@ -64,16 +64,26 @@ class MultiHeadDotProductAttention(nn.Module):
     implementation: str = 'auto'
 
     @nn.compact
-    def __call__(self, inputs: jax.Array, *, deterministic: bool) -> jax.Array:
-        """Tokens [B, N, D] in, tokens [B, N, D] out."""
-        batch, tokens, width = inputs.shape
+    def __call__(
+        self, inputs: jax.Array, *, deterministic: bool, queries: int | None = None
+    ) -> jax.Array:
+        """Lets the first tokens look at all.
+
+        Args:
+          inputs: tokens [B, N, D].
+          deterministic: no dropout.
+          queries: of how many tokens, from the first, the result is wanted; None for all.
+
+        Returns:
+          Tokens [B, queries or N, D].
+        """
+        batch, _, width = inputs.shape
         if width % self.num_heads:
             raise ValueError(f'hidden_size {width} is not divisible by num_heads {self.num_heads}')
         heads, head_size = self.num_heads, width // self.num_heads
-        query, key, value = (
-            self._project(name, inputs, (width, heads, head_size))
-            for name in ('query', 'key', 'value')
-        )
+        shape = (width, heads, head_size)
+        query = self._project('query', inputs[:, :queries], shape)
+        key, value = (self._project(name, inputs, shape) for name in ('key', 'value'))
 
         drop = 0.0 if deterministic else self.dropout_rate
         record = self.is_mutable_collection('attention_weights') and not self.is_initializing()
@@ -102,16 +112,20 @@ class MultiHeadDotProductAttention(nn.Module):
             )
 
         kernel, bias = HeadProjection((heads, head_size, width), (width,), 2, name='out')()
-        x = x.swapaxes(1, 2).reshape(batch * tokens, width)
-        x = x @ kernel.reshape(width, width).astype(self.dtype) + bias.astype(self.dtype)[None]
-        return x.reshape(batch, tokens, width)
+        x = affine(
+            x.swapaxes(1, 2).reshape(-1, width),
+            kernel.reshape(width, width).astype(self.dtype),
+            bias.astype(self.dtype),
+        )
+        return x.reshape(batch, -1, width)
 
     def _project(self, name: str, inputs: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
         """Tokens [B, N, D] to queries, keys or values [B, H, N, K]."""
         batch, tokens, width = inputs.shape
         kernel, bias = HeadProjection(shape, shape[1:], 1, name=name)()
-        x = inputs.astype(self.dtype).reshape(batch * tokens, width)
-        x = x @ kernel.reshape(width, width).astype(self.dtype) + bias.reshape(1, width).astype(
-            self.dtype
+        x = affine(
+            inputs.astype(self.dtype).reshape(batch * tokens, width),
+            kernel.reshape(width, width).astype(self.dtype),
+            bias.reshape(width).astype(self.dtype),
         )
         return x.reshape(batch, tokens, *shape[1:]).swapaxes(1, 2)

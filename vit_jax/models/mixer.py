@@ -24,9 +24,9 @@ class MlpBlock(nn.Module):
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """[..., inputs] to [..., inputs], over the last axis."""
-        x = nn.Dense(self.mlp_dim, dtype=self.dtype, name='Dense_0')(inputs)
-        x = nn.gelu(x, approximate=True)
-        return nn.Dense(inputs.shape[-1], dtype=self.dtype, name='Dense_1')(x)
+        x = layers.Dense(self.mlp_dim, dtype=self.dtype, name='Dense_0')(inputs)
+        x = layers.gelu(x)
+        return layers.Dense(inputs.shape[-1], dtype=self.dtype, name='Dense_1')(x)
 
 
 class MixerBlock(nn.Module):
