@@ -131,8 +131,9 @@ def training_memory(
         were fitted to an earlier form of the step, which needed half as much again.
       GPU (the GPU compiler, run ahead of time for an H200 with cuBLAS for all matrix products; not
         compared with a running GPU): of an earlier form of the step, which kept more for the
-        derivative of GELU and all of the last block, within 10 % on 61 steps: ViT of 2 to 12 blocks, float32 and
-        bfloat16, each `remat`, dropout, AdamW, accumulation; Mixer; hybrids of 2 blocks, bfloat16.
+        derivative of GELU and all of the last block, within 10 % on 61 steps: ViT of 2 to 12
+        blocks, float32 and bfloat16, each `remat`, dropout, AdamW, accumulation; Mixer; hybrids of
+        2 blocks, bfloat16.
       Not fitted, figures that lean to too much: on a GPU hybrids in float32, `remat` of hybrids
         (as without) and of Mixers ('dots' as without; 'full' was fitted at one size), and several
         devices and FSDP, which are the CPU's; attention 'cudnn' leaves out the attention weights.
