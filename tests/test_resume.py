@@ -29,6 +29,14 @@ def test_settings_that_do_not_change_what_is_learned_may_change(saved):
     assert notes == ['eval_every: 100 -> 50', 'fsdp: 1 -> -1']
 
 
+def test_a_knob_that_is_newer_than_the_run_had_the_effect_of_its_default(saved):
+    now = {**CONFIG, 'cache': 0.0, 'pp': {**CONFIG['pp'], 'exact': True}}
+    assert resume.check_config(saved, now) == []
+    now['pp'] = {**CONFIG['pp'], 'exact': False}
+    with pytest.raises(UserError, match='pp.exact: true -> false'):
+        resume.check_config(saved, now)
+
+
 def test_other_settings_may_not_and_all_are_named(saved):
     changed = {**CONFIG, 'batch': 32, 'pp': {'crop': 32, 'train': ''}, 'eval_every': 7, 'new': 1}
     with pytest.raises(UserError) as error:

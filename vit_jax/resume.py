@@ -13,6 +13,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from configs import common
 from vit_jax.errors import UserError
 
 LOCK_FILE = '.lock'
@@ -91,6 +92,8 @@ def check_config(saved: pathlib.Path, config: Mapping[str, Any]) -> list[str]:
     """
     before = _read(saved, 'the settings this run began with')
     now = json.loads(json.dumps(config))
+    # Knobs that are newer than the run: without them, it did what their defaults do.
+    before = _filled(before, now, common.get_defaults().to_dict())
     changed = {
         name: f'{name}: {_shown(old)} -> {_shown(new)}'
         for name, old, new in _differences(before, now)
@@ -138,6 +141,15 @@ def _read(path: pathlib.Path, what: str) -> dict[str, Any]:
             'another --workdir'
         ) from error
     return value
+
+
+def _filled(before: Any, now: Any, defaults: Any) -> Any:
+    """`before`, with the defaults of settings that only `now` has, nested."""
+    if not all(isinstance(settings, dict) for settings in (before, now, defaults)):
+        return before
+    filled = {key: _filled(value, now.get(key), defaults.get(key)) for key, value in before.items()}
+    new = now.keys() & defaults.keys() - before.keys()
+    return filled | {key: defaults[key] for key in new}
 
 
 def _differences(old: Any, new: Any, name: str = '') -> Iterator[tuple[str, Any, Any]]:
