@@ -129,18 +129,27 @@ def interrupt_after(step: int, config, workdir) -> None:
     with pytest.MonkeyPatch.context() as patch:
         make = steps.make_train_step
 
-        def wrapped(*args, **kwargs):
-            train_step = make(*args, **kwargs)
-            count = iter(range(1, 1000))
+        class Interrupting:
+            """A compiled step that sends the signal, from its own `lower(...).compile()`."""
 
-            def call(state, batch):
-                if next(count) == step:
+            def __init__(self, *args, **kwargs):
+                self._made = make(*args, **kwargs)
+                self._count = iter(range(1, 1000))
+
+            def lower(self, *args):
+                self._made = self._made.lower(*args)
+                return self
+
+            def compile(self):
+                self._made = self._made.compile()
+                return self
+
+            def __call__(self, state, batch):
+                if next(self._count) == step:
                     os.kill(os.getpid(), signal.SIGTERM)
-                return train_step(state, batch)
+                return self._made(state, batch)
 
-            return call
-
-        patch.setattr(steps, 'make_train_step', wrapped)
+        patch.setattr(steps, 'make_train_step', Interrupting)
         train.train_and_evaluate(config, workdir)
 
 

@@ -167,8 +167,8 @@ def test_the_optimizer_takes_what_the_real_one_takes(optimizer, optim_dtype):
 
 @pytest.fixture(scope='module')
 def compiled():
-    """The real training step of a ViT-Ti/16 of one block, compiled at three batch sizes."""
-    config = smaller('ViT-Ti_16', num_layers=1)
+    """The real training step of a ViT-Ti/16 of two blocks, compiled at three batch sizes."""
+    config = smaller('ViT-Ti_16', num_layers=2)
     shared = dict(num_classes=5, image_size=224)
     return (
         config,
@@ -203,11 +203,11 @@ def test_a_line_through_two_batch_sizes_predicts_a_third(compiled):
 
 
 def test_rematerialised_flops_agree_with_xla():
-    config = smaller('ViT-Ti_16', num_layers=1)
+    # All tokens are read, so the one block is whole.
+    config = {**smaller('ViT-Ti_16', num_layers=1), 'classifier': 'gap'}
     for remat in ('dots', 'full'):
         step = measured.training(config, num_classes=5, image_size=96, batch=8, remat=remat)
         macs = counts.training_macs(config, 5, 96, remat)
-        macs -= counts.unused_macs(config, 96, training=True, remat=remat)
         assert 2 * 8 * macs == pytest.approx(step.flops, rel=0.03), remat
 
 

@@ -67,10 +67,13 @@ def layers(model: nn.Module, image_size: int) -> list[Layer]:
         params = jax.eval_shape(init, image)
     except ValueError as e:
         raise UserError(f'image size {image_size}: {e}') from e
+
+    def apply(params, x):
+        # Recorded, so that the last block computes all tokens, as the architecture has it.
+        return model.apply({'params': params}, x, train=False, mutable='intermediates')[0]
+
     with nn.intercept_methods(record):
-        traced = jax.make_jaxpr(lambda p, x: model.apply({'params': p}, x, train=False))(
-            params, image
-        )
+        traced = jax.make_jaxpr(apply)(params, image)
     flops = dict[tuple[str, ...], int]()
     for path, count in _products(traced.jaxpr):
         while path not in outputs:  # such as the name of a method

@@ -40,7 +40,7 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return gelu(x), x
+    return nn.gelu(x, approximate=True), x
 
 
 def _gelu_backward(x: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
@@ -74,7 +74,8 @@ def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 def _affine_forward(x, kernel, bias):
-    return affine(x, kernel, bias), (x, kernel)
+    # Not `affine`, into which a policy of rematerialisation would not see.
+    return x @ kernel + bias[None], (x, kernel)
 
 
 def _affine_backward(kept, grad):
@@ -112,6 +113,38 @@ class Dense(nn.Module):
         rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
         y = affine(rows, kernel.astype(self.dtype), bias.astype(self.dtype))
         return y.reshape(*x.shape[:-1], self.features)
+
+
+class PatchEmbedding(nn.Module):
+    """Cuts an image into patches and projects each: [B, h, w, C] to [B, h / P, w / P, D].
+
+    The convolution of P x P pixels with stride P, as the one matrix product that it is.
+
+    Attributes:
+      features: D.
+      patch: (P, P), which divide h and w.
+      dtype: type of the product.
+    """
+
+    features: int
+    patch: tuple[int, int]
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, h, w, C] in, [B, h / P, w / P, D] of `dtype` out."""
+        batch, height, width, channels = x.shape
+        rows, columns = height // self.patch[0], width // self.patch[1]
+        shape = (*self.patch, channels, self.features)
+        kernel = self.param('kernel', nn.initializers.lecun_normal(), shape)
+        bias = self.param('bias', nn.initializers.zeros, (self.features,))
+        x = x.astype(self.dtype).reshape(batch, rows, self.patch[0], columns, -1).swapaxes(2, 3)
+        x = affine(
+            x.reshape(batch * rows * columns, -1),
+            kernel.reshape(-1, self.features).astype(self.dtype),
+            bias.astype(self.dtype),
+        )
+        return x.reshape(batch, rows, columns, self.features)
 
 
 def rematerialised(

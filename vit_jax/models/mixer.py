@@ -96,14 +96,7 @@ class MlpMixer(nn.Module):
         del train
         patch = tuple(self.patches['size'])
         layers.check_patches(patch, inputs.shape[1:3], inputs.shape[1:3])
-        x = nn.Conv(
-            self.hidden_dim,
-            patch,
-            strides=patch,
-            padding='VALID',
-            dtype=self.dtype,
-            name='stem',
-        )(inputs.astype(self.dtype))
+        x = layers.PatchEmbedding(self.hidden_dim, patch, self.dtype, name='stem')(inputs)
         self.sow('intermediates', 'patch_embedding', x)  # [B, height / P, width / P, D]
         x = x.reshape(x.shape[0], -1, x.shape[-1])
 

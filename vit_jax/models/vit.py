@@ -297,14 +297,7 @@ class VisionTransformer(nn.Module):
             self.sow('intermediates', 'resnet', x)
         patch = tuple(self.patches['size'])
         layers.check_patches(patch, images.shape[1:3], x.shape[1:3])
-        x = nn.Conv(
-            self.hidden_size,
-            patch,
-            strides=patch,
-            padding='VALID',
-            dtype=self.dtype,
-            name='embedding',
-        )(x)
+        x = layers.PatchEmbedding(self.hidden_size, patch, self.dtype, name='embedding')(x)
         self.sow('intermediates', 'patch_embedding', x)
         return x.reshape(x.shape[0], -1, x.shape[-1])
 
