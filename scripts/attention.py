@@ -24,6 +24,8 @@ import pathlib
 import signal
 import sys
 
+from vit_jax import command
+
 SHOWN_CLASSES = 2
 
 
@@ -48,11 +50,7 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command.make_parser(__doc__)
     add = parser.add_argument
     add('--model', required=True, help='model folder, or weights of any kind that can be loaded')
     add('--variant', default='', help='architecture of weights, such as ViT-B_16, if not clear')

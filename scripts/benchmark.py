@@ -15,10 +15,11 @@ Examples:
 
 import argparse
 import datetime
-import json
 import pathlib
 import sys
 from typing import Any
+
+from vit_jax import command
 
 # Lines of a document between which --update writes.
 MARKS = ('<!-- benchmark -->', '<!-- /benchmark -->')
@@ -30,14 +31,18 @@ def main() -> int:
     parser = _parser()
     args = parser.parse_args()
     # Not at the top: they take seconds, and --help should not.
-    from vit_jax.benchmark import machine
+    from vit_jax.benchmark import machine, results
     from vit_jax.errors import UserError
 
     try:
         if args.update and not args.table:
             raise UserError('--update goes with --table: which results should be written?')
         if args.table:
-            text = _tables([_read(path) for path in args.table], 'markdown')
+            read = (
+                machine.read_json(p, 'benchmark.py', results.KIND, results.FORMAT)
+                for p in args.table
+            )
+            text = _tables(list(read), 'markdown')
             if args.update:
                 machine.update_document(args.update, MARKS, text)
             else:
@@ -60,11 +65,7 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command.make_parser(__doc__)
     add = parser.add_argument
     add('--variants', nargs='+', default=['ViT-B_16'], help='of list_models.py --variants')
     add('--image_size', type=int, nargs='+', default=[224], help='default: 224')
@@ -299,20 +300,6 @@ def _tables(found: list[dict], style: str) -> str:
     from vit_jax.benchmark import results
 
     return '\n'.join(tables.render(t, style) for result in found for t in results.tables(result))
-
-
-def _read(path: str) -> dict:
-    from vit_jax.benchmark import results
-    from vit_jax.errors import UserError
-
-    try:
-        result = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
-    except OSError as error:
-        raise UserError(f'cannot read {path}: {error.strerror}') from error
-    except ValueError as error:
-        raise UserError(f'{path} is no JSON: {error}') from error
-    results.check(result, path)
-    return result
 
 
 if __name__ == '__main__':

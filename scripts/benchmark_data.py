@@ -14,11 +14,12 @@ Examples:
 
 import argparse
 import datetime
-import json
 import pathlib
 import random
 import statistics
 import sys
+
+from vit_jax import command
 
 # What each needs; those of ours that have no stages of their own are in the second table only.
 CONTESTANTS = {
@@ -51,7 +52,7 @@ def main() -> int:
     try:
         if args.table:
             for path in args.table:
-                _print(_read(path), 'markdown')
+                _print(machine.read_json(path, 'benchmark_data.py', KIND, FORMAT), 'markdown')
             return 0
         if args.output and not pathlib.Path(args.output).absolute().parent.is_dir():
             raise UserError(f'the folder of {args.output} does not exist: make it first')
@@ -69,11 +70,7 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command.make_parser(__doc__)
     add = parser.add_argument
     add('--folder', help='of photos, with whatever folders are in it')
     add('--images', type=int, default=128, help='of the folder, drawn at random; default: 128')
@@ -253,30 +250,6 @@ def _whole_table(result: dict, notes: list[str]):
 def _rate(result: dict, seconds: float) -> str:
     rate = result['images'] / seconds if seconds else float('inf')
     return f'{rate:.0f}' if rate < 1e6 else '> 1e6'
-
-
-def _read(path: str) -> dict:
-    """A result that was written before.
-
-    Raises:
-      UserError: the file is none.
-    """
-    from vit_jax.errors import UserError
-
-    try:
-        result = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
-    except OSError as error:
-        raise UserError(f'cannot read {path}: {error.strerror}') from error
-    except ValueError as error:
-        raise UserError(f'{path} is no JSON: {error}') from error
-    if not isinstance(result, dict) or result.get('kind') != KIND:
-        raise UserError(f'{path} is no result of scripts/benchmark_data.py --output')
-    if result.get('format') != FORMAT:
-        raise UserError(
-            f'{path} has format {result.get("format")!r}, and this version reads {FORMAT}: '
-            'measure again'
-        )
-    return result
 
 
 if __name__ == '__main__':

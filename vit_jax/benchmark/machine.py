@@ -101,6 +101,34 @@ def write_json(path: str, result: Mapping[str, Any]) -> None:
     _write(pathlib.Path(path), json.dumps(result, indent=1) + '\n')
 
 
+def read_json(path: str, script: str, kind: str, version: int) -> dict[str, Any]:
+    """A result that was written before.
+
+    Args:
+      path: of the file.
+      script: that wrote it, for the error.
+      kind: what its `kind` is to be.
+      version: what its `format` is to be.
+
+    Raises:
+      UserError: the file cannot be read, or is none of this kind and format.
+    """
+    try:
+        result = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
+    except OSError as error:
+        raise UserError(f'cannot read {path}: {error.strerror}') from error
+    except ValueError as error:
+        raise UserError(f'{path} is no JSON: {error}') from error
+    if not isinstance(result, dict) or result.get('kind') != kind:
+        raise UserError(f'{path} is no result of scripts/{script} --output')
+    if result.get('format') != version:
+        raise UserError(
+            f'{path} has format {result.get("format")!r}, and this version reads {version}: '
+            'measure again'
+        )
+    return result
+
+
 def update_document(path: str, marks: tuple[str, str], text: str) -> None:
     """Replaces what is between two lines of a document, or leaves it as it is.
 

@@ -6,25 +6,9 @@ from typing import Any
 
 from vit_jax.analysis.tables import Table
 from vit_jax.benchmark.contestants import OURS
-from vit_jax.errors import UserError
 
 FORMAT = 1
 KIND = 'vit_jax benchmark'
-
-
-def check(result: Any, path: str) -> None:
-    """Checks that JSON is what benchmark.py wrote.
-
-    Raises:
-      UserError: it is not.
-    """
-    if not isinstance(result, Mapping) or result.get('kind') != KIND:
-        raise UserError(f'{path} is no result of scripts/benchmark.py --output')
-    if result.get('format') != FORMAT:
-        raise UserError(
-            f'{path} has format {result.get("format")!r}, and this version reads {FORMAT}: '
-            'measure again'
-        )
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
