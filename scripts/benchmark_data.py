@@ -19,8 +19,6 @@ import random
 import statistics
 import sys
 
-from vit_jax import command
-
 # What each needs; those of ours that have no stages of their own are in the second table only.
 CONTESTANTS = {
     'vit_jax': (),
@@ -70,7 +68,11 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command.make_parser(__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     add = parser.add_argument
     add('--folder', help='of photos, with whatever folders are in it')
     add('--images', type=int, default=128, help='of the folder, drawn at random; default: 128')
