@@ -80,14 +80,17 @@ def _affine_forward(x, kernel, bias):
 
 def _affine_backward(kept, grad):
     x, kernel = kept
-    if jax.default_backend() == 'cpu':
-        bias_grad = (jnp.ones((1, len(grad)), grad.dtype) @ grad)[0]
-    else:
-        bias_grad = grad.sum(axis=0)
-    return grad @ kernel.T, x.T @ grad, bias_grad
+    return grad @ kernel.T, x.T @ grad, _sum_rows(grad)
 
 
 affine.defvjp(_affine_forward, _affine_backward)
+
+
+def _sum_rows(x: jax.Array) -> jax.Array:
+    """[rows, columns] to [columns]. XLA's CPU compiler sums rows slowly, and multiplies well."""
+    if jax.default_backend() == 'cpu':
+        return (jnp.ones((1, len(x)), x.dtype) @ x)[0]
+    return x.sum(axis=0)
 
 
 class Dense(nn.Module):
@@ -113,6 +116,66 @@ class Dense(nn.Module):
         rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
         y = affine(rows, kernel.astype(self.dtype), bias.astype(self.dtype))
         return y.reshape(*x.shape[:-1], self.features)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float = 1e-6) -> jax.Array:
+    """(x - mean) / sqrt(variance + epsilon) * scale + bias, of each row.
+
+    Source: https://arxiv.org/abs/1607.06450; mean and variance as `nn.LayerNorm` computes them, in
+    one pass. Its backward pass is its own because of the sums over all rows, the gradients of scale
+    and bias, which XLA's CPU compiler does slowly.
+
+    Args:
+      x: [B, D].
+      scale: [D], at least float32.
+      bias: [D], of the same type.
+      epsilon: added to the variance.
+
+    Returns:
+      [B, D] in the type of `scale`, in which everything is computed.
+    """
+    return _layer_norm_forward(x, scale, bias, epsilon)[0]
+
+
+def _layer_norm_forward(x, scale, bias, epsilon):
+    wide = x.astype(scale.dtype)
+    mean = wide.mean(axis=1, keepdims=True)
+    variance = (wide * wide).mean(axis=1, keepdims=True) - mean * mean
+    factor = jax.lax.rsqrt(jnp.maximum(0.0, variance) + epsilon)  # rounding may make it negative
+    return (wide - mean) * (factor * scale[None]) + bias[None], (x, mean, factor, scale)
+
+
+def _layer_norm_backward(epsilon, kept, grad):
+    del epsilon  # is in `factor`
+    x, mean, factor, scale = kept
+    normed = (x.astype(scale.dtype) - mean) * factor
+    inner = grad * scale[None]
+    along = (inner * normed).mean(axis=1, keepdims=True)
+    inner -= inner.mean(axis=1, keepdims=True) + normed * along
+    return (factor * inner).astype(x.dtype), _sum_rows(grad * normed), _sum_rows(grad)
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+class LayerNorm(nn.Module):
+    """`nn.LayerNorm` over the last axis by `layer_norm`: [..., D] to [..., D], epsilon 1e-6.
+
+    Attributes:
+      dtype: type of the result; it is computed at least in float32.
+    """
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] in, [..., D] of `dtype` out."""
+        scale = self.param('scale', nn.initializers.ones, x.shape[-1:])
+        bias = self.param('bias', nn.initializers.zeros, x.shape[-1:])
+        wide = at_least_float32(self.dtype)
+        y = layer_norm(x.reshape(-1, x.shape[-1]), scale.astype(wide), bias.astype(wide))
+        return y.astype(self.dtype).reshape(x.shape)
 
 
 class PatchEmbedding(nn.Module):

@@ -39,13 +39,13 @@ class MixerBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Tokens [B, N, D] in, tokens [B, N, D] out."""
-        y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name='LayerNorm_0')(x)
+        y = layers.LayerNorm(self.dtype, name='LayerNorm_0')(x)
         y = MlpBlock(self.tokens_mlp_dim, self.dtype, name='token_mixing')(y.swapaxes(1, 2))
         y = y.swapaxes(1, 2)
         self.sow('intermediates', 'tokens_mlp', y)
         x = x + y
 
-        y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name='LayerNorm_1')(x)
+        y = layers.LayerNorm(self.dtype, name='LayerNorm_1')(x)
         y = MlpBlock(self.channels_mlp_dim, self.dtype, name='channel_mixing')(y)
         self.sow('intermediates', 'channels_mlp', y)
         x = x + y
@@ -105,7 +105,7 @@ class MlpMixer(nn.Module):
             x = block(
                 self.tokens_mlp_dim, self.channels_mlp_dim, self.dtype, name=f'MixerBlock_{i}'
             )(x)
-        x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name='pre_head_layer_norm')(x)
+        x = layers.LayerNorm(self.dtype, name='pre_head_layer_norm')(x)
         self.sow('intermediates', 'encoded', x)
         x = jnp.mean(x, axis=1)
         self.sow('intermediates', 'features', x)

@@ -90,7 +90,7 @@ class Encoder1DBlock(nn.Module):
         self, inputs: jax.Array, deterministic: bool, outputs: int | None = None
     ) -> jax.Array:
         """Tokens [B, N, D] in, tokens [B, N, D] out, or of them the first `outputs`."""
-        x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name='LayerNorm_0')(inputs)
+        x = layers.LayerNorm(self.dtype, name='LayerNorm_0')(inputs)
         x = MultiHeadDotProductAttention(
             num_heads=self.num_heads,
             dropout_rate=self.attention_dropout_rate,
@@ -102,7 +102,7 @@ class Encoder1DBlock(nn.Module):
         self.sow('intermediates', 'self_attention', x)
         x = x + inputs[:, :outputs]
 
-        y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name='LayerNorm_1')(x)
+        y = layers.LayerNorm(self.dtype, name='LayerNorm_1')(x)
         y = MlpBlock(self.mlp_dim, self.dropout_rate, self.dtype, name='MlpBlock_0')(
             y, deterministic=deterministic
         )
@@ -166,7 +166,7 @@ class Encoder(nn.Module):
                 attention=self.attention,
                 name=f'encoderblock_{layer}',
             )(x, not train, outputs if layer == self.num_layers - 1 else None)
-        return nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name='encoder_norm')(x)
+        return layers.LayerNorm(self.dtype, name='encoder_norm')(x)
 
 
 class VisionTransformer(nn.Module):
