@@ -19,6 +19,8 @@ import pathlib
 import sys
 from typing import Any
 
+from vit_jax import command
+
 # Lines of a document between which --update writes.
 MARKS = ('<!-- benchmark -->', '<!-- /benchmark -->')
 CONTESTANTS = ('vit_jax', 'original', 'timm', 'timm+compile', 'transformers', 'torchvision')
@@ -63,11 +65,7 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command.make_parser(__doc__)
     add = parser.add_argument
     add('--variants', nargs='+', default=['ViT-B_16'], help='of list_models.py --variants')
     add('--image_size', type=int, nargs='+', default=[224], help='default: 224')

@@ -19,6 +19,8 @@ import random
 import statistics
 import sys
 
+from vit_jax import command
+
 # What each needs; those of ours that have no stages of their own are in the second table only.
 CONTESTANTS = {
     'vit_jax': (),
@@ -68,11 +70,7 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command.make_parser(__doc__)
     add = parser.add_argument
     add('--folder', help='of photos, with whatever folders are in it')
     add('--images', type=int, default=128, help='of the folder, drawn at random; default: 128')

@@ -18,14 +18,12 @@ import sys
 import tempfile
 import time
 
+from vit_jax import command
+
 
 def main() -> int:
     """Runs the command line; returns the exit status, 1 if something is not possible."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command.make_parser(__doc__)
     add = parser.add_argument
     add('--variant', default='ViT-B_16', help='of list_models.py --variants; default: ViT-B_16')
     add('--image_size', type=int, default=224, help='default: 224')

@@ -50,6 +50,33 @@ def pins(file, python):
     return found
 
 
+@pytest.mark.parametrize(
+    'script',
+    sorted(
+        p.name for p in (ROOT / 'scripts').glob('*.py') if 'command.make_parser' in p.read_text()
+    ),
+)
+def test_help_comes_before_anything_slow_is_imported(script):
+    code = (
+        'import runpy, sys\n'
+        f'sys.argv = ["{script}", "--help"]\n'
+        'try:\n'
+        f'    runpy.run_path({str(ROOT / "scripts" / script)!r}, run_name="__main__")\n'
+        'finally:\n'
+        '    print(*sys.modules, file=sys.stderr)\n'
+    )
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f'usage: {script}') and 'Example' in done.stdout
+    imported = set(done.stderr.split())
+    ours = {name for name in imported if name.partition('.')[0] == 'vit_jax'}
+    assert ours <= {'vit_jax', 'vit_jax.command', 'vit_jax.errors'}
+    slow = {'PIL', 'flax', 'jax', 'matplotlib', 'onnx', 'rich', 'tensorflow', 'torch'}
+    if script != 'check_parity.py':  # whose signatures name NumPy's arrays
+        slow |= {'numpy'}
+    assert not imported & slow
+
+
 @pytest.mark.parametrize('python', ['3.11', '3.12', '3.13'])
 @pytest.mark.parametrize(
     'file', ['requirements.txt', 'requirements-cpu.txt', 'requirements-test.txt']

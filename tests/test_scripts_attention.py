@@ -2,7 +2,6 @@
 
 import importlib.util
 import pathlib
-import subprocess
 import sys
 import types
 
@@ -87,20 +86,6 @@ def run(monkeypatch, capsys):
         return types.SimpleNamespace(returncode=code, stdout=out, stderr=err)
 
     return run
-
-
-def test_help_comes_before_jax_is_imported():
-    code = (
-        'import runpy, sys\n'
-        'sys.argv = ["attention.py", "--help"]\n'
-        'try:\n'
-        f'    runpy.run_path({str(SCRIPT)!r}, run_name="__main__")\n'
-        'finally:\n'
-        '    assert not {"jax", "matplotlib", "numpy", "vit_jax"} & set(sys.modules)\n'
-    )
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert 'Examples:' in done.stdout
 
 
 def test_everything_of_some_photos(run, model, photos, tmp_path):
