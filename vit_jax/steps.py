@@ -212,6 +212,13 @@ def _accumulate(micro_batch, params, batches, key, accum_steps, constrain=lambda
 
 def _sharded_gradients(micro_batch, params, batch, key, accum_steps, mesh, _):
     """Data parallel: each device works on its share alone; one mean over devices at the end."""
+
+    def share(params, batch, key):
+        batches = jax.tree.map(lambda x: x.reshape(accum_steps, -1, *x.shape[1:]), batch)
+        return _accumulate(micro_batch, params, batches, key, accum_steps)
+
+    if mesh.size == 1:  # a mean over one device is a copy of all gradients
+        return share(params, batch, jax.random.fold_in(key, 0))
     axes = sharding.BATCH_AXES
 
     @functools.partial(
@@ -225,8 +232,7 @@ def _sharded_gradients(micro_batch, params, batch, key, accum_steps, mesh, _):
         # the devices itself, in every micro-batch; they would come out times the number of devices.
         params = jax.tree.map(lambda p: jax.lax.pcast(p, axes, to='varying'), params)
         key = jax.random.fold_in(key, jax.lax.axis_index(axes))
-        batches = jax.tree.map(lambda x: x.reshape(accum_steps, -1, *x.shape[1:]), batch)
-        return jax.lax.pmean(_accumulate(micro_batch, params, batches, key, accum_steps), axes)
+        return jax.lax.pmean(share(params, batch, key), axes)
 
     return local(params, batch, key)
 
