@@ -282,6 +282,22 @@ def test_dropout_differs_by_step_micro_batch_and_device():
     assert len({loss(4, 1)[0], loss(1, 4)[0], loss(2, 2)[0], one[0]}) == 4
 
 
+def test_bfloat16_on_a_cpu_learns_at_real_sizes():
+    """The sizes are those of Ti/16 at 64 pixels: matrix products that XLA gives to a library."""
+    transformer = {**MODEL['transformer'], 'mlp_dim': 768, 'num_heads': 3}
+    sizes = {'hidden_size': 192, 'transformer': transformer}
+    model = models.VisionTransformer(**{**MODEL, **sizes}, dtype=jnp.bfloat16)
+    params = make_params(model, size=64)
+    batch = make_batches(batch=8, size=64)[0]
+    config = make_config(base_lr=0.03, warmup_steps=0)
+    state, metrics = run_steps(config, params, [batch] * 4, devices=1, model=model)
+    losses = [float(m['train_loss']) for m in metrics]
+    assert np.isfinite(losses).all() and losses[-1] < losses[0]
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
+    logits = steps.make_predict_step(model)(state.params, batch['image'])
+    assert logits.dtype == jnp.float32 and np.isfinite(logits).all()
+
+
 def lowered_step(devices, accum_steps, fsdp=1, batch=64):
     model = models.VisionTransformer(**MODEL)
     config = make_config(accum_steps=accum_steps)

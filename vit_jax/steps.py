@@ -121,7 +121,7 @@ def make_train_step(
         donate_argnums=0,
         in_shardings=(state_shardings, sharding.batch_sharding(mesh)),
         out_shardings=(state_shardings, sharding.replicated(mesh)),
-        compiler_options=_compiler_options(),
+        compiler_options=_compiler_options(model),
     )
 
 
@@ -159,7 +159,7 @@ def make_eval_step(
         eval_step,
         in_shardings=(params_shardings, sharding.batch_sharding(mesh)),
         out_shardings=sharding.replicated(mesh),
-        compiler_options=_compiler_options(),
+        compiler_options=_compiler_options(model),
     )
 
 
@@ -173,11 +173,13 @@ def make_predict_step(model: nn.Module) -> Callable[[Any, jax.Array], jax.Array]
     def predict_step(params: Any, pixels: jax.Array) -> jax.Array:
         return model.apply({'params': params}, normalize(pixels), train=False)
 
-    return jax.jit(predict_step, compiler_options=_compiler_options())
+    return jax.jit(predict_step, compiler_options=_compiler_options(model))
 
 
-def _compiler_options() -> dict[str, str] | None:
-    return _CPU_OPTIONS if jax.default_backend() == 'cpu' else None
+def _compiler_options(model: nn.Module) -> dict[str, str] | None:
+    # XLA's way to Eigen takes no bfloat16.
+    eigen = jax.default_backend() == 'cpu' and jnp.dtype(model.dtype) != jnp.bfloat16
+    return _CPU_OPTIONS if eigen else None
 
 
 def _cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
