@@ -177,8 +177,9 @@ def make_predict_step(model: nn.Module) -> Callable[[Any, jax.Array], jax.Array]
 
 
 def _compiler_options(model: nn.Module) -> dict[str, str] | None:
-    # XLA's way to Eigen takes no bfloat16.
-    eigen = jax.default_backend() == 'cpu' and jnp.dtype(model.dtype) != jnp.bfloat16
+    # XLA's way to Eigen takes no bfloat16. A module without `dtype` is taken for a float32 one.
+    narrow = jnp.dtype(getattr(model, 'dtype', jnp.float32)) == jnp.bfloat16
+    eigen = jax.default_backend() == 'cpu' and not narrow
     return _CPU_OPTIONS if eigen else None
 
 
