@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,8 @@ def pytest_configure(config):
             os.environ.get('XLA_FLAGS', '')
             + ' --xla_cpu_collective_call_terminate_timeout_seconds=600'
         ).strip()
+    # A shell that starts the tests in the background has them, and what they start, ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # What one test has compiled, others need not, in any worker or child process.
     if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
         config.compiled = tempfile.TemporaryDirectory(prefix='vit_jax-tests-')
