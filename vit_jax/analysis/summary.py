@@ -75,7 +75,7 @@ def layers(model: nn.Module, image_size: int) -> list[Layer]:
     with nn.intercept_methods(record):
         traced = jax.make_jaxpr(apply)(params, image)
     flops = dict[tuple[str, ...], int]()
-    for path, count in _products(traced.jaxpr):
+    for path, count in products(traced.jaxpr):
         while path not in outputs:  # such as the name of a method
             path = path[:-1]
         flops[path] = flops.get(path, 0) + count
@@ -104,8 +104,15 @@ def _in_order(outputs, arrays, flops) -> Iterator[Layer]:
                     yield Layer(name, 'parameter', shape, math.prod(shape), 0)
 
 
-def _products(jaxpr: Any) -> Iterator[tuple[tuple[str, ...], int]]:
-    """Path of the module and FLOPs of each convolution and matrix product."""
+def products(jaxpr: Any) -> Iterator[tuple[tuple[str, ...], int]]:
+    """Path of the module and FLOPs of each convolution and matrix product of a traced program.
+
+    Args:
+      jaxpr: `jax.make_jaxpr(function)(...).jaxpr`; of a loop, one pass is counted.
+
+    Yields:
+      Names from the outermost module on, and FLOPs.
+    """
     for equation in jaxpr.eqns:
         stack = str(equation.source_info.name_stack).split('/')
         # The first name is the model's class; 'VisionTransformer._embed' is a method, no module.
@@ -125,7 +132,7 @@ def _products(jaxpr: Any) -> Iterator[tuple[tuple[str, ...], int]]:
         ):
             inner = getattr(inner, 'jaxpr', inner)
             if hasattr(inner, 'eqns'):
-                yield from ((path + name, count) for name, count in _products(inner))
+                yield from ((path + name, count) for name, count in products(inner))
 
 
 def table(

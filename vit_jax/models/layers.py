@@ -70,7 +70,7 @@ def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     Returns:
       [B, outputs].
     """
-    return x @ kernel + bias[None]
+    return _affine_forward(x, kernel, bias)[0]
 
 
 def _affine_forward(x, kernel, bias):
@@ -118,9 +118,9 @@ class Dense(nn.Module):
         return y.reshape(*x.shape[:-1], self.features)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float = 1e-6) -> jax.Array:
-    """(x - mean) / sqrt(variance + epsilon) * scale + bias, of each row.
+@jax.custom_vjp
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    """(x - mean) / sqrt(variance + 1e-6) * scale + bias, of each row.
 
     Source: https://arxiv.org/abs/1607.06450; mean and variance as `nn.LayerNorm` computes them, in
     one pass. Its backward pass is its own because of the sums over all rows, the gradients of scale
@@ -130,24 +130,22 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float =
       x: [B, D].
       scale: [D], at least float32.
       bias: [D], of the same type.
-      epsilon: added to the variance.
 
     Returns:
       [B, D] in the type of `scale`, in which everything is computed.
     """
-    return _layer_norm_forward(x, scale, bias, epsilon)[0]
+    return _layer_norm_forward(x, scale, bias)[0]
 
 
-def _layer_norm_forward(x, scale, bias, epsilon):
+def _layer_norm_forward(x, scale, bias):
     wide = x.astype(scale.dtype)
     mean = wide.mean(axis=1, keepdims=True)
     variance = (wide * wide).mean(axis=1, keepdims=True) - mean * mean
-    factor = jax.lax.rsqrt(jnp.maximum(0.0, variance) + epsilon)  # rounding may make it negative
+    factor = jax.lax.rsqrt(jnp.maximum(0.0, variance) + 1e-6)  # rounding may make it negative
     return (wide - mean) * (factor * scale[None]) + bias[None], (x, mean, factor, scale)
 
 
-def _layer_norm_backward(epsilon, kept, grad):
-    del epsilon  # is in `factor`
+def _layer_norm_backward(kept, grad):
     x, mean, factor, scale = kept
     normed = (x.astype(scale.dtype) - mean) * factor
     inner = grad * scale[None]
