@@ -14,6 +14,7 @@ from configs import common
 from vit_jax import models, optim, sharding, steps
 from vit_jax import state as state_lib
 from vit_jax.data import augment
+from vit_jax.models import attention
 
 MODEL = {
     'num_classes': 5,
@@ -152,6 +153,7 @@ TOPOLOGIES = [(1, 1), (2, 1), (4, 1), (4, 4)]  # devices, fsdp
 @pytest.mark.parametrize(('devices', 'fsdp'), TOPOLOGIES)
 def test_five_steps_equal_float64(reference, monkeypatch, devices, fsdp, accum_steps, clip):
     monkeypatch.setattr(sharding, 'MIN_SIZE_TO_SHARD', 64)  # so that FSDP cuts this small model
+    monkeypatch.setattr(attention, 'CHUNK', 1)  # so that attention goes chunk by chunk
     settings = {'grad_norm_clip': clip, 'optim_dtype': 'float32'}
     batches, params, expected, losses = reference(**settings)
     config = make_config(accum_steps=accum_steps, **settings)
@@ -359,6 +361,20 @@ def test_each_device_does_its_share_and_no_image_is_gathered(
         for body in bodies:
             block = text.split(f'%{body} ', 1)[1].split('\n}\n', 1)[0]
             assert 'all-reduce' not in block
+
+
+def test_attention_in_chunks_gathers_no_tokens(monkeypatch):
+    """Each device loops over its own images."""
+    monkeypatch.setattr(sharding, 'MIN_SIZE_TO_SHARD', 2**12)
+    monkeypatch.setattr(attention, 'CHUNK', 1)
+    compiled, abstract = lowered_step(4, 1, fsdp=4)
+    text = compiled.as_text()
+    assert re.search(r'known_trip_count[^0-9]*16', text)  # 64 images on 4 devices
+    assert 'f32[1,16,1,17,2,16]' in text  # keys of the 16 images of a device, one in each chunk
+    largest = max(leaf.size for leaf in jax.tree.leaves(abstract.params))
+    assert largest < 64 * 17 * 32 / 4  # so that the tokens of one device would show
+    for name in ('all-gather', 'all-to-all', 'collective-permute'):
+        assert max(shapes_of(text, name), default=0) <= largest, name
 
 
 def test_fsdp_holds_a_part_of_every_large_array(monkeypatch):

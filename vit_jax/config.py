@@ -288,9 +288,9 @@ def _check_vit(config: ml_collections.ConfigDict) -> None:
             f'config.model.hidden_size={model.hidden_size} is not divisible by '
             f'config.model.transformer.num_heads={transformer.num_heads}'
         )
-    if config.attention == 'cudnn' and transformer.attention_dropout_rate:
+    if config.attention in ('chunked', 'cudnn') and transformer.attention_dropout_rate:
         raise UserError(
-            "config.attention='cudnn' has no dropout: use 'xla', or "
+            f"config.attention={config.attention!r} has no dropout: use 'xla', or "
             'config.model.transformer.attention_dropout_rate=0'
         )
 

@@ -10,7 +10,7 @@ import pytest
 
 from vit_jax import models
 from vit_jax.checkpoint import npz
-from vit_jax.models import variants
+from vit_jax.models import attention, variants
 
 CONFORMANCE = pathlib.Path(__file__).parents[1] / 'fixtures/conformance'
 CASES = sorted(path.name.split('.')[0] for path in CONFORMANCE.glob('*.expected.npz'))
@@ -303,6 +303,41 @@ def test_attention_weights_are_there_whatever_the_implementation():
     _, ours = models.apply_with_intermediates(model, params, images, attention_weights=True)
     _, theirs = models.apply_with_intermediates(cudnn, params, images, attention_weights=True)
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@pytest.mark.parametrize(
+    # On the 4 devices of these tests, with 5 * 3 * 17 = 255 weights an image.
+    ('batch', 'chunk', 'chunks'),
+    [(8, 1, 2), (7, 1, 7), (16, 600, 2), (8, 2**30, 1)],
+)
+def test_attention_in_chunks_equals_attention_at_once(monkeypatch, batch, chunk, chunks):
+    monkeypatch.setattr(attention, 'CHUNK', chunk)
+    images = [random_images(batch, tokens, 3, 16, seed=tokens) for tokens in (5, 17, 17)]
+    images[2] = images[2][::-1]
+    at_once, ours = (
+        jax.vjp(function, *images)
+        for function in (attention.dot_product_attention, attention.chunked_attention)
+    )
+    np.testing.assert_array_equal(at_once[0], ours[0])
+    grad = random_images(batch, 5, 3, 16, seed=2)
+    for a, b in zip(at_once[1](grad), ours[1](grad), strict=True):
+        assert jnp.abs(a).max() > 1e-2
+        np.testing.assert_allclose(a, b, atol=2e-6)
+    assert f' length={chunks}\n' in str(jax.make_jaxpr(ours[1])(grad))
+
+
+def test_attention_in_chunks_is_that_of_a_cpu_without_attention_dropout():
+    chosen = {
+        (name, drop, platform): attention.choose_attention(name, drop, platform)
+        for name in ('auto', 'xla')
+        for drop in (0.0, 0.1)
+        for platform in ('cpu', 'gpu')
+    }
+    assert [case for case, name in chosen.items() if name != 'xla'] == [('auto', 0.0, 'cpu')]
+    for name in ('chunked', 'cudnn'):
+        assert attention.choose_attention(name, 0.0, 'gpu') == name
+        with pytest.raises(ValueError, match=f"attention '{name}' has no dropout: use 'xla'"):
+            attention.choose_attention(name, 0.1, 'gpu')
 
 
 def test_dropout_is_active_in_training_only():

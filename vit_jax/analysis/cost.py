@@ -11,6 +11,7 @@ from typing import Any
 
 from vit_jax.analysis import counts
 from vit_jax.models import variants
+from vit_jax.models.attention import CHUNK, choose_attention
 from vit_jax.sharding import MIN_SIZE_TO_SHARD
 
 BYTES = {'float32': 4, 'bfloat16': 2}
@@ -98,7 +99,7 @@ def training_memory(
     optimizer: str = 'sgd',
     optim_dtype: str = 'bfloat16',
     remat: str = '',
-    attention: str = 'xla',
+    attention: str = 'auto',
     devices: int = 1,
     fsdp: int = 1,
     platform: str = 'gpu',
@@ -115,7 +116,7 @@ def training_memory(
       optimizer: 'sgd' (with momentum) or 'adamw', see `optim.create_optimizer`.
       optim_dtype: of momentum, or of the first moment.
       remat: '', 'dots' or 'full', see `models.vit.Encoder`.
-      attention: 'auto', 'xla' or 'cudnn'.
+      attention: 'auto', 'xla', 'chunked' or 'cudnn', see `models.attention`.
       devices: how many share the batch.
       fsdp: how many share the parameters.
       platform: 'gpu' or 'cpu': whose compiler, see `jax.default_backend`.
@@ -127,8 +128,9 @@ def training_memory(
     How well it does, by XLA's own figures for the compiled training step of jax 0.10.2 (`total`
     beside arguments and temporary memory):
       CPU (the CPU compiler): within 6 % on 24 steps of 8 and 24 images: ViT of 1 to 12 blocks, 4
-        widths, 224 and 384 px, with dropout; Mixer. Accumulation, several devices, FSDP and hybrids
-        were fitted to an earlier form of the step, which needed half as much again.
+        widths, 224 and 384 px, with dropout, attention 'xla'; Mixer; 14 steps with 'chunked' within
+        6 %. Accumulation, several devices, FSDP and hybrids were fitted to an earlier form of the
+        step, which needed twice as much.
       GPU (the GPU compiler, run ahead of time for an H200 with cuBLAS for all matrix products; not
         compared with a running GPU): of an earlier form of the step, which kept more for the
         derivative of GELU and all of the last block, within 10 % on 61 steps: ViT of 2 to 12
@@ -136,7 +138,8 @@ def training_memory(
         2 blocks, bfloat16.
       Not fitted, figures that lean to too much: on a GPU hybrids in float32, `remat` of hybrids
         (as without) and of Mixers ('dots' as without; 'full' was fitted at one size), and several
-        devices and FSDP, which are the CPU's; attention 'cudnn' leaves out the attention weights.
+        devices and FSDP, which are the CPU's; attention 'cudnn' and 'chunked', which leave out the
+        attention weights.
 
     Raises:
       UserError: the image is not a whole number of patches.
@@ -150,7 +153,9 @@ def training_memory(
     images = -(-batch // devices)
     inputs = images * (12 * image_size**2 + 16)
     micro = -(-images // max(1, accum_steps))
-    activations = micro * _per_image(model_config, image_size, dtype, remat, attention, platform)
+    activations = micro * _per_image(
+        model_config, image_size, micro, dtype, remat, attention, platform
+    )
     gradients = weights
     if platform == 'gpu' and dtype == 'bfloat16':
         gradients //= 2  # those of the bfloat16 copies of the weights, which are there as well
@@ -196,12 +201,13 @@ def _share(shape: tuple[int, ...], fsdp: int) -> int:
 def _per_image(
     model_config: Mapping[str, Any],
     image_size: int,
+    batch: int,
     dtype: str,
     remat: str,
     attention: str,
     platform: str,
 ) -> float:
-    """Bytes of activations for one image."""
+    """Bytes of activations for one image of a micro-batch."""
     s = counts.sizes(model_config, image_size)
     width = 4 if platform == 'cpu' else BYTES[dtype]
     key = (platform, width, '' if platform == 'cpu' else remat)
@@ -209,10 +215,16 @@ def _per_image(
     if variants.is_mixer(model_config):
         rule, square = _MIXER.get(key, _MIXER[(*key[:2], '')]), s.width * s.tokens_hidden
     else:
+        transformer = model_config['transformer']
+        drop = transformer.get('attention_dropout_rate', 0.0)
+        chosen = choose_attention(attention, drop, platform)
+        # What is a single chunk is kept, because XLA merges its two computations.
+        if chosen == 'cudnn' or (chosen == 'chunked' and batch * square > CHUNK):
+            square = 0
         rule = _VIT[key]
-        if model_config['transformer'].get('dropout_rate', 0.0) and not key[2]:
+        if transformer.get('dropout_rate', 0.0) and not key[2]:
             masks = _DROPOUT[platform]
-    units = (s.tokens * s.width, s.tokens * s.hidden, square if attention != 'cudnn' else 0)
+    units = (s.tokens * s.width, s.tokens * s.hidden, square)
 
     def size(factors: Units) -> float:
         return sum(factor * unit for factor, unit in zip(factors, units, strict=True))

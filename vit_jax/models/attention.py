@@ -3,6 +3,9 @@
 Shapes: B batch, N tokens, D width, H heads, K head size (D / H).
 """
 
+import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -11,7 +14,113 @@ import jax.numpy as jnp
 
 from vit_jax.models.layers import affine, at_least_float32
 
-ATTENTION_IMPLEMENTATIONS = ('auto', 'xla', 'cudnn')
+ATTENTION_IMPLEMENTATIONS = ('auto', 'xla', 'chunked', 'cudnn')
+
+# Most attention weights of a chunk: 2 MB in float32. Found with ViT-B/16 at batch 8 (465,708 an
+# image).
+CHUNK = 2**19
+
+
+def choose_attention(implementation: str, dropout: float, platform: str) -> str:
+    """What 'auto' stands for: 'chunked' on a CPU without attention dropout, else 'xla'.
+
+    Args:
+      implementation: one of `ATTENTION_IMPLEMENTATIONS`; all but 'auto' are returned.
+      dropout: rate of the attention weights.
+      platform: 'cpu' or 'gpu', see `jax.default_backend`.
+
+    Raises:
+      ValueError: no such implementation, or it has no dropout.
+    """
+    if implementation not in ATTENTION_IMPLEMENTATIONS:
+        raise ValueError(
+            f'unknown attention {implementation!r}: one of {", ".join(ATTENTION_IMPLEMENTATIONS)}'
+        )
+    if implementation == 'auto':
+        return 'chunked' if platform == 'cpu' and not dropout else 'xla'
+    if implementation != 'xla' and dropout:
+        raise ValueError(
+            f'attention {implementation!r} has no dropout: '
+            "use 'xla' with attention_dropout_rate > 0"
+        )
+    return implementation
+
+
+def dot_product_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    change: Callable[[jax.Array], jax.Array] = lambda weights: weights,
+) -> jax.Array:
+    """softmax(query key^T / sqrt(K)) value, of each head.
+
+    Source: https://arxiv.org/abs/1706.03762. In between, heads lie in front of tokens, which makes
+    plain batched matrix products of the products over tokens: a training step of Ti/16 on a CPU is
+    1.5 times as fast as with heads after tokens.
+
+    Args:
+      query: [B, Q, H, K].
+      key: [B, N, H, K] of the same type.
+      value: [B, N, H, K] of the same type.
+      change: what is done to the weights [B, H, Q, N], at least float32, each row of which sums
+        to 1.
+
+    Returns:
+      [B, Q, H, K] of the same type.
+    """
+    dtype = query.dtype
+    query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
+    logits = jnp.einsum('bhqk,bhnk->bhqn', query * query.shape[-1] ** -0.5, key)
+    weights = change(jax.nn.softmax(logits.astype(at_least_float32(dtype)), axis=-1))
+    return jnp.einsum('bhqn,bhnk->bhqk', weights.astype(dtype), value).swapaxes(1, 2)
+
+
+@jax.custom_vjp
+def chunked_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """`dot_product_attention` that keeps no weights for its backward pass.
+
+    That computes them once more, of few images at a time, so that they stay in a CPU's cache.
+    Source: https://arxiv.org/abs/2112.05682.
+    """
+    return dot_product_attention(query, key, value)
+
+
+def _chunked_forward(*arrays):
+    return dot_product_attention(*arrays), arrays
+
+
+def _chunked_backward(kept, grad):
+    query, key, _ = kept
+    batch, queries, heads, _ = query.shape
+    # A batch that is spread over devices stays so: a chunk has images of each.
+    devices = math.gcd(batch, jax.device_count())
+    images = batch // devices
+    largest = max(1, CHUNK // (queries * heads * key.shape[1]))
+    chunks = next(n for n in range(1, images + 1) if images % n == 0 and images // n <= largest)
+
+    def split(x):
+        return x.reshape(devices, chunks, -1, *x.shape[1:])
+
+    def backward(index, over):
+        *chunk, chunk_grad = (
+            jax.lax.dynamic_index_in_dim(x, index, axis=1, keepdims=False).reshape(-1, *x.shape[3:])
+            for x in (*over, split(grad))
+        )
+        found = jax.vjp(dot_product_attention, *chunk)[1](chunk_grad)
+        return [
+            jax.lax.dynamic_update_index_in_dim(
+                x, new.reshape(devices, -1, *new.shape[1:]), index, axis=1
+            )
+            for x, new in zip(over, found, strict=True)
+        ]
+
+    # Gradients are written over what they belong to: a loop that collects its results would have
+    # to clear memory for them first.
+    found = jax.lax.fori_loop(0, chunks, backward, [split(x) for x in kept])
+    return tuple(x.reshape(-1, *x.shape[3:]) for x in found)
+
+
+chunked_attention.defvjp(_chunked_forward, _chunked_backward)
 
 
 class HeadProjection(nn.Module):
@@ -45,17 +154,15 @@ class MultiHeadDotProductAttention(nn.Module):
     """Multi-head self-attention with the parameter tree of the Flax module of this name.
 
     Parameters are `query`, `key`, `value` [D, H, K] and `out` [H, K, D], as in the released files.
-    Between the projections the tokens lie as [B, H, N, K], which makes the products over tokens
-    plain batched matrix products: a training step of Ti/16 on a CPU is 1.5 times as fast as with
-    [B, N, H, K]. Softmax is computed in float32.
+    Softmax is computed in float32.
 
     Attributes:
       num_heads: H; must divide the width.
       dropout_rate: dropout of the attention weights (0 in all released models).
       dtype: type of the matrix products.
-      implementation: 'xla' (matrix products and a softmax), 'cudnn' (NVIDIA's fused kernel: 16-bit
-        types on a GPU, no attention dropout), or 'auto', which is 'xla' on every device until a
-        measurement says otherwise.
+      implementation: 'xla' (`dot_product_attention`), 'chunked' (`chunked_attention`: less memory,
+        no attention dropout), 'cudnn' (NVIDIA's fused kernel: 16-bit types on a GPU, no attention
+        dropout), or 'auto', see `choose_attention`: not measured on a GPU yet.
     """
 
     num_heads: int
@@ -84,43 +191,40 @@ class MultiHeadDotProductAttention(nn.Module):
         shape = (width, heads, head_size)
         query = self._project('query', inputs[:, :queries], shape)
         key, value = (self._project(name, inputs, shape) for name in ('key', 'value'))
-
-        drop = 0.0 if deterministic else self.dropout_rate
-        record = self.is_mutable_collection('attention_weights') and not self.is_initializing()
-        if self.implementation == 'cudnn' and not record:
-            if drop:
-                raise ValueError(
-                    "attention 'cudnn' has no dropout: use 'xla' with attention_dropout_rate > 0"
-                )
-            x = jax.nn.dot_product_attention(
-                *(t.swapaxes(1, 2) for t in (query, key, value)), implementation='cudnn'
-            ).swapaxes(1, 2)
-        elif self.implementation in ATTENTION_IMPLEMENTATIONS:
-            logits = jnp.einsum('bhqk,bhnk->bhqn', query * head_size**-0.5, key)
-            weights = jax.nn.softmax(logits.astype(at_least_float32(self.dtype)), axis=-1)
-            if record:
-                # Adds what the caller gave for this place, if anything: the gradient with respect
-                # to it is that with respect to the weights.
-                weights = self.perturb('weights', weights, collection='attention_offsets')
-                self.sow('attention_weights', 'weights', weights)
-            weights = nn.Dropout(drop)(weights.astype(self.dtype), deterministic=deterministic)
-            x = jnp.einsum('bhqn,bhnk->bhqk', weights, value)
-        else:
-            raise ValueError(
-                f'unknown attention {self.implementation!r}: '
-                f'one of {", ".join(ATTENTION_IMPLEMENTATIONS)}'
-            )
+        x = self._attend(deterministic)(query, key, value)
 
         kernel, bias = HeadProjection((heads, head_size, width), (width,), 2, name='out')()
         x = affine(
-            x.swapaxes(1, 2).reshape(-1, width),
+            x.reshape(-1, width),
             kernel.reshape(width, width).astype(self.dtype),
             bias.astype(self.dtype),
         )
         return x.reshape(batch, -1, width)
 
+    def _attend(self, deterministic: bool) -> Callable[..., jax.Array]:
+        """The function of queries, keys and values."""
+        drop = 0.0 if deterministic else self.dropout_rate
+        record = self.is_mutable_collection('attention_weights') and not self.is_initializing()
+        chosen = choose_attention(self.implementation, drop, jax.default_backend())
+        if chosen == 'xla' or record:
+            return functools.partial(
+                dot_product_attention, change=lambda weights: self._change(weights, drop, record)
+            )
+        if chosen == 'chunked':
+            return chunked_attention
+        return functools.partial(jax.nn.dot_product_attention, implementation='cudnn')
+
+    def _change(self, weights: jax.Array, drop: float, record: bool) -> jax.Array:
+        """Weights [B, H, Q, N], float32, in and, recorded and dropped, out."""
+        if record:
+            # Adds what the caller gave for this place, if anything: the gradient with respect to
+            # it is that with respect to the weights.
+            weights = self.perturb('weights', weights, collection='attention_offsets')
+            self.sow('attention_weights', 'weights', weights)
+        return nn.Dropout(drop)(weights, deterministic=False) if drop else weights
+
     def _project(self, name: str, inputs: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
-        """Tokens [B, N, D] to queries, keys or values [B, H, N, K]."""
+        """Tokens [B, N, D] to queries, keys or values [B, N, H, K]."""
         batch, tokens, width = inputs.shape
         kernel, bias = HeadProjection(shape, shape[1:], 1, name=name)()
         x = affine(
@@ -128,4 +232,4 @@ class MultiHeadDotProductAttention(nn.Module):
             kernel.reshape(width, width).astype(self.dtype),
             bias.reshape(width).astype(self.dtype),
         )
-        return x.reshape(batch, tokens, *shape[1:]).swapaxes(1, 2)
+        return x.reshape(batch, tokens, *shape[1:])
