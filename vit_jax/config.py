@@ -288,7 +288,7 @@ def _check_vit(config: ml_collections.ConfigDict) -> None:
             f'config.model.hidden_size={model.hidden_size} is not divisible by '
             f'config.model.transformer.num_heads={transformer.num_heads}'
         )
-    if config.attention in ('chunked', 'cudnn') and transformer.attention_dropout_rate:
+    if config.attention not in ('auto', 'xla') and transformer.attention_dropout_rate:
         raise UserError(
             f"config.attention={config.attention!r} has no dropout: use 'xla', or "
             'config.model.transformer.attention_dropout_rate=0'

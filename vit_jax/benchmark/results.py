@@ -111,7 +111,8 @@ def _start_up(result: Mapping[str, Any]) -> Table:
         'First step: from the start of the process to the end of its first step, cold without and '
         'warm with programs compiled by an earlier process. Memory: of the accelerator, or on a '
         'CPU of the process. Formula: all of the architecture; ours leaves out what nothing '
-        'depends on in the last block.'
+        'depends on in the last block, and XLA counts a loop, such as that of attention in chunks, '
+        'as one pass.'
     ]
     return Table('Start and memory', columns, rows, notes)
 

@@ -104,7 +104,7 @@ def _chunked_backward(kept, grad):
     def backward(index, over):
         *chunk, chunk_grad = (
             jax.lax.dynamic_index_in_dim(x, index, axis=1, keepdims=False).reshape(-1, *x.shape[3:])
-            for x in (*over, split(grad))
+            for x in (*over, grads)
         )
         found = jax.vjp(dot_product_attention, *chunk)[1](chunk_grad)
         return [
@@ -116,7 +116,8 @@ def _chunked_backward(kept, grad):
 
     # Gradients are written over what they belong to: a loop that collects its results would have
     # to clear memory for them first.
-    found = jax.lax.fori_loop(0, chunks, backward, [split(x) for x in kept])
+    *arrays, grads = map(split, (*kept, grad))
+    found = jax.lax.fori_loop(0, chunks, backward, arrays)
     return tuple(x.reshape(-1, *x.shape[3:]) for x in found)
 
 
