@@ -87,23 +87,27 @@ def run_steps(config, params, batches, *, devices, fsdp=1, model=None, flip=Fals
     return jax.device_get(state), history
 
 
-def reference_steps(config, params, batches):
-    """The same in NumPy, float64, with gradients of JAX in float64 of the plain mean loss."""
+@jax.jit
+@jax.value_and_grad
+def reference_gradient(params, images, labels):
+    """The plain mean loss."""
     model = models.VisionTransformer(**MODEL, dtype=jnp.float64)
+    logits = model.apply({'params': params}, images, train=False)
+    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1))
 
-    def loss_fn(params, images, labels):
-        logits = model.apply({'params': params}, images, train=False)
-        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1))
 
+def reference_steps(config, params, batches):
+    """The same in NumPy, float64, with gradients of JAX in float64."""
     losses = []
     with jax.enable_x64(True):
-        gradient = jax.jit(jax.value_and_grad(loss_fn))
         params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
         leaves, structure = jax.tree.flatten(params)
         momentum = [np.zeros_like(leaf) for leaf in leaves]
         for count, batch in enumerate(batches):
             images = (batch['image'].astype(np.float64) - 127.5) / 127.5
-            loss, grads = gradient(jax.tree.unflatten(structure, leaves), images, batch['label'])
+            loss, grads = reference_gradient(
+                jax.tree.unflatten(structure, leaves), images, batch['label']
+            )
             losses.append(float(loss))
             grads = [np.asarray(g) for g in jax.tree.leaves(grads)]
             norm = np.sqrt(sum((g**2).sum() for g in grads))
