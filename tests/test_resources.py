@@ -37,9 +37,11 @@ def test_b16_as_it_stands_is_refused_on_a_laptop(monkeypatch):
     text = str(error.value)
     assert 'this machine has 8.0 GiB left' in text and 'micro-batches of 64 images' in text
     assert '--config.batch' in text and '--config.accum_steps' in text
-    assert '--config.remat' not in text  # would not help on a CPU
+    assert '--config.remat' in text
+    assert '--config.dtype' not in text  # would not help on a CPU
     # What it advises helps.
     check(resolved(b16, batch=64, accum_steps=16))
+    check(resolved(b16, batch=64, accum_steps=4, remat='full'))
     need = check(resolved(b16, check_memory=False))
     assert need.total > 8 * GIB
 

@@ -176,8 +176,8 @@ def _advice(config: ml_collections.ConfigDict, devices: int, platform: str) -> s
         'use a smaller --config.batch',
         f'a larger --config.accum_steps (so far {accum_steps}: micro-batches of {micro} images)',
     ]
-    if platform != 'cpu':  # Measured: XLA's CPU compiler makes nothing of these two.
-        ways.append('--config.remat=dots or full')
+    ways.append('--config.remat=dots or full')
+    if platform != 'cpu':  # there XLA computes bfloat16 as float32
         if config_lib.compute_dtype(config, platform) != 'bfloat16':
             ways.append('--config.dtype=bfloat16')
         ways.append('more devices (--config.fsdp=-1 shares parameters and optimizer state)')

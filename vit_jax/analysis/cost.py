@@ -61,10 +61,11 @@ class _Activations:
 
 # Fits to `memory_analysis()` of the compiled training step, jax 0.10.2; `training_memory` tells how
 # well they do. Keys: platform, bytes of an activation, rematerialisation. On a CPU, XLA computes
-# bfloat16 as float32, and takes out the barriers that make rematerialisation save anything: one row
-# serves all.
+# bfloat16 as float32.
 _VIT = {
     ('cpu', 4, ''): _Activations((8, 2, 2), ((1, 0, 0),), 2),
+    ('cpu', 4, 'dots'): _Activations((4.7, 1, 0), ((4.2, 2, 0.84),), 0.5),
+    ('cpu', 4, 'full'): _Activations((0.75, 0, 0), ((7.6, 3, 0.56),), 0.5),
     ('gpu', 4, ''): _Activations((8.3, 3, 2), images=1.4),
     ('gpu', 4, 'dots'): _Activations((5.3, 1, 0), ((2.1, 3, 0),), 1.7),
     ('gpu', 4, 'full'): _Activations((1, 0, 0), ((8.8, 4, 2),)),
@@ -80,7 +81,8 @@ _MIXER = {
 }
 # The last block's, where only the class token is read; on a GPU not fitted yet, and as the others'.
 _LAST = (2, 0, 0)
-# More of T*D and T*M in every block that keeps the masks of dropout.
+# More of T*D and T*M in every block that keeps the masks of dropout; on a CPU, where all are made
+# anew, in the block that is worked on.
 _DROPOUT = {'cpu': (4, 2), 'gpu': (0.1, 0.8)}
 # Numbers per output of a ResNet's convolution: of the root (with its pooling), of the units.
 _RESNET = {('cpu', 4): (9, 2.5), ('gpu', 4): (5.7, 1.65), ('gpu', 2): (5.7, 1.65)}
@@ -129,15 +131,17 @@ def training_memory(
     beside arguments and temporary memory):
       CPU (the CPU compiler): within 6 % on 24 steps of 8 and 24 images: ViT of 1 to 12 blocks, 4
         widths, 224 and 384 px, with dropout, attention 'xla'; Mixer; 14 steps with 'chunked' within
-        6 %. Accumulation, several devices, FSDP and hybrids were fitted to an earlier form of the
-        step, which needed twice as much.
+        6 %; 28 steps of 3, 6 and 12 blocks with 'chunked' and `remat` within 5 %. Accumulation,
+        several devices, FSDP and hybrids were fitted to an earlier form of the step, which needed
+        twice as much.
       GPU (the GPU compiler, run ahead of time for an H200 with cuBLAS for all matrix products; not
         compared with a running GPU): of an earlier form of the step, which kept more for the
         derivative of GELU and all of the last block, within 10 % on 61 steps: ViT of 2 to 12
         blocks, float32 and bfloat16, each `remat`, dropout, AdamW, accumulation; Mixer; hybrids of
         2 blocks, bfloat16.
       Not fitted, figures that lean to too much: on a GPU hybrids in float32, `remat` of hybrids
-        (as without) and of Mixers ('dots' as without; 'full' was fitted at one size), and several
+        (as without) and of Mixers ('dots' and, on a CPU, 'full' as without; on a GPU 'full' was
+        fitted at one size), and several
         devices and FSDP, which are the CPU's; attention 'cudnn' and 'chunked', which leave out the
         attention weights.
 
@@ -210,8 +214,9 @@ def _per_image(
     """Bytes of activations for one image of a micro-batch."""
     s = counts.sizes(model_config, image_size)
     width = 4 if platform == 'cpu' else BYTES[dtype]
-    key = (platform, width, '' if platform == 'cpu' else remat)
+    key = (platform, width, remat)
     masks, square = (0.0, 0.0), s.heads * s.tokens**2
+    keeps_square = True
     if variants.is_mixer(model_config):
         rule, square = _MIXER.get(key, _MIXER[(*key[:2], '')]), s.width * s.tokens_hidden
     else:
@@ -219,20 +224,25 @@ def _per_image(
         drop = transformer.get('attention_dropout_rate', 0.0)
         chosen = choose_attention(attention, drop, platform)
         # What is a single chunk is kept, because XLA merges its two computations.
-        if chosen == 'cudnn' or (chosen == 'chunked' and batch * square > CHUNK):
+        keeps_square = chosen != 'chunked' or batch * square <= CHUNK
+        if chosen == 'cudnn':
             square = 0
         rule = _VIT[key]
-        if transformer.get('dropout_rate', 0.0) and not key[2]:
+        if transformer.get('dropout_rate', 0.0):
             masks = _DROPOUT[platform]
     units = (s.tokens * s.width, s.tokens * s.hidden, square)
 
     def size(factors: Units) -> float:
         return sum(factor * unit for factor, unit in zip(factors, units, strict=True))
 
+    block = rule.block if keeps_square else (*rule.block[:2], 0)
+
     blocks = s.blocks
     if platform == 'cpu' and counts.unused_macs(model_config, image_size):
         blocks -= 1  # the last one keeps little, see `models.vit.Encoder`
-    numbers = blocks * (size(rule.block) + size((*masks, 0))) + max(map(size, rule.once))
+    with_masks = {'': blocks}.get(remat, 1 if platform == 'cpu' else 0)
+    numbers = blocks * size(block) + max(map(size, rule.once))
+    numbers += with_masks * size((*masks, 0))
     numbers += (s.blocks - blocks) * size(_LAST)
     for index, group in enumerate(counts.convolutions(model_config, image_size)):
         numbers += _RESNET[key[:2]][min(index, 1)] * sum(c.outputs for c in group)
