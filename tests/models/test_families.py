@@ -143,8 +143,11 @@ def test_rematerialisation_changes_memory_not_results(family):
         saving(params),
     )
     # One for each block: two of the Mixer; of the hybrid, one residual unit and one of the encoder.
-    assert saving.lower(params).as_text().count('stablehlo.optimization_barrier') == 2
-    assert 'optimization_barrier' not in plain.lower(params).as_text()
+    barriers = [
+        function.lower(params).as_text().count('stablehlo.optimization_barrier')
+        for function in (plain, saving)
+    ]
+    assert barriers[1] - barriers[0] == 2
     with pytest.raises(ValueError, match="unknown remat 'some'"):
         abstract_params(create(family, remat='some'), 32)
 

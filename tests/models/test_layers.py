@@ -10,6 +10,7 @@ from vit_jax.models import layers
 
 PAIRS = {
     'dense': (layers.Dense, nn.Dense, {'features': 24}),
+    'gelu_dense': (layers.Dense, nn.Dense, {'features': 24}),
     'layer_norm': (layers.LayerNorm, nn.LayerNorm, {}),
     'gelu': (None, None, {}),
 }
@@ -39,13 +40,14 @@ def both(name, dtype):
     rng = np.random.default_rng(1)
     shapes = jax.eval_shape(theirs.init, jax.random.key(0), jnp.zeros((1, 16), dtype))['params']
     params = jax.tree.map(lambda s: jnp.asarray(rng.normal(1, 0.5, s.shape), dtype), shapes)
-    mine = ours(**options)
+    before = (lambda x: nn.gelu(x, approximate=True)) if name == 'gelu_dense' else (lambda x: x)
+    mine = ours(**options, **({'after_gelu': True} if name == 'gelu_dense' else {}))
     assert jax.tree.structure(
         jax.eval_shape(mine.init, jax.random.key(0), jnp.zeros((1, 16), dtype))['params']
     ) == jax.tree.structure(params)
     return (
         lambda p, x: mine.apply({'params': p}, x),
-        lambda p, x: theirs.apply({'params': p}, x),
+        lambda p, x: theirs.apply({'params': p}, before(x)),
         params,
     )
 

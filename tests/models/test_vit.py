@@ -229,8 +229,11 @@ def test_rematerialisation_changes_memory_not_results(remat):
         gradients(plain)(params),
         saving(params),
     )
-    assert 'optimization_barrier' in saving.lower(params).as_text()
-    assert 'optimization_barrier' not in gradients(plain).lower(params).as_text()
+    barriers = [
+        function.lower(params).as_text().count('optimization_barrier')
+        for function in (gradients(plain), saving)
+    ]
+    assert barriers[1] - barriers[0] == TINY['transformer']['num_layers']
 
 
 def test_recording_changes_nothing_where_all_tokens_are_read():

@@ -63,7 +63,7 @@ class _Activations:
 # well they do. Keys: platform, bytes of an activation, rematerialisation. On a CPU, XLA computes
 # bfloat16 as float32.
 _VIT = {
-    ('cpu', 4, ''): _Activations((8, 2, 2), ((1, 0, 0),), 2),
+    ('cpu', 4, ''): _Activations((8, 1, 2), ((3.9, 1, 0),), 0.85),
     ('cpu', 4, 'dots'): _Activations((4.7, 1, 0), ((4.2, 2, 0.84),), 0.5),
     ('cpu', 4, 'full'): _Activations((0.75, 0, 0), ((7.6, 3, 0.56),), 0.5),
     ('gpu', 4, ''): _Activations((8.3, 3, 2), images=1.4),
@@ -74,16 +74,17 @@ _VIT = {
     ('gpu', 2, 'full'): _Activations((1, 0, 0), ((14.4, 3.8, 0), (12, 0, 5)), 0.3),
 }
 _MIXER = {
-    ('cpu', 4, ''): _Activations((4, 2, 2), ((6, 0, 0),), 1),
+    ('cpu', 4, ''): _Activations((4, 1, 1), ((6, 1, 0),), 1),
     ('gpu', 4, ''): _Activations((4.3, 3, 3), images=1.4),
     ('gpu', 2, ''): _Activations((4.3, 3, 3), images=0.9),
     ('gpu', 2, 'full'): _Activations((1, 0, 0), ((6, 4, 0),)),
 }
 # The last block's, where only the class token is read; on a GPU not fitted yet, and as the others'.
 _LAST = (2, 0, 0)
-# More of T*D and T*M in every block that keeps the masks of dropout; on a CPU, where all are made
-# anew, in the block that is worked on.
-_DROPOUT = {'cpu': (4, 2), 'gpu': (0.1, 0.8)}
+# More of T*D and T*M in every block that keeps the masks of dropout and, on a CPU, what GELU gave;
+# and where they are made anew, of the block that is worked on.
+_DROPOUT = {'cpu': (4, 3), 'gpu': (0.1, 0.8)}
+_DROPOUT_ONCE = {'cpu': (4, 2), 'gpu': (0, 0)}
 # Numbers per output of a ResNet's convolution: of the root (with its pooling), of the units.
 _RESNET = {('cpu', 4): (9, 2.5), ('gpu', 4): (5.7, 1.65), ('gpu', 2): (5.7, 1.65)}
 # What is there of the gradients' size while the parameters are updated.
@@ -129,11 +130,10 @@ def training_memory(
 
     How well it does, by XLA's own figures for the compiled training step of jax 0.10.2 (`total`
     beside arguments and temporary memory):
-      CPU (the CPU compiler): within 6 % on 24 steps of 8 and 24 images: ViT of 1 to 12 blocks, 4
-        widths, 224 and 384 px, with dropout, attention 'xla'; Mixer; 14 steps with 'chunked' within
-        6 %; 28 steps of 3, 6 and 12 blocks with 'chunked' and `remat` within 5 %. Accumulation,
-        several devices, FSDP and hybrids were fitted to an earlier form of the step, which needed
-        twice as much.
+      CPU (the CPU compiler): 8 and 24 images, ViT of 3 to 12 blocks, 3 widths, 224 and 384 px, with
+        dropout: 22 steps with 'chunked' and 'xla' within 4 %, 28 with 'chunked' and `remat` within
+        5 %. Accumulation, several devices, FSDP and hybrids were fitted to an earlier form of the
+        step, which needed twice as much.
       GPU (the GPU compiler, run ahead of time for an H200 with cuBLAS for all matrix products; not
         compared with a running GPU): of an earlier form of the step, which kept more for the
         derivative of GELU and all of the last block, within 10 % on 61 steps: ViT of 2 to 12
@@ -229,7 +229,7 @@ def _per_image(
             square = 0
         rule = _VIT[key]
         if transformer.get('dropout_rate', 0.0):
-            masks = _DROPOUT[platform]
+            masks = (_DROPOUT_ONCE if remat else _DROPOUT)[platform]
     units = (s.tokens * s.width, s.tokens * s.hidden, square)
 
     def size(factors: Units) -> float:
@@ -240,9 +240,8 @@ def _per_image(
     blocks = s.blocks
     if platform == 'cpu' and counts.unused_macs(model_config, image_size):
         blocks -= 1  # the last one keeps little, see `models.vit.Encoder`
-    with_masks = {'': blocks}.get(remat, 1 if platform == 'cpu' else 0)
     numbers = blocks * size(block) + max(map(size, rule.once))
-    numbers += with_masks * size((*masks, 0))
+    numbers += (1 if remat else blocks) * size((*masks, 0))
     numbers += (s.blocks - blocks) * size(_LAST)
     for index, group in enumerate(counts.convolutions(model_config, image_size)):
         numbers += _RESNET[key[:2]][min(index, 1)] * sum(c.outputs for c in group)

@@ -25,8 +25,8 @@ class MlpBlock(nn.Module):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """[..., inputs] to [..., inputs], over the last axis."""
         x = layers.Dense(self.mlp_dim, dtype=self.dtype, name='Dense_0')(inputs)
-        x = layers.gelu(x)
-        return layers.Dense(inputs.shape[-1], dtype=self.dtype, name='Dense_1')(x)
+        last = layers.Dense(inputs.shape[-1], after_gelu=True, dtype=self.dtype, name='Dense_1')
+        return last(x)
 
 
 class MixerBlock(nn.Module):

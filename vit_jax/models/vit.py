@@ -69,10 +69,11 @@ class MlpBlock(nn.Module):
             bias_init=nn.initializers.normal(stddev=1e-6),
         )
         x = dense(self.mlp_dim, name='Dense_0')(inputs)
-        x = layers.gelu(x)
-        x = nn.Dropout(self.dropout_rate)(x, deterministic=deterministic)
-        x = dense(inputs.shape[-1], name='Dense_1')(x)
-        return nn.Dropout(self.dropout_rate)(x, deterministic=deterministic)
+        drops = self.dropout_rate > 0 and not deterministic
+        if drops:
+            x = nn.Dropout(self.dropout_rate, name='Dropout_0')(layers.gelu(x), deterministic=False)
+        x = dense(inputs.shape[-1], after_gelu=not drops, name='Dense_1')(x)
+        return nn.Dropout(self.dropout_rate, name='Dropout_1')(x, deterministic=deterministic)
 
 
 class Encoder1DBlock(nn.Module):
