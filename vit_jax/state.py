@@ -1,6 +1,5 @@
 """The training state: what a checkpoint holds and the training step transforms."""
 
-import functools
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -50,9 +49,7 @@ def init_params(
         they have among all. The compiler leaves out the others, which saves seconds.
     """
 
-    # Random numbers make long programs. To optimize them more takes up to twice as long, makes them
-    # no faster and changes no bit.
-    @functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': '1'})
+    @jax.jit
     def init(key: jax.Array) -> Mapping[str, Any]:
         images = jnp.zeros((1, image_size, image_size, 3))
         params = model.init(key, images, train=False)['params']
