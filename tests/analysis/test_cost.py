@@ -219,7 +219,7 @@ def test_a_line_through_two_batch_sizes_predicts_a_third(compiled):
 
 
 def test_rematerialised_products_are_those_of_the_formula():
-    """Exactly."""
+    """Exactly, counted in the program as it is given to XLA."""
     config = {**smaller('ViT-Ti_16', num_layers=2), 'classifier': 'gap'}
     images = jnp.zeros((3, 96, 96, 3))
     found = {}

@@ -132,8 +132,10 @@ def training_memory(
     beside arguments and temporary memory):
       CPU (the CPU compiler): 8 and 24 images, ViT of 3 to 12 blocks, 3 widths, 224 and 384 px, with
         dropout: 22 steps with 'chunked' and 'xla' within 4 %, 28 with 'chunked' and `remat` within
-        5 %. Accumulation, several devices, FSDP and hybrids were fitted to an earlier form of the
-        step, which needed twice as much.
+        5 % (before GELU was computed again; since then one, of 4 blocks, within 2 %); Mixer, 3
+        steps within 3 %. B/16 of 12 blocks at batch 8: 10 % too much. Accumulation, several
+        devices, FSDP and hybrids were fitted to an earlier form of the step, which needed twice as
+        much.
       GPU (the GPU compiler, run ahead of time for an H200 with cuBLAS for all matrix products; not
         compared with a running GPU): of an earlier form of the step, which kept more for the
         derivative of GELU and all of the last block, within 10 % on 61 steps: ViT of 2 to 12
@@ -141,9 +143,8 @@ def training_memory(
         2 blocks, bfloat16.
       Not fitted, figures that lean to too much: on a GPU hybrids in float32, `remat` of hybrids
         (as without) and of Mixers ('dots' and, on a CPU, 'full' as without; on a GPU 'full' was
-        fitted at one size), and several
-        devices and FSDP, which are the CPU's; attention 'cudnn' and 'chunked', which leave out the
-        attention weights.
+        fitted at one size), and several devices and FSDP, which are the CPU's; attention 'cudnn'
+        and 'chunked', which leave out the attention weights.
 
     Raises:
       UserError: the image is not a whole number of patches.
@@ -216,26 +217,26 @@ def _per_image(
     width = 4 if platform == 'cpu' else BYTES[dtype]
     key = (platform, width, remat)
     masks, square = (0.0, 0.0), s.heads * s.tokens**2
-    keeps_square = True
     if variants.is_mixer(model_config):
         rule, square = _MIXER.get(key, _MIXER[(*key[:2], '')]), s.width * s.tokens_hidden
+        block = rule.block
     else:
         transformer = model_config['transformer']
         drop = transformer.get('attention_dropout_rate', 0.0)
         chosen = choose_attention(attention, drop, platform)
-        # What is a single chunk is kept, because XLA merges its two computations.
-        keeps_square = chosen != 'chunked' or batch * square <= CHUNK
-        if chosen == 'cudnn':
-            square = 0
         rule = _VIT[key]
+        block = rule.block
+        # What is a single chunk is kept, because XLA merges its two computations.
+        if chosen == 'chunked' and batch * square > CHUNK:
+            block = (*block[:2], 0)
+        elif chosen == 'cudnn':
+            square = 0
         if transformer.get('dropout_rate', 0.0):
             masks = (_DROPOUT_ONCE if remat else _DROPOUT)[platform]
     units = (s.tokens * s.width, s.tokens * s.hidden, square)
 
     def size(factors: Units) -> float:
         return sum(factor * unit for factor, unit in zip(factors, units, strict=True))
-
-    block = rule.block if keeps_square else (*rule.block[:2], 0)
 
     blocks = s.blocks
     if platform == 'cpu' and counts.unused_macs(model_config, image_size):
