@@ -289,6 +289,8 @@ def test_profile_of_a_step(run, monkeypatch):
     assert 'part of the model,ms a step' in done.stdout
     assert 'encoderblock_*' in done.stdout
     assert 'backward ' in done.stdout
+    kinds = {line.split(',')[0] for line in done.stdout.splitlines()}
+    assert kinds >= {'matrix products', 'softmax', 'layer norm', 'GELU', 'optimizer and loss'}
 
 
 @pytest.fixture

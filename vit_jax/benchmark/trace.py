@@ -31,9 +31,9 @@ _PRODUCT = re.compile(r'gemm|matmul|dot|conv|fmha', re.IGNORECASE)
 _WORK = (
     (re.compile(r'Dropout|random_bits|threefry'), 'dropout'),
     (re.compile(r'LayerNorm|encoder_norm|pre_head_layer_norm|GroupNorm|/gn'), 'layer norm'),
+    (re.compile(r'\bgelu\b'), 'GELU'),
     (re.compile(r'/(query|key|value|out|embedding|head|Dense_\d+)/'), 'biases'),
     (re.compile(r'Attention'), 'softmax'),
-    (re.compile(r'Mlp|mixing'), 'GELU'),
 )
 
 

@@ -36,13 +36,16 @@ def gelu(x: jax.Array) -> jax.Array:
     Returns:
       The same shape and type.
     """
-    return nn.gelu(x, approximate=True)
+    return _gelu_forward(x)[0]
 
 
+# The names are for profiles (`vit_jax.benchmark.trace`).
+@jax.named_scope('gelu')
 def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return nn.gelu(x, approximate=True), x
 
 
+@jax.named_scope('gelu')
 def _gelu_backward(x: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
     a, b = math.sqrt(2 / math.pi), math.sqrt(2 / math.pi) * 0.044715
     square = x * x
@@ -103,13 +106,13 @@ def _again_gelu_affine(x, kernel, bias):
 
 
 def _gelu_affine_forward(x, kernel, bias):
-    return _affine_forward(nn.gelu(x, approximate=True), kernel, bias)[0], (x, kernel)
+    return _affine_forward(_gelu_forward(x)[0], kernel, bias)[0], (x, kernel)
 
 
 def _gelu_affine_backward(kept, grad):
     # Not before there is a gradient; otherwise XLA would merge it with the forward pass.
     x, grad = jax.lax.optimization_barrier((kept[0], grad))
-    y, kernel = nn.gelu(x, approximate=True), kept[1]
+    y, kernel = _gelu_forward(x)[0], kept[1]
     y_grad, kernel_grad, bias_grad = _affine_backward((y, kernel), grad)
     return *_gelu_backward(x, y_grad), kernel_grad, bias_grad
 
