@@ -1,5 +1,6 @@
 """Strict settings for all tests, and what they share."""
 
+import json
 import os
 import pathlib
 import signal
@@ -33,6 +34,13 @@ def pytest_configure(config):
         os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
     import jax
 
+    # JAX has read the environment already if the conftest of a folder imported it before this one.
+    for name in ('JAX_PLATFORMS', 'JAX_COMPILATION_CACHE_DIR'):
+        if name in os.environ:
+            jax.config.update(name.lower(), os.environ[name])
+    for name in ('JAX_NUM_CPU_DEVICES', 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'):
+        if name in os.environ:
+            jax.config.update(name.lower(), json.loads(os.environ[name]))
     jax.config.update('jax_cpu_enable_async_dispatch', False)  # as `sharding.steps_ahead` says
     jax.config.update('jax_numpy_rank_promotion', 'raise')
     jax.config.update('jax_default_matmul_precision', 'highest')

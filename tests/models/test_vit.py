@@ -308,6 +308,16 @@ def test_attention_weights_are_there_whatever_the_implementation():
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_cudnn_attention_says_what_it_needs(dtype):
+    if dtype == jnp.bfloat16 and jax.default_backend() == 'gpu':
+        pytest.skip('a GPU has it')
+    model = models.VisionTransformer(**TINY, attention='cudnn', dtype=dtype)
+    images = jnp.zeros((1, 32, 32, 3))
+    with pytest.raises(ValueError, match=r'NVIDIA GPUs, in 16-bit types'):
+        jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+
+
 @pytest.mark.parametrize(
     # On the 4 devices of these tests, with 5 * 3 * 17 = 255 weights an image.
     ('batch', 'chunk', 'chunks'),

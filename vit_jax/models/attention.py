@@ -213,6 +213,10 @@ class MultiHeadDotProductAttention(nn.Module):
             )
         if chosen == 'chunked':
             return chunked_attention
+        if jax.default_backend() != 'gpu' or jnp.dtype(self.dtype).itemsize != 2:
+            raise ValueError(
+                "attention 'cudnn' runs on NVIDIA GPUs, in 16-bit types: use 'auto' or 'xla'"
+            )
         return functools.partial(jax.nn.dot_product_attention, implementation='cudnn')
 
     def _change(self, weights: jax.Array, drop: float, record: bool) -> jax.Array:
