@@ -92,8 +92,8 @@ affine.defvjp(_affine_forward, _affine_backward)
 def gelu_affine(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     """The affine map of GELU, gelu(x) kernel + bias; arguments as for `affine`.
 
-    On a CPU, what GELU gave is not kept for the backward pass but computed again: that takes less
-    time than getting memory for it, a fifth of a training step's temporary memory.
+    On a CPU, what GELU gave is not kept for the backward pass but computed again: that takes no
+    more time than getting memory for it, a fifth of a training step's temporary memory.
     """
     if jax.default_backend() == 'cpu':
         return _again_gelu_affine(x, kernel, bias)
