@@ -16,7 +16,7 @@ measured.
 import ml_collections
 
 from configs import common
-from vit_jax.models import variants
+from vit_jax import variants
 
 _MODELS = {
     name.replace('ViT-', '').replace('+', '_'): name

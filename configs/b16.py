@@ -12,7 +12,7 @@ where this was written).
 import ml_collections
 
 from configs import common
-from vit_jax.models import variants
+from vit_jax import variants
 
 
 def get_config(dataset: str = 'tf_flowers') -> ml_collections.ConfigDict:

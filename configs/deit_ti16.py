@@ -14,7 +14,7 @@ decay from 0.01. Time and accuracy: not yet measured.
 import ml_collections
 
 from configs import common
-from vit_jax.models import variants
+from vit_jax import variants
 
 
 def get_config(dataset: str = 'tf_flowers') -> ml_collections.ConfigDict:

@@ -12,7 +12,7 @@ with these weights: not yet measured (they cannot be downloaded where this was w
 import ml_collections
 
 from configs import common
-from vit_jax.models import variants
+from vit_jax import variants
 
 
 def get_config(dataset: str = 'tf_flowers') -> ml_collections.ConfigDict:

@@ -10,7 +10,7 @@ README): 96.82 % from imagenet21k, 96.72 % from imagenet1k. With this code: not 
 import ml_collections
 
 from configs import common
-from vit_jax.models import variants
+from vit_jax import variants
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -12,7 +12,7 @@ import re
 import ml_collections
 
 from configs import common
-from vit_jax.models import variants
+from vit_jax import variants
 
 
 def _spelling(name: str) -> str:

@@ -24,7 +24,7 @@ import pathlib
 import signal
 import sys
 
-from vit_jax import command
+from vit_jax import cli
 
 SHOWN_CLASSES = 2
 
@@ -50,7 +50,7 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command.make_parser(__doc__)
+    parser = cli.make_parser(__doc__)
     add = parser.add_argument
     add('--model', required=True, help='model folder, or weights of any kind that can be loaded')
     add('--variant', default='', help='architecture of weights, such as ViT-B_16, if not clear')
@@ -88,10 +88,11 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> int:
     import dataclasses
 
-    from vit_jax import contact_sheet, labels, model_folder, predict, prediction_output
     from vit_jax.analysis import attention, attention_output
     from vit_jax.checkpoint import catalog
     from vit_jax.errors import UserError
+    from vit_jax.inference import contact_sheet, labels, model_folder, predict
+    from vit_jax.inference import output as prediction_output
 
     folder = pathlib.Path(args.output)
     attention_output.check_folder(folder)
@@ -161,7 +162,7 @@ def _note(reason: str) -> None:
 
 def _report(folder: pathlib.Path, drawn: list, class_names) -> None:
     """Says what is where."""
-    from vit_jax import predict
+    from vit_jax.inference import predict
 
     for image in drawn:
         says = ''

@@ -19,7 +19,7 @@ import pathlib
 import sys
 from typing import Any
 
-from vit_jax import command
+from vit_jax import cli
 
 # Lines of a document between which --update writes.
 MARKS = ('<!-- benchmark -->', '<!-- /benchmark -->')
@@ -31,7 +31,7 @@ def main() -> int:
     parser = _parser()
     args = parser.parse_args()
     # Not at the top: they take seconds, and --help should not.
-    from vit_jax.benchmark import machine, results
+    from benchmarks import machine, results
     from vit_jax.errors import UserError
 
     try:
@@ -65,7 +65,7 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command.make_parser(__doc__)
+    parser = cli.make_parser(__doc__)
     add = parser.add_argument
     add('--variants', nargs='+', default=['ViT-B_16'], help='of list_models.py --variants')
     add('--image_size', type=int, nargs='+', default=[224], help='default: 224')
@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _benchmark(args: argparse.Namespace) -> dict:
     """Measures every cell. The result is JSON."""
-    from vit_jax.benchmark import contestants, interleave, machine
+    from benchmarks import contestants, interleave, machine
 
     timing = _timing(args)
     if args.device:
@@ -135,7 +135,7 @@ def _benchmark(args: argparse.Namespace) -> dict:
 
 
 def _result(hardware: dict, left_out: list[str], **measured: Any) -> dict:
-    from vit_jax.benchmark import machine, results
+    from benchmarks import machine, results
 
     return {
         'kind': results.KIND,
@@ -151,7 +151,7 @@ def _result(hardware: dict, left_out: list[str], **measured: Any) -> dict:
 
 def _largest(args: argparse.Namespace, cells: list, labels: list) -> dict:
     """Tries the largest batch of every cell, of which --batch is the first."""
-    from vit_jax.benchmark import largest, machine
+    from benchmarks import largest, machine
 
     hardware, done, left_out = machine.hardware(), [], []
     for cell in cells:
@@ -185,7 +185,7 @@ def _note_accelerator(hardware: dict, rows: list[dict]) -> None:
 
 
 def _timing(args: argparse.Namespace):
-    from vit_jax.benchmark import interleave
+    from benchmarks import interleave
     from vit_jax.errors import UserError
 
     rounds, steps, warmup = (30, 1, 10) if args.inference_only else (10, 0, 2)
@@ -212,8 +212,8 @@ def _timing(args: argparse.Namespace):
 
 def _cells(args: argparse.Namespace) -> list:
     """Everything that is asked for; wrong names and sizes are refused before measuring."""
+    from benchmarks import interleave
     from vit_jax.analysis import subject
-    from vit_jax.benchmark import interleave
 
     modes = ['inference'] if args.inference_only else args.modes
     cells = []
@@ -268,7 +268,7 @@ def _cell_result(args, cell, rows: list[dict], products: list[dict]) -> dict:
 
 def _peak(args, cell, rows: list[dict], products: list[dict]) -> dict | None:
     """FLOP/s that the share is of, and where that comes from."""
-    from vit_jax.benchmark import machine, results
+    from benchmarks import machine, results
 
     if args.peak_tflops:
         return {'flops': 1e12 * args.peak_tflops, 'source': 'as given'}
@@ -296,8 +296,8 @@ def _peak(args, cell, rows: list[dict], products: list[dict]) -> dict | None:
 
 
 def _tables(found: list[dict], style: str) -> str:
+    from benchmarks import results
     from vit_jax.analysis import tables
-    from vit_jax.benchmark import results
 
     return '\n'.join(tables.render(t, style) for result in found for t in results.tables(result))
 

@@ -19,7 +19,7 @@ import random
 import statistics
 import sys
 
-from vit_jax import command
+from vit_jax import cli
 
 # What each needs; those of ours that have no stages of their own are in the second table only.
 CONTESTANTS = {
@@ -46,7 +46,7 @@ def main() -> int:
         parser.error('--images, --image_size, --batch, --rounds and --workers are at least 1')
 
     # Not at the top: they take time, and --help should not.
-    from vit_jax.benchmark import machine
+    from benchmarks import machine
     from vit_jax.errors import UserError
 
     try:
@@ -70,7 +70,7 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command.make_parser(__doc__)
+    parser = cli.make_parser(__doc__)
     add = parser.add_argument
     add('--folder', help='of photos, with whatever folders are in it')
     add('--images', type=int, default=128, help='of the folder, drawn at random; default: 128')
@@ -93,9 +93,9 @@ def _benchmark(args: argparse.Namespace) -> dict:
     """Stages on one thread, then the whole with more and more workers. The result is JSON."""
     import importlib.util
 
-    from vit_jax import predict
-    from vit_jax.benchmark import machine
+    from benchmarks import machine
     from vit_jax.errors import UserError
+    from vit_jax.inference import predict
 
     files = predict.find_images([args.folder])
     random.Random(0).shuffle(files)
@@ -143,10 +143,9 @@ def _measure(
     """Turn about; for each contestant `timed` of each round (seconds of what), or `error`."""
     import contextlib
 
-    from vit_jax.benchmark import interleave
+    from benchmarks import interleave
 
-    script = pathlib.Path(__file__).with_name('input_stages.py')
-    command = [sys.executable, str(script)]
+    command = [sys.executable, '-m', 'benchmarks.input_stages']
     setup = {'files': files, 'crop': args.image_size, 'batch': args.batch, 'workers': workers}
     rows = {name: {'contestant': name, 'timed': []} for name in names}
     with contextlib.ExitStack() as stack:

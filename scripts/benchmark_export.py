@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 
-from vit_jax import command
+from vit_jax import cli
 from vit_jax.errors import UserError
 
 OURS, THEIRS, INT8 = 'vit_jax', 'transformers', 'vit_jax int8'  # which file
@@ -27,7 +27,7 @@ TOLERANCE = 1e-4  # of the largest logit: these are two exports of one model
 
 def main() -> int:
     """Runs the command line; returns the exit status, 1 if there is no result."""
-    parser = command.make_parser(__doc__)
+    parser = cli.make_parser(__doc__)
     parser.add_argument(
         '--model', help='model folder or weights of a ViT; default: made-up weights'
     )
@@ -41,7 +41,7 @@ def main() -> int:
     args = parser.parse_args()
     if min(*args.batch, args.runs, args.threads) < 1:
         parser.error('--batch, --runs and --threads are at least 1')
-    return command.run(lambda: _run(args))
+    return cli.run(lambda: _run(args))
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -109,10 +109,10 @@ def _model(args: argparse.Namespace):
     import jax
     import numpy as np
 
-    from vit_jax import model_folder, models
+    from vit_jax import models, variants
     from vit_jax.data.preprocess import Preprocess
     from vit_jax.errors import UserError
-    from vit_jax.models import variants
+    from vit_jax.inference import model_folder
 
     if args.model:
         return model_folder.load(args.model)
@@ -140,10 +140,10 @@ def _model(args: argparse.Namespace):
 
 def _export(model, args: argparse.Namespace, folder: pathlib.Path) -> dict[str, str]:
     """Writes all files; name -> path."""
-    from vit_jax.checkpoint import export
     from vit_jax.errors import UserError
     from vit_jax.export import onnx as onnx_export
     from vit_jax.export import onnx_quantize
+    from vit_jax.export import pytorch as export
 
     files = {name: str(folder / f'{i}.onnx') for i, name in enumerate((OURS, THEIRS, INT8))}
     onnx_export.save(onnx_export.build(model, opset=args.opset, layout='NCHW'), files[OURS])
@@ -159,9 +159,8 @@ def _export(model, args: argparse.Namespace, folder: pathlib.Path) -> dict[str, 
         image_size=model.image_size,
         class_names=(),
     )
-    script = pathlib.Path(__file__).with_name('torch_onnx.py')
     done = subprocess.run(
-        [sys.executable, script, folder / 'huggingface', files[THEIRS]],
+        [sys.executable, '-m', 'benchmarks.torch_onnx', folder / 'huggingface', files[THEIRS]],
         capture_output=True,
         text=True,
     )

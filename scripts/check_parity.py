@@ -1,9 +1,9 @@
 """Proves a model against PyTorch: same weights, same images, number by number.
 
 The reference is the ViT of Hugging Face transformers, where it has the model (Vision Transformers
-with a class token), else the independent implementation of scripts/torch_reference.py; timm too, if
-it is installed. Both sides run in float32 and in float64, so that one sees which side rounds, and
-PyTorch once more with its default erf GELU, for which these weights were not trained.
+with a class token), else the independent implementation of benchmarks/torch_reference.py; timm too,
+if it is installed. Both sides run in float32 and in float64, so that one sees which side rounds,
+and PyTorch once more with its default erf GELU, for which these weights were not trained.
 
 Examples:
     python scripts/check_parity.py --model ViT-B_16.npz
@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-from vit_jax import command
+from vit_jax import cli
 
 REFERENCES = ('auto', 'transformers', 'torch_reference', 'timm')
 
@@ -55,15 +55,16 @@ def main() -> int:
             print(json.dumps(result, indent=1))
         return 0 if result['passed'] else 1
 
-    return command.run(work, failure=2)
+    return cli.run(work, failure=2)
 
 
 def check(args: argparse.Namespace) -> dict:
     """Compares, prints (to standard error with --json) and returns the result for JSON."""
     import jax
 
-    from vit_jax import model_folder, parity
+    from vit_jax.analysis import compare as parity
     from vit_jax.errors import UserError
+    from vit_jax.inference import model_folder
 
     say = functools.partial(print, file=sys.stderr if args.json else sys.stdout, flush=True)
     path = _find(args.model)
@@ -135,7 +136,7 @@ def check(args: argparse.Namespace) -> dict:
 
 
 def _parse() -> argparse.Namespace:
-    parser = command.make_parser(__doc__)
+    parser = cli.make_parser(__doc__)
     add = parser.add_argument
     add('--model', required=True, help='model folder, file of weights, or released name')
     add('--images', nargs='+', default=[], metavar='DIR', help='images (default: 8 made-up ones)')
@@ -167,8 +168,7 @@ def _find(model: str) -> pathlib.Path:
 
 def _reference_weights(path: pathlib.Path, model) -> tuple[dict[str, np.ndarray], str]:
     """The weights under published names, and how they were read."""
-    import torch_reference
-
+    from benchmarks import torch_reference
     from vit_jax.checkpoint import npz
 
     file = path / 'params.npz' if path.is_dir() else path
@@ -219,9 +219,10 @@ def _zero_head(params: Mapping) -> bool:
 
 def _images(args, model) -> tuple[Callable[[], Iterator[np.ndarray]], str]:
     """A function that gives batches of inputs, [B, size, size, 3] in [-1, 1], and their name."""
-    from vit_jax import parity, predict
+    from vit_jax.analysis import compare as parity
     from vit_jax.data.decode import decode
     from vit_jax.data.preprocess import normalize
+    from vit_jax.inference import predict
 
     size = model.image_size
     if not args.images:
@@ -249,9 +250,8 @@ def _images(args, model) -> tuple[Callable[[], Iterator[np.ndarray]], str]:
 def _references(wanted: str, model, weights, folder) -> Iterator[tuple[str, Callable]]:
     """Yields (description, function of the form of GELU and of float64 that gives a runner)."""
     import torch
-    import torch_libraries
-    import torch_reference
 
+    from benchmarks import torch_libraries, torch_reference
     from vit_jax.errors import UserError
 
     classifier = model.model_config.get('classifier', '')
@@ -278,7 +278,7 @@ def _references(wanted: str, model, weights, folder) -> Iterator[tuple[str, Call
         yield f'ViT of transformers {transformers.__version__}, {version}', build
     elif wanted in ('auto', 'torch_reference'):
         yield (
-            f'scripts/torch_reference.py, {version}',
+            f'benchmarks/torch_reference.py, {version}',
             lambda gelu, wide: _runner(
                 torch_reference.build(weights, classifier=classifier, gelu=gelu), wide
             ),

@@ -14,7 +14,7 @@ import io
 import pathlib
 import sys
 
-from vit_jax import command
+from vit_jax import cli
 
 EXAMPLE = pathlib.Path(__file__).resolve().parent.parent / 'docs' / 'serving' / 'classify.py'
 BATCH = 20
@@ -22,16 +22,16 @@ BATCH = 20
 
 def main() -> int:
     """Runs the command line; returns the exit status."""
-    parser = command.make_parser(__doc__)
+    parser = cli.make_parser(__doc__)
     parser.add_argument('--model', required=True, help='as for scripts/predict.py')
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='file, folder or pattern')
     args = parser.parse_args()
-    return command.run(lambda: _run(args))
+    return cli.run(lambda: _run(args))
 
 
 def _run(args: argparse.Namespace) -> None:
     # Not at the top: they take time, and --help should not.
-    from vit_jax import classifier, predict
+    from vit_jax.inference import classifier, predict
 
     images = predict.find_images(args.images)
     model = classifier.open_classifier(args.model, labels='none')
@@ -41,7 +41,7 @@ def _run(args: argparse.Namespace) -> None:
 def _compare(model, images: list[str]) -> None:
     import numpy as np
 
-    from vit_jax import predict
+    from vit_jax.inference import predict
 
     differences = _differences(model.image_size)
     totals = {name: [0.0, 0.0, 0] for name in differences}  # mean and largest |levels|, agreements

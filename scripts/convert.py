@@ -17,7 +17,7 @@ import argparse
 import os
 import sys
 
-from vit_jax import command
+from vit_jax import cli
 
 TARGETS = ('npz', 'timm', 'huggingface', 'torchvision')
 NORMALIZATIONS = ('half', 'imagenet')
@@ -25,7 +25,7 @@ NORMALIZATIONS = ('half', 'imagenet')
 
 def main() -> int:
     """Runs the command line; returns the exit status, 1 if the conversion failed."""
-    parser = command.make_parser(__doc__)
+    parser = cli.make_parser(__doc__)
     parser.add_argument('source', metavar='SRC', help='what to convert')
     parser.add_argument('destination', metavar='DST', help='file (npz) or folder to write')
     parser.add_argument('--to', required=True, choices=TARGETS, help='the format of DST')
@@ -49,13 +49,14 @@ def main() -> int:
         'into the first layer',
     )
     args = parser.parse_args()
-    return command.run(lambda: _convert(args))
+    return cli.run(lambda: _convert(args))
 
 
 def _convert(args: argparse.Namespace) -> None:
     # Not at the top: they take seconds, and --help should not.
-    from vit_jax import model_folder
-    from vit_jax.checkpoint import catalog, export, formats, npz
+    from vit_jax.checkpoint import catalog, formats, npz
+    from vit_jax.export import pytorch as export
+    from vit_jax.inference import model_folder
 
     source = args.source if os.path.exists(args.source) else catalog.resolve(args.source)
     normalization = {None: None, 'half': formats.HALF, 'imagenet': formats.IMAGENET}
@@ -79,7 +80,7 @@ def _convert(args: argparse.Namespace) -> None:
         class_names=model_folder.own_class_names(model),
         drop=args.drop,
     )
-    command.end_on_closed_pipe()  # all is written
+    cli.end_on_closed_pipe()  # all is written
     print(f'{args.destination}: written for {args.to}')
     for note in notes:
         print(f'  {note}')

@@ -13,7 +13,7 @@ Examples:
 import argparse
 import sys
 
-from vit_jax import command
+from vit_jax import cli
 
 FORMATS = ('terminal', 'markdown', 'csv')
 
@@ -26,12 +26,12 @@ def main() -> int:
         parser.error('give one of --variant, --model and --all')
     if args.xla and args.all:
         parser.error('--xla goes with one model, not with --all')
-    command.end_on_closed_pipe()
-    return command.run(lambda: _run(args))
+    cli.end_on_closed_pipe()
+    return cli.run(lambda: _run(args))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command.make_parser(__doc__)
+    parser = cli.make_parser(__doc__)
     add = parser.add_argument
     add('--variant', default='', help='a name of scripts/list_models.py --variants')
     add('--model', default='', help='model folder, or weights of any kind that can be loaded')

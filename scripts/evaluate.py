@@ -19,7 +19,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from vit_jax import command
+from vit_jax import cli
 
 RESULT, CONFUSION, RELIABILITY = 'evaluation.json', 'confusion_matrix.png', 'reliability.png'
 
@@ -27,13 +27,13 @@ RESULT, CONFUSION, RELIABILITY = 'evaluation.json', 'confusion_matrix.png', 'rel
 def main() -> int:
     """Runs the command line; returns the exit status, 1 if an image could not be read."""
     args = _parser().parse_args()
-    return command.run(lambda: _run(args))
+    return cli.run(lambda: _run(args))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command.make_parser(__doc__)
+    parser = cli.make_parser(__doc__)
     add = parser.add_argument
-    command.add_model(
+    cli.add_model(
         parser,
         "names of the model's classes: imagenet1k, a file (one per line, or JSON), or none "
         "for numbers, in the order of the data. Default: the model's own",
@@ -60,13 +60,10 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> int:
     from rich import console
 
-    from vit_jax import (
-        classification_metrics,
-        classification_report,
-        classifier,
-        labels,
-        prediction_output,
-    )
+    from vit_jax.inference import classifier, labels
+    from vit_jax.inference import metrics as classification_metrics
+    from vit_jax.inference import metrics_report as classification_report
+    from vit_jax.inference import output as prediction_output
 
     if args.output:
         _check_output(pathlib.Path(args.output), args.overwrite)
@@ -133,8 +130,8 @@ def _check_output(folder: pathlib.Path, overwrite: bool) -> None:
 
 def _write(folder: pathlib.Path, described: Mapping[str, Any], metrics, title: str) -> None:
     """Writes all files under another name, then renames the folder."""
-    from vit_jax import classification_report
     from vit_jax.errors import UserError
+    from vit_jax.inference import metrics_report as classification_report
 
     folder = folder.absolute()
     partial = folder.with_name(f'.{folder.name}.{os.getpid()}.part')

@@ -32,7 +32,7 @@ import shutil
 import signal
 import sys
 
-from vit_jax import command
+from vit_jax import cli
 
 FORMATS = ('onnx', 'stablehlo', 'timm', 'huggingface', 'torchvision', 'npz')
 
@@ -77,9 +77,9 @@ def _export(args: argparse.Namespace) -> int:
 
     import rich.console
 
-    from vit_jax import model_folder
     from vit_jax.checkpoint import catalog
     from vit_jax.export import deliver, verify
+    from vit_jax.inference import model_folder
 
     width = max(100, shutil.get_terminal_size().columns)  # the table needs 90
     console = rich.console.Console(highlight=False, soft_wrap=True, width=width)
@@ -100,7 +100,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _parse() -> argparse.Namespace:
-    parser = command.make_parser(__doc__)
+    parser = cli.make_parser(__doc__)
     add = parser.add_argument
     add('--model', required=True, help='model folder, file of weights, or released name')
     add('--format', required=True, help=', '.join(FORMATS))

@@ -13,17 +13,17 @@ import json
 import pathlib
 import sys
 
-from vit_jax import command
+from vit_jax import cli
 
 
 def main() -> int:
     """Runs the command line; returns the exit status, 1 if something cannot be used."""
-    parser = command.make_parser(__doc__)
+    parser = cli.make_parser(__doc__)
     parser.add_argument('files', nargs='+', metavar='FILE', help='file or folder of weights')
     parser.add_argument('--variant', default='', help='architecture, where the arrays do not tell')
     parser.add_argument('--brief', action='store_true', help='leave out the table of arrays')
     args = parser.parse_args()
-    command.end_on_closed_pipe()
+    cli.end_on_closed_pipe()
 
     # Not at the top: they take seconds, and --help should not.
     from vit_jax.checkpoint import inspection

@@ -11,17 +11,17 @@ Examples:
 
 import sys
 
-from vit_jax import command
+from vit_jax import cli
 
 
 def main() -> int:
     """Runs the command line; returns the exit status, 1 if nothing was found."""
-    parser = command.make_parser(__doc__)
+    parser = cli.make_parser(__doc__)
     parser.add_argument('words', nargs='*', metavar='WORD', help='only what has all these words')
     parser.add_argument('--addresses', action='store_true', help='print addresses for download')
     parser.add_argument('--variants', action='store_true', help='list the models that are known')
     args = parser.parse_args()
-    command.end_on_closed_pipe()
+    cli.end_on_closed_pipe()
     rows = _variants() if args.variants else _checkpoints(args.addresses)
     found = [row for row in rows[1:] if all(_has(row, word) for word in args.words)]
     if not found:
@@ -49,7 +49,7 @@ def _checkpoints(addresses: bool) -> list[tuple[str, ...]]:
 
 
 def _variants() -> list[tuple[str, ...]]:
-    from vit_jax.models import variants
+    from vit_jax import variants
 
     rows = [('VARIANT', 'PIXELS PER TOKEN', 'WIDTH', 'BLOCKS')]
     for name, config in variants.VARIANTS.items():

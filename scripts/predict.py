@@ -15,7 +15,7 @@ import argparse
 import contextlib
 import sys
 
-from vit_jax import command
+from vit_jax import cli
 
 FORMATS = ('table', 'csv', 'jsonl')
 ALL_UP_TO = 20  # classes; of models with more, only the best are shown unless asked for
@@ -25,13 +25,13 @@ BEST = 5
 def main() -> int:
     """Runs the command line; returns the exit status, 1 if an image could not be read."""
     args = _parser().parse_args()
-    return command.run(lambda: _run(args))
+    return cli.run(lambda: _run(args))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command.make_parser(__doc__)
+    parser = cli.make_parser(__doc__)
     add = parser.add_argument
-    command.add_model(
+    cli.add_model(
         parser,
         'class names: imagenet1k, a file (one per line, or JSON), or none for numbers. '
         "Default: the model's own; for 1,000 classes without names imagenet1k, with a note",
@@ -54,8 +54,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from vit_jax import classifier, contact_sheet, predict, prediction_output
     from vit_jax.errors import UserError
+    from vit_jax.inference import classifier, contact_sheet, predict
+    from vit_jax.inference import output as prediction_output
 
     if args.batch < 1:
         raise UserError(f'--batch is the number of images at once, at least 1; got {args.batch}')
@@ -107,7 +108,8 @@ def _how_many(args: argparse.Namespace, classes: int) -> tuple[int, float]:
 
 
 def _draw(args: argparse.Namespace, drawn: list, readable: int, class_names) -> None:
-    from vit_jax import contact_sheet, prediction_output
+    from vit_jax.inference import contact_sheet
+    from vit_jax.inference import output as prediction_output
 
     if not drawn:
         print(f'{args.contact_sheet} is not drawn: no image could be read', file=sys.stderr)
@@ -122,5 +124,5 @@ def _draw(args: argparse.Namespace, drawn: list, readable: int, class_names) -> 
 
 
 if __name__ == '__main__':
-    command.end_on_closed_pipe()
+    cli.end_on_closed_pipe()
     sys.exit(main())

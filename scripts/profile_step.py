@@ -18,12 +18,12 @@ import sys
 import tempfile
 import time
 
-from vit_jax import command
+from vit_jax import cli
 
 
 def main() -> int:
     """Runs the command line; returns the exit status, 1 if something is not possible."""
-    parser = command.make_parser(__doc__)
+    parser = cli.make_parser(__doc__)
     add = parser.add_argument
     add('--variant', default='ViT-B_16', help='of list_models.py --variants; default: ViT-B_16')
     add('--image_size', type=int, default=224, help='default: 224')
@@ -56,8 +56,8 @@ def main() -> int:
 def _profile(args: argparse.Namespace) -> None:
     import jax
 
+    from benchmarks import contestants, interleave, jax_workload, trace
     from vit_jax.analysis import subject
-    from vit_jax.benchmark import contestants, interleave, jax_workload, trace
     from vit_jax.errors import UserError
 
     if args.output and pathlib.Path(args.output).exists():
@@ -86,8 +86,8 @@ def _profile(args: argparse.Namespace) -> None:
 
 
 def _print(args, known: dict, times: dict, untraced: float, traced: float) -> None:
+    from benchmarks import trace
     from vit_jax.analysis import tables
-    from vit_jax.benchmark import trace
 
     busy = sum(seconds for seconds, _ in times.values()) / args.steps
     labels = {

@@ -17,8 +17,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
-from vit_jax import model_folder, predict
 from vit_jax.data import sources
+from vit_jax.inference import model_folder, predict
 
 COLUMNS = 5
 

@@ -13,17 +13,17 @@ Examples:
 import argparse
 import sys
 
-from vit_jax import command
+from vit_jax import cli
 
 
 def main() -> int:
     """Runs the command line; returns the exit status, 1 if no report could be written."""
     args = _parser().parse_args()
-    return command.run(lambda: _run(args))
+    return cli.run(lambda: _run(args))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command.make_parser(__doc__)
+    parser = cli.make_parser(__doc__)
     add = parser.add_argument
     add('workdirs', nargs='+', metavar='WORKDIR', help='the --workdir of a run')
     add(
@@ -44,9 +44,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> None:
     # Not at the top: they take seconds, and --help should not.
-    from vit_jax import prediction_output
     from vit_jax.analysis import report
     from vit_jax.errors import UserError
+    from vit_jax.inference import output as prediction_output
 
     if args.images is not None and args.images < 0:
         raise UserError(f'--images {args.images}: expected a number of images, 0 for none')

@@ -14,7 +14,7 @@ Examples:
 import argparse
 import sys
 
-from vit_jax import command
+from vit_jax import cli
 
 STYLES = ('jax', 'torchsummary')
 FORMATS = ('terminal', 'markdown', 'csv')
@@ -22,7 +22,7 @@ FORMATS = ('terminal', 'markdown', 'csv')
 
 def main() -> int:
     """Runs the command line; returns the exit status, 1 if there is no such model."""
-    parser = command.make_parser(__doc__)
+    parser = cli.make_parser(__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument('--variant', help='a name of scripts/list_models.py --variants')
     what.add_argument('--model', help='model folder, or weights of any kind that can be loaded')
@@ -32,8 +32,8 @@ def main() -> int:
     parser.add_argument('--format', choices=FORMATS, default='terminal', help='default: terminal')
     parser.add_argument('--expand', action='store_true', help='every layer of every block')
     args = parser.parse_args()
-    command.end_on_closed_pipe()
-    return command.run(lambda: print(_run(args), end=''))
+    cli.end_on_closed_pipe()
+    return cli.run(lambda: print(_run(args), end=''))
 
 
 def _run(args: argparse.Namespace) -> str:

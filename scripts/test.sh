@@ -5,7 +5,7 @@
 #
 #   bash scripts/test.sh                            # everything
 #   bash scripts/test.sh --python 3.12              # the same on another Python, in .venv-3.12
-#   bash scripts/test.sh tests/test_telemetry.py    # lint, and the tests of one file
+#   bash scripts/test.sh tests/run/test_telemetry.py    # lint, and the tests of one file
 #   bash scripts/test.sh -n 0 -m slow               # what takes minutes or gigabytes, one at a time
 #
 # Exits with 0 only if the linter, the formatter and every test are content.

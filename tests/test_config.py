@@ -10,9 +10,8 @@ import pytest
 
 from configs import common, datasets
 from vit_jax import config as config_lib
-from vit_jax import models
+from vit_jax import models, variants
 from vit_jax.errors import UserError
-from vit_jax.models import variants
 
 CONFIGS = sorted(p.stem for p in (pathlib.Path(__file__).parents[1] / 'configs').glob('*.py'))
 NOT_A_RUN = ('__init__', 'common', 'datasets')

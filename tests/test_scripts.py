@@ -52,9 +52,7 @@ def pins(file, python):
 
 @pytest.mark.parametrize(
     'script',
-    sorted(
-        p.name for p in (ROOT / 'scripts').glob('*.py') if 'command.make_parser' in p.read_text()
-    ),
+    sorted(p.name for p in (ROOT / 'scripts').glob('*.py') if 'cli.make_parser' in p.read_text()),
 )
 def test_help_comes_before_anything_slow_is_imported(script):
     code = (
@@ -70,7 +68,7 @@ def test_help_comes_before_anything_slow_is_imported(script):
     assert done.stdout.startswith(f'usage: {script}') and 'Example' in done.stdout
     imported = set(done.stderr.split())
     ours = {name for name in imported if name.partition('.')[0] == 'vit_jax'}
-    assert ours <= {'vit_jax', 'vit_jax.command', 'vit_jax.errors'}
+    assert ours <= {'vit_jax', 'vit_jax.cli', 'vit_jax.errors'}
     slow = {'PIL', 'flax', 'jax', 'matplotlib', 'onnx', 'rich', 'tensorflow', 'torch'}
     if script != 'check_parity.py':  # whose signatures name NumPy's arrays
         slow |= {'numpy'}

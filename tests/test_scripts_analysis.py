@@ -9,7 +9,7 @@ import types
 
 import pytest
 
-from vit_jax.models import variants
+from vit_jax import variants
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

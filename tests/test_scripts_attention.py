@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax import model_folder, models
+from vit_jax import models
 from vit_jax.analysis import attention_output
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
+from vit_jax.inference import model_folder
 
 SCRIPT = pathlib.Path(__file__).resolve().parent.parent / 'scripts' / 'attention.py'
 CLASSES = ('daisy', 'tulip, red', '$rose$')

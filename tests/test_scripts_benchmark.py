@@ -10,9 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from vit_jax import models
-from vit_jax.analysis import counts
-from vit_jax.benchmark import (
+from benchmarks import (
     contestants,
     interleave,
     jax_workload,
@@ -22,8 +20,9 @@ from vit_jax.benchmark import (
     results,
     trace,
 )
+from vit_jax import models, variants
+from vit_jax.analysis import counts
 from vit_jax.errors import UserError
-from vit_jax.models import variants
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -31,7 +30,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 SLEEPER = """
 import os
 import time
-from vit_jax.benchmark import child
+from benchmarks import child
 class Sleeper:
     facts = {'platform': 'cpu', 'flops': 100}
     def __init__(self, setup):
@@ -335,7 +334,7 @@ def test_input_pipeline_by_stage_and_by_threads(run, photos):
 @pytest.mark.parametrize('name', ['exact=False', 'cache'])
 def test_ways_of_our_input_pipeline(name, photos, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / 'scripts')
-    import input_stages
+    from benchmarks import input_stages
 
     files = [str(path) for path in sorted(photos.glob('*.jpg'))]
     setup = {'files': files, 'crop': 8, 'batch': 2, 'workers': 1}

@@ -12,13 +12,15 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
-from vit_jax import classification_metrics as metrics_lib
-from vit_jax import classification_report, classifier, labels, model_folder, models, sharding, steps
 from vit_jax import evaluate as training_evaluation
+from vit_jax import models, sharding, steps
 from vit_jax.data import sources
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.export import onnx
+from vit_jax.inference import classifier, labels, model_folder
+from vit_jax.inference import metrics as metrics_lib
+from vit_jax.inference import metrics_report as classification_report
 
 SCRIPT = pathlib.Path(__file__).resolve().parent.parent / 'scripts' / 'evaluate.py'
 CLASSES = ('aster', 'daisy', 'iris', 'lily', 'poppy', 'rose', 'tulip')

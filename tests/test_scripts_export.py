@@ -12,9 +12,9 @@ import sys
 import onnx
 import pytest
 
-from vit_jax import model_folder
 from vit_jax.checkpoint import npz
 from vit_jax.export import formats, verify
+from vit_jax.inference import model_folder
 
 ROOT = pathlib.Path(__file__).parents[1]
 FIXTURES = pathlib.Path(__file__).parent / 'fixtures' / 'conformance'

@@ -10,10 +10,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from vit_jax import model_folder, models
+from vit_jax import models
 from vit_jax.analysis import counts
 from vit_jax.checkpoint import inspection, npz, released
 from vit_jax.errors import UserError
+from vit_jax.inference import model_folder
 
 ROOT = pathlib.Path(__file__).parents[1]
 FIXTURES = pathlib.Path(__file__).parent / 'fixtures' / 'conformance'

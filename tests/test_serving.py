@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax import classifier, labels, model_folder, models, predict
+from vit_jax import models
 from vit_jax.data.preprocess import Preprocess, resize_bilinear
 from vit_jax.export import onnx
+from vit_jax.inference import classifier, labels, model_folder, predict
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / 'docs' / 'serving' / 'classify.py'

@@ -11,12 +11,14 @@ import pytest
 
 from configs import digits
 from vit_jax import config as config_lib
-from vit_jax import evaluate, loop, model_folder, predict, resume, sharding, steps, train
+from vit_jax import evaluate, loop, sharding, steps, train
 from vit_jax import state as state_lib
 from vit_jax.checkpoint import npz
 from vit_jax.data import sources
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
+from vit_jax.inference import model_folder, predict
+from vit_jax.run import resume
 
 TINY = {'mlp_dim': 32, 'num_heads': 2, 'num_layers': 1, 'dropout_rate': 0.0}
 

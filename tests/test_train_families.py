@@ -9,9 +9,10 @@ import pytest
 
 from configs import digits
 from vit_jax import config as config_lib
-from vit_jax import model_folder, models, train
+from vit_jax import models, train
 from vit_jax.checkpoint import npz
 from vit_jax.errors import UserError
+from vit_jax.inference import model_folder
 
 VIT = {
     'patches': {'size': (8, 8)},

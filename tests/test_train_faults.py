@@ -13,10 +13,12 @@ from PIL import Image
 
 from configs import digits
 from vit_jax import config as config_lib
-from vit_jax import evaluate, loop, model_folder, preemption, sharding, steps, train
+from vit_jax import evaluate, loop, sharding, steps, train
 from vit_jax.checkpoint import workdir as workdir_lib
 from vit_jax.data import sources
 from vit_jax.errors import UserError
+from vit_jax.inference import model_folder
+from vit_jax.run import preemption
 
 
 def make_config(**changes) -> ml_collections.ConfigDict:

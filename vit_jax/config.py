@@ -15,9 +15,9 @@ from typing import Any
 import ml_collections
 
 from configs import common, datasets
+from vit_jax import variants
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
-from vit_jax.models import variants
 from vit_jax.models.attention import ATTENTION_IMPLEMENTATIONS
 from vit_jax.models.layers import REMAT_POLICIES
 from vit_jax.models.resnet import GROUPS

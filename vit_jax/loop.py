@@ -31,12 +31,13 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from vit_jax import evaluate, preemption, sharding, telemetry
+from vit_jax import evaluate, sharding
 from vit_jax.checkpoint import workdir as workdir_lib
 from vit_jax.data import pipeline, sources
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.data.reader import Memory, Reader
 from vit_jax.errors import UserError
+from vit_jax.run import preemption, telemetry
 from vit_jax.state import TrainState
 
 # With nan_policy='skip': after so many skipped steps in a row nothing good will come any more.

@@ -72,7 +72,8 @@ def main(argv: Sequence[str]) -> None:
     import jax
 
     from vit_jax import config as config_lib
-    from vit_jax import distributed, preemption, train
+    from vit_jax import train
+    from vit_jax.run import distributed, preemption
 
     config = config_lib.resolve(
         _CONFIG.value, config_flags.get_override_values(flags.FLAGS['config'])

@@ -20,20 +20,7 @@ import optax
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from vit_jax import (
-    checkpoint,
-    distributed,
-    loop,
-    model_folder,
-    models,
-    optim,
-    preemption,
-    resources,
-    resume,
-    sharding,
-    steps,
-    telemetry,
-)
+from vit_jax import checkpoint, loop, models, optim, sharding, steps
 from vit_jax import config as config_lib
 from vit_jax import state as state_lib
 from vit_jax.analysis import cost
@@ -41,6 +28,8 @@ from vit_jax.checkpoint import adapt, catalog
 from vit_jax.checkpoint import workdir as workdir_lib
 from vit_jax.data import pipeline, sources
 from vit_jax.data.decode import BadImageError
+from vit_jax.inference import model_folder
+from vit_jax.run import distributed, preemption, resources, resume, telemetry
 from vit_jax.state import TrainState
 
 MODEL_FOLDER = 'model'

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax import model_folder, models
+from vit_jax import models
 from vit_jax.analysis import attention, embeddings
-from vit_jax.checkpoint import export
 from vit_jax.data.preprocess import Preprocess, normalize
 from vit_jax.errors import UserError
+from vit_jax.export import pytorch as export
+from vit_jax.inference import model_folder
 
 SIDE = 24
 COUNT = 9  # patches, 3 x 3

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import ml_collections
 import pytest
 
-from vit_jax import models, optim
+from vit_jax import models, optim, variants
 from vit_jax.analysis import cost, counts, devices, measured, summary
 from vit_jax.errors import UserError
-from vit_jax.models import variants
 
 # At 1000 classes and 224 pixels, as the original's tests have them, and as published of DeiT and
 # the model with the hidden layer in its head.

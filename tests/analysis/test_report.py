@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from configs import common
-from vit_jax import model_folder, models
+from vit_jax import models
 from vit_jax.analysis import (
     counts,
     report,
@@ -32,6 +32,7 @@ from vit_jax.data import prepare, sources
 from vit_jax.data.decode import decode
 from vit_jax.data.preprocess import Preprocess, normalize
 from vit_jax.errors import UserError
+from vit_jax.inference import model_folder
 
 SCRIPT = pathlib.Path(__file__).resolve().parents[2] / 'scripts' / 'report.py'
 CLASSES = ('$a_{b}$ & "c" \'d\'', '<img src=x onerror=alert(1)>', '{{ 7*7 }}', 'ünï\u2003code', '_')

@@ -4,10 +4,9 @@ import csv
 
 import pytest
 
-from vit_jax import models
+from vit_jax import models, variants
 from vit_jax.analysis import counts, summary, tables
 from vit_jax.errors import UserError
-from vit_jax.models import variants
 
 from_config = models.from_config
 

@@ -11,9 +11,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from vit_jax import checkpoint, model_folder
+from vit_jax import checkpoint
 from vit_jax.checkpoint import formats, npz
 from vit_jax.errors import UserError
+from vit_jax.inference import model_folder
 
 POSITIONS = 'Transformer/posembed_input/pos_embedding'
 

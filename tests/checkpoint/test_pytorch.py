@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from vit_jax import checkpoint, model_folder, models
-from vit_jax.checkpoint import export, formats, npz
+from vit_jax import checkpoint, models, variants
+from vit_jax.checkpoint import formats, npz
 from vit_jax.errors import UserError
-from vit_jax.models import variants
+from vit_jax.export import pytorch as export
+from vit_jax.inference import model_folder
 
 FIXTURES = pathlib.Path(__file__).parents[1] / 'fixtures' / 'conformance'
 NAMES = ('a rose', 'Gänseblümchen', 'tulip', 'oak', 'x/y', 'six', 'seven')

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from vit_jax import model_folder, models
+from vit_jax import models
 from vit_jax.data.preprocess import Preprocess
+from vit_jax.inference import model_folder
 
 _ENCODER = {
     'mlp_dim': 48,

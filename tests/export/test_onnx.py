@@ -11,12 +11,12 @@ import onnxruntime
 import pytest
 from onnx import TensorProto
 
-from vit_jax import model_folder, models
+from vit_jax import models, variants
 from vit_jax.checkpoint import npz
 from vit_jax.data.preprocess import Preprocess, normalize
 from vit_jax.errors import UserError
 from vit_jax.export import onnx as onnx_export
-from vit_jax.models import variants
+from vit_jax.inference import model_folder
 
 CONFORMANCE = pathlib.Path(__file__).parents[1] / 'fixtures/conformance'
 FAMILIES = (

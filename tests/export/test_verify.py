@@ -10,10 +10,10 @@ import numpy as np
 import onnx
 import pytest
 
+from vit_jax import variants
 from vit_jax.errors import UserError
 from vit_jax.export import deliver, formats, judge, samples, verify
 from vit_jax.export import onnx as onnx_export
-from vit_jax.models import variants
 
 PHOTOS = pathlib.Path(__file__).parents[1] / 'fixtures' / 'data' / 'photos'
 

@@ -10,9 +10,11 @@ import shutil
 import numpy as np
 from PIL import Image
 
-from vit_jax import checkpoint, model_folder
-from vit_jax.checkpoint import export, npz
+from vit_jax import checkpoint
+from vit_jax.checkpoint import npz
 from vit_jax.data.preprocess import Preprocess
+from vit_jax.export import pytorch as export
+from vit_jax.inference import model_folder
 
 FIXTURES = pathlib.Path(__file__).parents[1] / 'fixtures'
 SHARED = pathlib.Path(__file__).parents[3] / 'shared'

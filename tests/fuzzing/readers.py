@@ -11,12 +11,12 @@ import numpy as np
 
 from fuzzing import corpus as corpus_lib
 from fuzzing import mutate
-from vit_jax import model_folder
 from vit_jax.checkpoint import catalog, formats, inspection
 from vit_jax.data import folders, pipeline, prepare, sources
 from vit_jax.data.decode import BadImageError, decode
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
+from vit_jax.inference import model_folder
 
 Read = Callable[[], object]
 CROP = Preprocess(crop=8)

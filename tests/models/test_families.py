@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax import models
+from vit_jax import models, variants
 from vit_jax.checkpoint import npz
-from vit_jax.models import resnet, variants
+from vit_jax.models import resnet
 
 ENCODER = {
     'mlp_dim': 64,

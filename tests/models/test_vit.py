@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax import models
+from vit_jax import models, variants
 from vit_jax.checkpoint import npz
-from vit_jax.models import attention, variants
+from vit_jax.models import attention
 
 CONFORMANCE = pathlib.Path(__file__).parents[1] / 'fixtures/conformance'
 CASES = sorted(path.name.split('.')[0] for path in CONFORMANCE.glob('*.expected.npz'))

@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax import model_folder, models
+from vit_jax import models, variants
 from vit_jax.data.preprocess import normalize
 from vit_jax.errors import UserError
-from vit_jax.models import resnet
+from vit_jax.inference import model_folder
 
 _EXACT = jax.lax.Precision.HIGHEST  # products of attention matrices, also where TF32 is the default
 _OPACITY = 0.6  # of the colours over the brightness of an image
@@ -277,7 +277,7 @@ def _maps(model, params, pixels):
     start = _mean_of(slice(1) if special_tokens(model) else slice(None), tokens)
     # A query's row of attention, or the mean of all; a sum of products would round.
     rows = [(layer[:, :, 0] if special_tokens(model) else layer.mean(axis=2)) for layer in layers]
-    hybrid = model.resnet and resnet.stride(model.resnet['num_layers'])
+    hybrid = model.resnet and variants.resnet_stride(model.resnet['num_layers'])
     stride = tuple(float(side * (hybrid or 1)) for side in model.patches['size'])
     return (
         _on_grid(jnp.stack(rows, axis=1), grid),

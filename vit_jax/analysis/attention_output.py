@@ -15,13 +15,13 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from vit_jax import contact_sheet, model_folder, predict
 from vit_jax.analysis import attention, embeddings
 from vit_jax.analysis import attention_pictures as pictures
 from vit_jax.checkpoint import replace
-from vit_jax.classifier import softmax
 from vit_jax.data.decode import BadImageError
 from vit_jax.errors import UserError
+from vit_jax.inference import contact_sheet, model_folder, predict
+from vit_jax.inference.classifier import softmax
 
 OF_EACH_IMAGE = ('class_token', 'rollout', 'relevance')
 OF_IMAGES = (*OF_EACH_IMAGE, 'distance')

@@ -9,8 +9,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from vit_jax import variants
 from vit_jax.analysis import counts
-from vit_jax.models import variants
 from vit_jax.models.attention import CHUNK, choose_attention
 from vit_jax.sharding import MIN_SIZE_TO_SHARD
 

@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from vit_jax import variants
 from vit_jax.analysis import cost, counts, devices
 from vit_jax.analysis.subject import Subject
 from vit_jax.analysis.tables import Table
 from vit_jax.errors import UserError
-from vit_jax.models import variants
 
 GIB = 2**30
 RULE_OF_THUMB = 20  # bytes per parameter: 16-bit weights and gradients beside float32, and Adam

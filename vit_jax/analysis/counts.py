@@ -13,8 +13,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from vit_jax import variants
 from vit_jax.errors import UserError
-from vit_jax.models import variants
 
 Shape = tuple[int, ...]
 

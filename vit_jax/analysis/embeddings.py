@@ -8,9 +8,9 @@ import math
 
 import numpy as np
 
-from vit_jax import model_folder
 from vit_jax.analysis import attention
 from vit_jax.errors import UserError
+from vit_jax.inference import model_folder
 
 COMPONENTS = 28  # as in the paper's figure
 

@@ -18,10 +18,10 @@ import os
 import pathlib
 from collections.abc import Callable, Sequence
 
-from vit_jax import prediction_output
 from vit_jax.analysis import report_charts, report_tables, run_files
 from vit_jax.analysis.run_files import Run
 from vit_jax.errors import UserError
+from vit_jax.inference import output as prediction_output
 
 REPORT_FILE = 'report.html'
 _TEMPLATE = 'report.html.j2'
@@ -205,7 +205,7 @@ def _examples(run: Run, number: int, images: int | None) -> Examples:
 
 
 def _draw(found: object, number: int) -> tuple[str, str]:
-    from vit_jax import classification_report
+    from vit_jax.inference import metrics_report as classification_report
 
     drawn = (
         classification_report.draw_confusion(found.metrics, title='Confusion matrix'),

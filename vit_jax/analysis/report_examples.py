@@ -7,13 +7,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vit_jax import classification_metrics, labels, model_folder
 from vit_jax.analysis import counts
 from vit_jax.analysis.run_files import MODEL_FOLDER, Run
-from vit_jax.classifier import JaxClassifier
 from vit_jax.data import sources
 from vit_jax.data.decode import decode
 from vit_jax.errors import UserError
+from vit_jax.inference import labels, model_folder
+from vit_jax.inference import metrics as classification_metrics
+from vit_jax.inference.classifier import JaxClassifier
 
 MAX_IMAGES = 2000  # to predict; with more, a sample of so many
 MIN_IMAGES = 64

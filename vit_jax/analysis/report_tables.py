@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from configs import common
-from vit_jax import classification_report
 from vit_jax.analysis.run_files import MODEL_FOLDER, Event, Run
 from vit_jax.analysis.tables import Table
 from vit_jax.errors import UserError
-from vit_jax.telemetry import format_duration, format_rate
+from vit_jax.inference import metrics_report as classification_report
+from vit_jax.run.telemetry import format_duration, format_rate
 
 if TYPE_CHECKING:
     from vit_jax.analysis.report_examples import Predictions
-    from vit_jax.classification_metrics import Metrics
+    from vit_jax.inference.metrics import Metrics
 
 MAX_EVENTS = 200
 _MAX_TEXT = 500  # characters of an event or a setting

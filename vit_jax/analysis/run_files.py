@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax import resume, telemetry
 from vit_jax.checkpoint import tensors
 from vit_jax.errors import UserError
+from vit_jax.run import resume, telemetry
 
 MODEL_FOLDER = 'model'  # as `train.MODEL_FOLDER`, which takes the whole of training to import
 

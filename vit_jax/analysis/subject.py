@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from vit_jax import variants
 from vit_jax.errors import UserError
-from vit_jax.models import variants
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ def open_subject(
             raise UserError(str(e)) from e
         found = Subject(variant, config, 1000, 224)
     else:
-        from vit_jax import model_folder
+        from vit_jax.inference import model_folder
 
         opened = model_folder.open_model(model)
         config = dict(opened.model_config)

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax import variants
 from vit_jax.checkpoint import big_vision, npz, pytorch, tensors
 from vit_jax.checkpoint.arrays import Weights, derive
 from vit_jax.errors import UserError
-from vit_jax.models import variants
 
 # What PyTorch files do not tell: heads by width. All released models have these.
 _HEADS = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16}

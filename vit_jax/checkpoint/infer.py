@@ -5,10 +5,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from vit_jax import variants
 from vit_jax.checkpoint.adapt import POSITION_EMBEDDING, describe
 from vit_jax.checkpoint.npz import flatten
 from vit_jax.errors import UserError
-from vit_jax.models import variants
 
 _NO_DROPOUT = {'attention_dropout_rate': 0.0, 'dropout_rate': 0.0}
 

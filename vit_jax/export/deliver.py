@@ -18,11 +18,12 @@ import jax
 import numpy as np
 
 import vit_jax
-from vit_jax import model_folder, models
-from vit_jax.checkpoint import export as library_export
+from vit_jax import models
 from vit_jax.checkpoint import npz
 from vit_jax.errors import UserError
 from vit_jax.export import formats, reference, samples, verify
+from vit_jax.export import pytorch as library_export
+from vit_jax.inference import model_folder
 
 
 def export(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from vit_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from vit_jax import model_folder
+    from vit_jax.inference import model_folder
 
 INT8 = 'int8'
 
@@ -181,8 +181,8 @@ def write(
             preprocessing=options.preprocessing,
         )
         return []
-    from vit_jax import model_folder
-    from vit_jax.checkpoint import export
+    from vit_jax.export import pytorch as export
+    from vit_jax.inference import model_folder
 
     return export.write(
         path,

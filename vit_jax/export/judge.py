@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax import parity
+from vit_jax.analysis import compare as parity
 
 DTYPES = ('float32', 'float16', 'int8')
 

@@ -18,13 +18,13 @@ from google.protobuf.message import Message
 from onnx import external_data_helper, helper
 
 import vit_jax
+from vit_jax import variants
 from vit_jax.errors import UserError
 from vit_jax.export import onnx_mixer, onnx_vit
 from vit_jax.export.onnx_graph import BATCH, FLOAT16, FLOAT32, IR_VERSIONS, UINT8, Graph
-from vit_jax.models import variants
 
 if TYPE_CHECKING:
-    from vit_jax import model_folder
+    from vit_jax.inference import model_folder
 
 FORMAT = '1'
 LAYOUTS = ('NHWC', 'NCHW')

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from vit_jax import model_folder, predict
 from vit_jax.data.decode import decode, read_file
 from vit_jax.data.preprocess import normalize
+from vit_jax.inference import model_folder, predict
 
 # The largest batch an export is run at; fewer images are repeated to fill it.
 BATCH = 7

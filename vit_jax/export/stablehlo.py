@@ -24,10 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import vit_jax
-from vit_jax import model_folder
 from vit_jax.data.preprocess import normalize
 from vit_jax.errors import UserError
 from vit_jax.export import reference
+from vit_jax.inference import model_folder
 
 PLATFORMS = ('cpu', 'cuda')
 LAYOUTS = ('NHWC', 'NCHW')

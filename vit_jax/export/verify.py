@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax import model_folder, parity
+from vit_jax.analysis import compare as parity
 from vit_jax.errors import UserError
 from vit_jax.export import formats, judge, reference, runtimes, samples
+from vit_jax.inference import model_folder
 
 VERIFIED, FAILED, NOT_VERIFIED = 'verified', 'failed', 'not verified'
 

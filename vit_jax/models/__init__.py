@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import traverse_util
 
-from vit_jax.models import variants
+from vit_jax import variants
 from vit_jax.models.mixer import MlpMixer
 from vit_jax.models.vit import VisionTransformer
 

@@ -39,7 +39,7 @@ def gelu(x: jax.Array) -> jax.Array:
     return _gelu_forward(x)[0]
 
 
-# The names are for profiles (`vit_jax.benchmark.trace`).
+# The names are for profiles (`benchmarks.trace`).
 @jax.named_scope('gelu')
 def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return nn.gelu(x, approximate=True), x

@@ -136,7 +136,8 @@ def backbone(
       remat: recompute activations of the units, see `layers.REMAT_POLICIES`.
 
     Returns:
-      [B, ceil(height / s), ceil(width / s), F] of `dtype`, with s = `stride(num_layers)`, F = 64
+      [B, ceil(height / s), ceil(width / s), F] of `dtype`, with s =
+      `variants.resnet_stride(num_layers)`, F = 64
       width_factor for the root alone and 256 width_factor 2^(stages - 1) with stages.
     """
     width = int(64 * width_factor)
@@ -149,8 +150,3 @@ def backbone(
             x
         )
     return x
-
-
-def stride(num_layers: Sequence[int]) -> int:
-    """Pixels between neighbouring positions of the feature map: 4 after the root, then doubling."""
-    return 4 * 2 ** max(0, len(num_layers) - 1)

@@ -1,0 +1,137 @@
+"""The largest batch that a device takes, found by trying.
+
+Every try is a process of its own, so running out of memory ends that process and nothing else.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from benchmarks import interleave
+from benchmarks.contestants import Contestant
+from vit_jax.analysis import cost
+from vit_jax.errors import UserError
+
+# What a process says, or how it ends, that had too little memory: XLA's and PyTorch's words, and
+# the signals of abort() and of the kernel.
+_TOO_LITTLE = re.compile(
+    r'RESOURCE_EXHAUSTED|[Oo]ut of memory|OutOfMemoryError|MemoryError|bad_alloc|'
+    r'not enough memory|ended with status -(6|9)\b'
+)
+
+
+def search(fits: Callable[[int], bool], start: int) -> int:
+    """The largest batch that fits, to about 6 %; 0 if one image is too much.
+
+    Args:
+      fits: whether a batch of so many images does; what does not fit stays so for larger ones.
+      start: the first to try; doubled or halved until the limit lies between two tries, which are
+        then halved.
+    """
+    low, high, batch = 0, 0, start
+    while batch:
+        if fits(batch):
+            low = batch
+        else:
+            high = batch
+        if not high:
+            batch = 2 * low
+        elif high - low <= max(1, low // 16):
+            break
+        else:
+            batch = (low + high) // 2
+    return low
+
+
+def measure(
+    cell: interleave.Cell,
+    contestants: Sequence[Contestant],
+    timeout: float,
+    memory_gib: float,
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Tries batches, of which each does three steps.
+
+    Args:
+      cell: what is done; its batch is the first to try.
+      contestants: who does it, one after the other.
+      timeout: seconds to wait for a try.
+      memory_gib: address space that a process gets, GiB; 0 for no limit. The memory of a GPU has
+        its own.
+      say: told what is going on.
+
+    Returns:
+      For each a dict, as JSON: `contestant`, `facts` (of the last try that fit), `error` or
+      `largest` (images), and for ours on a GPU `limit` (bytes that JAX may use) and `predicted`
+      (images, by `cost`).
+
+    Raises:
+      UserError: there is no limit of memory.
+    """
+    rows = []
+    for contestant in contestants:
+        facts: dict[str, Any] = {}
+        multiple = int(contestant.options.get('accum_steps', 1))
+
+        def fits(count: int, contestant=contestant, facts=facts, multiple=multiple) -> bool:
+            batch = count * multiple
+            setup = cell.setup(contestant) | {'batch': batch, 'memory_gib': memory_gib}
+            try:
+                child = interleave.Child(contestant.command, setup, '', timeout, alone=True)
+            except interleave.ContestantError as error:
+                fine, reason = False, str(error)
+            else:
+                facts |= child.facts
+                try:
+                    if facts['platform'] == 'cpu' and not memory_gib:
+                        raise UserError(
+                            'on a CPU --largest-batch needs --memory_gib: without a limit it would '
+                            'take the memory of everything else on this machine'
+                        )
+                    child.time(2)
+                    fine = True
+                except interleave.ContestantError as error:
+                    fine, reason = False, str(error)
+                finally:
+                    child.close()
+            if not fine and not _TOO_LITTLE.search(reason):
+                raise interleave.ContestantError(reason)
+            say(f'{contestant.label}, batch {batch}: {"fits" if fine else "too much memory"}')
+            return fine
+
+        try:
+            largest = multiple * search(fits, max(1, cell.batch // multiple))
+            row = {'largest': largest}
+        except interleave.ContestantError as error:
+            row = {'error': str(error)}
+        if facts.get('memory_limit'):
+            row |= {'limit': facts['memory_limit'], 'predicted': _predict(cell, contestant, facts)}
+        rows.append({'contestant': contestant.label, 'facts': facts, **row})
+    return rows
+
+
+def _predict(cell: interleave.Cell, contestant: Contestant, facts: dict[str, Any]) -> int:
+    """What the formula says for our step."""
+    shared = dict(
+        num_classes=cell.num_classes,
+        image_size=cell.image_size,
+        dtype=cell.dtype,
+        platform=facts['platform'],
+    )
+    options = contestant.options
+    accum_steps = int(options.get('accum_steps', 1))
+
+    def needed(batch: int) -> cost.Memory:
+        if cell.mode == 'inference':
+            return cost.inference_memory(cell.model_config, batch=batch, **shared)
+        return cost.training_memory(
+            cell.model_config,
+            batch=batch,
+            accum_steps=accum_steps,
+            optim_dtype=options.get('optim_dtype', 'bfloat16'),
+            remat=options.get('remat', ''),
+            attention=options.get('attention', 'auto'),
+            **shared,
+        )
+
+    return cost.largest_batch(facts['memory_limit'], needed, accum_steps)

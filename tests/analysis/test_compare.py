@@ -1,0 +1,315 @@
+"""scripts/check_parity.py and its references: PyTorch against ours, and how the check fails."""
+
+import argparse
+import importlib
+import json
+import pathlib
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from vit_jax import models
+from vit_jax.analysis import compare as parity
+from vit_jax.checkpoint import npz
+from vit_jax.errors import UserError
+from vit_jax.inference import model_folder
+
+ROOT = pathlib.Path(__file__).parents[2]
+FIXTURES = pathlib.Path(__file__).parents[1] / 'fixtures' / 'conformance'
+CASES = {
+    name: case
+    for name, case in json.loads((FIXTURES / 'index.json').read_text()).items()
+    if (FIXTURES / f'{name}.checkpoint.npz').exists()
+}
+
+
+@pytest.fixture(scope='module', autouse=True)
+def scripts():
+    """Imports modules of scripts/ as they import one another."""
+    pytest.importorskip('torch', reason='PyTorch is not installed (requirements-test.txt)')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / 'scripts'))
+        yield importlib.import_module
+
+
+@pytest.fixture
+def check(scripts):
+    def run(model, **options):
+        defaults = dict(
+            images=[], limit=2, variant='', tolerance=None, reference='auto', perturb=None,
+            batch=1, json=False,
+        )  # fmt: skip
+        args = argparse.Namespace(model=str(model), **{**defaults, **options})
+        return scripts('check_parity').check(args)
+
+    return run
+
+
+def write_model(path, config, size, *, head='random'):
+    """A file of made-up weights, nowhere zero (but for the head on request), of trained scale."""
+    model = models.from_config(config)
+    image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
+    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)
+    rng = np.random.default_rng(0)
+
+    def array(keys, leaf):
+        name = '/'.join(key.key for key in keys)
+        values = rng.standard_normal(leaf.shape, np.float32)
+        if name.endswith('kernel'):  # keeps the variance
+            is_query_key_value = re.search('/(query|key|value)/', name)
+            inputs = leaf.shape[:1] if is_query_key_value else leaf.shape[:-1]
+            return values / np.float32(np.prod(inputs) ** 0.5)
+        if name.endswith('gn3/scale'):  # training starts at 0: a unit changes its input a little
+            return 0.2 + 0.02 * values
+        return 1 + 0.1 * values if name.endswith('scale') else 0.1 * values
+
+    params = jax.tree_util.tree_map_with_path(array, shapes['params'])
+    if head == 'zero':
+        params['head'] = jax.tree.map(np.zeros_like, params['head'])
+    npz.save(path, params)
+    return path
+
+
+TINY = dict(
+    num_classes=5,
+    patches={'size': (8, 8)},
+    hidden_size=32,
+    transformer=dict(
+        mlp_dim=48, num_heads=2, num_layers=2, dropout_rate=0.0, attention_dropout_rate=0.0
+    ),
+)
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_reference_gives_the_originals_logits(scripts, name):
+    torch, reference = scripts('torch'), scripts('benchmarks.torch_reference')
+    expected = np.load(FIXTURES / f'{name}.expected.npz')
+    weights = reference.read_weights(FIXTURES / f'{name}.checkpoint.npz')
+    classifier = CASES[name]['config'].get('classifier', '')
+    outputs = reference.build(weights, classifier=classifier)(torch.from_numpy(expected['images']))
+    np.testing.assert_allclose(outputs['logits'], expected['logits'], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', [n for n in CASES if 'unpooled' not in n])  # shapes do not tell it
+def test_our_models_agree_with_pytorch(check, name):
+    result = check(FIXTURES / f'{name}.checkpoint.npz', tolerance=1e-5)
+    assert result['passed']
+    (reference, *_) = result['references']
+    uses_transformers = CASES[name]['config'].get('classifier') == 'token' and 'hybrid' not in name
+    expected = 'ViT of transformers' if uses_transformers else 'benchmarks/torch_reference.py'
+    assert reference['name'].startswith(expected)
+    blocks = [row for row in reference['rows'] if 'lock_' in row]
+    assert len(blocks) == 2
+    for row in reference['rows'].values():
+        assert row['ours_minus_reference_in_float64']['max'] < 1e-12
+        assert row['ours_minus_reference']['agree'] == row['ours_minus_reference']['vectors']
+    assert result['weights_read'] == 'from the file, by code of its own'
+    assert reference['erf_gelu']['max'] > 20 * reference['verdict']['difference']
+
+
+def test_deit_and_mlp_head(check, tmp_path):
+    for extra in (dict(distilled=True), dict(mlp_head=True)):
+        path = write_model(tmp_path / 'm.npz', TINY | extra, 16)
+        result = check(path, tolerance=1e-5)
+        assert result['passed']
+        assert result['references'][0]['name'].startswith('benchmarks/torch_reference.py')
+
+
+def test_unpooled_model_folder(check, tmp_path):
+    config = CASES['vit_token_unpooled']['config']
+    model_config = {k: v for k, v in config.items() if k != 'num_classes'}
+    model_folder.save(
+        tmp_path / 'model',
+        npz.load(FIXTURES / 'vit_token_unpooled.checkpoint.npz'),
+        model_config=model_config,
+        image_size=32,
+        class_names=[str(i) for i in range(7)],
+        preprocess=model_folder.Preprocess(crop=32).to_dict(),
+        source={},
+    )
+    result = check(tmp_path / 'model', tolerance=1e-5)
+    assert result['passed']
+    assert result['references'][0]['rows']['logits']['ours_minus_reference']['vectors'] == 2 * 17
+
+
+@pytest.mark.parametrize('key', ['MlpBlock_3/Dense_0/kernel', 'MlpBlock_0/Dense_0/kernel'])
+def test_perturbed_array_fails_from_its_block_on(check, key):
+    path = FIXTURES / 'vit_token.checkpoint.npz'  # published names; both spellings mean the same
+    result = check(path, perturb=f'Transformer/encoderblock_1/{key}')
+    assert not result['passed']
+    rows = result['references'][0]['rows']
+    off = [name for name, row in rows.items() if not row['is_rounding']]
+    assert off == ['encoderblock_1', 'pre_logits', 'logits']
+
+
+def test_perturbation_that_is_none_is_refused(check, tmp_path):
+    path = write_model(tmp_path / 'm.npz', TINY, 16, head='zero')
+    with pytest.raises(UserError, match=r'no array head/kernle; nearest: head/kernel'):
+        check(path, perturb='head/kernle')
+    with pytest.raises(UserError, match='head/kernel is all zeros'):
+        check(path, perturb='head/kernel')
+
+
+def test_zero_head_is_judged_by_the_features(check, tmp_path, capsys):
+    path = write_model(tmp_path / 'm.npz', TINY | dict(representation_size=12), 16, head='zero')
+    result = check(path)
+    assert result['passed'] and result['zero_head']
+    (reference,) = result['references']
+    assert reference['verdict']['output'] == 'pre_logits'
+    assert reference['rows']['logits']['largest_value'] == 0
+    assert 'prove nothing' in capsys.readouterr().out
+    result = check(path, perturb='pre_logits/kernel')
+    assert not result['passed']
+    assert result['references'][0]['verdict']['output'] == 'pre_logits'
+
+
+def test_images_and_limit(check):
+    photos = FIXTURES.parent / 'data' / 'photos'
+    result = check(FIXTURES / 'vit_token.checkpoint.npz', images=[str(photos)], limit=2, batch=2)
+    assert result['images'].startswith('2 images from ')
+    assert result['references'][0]['rows']['logits']['ours_minus_reference']['vectors'] == 2
+
+
+def test_references_that_cannot_be_had(check):
+    with pytest.raises(UserError, match='transformers has only'):
+        check(FIXTURES / 'vit_gap.checkpoint.npz', reference='transformers')
+    with pytest.raises(UserError, match='timm has no such model'):
+        check(FIXTURES / 'vit_token.checkpoint.npz', reference='timm')
+
+
+def test_real_weights(check, shared_dir):
+    pytest.importorskip('transformers')
+    result = check(shared_dir / 'weights' / 'deit_ti16_imagenet1k.npz', limit=1)
+    assert result['passed'] and result['variant'] == 'ViT-Ti_16'
+    assert result['references'][0]['rows']['encoderblock_11']['largest_value'] > 10
+
+
+def test_hugging_face_folder_is_loaded_by_transformers_itself(check, command, tmp_path):
+    pytest.importorskip('transformers')
+    source, folder = FIXTURES / 'vit_token.checkpoint.npz', tmp_path / 'hf'
+    result = command('scripts/convert.py', source, folder, '--to', 'huggingface')
+    assert result.returncode == 0, result.stderr
+    result = check(folder, tolerance=1e-5)
+    assert result['passed']
+    assert result['weights_read'] == "by transformers' own from_pretrained"
+
+
+def test_timm(check, shared_dir):
+    pytest.importorskip('timm', reason='timm is not installed')
+    path = shared_dir / 'weights' / 'deit_ti16_imagenet1k.npz'
+    assert check(path, limit=1, reference='timm')['passed']
+
+
+FULL_SIZE = {
+    'ViT-B_16': dict(num_classes=21843, representation_size=768),  # as in imagenet21k
+    'ViT-B_32': dict(num_classes=1000),
+    'ViT-L_16': dict(num_classes=1000),
+    'R50+ViT-B_16': dict(num_classes=1000),
+    'R26+ViT-S_32': dict(num_classes=1000),
+    'R+ViT-Ti_16': dict(num_classes=1000),
+    'Mixer-B_16': dict(num_classes=1000),
+    'DeiT-B_16': dict(num_classes=1000),
+    'ViT-H_14': dict(num_classes=1000),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', FULL_SIZE)
+def test_full_size(check, tmp_path, name):
+    config = models.variants.get_config(name).to_dict() | FULL_SIZE[name]
+    if name == 'ViT-H_14':  # one block of its width: all of it takes 20 GB
+        config['transformer']['num_layers'] = 1
+    path = write_model(tmp_path / 'x.npz', config, 224)
+    result = check(path, tolerance=1e-5)
+    path.unlink()
+    assert result['passed']
+    rows = result['references'][0]['rows'].values()
+    assert max(row['ours_minus_reference_in_float64']['max'] for row in rows) < 1e-11
+
+
+def test_command_line(command, tmp_path):
+    model = FIXTURES / 'vit_token_pre_logits.checkpoint.npz'
+    result = command('scripts/check_parity.py', '--model', model, '--json', '--perturb', 'cls')
+    assert result.returncode == 1, result.stderr
+    found = json.loads(result.stdout)
+    assert found['passed'] is False and found['perturbed'] == 'cls'
+    assert 'FAIL: logits differ by' in result.stderr
+    result = command('scripts/check_parity.py', '--model', tmp_path / 'none.npz')
+    assert result.returncode == 2
+    assert 'check_parity.py: ' in result.stderr and 'Traceback' not in result.stderr
+
+
+def test_command_line_without_pytorch(command, tmp_path):
+    (tmp_path / 'sitecustomize.py').write_text(
+        'import importlib.util\n'
+        'find_spec = importlib.util.find_spec\n'
+        'importlib.util.find_spec = lambda name, *a: None if name == "torch" '
+        'else find_spec(name, *a)\n'
+    )
+    model = FIXTURES / 'vit_token.checkpoint.npz'
+    words = ('scripts/check_parity.py', '--model', model)
+    result = command(*words, env={'PYTHONPATH': str(tmp_path)})
+    assert result.returncode == 2
+    assert 'torch is not installed. `bash scripts/setup.sh --test`' in result.stderr
+
+
+# The judgement, without a model.
+
+
+def row(ours=0.0, theirs=0.0):
+    exact = np.ones((1, 2, 3))
+    found = parity.Row()
+    found.add(exact + ours, exact + theirs, exact, exact)
+    return found
+
+
+def test_limit_is_1e4_or_twice_the_rounding():
+    assert parity.judge({'logits': row(9e-5)}, zero_head=False).passed
+    verdict = parity.judge({'logits': row(2e-4)}, zero_head=False)
+    assert not verdict.passed and verdict.limit == 1e-4
+    verdict = parity.judge({'logits': row(8e-4, 3e-4)}, zero_head=False)
+    assert verdict.passed and verdict.limit == pytest.approx(6e-4)
+    assert not parity.judge({'logits': row(1.0e-3, 3e-4)}, zero_head=False).passed
+    # A given tolerance replaces both.
+    assert not parity.judge({'logits': row(8e-4, 3e-4)}, zero_head=False, tolerance=4e-4).passed
+    assert parity.judge({'logits': row(2e-4)}, zero_head=False, tolerance=3e-4).passed
+
+
+def test_nan_never_passes():
+    for rows in ({'logits': row(np.nan)}, {'logits': row(0.0, np.nan)}):
+        verdict = parity.judge(rows, zero_head=False)
+        assert not verdict.passed
+        assert not rows['logits'].is_rounding
+    difference = parity.Difference()
+    difference.add(np.ones((1, 2)), np.array([[np.nan, 1.0]]))
+    difference.add(np.ones((1, 2)), np.ones((1, 2)))
+    assert np.isnan(difference.max) and difference.to_dict()['max'] is None
+
+
+def test_difference_over_batches_is_that_over_all():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 5, 3, 4))
+    whole, parts = parity.Difference(), parity.Difference()
+    whole.add(a, b)
+    parts.add(a[:2], b[:2])
+    parts.add(a[2:], b[2:])
+    assert whole.max == parts.max == np.abs(a - b).max()
+    assert whole.mean == pytest.approx(parts.mean) == pytest.approx(np.abs(a - b).mean())
+    assert (whole.agree, whole.vectors) == (parts.agree, 15)
+    with pytest.raises(ValueError, match='cannot be compared'):
+        whole.add(a, b[:, :1])
+
+
+def test_missing_output_is_an_error():
+    with pytest.raises(ValueError, match='gives extra'):
+        parity.add({}, {}, {'extra': np.ones(2)}, {}, {})
+
+
+def test_made_up_images():
+    images = parity.made_up_images(2, 33)
+    assert images.shape == (2, 33, 33, 3) and images.dtype == np.float32
+    assert images.min() == -1 and images.max() == 1
+    np.testing.assert_array_equal(images, parity.made_up_images(2, 33))
+    assert not np.array_equal(images, parity.made_up_images(2, 33, seed=1))

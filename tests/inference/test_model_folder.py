@@ -1,0 +1,363 @@
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+
+from vit_jax import checkpoint, models, variants
+from vit_jax.checkpoint import formats, npz, replace
+from vit_jax.data.preprocess import Preprocess
+from vit_jax.errors import UserError
+from vit_jax.inference import model_folder
+
+CONFIG = {
+    'model_name': None,
+    'patches': {'size': (4, 4)},
+    'hidden_size': 8,
+    'transformer': {
+        'mlp_dim': 16,
+        'num_heads': 2,
+        'num_layers': 2,
+        'attention_dropout_rate': 0.0,
+        'dropout_rate': 0.0,
+    },
+    'classifier': 'token',
+    'representation_size': None,
+}
+NAMES = ('a rose', 'Gänseblümchen', 'x/y')
+
+
+def _params(config=CONFIG, classes=3, size=12, seed=0):
+    model = models.from_config(config, num_classes=classes)
+    init = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), np.zeros((1, size, size, 3), np.float32), train=False)
+    )
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), init['params'])
+
+
+def _save(folder, params=None, **changes):
+    arguments = {
+        'model_config': ml_collections.ConfigDict(CONFIG),
+        'image_size': 12,
+        'class_names': NAMES,
+        'preprocess': Preprocess(crop=12, flip=False).to_dict(),
+        'source': {'dataset': 'made up', 'steps': 3},
+    }
+    model_folder.save(folder, params or _params(), **(arguments | changes))
+    return folder
+
+
+def test_round_trip(tmp_path):
+    params = _params()
+    folder = _save(tmp_path / 'run' / 'model', params)
+    assert sorted(os.listdir(folder)) == ['model.json', 'params.npz']
+    assert os.listdir(tmp_path / 'run') == ['model']
+    loaded = model_folder.load(folder)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+    assert loaded.class_names == NAMES
+    assert loaded.image_size == 12
+    assert loaded.preprocess == Preprocess(crop=12, flip=False)
+    assert loaded.source == {'dataset': 'made up', 'steps': 3}
+    assert loaded.model_config == CONFIG
+    images = np.random.default_rng(1).uniform(-1, 1, (2, 12, 12, 3)).astype(np.float32)
+    expected = models.from_config(CONFIG, num_classes=3).apply(
+        {'params': params}, images, train=False
+    )
+    logits = loaded.model.apply({'params': loaded.params}, images, train=False)
+    np.testing.assert_array_equal(logits, expected)
+    assert np.std(logits) > 0.1
+
+
+def test_model_json_says_all_that_is_needed(tmp_path):
+    config = variants.get_config('ViT-S_32')
+    config.transformer.num_layers = 1
+    params = _params(config, size=32)
+    config.dtype = 'bfloat16'
+    folder = _save(
+        tmp_path / 'm',
+        params,
+        model_config=config,
+        image_size=32,
+        preprocess=Preprocess(crop=32).to_dict(),
+    )
+    description = json.loads((folder / 'model.json').read_text(encoding='utf-8'))
+    assert description['format_version'] == 1
+    assert description['architecture']['variant'] == 'ViT-S_32'
+    assert description['architecture']['num_classes'] == 3
+    assert description['architecture']['config']['patches'] == {'size': [32, 32]}
+    assert 'dtype' not in description['architecture']['config']
+    assert description['value_range'] == [-1, 1]
+    assert description['class_names'] == list(NAMES)
+    assert description['versions']['jax'] == jax.__version__
+    assert model_folder.load(folder).model_config['transformer']['num_layers'] == 1
+
+
+def test_saving_again_replaces_the_folder(tmp_path):
+    folder = _save(tmp_path / 'm')
+    (folder / 'notes.txt').write_text('x')
+    params = _params(seed=5)
+    _save(folder, params)
+    assert sorted(os.listdir(folder)) == ['model.json', 'params.npz']
+    assert os.listdir(tmp_path) == ['m']
+    jax.tree.map(np.testing.assert_array_equal, model_folder.load(folder).params, params)
+
+
+def test_failed_save_leaves_the_old_folder(tmp_path):
+    folder = _save(tmp_path / 'm')
+    before = (folder / 'model.json').read_bytes()
+    with pytest.raises(TypeError, match='not JSON serializable'):
+        _save(folder, _params(seed=1), source={'x': object()})
+    assert (folder / 'model.json').read_bytes() == before
+    assert os.listdir(tmp_path) == ['m']
+    model_folder.load(folder)
+
+
+def test_save_refuses_what_does_not_agree(tmp_path):
+    with pytest.raises(ValueError, match='2 class names for a head of 3'):
+        _save(tmp_path / 'm', class_names=NAMES[:2])
+    with pytest.raises(ValueError, match='image_size 16'):
+        _save(tmp_path / 'm', image_size=16)
+    (tmp_path / 'photos').mkdir()
+    (tmp_path / 'photos' / 'a.jpg').write_bytes(b'x')
+    with pytest.raises(UserError, match='is no model folder'):
+        _save(tmp_path / 'photos')
+    (tmp_path / 'file').write_bytes(b'')
+    with pytest.raises(UserError, match='cannot write the model folder'):
+        _save(tmp_path / 'file' / 'm')
+    assert sorted(os.listdir(tmp_path)) == ['file', 'photos']
+
+
+def test_damaged_folders(tmp_path):
+    with pytest.raises(UserError, match='no such checkpoint file'):
+        model_folder.load(tmp_path / 'none')
+    folder = _save(tmp_path / 'run' / 'model')
+    with pytest.raises(UserError, match=r'no model.json; did you mean .*run/model\?'):
+        model_folder.load(tmp_path / 'run')
+    with pytest.raises(UserError, match='knows its variant'):
+        model_folder.load(folder, variant='ViT-B_16')
+
+    good = (folder / 'model.json').read_text(encoding='utf-8')
+    for text, message in [
+        (good[:100], 'is damaged'),
+        ('[]', 'is damaged'),
+        (good.replace('"image_size"', '"size"'), "is damaged .KeyError: 'image_size'"),
+        (good.replace('"format_version": 1', '"format_version": 2'), 'newer vit_jax'),
+        (good.replace('vit_jax model', 'other'), 'does not describe a model'),
+        (good.replace('"mlp_dim": 16', '"mlp_dim": 24'), r'Dense_0/kernel: has shape \(8, 16\)'),
+        (good.replace('"num_classes": 3', '"num_classes": 4'), 'do not agree'),
+        (good.replace('"image_size": 12', '"image_size": 16'), 'do not agree'),
+        (good.replace('"image_size": 12', '"image_size": 13'), 'no model can be built'),
+        (good.replace('"classifier": "token"', '"classifier": "tokn"'), 'no model can be built'),
+    ]:
+        (folder / 'model.json').write_text(text, encoding='utf-8')
+        with pytest.raises(UserError, match=message):
+            model_folder.load(folder)
+    (folder / 'model.json').write_text(good, encoding='utf-8')
+    checkpoint.save(folder / 'params.npz', _params(seed=9))
+    with pytest.raises(UserError, match='SHA-256'):
+        model_folder.load(folder)
+    os.unlink(folder / 'params.npz')
+    with pytest.raises(UserError, match='has no params.npz'):
+        model_folder.load(folder)
+
+
+@pytest.mark.parametrize('classifier', ['token', 'gap'])
+@pytest.mark.parametrize('representation_size', [None, 6])
+def test_bare_file_of_unnamed_architecture(tmp_path, classifier, representation_size):
+    config = CONFIG | {'classifier': classifier, 'representation_size': representation_size}
+    params = _params(config)
+    checkpoint.save(tmp_path / 'a.npz', params)
+    loaded = model_folder.load(tmp_path / 'a.npz')
+    assert loaded.model_config == config
+    assert loaded.image_size == loaded.preprocess.crop == 12
+    assert loaded.class_names == ('class 0', 'class 1', 'class 2')
+    assert loaded.source == {'file': str(tmp_path / 'a.npz'), 'format': 'Google .npz'}
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+
+
+def _zeros(config, classes, size):
+    """Full-size parameters that take no memory (one zero, seen many times)."""
+    params = models.from_config(config, num_classes=classes)
+    init = jax.eval_shape(
+        lambda: params.init(
+            jax.random.key(0), np.zeros((1, size, size, 3), np.float32), train=False
+        )
+    )
+    return jax.tree.map(lambda x: np.broadcast_to(np.float32(1), x.shape), init['params'])
+
+
+def _pretend(monkeypatch, params):
+    """Any file holds `params`."""
+    weights = checkpoint.Weights('made_up.npz', 'Google .npz', params)
+    monkeypatch.setattr(formats, 'open_weights', lambda path, **kwargs: weights)
+
+
+@pytest.mark.parametrize('name', variants.VARIANTS)
+def test_variant_is_inferred_from_shapes(name, monkeypatch):
+    config = variants.get_config(name)
+    size = 4 * variants.token_stride(config)
+    _pretend(monkeypatch, _zeros(config, 11, size))
+    loaded = model_folder.load('made_up.npz')
+    assert loaded.model_config['model_name'] == name
+    assert loaded.image_size == size
+    assert len(loaded.class_names) == 11
+
+
+def test_bare_file_with_variant(tmp_path, monkeypatch, caplog):
+    _pretend(monkeypatch, _zeros(variants.get_config('ViT-S_32'), 2, 64))
+    assert model_folder.load('a.npz', variant='ViT-S_32').image_size == 64
+    with pytest.raises(UserError, match='a.npz does not fit the model'):
+        model_folder.load('a.npz', variant='ViT-B_32')
+    with pytest.raises(UserError, match='unknown variant .*ViT-B_16'):
+        model_folder.load('a.npz', variant='B/32')
+
+
+def test_zero_head_is_pointed_out(tmp_path, caplog):
+    params = _params()
+    params['head'] = {name: np.zeros_like(leaf) for name, leaf in params['head'].items()}
+    checkpoint.save(tmp_path / 'a.npz', params)
+    with caplog.at_level(logging.WARNING):
+        model_folder.load(tmp_path / 'a.npz')
+    assert 'head of' in caplog.text and 'all zeros' in caplog.text
+
+
+def test_bare_file_that_is_no_vit(tmp_path):
+    good = npz.flatten(_params())
+    for drop, add, message in [
+        ('', {'conv_root/kernel': np.ones((7, 7, 3, 64))}, 'gn_root/scale: missing'),
+        ('', {'MixerBlock_0/LayerNorm_0/bias': np.ones(3)}, "'stem/kernel' is missing"),
+        ('embedding/kernel', {}, "does not hold the weights .* 'embedding/kernel' is missing"),
+        ('Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel', {}, 'Dense_0/kernel. is missing'),
+        ('Transformer/posembed_input/pos_embedding', {}, "pos_embedding' is missing"),
+        ('Transformer/encoder_norm/bias', {}, 'encoder_norm/bias: missing'),
+        ('', {'extra/bias': np.ones(3)}, 'extra/bias: unknown'),
+        ('', {'Transformer/posembed_input/pos_embedding': np.ones((1, 9, 8))}, 'no square grid'),
+    ]:
+        flat = {name: leaf for name, leaf in good.items() if name != drop} | add
+        np.savez(tmp_path / 'a.npz', **flat)
+        with pytest.raises(UserError, match=message):
+            model_folder.load(tmp_path / 'a.npz')
+
+
+def test_real_weights(shared_dir):
+    loaded = model_folder.load(shared_dir / 'weights' / 'deit_ti16_imagenet1k.npz')
+    assert loaded.model_config['model_name'] == 'ViT-Ti_16'
+    assert (loaded.image_size, len(loaded.class_names)) == (224, 1000)
+    with np.load(shared_dir / 'weights' / 'deit_ti16_imagenet1k_reference.npz') as reference:
+        images = (reference['images'].astype(np.float32) - 127.5) / 127.5
+        logits = loaded.model.apply({'params': loaded.params}, images, train=False)
+        np.testing.assert_allclose(logits, reference['logits'], rtol=0, atol=1e-4)
+
+
+KILLED = """
+import importlib.util, os, pathlib, shutil, signal, sys
+
+folder, new, moment = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+spec = importlib.util.spec_from_file_location('replace', sys.argv[4])  # alone: without JAX
+replace = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(replace)
+calls = 0
+
+def killing(function):
+    def call(*args, **kwargs):
+        global calls
+        if calls == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+        calls += 1
+        return function(*args, **kwargs)
+    return call
+
+shutil.copytree(new, replace.partial_name(folder))
+os.rename, shutil.rmtree = killing(os.rename), killing(shutil.rmtree)
+replace.put(folder)
+"""
+
+
+def test_killed_while_a_folder_is_replaced(tmp_path):
+    """Whenever that is, a reader finds all of the old or all of the new model."""
+    old, new = _params(seed=1), _params(seed=2)
+    _save(tmp_path / 'old', old)
+    _save(tmp_path / 'new', new)
+    # Before the first rename, between the two, after both with the old one still there.
+    for moment, expected in enumerate((old, new, new)):
+        run = tmp_path / f'run{moment}'
+        shutil.copytree(tmp_path / 'old', run / 'model')
+        command = [sys.executable, '-c', KILLED, run / 'model', tmp_path / 'new', str(moment)]
+        command.append(replace.__file__)
+        assert subprocess.run(command, env=os.environ, check=False).returncode == -signal.SIGKILL
+        assert (run / 'model').exists() == (moment != 1)
+        assert len(os.listdir(run)) > 1 or moment == 1
+        loaded = model_folder.load(run / 'model')
+        jax.tree.map(np.testing.assert_array_equal, loaded.params, expected)
+        # The next writer sweeps, and its model is the one that is there.
+        _save(run / 'model', third := _params(seed=3))
+        assert os.listdir(run) == ['model']
+        loaded = model_folder.load(run / 'model')
+        jax.tree.map(np.testing.assert_array_equal, loaded.params, third)
+
+
+def test_what_a_running_writer_has_beside_the_folder_is_left_alone(tmp_path):
+    running = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE)
+    try:
+        part = tmp_path / f'.model.{running.pid}.part'
+        part.mkdir()
+        _save(tmp_path / 'model')
+        assert sorted(os.listdir(tmp_path)) == [part.name, 'model']
+    finally:
+        running.communicate(b'\n')
+    _save(tmp_path / 'model')
+    assert os.listdir(tmp_path) == ['model']
+
+
+def encoder(description):
+    return description['architecture']['config']['transformer']
+
+
+@pytest.mark.parametrize(
+    ('change', 'words'),
+    [
+        (lambda d: d['params'].update(file='../other/params.npz'), 'no plain file name'),
+        (lambda d: d['params'].update(file='/etc/passwd'), 'no plain file name'),
+        (lambda d: d['params'].update(file=['params.npz']), 'is damaged'),
+        (lambda d: d.update(image_size=10**9), 'no side of an image'),
+        (lambda d: d.update(image_size='12'), 'no side of an image'),
+        (lambda d: d['preprocessing'].update(crop=10**9), 'no side of an image'),
+        (lambda d: d['preprocessing'].update(crop=16), 'do not agree'),
+        (lambda d: encoder(d).update(num_layers=10**9), 'num_layers'),
+        (lambda d: d['architecture']['config'].update(hidden_size=float('nan')), 'hidden_size'),
+        (lambda d: d['architecture']['config'].update(patches=3), 'is damaged'),
+        (lambda d: d['architecture']['config'].update(unknown=3), 'no model can be built'),
+        (lambda d: d['architecture'].update(num_classes=-1), 'is damaged'),
+        (lambda d: d.update(class_names=[1, 2, 3]), 'should be texts'),
+        (lambda d: d.update(source=7), 'is damaged'),
+        (lambda d: d.clear(), 'does not describe'),
+    ],
+)  # fmt: skip
+def test_a_description_from_elsewhere_is_not_trusted(tmp_path, change, words):
+    folder = _save(tmp_path / 'model')
+    (tmp_path / 'other').mkdir()
+    shutil.copy(folder / 'params.npz', tmp_path / 'other' / 'params.npz')
+    description = json.loads((folder / 'model.json').read_text())
+    change(description)
+    (folder / 'model.json').write_text(json.dumps(description))
+    with pytest.raises(UserError, match=words):
+        model_folder.load(folder)
+
+
+def test_a_description_nested_without_end(tmp_path):
+    folder = _save(tmp_path / 'model')
+    (folder / 'model.json').write_text('[' * 200_000)
+    with pytest.raises(UserError, match='is damaged'):
+        model_folder.load(folder)
+    (folder / 'model.json').unlink()
+    os.mkfifo(folder / 'model.json')
+    with pytest.raises(UserError, match='no model.json'):
+        model_folder.load(folder)

@@ -1,0 +1,175 @@
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import onnx as onnx_lib
+import pytest
+from PIL import Image
+
+from vit_jax import models
+from vit_jax.data.preprocess import Preprocess
+from vit_jax.errors import UserError
+from vit_jax.export import onnx
+from vit_jax.inference import classifier, model_folder
+from vit_jax.inference import onnx as onnx_model
+
+SCRIPTS = pathlib.Path(__file__).resolve().parents[2] / 'scripts'
+CLASSES = ('daisy', 'roses', 'tulips')
+MODEL_CONFIG = {
+    'model_name': None,
+    'patches': {'size': (8, 8)},
+    'hidden_size': 8,
+    'transformer': {
+        'mlp_dim': 16,
+        'num_heads': 2,
+        'num_layers': 1,
+        'attention_dropout_rate': 0.0,
+        'dropout_rate': 0.0,
+    },
+    'classifier': 'token',
+    'representation_size': None,
+}
+
+
+@pytest.fixture(scope='module')
+def model():
+    module = models.from_config(MODEL_CONFIG, num_classes=3)
+    image = np.zeros((1, 16, 16, 3), np.float32)
+    shapes = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False), image)
+    leaves, tree = jax.tree.flatten(shapes['params'])
+    rng = np.random.default_rng(0)
+    params = tree.unflatten([rng.normal(0, 0.5, leaf.shape).astype(np.float32) for leaf in leaves])
+    return model_folder.Model(
+        module, params, MODEL_CONFIG, 16, CLASSES, Preprocess(crop=16), {'dataset': 'made up'}
+    )
+
+
+@pytest.fixture(scope='module')
+def expected(model):
+    """(pixels, logits) of five images, by JAX."""
+    pixels = np.random.default_rng(1).uniform(0, 255, (5, 16, 16, 3)).astype(np.float32)
+    return pixels, np.asarray(classifier.JaxClassifier(model).logits(pixels))
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / 'model.onnx'
+
+
+@pytest.mark.parametrize(
+    'options', [{}, {'layout': 'NCHW'}, {'opset': 17}, {'features': True, 'attention': True}]
+)
+def test_logits_equal_those_of_jax(model, expected, path, options):
+    onnx.save(onnx.build(model, **options), path)
+    opened = classifier.open_classifier(path)
+    assert (opened.class_names, opened.image_size) == (CLASSES, 16)
+    assert opened.preprocess == model.preprocess and opened.source == model.source
+    pixels, logits = expected
+    for batch in (1, 2, 5):
+        found = opened.logits(pixels[:batch])
+        assert found.dtype == np.float32 and found.shape == (batch, 3)
+        np.testing.assert_allclose(found, logits[:batch], atol=1e-5)
+
+
+def test_probabilities_become_logits_less_a_constant(model, expected, path):
+    onnx.save(onnx.build(model, output='probabilities'), path)
+    pixels, logits = expected
+    found = onnx_model.OnnxClassifier(path, threads=1).logits(pixels)
+    np.testing.assert_allclose(classifier.softmax(found), classifier.softmax(logits), atol=1e-5)
+    np.testing.assert_allclose(np.exp(found).sum(axis=1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize('layout', ['NHWC', 'NCHW'])
+def test_files_that_take_bytes_get_them_rounded(model, expected, path, layout):
+    onnx.save(onnx.build(model, preprocessing=True, layout=layout), path)
+    pixels, _ = expected
+    rounded = np.asarray(classifier.JaxClassifier(model).logits(np.rint(pixels)))
+    np.testing.assert_allclose(onnx_model.OnnxClassifier(path).logits(pixels), rounded, atol=1e-5)
+
+
+def change_metadata(path, **changes):
+    proto = onnx_lib.load(path)
+    metadata = {entry.key: entry.value for entry in proto.metadata_props}
+    metadata |= {key.replace('__', '.'): value for key, value in changes.items()}
+    del proto.metadata_props[:]
+    onnx_lib.helper.set_model_props(
+        proto, {key: value for key, value in metadata.items() if value is not None}
+    )
+    onnx_lib.save(proto, path)
+
+
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        ({'class_names': None, 'layout': None}, 'has no metadata class_names, layout, so'),
+        ({'vit_jax__format': None}, r'no metadata vit_jax\.format.* not written by scripts/export'),
+        ({'vit_jax__format': '2'}, 'metadata of format 2, this vit_jax reads 1: update'),
+        ({'class_names': '[', }, 'is damaged'),
+        ({'preprocessing': '{"crop": 16, "new": 1}'}, 'preprocessing settings must be among'),
+        ({'value_range': '[1, -1]'}, 'contradicts itself'),
+        ({'preprocessing': '{"crop": 32}'}, 'contradicts itself'),
+        ({'class_names': '[]', 'output': 'features'}, 'without classification head'),
+        ({'class_names': '["a", "b"]'}, r"metadata says logits: \['batch', 2\]"),
+        ({'layout': 'NCHW'}, r"metadata says image: \['batch', 3, 16, 16\]"),
+        ({'output': 'probabilities'}, 'metadata says probabilities'),
+    ],
+)  # fmt: skip
+def test_metadata_that_is_missing_or_wrong(model, path, changes, message):
+    onnx.save(onnx.build(model), path)
+    change_metadata(path, **changes)
+    with pytest.raises(UserError, match=message):
+        classifier.open_classifier(path)
+
+
+def test_files_that_are_no_model(tmp_path, path):
+    with pytest.raises(UserError, match='there is no ONNX file'):
+        classifier.open_classifier(path)
+    path.write_bytes(b'this is no protocol buffer')
+    with pytest.raises(UserError, match='cannot be opened as an ONNX model') as error:
+        classifier.open_classifier(path)
+    assert '\n' not in str(error.value)
+    with pytest.raises(UserError, match='no --variant'):
+        classifier.open_classifier(path, variant='ViT-B_16')
+
+
+def test_without_onnxruntime_it_says_what_to_install(model, path, monkeypatch):
+    onnx.save(onnx.build(model), path)
+    monkeypatch.setitem(sys.modules, 'onnxruntime', None)
+    with pytest.raises(UserError, match='pip install onnxruntime'):
+        classifier.open_classifier(path)
+
+
+def test_predicting_imports_neither_jax_nor_torch(model, path, tmp_path):
+    """The command itself, in a process of its own, with all that it has to do."""
+    onnx.save(onnx.build(model), path)
+    for name in ('a.png', 'b.jpg'):
+        pixels = np.random.default_rng(2).integers(0, 255, (20, 30, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / name)
+    program = (
+        'import runpy, sys\n'
+        'try:\n'
+        '    runpy.run_path(sys.argv[0], run_name="__main__")\n'
+        'except SystemExit as end:\n'
+        '    import json\n'
+        '    print(json.dumps([end.code, sorted(sys.modules)]))\n'
+    )
+    arguments = [
+        str(SCRIPTS / 'predict.py'), '--model', str(path), '--format', 'jsonl', '--contact_sheet',
+        str(tmp_path / 'sheet.png'), str(tmp_path),
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, '-c', f'import sys; sys.argv = {arguments!r}\n{program}'],
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'MPLBACKEND': 'agg'},
+    )
+    *found, last = map(json.loads, done.stdout.splitlines())
+    status, modules = last
+    assert (status, done.stderr, len(found)) == (0, '', 2)
+    assert {'onnxruntime', 'vit_jax.inference.onnx'} <= set(modules)
+    heavy = {'jax', 'jaxlib', 'flax', 'torch', 'tensorflow', 'grain', 'sklearn', 'onnx'}
+    assert not heavy & set(modules)

@@ -1,0 +1,370 @@
+"""Writes models for other libraries: timm, Hugging Face transformers, torchvision.
+
+Each gets a folder: `model.safetensors`, the configuration that makes the library compute what this
+package computes (tanh GELU, LayerNorm epsilon 1e-6, input in [-1, 1]), and a page that says how to
+load it and what differs. What a library has no place for is refused by name.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vit_jax import variants
+from vit_jax.checkpoint import npz, pytorch, tensors
+from vit_jax.errors import UserError
+from vit_jax.export import pytorch_notes as export_notes
+
+TARGETS = ('npz', 'timm', 'huggingface', 'torchvision')
+DROPPABLE = ('pre_logits',)
+
+_SIZE_WORDS = {192: 'tiny', 384: 'small', 768: 'base', 1024: 'large', 1280: 'huge'}
+_TIMM_VITS = {
+    *('tiny_patch16', 'small_patch8', 'small_patch16', 'small_patch32', 'base_patch8'),
+    *('base_patch16', 'base_patch32', 'large_patch16', 'large_patch32', 'huge_patch14'),
+}
+# (units in each stage, width of the encoder or None for any) -> timm's model.
+_TIMM_HYBRIDS = {
+    ((), None): 'vit_tiny_r_s16_p8_224',
+    ((2, 2, 2, 2), 384): 'vit_small_r26_s32_224',
+    ((2, 2, 2, 2), None): 'vit_base_r26_s32_224',
+    ((3, 4, 9), None): 'vit_base_r50_s16_224',
+    ((3, 4, 6, 3), None): 'vit_large_r50_s32_224',
+}
+# (patch, width, blocks): timm's functions take no others.
+_TIMM_MIXERS = {
+    (16, 512, 8): 'mixer_s16_224',
+    (32, 512, 8): 'mixer_s32_224',
+    (16, 768, 12): 'mixer_b16_224',
+    (32, 768, 12): 'mixer_b32_224',
+    (16, 1024, 24): 'mixer_l16_224',
+    (32, 1024, 24): 'mixer_l32_224',
+}
+
+
+def write(
+    destination: str | os.PathLike[str],
+    params: Mapping[str, Any],
+    *,
+    to: str,
+    model_config: Mapping[str, Any],
+    image_size: int,
+    class_names: Sequence[str] = (),
+    drop: Sequence[str] = (),
+) -> list[str]:
+    """Writes a model in the format of another library, one array at a time.
+
+    Args:
+        destination: a folder, or a `.npz` file; must not exist. It appears when it is complete.
+        params: nested dict with Linen names; leaves NumPy, JAX or lazy arrays of floats.
+        to: one of `TARGETS`.
+        model_config: the architecture, see `models.variants.get_config`.
+        image_size: side of the (square) input, pixels.
+        class_names: in label order; () if the classes have no names of their own.
+        drop: what may be lost, of `DROPPABLE`.
+
+    Returns:
+        What the user should know about the result, a sentence each.
+
+    Raises:
+        UserError: the format cannot express the model (what would be lost is named), or the
+            destination exists or cannot be written.
+    """
+    if to not in TARGETS:
+        raise UserError(f'unknown format {to!r}; known: {", ".join(TARGETS)}')
+    destination = pathlib.Path(destination)
+    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+        raise UserError(f'{destination} exists; remove it, or name another place')
+    flat, config, notes = drop_layers(npz.flatten(params), model_config, drop)
+    if to == 'npz':
+        if class_names:
+            notes.append('a .npz file has no place for class names: keep them elsewhere')
+        npz.save(destination, npz.nest(flat, destination))
+        return notes
+    if destination.suffix in ('.safetensors', '.pth', '.pt', '.npz'):
+        raise UserError(f'--to {to} writes a folder; {destination} looks like the name of a file')
+    table, files = {'timm': _timm, 'huggingface': _hugging_face, 'torchvision': _torchvision}[to](
+        flat, config, image_size, class_names
+    )
+    named, lost = pytorch.from_params(flat, table)
+    if lost:
+        raise _refusal(to, 'it has no place for ' + ', '.join(lost[:6]) + _more(lost, 6), flat)
+    if to == 'huggingface':
+        named = _hugging_face_names(named, 'dist' in flat, 'head/bias' in flat)
+    metadata = {'image_size': json.dumps(image_size)}
+    if 'transformer' in config:
+        metadata['num_heads'] = json.dumps(config['transformer']['num_heads'])
+    if class_names:
+        metadata['class_names'] = json.dumps(list(class_names))
+    _write_folder(destination, named, metadata, files)
+    return notes + export_notes.warnings(to, config)
+
+
+def drop_layers(
+    flat: Mapping[str, Any], config: Mapping[str, Any], drop: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """Leaves layers out of a model, for formats that have no place for them.
+
+    Args:
+        flat: name -> array, Linen names joined by '/'.
+        config: the architecture.
+        drop: what to leave out, of `DROPPABLE`.
+
+    Returns:
+        (arrays, architecture, what the user should know, a sentence each), of the model that is
+        left.
+
+    Raises:
+        UserError: a layer that cannot be left out, or the head does not fit without it.
+    """
+    if wrong := [name for name in drop if name not in DROPPABLE]:
+        raise UserError(f'cannot drop {wrong[0]!r}; only {", ".join(DROPPABLE)} can be dropped')
+    flat, config, notes = dict(flat), dict(config), []
+    if 'pre_logits' in drop and 'pre_logits/kernel' in flat:
+        flat = {name: leaf for name, leaf in flat.items() if not name.startswith('pre_logits/')}
+        config = config | {'representation_size': None}
+        notes.append('pre_logits is dropped')
+        if 'head/kernel' in flat:
+            notes.append(
+                'the head was made for the output of pre_logits: train a new one, its logits mean '
+                'nothing now (in the released in21k files it is all zeros anyway)'
+            )
+            width = config['hidden_size']
+            if flat['head/kernel'].shape[0] != width:
+                raise UserError(
+                    f'without pre_logits the head does not fit: it reads {width} features, and '
+                    f'its kernel has shape {tuple(flat["head/kernel"].shape)}'
+                )
+    return flat, config, notes
+
+
+def _refusal(to: str, why: str, flat: Mapping[str, Any]) -> UserError:
+    hint = ' --drop pre_logits leaves that layer out.' if 'pre_logits/kernel' in flat else ''
+    return UserError(f'{to} cannot express this model: {why}.{hint} npz takes every model')
+
+
+def _more(names: Sequence[str], limit: int) -> str:
+    return f' and {len(names) - limit} more' if len(names) > limit else ''
+
+
+def _check_pooling(flat: Mapping[str, Any], config: Mapping[str, Any], to: str) -> None:
+    """Refuses unpooled models, and mean pooling where the library has only the class token."""
+    classifier = config.get('classifier', 'gap')
+    if 'unpooled' in classifier:
+        raise _refusal(to, f'it has no classifier {classifier!r}', flat)
+    if to != 'timm' and classifier != 'token':
+        raise _refusal(to, f'it has no mean pooling (classifier {classifier!r})', flat)
+
+
+def _timm(
+    flat: Mapping[str, Any], config: Mapping[str, Any], image_size: int, names: Sequence[str]
+) -> tuple[str, dict[str, Any]]:
+    patch = config['patches']['size'][0]
+    arguments: dict[str, Any] = {'img_size': image_size}
+    first_layer = 'patch_embed.proj'
+    if variants.is_mixer(config):
+        key = (patch, config['hidden_dim'], config['num_blocks'])
+        if key not in _TIMM_MIXERS:
+            raise _refusal('timm', f'it has no Mixer of patch {key[0]}, width {key[1]}', flat)
+        table, architecture, width, pool = 'timm Mixer', _TIMM_MIXERS[key], key[1], 'avg'
+        arguments['mlp_ratio'] = [
+            config[f'{axis}_mlp_dim'] / width for axis in ('tokens', 'channels')
+        ]
+        first_layer = 'stem.proj'
+    else:
+        _check_pooling(flat, config, 'timm')
+        table, architecture = _timm_vit(flat, config)
+        encoder, width = config['transformer'], config['hidden_size']
+        pool = 'token' if config['classifier'] == 'token' else 'avg'
+        arguments |= {
+            'patch_size': patch,
+            'embed_dim': width,
+            'depth': encoder['num_layers'],
+            'num_heads': encoder['num_heads'],
+            'mlp_ratio': encoder['mlp_dim'] / width,
+            'act_layer': 'gelu_tanh',
+        }
+        if pool == 'avg':  # the final LayerNorm comes before the mean here, not after it
+            arguments |= {'class_token': False, 'global_pool': 'avg', 'fc_norm': False}
+    classes = flat['head/bias'].shape[0] if 'head/bias' in flat else 0
+    described = {
+        'architecture': architecture,
+        'num_classes': classes,
+        'num_features': width,
+        'global_pool': pool,
+        'model_args': arguments,
+        'pretrained_cfg': {
+            'input_size': [3, image_size, image_size],
+            'fixed_input_size': True,
+            'interpolation': 'bilinear',
+            'crop_pct': 1.0,
+            'crop_mode': 'squash',
+            'mean': [0.5] * 3,
+            'std': [0.5] * 3,
+            'num_classes': classes,
+            'first_conv': first_layer,
+            'classifier': ['head', 'head_dist'] if 'dist' in flat else 'head',
+            **({'label_names': list(names)} if names else {}),
+        },
+    }
+    page = export_notes.timm(image_size, mixer=variants.is_mixer(config), hybrid='resnet' in config)
+    return table, {'config.json': described, 'README.md': page}
+
+
+def _timm_vit(flat: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, str]:
+    """(table, architecture) of a ViT, DeiT or hybrid."""
+    if 'pre_logits/kernel' in flat:  # old timm had one, as pre_logits.fc: it is read, not written
+        raise _refusal('timm', 'it has no pre_logits', flat)
+    width, patch = config['hidden_size'], config['patches']['size'][0]
+    hybrid = config.get('resnet')
+    if hybrid is not None:
+        units = tuple(hybrid['num_layers'])
+        name = _TIMM_HYBRIDS.get((units, width)) or _TIMM_HYBRIDS.get((units, None))
+        if name is None or hybrid.get('width_factor', 1) != 1:
+            raise _refusal('timm', f'it has no hybrid with ResNet stages of {units} units', flat)
+        return ('timm hybrid' if units else 'timm stem hybrid'), name
+    size = _SIZE_WORDS.get(width, 'base')
+    if 'dist' in flat:
+        size = size if size in ('tiny', 'small', 'base') else 'base'
+        return 'timm', f'deit_{size}_distilled_patch16_224'
+    name = f'{size}_patch{patch}'
+    # Any of them makes any ViT: model_args has all sizes.
+    return 'timm', f'vit_{name if name in _TIMM_VITS else "base_patch16"}_224'
+
+
+def _hugging_face(
+    flat: Mapping[str, Any], config: Mapping[str, Any], image_size: int, names: Sequence[str]
+) -> tuple[str, dict[str, Any]]:
+    to = 'huggingface'
+    _check_plain(flat, config, to)
+    has_head, distilled = 'head/bias' in flat, 'dist' in flat
+    if has_head and 'pre_logits/kernel' in flat:
+        raise _refusal(to, 'its classifier has no pre_logits in front of the head', flat)
+    if distilled and not has_head:
+        raise _refusal(to, 'it loads a DeiT of two tokens with its heads only', flat)
+    classes = flat['head/bias'].shape[0] if has_head else 0
+    labels = names or [f'LABEL_{i}' for i in range(classes)]
+    kind = 'DeiTForImageClassificationWithTeacher' if distilled else 'ViTForImageClassification'
+    encoder = config['transformer']
+    described = {
+        'architectures': [kind if has_head else 'ViTModel'],
+        'model_type': 'deit' if distilled else 'vit',
+        'hidden_size': config['hidden_size'],
+        'num_hidden_layers': encoder['num_layers'],
+        'num_attention_heads': encoder['num_heads'],
+        'intermediate_size': encoder['mlp_dim'],
+        'hidden_act': 'gelu_pytorch_tanh',
+        'layer_norm_eps': 1e-6,
+        'hidden_dropout_prob': 0.0,
+        'attention_probs_dropout_prob': 0.0,
+        'initializer_range': 0.02,
+        'image_size': image_size,
+        'patch_size': config['patches']['size'][0],
+        'num_channels': flat['embedding/kernel'].shape[2],
+        'qkv_bias': True,
+        'encoder_stride': config['patches']['size'][0],
+        'id2label': {str(i): name for i, name in enumerate(labels)},
+        'label2id': {name: i for i, name in enumerate(labels)},
+    }
+    if 'pre_logits/bias' in flat:
+        described |= {
+            'pooler_output_size': flat['pre_logits/bias'].shape[0],
+            'pooler_act': 'tanh',
+        }
+    processor = {
+        'image_processor_type': 'ViTImageProcessor',
+        'do_resize': True,
+        'size': {'height': image_size, 'width': image_size},
+        'resample': 2,
+        'do_rescale': True,
+        'rescale_factor': 1 / 255,
+        'do_normalize': True,
+        'image_mean': [0.5] * 3,
+        'image_std': [0.5] * 3,
+    }
+    return 'Hugging Face', {
+        'config.json': described,
+        'preprocessor_config.json': processor,
+        'README.md': export_notes.hugging_face(image_size, described['architectures'][0]),
+    }
+
+
+def _hugging_face_names(named: dict[str, Any], distilled: bool, has_head: bool) -> dict[str, Any]:
+    """The prefix of the base model; a DeiT with two heads calls the first one otherwise."""
+    prefix = ('deit.' if distilled else 'vit.') if has_head else ''
+    new = {}
+    for name, array in named.items():
+        if distilled and name.startswith('classifier.'):
+            name = f'cls_{name}'
+        head = name.startswith(('classifier.', 'cls_classifier.', 'distillation_classifier.'))
+        new[name if head else prefix + name] = array
+    return new
+
+
+def _torchvision(
+    flat: Mapping[str, Any], config: Mapping[str, Any], image_size: int, names: Sequence[str]
+) -> tuple[str, dict[str, Any]]:
+    to = 'torchvision'
+    _check_plain(flat, config, to)
+    if 'dist' in flat:
+        raise _refusal(to, 'it has no distillation token (dist, head_dist)', flat)
+    if 'head/bias' not in flat:
+        raise _refusal(to, 'its VisionTransformer always has a head, and this model has none', flat)
+    encoder = config['transformer']
+    arguments = {
+        'image_size': image_size,
+        'patch_size': config['patches']['size'][0],
+        'num_layers': encoder['num_layers'],
+        'num_heads': encoder['num_heads'],
+        'hidden_dim': config['hidden_size'],
+        'mlp_dim': encoder['mlp_dim'],
+        'num_classes': flat['head/bias'].shape[0],
+        'representation_size': (
+            flat['pre_logits/bias'].shape[0] if 'pre_logits/bias' in flat else None
+        ),
+    }
+    described = {
+        'library': 'torchvision',
+        'class': 'torchvision.models.VisionTransformer',
+        'arguments': arguments,
+        'mean': [0.5] * 3,
+        'std': [0.5] * 3,
+        **({'class_names': list(names)} if names else {}),
+    }
+    return 'torchvision', {
+        'config.json': described,
+        'NOTE.md': export_notes.torchvision(image_size),
+    }
+
+
+def _check_plain(flat: Mapping[str, Any], config: Mapping[str, Any], to: str) -> None:
+    """Refuses the families that Hugging Face's and torchvision's ViT are not."""
+    if variants.is_mixer(config):
+        raise _refusal(to, 'it has no MLP-Mixer', flat)
+    if config.get('resnet') is not None:
+        raise _refusal(to, 'it has no hybrid with this ResNet (conv_root, gn_root, ...)', flat)
+    _check_pooling(flat, config, to)
+
+
+def _write_folder(
+    folder: pathlib.Path,
+    named: Mapping[str, Any],
+    metadata: Mapping[str, str],
+    files: Mapping[str, Any],
+) -> None:
+    """Writes everything under another name, then renames."""
+    partial = folder.with_name(f'.{folder.name}.{os.getpid()}.part')
+    try:
+        partial.mkdir(parents=True)
+        tensors.save_safetensors(partial / 'model.safetensors', named, metadata)
+        for name, content in files.items():
+            if not isinstance(content, str):
+                content = json.dumps(content, indent=2, ensure_ascii=False) + '\n'
+            (partial / name).write_text(content, encoding='utf-8')
+        os.rename(partial, folder)  # an empty folder there is replaced
+    except OSError as e:
+        raise UserError(f'cannot write {folder}: {e}') from e
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Using a model: its folder, classifiers, predictions, labels and metrics."""

@@ -1,0 +1,132 @@
+"""One interface to a model that says what is on an image, whatever runs it: JAX or onnxruntime."""
+
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from vit_jax.data.preprocess import Preprocess
+from vit_jax.errors import UserError
+from vit_jax.inference import labels as names
+
+if TYPE_CHECKING:
+    from vit_jax.inference import model_folder
+
+
+class Classifier(Protocol):
+    """What predicting and evaluating need of a model.
+
+    Attributes:
+      class_names: in label order, at least one.
+      preprocess: from decoded images to pixels.
+      image_size: side of the input, pixels.
+      source: where the model came from; any JSON.
+    """
+
+    class_names: tuple[str, ...]
+    preprocess: Preprocess
+    image_size: int
+    source: Mapping[str, Any]
+
+    def logits(self, pixels: np.ndarray) -> Any:
+        """Scores of the classes, before softmax.
+
+        Args:
+          pixels: float32 [B, image_size, image_size, 3] in [0, 255], what `preprocess` gives. They
+            must not be changed until the result has been read.
+
+        Returns:
+          float32 [B, classes], an array that may still be computed: `np.asarray` waits for it.
+        """
+
+
+class JaxClassifier:
+    """A `Classifier` computed by JAX.
+
+    It compiles for the first size of batch; smaller ones are filled up with black images, so they
+    are not compiled for, and give what they would have given.
+
+    Args:
+      model: what `model_folder.load` gives.
+
+    Raises:
+      UserError: the model does not give one vector of class scores per image.
+    """
+
+    def __init__(self, model: 'model_folder.Model'):
+        import jax
+
+        from vit_jax import steps
+
+        if not len(model.class_names):
+            raise UserError('this model has no classification head, so it gives no probabilities')
+        self.class_names: tuple[str, ...] = tuple(model.class_names)
+        self.preprocess = model.preprocess
+        self.image_size = model.preprocess.crop
+        self.source: Mapping[str, Any] = model.source
+        self._params = jax.device_put(model.params)
+        self._batch = 0
+        self._apply = steps.make_predict_step(model.model)
+
+    def logits(self, pixels: np.ndarray) -> Any:
+        """See `Classifier.logits`."""
+        given = len(pixels)
+        if given > self._batch:
+            self._check(pixels.shape)
+            self._batch = given
+        if given == self._batch:
+            return self._apply(self._params, pixels)
+        filled = np.zeros((self._batch, *pixels.shape[1:]), np.float32)
+        filled[:given] = pixels
+        return self._apply(self._params, filled)[:given]
+
+    def _check(self, shape: tuple[int, ...]) -> None:
+        import jax
+
+        batch = jax.ShapeDtypeStruct(shape, np.float32)
+        found = self._apply.eval_shape(self._params, batch).shape
+        if found != (shape[0], len(self.class_names)):
+            raise UserError(
+                f'this model gives {list(found)} for {shape[0]} images, not a score for each of '
+                f'its {len(self.class_names)} classes'
+            )
+
+
+def open_classifier(
+    path: str | os.PathLike[str], *, variant: str = '', labels: str = ''
+) -> Classifier:
+    """Opens a model of any kind for predicting.
+
+    Args:
+      path: an exported `.onnx` file (onnxruntime runs it, JAX is not imported); a model folder; or
+        weights of any kind that `model_folder.load` reads.
+      variant: architecture of bare weights, such as ViT-B_16, where their arrays do not tell.
+      labels: class names, see `labels.choose`.
+
+    Returns:
+      The model, loaded.
+
+    Raises:
+      UserError: it cannot be opened, or `labels` does not fit it.
+    """
+    if pathlib.Path(path).suffix.lower() == '.onnx':
+        if variant:
+            raise UserError(f'{path} is an ONNX file, which knows its architecture: no --variant')
+        from vit_jax.inference import onnx as onnx_model
+
+        classifier = onnx_model.OnnxClassifier(path)
+    else:
+        from vit_jax.inference import model_folder
+
+        classifier = JaxClassifier(model_folder.load(path, variant=variant))
+    classifier.class_names = names.choose(classifier.class_names, labels, str(path))
+    return classifier
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities, float32 [..., classes], of logits [..., classes]; computed in float64."""
+    logits = np.asarray(logits, np.float64)
+    exp = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return (exp / exp.sum(axis=-1, keepdims=True)).astype(np.float32)

@@ -1,0 +1,329 @@
+"""How well a classifier does on labelled images: overall, class by class, and how it is calibrated.
+
+`vit_jax.evaluate` computes accuracy and loss on the devices while a model is trained; this is the
+richer account of a finished model. Both follow the same rules, so they agree.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vit_jax.data.decode import BadImageError, decode
+from vit_jax.errors import UserError
+from vit_jax.inference import predict
+
+if TYPE_CHECKING:
+    from vit_jax.data.sources import Source
+    from vit_jax.inference.classifier import Classifier
+
+BINS = 15  # of confidence; the number used by Guo et al. (2017)
+_KEPT = 1024  # images whose logits are kept
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Calibration:
+    """How often a model is right when it says it is so sure.
+
+    Confidence is the probability of the predicted class. Bin i holds the images with a confidence
+    in (i / bins, (i + 1) / bins], the first one 0 as well.
+
+    Attributes:
+      count: int [bins], images in each bin.
+      accuracy: float64 [bins], share of them that are right; NaN in empty bins.
+      confidence: float64 [bins], their mean confidence; NaN in empty bins.
+      expected_error: expected calibration error: the mean over images of |accuracy - confidence| of
+        their bin, in [0, 1] (Naeini et al. 2015; Guo et al. 2017,
+        https://arxiv.org/abs/1706.04599, equation 3).
+      largest_error: the largest |accuracy - confidence| of a bin.
+    """
+
+    count: np.ndarray
+    accuracy: np.ndarray
+    confidence: np.ndarray
+    expected_error: float
+    largest_error: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Metrics:
+    """The account of an evaluation of N images and C classes.
+
+    Images that could not be read count in N and in `support`, and are never right; they are not in
+    `loss`, `confusion`, `calibration`.
+
+    Attributes:
+      class_names: of the model, in label order.
+      count: N.
+      unreadable: how many of them could not be read.
+      accuracy: share of N whose most probable class is the right one; of equal logits the class of
+        lower label counts as predicted, and NaN is never right.
+      accuracy_top5: share of N whose right class is among the five most probable; None with at most
+        5 classes.
+      loss: mean cross-entropy, natural logarithm.
+      precision: float64 [C], of the images taken for a class the share that is of it; NaN where
+        none was.
+      recall: float64 [C], of the images of a class the share taken for it; NaN where there is none.
+      f1: float64 [C], harmonic mean of both, 2 TP / (2 TP + FP + FN); NaN where there was neither
+        an image of the class nor one taken for it.
+      support: int64 [C], images of each class.
+      confusion: int64 [C, C], images by right class (row) and predicted class (column).
+      calibration: of the readable images.
+    """
+
+    class_names: tuple[str, ...]
+    count: int
+    unreadable: int
+    accuracy: float
+    accuracy_top5: float | None
+    loss: float
+    precision: np.ndarray
+    recall: np.ndarray
+    f1: np.ndarray
+    support: np.ndarray
+    confusion: np.ndarray
+    calibration: Calibration
+
+    def macro(self, values: np.ndarray) -> float:
+        """Mean over the classes that have images, each counting the same; NaN counts as 0."""
+        return float(np.nan_to_num(values[self.support > 0]).mean())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON; NaN becomes None."""
+        calibration, bins = self.calibration, len(self.calibration.count)
+        per_class = zip(
+            self.class_names,
+            *map(_plain, (self.precision, self.recall, self.f1, self.support)),
+            strict=True,
+        )
+        return {
+            'images': self.count,
+            'unreadable': self.unreadable,
+            'accuracy': self.accuracy,
+            'accuracy_top5': self.accuracy_top5,
+            'loss': None if np.isnan(self.loss) else self.loss,
+            'macro': {
+                'precision': self.macro(self.precision),
+                'recall': self.macro(self.recall),
+                'f1': self.macro(self.f1),
+            },
+            'classes': [
+                {'class': name, 'precision': p, 'recall': r, 'f1': f1, 'support': support}
+                for name, p, r, f1, support in per_class
+            ],
+            'confusion': {'rows': 'true', 'columns': 'predicted', 'counts': _plain(self.confusion)},
+            'calibration': {
+                'expected_calibration_error': calibration.expected_error,
+                'maximum_calibration_error': calibration.largest_error,
+                'bins': [
+                    {'from': i / bins, 'to': (i + 1) / bins, 'images': n, 'accuracy': a,
+                     'confidence': c}
+                    for i, (n, a, c) in enumerate(zip(
+                        _plain(calibration.count), _plain(calibration.accuracy),
+                        _plain(calibration.confidence), strict=True))
+                ],
+            },
+        }  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Outcomes:
+    """All that the metrics need to know of N images.
+
+    Attributes:
+      label: int [N], right class; -1 for an unreadable image of which not even that is known.
+      readable: bool [N], whether the image could be read; the rest is without meaning if not.
+      rank: int [N], how many classes came before the right one: 0 is right. Of equal logits the
+        lower label comes first; NaN is never right.
+      predicted: int [N], the most probable class.
+      log_probability: float64 [N], of the right class.
+      confidence: float64 [N], probability of the predicted class.
+    """
+
+    label: np.ndarray
+    readable: np.ndarray
+    rank: np.ndarray
+    predicted: np.ndarray
+    log_probability: np.ndarray
+    confidence: np.ndarray
+
+
+def outcomes(logits: np.ndarray, labels: np.ndarray, readable: np.ndarray) -> Outcomes:
+    """Takes from the logits what the metrics need.
+
+    Args:
+      logits: float [N, C]; what is there for images that could not be read does not matter.
+      labels: int [N], right class of each image, see `Outcomes`.
+      readable: bool [N].
+    """
+    rows, classes = np.arange(len(labels)), logits.shape[1]
+    # As the evaluation step of a training run does it: the rank of the right class decides.
+    score = logits[rows, labels][:, None]
+    before = (logits > score) | ((logits == score) & (np.arange(classes) < labels[:, None]))
+    rank = np.where(np.isfinite(score[:, 0]), before.sum(axis=1), classes)
+    wide = logits.astype(np.float64)
+    largest = wide.max(axis=1, keepdims=True)
+    log_probabilities = wide - largest - np.log(np.exp(wide - largest).sum(axis=1, keepdims=True))
+    return Outcomes(
+        labels,
+        readable,
+        rank,
+        np.argmax(logits, axis=1),
+        log_probabilities[rows, labels],
+        np.exp(log_probabilities.max(axis=1)),
+    )
+
+
+def evaluate(
+    classifier: 'Classifier',
+    source: 'Source',
+    *,
+    model_labels: Sequence[int],
+    batch: int = 32,
+    advance: Callable[[], None] = lambda: None,
+) -> tuple[Metrics, list[BadImageError]]:
+    """Evaluates a classifier on all examples of a source.
+
+    Args:
+      classifier: of `classifier.open_classifier`.
+      source: labelled images, of `sources.open_dataset`.
+      model_labels: for each label of the source the model's, see `labels.remap`.
+      batch: images at once.
+      advance: called after each image.
+
+    Returns:
+      The metrics, and the errors of the images that could not be read.
+
+    Raises:
+      UserError: not one image could be read, or `batch` less than 1.
+    """
+    found, errors = collect(
+        classifier, source, model_labels=model_labels, batch=batch, advance=advance
+    )
+    return compute(found, classifier.class_names), errors
+
+
+def collect(
+    classifier: 'Classifier',
+    source: 'Source',
+    *,
+    model_labels: Sequence[int],
+    batch: int = 32,
+    advance: Callable[[], None] = lambda: None,
+) -> tuple[Outcomes, list[BadImageError]]:
+    """What becomes of each example of a source; arguments as for `evaluate`.
+
+    Returns:
+      The outcomes, in the order of the source, and the errors of the images that could not be read.
+
+    Raises:
+      UserError: `batch` less than 1.
+    """
+    errors, parts = [], []
+    logits, labels, readable = [], [], []
+
+    def load(index: int, out: np.ndarray) -> int:
+        example = source[index]
+        try:
+            pixels = decode(example.image, key=example.key, exif=source.exif)
+        except BadImageError as error:
+            error.label = example.label
+            raise
+        classifier.preprocess.evaluate(pixels, out)
+        return example.label
+
+    def flush() -> None:
+        """Logits are kept for some images only: those of all of ImageNet would take gigabytes."""
+        if labels:
+            parts.append(outcomes(np.stack(logits), np.int64(labels), np.array(readable)))
+        for values in (logits, labels, readable):
+            values.clear()
+
+    nothing = np.zeros(len(classifier.class_names), np.float32)
+    for scored in predict.score(classifier, load, len(source), batch=batch):
+        label = scored.value
+        if scored.error is not None:
+            errors.append(scored.error)
+            label = scored.error.label
+        logits.append(nothing if scored.error else scored.logits)
+        labels.append(-1 if label is None else model_labels[label])
+        readable.append(scored.error is None)
+        if len(labels) == _KEPT:
+            flush()
+        advance()
+    flush()
+    joined = {
+        field.name: np.concatenate([getattr(part, field.name) for part in parts])
+        for field in dataclasses.fields(Outcomes)
+    }
+    return Outcomes(**joined), errors
+
+
+def compute(found: Outcomes, class_names: Sequence[str], *, bins: int = BINS) -> Metrics:
+    """Computes all metrics.
+
+    Args:
+      found: what became of each image.
+      class_names: of the C classes, in label order.
+      bins: of confidence, see `Calibration`.
+
+    Raises:
+      UserError: there is not one image that could be read.
+    """
+    from sklearn import metrics
+
+    readable = found.readable
+    if not np.any(readable):
+        raise UserError(f'not one of the {len(readable):,} images to evaluate on can be read')
+    labels = np.arange(len(class_names))
+    # An image that cannot be read is taken for a class that does not exist: missed, not mistaken.
+    predicted = np.where(readable, found.predicted, len(labels))
+    right = readable & (found.rank < 1)
+    precision, recall, f1, support = metrics.precision_recall_fscore_support(
+        found.label, predicted, labels=labels, zero_division=np.nan
+    )
+    return Metrics(
+        class_names=tuple(class_names),
+        count=len(readable),
+        unreadable=int((~readable).sum()),
+        accuracy=float(right.mean()),
+        accuracy_top5=float((readable & (found.rank < 5)).mean()) if len(labels) > 5 else None,
+        loss=float(-found.log_probability[readable].mean()),
+        precision=precision,
+        recall=recall,
+        f1=f1,
+        support=support,
+        confusion=metrics.confusion_matrix(
+            found.label[readable], predicted[readable], labels=labels
+        ),
+        calibration=calibrate(found.confidence[readable], right[readable], bins=bins),
+    )
+
+
+def calibrate(confidence: np.ndarray, right: np.ndarray, *, bins: int = BINS) -> Calibration:
+    """Compares confidence and accuracy in bins of equal width.
+
+    Args:
+      confidence: float [N] in [0, 1], probability of the predicted class; at least one.
+      right: bool [N], whether the prediction is right.
+      bins: how many.
+    """
+    edges = np.linspace(0, 1, bins + 1)
+    place = np.clip(np.searchsorted(edges, confidence, side='left') - 1, 0, bins - 1)
+    total = functools.partial(np.bincount, place, minlength=bins)
+    count = total()
+    with np.errstate(invalid='ignore'):
+        accuracy, mean = total(weights=right) / count, total(weights=confidence) / count
+    gap = np.abs(accuracy - mean)
+    return Calibration(
+        count, accuracy, mean, float(np.nansum(gap * count) / count.sum()), float(np.nanmax(gap))
+    )
+
+
+def _plain(values: np.ndarray) -> list[Any]:
+    """Nested lists of Python numbers, None for NaN."""
+    if values.dtype.kind != 'f':
+        return values.tolist()
+    return [None if np.isnan(value) else value for value in values.tolist()]

@@ -1,0 +1,367 @@
+"""The product of a run: a folder with everything that is needed to use the model.
+
+    params.npz   the parameters, in the published naming (float32)
+    model.json   architecture, image size, preprocessing, class names, where it came from, versions
+
+Predicting, evaluating and exporting take such a folder, or weights alone, of any known kind.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import pathlib
+import platform
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import ml_collections
+import numpy as np
+
+from vit_jax import models
+from vit_jax.checkpoint import adapt, formats, infer, npz, replace, tensors
+from vit_jax.data.preprocess import Preprocess
+from vit_jax.errors import UserError
+from vit_jax.inference import labels
+
+FORMAT = 'vit_jax model'
+FORMAT_VERSION = 1
+PARAMS_FILE = 'params.npz'
+MODEL_FILE = 'model.json'
+
+# Larger than any real model; a description from elsewhere must not choose how long building takes.
+_MAX_LAYERS = 1000
+_MAX_WIDTH = 10_000_000
+_MAX_STAGES = 100
+_MAX_IMAGE_SIZE = 32_768
+_FILE_NAME = re.compile(r'\w[\w.+-]{0,199}', re.A)  # beside model.json, no path
+
+# How a model is computed, not what it is: left to whoever loads it.
+_EXECUTION_KEYS = ('dtype', 'attention', 'remat')
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model that is ready to use: `model.model.apply({'params': model.params}, x, train=False)`.
+
+    Attributes:
+        model: the Flax module; takes [batch, image_size, image_size, 3] float32 in [-1, 1].
+        params: nested dict of float32 NumPy arrays, on the host.
+        model_config: the module's arguments without `num_classes` (plain dict; 'model_name' among
+            them, None where no known variant has this architecture).
+        image_size: side of the (square) input, pixels.
+        class_names: one per class, in label order; () for a model without a head.
+        preprocess: from decoded images to pixels.
+        source: where the model came from; any JSON.
+    """
+
+    model: nn.Module
+    params: Mapping[str, Any]
+    model_config: Mapping[str, Any]
+    image_size: int
+    class_names: tuple[str, ...]
+    preprocess: Preprocess
+    source: Mapping[str, Any]
+
+
+def save(
+    folder: str | os.PathLike[str],
+    params: Mapping[str, Any],
+    *,
+    model_config: Mapping[str, Any],
+    image_size: int,
+    class_names: Sequence[str],
+    preprocess: Mapping[str, Any],
+    source: Mapping[str, Any],
+) -> None:
+    """Writes a model folder. It appears, complete and on disk, by a rename.
+
+    Args:
+        folder: the folder to write; missing parents are made. An older model folder there is
+            replaced: whoever reads finds the old or the new one, also after this process was
+            killed (`checkpoint.replace`).
+        params: nested dict with Linen names of NumPy or (fully addressable) JAX float arrays.
+        model_config: arguments of `models.VisionTransformer`, a dict or ConfigDict; `num_classes`
+            and how it is computed (dtype, attention, remat) are left out.
+        image_size: side of the input, pixels.
+        class_names: names in label order.
+        preprocess: `Preprocess.to_dict()`; its crop is `image_size`.
+        source: where the model came from (weights, dataset, steps, ...); anything that JSON has.
+
+    Raises:
+        UserError: `folder` is something else than a model folder, or cannot be written.
+        ValueError: the arguments do not agree with each other.
+    """
+    folder = pathlib.Path(folder).absolute()
+    replace.recover(folder)
+    num_classes = params['head']['bias'].shape[0] if 'head' in params else 0
+    if len(class_names) != num_classes:
+        raise ValueError(f'{len(class_names)} class names for a head of {num_classes} classes')
+    if preprocess['crop'] != image_size:
+        raise ValueError(f'image_size {image_size}, but preprocessing gives {preprocess["crop"]}')
+    if folder.exists() and not (folder / MODEL_FILE).exists():
+        raise UserError(f'{folder} exists and is no model folder; name another place for the model')
+    config = {k: v for k, v in _plain(model_config).items() if k not in _EXECUTION_KEYS}
+    config.pop('num_classes', None)
+    replace.sweep(folder)
+    partial = replace.partial_name(folder)
+    try:
+        partial.mkdir(parents=True)
+        npz.save(partial / PARAMS_FILE, params)
+        description = {
+            'format': FORMAT,
+            'format_version': FORMAT_VERSION,
+            'architecture': {
+                'variant': config.get('model_name'),
+                'num_classes': num_classes,
+                'config': config,
+            },
+            'image_size': image_size,
+            'preprocessing': _plain(preprocess),
+            'value_range': [-1, 1],
+            'class_names': list(class_names),
+            'source': _plain(source),
+            'versions': _versions(),
+            'params': {'file': PARAMS_FILE, 'sha256': _sha256(partial / PARAMS_FILE)},
+        }
+        with open(partial / MODEL_FILE, 'w', encoding='utf-8') as f:
+            json.dump(description, f, indent=1, ensure_ascii=False)
+            f.write('\n')
+            f.flush()
+            os.fsync(f.fileno())
+        replace.put(folder)
+    except OSError as e:
+        raise UserError(f'cannot write the model folder {folder}: {e}') from e
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def load(path: str | os.PathLike[str], *, variant: str = '') -> Model:
+    """Loads a model folder, or weights of any kind that `checkpoint.open_weights` knows.
+
+    For weights alone the architecture is read from the shapes of the arrays, the image size from
+    the grid of positions; classes have the names that the file tells, or are called 'class 0',
+    'class 1', ..., and images are squashed to the image size.
+
+    Args:
+        path: a model folder (the `model` folder of a run); a `.npz`, `.safetensors` or `.pth` file;
+            a folder of Hugging Face or timm.
+        variant: name from `models.variants.VARIANTS`, not for a model folder: what it has to be.
+
+    Returns:
+        The model, its head included.
+
+    Raises:
+        UserError: nothing there, damaged, of a newer format, or not the weights of a known model.
+    """
+    opened = open_model(path, variant=variant)
+    check(opened)
+    loaded = dataclasses.replace(opened, params=jax.tree.map(np.asarray, opened.params))
+    head = loaded.params.get('head')
+    if head and not any(np.any(leaf) for leaf in head.values()):
+        _log.warning('The head of %s is all zeros: it is made for fine-tuning only', path)
+    return loaded
+
+
+def open_model(
+    path: str | os.PathLike[str],
+    *,
+    variant: str = '',
+    normalization: formats.Normalization | None = None,
+) -> Model:
+    """Like `load`, but reads no weights yet: the leaves of `params` are `LazyArray`.
+
+    Whether they fit the architecture is for `check` to say.
+
+    Args:
+        path: see `load`.
+        variant: see `load`.
+        normalization: see `checkpoint.open_weights`; not for a model folder.
+    """
+    path = pathlib.Path(path)
+    replace.recover(path.absolute())
+    if npz.is_folder(path) and (
+        (path / MODEL_FILE).is_file() or not (path / 'config.json').is_file()
+    ):
+        if variant:
+            raise UserError(f'{path} is a model folder, which knows its variant; leave it out')
+        if normalization:
+            raise UserError(f'{path} is a model folder, whose input is [-1, 1]: no normalization')
+        return _open_folder(path)
+    weights = formats.open_weights(path, variant=variant, normalization=normalization)
+    return _from_weights(path, weights, variant)
+
+
+def own_class_names(model: Model) -> tuple[str, ...]:
+    """The names of the classes; () if they have none but 'class 0', 'class 1', ..."""
+    return () if model.class_names == labels.numbered(len(model.class_names)) else model.class_names
+
+
+def _open_folder(folder: pathlib.Path) -> Model:
+    if not (folder / MODEL_FILE).is_file():
+        inside = folder / 'model'
+        hint = f'; did you mean {inside}?' if (inside / MODEL_FILE).is_file() else ''
+        raise UserError(f'{folder} is no model folder: it has no {MODEL_FILE}{hint}')
+    try:
+        description = tensors.read_json(folder / MODEL_FILE)
+    except UserError as e:
+        raise UserError(f'{folder / MODEL_FILE} is damaged, copy the folder again: {e}') from e
+    if description.get('format') != FORMAT:
+        raise UserError(f'{folder / MODEL_FILE} does not describe a model of vit_jax')
+    version = description.get('format_version')
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise UserError(
+            f'{folder} was written by a newer vit_jax (format {version}, this one reads up to '
+            f'{FORMAT_VERSION}): update vit_jax'
+        )
+    try:
+        architecture = description['architecture']
+        config, num_classes = _checked_architecture(architecture)
+        class_names = tuple(description['class_names'])
+        if not all(isinstance(name, str) for name in class_names):
+            raise TypeError('class_names should be texts')
+        if len(class_names) != num_classes:
+            raise ValueError(
+                f'{len(class_names)} class_names, num_classes {num_classes} do not agree'
+            )
+        preprocess = Preprocess.from_dict(description['preprocessing'])
+        image_size = _checked_size(description['image_size'])
+        for side in (preprocess.crop, preprocess.resize or 1):
+            _checked_size(side)
+        source, params_entry = dict(description['source']), description['params']
+        if not _FILE_NAME.fullmatch(params_entry['file']):
+            raise ValueError(f'params.file {params_entry["file"]!r} is no plain file name')
+        params_path, sha256 = folder / params_entry['file'], params_entry['sha256']
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
+        reason = ascii(str(e))[1:200]
+        raise UserError(
+            f'{folder / MODEL_FILE} is damaged ({type(e).__name__}: {reason}); copy the folder '
+            'again'
+        ) from e
+    if not params_path.is_file():
+        raise UserError(f'{folder} has no {params_path.name}; copy the folder again')
+    npz.check_exists(params_path)
+    if _sha256(params_path) != sha256:
+        raise UserError(
+            f'{params_path} is not the file that {MODEL_FILE} describes (its SHA-256 is another): '
+            'it '
+            'is damaged, or was exchanged. Copy the folder again'
+        )
+    params = npz.open_file(params_path).params
+    try:
+        model = models.from_config(config, num_classes=num_classes)
+    except (ValueError, TypeError) as e:
+        raise UserError(f'{folder / MODEL_FILE}: no model can be built as described: {e}') from e
+    return Model(model, params, config, image_size, class_names, preprocess, source)
+
+
+def _checked_architecture(architecture: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+    """(arguments of the module, number of classes), numbers in the range of real models.
+
+    Raises:
+        ValueError, TypeError, KeyError: anything else; a number of a million layers would be built.
+    """
+    config, num_classes = architecture['config'], architecture['num_classes']
+    for name, value in npz.flatten(config).items():
+        values = value if isinstance(value, list) else [value]
+        if len(values) > _MAX_STAGES:
+            raise ValueError(f'{name} has {len(values)} values')
+        for number in values:
+            largest = _MAX_LAYERS if name.endswith('num_layers') else _MAX_WIDTH
+            if isinstance(number, int | float) and not 0 <= number <= largest:  # so that NaN fails
+                raise ValueError(f'{name} is {number}')
+            if not isinstance(number, int | float | str | None):
+                raise TypeError(f'{name} is {type(number).__name__}')
+    if type(num_classes) is not int or not 0 <= num_classes <= _MAX_WIDTH:
+        raise ValueError(f'num_classes is {num_classes!r}')
+    size = tuple(config['patches']['size'])
+    if len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
+        raise ValueError(f'patches.size is {size}')
+    return config | {'patches': config['patches'] | {'size': size}}, num_classes
+
+
+def _checked_size(size: Any) -> int:
+    """A side of an image, pixels."""
+    if type(size) is not int or not 1 <= size <= _MAX_IMAGE_SIZE:
+        raise ValueError(f'{size!r} is no side of an image')
+    return size
+
+
+def _from_weights(path: pathlib.Path, weights: formats.Weights, variant: str) -> Model:
+    _log.info('%s', weights)
+    config = infer.architecture(weights.params, str(path), variant=variant)
+    image_size = infer.image_size(weights.params, config, str(path))
+    head = weights.params.get('head')
+    num_classes = head['bias'].shape[0] if head else 0
+    class_names = weights.class_names
+    if len(class_names) != num_classes:
+        class_names = labels.numbered(num_classes)
+    source = {'file': str(path), 'format': weights.format}
+    return Model(
+        models.from_config(config, num_classes=num_classes),
+        weights.params,
+        config,
+        image_size,
+        class_names,
+        Preprocess(crop=image_size),
+        source | ({'notes': list(weights.notes)} if weights.notes else {}),
+    )
+
+
+def check(opened: Model) -> None:
+    """Raises `UserError` if the shapes of the parameters do not fit the architecture.
+
+    Args:
+        opened: what `open_model` gave; nothing is read.
+    """
+    what = str(opened.source.get('file', 'the model folder'))
+    image = jax.ShapeDtypeStruct((1, opened.image_size, opened.image_size, 3), np.float32)
+    try:
+        init = jax.eval_shape(
+            lambda x: opened.model.init(jax.random.key(0), x, train=False)['params'], image
+        )
+    except (ValueError, TypeError, ArithmeticError, AssertionError) as e:
+        raise UserError(f'{what}: no model can be built as described: {e}') from e
+    shapes = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), dict(opened.params))
+    classifier = opened.model_config.get('classifier', '')
+    _, report = adapt.adapt(shapes, init, classifier=classifier, keep_head=True, source=what)
+    if report.initialised or report.ignored or report.resized:
+        raise UserError(
+            f'the weights do not agree with the architecture ({adapt.describe(init)}):\n{report}'
+        )
+    if opened.preprocess.crop != opened.image_size:
+        raise UserError(
+            f'{what}: image_size {opened.image_size} and preprocessing, which makes images of '
+            f'{opened.preprocess.crop}, do not agree'
+        )
+
+
+def _plain(value: Any) -> Any:
+    """ConfigDict -> dict, tuple stays; the rest is json's to accept or refuse."""
+    if isinstance(value, ml_collections.ConfigDict):
+        value = value.to_dict()
+    if isinstance(value, Mapping):
+        return {key: _plain(child) for key, child in value.items()}
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _versions() -> dict[str, str]:
+    versions = {'python': platform.python_version()}
+    for package in ('vit_jax', 'jax', 'flax', 'numpy'):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()

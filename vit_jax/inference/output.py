@@ -1,0 +1,181 @@
+"""Predictions as text: a table for people, CSV, JSON Lines; and files that are whole or absent."""
+
+import contextlib
+import csv
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TextIO
+
+from vit_jax.data.decode import BadImageError
+from vit_jax.errors import UserError
+from vit_jax.inference import predict
+
+FORMATS = ('table', 'csv', 'jsonl')
+CSV_HEADER = ('image', 'rank', 'label', 'class', 'probability', 'error')
+
+Write = Callable[[predict.Prediction], None]
+
+
+def make_writer(
+    file: TextIO,
+    form: str,
+    class_names: Sequence[str],
+    *,
+    top_k: int = 0,
+    threshold: float = 0.0,
+) -> Write:
+    """A function that writes predictions, one at a time, as soon as they are there.
+
+    CSV has a row for each class that is shown; an image with none, because it cannot be read or no
+    class reaches the threshold, has one row with its error or without a class. JSON Lines has one
+    object for each image: `image`, and `predictions`, a list of `label`, `class`, `probability`; or
+    `error`. The table leaves unreadable images to a report at the end. Probabilities have 6
+    decimals in CSV and JSON, 4 in the table.
+
+    Args:
+      file: text, opened with `newline=''` for CSV.
+      form: one of `FORMATS`.
+      class_names: in label order.
+      top_k: how many classes to show; 0 for all.
+      threshold: only classes of at least this probability.
+    """
+
+    def chosen(prediction: predict.Prediction) -> list[dict[str, Any]]:
+        if prediction.probabilities is None:
+            return []
+        labels = predict.choose_classes(
+            prediction.probabilities, top_k=top_k, threshold=threshold
+        ).tolist()
+        return [
+            {
+                'label': label,
+                'class': class_names[label],
+                'probability': round(float(prediction.probabilities[label]), 6),
+            }
+            for label in labels
+        ]
+
+    def write_table(prediction: predict.Prediction) -> None:
+        if prediction.error is None:
+            text = predict.format_prediction(
+                prediction.path, prediction.probabilities, class_names, top_k, threshold
+            )
+            file.write(text + '\n')
+
+    def write_jsonl(prediction: predict.Prediction) -> None:
+        record = {'image': prediction.path}
+        if prediction.error is None:
+            record['predictions'] = chosen(prediction)
+        else:
+            record['error'] = prediction.error.reason
+        file.write(json.dumps(record, ensure_ascii=False) + '\n')
+
+    if form == 'table':
+        return write_table
+    if form == 'jsonl':
+        return write_jsonl
+    rows = csv.writer(file, lineterminator='\n')
+    rows.writerow(CSV_HEADER)
+
+    def write_csv(prediction: predict.Prediction) -> None:
+        shown = chosen(prediction)
+        for rank, entry in enumerate(shown, start=1):
+            probability = f'{entry["probability"]:.6f}'
+            rows.writerow((prediction.path, rank, entry['label'], entry['class'], probability, ''))
+        if not shown:
+            reason = '' if prediction.error is None else prediction.error.reason
+            rows.writerow((prediction.path, '', '', '', '', reason))
+
+    return write_csv
+
+
+def check_output(path: str | os.PathLike[str], *, overwrite: bool, flag: str) -> None:
+    """Checks, before any work, that a file can be written.
+
+    Args:
+      path: of the file.
+      overwrite: whether one that is there may be replaced.
+      flag: that named it, for messages.
+
+    Raises:
+      UserError: it exists, or its folder does not.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        raise UserError(f'{flag} {path} is a folder; name a file in it')
+    if path.exists() and not overwrite:
+        raise UserError(f'{flag} {path} exists; name another file, or add --overwrite')
+    if not path.parent.is_dir():
+        raise UserError(f'{flag} {path}: there is no folder {path.parent}; make it first')
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """A temporary name beside `path`, renamed to it at the end; after an error no file is left.
+
+    Raises:
+      UserError: it cannot be written (no permission, full disk).
+    """
+    path = pathlib.Path(path)
+    partial = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    try:
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        if error.filename is not None and pathlib.Path(error.filename) not in (partial, path):
+            raise
+        raise UserError(f'cannot write {path}: {error.strerror or error}') from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def progress_bar(count: int, *, shares_terminal: bool = False) -> Iterator[Callable[[], None]]:
+    """A bar on standard error, if that is a terminal.
+
+    Args:
+      count: images to come.
+      shares_terminal: whether lines are printed to standard output meanwhile.
+
+    Yields:
+      A function that moves the bar by one image.
+    """
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich import console, progress
+
+    bar = progress.Progress(
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(),
+        console=console.Console(stderr=True),
+        transient=True,
+        # Lines for the same terminal go above the bar; a pipe is not rich's to write to.
+        redirect_stdout=shares_terminal and sys.stdout.isatty(),
+    )
+    with bar:
+        task = bar.add_task('', total=count)
+        yield lambda: bar.advance(task)
+
+
+def report_unreadable(errors: Sequence[BadImageError], count: int) -> int:
+    """Names the images that could not be read, on standard error.
+
+    Args:
+      errors: one for each of them.
+      count: of all images.
+
+    Returns:
+      The exit status: 1 if there are any, else 0.
+    """
+    if not errors:
+        return 0
+    sys.stdout.flush()
+    print(f'{len(errors)} of {count} images could not be read:', file=sys.stderr)
+    for error in errors:
+        print(f'  {predict.printable(error.key)}: {error.reason}', file=sys.stderr)
+    return 1

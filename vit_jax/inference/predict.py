@@ -1,0 +1,361 @@
+"""From image files to class probabilities."""
+
+import collections
+import concurrent.futures
+import dataclasses
+import glob
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+
+from vit_jax.data.decode import BadImageError, decode, read_file
+from vit_jax.data.folders import SUFFIXES, list_images
+from vit_jax.errors import UserError
+from vit_jax.inference.classifier import Classifier, JaxClassifier, softmax
+
+if TYPE_CHECKING:
+    from vit_jax.inference import model_folder
+
+STDIN = '-'
+READ_AHEAD = 2  # batches that are decoded while one is computed
+MAX_THREADS = 16
+
+
+class PipedImage(str):
+    """The name of an image that was piped in, with its encoded bytes as `content`."""
+
+    content: bytes
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scored:
+    """What became of one image.
+
+    Attributes:
+      index: place among the images.
+      value: what the loading function returned; None for an image that could not be read.
+      logits: float32 [classes]; None for an image that could not be read.
+      error: why it could not; else None.
+    """
+
+    index: int
+    value: Any
+    logits: np.ndarray | None
+    error: BadImageError | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prediction:
+    """What a model says about one image file.
+
+    Attributes:
+      path: as in the list of images.
+      probabilities: float32 [classes], which sum to 1; None for an image that could not be read.
+      error: why it could not; else None.
+    """
+
+    path: str
+    probabilities: np.ndarray | None
+    error: BadImageError | None
+
+
+def find_images(
+    paths: Sequence[str | os.PathLike[str]], *, stdin: BinaryIO | None = None
+) -> list[str]:
+    """Lists the image files that a user names.
+
+    Args:
+      paths: files, taken as they are and in this order whatever their names; folders, walked with
+        everything below them in the order of the names, of which files that are hidden or not jpg,
+        jpeg, png, webp or bmp (any case) are left out; patterns (`photos/*.jpg`, `**` for any
+        depth), which stand for what they match, sorted; and `-` for what comes from `stdin`.
+      stdin: paths of files, folders or patterns, one on each line or ended by a zero byte (`find
+        -print0`); or one image, which is then called `-`.
+
+    Returns:
+      Paths of image files; a `PipedImage` for one that was piped in.
+
+    Raises:
+      UserError: a path that does not exist, a pattern without match, a folder without images, or no
+        path at all.
+    """
+    if not paths:
+        raise UserError('no images given; name image files or folders of them')
+    found = []
+    for path in paths:
+        if path == STDIN and stdin is not None:
+            found += _from_stdin(stdin)
+        else:
+            found += _expand(path)
+    return found
+
+
+def predict(
+    model: 'Classifier | model_folder.Model',
+    images: Sequence[str | os.PathLike[str]],
+    *,
+    batch: int = 32,
+    on_error: Callable[[BadImageError], None] | None = None,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Computes class probabilities of image files.
+
+    Images are preprocessed as in the evaluation of the model. EXIF orientation is honoured: what a
+    person sees upright, the model sees upright.
+
+    Args:
+      model: what `classifier.open_classifier` or `model_folder.load` gives.
+      images: paths of image files, of `find_images`.
+      batch: how many images go through the model at once; a JAX model is compiled once, for this
+        size or for the number of images if that is smaller.
+      on_error: called with each image that cannot be read, which is then left out; by default the
+        error is raised.
+
+    Yields:
+      For each image, in the order given: its path and its probabilities, float32 [classes], which
+        sum to 1.
+
+    Raises:
+      UserError: `batch` less than 1, or a model without one vector of class scores per image.
+      BadImageError: an image that cannot be read, where `on_error` is not given.
+    """
+    found = predictions(model, images, batch=batch)
+
+    def readable() -> Iterator[tuple[str, np.ndarray]]:
+        for prediction in found:
+            if prediction.error is None:
+                yield prediction.path, prediction.probabilities
+            elif on_error is None:
+                raise prediction.error
+            else:
+                on_error(prediction.error)
+
+    return readable()
+
+
+def predictions(
+    model: 'Classifier | model_folder.Model',
+    images: Sequence[str | os.PathLike[str]],
+    *,
+    batch: int = 32,
+) -> Iterator[Prediction]:
+    """Like `predict`, but an image that cannot be read has its place in the sequence.
+
+    Args:
+      model: see `predict`.
+      images: see `predict`.
+      batch: see `predict`.
+
+    Returns:
+      An iterator over one `Prediction` for each image, in the order given.
+
+    Raises:
+      UserError: see `predict`.
+    """
+    classifier = model if hasattr(model, 'logits') else JaxClassifier(model)
+    images = [os.fspath(image) for image in images]
+
+    def load(index: int, out: np.ndarray) -> None:
+        classifier.preprocess.evaluate(read_image(images[index]), out)
+
+    def one(scored: Scored) -> Prediction:
+        path = images[scored.index]
+        if scored.error is not None:
+            return Prediction(path, None, scored.error)
+        return Prediction(path, softmax(scored.logits), None)
+
+    return map(one, score(classifier, load, len(images), batch=batch))
+
+
+def score(
+    classifier: Classifier,
+    load: Callable[[int, np.ndarray], Any],
+    count: int,
+    *,
+    batch: int = 32,
+    threads: int | None = None,
+) -> Iterator[Scored]:
+    """Scores images in batches; the next ones are decoded while one is computed.
+
+    Args:
+      classifier: the model.
+      load: called from threads with the index of an image and float32 [side, side, 3], where it
+        puts the pixels; what it returns becomes `Scored.value`.
+      count: how many images there are.
+      batch: how many go through the model at once.
+      threads: that decode; default one for each processor, at most 16.
+
+    Returns:
+      An iterator over the images in their order.
+
+    Raises:
+      UserError: `batch` less than 1. From the iterator: what `load` raises, but `BadImageError`.
+    """
+    if batch < 1:
+        raise UserError(f'batch is the number of images at once, at least 1; got {batch}')
+    return _score(classifier, load, count, batch, threads or _default_threads())
+
+
+def read_image(path: str) -> np.ndarray:
+    """The pixels of an image file, upright: uint8 [height, width, 3].
+
+    Args:
+      path: of the file, or a `PipedImage`.
+
+    Raises:
+      BadImageError: it cannot be read.
+    """
+    content = path.content if isinstance(path, PipedImage) else read_file(path)
+    return decode(content, key=path, exif=True)
+
+
+def choose_classes(
+    probabilities: np.ndarray, *, top_k: int = 0, threshold: float = 0.0
+) -> np.ndarray:
+    """The classes to show, the most probable first; of equal ones the lower label first.
+
+    Args:
+      probabilities: float [classes].
+      top_k: how many at most; 0 for all.
+      threshold: only those of at least this probability, in [0, 1].
+
+    Returns:
+      int [chosen]: labels, perhaps none.
+    """
+    best_first = np.argsort(-probabilities, kind='stable')[: top_k or None]
+    return best_first[probabilities[best_first] >= threshold]
+
+
+def format_prediction(
+    path: str,
+    probabilities: np.ndarray,
+    class_names: Sequence[str],
+    top_k: int = 0,
+    threshold: float = 0.0,
+) -> str:
+    """A prediction as text: the path, then a line for each class, the most probable first.
+
+    Args:
+      path: of the image.
+      probabilities: float [classes].
+      class_names: in label order.
+      top_k: number of classes to show; 0 for all.
+      threshold: least probability of a class to show.
+
+    Returns:
+      Lines without a final newline: `photo.jpg`, `  daisy       0.9950`, `  sunflowers  0.0031`,
+        ...
+    """
+    width = max(map(len, class_names))
+    shown = choose_classes(probabilities, top_k=top_k, threshold=threshold)
+    lines = [f'  {class_names[i]:<{width}}  {probabilities[i]:.4f}' for i in shown]
+    return '\n'.join([printable(path), *(lines or [f'  (no class of at least {threshold:g})'])])
+
+
+def printable(path: str) -> str:
+    """A path as it can be shown: one with line breaks or bytes that are no text is escaped."""
+    return path if path.isprintable() else ascii(path)
+
+
+def _expand(path: str | os.PathLike[str]) -> list[str]:
+    """The files that one word of a user stands for."""
+    if os.path.isdir(path):
+        inside, _ = list_images(path)
+        if not inside:
+            suffixes = ', '.join(sorted(suffix[1:] for suffix in SUFFIXES))
+            raise UserError(f'folder {path} holds no images ({suffixes})')
+        return inside
+    if os.path.lexists(path):
+        return [os.fspath(path)]
+    pattern = os.path.expanduser(path)
+    if not glob.has_magic(pattern):
+        raise UserError(f'there is no file or folder {path}')
+    matches = sorted(
+        glob.glob(pattern, recursive=True), key=lambda match: pathlib.Path(match).parts
+    )
+    folders = {match for match in matches if os.path.isdir(match)}
+    if '**' in pattern:  # It matches each folder, and what is in it once more.
+        matches = [match for match in matches if match not in folders]
+        folders = set()
+    if not matches:
+        raise UserError(f'nothing matches {path} (seen from {os.getcwd()})')
+    return [file for match in matches for file in (_expand(match) if match in folders else [match])]
+
+
+def _from_stdin(stdin: BinaryIO) -> list[str]:
+    content = stdin.read()
+    if _is_image(content):
+        image = PipedImage(STDIN)
+        image.content = content
+        return [image]
+    separator = b'\0' if b'\0' in content else b'\n'
+    lines = [os.fsdecode(line.removesuffix(b'\r')) for line in content.split(separator)]
+    paths = [line for line in lines if line.strip()]
+    if not paths:
+        raise UserError('standard input is empty; pipe in paths, one per line, or an image')
+    return [file for path in paths for file in _expand(path)]
+
+
+def _is_image(content: bytes) -> bool:
+    """Whether bytes begin as a file of one of the formats in `SUFFIXES`, and not as a path."""
+    return (
+        content.startswith((b'\xff\xd8\xff', b'\x89PNG\r\n'))
+        or (content.startswith(b'BM') and content[6:10] == b'\0\0\0\0')  # BMW/1.jpg is a path
+        or (content.startswith(b'RIFF') and content[8:12] == b'WEBP')
+    )
+
+
+def _default_threads() -> int:
+    usable = os.sched_getaffinity(0) if hasattr(os, 'sched_getaffinity') else range(os.cpu_count())
+    return min(MAX_THREADS, len(usable))
+
+
+def _score(classifier, load, count, batch, threads):
+    import cv2
+
+    cv2.setNumThreads(0)  # As in `data.pipeline`: threads share the processors by images.
+    batch = max(1, min(batch, count))
+    side = classifier.image_size
+    pool = concurrent.futures.ThreadPoolExecutor(threads, 'decode')
+
+    def attempt(index, out):
+        try:
+            return load(index, out), None
+        except BadImageError as error:
+            return None, error
+
+    def read_batch(first):
+        """Starts to read; the pixels are there when the futures are done."""
+        size = min(batch, count - first)
+        pixels = np.empty((size, side, side, 3), np.float32)
+        futures = [pool.submit(attempt, first + row, pixels[row]) for row in range(size)]
+        return first, pixels, futures
+
+    def finish(first, done, logits):
+        for row, ((value, error), scores) in enumerate(zip(done, np.asarray(logits), strict=True)):
+            yield Scored(first + row, value, scores if error is None else None, error)
+
+    starts = collections.deque(range(0, count, batch))
+    ahead = collections.deque()
+    computing = ()  # The device may work on a batch while the one before it is given out.
+    try:
+        while starts or ahead:
+            while starts and len(ahead) <= READ_AHEAD:
+                ahead.append(read_batch(starts.popleft()))
+            first, pixels, futures = ahead.popleft()
+            done = [future.result() for future in futures]
+            bad = [row for row, (_, error) in enumerate(done) if error is not None]
+            if len(bad) < len(done):
+                # A copy of another image: it changes nothing, not even in int8 models, whose
+                # scales depend on all the images of a batch.
+                pixels[bad] = pixels[next(row for row in range(len(done)) if row not in bad)]
+                logits = classifier.logits(pixels)
+            else:
+                logits = np.zeros((len(done), len(classifier.class_names)), np.float32)
+            yield from computing
+            computing = finish(first, done, logits)
+        yield from computing
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,408 @@
+"""What a run writes and shows: metrics, timing, TensorBoard events, its log and the progress line.
+
+`metrics.jsonl` holds what was learned and is a function of configuration and data alone, so that
+two runs can be compared byte for byte; everything that depends on the clock goes to `timing.jsonl`.
+TensorBoard shows both. The TensorBoard files are written through its record writer and its protocol
+buffers, which import neither TensorFlow nor PyTorch (its `SummaryWriter`, and `tensorboardX`,
+import them wherever they are installed).
+"""
+
+import datetime
+import importlib.metadata
+import io
+import json
+import math
+import os
+import pathlib
+import platform
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+import rich.console
+import rich.live
+import rich.progress_bar
+import rich.table
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+METRICS_FILE = 'metrics.jsonl'
+TIMING_FILE = 'timing.jsonl'
+LOG_FILE = 'train.log'
+CONFIG_FILE = 'config.json'
+VERSIONS_FILE = 'versions.json'
+
+# Seconds between two progress lines in train.log, and on a console that is no terminal (a file, a
+# pipe, a batch system).
+PLAIN_INTERVAL = 10.0
+
+
+class Telemetry:
+    """Writes and shows the progress of one run. Use it as a context manager.
+
+    On resume from step `start_step`, the lines of later steps (the run went on after that
+    checkpoint, and was then killed) are removed from both `.jsonl` files, so that a resumed run
+    ends with the same `metrics.jsonl` as one that was never interrupted; TensorBoard is told to
+    forget the same steps. So log a step's metrics before you save its checkpoint.
+
+    Args:
+      workdir: folder of the run; made if it does not exist.
+      total_steps: number of training steps of the whole run.
+      start_step: number of steps already done; 0 for a new run.
+      process_index: of several processes only the first, 0, writes, shows, and makes the folder.
+      console: where to show it; standard output by default. A terminal gets one live line, anything
+        else plain lines.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        total_steps: int,
+        start_step: int,
+        process_index: int = 0,
+        console: rich.console.Console | None = None,
+    ):
+        self._total_steps = total_steps
+        self._process_index = process_index
+        self._enabled = process_index == 0
+        self._live = None
+        self._last_plain = -math.inf
+        if not self._enabled:
+            return
+        workdir = pathlib.Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        self._console = console or rich.console.Console()
+        self._log = open(workdir / LOG_FILE, 'a', encoding='utf-8', buffering=1)
+        for name in (METRICS_FILE, TIMING_FILE):
+            unreadable = _remove_later_steps(workdir / name, start_step)
+            if unreadable:
+                self.info(f'{workdir / name}: removed {unreadable} lines that are not JSON')
+        self._metrics = open(workdir / METRICS_FILE, 'a', encoding='utf-8', buffering=1)
+        self._timing = open(workdir / TIMING_FILE, 'a', encoding='utf-8', buffering=1)
+        self._events = _EventFile(workdir, start_step)
+
+    def __enter__(self) -> 'Telemetry':
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+    def metrics(self, step: int, **values: float) -> None:
+        """Adds a line to `metrics.jsonl` and TensorBoard.
+
+        Args:
+          step: number of training steps done.
+          **values: what was learned (`train_loss`, `lr`, `accuracy_test`, ...); a function of
+            configuration and data only. A value that is not finite is `null` in the file (JSON has
+            no other way) and itself in TensorBoard.
+        """
+        if self._enabled:
+            self._metrics.write(_json_line(step, values))
+            self._events.write(step, values)
+
+    def timing(self, step: int, **values: float) -> None:
+        """Adds a line to `timing.jsonl` and TensorBoard.
+
+        Args:
+          step: number of training steps done.
+          **values: what depends on the clock or the machine (`img_sec_core_train`, memory, ...).
+        """
+        if self._enabled:
+            self._timing.write(_json_line(step, values))
+            self._events.write(step, values)
+
+    def progress(
+        self,
+        step: int,
+        *,
+        loss: float,
+        accuracy: float,
+        lr: float,
+        images_per_sec: float,
+        data_wait: float,
+        eta_s: float,
+    ) -> None:
+        """Shows how far the run is: a live line on a terminal, elsewhere plain lines.
+
+        A plain line comes at most every `PLAIN_INTERVAL` seconds, the first and the last step's
+        always. `train.log` gets the plain lines.
+
+        Args:
+          step: number of training steps done.
+          loss: training loss of the latest step.
+          accuracy: share of the latest training batch that was classified correctly, in [0, 1].
+          lr: learning rate.
+          images_per_sec: training speed, images per second over all devices.
+          data_wait: share of the time spent waiting for data, in [0, 1].
+          eta_s: time left, in seconds.
+        """
+        if not self._enabled:
+            return
+        line = (
+            f'step {step:,}/{self._total_steps:,}  loss {loss:.4f}  '
+            f'accuracy {100 * accuracy:.1f} %  lr {lr:.3g}  '
+            f'{format_rate(images_per_sec)} images/s  data wait {100 * data_wait:.0f} %  '
+            f'{format_duration(eta_s)} left'
+        )
+        now = time.monotonic()
+        due = now - self._last_plain >= PLAIN_INTERVAL or step >= self._total_steps
+        if due:
+            self._last_plain = now
+            self._log_line(line)
+        if not self._console.is_interactive:
+            if due:
+                self._print(line)
+            return
+        if self._live is None:
+            # No refresh thread: the line changes only here. Live moves what others print above the
+            # line.
+            self._live = rich.live.Live(console=self._console, auto_refresh=False)
+            self._live.start()
+        row = rich.table.Table.grid(padding=(0, 1))
+        if self._console.width >= len(line) + 20:
+            bar = rich.progress_bar.ProgressBar(self._total_steps, completed=step, width=16)
+            row.add_row(bar, line)
+        else:
+            row.add_row(line)
+        self._live.update(row, refresh=True)
+
+    def info(self, text: str) -> None:
+        """Shows a message on the console and adds it, with the time, to `train.log`."""
+        if self._enabled:
+            self._print(text)
+            self._log_line(text)
+
+    def note(self, text: str) -> None:
+        """As `info`; but every process shows what it has to say, and only the first writes it.
+
+        May be called from any thread.
+        """
+        if self._process_index == 0:
+            self.info(text)
+        else:
+            print(f'process {self._process_index}: {text}', file=sys.stderr)
+
+    def close(self) -> None:
+        """Leaves the last progress line on the terminal and closes the files."""
+        if not self._enabled:
+            return
+        self._enabled = False
+        if self._live is not None:
+            self._live.stop()
+        for file in (self._metrics, self._timing, self._log, self._events):
+            file.close()
+
+    def _print(self, text: str) -> None:
+        # soft_wrap: where there is no terminal, rich would otherwise break lines at 80 columns.
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _log_line(self, text: str) -> None:
+        now = datetime.datetime.now().isoformat(sep=' ', timespec='seconds')
+        self._log.write(f'{now}  {text}\n')
+
+
+class _EventFile:
+    """A TensorBoard event file: framed `Event` records, of which the first names the format."""
+
+    def __init__(self, workdir: pathlib.Path, start_step: int):
+        # TensorBoard reads the files of a folder in the order of their names. Nanoseconds, because
+        # a run that is restarted at once must not write into the file of the one before.
+        name = f'events.out.tfevents.{time.time_ns():020d}.{socket.gethostname()}.{os.getpid()}'
+        self._file: io.BufferedWriter = open(workdir / name, 'xb')
+        self._writer = RecordWriter(self._file)
+        self._add(file_version='brain.Event:2')
+        # Makes TensorBoard drop what earlier files hold for this step and later ones.
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._add(step=start_step + 1, session_log=start)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        scalars = [
+            summary_pb2.Summary.Value(tag=tag, simple_value=float(value))
+            for tag, value in values.items()
+        ]
+        self._add(step=step, summary=summary_pb2.Summary(value=scalars))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _add(self, **fields: Any) -> None:
+        self._writer.write(event_pb2.Event(wall_time=time.time(), **fields).SerializeToString())
+        self._writer.flush()
+
+
+def read_metric(
+    workdir: str | os.PathLike, name: str, *, up_to: int | None = None
+) -> dict[int, float]:
+    """What `metrics.jsonl` has of one metric: step -> value, in order; {} without such a file.
+
+    Args:
+      workdir: folder of the run.
+      name: of the metric, such as `accuracy_test`.
+      up_to: last step to read; the lines of later ones are those of steps that a resumed run
+        repeats.
+    """
+    path = pathlib.Path(workdir) / METRICS_FILE
+    if not path.exists():
+        return {}
+    values = {}
+    for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
+        try:
+            row = json.loads(line)
+            step, value = int(row['step']), float(row[name])
+        except (ValueError, TypeError, KeyError):
+            continue  # other metrics; or torn by a kill, which `Telemetry` reports
+        if up_to is None or step <= up_to:
+            values[step] = value
+    return values
+
+
+def write_run_info(
+    workdir: str | os.PathLike,
+    config: ml_collections.ConfigDict | Mapping[str, Any],
+    others: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """Writes `config.json` and `versions.json` into the workdir.
+
+    The latter holds the versions of Python and the packages, the git revision and the command line.
+    Only the first process should call it.
+
+    Args:
+      workdir: folder of the run; made if it does not exist.
+      config: the configuration with every value filled in.
+      others: more to write, by file name.
+
+    Raises:
+      TypeError: a value of the configuration has no JSON form.
+    """
+    workdir = pathlib.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    config = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
+    _write_json(workdir / CONFIG_FILE, config)
+    for name, value in (others or {}).items():
+        _write_json(workdir / name, value)
+    _write_json(
+        workdir / VERSIONS_FILE,
+        {
+            'command': shlex.join([os.path.basename(sys.executable), *sys.orig_argv[1:]]),
+            'git_revision': _git_revision(),
+            'python': platform.python_version(),
+            'platform': platform.platform(),
+            'packages': _package_versions(),
+        },
+    )
+
+
+def format_duration(seconds: float) -> str:
+    """A time span as people write it: `8 s`, `4 min 12 s`, `1 h 05 min`, `2 d 3 h`; `?` for NaN."""
+    if not math.isfinite(seconds):
+        return '?'
+    seconds = max(0, round(seconds))
+    minutes, s = divmod(seconds, 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    if days:
+        return f'{days} d {h} h'
+    if hours:
+        return f'{hours} h {m:02d} min'
+    return f'{minutes} min {s:02d} s' if minutes else f'{s} s'
+
+
+def format_rate(per_second: float) -> str:
+    """A rate with three digits or more and thousands separated: `0.52`, `9.81`, `57.3`, `1,234`."""
+    if not math.isfinite(per_second):
+        return '?'
+    digits = 0 if per_second >= 99.95 else 1 if per_second >= 9.995 else 2
+    return f'{per_second:,.{digits}f}'
+
+
+def _json_line(step: int, values: Mapping[str, float]) -> str:
+    row = {'step': int(step)}
+    for name, value in values.items():
+        value = value if isinstance(value, int) else float(value)
+        row[name] = value if math.isfinite(value) else None
+    return json.dumps(row, allow_nan=False) + '\n'
+
+
+def _remove_later_steps(path: pathlib.Path, start_step: int) -> int:
+    """Rewrites a `.jsonl` file, atomically, without the lines of steps after `start_step`.
+
+    The last line may be torn where the run was killed while it wrote; it is of a later step then,
+    and goes too.
+
+    Returns:
+      The number of other lines that are not JSON with a step (the disk lost them), which are
+      removed as well.
+    """
+    if not path.exists():
+        return 0
+    lines = path.read_text(encoding='utf-8', errors='replace').splitlines(keepends=True)
+    kept, unreadable = [], 0
+    for number, line in enumerate(lines, start=1):
+        if number == len(lines) and not line.endswith('\n'):
+            break
+        try:
+            step = int(json.loads(line)['step'])
+        except (ValueError, TypeError, KeyError):
+            unreadable += 1
+            continue
+        if step <= start_step:
+            kept.append(line)
+    if kept != lines:
+        _replace_text(path, ''.join(kept))
+    return unreadable
+
+
+def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+    _replace_text(path, json.dumps(value, indent=2) + '\n')
+
+
+def _replace_text(path: pathlib.Path, text: str) -> None:
+    temporary = path.with_name(path.name + '.tmp')
+    with open(temporary, 'w', encoding='utf-8') as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _git_revision() -> str | None:
+    """The commit of the checkout this package runs from (`-dirty` if files differ), or None."""
+    root = pathlib.Path(__file__).resolve().parents[2]
+    git = ['git', '-C', str(root)]
+    try:
+        top = subprocess.run(
+            [*git, 'rev-parse', '--show-toplevel'], capture_output=True, text=True, check=True
+        )
+        # Installed into an environment, the package may lie in a checkout of something else.
+        if pathlib.Path(top.stdout.strip()).resolve() != root:
+            return None
+        described = subprocess.run(
+            [*git, 'describe', '--always', '--abbrev=40', '--exclude=*', '--dirty'],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None  # no git, no checkout, or one without a commit
+    return described.stdout.strip()
+
+
+def _package_versions() -> dict[str, str]:
+    """Versions of the packages that vit_jax names, and of those that JAX consists of."""
+    names = {'vit_jax', 'jaxlib', 'jax-cuda12-plugin', 'tensorflow-cpu'}
+    for requirement in importlib.metadata.requires('vit_jax') or ():
+        names.add(re.match(r'[\w.-]+', requirement)[0])
+    versions = {}
+    for name in sorted(names):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # the extras that this machine does not have
+    return versions

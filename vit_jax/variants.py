@@ -1,0 +1,151 @@
+"""The table of models: every name, and what it is made of.
+
+Sizes are those of the ViT paper (Table 1), "How to train your ViT?" (Table 2), the MLP-Mixer paper
+(Table 1), the DeiT paper (Table 1) and the released checkpoints. A name spells family, size and
+patch size: `ViT-B_16` is the Base model on 16 x 16 patches; `R26+ViT-S_32` the Small model on the
+features of a ResNet-26, 32 pixels to a token; `DeiT-S_16` has a distillation token and two heads.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+# hidden_size, mlp_dim, num_heads, num_layers
+_SIZES = {
+    'Ti': (192, 768, 3, 12),
+    'S': (384, 1536, 6, 12),
+    'B': (768, 3072, 12, 12),
+    'L': (1024, 4096, 16, 24),
+    'H': (1280, 5120, 16, 32),
+}
+
+
+def _vit(
+    size: str, patch: int, dropout_rate: float = 0.0, classifier: str = 'token', suffix: str = ''
+) -> dict:
+    hidden_size, mlp_dim, num_heads, num_layers = _SIZES[size]
+    return dict(
+        model_name=f'ViT-{size}_{patch}{suffix}',
+        patches=dict(size=(patch, patch)),
+        hidden_size=hidden_size,
+        transformer=dict(
+            mlp_dim=mlp_dim,
+            num_heads=num_heads,
+            num_layers=num_layers,
+            attention_dropout_rate=0.0,
+            dropout_rate=dropout_rate,
+        ),
+        classifier=classifier,
+        representation_size=None,
+    )
+
+
+def _hybrid(size: str, name: str, num_layers: tuple[int, ...], patch: int = 1, **kwargs) -> dict:
+    return _vit(size, patch, **kwargs) | dict(
+        model_name=name, resnet=dict(num_layers=num_layers, width_factor=1)
+    )
+
+
+def _mixer(size: str, patch: int, hidden_dim: int, num_blocks: int, tokens_mlp_dim: int) -> dict:
+    return dict(
+        model_name=f'Mixer-{size}_{patch}',
+        patches=dict(size=(patch, patch)),
+        hidden_dim=hidden_dim,
+        num_blocks=num_blocks,
+        tokens_mlp_dim=tokens_mlp_dim,
+        channels_mlp_dim=4 * hidden_dim,
+    )
+
+
+VARIANTS: dict[str, dict] = {
+    config['model_name']: config
+    for config in (
+        _vit('Ti', 16),
+        _vit('S', 8),
+        _vit('S', 16),
+        _vit('S', 32),
+        _vit('B', 8),
+        _vit('B', 16),
+        _vit('B', 32),
+        _vit('L', 16, dropout_rate=0.1),
+        _vit('L', 32),
+        _vit('H', 14, dropout_rate=0.1),
+        # Mean of all tokens instead of a class token, and no pre_logits: what the GSAM weights are.
+        _vit('S', 8, classifier='gap', suffix='-gap-norep'),
+        _vit('S', 16, classifier='gap', suffix='-gap-norep'),
+        _vit('S', 32, classifier='gap', suffix='-gap-norep'),
+        _vit('B', 16, classifier='gap', suffix='-gap-norep'),
+        _vit('B', 32, classifier='gap', suffix='-gap-norep'),
+        # Hybrids. "R" is the root alone, whose stride of 4 makes a patch of 8 cover 32 pixels (the
+        # name says 16). "R50" in front of B_16 has three stages of 3, 4 and 9 units, not the four
+        # of a ResNet-50, so that a token covers 16 pixels.
+        _hybrid('Ti', 'R+ViT-Ti_16', (), patch=8),
+        _hybrid('S', 'R26+ViT-S_32', (2, 2, 2, 2)),
+        _hybrid('B', 'R26+ViT-B_32', (2, 2, 2, 2)),
+        _hybrid('B', 'R50+ViT-B_16', (3, 4, 9), dropout_rate=0.1),
+        _hybrid('L', 'R50+ViT-L_32', (3, 4, 6, 3), dropout_rate=0.1),
+        _mixer('S', 8, 512, 8, 256),
+        _mixer('S', 16, 512, 8, 256),
+        _mixer('S', 32, 512, 8, 256),
+        _mixer('B', 16, 768, 12, 384),
+        _mixer('B', 32, 768, 12, 384),
+        _mixer('L', 16, 1024, 24, 512),
+        # Distillation token and two heads.
+        *(
+            _vit(size, 16) | dict(model_name=f'DeiT-{size}_16', distilled=True)
+            for size in ('Ti', 'S', 'B')
+        ),
+        # A hidden layer in front of the head, as in the course model of PaddleViT.
+        _vit('B', 16, suffix='-mlp-head') | dict(mlp_head=True),
+    )
+}
+
+
+def get_config(name: str) -> ml_collections.ConfigDict:
+    """The architecture of a variant, as a new `ConfigDict` that may be changed.
+
+    Args:
+      name: a key of `VARIANTS`, such as 'ViT-B_16'.
+
+    Returns:
+      ViT: model_name, patches.size, hidden_size, transformer.{mlp_dim, num_heads, num_layers,
+      attention_dropout_rate, dropout_rate}, classifier, representation_size (an int that may be
+      set, or None); resnet.{num_layers, width_factor}, distilled, mlp_head only for the variants
+      that are about these. Mixer: model_name, patches.size, hidden_dim, num_blocks, tokens_mlp_dim,
+      channels_mlp_dim.
+
+    Raises:
+      ValueError: no such variant; the message names the nearest.
+    """
+    if name not in VARIANTS:
+        near = difflib.get_close_matches(name, VARIANTS, n=1, cutoff=0.0)[0]
+        raise ValueError(f'unknown model {name!r}; nearest: {near!r}; known: {", ".join(VARIANTS)}')
+    config = ml_collections.ConfigDict(VARIANTS[name])
+    if not is_mixer(config) and config.representation_size is None:
+        config.representation_size = ml_collections.config_dict.placeholder(int)
+    return config
+
+
+def is_mixer(config: Mapping[str, Any]) -> bool:
+    """Whether an architecture is an MLP-Mixer's (else it is a Vision Transformer's)."""
+    return 'num_blocks' in config
+
+
+def token_stride(config: Mapping[str, Any]) -> int:
+    """Pixels between neighbouring tokens: the patch size, for hybrids times the ResNet's stride.
+
+    An image whose sides are multiples of it gives a grid of `side // token_stride` tokens.
+
+    Args:
+      config: an architecture, see `get_config`; patches are square.
+    """
+    stride = config['patches']['size'][0]
+    hybrid = config.get('resnet')
+    return stride if hybrid is None else stride * resnet_stride(hybrid['num_layers'])
+
+
+def resnet_stride(num_layers: Sequence[int]) -> int:
+    """Pixels between neighbouring positions of the feature map: 4 after the root, then doubling."""
+    return 4 * 2 ** max(0, len(num_layers) - 1)
