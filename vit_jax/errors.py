@@ -1,7 +1,7 @@
 """The one exception class that is shown to the user as a plain line instead of a traceback."""
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """Something the user gave (a flag, a file, a folder, a data set) is wrong.
 
     The message says what was wrong, what was expected and what to do. The command lines print it as

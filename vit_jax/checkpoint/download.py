@@ -57,8 +57,6 @@ def fetch(url: str, target: pathlib.Path, *, published_mib: float | None = None)
     except (OSError, http.client.HTTPException) as e:
         raise _failed(url, target, e) from e
     except ValueError as e:  # headers that are none: a length that is no number, a broken tag
-        if isinstance(e, UserError):
-            raise
         raise _failed(url, target, f'the server answers what is no HTTP ({e})') from e
     return target
 

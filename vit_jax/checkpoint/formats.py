@@ -177,8 +177,6 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
             return _torchvision_config(config)
         return _hugging_face_config(folder, config)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as e:
-        if isinstance(e, UserError):
-            raise
         raise UserError(f'{folder / "config.json"} is damaged ({type(e).__name__}: {e})') from e
 
 

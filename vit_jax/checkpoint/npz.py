@@ -84,8 +84,6 @@ def open_file(path: str | os.PathLike[str]) -> Weights:
     except OSError as e:
         raise UserError(f'cannot read the checkpoint {path}: {e}') from e
     except (*_ZIP_ERRORS, zipfile.BadZipFile) as e:
-        if isinstance(e, UserError):
-            raise
         raise _unreadable(path, e) from e
     if not flat:
         raise UserError(f'{path} holds no arrays')

@@ -298,11 +298,9 @@ def _refuse_bombs(path: pathlib.Path) -> None:
                 found = any(view.find(bomb) >= 0 for bomb in _BOMBS)
         else:
             found = False
-    except MemoryError:
+    except (MemoryError, UserError):
         raise
     except Exception as e:  # whatever zipfile raises for damage
-        if isinstance(e, UserError):
-            raise
         raise UserError(f'{path} is damaged ({e}): download it again') from e
     if found:
         raise UserError(

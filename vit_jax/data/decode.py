@@ -86,8 +86,6 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
             raise
         raise BadImageError(key, f'the file cannot be read ({error.strerror})') from error
     except ValueError as error:
-        if isinstance(error, BadImageError):
-            raise
         raise BadImageError(key, f'that is no name of a file ({error})') from error  # a null byte
 
 
@@ -161,8 +159,6 @@ def _decode_jpeg(image: bytes, key: str, reduction: int) -> np.ndarray:
             scale = {'min_height': -(-height // reduction), 'min_width': -(-width // reduction)}
         return simplejpeg.decode_jpeg(image, 'RGB', fastdct=True, **scale)
     except ValueError as error:
-        if isinstance(error, BadImageError):
-            raise
         reason = str(error)
     try:
         # libjpeg's warnings are errors to simplejpeg but not to TensorFlow (stray bytes between

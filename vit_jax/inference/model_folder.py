@@ -241,7 +241,7 @@ def _open_folder(folder: pathlib.Path) -> Model:
         if not _FILE_NAME.fullmatch(params_entry['file']):
             raise ValueError(f'params.file {params_entry["file"]!r} is no plain file name')
         params_path, sha256 = folder / params_entry['file'], params_entry['sha256']
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
+    except (UserError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
         reason = ascii(str(e))[1:200]
         raise UserError(
             f'{folder / MODEL_FILE} is damaged ({type(e).__name__}: {reason}); copy the folder '
