@@ -40,7 +40,7 @@ def _made_up(setup: Mapping[str, Any]) -> Iterator[dict[str, np.ndarray]]:
 
 
 def _from_dataset(setup: Mapping[str, Any]) -> Iterator[dict[str, np.ndarray]]:
-    from vit_jax.data import pipeline, sources
+    from vit_jax.data import loader, sources
     from vit_jax.data.preprocess import Preprocess
     from vit_jax.errors import UserError
 
@@ -50,10 +50,10 @@ def _from_dataset(setup: Mapping[str, Any]) -> Iterator[dict[str, np.ndarray]]:
             f'{setup["data"]} has {len(train.class_names)} classes and the model '
             f'{setup["num_classes"]}: use --num_classes {len(train.class_names)}'
         )
-    dataset = pipeline.train_dataset(
+    dataset = loader.train_dataset(
         train, Preprocess(crop=setup['image_size']), batch=setup['batch'], seed=0
     )
-    with pipeline.train_batches(dataset, start=0, threads=setup.get('cores') or None) as iterator:
+    with loader.train_batches(dataset, start=0, threads=setup.get('cores') or None) as iterator:
         for batch in iterator:
             del batch['example']
             yield batch

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks import child, torchvision_import
-from vit_jax.data import decode, preprocess
-from vit_jax.data.sources import Example
+from vit_jax.data import decode, loader, preprocess
+from vit_jax.data.dataset import Example
 
 STAGES = ('read', 'decode', 'crop', 'resize', 'batch', 'transfer')
 # Batches that may wait ready, for each worker, in any of the pipelines.
@@ -120,11 +120,11 @@ class Ours(Pipeline):
         """uint8 [height, width, 3], upright."""
         return decode.decode(image, key='', exif=True)
 
-    def crop(self, image: np.ndarray) -> tuple[np.ndarray, preprocess.View]:
+    def crop(self, image: np.ndarray) -> tuple[np.ndarray, preprocess.CropBox]:
         """Draws the part that will be seen."""
-        return image, self._settings.draw_view(*image.shape[:2], self.rng)
+        return image, self._settings.draw_box(*image.shape[:2], self.rng)
 
-    def resize(self, item: tuple[np.ndarray, preprocess.View]) -> None:
+    def resize(self, item: tuple[np.ndarray, preprocess.CropBox]) -> None:
         """float32 [S, S, 3], into the batch."""
         self._settings.render(*item, self._place(np.float32))
 
@@ -141,17 +141,17 @@ class Ours(Pipeline):
 
     def stream(self, workers: int) -> Iterator[Any]:
         """See `Pipeline.stream`."""
-        from vit_jax.data import pipeline, reader
+        from vit_jax.data import reader
 
-        memory = reader.Memory(64 << 30) if self.cache else None
-        dataset = pipeline.train_dataset(
+        memory = reader.ImageCache(64 << 30) if self.cache else None
+        dataset = loader.train_dataset(
             reader.Reader(Files(self.files), memory),
             self._settings,
             batch=self.size,
             seed=0,
             exact=self.exact,
         )
-        with pipeline.train_batches(
+        with loader.train_batches(
             dataset, start=0, threads=workers, processes=workers if self.processes else 0
         ) as batches:
             yield from batches
@@ -169,10 +169,10 @@ class Approximate(Ours):
 
     exact = False
 
-    def decode(self, image: bytes) -> tuple[np.ndarray, preprocess.View, tuple[int, int]]:
+    def decode(self, image: bytes) -> tuple[np.ndarray, preprocess.CropBox, tuple[int, int]]:
         """uint8, perhaps reduced; what is to be seen of it has to be drawn before."""
         height, width = decode.size_of_jpeg(image, exif=True)
-        view = self._settings.draw_view(height, width, self.rng)
+        view = self._settings.draw_box(height, width, self.rng)
         pixels = decode.decode(image, key='', exif=True, reduction=view.reduction())
         return pixels, view, (height, width)
 
@@ -198,7 +198,7 @@ class Cached(Ours):
 
 
 class Files:
-    """A `sources.Source` of image files without labels.
+    """A `Source` of image files without labels.
 
     Args:
       paths: of the files.

@@ -15,6 +15,7 @@ from vit_jax import evaluate, loop, sharding, steps, train
 from vit_jax import state as state_lib
 from vit_jax.checkpoint import npz
 from vit_jax.data import sources
+from vit_jax.data.dataset import Example
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.inference import model_folder, predict
@@ -221,7 +222,7 @@ def test_evaluation_counts_every_example_once(batch, devices):
         def __getitem__(self, index):
             label = index % 10
             shown = label if index % 3 else (label + 7) % 10  # every third is shown wrong
-            return sources.Example(np.full((4, 4, 3), shown, np.uint8), label, str(index))
+            return Example(np.full((4, 4, 3), shown, np.uint8), label, str(index))
 
     mesh = sharding.create_mesh(1, jax.devices()[:devices])
     step = steps.make_eval_step(Oracle(), mesh, sharding.replicated(mesh))

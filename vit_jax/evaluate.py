@@ -9,9 +9,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vit_jax import sharding
-from vit_jax.data import pipeline
+from vit_jax.data import loader
+from vit_jax.data.batches import eval_batches
+from vit_jax.data.dataset import Source
 from vit_jax.data.preprocess import Preprocess
-from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 
 
@@ -24,7 +25,7 @@ def evaluate(
     *,
     batch: int,
     threads: int | None = None,
-    on_bad: pipeline.OnBad | None = None,
+    on_bad: loader.OnBad | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> tuple[dict[str, float], float] | None:
     """Loss and accuracy over all examples of a source.
@@ -37,7 +38,7 @@ def evaluate(
       mesh: the devices; the batch is spread over all of them.
       batch: images per step; rounded up to a multiple of the devices. The last one is padded, and
         the padding does not count.
-      threads: readers, see `pipeline.eval_batches`.
+      threads: readers, see `eval_batches`.
       on_bad: called with the error of each image that cannot be read, once for each key, from the
         threads that read. None: such an image is an error.
       should_stop: asked after each batch; once it says so, the evaluation ends without a result.
@@ -53,7 +54,7 @@ def evaluate(
       UserError: no examples, or not one that can be read.
     """
     devices = mesh.devices.size
-    batches = pipeline.eval_batches(
+    batches = eval_batches(
         source,
         preprocess,
         batch=-(-min(batch, len(source)) // devices) * devices,

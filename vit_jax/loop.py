@@ -33,9 +33,10 @@ from jax.sharding import Mesh
 
 from vit_jax import evaluate, sharding
 from vit_jax.checkpoint import workdir as workdir_lib
-from vit_jax.data import pipeline, sources
+from vit_jax.data import loader
+from vit_jax.data.dataset import Selection
 from vit_jax.data.preprocess import Preprocess
-from vit_jax.data.reader import Memory, Reader
+from vit_jax.data.reader import ImageCache, Reader
 from vit_jax.errors import UserError
 from vit_jax.run import preemption, telemetry
 from vit_jax.state import TrainState
@@ -51,11 +52,11 @@ class Run:
     config: ml_collections.ConfigDict
     workdir: pathlib.Path
     mesh: Mesh
-    train: sources.Selection
-    test: sources.Selection
+    train: Selection
+    test: Selection
     preprocess: Preprocess
     log: telemetry.Telemetry
-    on_bad: pipeline.OncePerKey
+    on_bad: loader.OncePerKey
 
     @property
     def threads(self) -> int | None:
@@ -92,7 +93,7 @@ class Loop:
         self._accuracies = accuracies
         memory = None
         if run.config.cache:
-            memory = Memory(int(run.config.cache * 2**30) // (1 + run.config.data_processes))
+            memory = ImageCache(int(run.config.cache * 2**30) // (1 + run.config.data_processes))
         self._train_images = Reader(run.train, memory)
         self._test_images = Reader(run.test, memory)
         self._in_flight = collections.deque()  # (step, indices of the examples, metrics)
@@ -122,7 +123,7 @@ class Loop:
         if start == config.total_steps:
             return state
         clock = _Clock()
-        dataset = pipeline.train_dataset(
+        dataset = loader.train_dataset(
             self._train_images,
             run.preprocess,
             batch=config.batch,
@@ -133,7 +134,7 @@ class Loop:
             on_bad=run.on_bad,
         )
         with (
-            pipeline.train_batches(
+            loader.train_batches(
                 dataset, start=start, threads=run.threads, processes=config.data_processes
             ) as batches,
             concurrent.futures.ThreadPoolExecutor(1) as thread,

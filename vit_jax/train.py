@@ -26,7 +26,8 @@ from vit_jax import state as state_lib
 from vit_jax.analysis import cost
 from vit_jax.checkpoint import adapt, catalog
 from vit_jax.checkpoint import workdir as workdir_lib
-from vit_jax.data import pipeline, sources
+from vit_jax.data import loader, sources
+from vit_jax.data.dataset import Selection
 from vit_jax.data.decode import BadImageError
 from vit_jax.inference import model_folder
 from vit_jax.run import distributed, preemption, resources, resume, telemetry
@@ -89,7 +90,7 @@ def train_and_evaluate(
             setup.test,
             config_lib.preprocess_of(config),
             log,
-            on_bad=pipeline.OncePerKey(functools.partial(_report_bad, log)),
+            on_bad=loader.OncePerKey(functools.partial(_report_bad, log)),
         )
         if jax.process_index() == 0:
             data = _describe(setup.train, setup.test)
@@ -119,8 +120,8 @@ class _Setup:
     """What is made of the config before anything is computed."""
 
     mesh: Mesh
-    train: sources.Selection
-    test: sources.Selection
+    train: Selection
+    test: Selection
     model: nn.Module
     schedule: optax.Schedule
     tx: optax.GradientTransformation
@@ -201,7 +202,7 @@ def _make_steps(config: ml_collections.ConfigDict, setup: _Setup) -> tuple[Calla
     return train_step, steps.make_eval_step(setup.model, setup.mesh, shardings.params)
 
 
-def _describe(train: sources.Selection, test: sources.Selection) -> dict[str, Any]:
+def _describe(train: Selection, test: Selection) -> dict[str, Any]:
     """What the examples are, for the next run in the workdir to compare."""
     return {
         'class_names': list(train.class_names),
@@ -273,7 +274,7 @@ def _introduce(run: loop.Run, state: TrainState, origin: str, setup: _Setup) -> 
     names = run.train.class_names
     shown = ', '.join(names[:10]) + (', ...' if len(names) > 10 else '')
     log.info(f'data: {run.train!r}, tested on {run.test!r}; {len(names)} classes: {shown}')
-    common = sources.overlap(run.train, run.test)
+    common = run.train.overlap(run.test)
     if common:
         log.info(
             f'WARNING: {common:,} of the {len(run.test):,} test images are trained on as well: '

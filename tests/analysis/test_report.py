@@ -29,6 +29,7 @@ from vit_jax.analysis import (
 )
 from vit_jax.checkpoint import npz
 from vit_jax.data import prepare, sources
+from vit_jax.data.dataset import Selection
 from vit_jax.data.decode import decode
 from vit_jax.data.preprocess import Preprocess, normalize
 from vit_jax.errors import UserError
@@ -582,7 +583,7 @@ def test_samples_are_bounded_and_fixed(root):
 
 def test_labels_that_must_be_read_are_sampled(root, monkeypatch):
     train, test = sources.open_sources(str(root / 'photos'))
-    monkeypatch.setattr(sources.Selection, 'labels', lambda self: None)
+    monkeypatch.setattr(Selection, 'labels', lambda self: None)
     monkeypatch.setattr(report_examples, 'MAX_IMAGES', 10)
     balance = report_examples.class_balance(train, test)
     assert balance.counts['training'].sum() == 10

@@ -16,7 +16,9 @@ import pytest
 from PIL import Image
 
 from vit_jax import evaluate, sharding, steps
-from vit_jax.data import decode, pipeline, sources
+from vit_jax.data import decode, loader, sources
+from vit_jax.data.batches import eval_batches
+from vit_jax.data.dataset import Example
 from vit_jax.data.decode import BadImageError
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
@@ -93,9 +95,9 @@ def test_every_bad_file_of_a_folder_is_reported_once(photos):
     split = sources.open_dataset(str(photos)).select('train')
     assert len(split) == 31 + len(BAD_FILES)
     errors = []
-    once = pipeline.OncePerKey(errors.append)
+    once = loader.OncePerKey(errors.append)
     for _ in range(2):
-        batches = list(pipeline.eval_batches(split, PP, batch=16, on_bad=once, threads=2))
+        batches = list(eval_batches(split, PP, batch=16, on_bad=once, threads=2))
         assert sum(batch['readable'].sum() for batch in batches) == 31
         assert sum(batch['mask'].sum() for batch in batches) == len(split)
     assert {os.path.basename(error.key) for error in errors} == BAD_FILES
@@ -103,7 +105,7 @@ def test_every_bad_file_of_a_folder_is_reported_once(photos):
     for error in errors:
         assert str(error).isprintable(), str(error)
         assert error.label == ('dog' in error.key.split('/')[-2])
-    dataset = pipeline.train_dataset(split, PP, batch=len(split), seed=0, on_bad=errors.append)
+    dataset = loader.train_dataset(split, PP, batch=len(split), seed=0, on_bad=errors.append)
     assert dataset[0]['replaced'].sum() == len(BAD_FILES)
 
 
@@ -174,7 +176,7 @@ def test_evaluation_of_unreadable_images():
             # Zeros are what an unreadable image gets, and are class 0: never counted as right.
             label = index % 2
             image = b'' if index in self.bad else np.full((4, 4, 3), label, np.uint8)
-            return sources.Example(image, label, str(index))
+            return Example(image, label, str(index))
 
     mesh = sharding.create_mesh(1, jax.devices()[:2])
     step = steps.make_eval_step(Oracle(), mesh, sharding.replicated(mesh))
@@ -220,14 +222,14 @@ def test_broken_records_of_a_tfds_set(tmp_path):
     file.write_bytes(data)
     split = sources.open_dataset('tiny_set', tfds_data_dir=str(tmp_path)).select('train')
     errors = []
-    (batch,) = pipeline.eval_batches(split, PP, batch=13, on_bad=errors.append)
+    (batch,) = eval_batches(split, PP, batch=13, on_bad=errors.append)
     reasons = {error.key.rpartition('/')[2]: error.reason for error in errors}
     assert set(reasons) == {'3', '8', '9', '10', '11', '12'}
     assert np.flatnonzero(batch['readable'] == 0).tolist() == [3, 8, 9, 10, 11, 12]
     assert 'hash mismatch' in reasons['3'] and 'is damaged' in reasons['9']
     assert 'its label is 7' in reasons['12'] and 'not an image' in reasons['8']
     assert all(error.key.startswith('tiny_set:train/') for error in errors)
-    dataset = pipeline.train_dataset(split, PP, batch=13, seed=0, on_bad=errors.append)
+    dataset = loader.train_dataset(split, PP, batch=13, seed=0, on_bad=errors.append)
     assert dataset[0]['replaced'].sum() == 6
     # The whole file: cut short, or gone after the set was opened.
     file.write_bytes(data[: len(data) // 2])

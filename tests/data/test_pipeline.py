@@ -7,10 +7,11 @@ import threading
 import numpy as np
 import pytest
 
-from vit_jax.data import pipeline, training
+from vit_jax.data import loader
+from vit_jax.data.batches import eval_batches
+from vit_jax.data.dataset import Example
 from vit_jax.data.decode import BadImageError
 from vit_jax.data.preprocess import Preprocess
-from vit_jax.data.sources import Example
 from vit_jax.errors import UserError
 
 PP = Preprocess(crop=8)
@@ -44,7 +45,7 @@ def equal(a, b):
 
 
 def test_shapes_types_and_ranges():
-    batch = pipeline.train_dataset(Squares(20), PP, batch=6, seed=0)[0]
+    batch = loader.train_dataset(Squares(20), PP, batch=6, seed=0)[0]
     assert batch['image'].shape == (6, 8, 8, 3) and batch['image'].dtype == np.float32
     assert 0 <= batch['image'].min() < 50 and 200 < batch['image'].max() <= 255
     for name in ('label', 'position', 'example'):
@@ -54,7 +55,7 @@ def test_shapes_types_and_ranges():
 
 
 def test_each_epoch_is_another_permutation():
-    dataset = pipeline.train_dataset(Squares(21), PP, batch=6, seed=0)
+    dataset = loader.train_dataset(Squares(21), PP, batch=6, seed=0)
     order = np.concatenate([dataset[step]['example'] for step in range(14)])  # 4 epochs
     epochs = order.reshape(4, 21)
     assert all(sorted(epoch) == list(range(21)) for epoch in epochs)
@@ -63,7 +64,7 @@ def test_each_epoch_is_another_permutation():
 
 def test_seeds_differ_and_repeat():
     def first(seed):
-        return pipeline.train_dataset(Squares(50), PP, batch=50, seed=seed)[0]
+        return loader.train_dataset(Squares(50), PP, batch=50, seed=seed)[0]
 
     assert equal(first(0), first(0))
     assert not np.array_equal(first(0)['example'], first(1)['example'])
@@ -72,7 +73,7 @@ def test_seeds_differ_and_repeat():
 
 
 def test_crops_differ_between_epochs():
-    dataset = pipeline.train_dataset(Squares(10), PP, batch=10, seed=0)
+    dataset = loader.train_dataset(Squares(10), PP, batch=10, seed=0)
     epochs = [views(dataset[step]) for step in (0, 1)]
     assert not any(np.array_equal(epochs[0][i], epochs[1][i]) for i in range(10))
 
@@ -80,7 +81,7 @@ def test_crops_differ_between_epochs():
 @pytest.mark.parametrize('count', [2, 4])
 def test_same_examples_and_pixels_on_any_number_of_processes(count):
     def dataset(index, count):
-        return pipeline.train_dataset(
+        return loader.train_dataset(
             Squares(26), PP, batch=12, seed=3, process_index=index, process_count=count
         )
 
@@ -94,15 +95,15 @@ def test_same_examples_and_pixels_on_any_number_of_processes(count):
 
 
 def test_source_smaller_than_a_batch():
-    batch = pipeline.train_dataset(Squares(3), PP, batch=8, seed=0)[0]
+    batch = loader.train_dataset(Squares(3), PP, batch=8, seed=0)[0]
     assert sorted(collections.Counter(batch['example'].tolist()).values()) == [2, 3, 3]
 
 
 @pytest.mark.parametrize('threads', [1, 3])
 def test_reading_ahead_gives_the_same_batches_from_any_step(threads):
-    dataset = pipeline.train_dataset(Squares(26), PP, batch=8, seed=3)
+    dataset = loader.train_dataset(Squares(26), PP, batch=8, seed=3)
     for start in (0, 5):
-        with pipeline.train_batches(dataset, start=start, threads=threads) as iterator:
+        with loader.train_batches(dataset, start=start, threads=threads) as iterator:
             for step in range(start, start + 6):
                 assert equal(next(iterator), dataset[step])
 
@@ -112,8 +113,8 @@ def reading_threads():
 
 
 def test_threads_end_with_the_context():
-    dataset = pipeline.train_dataset(Squares(26), PP, batch=8, seed=3)
-    with pipeline.train_batches(dataset, start=0, threads=2) as iterator:
+    dataset = loader.train_dataset(Squares(26), PP, batch=8, seed=3)
+    with loader.train_batches(dataset, start=0, threads=2) as iterator:
         next(iterator)
         next(iterator)
         assert reading_threads()
@@ -126,16 +127,16 @@ def test_threads_end_with_the_context():
 
 @pytest.mark.parametrize('threads', [1, 4])
 def test_a_broken_image_is_named_by_the_consumer(threads):
-    dataset = pipeline.train_dataset(Squares(40, bad=(13,)), PP, batch=4, seed=0)
+    dataset = loader.train_dataset(Squares(40, bad=(13,)), PP, batch=4, seed=0)
     with (
         pytest.raises(BadImageError, match='square/13') as caught,
-        pipeline.train_batches(dataset, start=0, threads=threads) as iterator,
+        loader.train_batches(dataset, start=0, threads=threads) as iterator,
     ):
         for _ in range(11):
             next(iterator)
     assert caught.value.key == 'square/13'
     with pytest.raises(BadImageError, match='square/13'):
-        list(pipeline.eval_batches(Squares(40, bad=(13,)), PP, batch=4, threads=threads))
+        list(eval_batches(Squares(40, bad=(13,)), PP, batch=4, threads=threads))
 
 
 BAD = (0, 7, 13, 25)
@@ -144,7 +145,7 @@ BAD = (0, 7, 13, 25)
 def substituted(count, seed=3, steps=(0, 1, 2, 7), bad=BAD, on_bad=None):
     """Batches of some steps, of 26 examples of which some are bad, joined over the processes."""
     parts = [
-        pipeline.train_dataset(
+        loader.train_dataset(
             Squares(26, bad=bad),
             PP,
             batch=12,
@@ -189,7 +190,7 @@ def test_pixels_are_those_of_the_substitute():
                 example.image[...] = 9 * index
             return example
 
-    dataset = pipeline.train_dataset(
+    dataset = loader.train_dataset(
         Grey(26, bad=BAD), PP, batch=26, seed=3, on_bad=lambda error: None
     )
     batch = dataset[0]
@@ -211,11 +212,11 @@ def test_substitutes_depend_on_the_seed_and_are_the_same_after_resuming():
     ]
     assert np.array_equal(drawn[0], drawn[1]) and len(set(drawn[0])) > 8
     assert not np.array_equal(drawn[0], drawn[2])
-    dataset = pipeline.train_dataset(
+    dataset = loader.train_dataset(
         Squares(26, bad=BAD), PP, batch=12, seed=3, on_bad=lambda error: None
     )
     whole = list(substituted(1, steps=range(9)))
-    with pipeline.train_batches(dataset, start=5, threads=3) as iterator:
+    with loader.train_batches(dataset, start=5, threads=3) as iterator:
         for step in range(5, 9):
             assert equal(next(iterator), whole[step])
 
@@ -240,19 +241,17 @@ def test_without_any_readable_image_the_first_bad_one_is_named(monkeypatch):
             return super().__getitem__(index)
 
     source = Counted(26, bad=range(26))
-    dataset = pipeline.train_dataset(source, PP, batch=4, seed=0, on_bad=lambda error: None)
+    dataset = loader.train_dataset(source, PP, batch=4, seed=0, on_bad=lambda error: None)
     with pytest.raises(BadImageError, match=r'none of 100 others .* can be used') as caught:
         dataset[0]
-    assert caught.value.key == f'square/{reads[0]}' and len(reads) == 1 + training.MAX_DRAWS
+    assert caught.value.key == f'square/{reads[0]}' and len(reads) == 1 + loader.MAX_DRAWS
 
 
 @pytest.mark.parametrize('threads', [1, 4])
 def test_each_bad_key_is_reported_once(threads):
     errors = []
-    dataset = pipeline.train_dataset(
-        Squares(26, bad=BAD), PP, batch=12, seed=3, on_bad=errors.append
-    )
-    with pipeline.train_batches(dataset, start=0, threads=threads) as iterator:
+    dataset = loader.train_dataset(Squares(26, bad=BAD), PP, batch=12, seed=3, on_bad=errors.append)
+    with loader.train_batches(dataset, start=0, threads=threads) as iterator:
         for _ in range(20):
             next(iterator)
     assert sorted(error.key for error in errors) == sorted(f'square/{i}' for i in BAD)
@@ -261,9 +260,9 @@ def test_each_bad_key_is_reported_once(threads):
 
 def test_once_per_key_over_several_calls():
     errors = []
-    once = pipeline.OncePerKey(errors.append)
+    once = loader.OncePerKey(errors.append)
     for _ in range(2):
-        list(pipeline.eval_batches(Squares(26, bad=BAD), PP, batch=5, on_bad=once))
+        list(eval_batches(Squares(26, bad=BAD), PP, batch=5, on_bad=once))
     assert len(errors) == len(BAD)
 
 
@@ -272,10 +271,10 @@ def test_what_on_bad_raises_ends_the_reading(threads):
     def too_many(error):
         raise UserError('too many unreadable images')
 
-    dataset = pipeline.train_dataset(Squares(26, bad=BAD), PP, batch=12, seed=3, on_bad=too_many)
+    dataset = loader.train_dataset(Squares(26, bad=BAD), PP, batch=12, seed=3, on_bad=too_many)
     with (
         pytest.raises(UserError, match='too many'),
-        pipeline.train_batches(dataset, start=0, threads=threads) as iterator,
+        loader.train_batches(dataset, start=0, threads=threads) as iterator,
     ):
         for _ in range(20):
             next(iterator)
@@ -291,14 +290,14 @@ def test_the_death_of_a_reading_thread_is_an_error_not_a_wait(kind):
 
     def read():
         for batches in (
-            pipeline.train_dataset(Dying(40), PP, batch=4, seed=0, on_bad=lambda error: None),
+            loader.train_dataset(Dying(40), PP, batch=4, seed=0, on_bad=lambda error: None),
             None,
         ):
             try:
                 if batches is None:
-                    list(pipeline.eval_batches(Dying(40), PP, batch=4, threads=3))
+                    list(eval_batches(Dying(40), PP, batch=4, threads=3))
                 else:
-                    with pipeline.train_batches(batches, start=0, threads=3) as iterator:
+                    with loader.train_batches(batches, start=0, threads=3) as iterator:
                         for _ in range(11):
                             next(iterator)
             except kind as error:
@@ -316,7 +315,7 @@ def test_the_death_of_a_reading_thread_is_an_error_not_a_wait(kind):
 def test_evaluation_marks_what_cannot_be_read(processes):
     errors, seen = [], {}
     for index in range(processes):
-        for batch in pipeline.eval_batches(
+        for batch in eval_batches(
             Squares(26, bad=BAD),
             PP,
             batch=8,
@@ -343,7 +342,7 @@ def test_evaluation_sees_every_example_once(examples, batch, processes):
     source, seen, counts = Squares(examples), [], set()
     for index in range(processes):
         mine = list(
-            pipeline.eval_batches(
+            eval_batches(
                 source, PP, batch=batch, process_index=index, process_count=processes, threads=2
             )
         )
@@ -394,16 +393,16 @@ class Photos:
 )
 def test_approximate_pixels_of_the_same_crops(monkeypatch, options, mean, most):
     drawn = []
-    draw = Preprocess.draw_view
+    draw = Preprocess.draw_box
 
     def note(self, height, width, rng):
         drawn.append((height, width, draw(self, height, width, rng)))
         return drawn[-1][-1]
 
-    monkeypatch.setattr(Preprocess, 'draw_view', note)
+    monkeypatch.setattr(Preprocess, 'draw_box', note)
     pp, batches, views = Preprocess(**options), {}, {}
     for exact in (True, False):
-        dataset = pipeline.train_dataset(Photos(), pp, batch=12, seed=5, exact=exact)
+        dataset = loader.train_dataset(Photos(), pp, batch=12, seed=5, exact=exact)
         drawn.clear()
         batches[exact] = [dataset[step] for step in (0, 1)]
         views[exact] = list(drawn)
@@ -418,12 +417,12 @@ def test_approximate_pixels_of_the_same_crops(monkeypatch, options, mean, most):
 
 def test_approximate_batches_from_any_step_and_with_bad_images():
     def dataset(bad=BAD):
-        return pipeline.train_dataset(
+        return loader.train_dataset(
             Squares(26, bad=bad), PP, batch=12, seed=3, exact=False, on_bad=lambda error: None
         )
 
     whole, good = dataset(), dataset(bad=())
-    with pipeline.train_batches(whole, start=2, threads=2) as iterator:
+    with loader.train_batches(whole, start=2, threads=2) as iterator:
         for step in (2, 3):
             batch = next(iterator)
             assert equal(batch, whole[step])
@@ -441,9 +440,9 @@ def test_memory_for_waiting_batches_is_bounded(monkeypatch):
             made.append(index)
             return super().__getitem__(index)
 
-    monkeypatch.setattr(pipeline, 'MAX_BUFFER_BYTES', 3 * 10 * 8 * 8 * 3 * 4 + 1000)
-    dataset = pipeline.train_dataset(Counted(100), PP, batch=10, seed=0)
-    with pipeline.train_batches(dataset, start=0, threads=8) as iterator:
+    monkeypatch.setattr(loader, 'MAX_BUFFER_BYTES', 3 * 10 * 8 * 8 * 3 * 4 + 1000)
+    dataset = loader.train_dataset(Counted(100), PP, batch=10, seed=0)
+    with loader.train_batches(dataset, start=0, threads=8) as iterator:
         for _ in range(3):
             next(iterator)
         for _ in range(200):
@@ -456,8 +455,8 @@ def test_memory_for_waiting_batches_is_bounded(monkeypatch):
 
 def test_bad_requests():
     with pytest.raises(UserError, match='training set is empty'):
-        pipeline.train_dataset(Squares(0), PP, batch=4, seed=0)
+        loader.train_dataset(Squares(0), PP, batch=4, seed=0)
     with pytest.raises(UserError, match=r'batch=6 .* number of processes \(4\)'):
-        pipeline.train_dataset(Squares(9), PP, batch=6, seed=0, process_count=4)
+        loader.train_dataset(Squares(9), PP, batch=6, seed=0, process_count=4)
     with pytest.raises(UserError, match='at least 1'):
-        next(pipeline.eval_batches(Squares(9), PP, batch=0))
+        next(eval_batches(Squares(9), PP, batch=0))

@@ -10,7 +10,7 @@ import sys
 import pytest
 from PIL import Image
 
-from vit_jax.data import prepare, sources
+from vit_jax.data import prepare, sources, tfds_sets
 from vit_jax.data.decode import decode
 from vit_jax.errors import UserError
 
@@ -137,7 +137,7 @@ def test_no_network(tmp_path, monkeypatch):
     for name in ('no_proxy', 'NO_PROXY'):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match='flower_photos.tgz cannot be reached.*tfds_data_dir=DIR'):
-        prepare.run('tf_flowers', data_dir=str(tmp_path))
+        tfds_sets.prepare_in_child('tf_flowers', data_dir=str(tmp_path))
 
 
 KILLED = 'import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n'
@@ -177,10 +177,10 @@ FULL = """
 mount -t tmpfs -o size={size} none {data} || exit 77
 cp -r {source}/. {data}
 {python} -c "
-from vit_jax.data import prepare
+from vit_jax.data import tfds_sets
 from vit_jax.errors import UserError
 try:
-    prepare.run('tiny_set', data_dir='{data}')
+    tfds_sets.prepare_in_child('tiny_set', data_dir='{data}')
 except UserError as error:
     print('UserError:', error)
 "

@@ -13,8 +13,8 @@ from scipy import stats
 
 from vit_jax.data.decode import decode
 from vit_jax.data.preprocess import (
+    CropBox,
     Preprocess,
-    View,
     normalize,
     resize_bilinear,
     sample_inception_box,
@@ -173,7 +173,7 @@ def test_a_view_of_a_reduced_image_is_in_the_same_place(k, height, width):
     for options in ({'crop': 16}, {'crop': 12, 'resize': 16, 'inception_crop': False}):
         pp = Preprocess(**options)
         for seed in range(6):
-            view = pp.draw_view(height, width, np.random.default_rng(seed))
+            view = pp.draw_box(height, width, np.random.default_rng(seed))
             out = np.empty((pp.crop, pp.crop, 3), np.uint8)
             assert pp.render_uint8(reduced, view, (height, width), out) is out
             # Measured: at most 0.384 in the mean, most of it rounding, and 1.5 at a pixel. Half a
@@ -187,7 +187,7 @@ def test_reductions_leave_enough_pixels():
         (448, 500, 224, 2), (447, 500, 224, 1), (10, 10, 224, 1), (900, 896, 224, 4),
         (5000, 1791, 224, 4), (5000, 1792, 224, 8), (9000, 9000, 224, 8),
     ):  # fmt: skip
-        assert View(3, 4, height, width, side).reduction() == expected
+        assert CropBox(3, 4, height, width, side).reduction() == expected
 
 
 def test_normalize_numpy_and_jax():

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from vit_jax.data import decode, pipeline, reader
+from vit_jax.data import decode, loader, reader
+from vit_jax.data.dataset import Example
 from vit_jax.data.decode import BadImageError
 from vit_jax.data.preprocess import Preprocess
-from vit_jax.data.sources import Example
 
 PIXELS = np.random.RandomState(0).randint(0, 256, (12, 40, 48, 3)).astype(np.uint8)
 SIZE = PIXELS[0].nbytes + reader._OVERHEAD
@@ -44,7 +44,7 @@ def png(image):
 
 
 def batches(source, exact, crop=9, count=4):
-    dataset = pipeline.train_dataset(
+    dataset = loader.train_dataset(
         source, Preprocess(crop), batch=8, seed=1, exact=exact, on_bad=lambda error: None
     )
     return [dataset[step] for step in range(count)]
@@ -55,7 +55,7 @@ def batches(source, exact, crop=9, count=4):
 def test_batches_are_the_same_with_and_without_memory(encode, exact):
     expected = batches(Files(encode, broken=(3,)), exact)
     for room in (0, 5, 100):
-        memory = reader.Memory(room * SIZE)
+        memory = reader.ImageCache(room * SIZE)
         found = batches(reader.Reader(Files(encode, broken=(3,)), memory), exact)
         for kept, plain in zip(found, expected, strict=True):
             assert kept.keys() == plain.keys()
@@ -69,7 +69,7 @@ def test_batches_are_the_same_with_and_without_memory(encode, exact):
 
 def test_what_is_kept_is_not_read_again_and_what_does_not_fit_is():
     source = Files(broken=(3,))
-    images = reader.Reader(source, reader.Memory(5 * SIZE))
+    images = reader.Reader(source, reader.ImageCache(5 * SIZE))
     for _ in range(4):
         for index in range(len(source)):
             if index == 3:
@@ -84,7 +84,7 @@ def test_what_is_kept_is_not_read_again_and_what_does_not_fit_is():
 
 
 def test_readers_share_the_room_and_threads_do_not_take_it_twice():
-    memory = reader.Memory(20 * SIZE)
+    memory = reader.ImageCache(20 * SIZE)
     first, second = reader.Reader(Files(), memory), reader.Reader(Files(), memory)
     barrier = threading.Barrier(4)
 
@@ -109,15 +109,15 @@ def test_pixels_that_are_in_memory_anyway_take_no_room():
         def __getitem__(self, index):
             return Example(PIXELS[index], 0, str(index))
 
-    memory = reader.Memory(100 * SIZE)
+    memory = reader.ImageCache(100 * SIZE)
     images = reader.Reader(InMemory(), memory)
     assert np.array_equal(images.read(5)[0], PIXELS[5]) and memory.used == 0
 
 
 def test_another_process_gets_the_room_but_not_what_is_in_it():
-    images = reader.Reader(Files(), reader.Memory(100 * SIZE))
+    images = reader.Reader(Files(), reader.ImageCache(100 * SIZE))
     images.read(0)
     copy = pickle.loads(pickle.dumps(images))
-    assert copy._memory.used == 0 and copy._memory.size == 100 * SIZE
+    assert copy._cache.used == 0 and copy._cache.size == 100 * SIZE
     assert np.array_equal(copy.read(0)[0], images.read(0)[0])
     assert copy._source.reads[0] == 2  # it came along with one

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vit_jax.data import sources
+from vit_jax.data.dataset import stratified_order
 from vit_jax.data.decode import BadImageError, decode
 from vit_jax.errors import UserError
 
@@ -55,7 +56,7 @@ def test_folder_with_train_and_test(tmp_path):
             example = source[i]
             assert f'/{source.class_names[example.label]}/' in example.key
             assert decode(example.image, key=example.key).shape == (4, 5, 3)
-    assert sources.overlap(train, test) == 0
+    assert train.overlap(test) == 0
     with pytest.raises(IndexError):
         train[3]
 
@@ -172,7 +173,7 @@ def test_a_vanished_file_is_named(photos):
 
 def test_digits():
     train, test = sources.open_sources('digits')
-    assert len(train) + len(test) == 1797 and sources.overlap(train, test) == 0
+    assert len(train) + len(test) == 1797 and train.overlap(test) == 0
     assert train.class_names == tuple('0123456789')
     counts = np.bincount([test[i].label for i in range(len(test))])
     assert counts.min() >= 17 and counts.max() <= 19
@@ -187,7 +188,7 @@ def test_digits():
 @settings(deadline=None, max_examples=100)
 def test_stratified_order(labels, percent):
     labels = np.array(labels)
-    order = sources.stratified_order(labels)
+    order = stratified_order(labels)
     assert sorted(order) == list(range(len(labels)))
     first = labels[order[: round(len(labels) * percent / 100)]]
     for label in set(labels):
@@ -233,9 +234,9 @@ def test_bad_splits(photos, spec, words):
 def test_overlap(photos):
     dataset = sources.open_dataset(str(photos))
     select = dataset.select
-    assert sources.overlap(select('train[:30]'), select('train[20:]')) == 10
-    assert sources.overlap(select('train[:5]+train[:5]'), select('train')) == 5
-    assert sources.overlap(select('train[:50%]'), select('train[50%:]')) == 0
+    assert select('train[:30]').overlap(select('train[20:]')) == 10
+    assert select('train[:5]+train[:5]').overlap(select('train')) == 5
+    assert select('train[:50%]').overlap(select('train[50%:]')) == 0
 
 
 def test_sources_are_picklable(photos):
@@ -265,13 +266,13 @@ def test_unknown_datasets(tmp_path, name, words):
 READ_WITHOUT_TENSORFLOW = """
 import importlib.util, sys
 assert importlib.util.find_spec('tensorflow'), 'proves nothing without TensorFlow installed'
-from vit_jax.data import pipeline, preprocess, sources
+from vit_jax.data import batches, loader, preprocess, sources
 train, test = sources.open_sources({name!r}, tfds_data_dir={data_dir!r})
-data = pipeline.train_dataset(train, preprocess.Preprocess(crop=16), batch=8, seed=0)
-with pipeline.train_batches(data, start=0) as batches:
+data = loader.train_dataset(train, preprocess.Preprocess(crop=16), batch=8, seed=0)
+with loader.train_batches(data, start=0) as iterator:
     for _ in range(3):
-        next(batches)
-for batch in pipeline.eval_batches(test, preprocess.Preprocess(crop=16), batch=100):
+        next(iterator)
+for batch in batches.eval_batches(test, preprocess.Preprocess(crop=16), batch=100):
     pass
 loaded = [name for name in ('tensorflow', 'torch') if name in sys.modules]
 assert not loaded, loaded

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from vit_jax.data import pipeline, sources
+from vit_jax.data import loader, sources
 from vit_jax.data.decode import BadImageError
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
@@ -30,9 +30,7 @@ def photos(tmp_path):
 
 
 def dataset(source, on_bad=None, exact=True):
-    return pipeline.train_dataset(
-        source, Preprocess(9), batch=10, seed=0, exact=exact, on_bad=on_bad
-    )
+    return loader.train_dataset(source, Preprocess(9), batch=10, seed=0, exact=exact, on_bad=on_bad)
 
 
 def children():
@@ -54,7 +52,7 @@ def assert_equal(a, b):
 def test_the_same_batches_and_errors_and_one_message_when_a_process_dies(photos):
     known, errors = [], []
     here, there = dataset(photos, known.append), dataset(photos, errors.append)
-    with pipeline.train_batches(there, start=3, threads=3, processes=2) as iterator:
+    with loader.train_batches(there, start=3, threads=3, processes=2) as iterator:
         held = next(iterator)
         for step in range(4, 9):
             assert_equal(next(iterator), here[step])
@@ -87,7 +85,7 @@ def test_errors_are_raised_where_batches_are_taken(photos):
     # Without on_bad the image itself is the error.
     with (
         pytest.raises(BadImageError, match=r'(04|17)\.jpg') as caught,
-        pipeline.train_batches(
+        loader.train_batches(
             dataset(photos, exact=False), start=0, threads=1, processes=1
         ) as iterator,
     ):
@@ -101,7 +99,7 @@ def test_a_source_that_cannot_be_sent_is_said(photos):
     photos.lock = (x for x in ())
     with (
         pytest.raises(UserError, match='cannot be sent to other processes'),
-        pipeline.train_batches(dataset(photos), start=0, processes=1) as iterator,
+        loader.train_batches(dataset(photos), start=0, processes=1) as iterator,
     ):
         next(iterator)
 
@@ -109,11 +107,11 @@ def test_a_source_that_cannot_be_sent_is_said(photos):
 def test_processes_end_when_the_one_that_trains_is_killed(photos, tmp_path):
     script = (
         'import sys, time\n'
-        'from vit_jax.data import pipeline, preprocess, sources\n'
+        'from vit_jax.data import loader, preprocess, sources\n'
         'train = sources.open_dataset(sys.argv[1]).select("train")\n'
-        'data = pipeline.train_dataset(train, preprocess.Preprocess(9), batch=4, seed=0,'
+        'data = loader.train_dataset(train, preprocess.Preprocess(9), batch=4, seed=0,'
         ' on_bad=lambda error: None)\n'
-        'with pipeline.train_batches(data, start=0, processes=1, threads=1) as batches:\n'
+        'with loader.train_batches(data, start=0, processes=1, threads=1) as batches:\n'
         '    next(batches)\n'
         '    print("ready", flush=True)\n'
         '    time.sleep(60)\n'

@@ -12,7 +12,9 @@ import numpy as np
 from fuzzing import corpus as corpus_lib
 from fuzzing import mutate
 from vit_jax.checkpoint import catalog, formats, inspection
-from vit_jax.data import folders, pipeline, prepare, sources
+from vit_jax.data import folders, sources, tfds_sets
+from vit_jax.data.batches import eval_batches
+from vit_jax.data.dataset import Dataset
 from vit_jax.data.decode import BadImageError, decode
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
@@ -120,13 +122,13 @@ def _tfds(rng, corpus, case) -> Read:
     return lambda: _read_all(sources.open_dataset('tiny_set', tfds_data_dir=str(case)))
 
 
-def _read_all(dataset: sources.Dataset) -> None:
+def _read_all(dataset: Dataset) -> None:
     """Reads as an evaluation does, at most some examples of each split."""
     for name in dataset.splits:
         split = dataset.select(name)
         few = dataset.select(f'{name}[:{min(20, len(split))}]')
         errors = []
-        for batch in pipeline.eval_batches(few, CROP, batch=8, threads=1, on_bad=errors.append):
+        for batch in eval_batches(few, CROP, batch=8, threads=1, on_bad=errors.append):
             assert np.isfinite(batch['image']).all()
             assert (batch['label'] < len(few.class_names)).all() and (batch['label'] >= 0).all()
         for error in errors:
@@ -278,7 +280,7 @@ def isolate() -> None:
     def refused(name, **_):
         raise UserError(f'{name} would be prepared')
 
-    prepare.run = refused
+    tfds_sets.prepare_in_child = refused
 
 
 __all__ = ['READERS', 'BadImageError', 'available', 'isolate', 'prepare_case']

@@ -10,6 +10,7 @@ import numpy as np
 from vit_jax.analysis import counts
 from vit_jax.analysis.run_files import MODEL_FOLDER, Run
 from vit_jax.data import sources
+from vit_jax.data.dataset import Example, Selection, Source, expand
 from vit_jax.data.decode import decode
 from vit_jax.errors import UserError
 from vit_jax.inference import labels, model_folder
@@ -88,18 +89,18 @@ class Balance:
 class _Some:
     """A few examples of a source, itself a source."""
 
-    def __init__(self, source: sources.Source, indices: np.ndarray):
+    def __init__(self, source: Source, indices: np.ndarray):
         self.class_names, self.exif = source.class_names, source.exif
         self._source, self._indices = source, indices
 
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, index: int) -> sources.Example:
+    def __getitem__(self, index: int) -> Example:
         return self._source[int(self._indices[index])]
 
 
-def open_data(run: Run) -> tuple[sources.Selection, sources.Selection]:
+def open_data(run: Run) -> tuple[Selection, Selection]:
     """The training and test examples of a run; nothing is downloaded or prepared.
 
     Raises:
@@ -115,7 +116,7 @@ def open_data(run: Run) -> tuple[sources.Selection, sources.Selection]:
             raise TypeError('dataset and splits should be texts')
     except (KeyError, TypeError) as error:
         raise UserError(f'config.json or data.json is damaged ({error!r})') from error
-    if dataset != 'digits' and not sources.expand(dataset).exists():
+    if dataset != 'digits' and not expand(dataset).exists():
         _check_prepared(dataset, data_dir)
     opened = sources.open_dataset(dataset, tfds_data_dir=data_dir)
     train, test = (opened.select(spec) for spec in specs)
@@ -124,7 +125,7 @@ def open_data(run: Run) -> tuple[sources.Selection, sources.Selection]:
     return train, test
 
 
-def class_balance(train: sources.Selection, test: sources.Selection) -> Balance:
+def class_balance(train: Selection, test: Selection) -> Balance:
     """Counts the images of each class; of a set whose labels have to be read, in a sample."""
     found, notes = {}, []
     for split, source in (('training', train), ('test', test)):
@@ -144,7 +145,7 @@ def class_balance(train: sources.Selection, test: sources.Selection) -> Balance:
     return Balance(tuple(train.class_names), found, tuple(notes))
 
 
-def predict(run: Run, test: sources.Selection, limit: int | None = None) -> Predictions:
+def predict(run: Run, test: Selection, limit: int | None = None) -> Predictions:
     """Runs the model folder of a run over its test images.
 
     Args:
@@ -173,7 +174,7 @@ def predict(run: Run, test: sources.Selection, limit: int | None = None) -> Pred
     )
 
     # What tells images of a folder from each other is the end of their paths.
-    folder = f'{sources.expand(run.config["dataset"])}/'
+    folder = f'{expand(run.config["dataset"])}/'
     note = _attention_note(model)
     pictures = [
         tuple(
@@ -235,7 +236,7 @@ def _check_prepared(name: str, data_dir: str) -> None:
         raise UserError(f'the dataset {name} is not on this machine')
 
 
-def _label(source: sources.Selection, index: int) -> int:
+def _label(source: Selection, index: int) -> int:
     try:
         return source[int(index)].label
     except UserError:  # a damaged record
@@ -254,7 +255,7 @@ def _attention_note(model: model_folder.Model) -> str:
 
 def _picture(
     model: model_folder.Model,
-    test: sources.Selection,
+    test: Selection,
     index: int,
     found: classification_metrics.Outcomes,
     row: int,

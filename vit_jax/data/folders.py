@@ -15,8 +15,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from vit_jax.data.dataset import Dataset, Example, check_class_names, stratified_order
 from vit_jax.data.decode import BadImageError, read_file
-from vit_jax.data.sources import Dataset, Example, check_class_names, stratified_order
 from vit_jax.errors import UserError
 
 SUFFIXES = frozenset(('.jpg', '.jpeg', '.png', '.webp', '.bmp'))

@@ -2,10 +2,10 @@
 
     python -m vit_jax.data.prepare --dataset tf_flowers [--data_dir DIR] [--manual_dir DIR]
 
-The only file of the package that imports TensorFlow (most of TFDS's builders need it), and so it is
-run as a child process (`run`), never imported for its functions by the training process. A set that
-is there as TFRecord, as the original release left it, is converted into a folder beside it, record
-by record: same bytes, same order, nothing downloaded.
+The only file of the package that imports TensorFlow (most of TFDS's builders need it): it runs in a
+child process (`tfds_sets.prepare_in_child`), and training never imports it. A set that is there as
+TFRecord, as the original release left it, is converted into a folder beside it, record by record:
+same bytes, same order, nothing downloaded.
 """
 
 import argparse
@@ -18,66 +18,25 @@ import os
 import pathlib
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 from typing import Any
 
-from vit_jax.data import sources, tfds_sets
+from vit_jax.data import tfds_sets
+from vit_jax.data.dataset import expand
 from vit_jax.errors import UserError
 
 _ABANDONED_SECONDS = 3600
-
-
-def run(name: str, *, data_dir: str = '', manual_dir: str = '') -> None:
-    """Prepares a set in a child process, whose progress goes to this process's console.
-
-    Args:
-      name: of the TFDS set: `tf_flowers`, `name/config` or `name:version`.
-      data_dir: where TFDS sets are; '' is TFDS's default.
-      manual_dir: where files that had to be downloaded by hand are, or ''.
-
-    Raises:
-      UserError: the set could not be prepared; says why and what to do.
-    """
-    package_root = str(pathlib.Path(__file__).parents[2])
-    environment = os.environ | {
-        'TF_CPP_MIN_LOG_LEVEL': '3',  # TensorFlow's start-up notices are not for our users.
-        'CUDA_VISIBLE_DEVICES': '-1',  # The GPU is the parent's.
-        'PYTHONPATH': os.pathsep.join(filter(None, [package_root, os.environ.get('PYTHONPATH')])),
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        result = pathlib.Path(folder) / 'error'
-        command = [sys.executable, '-m', 'vit_jax.data.prepare', '--dataset', name]
-        command += ['--data_dir', data_dir, '--manual_dir', manual_dir, '--error_file', str(result)]
-        code = subprocess.run(command, env=environment, check=False).returncode
-        if code:
-            reason = result.read_text() if result.exists() else _how_it_ended(code)
-            raise UserError(f'dataset {name} could not be prepared: {reason}')
-
-
-def _how_it_ended(code: int) -> str:
-    """What to say of a child that did not say anything itself."""
-    if code == -signal.SIGKILL:
-        return (
-            'its process was killed, as the system does when memory runs out (converting needs as '
-            'much as the largest file of the set). Run the same command again; nothing that is '
-            'incomplete is used'
-        )
-    if code < 0:
-        return f'its process was ended by signal {-code} ({signal.strsignal(-code)})'
-    return f'its process ended with code {code}; its last lines are above'
 
 
 def prepare(name: str, *, data_dir: str = '', manual_dir: str = '') -> pathlib.Path:
     """Prepares a set in this process; imports TensorFlow.
 
     Args:
-      name: as for `run`, like the others.
-      data_dir: where TFDS sets are.
-      manual_dir: where files that had to be downloaded by hand are.
+      name: of the TFDS set: `tf_flowers`, `name/config` or `name:version`.
+      data_dir: where TFDS sets are; '' is TFDS's default.
+      manual_dir: where files that had to be downloaded by hand are, or ''.
 
     Returns:
       The folder that holds the set as ArrayRecord.
@@ -255,7 +214,7 @@ def _download(name: str, builder: Any, manual_dir: str) -> None:
     from tensorflow_datasets.core.download import downloader
 
     instructions = builder.MANUAL_DOWNLOAD_INSTRUCTIONS
-    manual = sources.expand(manual_dir) if manual_dir else None
+    manual = expand(manual_dir) if manual_dir else None
     if instructions and not (manual and manual.is_dir() and any(manual.iterdir())):
         raise UserError(
             f'some of its files must be downloaded by hand into the folder that '

@@ -28,7 +28,7 @@ REDUCTIONS = (1, 2, 4, 8)
 _F32 = np.float32
 
 
-class View(NamedTuple):
+class CropBox(NamedTuple):
     """Which part of an image the model sees, and how large.
 
     Attributes:
@@ -93,7 +93,7 @@ class Preprocess:
     def train(
         self, image: np.ndarray, rng: np.random.Generator, out: np.ndarray | None = None
     ) -> np.ndarray:
-        """One augmented view of an image.
+        """A random crop of an image.
 
         Args:
           image: uint8 [height, width, 3] in [0, 255].
@@ -104,9 +104,9 @@ class Preprocess:
           float32 [crop, crop, 3] in [0, 255], not rounded to whole grey levels. Without
           `inception_crop` and `resize` this is `evaluate(image)`.
         """
-        return self.render(image, self.draw_view(image.shape[0], image.shape[1], rng), out)
+        return self.render(image, self.draw_box(image.shape[0], image.shape[1], rng), out)
 
-    def draw_view(self, height: int, width: int, rng: np.random.Generator) -> View:
+    def draw_box(self, height: int, width: int, rng: np.random.Generator) -> CropBox:
         """Draws what training sees of an image.
 
         Args:
@@ -115,38 +115,38 @@ class Preprocess:
           rng: where the randomness comes from.
         """
         if self.inception_crop:
-            return View(*sample_inception_box(height, width, rng), self.crop)
+            return CropBox(*sample_inception_box(height, width, rng), self.crop)
         if not self.resize:
-            return View(0, 0, height, width, self.crop)
+            return CropBox(0, 0, height, width, self.crop)
         top, left = rng.integers(self.resize - self.crop + 1, size=2)
-        return View(0, 0, height, width, self.resize, int(top), int(left))
+        return CropBox(0, 0, height, width, self.resize, int(top), int(left))
 
-    def render(self, image: np.ndarray, view: View, out: np.ndarray | None = None) -> np.ndarray:
-        """What a view shows of an image.
+    def render(self, image: np.ndarray, box: CropBox, out: np.ndarray | None = None) -> np.ndarray:
+        """The crop of an image, resized.
 
         Args:
           image: uint8 [height, width, 3] in [0, 255].
-          view: of an image of that size.
+          box: in an image of that size.
           out: where to put the result; default new memory.
 
         Returns:
           float32 [crop, crop, 3] in [0, 255], not rounded to whole grey levels.
         """
-        box = image[view.y : view.y + view.height, view.x : view.x + view.width]
-        if view.side == self.crop:
-            return resize_bilinear(box, self.crop, out)
+        part = image[box.y : box.y + box.height, box.x : box.x + box.width]
+        if box.side == self.crop:
+            return resize_bilinear(part, self.crop, out)
         out = np.empty((self.crop, self.crop, 3), np.float32) if out is None else out
-        out[...] = self._cut(resize_bilinear(box, view.side), view)
+        out[...] = self._cut(resize_bilinear(part, box.side), box)
         return out
 
     def render_uint8(
-        self, image: np.ndarray, view: View, size: tuple[int, int], out: np.ndarray
+        self, image: np.ndarray, box: CropBox, size: tuple[int, int], out: np.ndarray
     ) -> np.ndarray:
         """`render` in whole grey levels, from an image that may have been reduced.
 
         Args:
           image: uint8 [height / k, width / k, 3] in [0, 255], rounded up, k of `REDUCTIONS`.
-          view: of the whole image.
+          box: in the whole image.
           size: height and width of the whole image, pixels.
           out: uint8 [crop, crop, 3], where to put the result.
 
@@ -157,19 +157,19 @@ class Preprocess:
         import cv2
 
         if image.shape[:2] == size:
-            box = image[view.y : view.y + view.height, view.x : view.x + view.width]
-            square = (view.side, view.side)
-            whole = out if view.side == self.crop else None
-            whole = cv2.resize(box, square, dst=whole, interpolation=cv2.INTER_LINEAR)
-            if view.side != self.crop:
-                out[...] = self._cut(whole, view)
+            part = image[box.y : box.y + box.height, box.x : box.x + box.width]
+            square = (box.side, box.side)
+            whole = out if box.side == self.crop else None
+            whole = cv2.resize(part, square, dst=whole, interpolation=cv2.INTER_LINEAR)
+            if box.side != self.crop:
+                out[...] = self._cut(whole, box)
             return out
         # The last row and column of a reduced image may stand for less than k of the whole one.
         k = next(k for k in REDUCTIONS if max(image.shape[:2]) == -(-max(size) // k))
         # From a pixel of the output to a place in the image; pixel centres are at one half.
-        across, down = view.width / view.side / k, view.height / view.side / k
-        left = view.x / k + across * (view.left + 0.5) - 0.5
-        top = view.y / k + down * (view.top + 0.5) - 0.5
+        across, down = box.width / box.side / k, box.height / box.side / k
+        left = box.x / k + across * (box.left + 0.5) - 0.5
+        top = box.y / k + down * (box.top + 0.5) - 0.5
         cv2.warpAffine(
             image,
             np.array([[across, 0, left], [0, down, top]]),
@@ -180,8 +180,8 @@ class Preprocess:
         )
         return out
 
-    def _cut(self, image: np.ndarray, view: View) -> np.ndarray:
-        return image[view.top : view.top + self.crop, view.left : view.left + self.crop]
+    def _cut(self, image: np.ndarray, box: CropBox) -> np.ndarray:
+        return image[box.top : box.top + self.crop, box.left : box.left + self.crop]
 
     def evaluate(self, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """The whole image squashed to the model's square, whatever its aspect ratio.
@@ -234,7 +234,7 @@ def resize_bilinear(image: np.ndarray, side: int, out: np.ndarray | None = None)
     OpenCV in float32 is within 0.01 grey levels of TensorFlow; in uint8 it would round each pixel.
 
     Args:
-      image: uint8 or float32 [height, width, 3] in [0, 255]; may be a view.
+      image: uint8 or float32 [height, width, 3] in [0, 255]; may be a slice of a larger one.
       side: height and width of the result, pixels.
       out: float32 [side, side, 3] without gaps, where to put the result; default new memory.
 

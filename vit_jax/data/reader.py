@@ -6,14 +6,14 @@ from collections.abc import Callable
 import numpy as np
 
 from vit_jax.data import decode
+from vit_jax.data.dataset import Example, Source
 from vit_jax.data.decode import BadImageError
-from vit_jax.data.sources import Example, Source
 
 # What Python needs to keep an image, beside its pixels. Bytes; 445 to 525 were measured.
 _OVERHEAD = 640
 
 
-class Memory:
+class ImageCache:
     """Room for decoded images, shared by readers and threads.
 
     Args:
@@ -39,7 +39,7 @@ class Memory:
             return True
 
     def __reduce__(self):  # to another process: as much room, nothing in it
-        return Memory, (self.size,)
+        return ImageCache, (self.size,)
 
 
 class Reader:
@@ -51,7 +51,7 @@ class Reader:
 
     Args:
       source: the examples.
-      memory: room for decoded images; None for none. Pixels that the source itself holds in memory
+      cache: room for decoded images; None for none. Pixels that the source itself holds in memory
         take nothing of it.
 
     Attributes:
@@ -59,11 +59,11 @@ class Reader:
       exif: see `Source`.
     """
 
-    def __init__(self, source: Source, memory: Memory | None = None):
+    def __init__(self, source: Source, cache: ImageCache | None = None):
         self.class_names = source.class_names
         self.exif = source.exif
         self._source = source
-        self._memory = memory
+        self._cache = cache
         self._pixels: dict[tuple[int, int], tuple[np.ndarray, int]] = {}  # with the labels
         self._sizes: dict[int, tuple[int, int] | None] = {}
         self._lock = threading.Lock()
@@ -116,9 +116,9 @@ class Reader:
                 error.label = example.label
                 raise
             kept = pixels, example.label
-            if self._memory and isinstance(example.image, bytes):
+            if self._cache and isinstance(example.image, bytes):
                 with self._lock:  # another thread may have been at the same image
-                    if (index, divisor) not in self._pixels and self._memory.take(
+                    if (index, divisor) not in self._pixels and self._cache.take(
                         pixels.nbytes + _OVERHEAD
                     ):
                         self._pixels[index, divisor] = kept

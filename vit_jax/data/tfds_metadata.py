@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.data import sources
+from vit_jax.data.dataset import check_class_names
 from vit_jax.errors import UserError
 
 # Sizes of real ones: some kilobytes; ImageNet-21k's label names, a megabyte.
@@ -105,7 +105,7 @@ def _check_label_names(path: pathlib.Path, features: dict[str, Any]) -> None:
     except (OSError, UnicodeDecodeError) as error:
         raise _damaged(path, str(error)) from error
     names = [line for line in lines if line]
-    sources.check_class_names(names, str(path))
+    check_class_names(names, str(path))
     if len(set(names)) != len(names):
         raise _damaged(path, 'a name is there twice')
     classes: Any = features

@@ -9,14 +9,19 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import os
 import pathlib
 import re
+import signal
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 from vit_jax.data import tfds_metadata
+from vit_jax.data.dataset import Dataset, Example, expand
 from vit_jax.data.decode import BadImageError
-from vit_jax.data.sources import Dataset, Example, expand
 from vit_jax.errors import UserError
 
 _DESCRIPTION = tfds_metadata.DESCRIPTION
@@ -41,9 +46,7 @@ def open_tfds(name: str, data_dir: str, manual_dir: str) -> Dataset:
     check_features(name, builder.info.features)
     folder = array_record_folder(builder)
     if folder is None:
-        from vit_jax.data import prepare
-
-        prepare.run(name, data_dir=data_dir, manual_dir=manual_dir)
+        prepare_in_child(name, data_dir=data_dir, manual_dir=manual_dir)
         builder = find_builder(name, data_dir)
         folder = array_record_folder(builder)
         if folder is None:
@@ -52,6 +55,46 @@ def open_tfds(name: str, data_dir: str, manual_dir: str) -> Dataset:
                 'remove that folder, or give another --config.tfds_data_dir'
             )
     return _open_prepared(name, folder)
+
+
+def prepare_in_child(name: str, *, data_dir: str = '', manual_dir: str = '') -> None:
+    """Prepares a set in a child process, whose progress goes to this process's console.
+
+    Args:
+      name: of the TFDS set: `tf_flowers`, `name/config` or `name:version`.
+      data_dir: where TFDS sets are; '' is TFDS's default.
+      manual_dir: where files that had to be downloaded by hand are, or ''.
+
+    Raises:
+      UserError: the set could not be prepared; says why and what to do.
+    """
+    package_root = str(pathlib.Path(__file__).parents[2])
+    environment = os.environ | {
+        'TF_CPP_MIN_LOG_LEVEL': '3',  # TensorFlow's start-up notices are not for our users.
+        'CUDA_VISIBLE_DEVICES': '-1',  # The GPU is the parent's.
+        'PYTHONPATH': os.pathsep.join(filter(None, [package_root, os.environ.get('PYTHONPATH')])),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        result = pathlib.Path(folder) / 'error'
+        command = [sys.executable, '-m', 'vit_jax.data.prepare', '--dataset', name]
+        command += ['--data_dir', data_dir, '--manual_dir', manual_dir, '--error_file', str(result)]
+        code = subprocess.run(command, env=environment, check=False).returncode
+        if code:
+            reason = result.read_text() if result.exists() else _how_it_ended(code)
+            raise UserError(f'dataset {name} could not be prepared: {reason}')
+
+
+def _how_it_ended(code: int) -> str:
+    """How a child process ended that left no message itself."""
+    if code == -signal.SIGKILL:
+        return (
+            'its process was killed, as the system does when memory runs out (converting needs as '
+            'much as the largest file of the set). Run the same command again; nothing that is '
+            'incomplete is used'
+        )
+    if code < 0:
+        return f'its process was ended by signal {-code} ({signal.strsignal(-code)})'
+    return f'its process ended with code {code}; its last lines are above'
 
 
 def find_builder(name: str, data_dir: str) -> Any:

@@ -47,7 +47,7 @@ def read_ahead(
     """Batches start, start + 1, ... of a dataset, made in other processes.
 
     Args:
-      dataset: a `training.TrainDataset`.
+      dataset: a `loader.TrainDataset`.
       start: the first step.
       threads: over all processes; each has at least one.
       processes: at least 1.
@@ -194,7 +194,7 @@ def serve(descriptor: int) -> None:
     """
     import cv2
 
-    cv2.setNumThreads(0)  # as `pipeline` does
+    cv2.setNumThreads(0)  # as `loader` does
     link = _Link(descriptor)
     with contextlib.suppress(*_CLOSED):
         link.dataset, threads = link.receive_setup()

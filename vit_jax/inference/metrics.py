@@ -16,7 +16,7 @@ from vit_jax.errors import UserError
 from vit_jax.inference import predict
 
 if TYPE_CHECKING:
-    from vit_jax.data.sources import Source
+    from vit_jax.data.dataset import Source
     from vit_jax.inference.classifier import Classifier
 
 BINS = 15  # of confidence; the number used by Guo et al. (2017)

@@ -11,7 +11,7 @@ import ml_collections
 
 from vit_jax import config as config_lib
 from vit_jax.analysis import cost
-from vit_jax.data import pipeline
+from vit_jax.data import loader
 from vit_jax.errors import UserError
 
 
@@ -165,8 +165,8 @@ def _waiting_batches(config: ml_collections.ConfigDict) -> int:
     """Bytes of the batches that wait for the device."""
     size = config.batch // jax.process_count() * config.pp.crop**2 * 3
     size *= 4 if config.pp.exact else 1
-    threads = config.data_threads or pipeline.default_threads()
-    return size * pipeline.batches_ahead(size, threads)
+    threads = config.data_threads or loader.default_threads()
+    return size * loader.batches_ahead(size, threads)
 
 
 def _advice(config: ml_collections.ConfigDict, devices: int, platform: str) -> str:

@@ -1,0 +1,279 @@
+"""What every kind of dataset is made of: examples, splits, and selections of splits.
+
+Whatever the storage, a `Source` is a selection of examples from the named splits of a dataset,
+written in the split grammar of TensorFlow Datasets (https://www.tensorflow.org/datasets/splits):
+`train`, `train[:90%]`, `train[1000:]`, `train[:10%]+validation`. Nothing here imports TensorFlow.
+"""
+
+import bisect
+import dataclasses
+import hashlib
+import itertools
+import pathlib
+import unicodedata
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from vit_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One labelled image.
+
+    Attributes:
+      image: an encoded file, or pixels: uint8 [height, width, 3] in [0, 255].
+      label: index in the source's `class_names`.
+      key: what a person calls the image: its path, or dataset, split and index
+        (`tf_flowers:train/17`).
+    """
+
+    image: bytes | np.ndarray
+    label: int
+    key: str
+
+
+class Source(Protocol):
+    """A finite sequence of examples; picklable, and safe to read from several threads.
+
+    Attributes:
+      class_names: names of the classes, in the order of the labels.
+      exif: whether images are to be turned upright as their EXIF orientation says (photo folders).
+    """
+
+    class_names: tuple[str, ...]
+    exif: bool
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+class Split(Protocol):
+    """One whole split of a dataset as it is stored; all that differs between storages."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Example:
+        """Example `index` of the split, 0-based."""
+
+    def identity(self) -> Iterable[str]:
+        """What tells this split from another, or from what it was before, without reading it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """All splits of a dataset, from which `select` takes examples.
+
+    Attributes:
+      name: as the user spells it.
+      class_names: in the order of the labels.
+      exif: see `Source`.
+      splits: the stored splits by name.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    exif: bool
+    splits: dict[str, Split]
+
+    def select(self, spec: str) -> 'Selection':
+        """Takes the examples that a split specification names.
+
+        Args:
+          spec: in TFDS's grammar, for example `train[:90%]`. Percentages are rounded to the closest
+            example.
+
+        Returns:
+          The examples in the order of the specification.
+
+        Raises:
+          UserError: a specification that cannot be read, an unknown split, a slice beyond the
+            split, no examples.
+        """
+        ranges = _parse_split(
+            spec, {name: len(split) for name, split in self.splits.items()}, self.name
+        )
+        return Selection(self, spec, ranges)
+
+    def default_specs(self) -> tuple[str, str]:
+        """The specifications of training and test examples to use when the user gives none.
+
+        The `test` split if there is one, else `validation`, else the last tenth of `train`.
+        """
+        for name in ('test', 'validation'):
+            if name in self.splits and 'train' in self.splits:
+                return 'train', name
+        first = 'train' if 'train' in self.splits else next(iter(self.splits))
+        return f'{first}[:90%]', f'{first}[90%:]'
+
+
+class Selection:
+    """The `Source` that all datasets give: slices of stored splits, one after the other.
+
+    Args:
+      dataset: the splits to take from.
+      spec: the split specification that `ranges` were made from.
+      ranges: (split name, first, end), `end` excluded; at least one, none empty.
+
+    Attributes:
+      class_names: see `Source`.
+      exif: see `Source`.
+      spec: the split specification.
+    """
+
+    def __init__(self, dataset: Dataset, spec: str, ranges: Sequence[tuple[str, int, int]]):
+        self.class_names = dataset.class_names
+        self.exif = dataset.exif
+        self.spec = spec
+        self._name = dataset.name
+        self._ranges = tuple(ranges)
+        self._splits = {name: dataset.splits[name] for name, _, _ in ranges}
+        self._ends = tuple(itertools.accumulate(end - first for _, first, end in ranges))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Example:
+        """Reads example `index`, 0-based; IndexError beyond the end and below 0."""
+        if not 0 <= index < len(self):
+            raise IndexError(f'{self!r} has no example {index}')
+        place = bisect.bisect_right(self._ends, index)
+        name, _, end = self._ranges[place]
+        return self._splits[name].read(int(index) - self._ends[place] + end)
+
+    def __repr__(self) -> str:
+        return f'{self._name} {self.spec} ({len(self):,} examples)'
+
+    def labels(self) -> np.ndarray | None:
+        """Labels, int [examples], where they are known without reading; None where they are not.
+
+        Known are those of folders and digits; those of TFDS sets stand in the records.
+        """
+        parts = []
+        for name, first, end in self._ranges:
+            known = getattr(self._splits[name], 'labels', None)
+            if known is None:
+                return None
+            parts.append(known[first:end])
+        return np.concatenate(parts)
+
+    def fingerprint(self) -> str:
+        """Tells whether this is the same sequence of examples as another time; no image is read.
+
+        It covers the stored splits as far as their names and sizes go (of a folder the names of all
+        files, below the split's folder), and which part of them this is.
+        """
+        digest = hashlib.sha256()
+        for name, first, end in self._ranges:
+            digest.update(f'{name}\0{first}\0{end}\0'.encode())
+            for part in self._splits[name].identity():
+                digest.update(part.encode(errors='surrogateescape') + b'\0')
+        return digest.hexdigest()[:32]
+
+    def overlap(self, other: 'Selection') -> int:
+        """Number of stored examples of the same dataset that are in both, each counted once."""
+        if self._name != other._name:
+            return 0
+        both = sorted(
+            (name, max(first, other_first), min(end, other_end))
+            for name, first, end in self._ranges
+            for other_name, other_first, other_end in other._ranges
+            if name == other_name
+        )
+        count, counted = 0, ('', 0)  # up to where, in which split
+        for name, first, end in both:
+            if counted[0] == name:
+                first = max(first, counted[1])
+            if first < end:
+                count, counted = count + end - first, (name, end)
+        return count
+
+
+def expand(path: str) -> pathlib.Path:
+    """The path that a user wrote, with ~ and ~name put in.
+
+    Raises:
+      UserError: there is no such user, or there can be no such path.
+    """
+    try:
+        expanded = pathlib.Path(path).expanduser()
+        expanded.exists()  # too long, or not to be looked at: whatever is done with it would fail
+    except (RuntimeError, ValueError, OSError) as error:
+        shown = path if path.isprintable() else ascii(path)
+        raise UserError(f'{shown[:300]} is no path that can be used ({error})') from error
+    return expanded
+
+
+def check_class_names(names: Sequence[str], where: str) -> None:
+    """Refuses names that could not be printed on one line or stored with the model.
+
+    Args:
+      names: of the classes.
+      where: they come from, for the message.
+
+    Raises:
+      UserError: a name has control characters, line breaks or bytes that are no text.
+    """
+    for name in names:
+        if any(unicodedata.category(c) in ('Cc', 'Cs', 'Zl', 'Zp') for c in name):
+            raise UserError(
+                f'{where}: the class name {ascii(name)} has control characters or bytes that are '
+                'no text; rename it'
+            )
+
+
+def stratified_order(labels: np.ndarray, *, seed: int = 0) -> np.ndarray:
+    """A fixed shuffled order in which every slice holds each class in proportion.
+
+    Each class is shuffled by itself; then the r-th of the n examples of a class gets the place (r +
+    0.5) / n, and all are sorted by it. The order of an example depends on its own class alone.
+
+    Args:
+      labels: int [examples].
+      seed: of the shuffles.
+
+    Returns:
+      int [examples], a permutation of the indices.
+    """
+    labels = np.asarray(labels)
+    place = np.empty(len(labels))
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        # Raw bits, because NumPy may change what `permutation` makes of them, and a later version
+        # must not move test images into the training set.
+        rank = np.argsort(np.argsort(np.random.PCG64([seed, int(label)]).random_raw(len(members))))
+        place[members] = (rank + 0.5) / len(members)
+    return np.argsort(place, kind='stable')
+
+
+def _parse_split(spec: str, lengths: dict[str, int], dataset: str) -> list[tuple[str, int, int]]:
+    """A split specification as [(split name, first, end)], by TFDS's own parser and rounding."""
+    from tensorflow_datasets.core import splits  # Does not import TensorFlow; half a second.
+
+    infos = {
+        name: splits.SplitInfo(name=name, shard_lengths=[n], num_bytes=0)
+        for name, n in lengths.items()
+    }
+    have = ', '.join(f'{name} ({n:,} examples)' for name, n in lengths.items())
+    advice = (
+        f'{dataset} has: {have}. '
+        'Examples: train, train[:90%], train[90%:], train[:1000], train[:10%]+test[:50]'
+    )
+    try:
+        instructions = splits.AbstractSplit.from_spec(spec.strip()).to_absolute(infos)
+    except Exception as error:  # noqa: BLE001  (TFDS raises several kinds for what the user wrote)
+        reason = str(error).splitlines()[-1].split(' See format at')[0]
+        raise UserError(
+            f'split {spec!r} of {dataset} cannot be used: {reason.rstrip(".")}. {advice}'
+        ) from error
+    ranges = []
+    for part in instructions:
+        end = lengths[part.splitname] if part.to is None else part.to
+        ranges.append((str(part.splitname), part.from_ or 0, end))
+    ranges = [part for part in ranges if part[1] < part[2]]
+    if not ranges:
+        raise UserError(f'split {spec!r} of {dataset} has no examples. {advice}')
+    return ranges
