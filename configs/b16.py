@@ -9,16 +9,8 @@ decay from 0.01. Time and accuracy with these weights: not yet measured (they ca
 where this was written).
 """
 
-import ml_collections
-
 from configs import common
-from vit_jax import variants
 
 
-def get_config(dataset: str = 'tf_flowers') -> ml_collections.ConfigDict:
-    config = common.get_config()
-    config.dataset = dataset
-    config.model = variants.get_config('ViT-B_16')
-    config.pretrained = 'imagenet21k/ViT-B_16.npz'
-    config.base_lr = 0.01
-    return config
+def get_config(dataset: str = 'tf_flowers'):
+    return common.fine_tune('ViT-B_16', 'imagenet21k/ViT-B_16.npz', dataset, base_lr=0.01)

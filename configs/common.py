@@ -10,6 +10,8 @@ or an empty string.
 import ml_collections
 from ml_collections import config_dict
 
+from vit_jax import variants
+
 
 def get_defaults() -> ml_collections.ConfigDict:
     """All knobs with their defaults."""
@@ -126,6 +128,25 @@ def get_config() -> ml_collections.ConfigDict:
     config = _unset(get_defaults())
     config.model = ml_collections.ConfigDict()
     config.dataset_presets = ml_collections.ConfigDict()
+    return config
+
+
+def fine_tune(
+    variant: str, pretrained: str, dataset: str, *, base_lr: float
+) -> ml_collections.ConfigDict:
+    """Fine-tuning of released weights: what `configs/b16.py` and its neighbours have in common.
+
+    Args:
+      variant: the model, a key of `variants.VARIANTS`.
+      pretrained: its weights, see `config.pretrained`; empty for none.
+      dataset: see `config.dataset`; splits and steps are those of its preset in `datasets.py`.
+      base_lr: the peak learning rate. All else is the default above.
+    """
+    config = get_config()
+    config.model = variants.get_config(variant)
+    config.pretrained = pretrained
+    config.dataset = dataset
+    config.base_lr = base_lr
     return config
 
 

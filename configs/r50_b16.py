@@ -1,24 +1,12 @@
 """Fine-tune the hybrid R50+ViT-B/16 from the original release's ImageNet-21k weights, at 224 px.
 
     python -m vit_jax.main --config configs/r50_b16.py
-    python -m vit_jax.main --config configs/r50_b16.py:oxford_flowers102
-    python -m vit_jax.main --config configs/r50_b16.py --config.dataset=/my/photos
 
-The ViT paper's transfer schedule for small sets: SGD with momentum, 500 steps of 512 images, cosine
-decay from 0.01. Time and accuracy with these weights: not yet measured (they cannot be downloaded
-where this was written).
+Schedule and other datasets as in configs/b16.py. Time and accuracy: not yet measured.
 """
 
-import ml_collections
-
 from configs import common
-from vit_jax import variants
 
 
-def get_config(dataset: str = 'tf_flowers') -> ml_collections.ConfigDict:
-    config = common.get_config()
-    config.dataset = dataset
-    config.model = variants.get_config('R50+ViT-B_16')
-    config.pretrained = 'imagenet21k/R50+ViT-B_16.npz'
-    config.base_lr = 0.01
-    return config
+def get_config(dataset: str = 'tf_flowers'):
+    return common.fine_tune('R50+ViT-B_16', 'imagenet21k/R50+ViT-B_16.npz', dataset, base_lr=0.01)

@@ -30,6 +30,15 @@ def mistake(command, tmp_path):
         (['--config', 'vit_jax/configs/b16.py'], 'did you mean configs/b16.py?'),
         (['--config', 'nowhere/zzz.py'], 'configs has: augreg, b16, '),
         (['--config', 'tests/fixtures/x.py'], 'there is none in tests/fixtures'),
+        (['--config', 'b61'], 'did you mean configs/b16.py?'),
+        (['--config=b16:cifar10', '--config.batch=many'], '--config.batch=many'),
+        (['--config', 'b16', '--lr=1'], 'it is called --config.base_lr here'),
+        (['--config', 'b16', '--config.learning_rate=1'], 'it is called --config.base_lr here'),
+        (['--config', 'b16', '--config.epochs=1'], '--config.total_steps here (in steps, not'),
+        (['--config', 'b16', '--batch-size', '8'], 'it is called --config.batch here'),
+        (['--config', 'b16', '--config.image_size=8'], 'it is called --config.pp.crop here'),
+        (['--config', 'b16', '--wd=1'], 'it is called --config.weight_decay here'),
+        (['--config', 'b16', '--num_classes=3'], 'the number of classes comes from the data'),
         (['--config=configs/b16.py', '--config.base_lrr=1'], 'did you mean --config.base_lr?'),
         (['--config=configs/b16.py', '--config.pp.crpo', '3'], 'did you mean --config.pp.crop?'),
         (['--config=configs/b16.py', '--config.batch=many'], '--config.batch=many'),
@@ -50,10 +59,22 @@ def test_mistakes_in_the_words(mistake, words, message):
 
 def test_help_is_quick_and_helpful(command):
     result = command(*MAIN, '--help')
-    assert '--config' in result.stdout and '--workdir' in result.stdout
-    assert 'Traceback' not in result.stderr
-    code = 'import sys, vit_jax.main; print({"jax", "grain", "orbax"} & set(sys.modules))'
-    assert command('-c', code).stdout.strip() == 'set()'
+    assert result.returncode == 0 and not result.stderr
+    assert '--workdir' in result.stdout
+    for knob in ('--config.base_lr=0.03', '--config.pp.crop=224', '# Mirror half of the training'):
+        assert knob in result.stdout
+
+
+def test_a_misspelt_flag_imports_no_jax(command):
+    code = '''
+import atexit, sys
+from vit_jax import main
+sys.argv = ['main', '--config', 'b16', '--config.base_lrr=1']
+atexit.register(lambda: print({'jax', 'flax', 'grain', 'orbax'} & set(sys.modules)))
+main.run()
+'''
+    result = command('-c', code)
+    assert result.stdout.strip() == 'set()' and 'did you mean' in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ elsewhere --coordinator_address, --num_processes and --process_id do.
 
 import difflib
 import errno
+import inspect
 import os
 import pathlib
 import re
@@ -58,10 +59,33 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFB
 
 # Knobs of the original release that have no counterpart, and why.
 _RETIRED = {
-    'shuffle_buffer': 'the whole training set is shuffled anew in every epoch',
+    'shuffle_buffer': 'the whole training set is shuffled again in every epoch',
     'prefetch': 'batches are always read ahead, as far as memory allows',
     'trainer': 'training is `python -m vit_jax.main`',
     'model_type': 'the model is told by config.model.model_name',
+}
+# What other libraries call our settings.
+_ELSEWHERE = {
+    '--config.base_lr': 'lr learning_rate',
+    '--config.total_steps': 'epochs num_epochs num_train_epochs steps max_steps num_steps',
+    '--config.batch': 'batch_size bs train_batch_size per_device_train_batch_size',
+    '--config.batch_eval': 'eval_batch_size per_device_eval_batch_size',
+    '--config.pp.crop': 'image_size img_size input_size resolution crop_size',
+    '--config.weight_decay': 'wd',
+    '--config.warmup_steps': 'warmup warmup_epochs num_warmup_steps',
+    '--config.accum_steps': 'gradient_accumulation_steps grad_accum_steps accumulation_steps',
+    '--config.grad_norm_clip': 'clip_grad max_grad_norm grad_clip',
+    '--config.optimizer': 'opt optim',
+    '--config.dataset': 'data data_dir data_path dataset_name train_dir',
+    '--config.data_threads': 'workers num_workers',
+    '--config.dtype': 'precision amp fp16 bf16 mixed_precision',
+    '--config.pretrained': 'weights checkpoint model_name_or_path finetune',
+    '--workdir': 'output output_dir out_dir save_dir logdir log_dir',
+    '--config configs/b16.py': 'model arch model_name',
+}
+_RULES = {
+    'num_classes': 'the number of classes comes from the data',
+    'resume': 'the same command with the same --workdir goes on where the run stopped',
 }
 
 
@@ -127,8 +151,10 @@ def run() -> None:
 
 def _parse(argv: Sequence[str]) -> list[str]:
     """Parses flags; every mistake becomes a `UserError` that names the nearest right spelling."""
-    app.define_help_flags()
-    _check_config_file(argv)
+    if any(re.fullmatch(r'--?h(elp(full|short|xml)?)?', word) for word in argv[1:]):
+        print(_help())
+        sys.exit(0)
+    argv = _with_config_file(argv)
     try:
         rest = flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
@@ -144,24 +170,43 @@ def _parse(argv: Sequence[str]) -> list[str]:
     return rest
 
 
-def _check_config_file(argv: Sequence[str]) -> None:
-    """Raises if `--config` is missing or names no file; leaves calls for help alone."""
-    words = list(argv[1:])
-    if any(re.fullmatch(r'--?help(full|short|xml)?', word) for word in words):
-        return
-    spec = ''
-    for place, word in enumerate(words):
+def _help() -> str:
+    """What --help prints: the first lines of this file, the flags, and every knob."""
+    from configs import common
+
+    own = '\n'.join(f'  --{name}: {flags.FLAGS[name].help}' for name in _FLAGS)
+    source = inspect.getsource(common.get_defaults).split('ml_collections.ConfigDict()\n', 1)[1]
+    knobs = [line.strip() for line in source.splitlines() if 'ConfigDict()' not in line]
+    knobs = [re.sub(r'^config\.(\S+) = ', r'  --config.\1=', line) for line in knobs[:-1]]
+    return f'{__doc__}\nFlags:\n{own}\n\nKnobs, with their defaults:\n' + '\n'.join(knobs)
+
+
+def _with_config_file(argv: Sequence[str]) -> list[str]:
+    """The words with the config file's path in full: `--config b16` means `configs/b16.py`.
+
+    Raises:
+      UserError: `--config` is missing or names no file.
+    """
+    words, spec, place = list(argv), '', 0
+    for i, word in enumerate(words[1:], 1):
         name, equals, value = word.lstrip('-').partition('=')
         if word.startswith('-') and name == 'config':
-            spec = value if equals else ''.join(words[place + 1 : place + 2])
+            spec = value if equals else ''.join(words[i + 1 : i + 2])
+            place = i if equals else i + 1
     if not spec or spec.startswith('-'):
         raise UserError(
             'no config file given: add --config configs/b16.py (see the folder configs/)'
         )
+    if named := re.fullmatch(r'(\w+)(:.*)?', spec):
+        file = pathlib.Path('configs', f'{named[1]}.py')
+        if file.is_file():
+            spec = f'{file}{named[2] or ""}'
+            words[place] = f'--config={spec}' if words[place].startswith('-') else spec
     path = pathlib.Path(re.sub(r'(\.py):.*$', r'\1', spec))
     if path.is_file() and path.suffix == '.py':
-        return
-    folder = path.parent if path.parent.is_dir() else pathlib.Path('configs')
+        return words
+    bare = path.parent == pathlib.Path()
+    folder = path.parent if path.parent.is_dir() and not bare else pathlib.Path('configs')
     known = {p.stem: str(p) for p in sorted(folder.glob('*.py')) if p.stem != '__init__'}
     near = difflib.get_close_matches(path.stem, known, n=1, cutoff=0.5)
     if near:
@@ -176,6 +221,8 @@ def _check_config_file(argv: Sequence[str]) -> None:
 def _unknown_flag(name: str) -> str:
     if name.startswith('config.'):
         return f'--{name}: {_unknown_knob(name)}'
+    if hint := _hint_from_elsewhere(name):
+        return f'unknown flag --{name}: {hint}'
     near = difflib.get_close_matches(name, _FLAGS, n=1, cutoff=0.4)
     hint = (
         f'did you mean --{near[0]}?'
@@ -194,7 +241,17 @@ def _unknown_knob(name: str) -> str:
         return f'this knob of the original release is not needed: {_RETIRED[short]}'
     near = difflib.get_close_matches(short, knobs, n=1, cutoff=0.5)
     hint = f'did you mean --config.{near[0]}?' if near else 'configs/common.py lists them'
-    return f'there is no such knob; {hint}'
+    return f'there is no such knob; {_hint_from_elsewhere(short) or hint}'
+
+
+def _hint_from_elsewhere(name: str) -> str:
+    """The hint for a name that another library has for one of our settings; '' for others."""
+    name = name.replace('-', '_')
+    if name in _RULES:
+        return _RULES[name]
+    ours = [ours for ours, theirs in _ELSEWHERE.items() if name in theirs.split()]
+    hint = f'it is called {ours[0]} here' if ours else ''
+    return hint + (' (in steps, not epochs)' if 'epochs' in name and ours else '')
 
 
 def _knobs(config, prefix='') -> list[str]:
