@@ -24,6 +24,9 @@ import pathlib
 import signal
 import sys
 
+# A checkout runs without being installed.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
 from vit_jax import cli
 
 SHOWN_CLASSES = 2

@@ -19,6 +19,9 @@ import pathlib
 import sys
 from typing import Any
 
+# A checkout runs without being installed.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
 from vit_jax import cli
 
 # Lines of a document between which --update writes.

@@ -19,6 +19,9 @@ import random
 import statistics
 import sys
 
+# A checkout runs without being installed.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
 from vit_jax import cli
 
 # What each needs; those of ours that have no stages of their own are in the second table only.

@@ -32,6 +32,9 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
+# A checkout runs without being installed.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
 from vit_jax import cli
 
 REFERENCES = ('auto', 'transformers', 'torch_reference', 'timm')

@@ -14,6 +14,9 @@ import io
 import pathlib
 import sys
 
+# A checkout runs without being installed.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
 from vit_jax import cli
 
 EXAMPLE = pathlib.Path(__file__).resolve().parent.parent / 'docs' / 'serving' / 'classify.py'

@@ -19,6 +19,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+# A checkout runs without being installed.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
 from vit_jax import cli
 
 RESULT, CONFUSION, RELIABILITY = 'evaluation.json', 'confusion_matrix.png', 'reliability.png'

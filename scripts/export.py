@@ -28,9 +28,13 @@ or the model is not the same.
 
 import argparse
 import os
+import pathlib
 import shutil
 import signal
 import sys
+
+# A checkout runs without being installed.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from vit_jax import cli
 

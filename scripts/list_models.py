@@ -9,7 +9,11 @@ Examples:
     python scripts/list_models.py --variants              # the models themselves
 """
 
+import pathlib
 import sys
+
+# A checkout runs without being installed.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from vit_jax import cli
 

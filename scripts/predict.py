@@ -13,7 +13,11 @@ Examples:
 
 import argparse
 import contextlib
+import pathlib
 import sys
+
+# A checkout runs without being installed.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from vit_jax import cli
 

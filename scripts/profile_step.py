@@ -18,6 +18,9 @@ import sys
 import tempfile
 import time
 
+# A checkout runs without being installed.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
 from vit_jax import cli
 
 

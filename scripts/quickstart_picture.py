@@ -13,9 +13,14 @@ import pathlib
 import matplotlib
 
 matplotlib.use('agg')  # a file, no window
+import sys
+
 import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
+
+# A checkout runs without being installed.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from vit_jax.data import sources
 from vit_jax.inference import model_folder, predict

@@ -11,7 +11,11 @@ Examples:
 """
 
 import argparse
+import pathlib
 import sys
+
+# A checkout runs without being installed.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from vit_jax import cli
 

@@ -66,13 +66,13 @@ def test_help_is_quick_and_helpful(command):
 
 
 def test_a_misspelt_flag_imports_no_jax(command):
-    code = '''
+    code = """
 import atexit, sys
 from vit_jax import main
 sys.argv = ['main', '--config', 'b16', '--config.base_lrr=1']
 atexit.register(lambda: print({'jax', 'flax', 'grain', 'orbax'} & set(sys.modules)))
 main.run()
-'''
+"""
     result = command('-c', code)
     assert result.stdout.strip() == 'set()' and 'did you mean' in result.stderr
 

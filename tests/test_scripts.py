@@ -54,16 +54,21 @@ def pins(file, python):
     'script',
     sorted(p.name for p in (ROOT / 'scripts').glob('*.py') if 'cli.make_parser' in p.read_text()),
 )
-def test_help_comes_before_anything_slow_is_imported(script):
+def test_help_comes_before_anything_slow_is_imported(script, tmp_path):
+    """Also from another folder, in a checkout that is not installed."""
     code = (
         'import runpy, sys\n'
+        'sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in f.__module__]\n'
         f'sys.argv = ["{script}", "--help"]\n'
         'try:\n'
         f'    runpy.run_path({str(ROOT / "scripts" / script)!r}, run_name="__main__")\n'
         'finally:\n'
         '    print(*sys.modules, file=sys.stderr)\n'
     )
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    env = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
+    done = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path, env=env
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f'usage: {script}') and 'Example' in done.stdout
     imported = set(done.stderr.split())
