@@ -1,1 +1,21 @@
-"""Measuring: ours beside its peers, the input pipeline, and where the time of a step goes."""
+"""Measuring tools: ours beside its peers, the input pipeline, and where the time of a step goes.
+
+Nothing in `vit_jax/` or `configs/` imports this package. Its commands are in scripts/:
+
+    benchmark.py          training steps and inference   steps.py, steps_tables.py, largest.py
+    benchmark_data.py     the input pipeline             input_pipeline.py
+    benchmark_export.py   ONNX graphs                    onnx_files.py
+    profile_step.py       the parts of one step          trace.py
+
+How they measure: every contestant gets ready and waits; each round times all of them once, in
+rotated order, so that what disturbs one disturbs all (`turns.take_turns`). Contestants live in
+processes of their own (`child.py`), which `contestants.py` lists:
+
+    jax_workload.py     ours, the original release's way (original.py), a matrix product
+    torch_workload.py   timm, transformers, torchvision, a matrix product
+    input_stages.py     our input pipeline, torchvision's, tf.data
+
+`record.py` describes hardware and versions, writes and reads result files and puts tables into
+documents, for all commands alike. Results that documents show are in results/; docs/performance.md
+says what they mean. torch_reference.py and torch_libraries.py belong to scripts/check_parity.py.
+"""

@@ -4,10 +4,9 @@ The parent and its children talk in lines of JSON over stdin and stdout. First l
 its setup. First line back: `facts`, or `error`. Then for each `{"steps": n}` the seconds they took.
 The process ends when its stdin does.
 
-    python -m benchmarks.child benchmarks.jax_workload
+`command` starts it, with the module that has `build` (see `serve`).
 """
 
-import importlib
 import json
 import os
 import resource
@@ -95,15 +94,12 @@ def _use_cores(cores: int) -> None:
     os.environ['OMP_NUM_THREADS'] = str(cores)
 
 
-def main() -> int:
-    """Serves the contestant whose module is named on the command line."""
-    module = sys.argv[1]
-    return serve(lambda setup: importlib.import_module(module).build(setup))
-
-
-if __name__ == '__main__':
-    # Not this module's own `_main`: the contestant imports the module by its name, and both have to
-    # be one, with one `BEGAN`.
-    from benchmarks import child
-
-    sys.exit(child.main())
+def command(module: str) -> list[str]:
+    """What starts the process of the contestant that `module` builds."""
+    # Not `python -m benchmarks.child`: the contestant imports this module by its name, and both
+    # have to be one, with one `BEGAN`.
+    code = (
+        'import importlib, sys; from benchmarks import child; '
+        'sys.exit(child.serve(lambda setup: importlib.import_module(sys.argv[1]).build(setup)))'
+    )
+    return [sys.executable, '-c', code, module]

@@ -1,11 +1,11 @@
-"""Who takes part in a benchmark, and in what."""
+"""Who takes part in a benchmark of steps, and in what."""
 
 import dataclasses
 import importlib.util
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks import child
 from vit_jax.errors import UserError
 
 OURS, ORIGINAL = 'vit_jax', 'original'
@@ -42,18 +42,17 @@ class Contestant:
     @property
     def command(self) -> list[str]:
         """What starts its process."""
-        kind = 'torch' if self.name in _NEEDS else 'jax'
-        return [sys.executable, '-m', 'benchmarks.child', f'benchmarks.{kind}_workload']
+        return child.command(f'benchmarks.{"torch" if self.name in _NEEDS else "jax"}_workload')
 
     def missing(self) -> list[str]:
-        """Packages that it needs and that are not installed; nothing is imported."""
-        return [p for p in _NEEDS.get(self.name, ()) if importlib.util.find_spec(p) is None]
+        """Packages that it needs and that are not installed."""
+        return missing(_NEEDS.get(self.name, ()))
 
     def reason_to_leave_out(self, model_config: Mapping[str, Any], dtype: str) -> str:
         """Why it cannot take part with a model and dtype; '' if it can."""
-        missing = self.missing()
-        if missing:
-            return f'not installed: {", ".join(missing)} (pip install {" ".join(missing)})'
+        lacks = self.missing()
+        if lacks:
+            return f'not installed: {", ".join(lacks)} (pip install {" ".join(lacks)})'
         plain = (
             'transformer' in model_config
             and not any(model_config.get(key) for key in ('resnet', 'distilled', 'mlp_head'))
@@ -67,6 +66,43 @@ class Contestant:
         if self.name == ORIGINAL and dtype != 'float32':
             return 'computes in float32 only'
         return ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """What is measured together: one model, size, dtype, batch, and training or inference.
+
+    Attributes:
+      variant: its name.
+      model_config: see `variants.get_config`, as JSON.
+      num_classes: C.
+      image_size: pixels.
+      dtype: 'float32' or 'bfloat16'.
+      batch: images.
+      mode: 'training' or 'inference'.
+      data: '' for made-up images, else a folder or dataset.
+      cores: that each contestant may use; 0 for all.
+    """
+
+    variant: str
+    model_config: Mapping[str, Any]
+    num_classes: int
+    image_size: int
+    dtype: str
+    batch: int
+    mode: str
+    data: str = ''
+    cores: int = 0
+
+    def setup(self, contestant: Contestant) -> dict[str, Any]:
+        """What the contestant's process is told first."""
+        told = {'contestant': contestant.name, 'options': dict(contestant.options)}
+        return dataclasses.asdict(self) | told
+
+
+def missing(packages: Sequence[str]) -> list[str]:
+    """Those packages that are not installed; nothing is imported."""
+    return [package for package in packages if importlib.util.find_spec(package) is None]
 
 
 def parse(labels: Sequence[str]) -> list[Contestant]:

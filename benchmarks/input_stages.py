@@ -1,4 +1,4 @@
-"""The input pipelines that benchmark_data.py compares; it starts this for each of them.
+"""The input pipelines that benchmark_data.py compares.
 
 Setup: `contestant` (of `KINDS`), `files` (paths of images), `crop` (pixels), `batch`, and
 `workers`: 0 times the stages of one image after the other on one thread; else the whole pipeline
@@ -10,7 +10,6 @@ with other pixels than TensorFlow's and ours.
 """
 
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -351,9 +350,3 @@ KINDS = {
     'torchvision': Torchvision,
     'tf.data': TensorFlow,
 }
-
-if __name__ == '__main__':
-    # By its name, which worker processes can import, too.
-    from benchmarks import input_stages
-
-    sys.exit(child.serve(input_stages.build))

@@ -1,16 +1,15 @@
 """The contestants that compute with JAX: ours, the original's way, and a plain matrix product."""
 
 import collections
-import functools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import child, feed, original
+from benchmarks import batches, child, original
 from configs import common
 from vit_jax import models, optim, sharding, steps
 from vit_jax import state as state_lib
@@ -21,7 +20,7 @@ MATMUL_SIDE = {'cpu': 2048, 'gpu': 8192}
 
 
 def build(setup: Mapping[str, Any]) -> child.Workload:
-    """Makes the workload of a setup (see `interleave.Cell.setup`), compiled and run once."""
+    """Makes the workload of a setup (see `contestants.Cell.setup`), compiled and run once."""
     imported = time.perf_counter() - child.BEGAN
     jax.devices()
     facts = {
@@ -31,41 +30,36 @@ def build(setup: Mapping[str, Any]) -> child.Workload:
         'platform': jax.default_backend(),
         'memory_limit': (jax.devices()[0].memory_stats() or {}).get('bytes_limit', 0),
     }
-    if setup['contestant'] == 'matmul':
-        return _Matmul(setup, facts)
-    if setup['contestant'] == 'original':
-        return _Original(setup, facts)
-    return Ours(setup, facts)
-
-
-def peak_memory() -> int:
-    """See `child.Workload.peak_memory`; of JAX's first device."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return stats.get('peak_bytes_in_use') or child.process_memory()
+    return {'matmul': Matmul, 'original': Original}.get(setup['contestant'], Ours)(setup, facts)
 
 
 class _Compiled:
-    """What all have in common: compile once, keep count of seconds, FLOPs and memory."""
+    """What all have in common; `_prepare` gives what to compile, and its first arguments.
 
-    def __init__(self, facts: Mapping[str, Any]):
+    Args:
+      setup: see `contestants.Cell.setup`; `options` of ours may have attention, remat, accum_steps,
+        optim_dtype.
+      facts: to begin with; seconds of compilation, FLOPs and memory are added.
+    """
+
+    def __init__(self, setup: Mapping[str, Any], facts: Mapping[str, Any]):
         self.facts = dict(facts)
-        self._began = time.perf_counter()
-
-    def _compile(self, function: Any, *arguments: Any) -> Any:
-        self.facts['init_s'] = time.perf_counter() - self._began
-        start = time.perf_counter()
+        began = time.perf_counter()
+        self._training = setup['mode'] == 'training'
+        function, *arguments = self._prepare(setup)
+        prepared = time.perf_counter()
         lowered = function.lower(*arguments)
-        middle = time.perf_counter()
-        compiled = lowered.compile()
-        self.facts['trace_s'] = middle - start
-        self.facts['compile_s'] = time.perf_counter() - middle
-        self.facts['xla_flops'] = (compiled.cost_analysis() or {}).get('flops', 0.0)
-        memory = compiled.memory_analysis()
-        self.facts['xla_memory'] = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        self.hlo = compiled.as_text
-        return compiled
-
-    def _first(self) -> None:
+        traced = time.perf_counter()
+        self.function = lowered.compile()
+        compiled = time.perf_counter()
+        memory = self.function.memory_analysis()
+        self.facts |= {
+            'init_s': prepared - began,
+            'trace_s': traced - prepared,
+            'compile_s': compiled - traced,
+            'xla_flops': (self.function.cost_analysis() or {}).get('flops', 0.0),
+            'xla_memory': memory.argument_size_in_bytes + memory.temp_size_in_bytes,
+        }
         start = time.perf_counter()
         self.run(1)
         self.facts['first_step_s'] = time.perf_counter() - start
@@ -80,97 +74,101 @@ class _Compiled:
                 jax.block_until_ready(pending.popleft())
         jax.block_until_ready(list(pending))
 
+    def peak_memory(self) -> int:
+        """See `child.Workload.peak_memory`; of JAX's first device."""
+        stats = jax.local_devices()[0].memory_stats() or {}
+        return stats.get('peak_bytes_in_use') or child.process_memory()
+
+    def _prepare(self, setup: Mapping[str, Any]) -> tuple[Any, ...]:
+        raise NotImplementedError
+
     def _step(self) -> Any:
         raise NotImplementedError
 
-    def peak_memory(self) -> int:
-        """See `child.Workload.peak_memory`."""
-        return peak_memory()
+    def _make_up_params(self, model: Any, image_size: int) -> Any:
+        """Parameters as good as initial ones, but on the host and with nothing to compile.
+
+        Most runs read theirs from a file; and the peers' initial values are not compiled, either.
+        """
+        images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+        shapes = jax.eval_shape(
+            lambda x: model.init(jax.random.key(0), x, train=False)['params'], images
+        )
+        rng = np.random.default_rng(0)
+
+        def value(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+            if path[-1].key in ('scale', 'bias'):
+                return np.full(leaf.shape, path[-1].key == 'scale', leaf.dtype)
+            return 0.02 * rng.standard_normal(leaf.shape, leaf.dtype)
+
+        params = jax.tree.map_with_path(value, shapes)
+        self.facts['parameters'] = sum(leaf.size for leaf in jax.tree.leaves(params))
+        return params
+
+
+def _optimizer(**changes: str) -> tuple[Any, Any]:
+    """The default optimizer and its schedule."""
+    config = common.get_defaults()
+    config.update(changes)
+    schedule = optim.create_learning_rate_schedule(
+        config.total_steps, config.base_lr, config.decay_type, config.warmup_steps
+    )
+    return optim.create_optimizer(config, schedule), schedule
 
 
 class Ours(_Compiled):
-    """Our training or prediction step, made by the same functions as a run's.
+    """Our training or prediction step, made by the same functions as a run's."""
 
-    Args:
-      setup: see `interleave.Cell.setup`; `options` may have attention, remat, accum_steps,
-        optim_dtype.
-      facts: to begin with.
-    """
-
-    def __init__(self, setup: Mapping[str, Any], facts: Mapping[str, Any]):
-        super().__init__(facts)
+    def _prepare(self, setup: Mapping[str, Any]) -> tuple[Any, ...]:
         options = dict(setup['options'])
-        self._mesh = sharding.create_mesh(devices=jax.devices()[:1])
+        accum_steps = int(options.pop('accum_steps', 1))
+        if accum_steps < 1 or setup['batch'] % accum_steps:
+            raise UserError(f'batch {setup["batch"]} is not a multiple of accum_steps')
+        mesh = sharding.create_mesh(devices=jax.devices()[:1])
         model = models.from_config(
             setup['model_config'],
             num_classes=setup['num_classes'],
             dtype=jnp.dtype(setup['dtype']),
-            attention=options.get('attention', 'auto'),
-            remat=options.get('remat', ''),
+            attention=options.pop('attention', 'auto'),
+            remat=options.pop('remat', ''),
         )
-        params = _made_up_params(model, setup['image_size'])
-        self.facts['parameters'] = sum(leaf.size for leaf in jax.tree.leaves(params))
-        host, same = feed.batches(setup)
-        if setup['mode'] == 'training':
-            self._start_training(model, params, setup, options)
-            put = functools.partial(_put_training, mesh=self._mesh)
-        else:
-            self._place = sharding.batch_sharding(self._mesh)
-            self._params = sharding.put_tree(params, sharding.state_sharding(params, self._mesh))
-            self._function = steps.make_predict_step(model)
-            put = functools.partial(_put_images, place=self._place)
-        self._batches = _on_device(host, put, same)
-        batch = next(self._batches)
-        first = self._state if setup['mode'] == 'training' else self._params
-        self._function = self._compile(self._function, first, batch)
-        self._first()
-
-    def _start_training(self, model, params, setup, options) -> None:
-        config = common.get_defaults()
-        config.optim_dtype = options.get('optim_dtype', config.optim_dtype)
-        schedule = optim.create_learning_rate_schedule(
-            config.total_steps, config.base_lr, config.decay_type, config.warmup_steps
+        params = self._make_up_params(model, setup['image_size'])
+        if not self._training:
+            place = sharding.batch_sharding(mesh)
+            self._batches = batches.on_device(
+                setup, lambda batch: jax.device_put(batch['image'], place)
+            )
+            self._state = sharding.put_tree(params, sharding.state_sharding(params, mesh))
+            return steps.make_predict_step(model), self._state, next(self._batches)
+        self._batches = batches.on_device(
+            setup,
+            lambda b: sharding.put_batch(b | {'stop': np.zeros_like(b['label'])}, mesh),
         )
-        tx = optim.create_optimizer(config, schedule)
-        self._state = state_lib.create_state(params, tx, self._mesh)
-        accum_steps = int(options.get('accum_steps', 1))
-        if accum_steps < 1 or setup['batch'] % accum_steps:
-            raise UserError(f'batch {setup["batch"]} is not a multiple of accum_steps')
-        self._function = steps.make_train_step(
-            model,
-            tx,
-            schedule,
-            self._mesh,
-            jax.tree.map(lambda leaf: leaf.sharding, self._state),
-            seed=0,
-            accum_steps=accum_steps,
-            flip=False,
+        tx, schedule = _optimizer(**options)
+        self._state = state_lib.create_state(params, tx, mesh)
+        places = jax.tree.map(lambda leaf: leaf.sharding, self._state)
+        step = steps.make_train_step(
+            model, tx, schedule, mesh, places, seed=0, accum_steps=accum_steps, flip=False
         )
+        return step, self._state, next(self._batches)
 
     def _step(self) -> Any:
-        batch = next(self._batches)
-        if hasattr(self, '_state'):
-            self._state, metrics = self._function(self._state, batch)
-            return metrics
-        return self._function(self._params, batch)
+        result = self.function(self._state, next(self._batches))
+        if self._training:
+            self._state, result = result
+        return result
 
 
-class _Original(_Compiled):
+class Original(_Compiled):
     """The original's training or inference step, see `original`."""
 
-    def __init__(self, setup: Mapping[str, Any], facts: Mapping[str, Any]):
-        super().__init__(facts)
-        model = models.from_config(
-            setup['model_config'],
-            num_classes=setup['num_classes'],
-            encoder=original.OriginalEncoder,
-        )
-        params = _made_up_params(model, setup['image_size'])
-        self.facts['parameters'] = sum(leaf.size for leaf in jax.tree.leaves(params))
-        self._params = jax.tree.map(lambda leaf: jax.device_put(np.array(leaf)), params)
-        host, same = feed.batches(setup)
-        self._training = setup['mode'] == 'training'
+    def _prepare(self, setup: Mapping[str, Any]) -> tuple[Any, ...]:
         classes = setup['num_classes']
+        model = models.from_config(
+            setup['model_config'], num_classes=classes, encoder=original.OriginalEncoder
+        )
+        params = self._make_up_params(model, setup['image_size'])
+        self.params = jax.tree.map(lambda leaf: jax.device_put(np.array(leaf)), params)
 
         def put(batch: Mapping[str, np.ndarray]) -> list[jax.Array]:
             arrays = [normalize(batch['image'])]  # on the host, as the original's pipeline did
@@ -178,81 +176,35 @@ class _Original(_Compiled):
                 arrays.append(np.eye(classes, dtype=np.float32)[batch['label']])
             return jax.device_put(arrays)
 
-        self._batches = _on_device(host, put, same)
+        self._batches = batches.on_device(setup, put)
         batch = next(self._batches)
-        if self._training:
-            config = common.get_defaults()
-            schedule = optim.create_learning_rate_schedule(
-                config.total_steps, config.base_lr, config.decay_type, config.warmup_steps
-            )
-            tx = optim.create_optimizer(config, schedule)
-            self._opt_state = jax.jit(tx.init)(self._params)
-            self._key = jax.random.key(0)
-            function = original.make_train_step(model, tx, classes)
-            self._function = self._compile(
-                function, self._params, self._opt_state, *batch, self._key
-            )
-        else:
-            self._function = self._compile(original.make_predict(model), self._params, *batch)
-        self._first()
+        if not self._training:
+            return original.make_predict(model), self.params, *batch
+        tx, _ = _optimizer()
+        self._opt_state = jax.jit(tx.init)(self.params)
+        self._key = jax.random.key(0)
+        step = original.make_train_step(model, tx, classes)
+        return step, self.params, self._opt_state, *batch, self._key
 
     def _step(self) -> Any:
         batch = next(self._batches)
         if not self._training:
-            return self._function(self._params, *batch)
-        self._params, self._opt_state, loss = self._function(
-            self._params, self._opt_state, *batch, self._key
+            return self.function(self.params, *batch)
+        self.params, self._opt_state, loss = self.function(
+            self.params, self._opt_state, *batch, self._key
         )
         return loss
 
 
-class _Matmul(_Compiled):
+class Matmul(_Compiled):
     """A square matrix product: what the device reaches without a model around it."""
 
-    def __init__(self, setup: Mapping[str, Any], facts: Mapping[str, Any]):
-        super().__init__(facts)
+    def _prepare(self, setup: Mapping[str, Any]) -> tuple[Any, ...]:
         side = MATMUL_SIDE['cpu' if jax.default_backend() == 'cpu' else 'gpu']
         values = np.random.default_rng(0).standard_normal((2, side, side), np.float32)
         self._factors = [jnp.asarray(v, jnp.dtype(setup['dtype'])) for v in values]
         self.facts['flops'] = 2 * side**3
-        self._function = self._compile(jax.jit(jnp.matmul), *self._factors)
-        self._first()
+        return jax.jit(jnp.matmul), *self._factors
 
     def _step(self) -> jax.Array:
-        return self._function(*self._factors)
-
-
-def _made_up_params(model: Any, image_size: int) -> Any:
-    """Parameters as good as initial ones, but on the host and with nothing to compile.
-
-    Most runs read theirs from a file; and the peers' initial values are not compiled, either.
-    """
-    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
-    shapes = jax.eval_shape(
-        lambda x: model.init(jax.random.key(0), x, train=False)['params'], images
-    )
-    rng = np.random.default_rng(0)
-
-    def value(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        if path[-1].key in ('scale', 'bias'):
-            return np.full(leaf.shape, path[-1].key == 'scale', leaf.dtype)
-        return 0.02 * rng.standard_normal(leaf.shape, leaf.dtype)
-
-    return jax.tree.map_with_path(value, shapes)
-
-
-def _on_device(host: Iterator[dict], put: Any, same: bool) -> Iterator[Any]:
-    """Batches on the device; made-up ones stay there."""
-    batch = put(next(host))
-    while True:
-        yield batch
-        if not same:
-            batch = put(next(host))
-
-
-def _put_training(batch: dict[str, np.ndarray], mesh: Any) -> dict[str, jax.Array]:
-    return sharding.put_batch(batch | {'stop': np.zeros_like(batch['label'])}, mesh)
-
-
-def _put_images(batch: dict[str, np.ndarray], place: Any) -> jax.Array:
-    return jax.device_put(batch['image'], place)
+        return self.function(*self._factors)

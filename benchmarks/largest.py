@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks import interleave
-from benchmarks.contestants import Contestant
+from benchmarks import turns
+from benchmarks.contestants import Cell, Contestant
 from vit_jax.analysis import cost
 from vit_jax.errors import UserError
 
@@ -44,7 +44,7 @@ def search(fits: Callable[[int], bool], start: int) -> int:
 
 
 def measure(
-    cell: interleave.Cell,
+    cell: Cell,
     contestants: Sequence[Contestant],
     timeout: float,
     memory_gib: float,
@@ -76,33 +76,13 @@ def measure(
         def fits(count: int, contestant=contestant, facts=facts, multiple=multiple) -> bool:
             batch = count * multiple
             setup = cell.setup(contestant) | {'batch': batch, 'memory_gib': memory_gib}
-            try:
-                child = interleave.Child(contestant.command, setup, '', timeout, alone=True)
-            except interleave.ContestantError as error:
-                fine, reason = False, str(error)
-            else:
-                facts |= child.facts
-                try:
-                    if facts['platform'] == 'cpu' and not memory_gib:
-                        raise UserError(
-                            'on a CPU --largest-batch needs --memory_gib: without a limit it would '
-                            'take the memory of everything else on this machine'
-                        )
-                    child.time(2)
-                    fine = True
-                except interleave.ContestantError as error:
-                    fine, reason = False, str(error)
-                finally:
-                    child.close()
-            if not fine and not _TOO_LITTLE.search(reason):
-                raise interleave.ContestantError(reason)
+            fine = _try(contestant, setup, timeout, facts)
             say(f'{contestant.label}, batch {batch}: {"fits" if fine else "too much memory"}')
             return fine
 
         try:
-            largest = multiple * search(fits, max(1, cell.batch // multiple))
-            row = {'largest': largest}
-        except interleave.ContestantError as error:
+            row = {'largest': multiple * search(fits, max(1, cell.batch // multiple))}
+        except turns.ContestantError as error:
             row = {'error': str(error)}
         if facts.get('memory_limit'):
             row |= {'limit': facts['memory_limit'], 'predicted': _predict(cell, contestant, facts)}
@@ -110,7 +90,27 @@ def measure(
     return rows
 
 
-def _predict(cell: interleave.Cell, contestant: Contestant, facts: dict[str, Any]) -> int:
+def _try(
+    contestant: Contestant, setup: dict[str, Any], timeout: float, facts: dict[str, Any]
+) -> bool:
+    """Whether three steps have enough memory; adds to `facts`. Other errors are raised."""
+    try:
+        with turns.Child(contestant.command, setup, timeout, alone=True) as child:
+            facts |= child.facts
+            if facts['platform'] == 'cpu' and not setup['memory_gib']:
+                raise UserError(
+                    'on a CPU --largest-batch needs --memory_gib: without a limit it would '
+                    'take the memory of everything else on this machine'
+                )
+            child.time(2)
+    except turns.ContestantError as error:
+        if not _TOO_LITTLE.search(str(error)):
+            raise
+        return False
+    return True
+
+
+def _predict(cell: Cell, contestant: Contestant, facts: dict[str, Any]) -> int:
     """What the formula says for our step."""
     shared = dict(
         num_classes=cell.num_classes,

@@ -1,4 +1,4 @@
-"""The contestants of benchmark.py that compute with PyTorch; it starts this for each of them.
+"""The contestants of benchmark.py that compute with PyTorch.
 
 Plain ViTs of timm, transformers and torchvision with random weights, the tanh form of GELU and the
 LayerNorm epsilon of ours, so that all compute the same function. Training: SGD with momentum,
@@ -7,18 +7,18 @@ bfloat16 model in inference. With `+compile` through torch.compile.
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from benchmarks import child, feed, torchvision_import
+import torch
+
+from benchmarks import batches, child, torchvision_import
 
 MATMUL_SIDE = {'cpu': 2048, 'cuda': 8192}
 
 
 def build(setup: Mapping[str, Any]) -> child.Workload:
     """Makes the workload of a setup, run once."""
-    import torch
-
     if setup.get('cores'):
         torch.set_num_threads(setup['cores'])
     torch.manual_seed(0)
@@ -29,9 +29,8 @@ def build(setup: Mapping[str, Any]) -> child.Workload:
         torch.backends.cudnn.allow_tf32 = True
     name = setup['contestant'].removesuffix('+compile')
     model = None if name == 'torch-matmul' else _MODELS[name](setup)
-    imported = time.perf_counter() - child.BEGAN
     facts = {
-        'import_s': imported,
+        'import_s': time.perf_counter() - child.BEGAN,
         'platform': 'gpu' if device == 'cuda' else 'cpu',
         'device': torch.cuda.get_device_name() if device == 'cuda' else 'cpu',
         'threads': torch.get_num_threads(),
@@ -41,12 +40,15 @@ def build(setup: Mapping[str, Any]) -> child.Workload:
     return Model(model, setup, facts, device)
 
 
+def _peak_memory() -> int:
+    used = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return used or child.process_memory()
+
+
 class Matmul:
     """A square matrix product."""
 
     def __init__(self, setup: Mapping[str, Any], facts: Mapping[str, Any], device: str):
-        import torch
-
         side, dtype = MATMUL_SIDE[device], getattr(torch, setup['dtype'])
         if device == 'cpu' and dtype == torch.bfloat16:
             side //= 4  # processors that have no instructions for it take a minute
@@ -69,8 +71,6 @@ class Model:
     """Training or inference with a model [B, 3, S, S] -> logits."""
 
     def __init__(self, model: Any, setup: Mapping[str, Any], facts: Mapping[str, Any], device: str):
-        import torch
-
         start = time.perf_counter()
         self._device, self._low = device, setup['dtype'] == 'bfloat16'
         self._training = setup['mode'] == 'training'
@@ -87,34 +87,20 @@ class Model:
             images = (pixels.permute(0, 3, 1, 2) - 127.5) / 127.5
             return model(images.to(torch.bfloat16) if self._low else images)
 
+        def put(batch):
+            image, label = torch.from_numpy(batch['image']), torch.from_numpy(batch['label'])
+            return image.to(device), label.long().to(device)
+
         compiled = setup['contestant'].endswith('+compile')
         self._forward = torch.compile(forward) if compiled else forward
-        host, same = feed.batches(setup)
-        self._batches = self._on_device(host, same)
+        self._batches = batches.on_device(setup, put)
         self.facts['init_s'] = time.perf_counter() - start
-        start = time.perf_counter()
-        self._steps(1)
-        self.facts['first_step_s'] = time.perf_counter() - start
+        self.facts['first_step_s'] = self._steps(1)
         if compiled:  # it compiles at the first call
             self.facts['compile_s'] = self.facts['first_step_s']
 
-    def _on_device(self, host: Iterator[dict], same: bool) -> Iterator[tuple[Any, Any]]:
-        import torch
-
-        batch = None
-        while True:
-            if batch is None or not same:
-                arrays = next(host)
-                batch = (
-                    torch.from_numpy(arrays['image']).to(self._device),
-                    torch.from_numpy(arrays['label']).long().to(self._device),
-                )
-            yield batch
-
     def run(self, steps: int) -> dict[str, float]:
         """See `child.Workload.run`."""
-        import torch
-
         if self._device == 'cpu':
             return {'seconds': self._steps(steps)}
         # Contestants share the GPU: what this one holds beside its parameters goes when it waits,
@@ -124,10 +110,12 @@ class Model:
         torch.cuda.empty_cache()
         return {'seconds': seconds}
 
+    def peak_memory(self) -> int:
+        """See `child.Workload.peak_memory`."""
+        return _peak_memory()
+
     def _steps(self, count: int) -> float:
         """Seconds that so many steps take."""
-        import torch
-
         start = time.perf_counter()
         for _ in range(count):
             pixels, labels = next(self._batches)
@@ -139,9 +127,7 @@ class Model:
         _wait(result)
         return time.perf_counter() - start
 
-    def _train(self, pixels: Any, labels: Any) -> Any:
-        import torch
-
+    def _train(self, pixels: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self._device, torch.bfloat16, enabled=self._low):
             logits = self._forward(pixels)
         loss = torch.nn.functional.cross_entropy(logits.float(), labels)
@@ -151,9 +137,11 @@ class Model:
         self._optimizer.step()
         return loss
 
-    def peak_memory(self) -> int:
-        """See `child.Workload.peak_memory`."""
-        return _peak_memory()
+
+def _wait(tensor: torch.Tensor) -> None:
+    """Until the device has done what it was given."""
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
 
 
 def _timm(setup: Mapping[str, Any]) -> Any:
@@ -175,7 +163,6 @@ def _timm(setup: Mapping[str, Any]) -> Any:
 
 
 def _transformers(setup: Mapping[str, Any]) -> Any:
-    import torch
     import transformers
 
     config = setup['model_config']
@@ -208,8 +195,6 @@ def _transformers(setup: Mapping[str, Any]) -> Any:
 
 
 def _torchvision_vit(setup: Mapping[str, Any]) -> Any:
-    import torch
-
     torchvision = torchvision_import.load()
     config = setup['model_config']
     transformer = config['transformer']
@@ -225,21 +210,6 @@ def _torchvision_vit(setup: Mapping[str, Any]) -> Any:
     for layer in model.encoder.layers:
         layer.mlp[1] = torch.nn.GELU(approximate='tanh')
     return model
-
-
-def _wait(tensor: Any) -> None:
-    """Until the device has done what it was given."""
-    import torch
-
-    if tensor.is_cuda:
-        torch.cuda.synchronize()
-
-
-def _peak_memory() -> int:
-    import torch
-
-    used = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return used or child.process_memory()
 
 
 _MODELS = {'timm': _timm, 'transformers': _transformers, 'torchvision': _torchvision_vit}

@@ -4,12 +4,20 @@ Read by `jax.profiler.ProfileData`, which needs no TensorFlow. A trace names the
 compiled program; the program's text says which part of the model each of them came from.
 """
 
+import argparse
 import collections
+import contextlib
 import dataclasses
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+import tempfile
+import time
+from collections.abc import Mapping
 
+import numpy as np
+
+from benchmarks import contestants
+from vit_jax.analysis import architecture, tables
 from vit_jax.errors import UserError
 
 _INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*? ([a-z][\w\-]*)\(')
@@ -54,23 +62,6 @@ class Operation:
     kind: str
     part: str
     work: str = 'others'
-
-
-@dataclasses.dataclass(frozen=True)
-class Share:
-    """A line of the list.
-
-    Attributes:
-      name: what it is.
-      seconds: in one step.
-      count: how often in one step.
-      share: of the seconds of all operations, in [0, 1].
-    """
-
-    name: str
-    seconds: float
-    count: float
-    share: float
 
 
 def operations(hlo: str) -> dict[str, Operation]:
@@ -207,34 +198,85 @@ def _operation_of(event) -> str:
     return next((str(value) for key, value in event.stats if key == 'hlo_op'), '')
 
 
-def rank(
-    times: Mapping[str, tuple[float, int]], label: Mapping[str, str], steps: int
-) -> list[Share]:
-    """Sums by label, longest first.
+def profile(args: argparse.Namespace) -> list[tables.Table]:
+    """Traces steps of ours.
 
     Args:
-      times: of `read`.
-      label: of each operation.
-      steps: that were traced.
+      args: options of scripts/profile_step.py.
+
+    Returns:
+      Tables by kind of work, by part of the model, and by operation of the compiled program.
+
+    Raises:
+      UserError, ValueError: no such model, or options that it refuses; the folder is there already.
     """
-    total = sum(seconds for seconds, _ in times.values())
-    sums: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
-    for name, (seconds, count) in times.items():
-        sums[label[name]][0] += seconds
-        sums[label[name]][1] += count
-    shares = [
-        Share(name, seconds / steps, count / steps, seconds / total)
-        for name, (seconds, count) in sums.items()
+    import jax
+
+    from benchmarks import jax_workload
+
+    if args.output and pathlib.Path(args.output).exists():
+        raise UserError(f'{args.output} is there already: name a new folder')
+    found = architecture.find(args.variant, None, args.num_classes, args.image_size)
+    options = {key: str(getattr(args, key)) for key in ('attention', 'remat', 'accum_steps')}
+    cell = contestants.Cell(
+        found.name, found.model_config, args.num_classes, args.image_size, args.dtype, args.batch,
+        args.mode,
+    )  # fmt: skip
+    ours = contestants.Contestant(contestants.OURS, contestants.OURS, options)
+    workload = jax_workload.Ours(cell.setup(ours), {})
+    workload.run(2)
+    start = time.perf_counter()
+    workload.run(args.steps)
+    untraced = (time.perf_counter() - start) / args.steps
+    known = operations(workload.function.as_text())
+    with contextlib.ExitStack() as stack:
+        folder = args.output or stack.enter_context(tempfile.TemporaryDirectory())
+        with jax.profiler.trace(folder):
+            start = time.perf_counter()
+            workload.run(args.steps)
+            traced = (time.perf_counter() - start) / args.steps
+        times = read(folder, known)
+    busy = sum(seconds for seconds, _ in times.values()) / args.steps
+    notes = [
+        f'One step: {1e3 * untraced:.1f} ms, {1e3 * traced:.1f} ms while traced; the operations '
+        f'together {1e3 * busy:.1f} ms (more than the step where several run at a time; less where '
+        'the device waits).'
     ]
-    return sorted(shares, key=lambda share: -share.seconds)
+    labels = {
+        'kind of work': {name: known[name].work for name in times},
+        'part of the model': {name: known[name].part for name in times},
+        'operation': {name: f'{known[name].kind} {name}: {known[name].part}' for name in times},
+    }
+    title = f'{found.name}, {args.image_size} px, {args.dtype}, batch {args.batch}, {args.mode}'
+    return [
+        tables.Table(
+            f'{title}: time by {what}',
+            (what, 'ms a step>', 'times>', 'share>'),
+            _rank(times, label, args.steps, args.top),
+            notes if what == 'kind of work' else (),
+        )
+        for what, label in labels.items()
+    ]
 
 
-def top(shares: Iterable[Share], count: int) -> list[Share]:
-    """The first so many, and one line for all the rest."""
-    shares = list(shares)
-    rest = shares[count:]
+def _rank(
+    times: Mapping[str, tuple[float, int]], label: Mapping[str, str], steps: int, count: int
+) -> list[tuple[str, ...]]:
+    """Rows of sums by label: the longest so many, and one line for all the rest."""
+    sums = collections.defaultdict(lambda: np.zeros(2))
+    for name, spent in times.items():
+        sums[label[name]] += spent
+    ranked = sorted(sums.items(), key=lambda item: -item[1][0])
+    rest = ranked[count:]
     if rest:
-        name = f'{len(rest)} others'
-        sums = (sum(getattr(s, key) for s in rest) for key in ('seconds', 'count', 'share'))
-        shares = [*shares[:count], Share(name, *sums)]
-    return shares
+        ranked = [*ranked[:count], (f'{len(rest)} others', sum(spent for _, spent in rest))]
+    total = sum(seconds for seconds, _ in times.values())
+    return [
+        (
+            name,
+            f'{1e3 * seconds / steps:.2f}',
+            f'{times_run / steps:.0f}',
+            f'{100 * seconds / total:.1f} %',
+        )
+        for name, (seconds, times_run) in ranked
+    ]

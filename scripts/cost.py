@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from vit_jax.analysis import cost_report, devices, subject, tables
+    from vit_jax.analysis import architecture, cost_report, devices, tables
 
     device = devices.choose(args.device, args.memory_gib, args.peak_tflops, args.dtype)
     plan = cost_report.Plan(
@@ -86,7 +86,7 @@ def _run(args: argparse.Namespace) -> None:
         print(tables.render(table, args.format), end='')
         return
     for size in args.image_size or [None]:
-        of = subject.open_subject(args.variant, args.model, args.num_classes, size)
+        of = architecture.find(args.variant, args.model, args.num_classes, size)
         for table in cost_report.report(of, plan):
             print(tables.render(table, args.format), flush=True)
         if args.xla:

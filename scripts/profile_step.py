@@ -12,16 +12,14 @@ Examples:
 """
 
 import argparse
-import contextlib
-import pathlib
 import sys
-import tempfile
-import time
 
 # A checkout runs without being installed.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from vit_jax import cli
+from vit_jax.analysis import tables
+from vit_jax.errors import UserError
 
 
 def main() -> int:
@@ -39,83 +37,24 @@ def main() -> int:
     add('--accum_steps', type=int, default=1, help='micro-batches; default: 1')
     add('--steps', type=int, default=5, help='to trace; default: 5')
     add('--top', type=int, default=10, help='lines of each table; default: 10')
-    add('--format', choices=('terminal', 'markdown', 'csv'), default='terminal')
+    add('--format', choices=tables.FORMATS, default='terminal')
     add('--output', help='folder to keep the trace in')
     args = parser.parse_args()
     if min(args.steps, args.top, args.batch, args.num_classes, args.accum_steps) < 1:
         parser.error('--steps, --top, --batch, --num_classes and --accum_steps are at least 1')
 
-    # Not at the top: they take seconds, and --help should not.
-    from vit_jax.errors import UserError
+    return cli.run(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> None:
+    from benchmarks import trace  # takes seconds, and --help should not
 
     try:
-        _profile(args)
-    except (UserError, ValueError) as error:  # ValueError: the model refuses attention or remat
-        print(f'profile_step.py: {error}', file=sys.stderr)
-        return 1
-    return 0
-
-
-def _profile(args: argparse.Namespace) -> None:
-    import jax
-
-    from benchmarks import contestants, interleave, jax_workload, trace
-    from vit_jax.analysis import subject
-    from vit_jax.errors import UserError
-
-    if args.output and pathlib.Path(args.output).exists():
-        raise UserError(f'{args.output} is there already: name a new folder')
-    found = subject.open_subject(args.variant, None, args.num_classes, args.image_size)
-    options = {key: str(getattr(args, key)) for key in ('attention', 'remat', 'accum_steps')}
-    cell = interleave.Cell(
-        found.name, found.model_config, args.num_classes, args.image_size, args.dtype, args.batch,
-        args.mode,
-    )  # fmt: skip
-    ours = contestants.Contestant(contestants.OURS, contestants.OURS, options)
-    workload = jax_workload.Ours(cell.setup(ours), {})
-    workload.run(2)
-    start = time.perf_counter()
-    workload.run(args.steps)
-    untraced = (time.perf_counter() - start) / args.steps
-    known = trace.operations(workload.hlo())
-    with contextlib.ExitStack() as stack:
-        folder = args.output or stack.enter_context(tempfile.TemporaryDirectory())
-        with jax.profiler.trace(folder):
-            start = time.perf_counter()
-            workload.run(args.steps)
-            traced = (time.perf_counter() - start) / args.steps
-        times = trace.read(folder, known)
-    _print(args, known, times, untraced, traced)
-
-
-def _print(args, known: dict, times: dict, untraced: float, traced: float) -> None:
-    from benchmarks import trace
-    from vit_jax.analysis import tables
-
-    busy = sum(seconds for seconds, _ in times.values()) / args.steps
-    labels = {
-        'kind of work': {name: known[name].work for name in times},
-        'part of the model': {name: known[name].part for name in times},
-        'operation': {name: f'{known[name].kind} {name}: {known[name].part}' for name in times},
-    }
-    notes = [
-        f'One step: {1e3 * untraced:.1f} ms, {1e3 * traced:.1f} ms while traced; the operations '
-        f'together {1e3 * busy:.1f} ms (more than the step where several run at a time; less where '
-        'the device waits).'
-    ]
-    for what, label in labels.items():
-        shares = trace.top(trace.rank(times, label, args.steps), args.top)
-        rows = [
-            [s.name, f'{1e3 * s.seconds:.2f}', f'{s.count:.0f}', f'{100 * s.share:.1f} %']
-            for s in shares
-        ]
-        title = (
-            f'{args.variant}, {args.image_size} px, {args.dtype}, batch {args.batch}, '
-            f'{args.mode}: time by {what}'
-        )
-        table = tables.Table(title, (what, 'ms a step>', 'times>', 'share>'), rows, notes)
+        found = trace.profile(args)
+    except ValueError as error:  # the model refuses attention or remat
+        raise UserError(str(error)) from error
+    for table in found:
         print(tables.render(table, args.format))
-        notes = []
 
 
 if __name__ == '__main__':

@@ -42,9 +42,9 @@ def main() -> int:
 
 def _run(args: argparse.Namespace) -> str:
     from vit_jax import models
-    from vit_jax.analysis import subject, summary, tables
+    from vit_jax.analysis import architecture, summary, tables
 
-    of = subject.open_subject(args.variant, args.model, args.num_classes, args.image_size)
+    of = architecture.find(args.variant, args.model, args.num_classes, args.image_size)
     if args.style == 'torchsummary':
         found = summary.torchsummary(of.model_config, of.num_classes, of.image_size)
         if args.format == 'csv':

@@ -1,5 +1,6 @@
 """Strict settings for all tests, and what they share."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -93,5 +94,23 @@ def command(tmp_path):
             text=True,
             timeout=timeout,
         )
+
+    return run
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """Runs `main` of a command in scripts/ in this process, where JAX has started already, and
+    returns what it gave.
+    """
+
+    def run(script, *words) -> subprocess.CompletedProcess:
+        spec = importlib.util.spec_from_file_location(script[:-3], ROOT / 'scripts' / script)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, 'argv', [script, *map(str, words)])
+        capsys.readouterr()
+        status = module.main()
+        return subprocess.CompletedProcess(sys.argv, status, *capsys.readouterr())
 
     return run

@@ -6,7 +6,7 @@ from typing import Any
 
 from vit_jax import variants
 from vit_jax.analysis import cost, counts, devices
-from vit_jax.analysis.subject import Subject
+from vit_jax.analysis.architecture import Architecture
 from vit_jax.analysis.tables import Table
 from vit_jax.errors import UserError
 
@@ -64,7 +64,7 @@ class Plan:
         device = self.device
         return device.peak_float32 if self.dtype == 'float32' else device.peak_16bit
 
-    def training(self, of: Subject, batch: int | None = None) -> cost.Memory:
+    def training(self, of: Architecture, batch: int | None = None) -> cost.Memory:
         """Memory of training, at another batch size if one is given."""
         return cost.training_memory(
             of.model_config,
@@ -81,7 +81,7 @@ class Plan:
             platform=self.platform,
         )
 
-    def inference(self, of: Subject, batch: int | None = None) -> cost.Memory:
+    def inference(self, of: Architecture, batch: int | None = None) -> cost.Memory:
         """Memory of predicting on one device."""
         return cost.inference_memory(
             of.model_config,
@@ -92,17 +92,17 @@ class Plan:
             platform=self.platform,
         )
 
-    def largest(self, of: Subject) -> int:
+    def largest(self, of: Architecture) -> int:
         """The largest batch that can be trained, over all devices."""
         return cost.largest_batch(self.memory, lambda b: self.training(of, b), self.multiple)
 
 
-def report(of: Subject, plan: Plan) -> list[Table]:
+def report(of: Architecture, plan: Plan) -> list[Table]:
     """Parameters and FLOPs; memory; speed and the largest batch."""
     return [_work(of, plan), _memory(of, plan), _speed(of, plan)]
 
 
-def _work(of: Subject, plan: Plan) -> Table:
+def _work(of: Architecture, plan: Plan) -> Table:
     sizes = counts.sizes(of.model_config, of.image_size)
     rows = []
     for part in counts.parts(of.model_config, of.num_classes, of.image_size):
@@ -127,7 +127,7 @@ def _work(of: Subject, plan: Plan) -> Table:
     return Table(f'{of}: work for one image', ('Part', 'Parameters>', 'GFLOPs>'), rows, notes)
 
 
-def _memory(of: Subject, plan: Plan) -> Table:
+def _memory(of: Architecture, plan: Plan) -> Table:
     training, inference = plan.training(of), plan.inference(of)
     rows = [
         (name, _gib(getattr(training, name)), _gib(getattr(inference, name)))
@@ -150,7 +150,7 @@ def _memory(of: Subject, plan: Plan) -> Table:
     return Table(title, ('Part', 'Training>', 'Inference>'), rows, notes)
 
 
-def _speed(of: Subject, plan: Plan) -> Table:
+def _speed(of: Architecture, plan: Plan) -> Table:
     device, needed = plan.device, plan.training(of).total
     largest = plan.largest(of)
     predicting = cost.largest_batch(plan.memory, lambda b: plan.inference(of, b))
@@ -184,7 +184,7 @@ def largest_batches(plan: Plan, num_classes: int, image_sizes: Sequence[int]) ->
         for size in image_sizes:
             if size % variants.token_stride(config):
                 continue
-            of = Subject(name, config, num_classes, size)
+            of = Architecture(name, config, num_classes, size)
             macs = counts.training_macs(config, num_classes, size)
             rate = cost.images_per_second(macs, plan.peak, plan.utilisation, plan.devices)
             batches = [
@@ -204,7 +204,7 @@ def largest_batches(plan: Plan, num_classes: int, image_sizes: Sequence[int]) ->
     return Table(title, columns, rows, notes)
 
 
-def beside_xla(of: Subject, plan: Plan) -> Table:
+def beside_xla(of: Architecture, plan: Plan) -> Table:
     """The formula beside what XLA counts in the compiled training step of one device.
 
     The step is compiled at an eighth and a quarter of the batch (at least 8 and 16 images); a line

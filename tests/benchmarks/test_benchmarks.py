@@ -1,10 +1,8 @@
 """scripts/benchmark.py, benchmark_data.py and profile_step.py, and what they measure with."""
 
-import importlib.util
 import json
 import pathlib
 import sys
-import types
 
 import jax
 import numpy as np
@@ -12,19 +10,21 @@ import pytest
 
 from benchmarks import (
     contestants,
-    interleave,
+    input_stages,
     jax_workload,
     largest,
-    machine,
+    onnx_files,
     original,
-    results,
+    steps,
+    steps_tables,
     trace,
+    turns,
 )
 from vit_jax import models, variants
 from vit_jax.analysis import counts
 from vit_jax.errors import UserError
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = pathlib.Path(__file__).parents[2] / 'benchmarks' / 'results'
 
 # A contestant that needs neither JAX nor PyTorch.
 SLEEPER = """
@@ -64,23 +64,7 @@ def cell(**changes):
         variant='small', model_config=small_config(), num_classes=5, image_size=32,
         dtype='float32', batch=2, mode='inference',
     )  # fmt: skip
-    return interleave.Cell(**arguments | changes)
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs a script's `main` in this process."""
-
-    def run(script, *arguments):
-        spec = importlib.util.spec_from_file_location(script[:-3], ROOT / 'scripts' / script)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        monkeypatch.setattr(sys, 'argv', [script, *map(str, arguments)])
-        code = module.main()
-        out, err = capsys.readouterr()
-        return types.SimpleNamespace(returncode=code, stdout=out, stderr=err)
-
-    return run
+    return contestants.Cell(**arguments | changes)
 
 
 def test_the_originals_way_gives_the_same_logits():
@@ -99,8 +83,8 @@ def test_the_originals_way_gives_the_same_logits():
 def test_rounds_time_each_contestant_once_in_rotated_order(tmp_path, monkeypatch):
     monkeypatch.setenv('ORDER_FILE', str(tmp_path / 'order'))
     people = [Sleeper(name, name) for name in ('a', 'broken', 'b')]
-    timing = interleave.Timing(rounds=3, steps=2, warmup=0, timeout=60)
-    a, broken, b = interleave.measure(cell(), people, timing)
+    timing = steps.Timing(rounds=3, steps=2, warmup=0, timeout=60)
+    a, broken, b = steps.time_cell(cell(), people, timing)
     assert broken == {'contestant': 'broken', 'error': 'ValueError: no such thing'}
     for row in (a, b):
         assert len(row['seconds']) == 3 and row['steps'] == 2 and row['peak_memory'] == 7
@@ -114,10 +98,8 @@ def test_a_contestant_that_dies_or_hangs_is_an_error():
         ('import sys; sys.exit("out of memory")', 'out of memory'),
         ('import time; time.sleep(60)', 'no answer within 1 s'),
     ):
-        with pytest.raises(interleave.ContestantError, match=message):
-            interleave.Child(
-                [sys.executable, '-c', code], {}, '', timeout=1 if 'time' in code else 60
-            )
+        with pytest.raises(turns.ContestantError, match=message):
+            turns.Child([sys.executable, '-c', code], {}, timeout=1 if 'time' in code else 60)
 
 
 def test_contestants_of_a_command_line():
@@ -135,19 +117,21 @@ def test_contestants_of_a_command_line():
 
 
 def test_published_peaks_by_the_names_that_devices_give_themselves():
-    assert machine.published_peak('NVIDIA H200', 'bfloat16')[0] == 989e12
-    assert machine.published_peak('NVIDIA GeForce RTX 4090', 'float32')[0] == 82.6e12
-    assert machine.published_peak('some other card', 'float32') is None
+    assert steps.published_peak('NVIDIA H200', 'bfloat16')['flops'] == 989e12
+    assert steps.published_peak('NVIDIA GeForce RTX 4090', 'float32')['flops'] == 82.6e12
+    assert steps.published_peak('some other card', 'float32') is None
 
 
-def test_benchmark_measures_in_a_process_of_its_own_and_writes_tables(run, tmp_path, monkeypatch):
+def test_benchmark_measures_in_a_process_of_its_own_and_writes_tables(
+    run_script, tmp_path, monkeypatch
+):
     monkeypatch.setitem(variants.VARIANTS, 'small', small_config() | {'model_name': 'small'})
     # The children are to compute as ours does for users: on one device.
     monkeypatch.setenv('JAX_NUM_CPU_DEVICES', '1')
     # The products of matrices are large, and other contestants' are alike.
     monkeypatch.setattr(contestants, 'MATMULS', ())
     file = tmp_path / 'result.json'
-    done = run(
+    done = run_script(
         'benchmark.py', '--variants', 'small', '--image_size', 32, '--batch', 2, '--rounds', 3,
         '--num_classes', 5, '--modes', 'inference', '--contestants', 'vit_jax',
         '--steps', 1, '--skip_warm_start', '--peak_tflops', 1, '--output', file,
@@ -161,23 +145,23 @@ def test_benchmark_measures_in_a_process_of_its_own_and_writes_tables(run, tmp_p
     # A model this small is mostly what the formula leaves out; the same order of size.
     assert 1 <= row['facts']['xla_flops'] / formula < 3
     assert len(row['seconds']) == 3 and row['peak_memory'] > 0
-    table = run('benchmark.py', '--table', file)
+    table = run_script('benchmark.py', '--table', file)
     assert table.returncode == 0
     assert '| small | 32 | float32 | 2 | vit_jax' in ' '.join(table.stdout.split())
     page = tmp_path / 'page.md'
     page.write_text('a\n<!-- benchmark -->\nbefore\n<!-- /benchmark -->\nb\n')
-    assert run('benchmark.py', '--table', file, '--update', page).returncode == 0
+    assert run_script('benchmark.py', '--table', file, '--update', page).returncode == 0
     assert page.read_text().splitlines()[:3] == ['a', '<!-- benchmark -->', '']
     assert page.read_text().endswith('\n\n<!-- /benchmark -->\nb\n')
     assert table.stdout.strip() in page.read_text() and 'before\n' not in page.read_text()
     turned = 'a\n<!-- /benchmark -->\n<!-- benchmark -->\n'
     page.write_text(turned)
-    wrong = run('benchmark.py', '--table', file, '--update', page)
+    wrong = run_script('benchmark.py', '--table', file, '--update', page)
     assert wrong.returncode == 1 and 'expected a line <!-- benchmark -->' in wrong.stderr
     assert page.read_text() == turned
     file.write_text('{}')
-    wrong = run('benchmark.py', '--table', file)
-    assert wrong.returncode == 1 and 'no result' in wrong.stderr
+    wrong = run_script('benchmark.py', '--table', file)
+    assert wrong.returncode == 1 and 'is not a result' in wrong.stderr
 
 
 def test_a_training_step_in_the_originals_way():
@@ -185,7 +169,7 @@ def test_a_training_step_in_the_originals_way():
     workload = jax_workload.build(cell(mode='training').setup(way))
     workload.run(2)
     # The first update has a learning rate of 0; then the warm-up begins.
-    assert np.abs(workload._params['head']['bias']).max() > 0
+    assert np.abs(workload.params['head']['bias']).max() > 0
     expected = sum(p.parameters for p in counts.parts(small_config(), 5, 32))
     assert workload.facts['parameters'] == expected
 
@@ -222,9 +206,44 @@ def test_running_out_of_memory_ends_a_try_and_no_more(monkeypatch, tmp_path):
         largest.measure(*arguments, memory_gib=0, say=lambda text: None)
 
 
+def test_results_that_documents_show_can_be_read(run_script):
+    files = sorted(RESULTS.glob('*.json'))
+    done = run_script('benchmark.py', '--table', *files)
+    assert done.returncode == 0 and done.stdout.count('**Training: AMD EPYC, 2 cores**') == 6
+    assert '| ViT-Ti_16 | 224 | float32 | 64 | original | 7.5 |' in ' '.join(done.stdout.split())
+    files = sorted((RESULTS / 'data').glob('*.json'))
+    done = run_script('benchmark_data.py', '--table', *files)
+    assert done.returncode == 0 and done.stdout.count('**Whole pipeline**') == 3
+    done = run_script('benchmark_export.py', '--table', *files)
+    assert done.returncode == 1 and 'is not a result of scripts/benchmark_export' in done.stderr
+
+
+def test_tables_of_exports():
+    rows = [
+        {'contestant': name, 'batch': 2, 'nodes': nodes, 'seconds': seconds}
+        for name, nodes, seconds in (
+            ('vit_jax', 10, [0.1, 0.2, 0.3]),
+            ('transformers', 30, [0.5, 0.4, 0.3]),
+        )
+    ]
+    hardware = {'processor': 'x', 'cores': 2, 'load_average': 0.5}
+    result = {
+        'model': 'm', 'image_size': 224, 'threads': 2, 'results': rows, 'left_out': [],
+        'largest_difference_of_logits': {'2': 1e-6}, 'hardware': hardware, 'versions': {},
+        'command': 'c', 'date': 'd',
+    }  # fmt: skip
+    (table,) = onnx_files.tables(result)
+    assert table.rows[0] == ['vit_jax', '10', '2', '200.0', '150 - 250', '100', '10.0', '2.00']
+    assert table.rows[1][-1] == '1.00' and 'logits 1.0e-06; x, 2 cores' in table.notes[0]
+    logits = np.ones((2, 5), np.float32)
+    assert onnx_files._compare({'vit_jax': logits, 'transformers': logits}) == 0
+    with pytest.raises(UserError, match='not the same model'):
+        onnx_files._compare({'vit_jax': logits, 'transformers': logits + 0.01})
+
+
 def test_quartiles():
-    assert results.quartiles([3.0]) == (3.0, 3.0, 3.0)
-    assert results.quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 3.0, 4.0)
+    assert steps_tables.quartiles([3.0]) == (3.0, 3.0, 3.0)
+    assert steps_tables.quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 3.0, 4.0)
 
 
 def test_parts_of_a_model_in_the_names_of_operations():
@@ -278,9 +297,9 @@ def test_kinds_of_work_of_a_program():
     }
 
 
-def test_profile_of_a_step(run, monkeypatch):
+def test_profile_of_a_step(run_script, monkeypatch):
     monkeypatch.setitem(variants.VARIANTS, 'small', small_config() | {'model_name': 'small'})
-    done = run(
+    done = run_script(
         'profile_step.py', '--variant', 'small', '--image_size', 32, '--batch', 2, '--steps', 2,
         '--num_classes', 5, '--mode', 'training', '--format', 'csv',
     )  # fmt: skip
@@ -302,9 +321,9 @@ def photos(tmp_path):
     return tmp_path
 
 
-def test_input_pipeline_by_stage_and_by_threads(run, photos):
+def test_input_pipeline_by_stage_and_by_threads(run_script, photos):
     file = photos / 'result.json'
-    done = run(
+    done = run_script(
         'benchmark_data.py', '--folder', photos, '--image_size', 32, '--batch', 2, '--rounds', 2,
         '--workers', 1, '--contestants', 'vit_jax', '--output', file,
     )  # fmt: skip
@@ -320,22 +339,19 @@ def test_input_pipeline_by_stage_and_by_threads(run, photos):
     ((whole,),) = (part['results'] for part in result['whole'])
     assert [list(timed) for timed in whole['timed']] == [['all'], ['all']]
     assert 'Whole pipeline' in done.stdout
-    table = run('benchmark_data.py', '--table', file)
+    table = run_script('benchmark_data.py', '--table', file)
     assert table.returncode == 0 and '| vit_jax ' in table.stdout
     assert f'{4 / np.median([t["all"] for t in whole["timed"]]):.0f} |' in table.stdout
     file.write_text('{"kind": "vit_jax benchmark of data", "format": 1}')
-    old = run('benchmark_data.py', '--table', file)
+    old = run_script('benchmark_data.py', '--table', file)
     assert old.returncode == 1 and 'measure again' in old.stderr
-    file.write_text('[]')
-    wrong = run('benchmark_data.py', '--table', file)
-    assert wrong.returncode == 1 and 'no result' in wrong.stderr
+    file.write_text('{}')
+    wrong = run_script('benchmark_data.py', '--table', file)
+    assert wrong.returncode == 1 and 'is not a result' in wrong.stderr
 
 
 @pytest.mark.parametrize('name', ['exact=False', 'cache'])
-def test_ways_of_our_input_pipeline(name, photos, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / 'scripts')
-    from benchmarks import input_stages
-
+def test_ways_of_our_input_pipeline(name, photos):
     files = [str(path) for path in sorted(photos.glob('*.jpg'))]
     setup = {'files': files, 'crop': 8, 'batch': 2, 'workers': 1}
     workload = input_stages.KINDS[f'vit_jax:{name}'](setup)

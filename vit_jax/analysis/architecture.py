@@ -1,4 +1,4 @@
-"""The model that a table is about: a variant by its name, or somebody's model."""
+"""The architecture that a command is about: a variant by its name, or somebody's model."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from vit_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
+class Architecture:
     """An architecture at an image size.
 
     Attributes:
@@ -28,13 +28,13 @@ class Subject:
         return f'{self.name}, {self.image_size} px, {self.num_classes} classes'
 
 
-def open_subject(
+def find(
     variant: str | None,
     model: str | None,
     num_classes: int | None = None,
     image_size: int | None = None,
-) -> Subject:
-    """What a command line asks about.
+) -> Architecture:
+    """The architecture that a command line names.
 
     Args:
       variant: a name of `variants.VARIANTS`; or None, and
@@ -43,7 +43,7 @@ def open_subject(
       image_size: default 224, or the model's own.
 
     Raises:
-      UserError: no such variant or model, or a number that is none of classes or pixels.
+      UserError: no such variant or model, or an impossible number of classes or pixels.
     """
     if num_classes is not None and num_classes < 0:
         raise UserError(f'{num_classes} classes: expected a number from 0 (no head) up')
@@ -52,13 +52,13 @@ def open_subject(
             config = variants.get_config(variant).to_dict()
         except ValueError as e:
             raise UserError(str(e)) from e
-        found = Subject(variant, config, 1000, 224)
+        found = Architecture(variant, config, 1000, 224)
     else:
-        from vit_jax.inference import model_folder
+        from vit_jax.inference import model_folder  # imports JAX, which variants do without
 
         opened = model_folder.open_model(model)
         config = dict(opened.model_config)
-        found = Subject(model, config, len(opened.class_names), opened.image_size)
+        found = Architecture(model, config, len(opened.class_names), opened.image_size)
     changes = dict(num_classes=num_classes, image_size=image_size)
     found = dataclasses.replace(found, **{k: v for k, v in changes.items() if v is not None})
     stride = variants.token_stride(found.model_config)

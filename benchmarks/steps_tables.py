@@ -1,14 +1,14 @@
-"""From what was measured to tables."""
+"""Tables of the results of `steps`: speed, start and memory, largest batches."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from benchmarks import record
 from benchmarks.contestants import OURS
 from vit_jax.analysis.tables import Table
 
-FORMAT = 1
-KIND = 'vit_jax benchmark'
+_NAME = ('model', 'pixels>', 'dtype', 'batch>', 'who')
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -17,6 +17,11 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
         return (values[0],) * 3
     low, middle, high = statistics.quantiles(values, n=4, method='inclusive')
     return low, middle, high
+
+
+def rows(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What each contestant did in each cell."""
+    return [row for cell in _cells(result) for row in cell['results']]
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
@@ -33,7 +38,13 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
     return found
 
 
-def _rows(cells: Sequence[Mapping[str, Any]]):
+def _cells(result: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    return result.get('cells', result.get('largest'))
+
+
+def _measured(
+    cells: Sequence[Mapping[str, Any]],
+) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
     """(cell, row) of each contestant that was measured."""
     for cell in cells:
         for row in cell['results']:
@@ -42,16 +53,12 @@ def _rows(cells: Sequence[Mapping[str, Any]]):
 
 
 def _name(cell: Mapping[str, Any]) -> list[str]:
-    batch = [str(cell['batch'])] if 'batch' in cell else []
-    return [cell['variant'], str(cell['image_size']), cell['dtype'], *batch]
-
-
-_NAME = ('model', 'pixels>', 'dtype', 'batch>', 'who')
+    return [str(cell[key]) for key in ('variant', 'image_size', 'dtype', 'batch') if key in cell]
 
 
 def _speed(mode: str, cells: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> Table:
     rows = []
-    for cell, row in _rows(cells):
+    for cell, row in _measured(cells):
         low, median, high = quartiles(row['seconds'])
         rate = cell['flops_per_image'] * cell['batch'] / median
         ours = [r for r in cell['results'] if r['contestant'] == OURS and 'error' not in r]
@@ -69,24 +76,26 @@ def _speed(mode: str, cells: Sequence[Mapping[str, Any]], result: Mapping[str, A
         )
     columns = (*_NAME, 'images/s>', 'quartiles>', 'TFLOP/s>', 'of peak>', 'speed to ours>')
     notes = list(dict.fromkeys(_peak_note(cell) for cell in cells))
-    return Table(f'{mode.capitalize()}: {_where(result)}', columns, rows, notes + _notes(result))
+    return Table(
+        f'{mode.capitalize()}: {record.machine(result)}', columns, rows, notes + _notes(result)
+    )
 
 
 def _per_core(cells: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> Table:
     """What the original's inference_time wrote: images/s/core, of each step."""
     rows = []
-    for cell, row in _rows(cells):
+    for cell, row in _measured(cells):
         rates = [cell['batch'] / seconds for seconds in row['seconds']]
         figures = (min(rates), max(rates), statistics.fmean(rates), statistics.pstdev(rates))
         rows.append([*_name(cell), row['contestant'], *(f'{figure:.1f}' for figure in figures)])
     columns = (*_NAME, 'min>', 'max>', 'mean>', 'std>')
-    title = f'Inference, images/s/core (a core is a device; one is used): {_where(result)}'
+    title = f'Inference, images/s/core (a core is a device; one is used): {record.machine(result)}'
     return Table(title, columns, rows, _notes(result))
 
 
 def _start_up(result: Mapping[str, Any]) -> Table:
     rows = []
-    for cell, row in _rows(result['cells']):
+    for cell, row in _measured(result['cells']):
         facts = row['facts']
         compiled = [facts[key] for key in ('trace_s', 'compile_s') if key in facts]
         xla = facts.get('xla_flops')
@@ -119,31 +128,21 @@ def _start_up(result: Mapping[str, Any]) -> Table:
 
 def _largest(result: Mapping[str, Any]) -> Table:
     rows = []
-    for cell in result['largest']:
-        for row in cell['results']:
-            if 'error' in row:
-                continue
-            predicted = f'{row["predicted"]:,}' if 'predicted' in row else ''
-            limit = row.get('limit') or cell['memory_gib'] * 2**30
-            rows.append(
-                [
-                    *(str(cell[key]) for key in ('variant', 'image_size', 'dtype', 'mode')),
-                    row['contestant'],
-                    f'{limit / 2**30:.1f}' if limit else 'all',
-                    predicted,
-                    f'{row["largest"]:,}',
-                ]
-            )
+    for cell, row in _measured(result['largest']):
+        limit = row.get('limit') or cell['memory_gib'] * 2**30
+        rows.append(
+            [
+                *(str(cell[key]) for key in ('variant', 'image_size', 'dtype', 'mode')),
+                row['contestant'],
+                f'{limit / 2**30:.1f}' if limit else 'all',
+                f'{row["predicted"]:,}' if 'predicted' in row else '',
+                f'{row["largest"]:,}',
+            ]
+        )
     columns = ('model', 'pixels>', 'dtype', 'step', 'who', 'GiB>', 'predicted>', 'measured>')
     notes = ['Measured: tried, each batch in a process of its own; the next larger try, at most '
              '6 % above, had too little memory. GiB: of the device, what JAX may use.']  # fmt: skip
-    return Table(f'Largest batch: {_where(result)}', columns, rows, notes + _notes(result))
-
-
-def _where(result: Mapping[str, Any]) -> str:
-    hardware = result['hardware']
-    accelerator = hardware.get('accelerator')
-    return accelerator or f'{hardware["processor"]}, {hardware["cores"]} cores'
+    return Table(f'Largest batch: {record.machine(result)}', columns, rows, notes + _notes(result))
 
 
 def _peak_note(cell: Mapping[str, Any]) -> str:
@@ -154,15 +153,11 @@ def _peak_note(cell: Mapping[str, Any]) -> str:
 
 
 def _notes(result: Mapping[str, Any]) -> list[str]:
-    versions = ', '.join(f'{k} {v}' for k, v in result['versions'].items())
-    load = result['hardware']['load_average']
-    notes = [
-        f'`{result["command"]}`; {result["date"]}; load average at the start {load}; {versions}.'
-    ]
+    described, *left_out = record.notes(result)
     errors = [
         f'{row["contestant"]} failed on {" ".join(_name(cell))} {cell["mode"]}: {row["error"]}.'
-        for cell in result.get('cells', result.get('largest'))
+        for cell in _cells(result)
         for row in cell['results']
         if 'error' in row
     ]
-    return notes + errors + [f'Left out: {text}.' for text in result['left_out']]
+    return [described, *errors, *left_out]

@@ -1,0 +1,176 @@
+"""The input pipeline by stage and by number of workers: the measurement of benchmark_data.py."""
+
+import argparse
+import contextlib
+import functools
+import pathlib
+import random
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks import child, contestants, record, turns
+from vit_jax.analysis.tables import Table
+from vit_jax.errors import UserError
+
+# What each needs; those of ours that have no stages of their own are in the second table only.
+CONTESTANTS = {
+    'vit_jax': (),
+    'vit_jax:exact=False': (),
+    'vit_jax:processes': (),
+    'vit_jax:cache': (),
+    'torchvision': ('torch', 'torchvision'),
+    'tf.data': ('tensorflow',),
+}
+WITHOUT_STAGES = ('vit_jax:processes', 'vit_jax:cache')
+PEER = 'torchvision'
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Stages on one thread, then the whole with more and more workers.
+
+    Args:
+      args: options of scripts/benchmark_data.py.
+
+    Returns:
+      `stages` and `whole`, see `tables`, and what was measured, as JSON.
+
+    Raises:
+      UserError: too few images, or no contestant is installed.
+    """
+    from vit_jax.inference import predict
+
+    files = predict.find_images([args.folder])
+    random.Random(0).shuffle(files)
+    # Whole batches, so that all contestants do the same number of images.
+    count = min(args.images, len(files)) // args.batch * args.batch
+    if not count:
+        raise UserError(f'{len(files)} images are less than one batch: use a smaller --batch')
+    files = [str(pathlib.Path(path).absolute()) for path in files[:count]]
+    missing = {name: contestants.missing(CONTESTANTS[name]) for name in args.contestants}
+    takes_part = [name for name, packages in missing.items() if not packages]
+    if not takes_part:
+        raise UserError('none of these contestants is installed')
+    workers = args.workers
+    if workers is None:
+        workers = [2**i for i in range(16) if 2**i < record.cores()] + [record.cores()]
+    with_stages = [name for name in takes_part if name not in WITHOUT_STAGES]
+    return {
+        'images': count,
+        'image_size': args.image_size,
+        'bytes_per_image': sum(pathlib.Path(f).stat().st_size for f in files) // count,
+        'left_out': [f'{name}: not installed: {", ".join(p)}' for name, p in missing.items() if p],
+        'stages': _time(args, files, with_stages, workers=0),
+        'whole': [
+            {'workers': number, 'results': _time(args, files, takes_part, number)}
+            for number in workers
+        ],
+    }
+
+
+def _time(
+    args: argparse.Namespace, files: list[str], names: Sequence[str], workers: int
+) -> list[dict[str, Any]]:
+    """For each contestant `timed` of each round (seconds of what), or `error`."""
+    setup = {'files': files, 'crop': args.image_size, 'batch': args.batch, 'workers': workers}
+    command = child.command('benchmarks.input_stages')
+    with contextlib.ExitStack() as stack:
+        tasks, errors = {}, {}
+        for name in names:
+            record.say(f'{name}, {workers or "stages"}: starts')
+            try:
+                started = turns.Child(command, setup | {'contestant': name}, args.timeout)
+            except turns.ContestantError as error:
+                errors[name] = str(error)
+                continue
+            stack.callback(started.close)
+            tasks[name] = functools.partial(started.time, 1)
+        answers, failed = turns.take_turns(tasks, args.rounds)
+    errors |= failed
+    rows = [
+        {'contestant': name, 'timed': [answer['timed'] for answer in answers.get(name, ())]}
+        for name in names
+    ]
+    return [
+        row | ({'error': errors[row['contestant']]} if row['contestant'] in errors else {})
+        for row in rows
+    ]
+
+
+def tables(result: Mapping[str, Any]) -> list[Table]:
+    """Milliseconds of an image in each stage; images per second of the whole."""
+    return [_stages(result), _whole(result)]
+
+
+def _rows(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return result['stages'] + [row for part in result['whole'] for row in part['results']]
+
+
+KIND = record.Kind('benchmark_data.py', 'vit_jax benchmark of data', 2, tables, _rows)
+
+
+def _done(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Mapping[str, Any], float]]:
+    """Name -> (row, median of the seconds of the whole) of those that did not fail."""
+    return {
+        row['contestant']: (row, statistics.median(sum(timed.values()) for timed in row['timed']))
+        for row in rows
+        if 'error' not in row
+    }
+
+
+def _stages(result: Mapping[str, Any]) -> Table:
+    done = _done(result['stages'])
+    rows, stages = [], ()
+    for name, (row, seconds) in done.items():
+        stages = tuple(row['timed'][0])
+        medians = [statistics.median(timed[stage] for timed in row['timed']) for stage in stages]
+        rows.append([
+            name,
+            *(f'{1e3 * median / result["images"]:.2f}' for median in medians),
+            _rate(result, seconds),
+            _beside_peer(done, seconds),
+        ])  # fmt: skip
+    columns = (
+        'ms an image, on one thread', *(f'{name}>' for name in stages), 'images/s>', f'x {PEER}>'
+    )  # fmt: skip
+    return Table('Input pipeline by stage', columns, rows)
+
+
+def _whole(result: Mapping[str, Any]) -> Table:
+    """Images per second, of all workers and of each core that they can keep busy."""
+    rows = []
+    for part in result['whole']:
+        workers, done = part['workers'], _done(part['results'])
+        for name in (row['contestant'] for row in part['results']):
+            if name not in done:
+                rows.append([str(workers), name, 'failed', '', '', ''])
+                continue
+            row, seconds = done[name]
+            rates = sorted(result['images'] / sum(timed.values()) for timed in row['timed'])
+            rows.append([
+                str(workers),
+                name,
+                _rate(result, seconds),
+                f'{rates[0]:.0f} to {rates[-1]:.0f}',
+                _rate(result, seconds * min(workers, result['hardware']['cores'])),
+                _beside_peer(done, seconds),
+            ])  # fmt: skip
+    columns = (
+        'workers>', 'whole pipeline', 'images/s>', 'range>', 'images/s per core>', f'x {PEER}>'
+    )  # fmt: skip
+    notes = [
+        'Workers are processes of torchvision and of vit_jax:processes, else threads.',
+        f'{record.machine(result)}; {result["images"]} files of '
+        f'{result["bytes_per_image"] / 1e3:.0f} kB on average; {result["image_size"]} px; medians.',
+        *record.notes(result),
+    ]
+    return Table('Whole pipeline', columns, rows, notes)
+
+
+def _beside_peer(done: Mapping[str, tuple[Mapping[str, Any], float]], seconds: float) -> str:
+    return f'{done[PEER][1] / seconds:.2f}' if PEER in done else '-'
+
+
+def _rate(result: Mapping[str, Any], seconds: float) -> str:
+    rate = result['images'] / seconds if seconds else float('inf')
+    return f'{rate:.0f}' if rate < 1e6 else '> 1e6'

@@ -1,0 +1,198 @@
+"""Our ONNX graph beside that of the same model exported from transformers by torch.onnx.
+
+The measurement of scripts/benchmark_export.py.
+"""
+
+import argparse
+import functools
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from benchmarks import record, turns
+from benchmarks.steps_tables import quartiles
+from vit_jax.analysis.tables import Table
+from vit_jax.errors import UserError
+
+OURS, THEIRS, INT8 = 'vit_jax', 'transformers', 'vit_jax int8'  # which file
+TOLERANCE = 1e-4  # of the largest logit: these are two exports of one model
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Exports, compares, times.
+
+    Args:
+      args: options of scripts/benchmark_export.py.
+
+    Returns:
+      `results`, a row for each file and batch, and what was measured, as JSON.
+
+    Raises:
+      UserError: no such model, one that cannot be exported, or files that give other logits.
+    """
+    import onnx
+
+    model = _open_model(args)
+    side = model.image_size
+    rows, differences = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        files = _export(model, args, pathlib.Path(folder))
+        sessions = {name: _open_session(path, args.threads) for name, path in files.items()}
+        nodes = {
+            name: len(onnx.load(path, load_external_data=False).graph.node)
+            for name, path in files.items()
+        }
+        for batch in args.batch:
+            images = np.random.default_rng(0).uniform(-1, 1, (batch, 3, side, side))
+            images = images.astype(np.float32)
+            logits = {name: s.run(['logits'], {'image': images})[0] for name, s in sessions.items()}
+            differences[batch] = _compare(logits)
+            tasks = {name: functools.partial(_time, s, images) for name, s in sessions.items()}
+            seconds, _ = turns.take_turns(tasks, args.runs, pause=0.0)
+            rows += [
+                {'contestant': name, 'batch': batch, 'nodes': nodes[name], 'seconds': seconds[name]}
+                for name in files
+            ]
+    return {
+        'model': model.model_config.get('model_name'),
+        'weights': pathlib.Path(args.model).name if args.model else 'made up',
+        'image_size': side,
+        'opset': {OURS: args.opset, THEIRS: 20},
+        'threads': args.threads,
+        'largest_difference_of_logits': differences,
+        'left_out': [],
+        'results': rows,
+    }
+
+
+def tables(result: Mapping[str, Any]) -> list[Table]:
+    """Milliseconds and images per second of each file."""
+    medians = {(r['contestant'], r['batch']): quartiles(r['seconds'])[1] for r in result['results']}
+    rows = []
+    for row in result['results']:
+        low, median, high = quartiles(row['seconds'])
+        rows.append([
+            row['contestant'],
+            str(row['nodes']),
+            str(row['batch']),
+            f'{1e3 * median:.1f}',
+            f'{1e3 * low:.0f} - {1e3 * high:.0f}',
+            f'{1e3 * min(row["seconds"]):.0f}',
+            f'{row["batch"] / median:.1f}',
+            f'{medians[THEIRS, row["batch"]] / median:.2f}',
+        ])  # fmt: skip
+    columns = (
+        'file', 'nodes>', 'batch>', 'median ms>', 'quartiles>', 'least>', 'images/s>', 'speed>'
+    )  # fmt: skip
+    difference = max(result['largest_difference_of_logits'].values())
+    notes = [
+        f'Speed: that of the file from {THEIRS} (by torch.onnx) is 1; largest difference of the '
+        f'logits {difference:.1e}; {record.machine(result)}.',
+        *record.notes(result),
+    ]
+    title = (
+        f'ONNX files of {result["model"]}, {result["image_size"]} px, onnxruntime on the CPU, '
+        f'{result["threads"]} threads'
+    )
+    return [Table(title, columns, rows, notes)]
+
+
+KIND = record.Kind(
+    'benchmark_export.py', 'vit_jax benchmark of exports', 1, tables, lambda r: r['results']
+)
+
+
+def _open_model(args: argparse.Namespace) -> Any:
+    """The model to export: what the user names, or made-up weights of a variant."""
+    import jax
+
+    from vit_jax import models, variants
+    from vit_jax.data.preprocess import Preprocess
+    from vit_jax.inference import model_folder
+
+    if args.model:
+        return model_folder.load(args.model)
+    try:
+        config = variants.get_config(args.variant).to_dict()
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    side, classes = 224, 1000
+    model = models.from_config(config, num_classes=classes)
+    image = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
+    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)
+    rng = np.random.default_rng(0)
+
+    def make_up(path, leaf):
+        deviation = 0.02 if path[-1].key in ('kernel', 'cls', 'pos_embedding') else 0.0
+        values = deviation * rng.standard_normal(leaf.shape, np.float32)
+        return values + np.float32(path[-1].key == 'scale')
+
+    params = jax.tree.map_with_path(make_up, shapes['params'])
+    names = tuple(f'class {i}' for i in range(classes))
+    return model_folder.Model(
+        model, params, config, side, names, Preprocess(crop=side), {'weights': 'made up'}
+    )
+
+
+def _export(model: Any, args: argparse.Namespace, folder: pathlib.Path) -> dict[str, str]:
+    """Writes all files; name -> path."""
+    from vit_jax.export import onnx as onnx_export
+    from vit_jax.export import onnx_quantize, pytorch
+
+    files = {name: str(folder / f'{i}.onnx') for i, name in enumerate((OURS, THEIRS, INT8))}
+    onnx_export.save(onnx_export.build(model, opset=args.opset, layout='NCHW'), files[OURS])
+    if args.int8:
+        onnx_quantize.quantize_dynamic(files[OURS], files[INT8])
+    else:
+        del files[INT8]
+    pytorch.write(
+        str(folder / 'huggingface'),
+        model.params,
+        to='huggingface',
+        model_config=model.model_config,
+        image_size=model.image_size,
+        class_names=(),
+    )
+    done = subprocess.run(
+        [sys.executable, '-m', 'benchmarks.torch_onnx', folder / 'huggingface', files[THEIRS]],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ['no message'])[-1]
+        raise UserError(f'torch.onnx did not export the model: {last}')
+    return files
+
+
+def _open_session(path: str, threads: int) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    # The threads of a session that is not running do not take the processor from the other's.
+    options.add_session_config_entry('session.force_spinning_stop', '1')
+    return onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+
+
+def _time(session: Any, images: np.ndarray) -> float:
+    start = time.perf_counter()
+    session.run(['logits'], {'image': images})
+    return time.perf_counter() - start
+
+
+def _compare(logits: Mapping[str, np.ndarray]) -> float:
+    """The largest difference of the two float32 files; `UserError` if they are not one model."""
+    difference = float(np.abs(logits[OURS] - logits[THEIRS]).max())
+    largest = float(np.abs(logits[OURS]).max())
+    if not difference <= TOLERANCE * max(1.0, largest):
+        raise UserError(
+            f'the two files are not the same model: logits up to {largest:.3g} differ by '
+            f'{difference:.3g}'
+        )
+    return difference
