@@ -44,7 +44,11 @@ def shrink(image: np.ndarray, longer_side: int = LONGER_SIDE) -> np.ndarray:
 def class_token(
     image: np.ndarray, maps: np.ndarray, layers: Sequence[int], heads: Sequence[int], *, title: str
 ) -> 'Figure':
-    """The map of every layer and head over the image, one row per layer.
+    """The map of every layer and head over the image.
+
+    Layers go down and heads across, or the other way round where there are more heads; where one
+    is many times the other, the rows are cut into several panels beside each other, so that the
+    picture is about as wide as high and not a strip.
 
     Args:
       image: [height, width, 3] uint8.
@@ -56,28 +60,44 @@ def class_token(
     import matplotlib
     from matplotlib.figure import Figure
 
-    count = max(len(layers), len(heads))
-    side = min(max(_SHEET // count, _TILE[0]), _TILE[1])
-    small = shrink(image, side)
-    tiles = np.stack(
-        [[attention.overlay(small, maps[layer, head]) for head in heads] for layer in layers]
+    down, across = ('layer (0 is nearest to the image)', layers), ('head', heads)
+    if len(heads) > len(layers):
+        down, across, maps = across, down, maps.swapaxes(0, 1)
+    (down_label, rows), (across_label, columns) = down, across
+    shape = image.shape[1] * len(columns) / image.shape[0]  # width by height, of a single row
+    panels = min(
+        range(1, len(rows) + 1), key=lambda n: abs(math.log(n * shape / -(-len(rows) // n)))
     )
-    sheet = _tiled(tiles, np.uint8(255))
-    width, height = sheet.shape[1] / 100, sheet.shape[0] / 100
-    figure = Figure(figsize=(max(width, 4.5) + 2.2, height + 1.6), layout='constrained')
-    figure.suptitle(title, parse_math=False)
-    axes = figure.subplots()
-    axes.imshow(sheet)
-    step_y, step_x = (size + _GAP for size in small.shape[:2])
-    axes.set_xticks([(i + 0.5) * step_x for i in range(len(heads))], [str(i) for i in heads])
-    axes.set_yticks([(i + 0.5) * step_y for i in range(len(layers))], [str(i) for i in layers])
-    axes.set_xlabel('head')
-    axes.set_ylabel('layer (0 is nearest to the image)')
-    _bare(axes)
+    each = -(-len(rows) // panels)
+    panels = -(-len(rows) // each)
+    side = min(max(_SHEET // max(each, panels * len(columns)), _TILE[0]), _TILE[1])
+    small = shrink(image, side)
+    height, width = (size + _GAP for size in small.shape[:2])
+    sheet = panels * len(columns) * width / 100, each * height / 100  # inches
+    size = 10 * max(1.0, max(sheet) / 6)  # of the letters, points: read also when shown small
+    figure = Figure(
+        figsize=(sheet[0] + (panels + 6) * size / 30 + 1, sheet[1] + size / 5),
+        layout='constrained',
+    )
+    figure.suptitle(title, parse_math=False, fontsize=1.2 * size)
+    places = figure.subplots(1, panels, squeeze=False)[0]
+    for number, axes in enumerate(places):
+        some = rows[number * each : (number + 1) * each]
+        tiles = np.stack(
+            [[attention.overlay(small, maps[row, column]) for column in columns] for row in some]
+        )
+        axes.imshow(_tiled(tiles, np.uint8(255)))
+        axes.set_anchor('N')
+        axes.set_xticks([(i + 0.5) * width for i in range(len(columns))], list(map(str, columns)))
+        axes.set_yticks([(i + 0.5) * height for i in range(len(some))], list(map(str, some)))
+        axes.set_xlabel(across_label, fontsize=size)
+        axes.tick_params(labelsize=size)
+        _bare(axes)
+    places[0].set_ylabel(down_label, fontsize=size)
     scale = matplotlib.cm.ScalarMappable(cmap='inferno')
-    bar = figure.colorbar(scale, ax=axes, ticks=[0, 1], shrink=min(1.0, 4 / height), pad=0.02)
-    bar.ax.set_yticklabels(['least', 'most'])
-    bar.set_label('attention, in the range of each map')
+    bar = figure.colorbar(scale, ax=places, ticks=[0, 1], shrink=0.6, pad=0.02)
+    bar.ax.set_yticklabels(['least', 'most'], fontsize=size)
+    bar.set_label('attention, in the range of each map', fontsize=size)
     return figure
 
 
