@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import record, turns
+from benchmarks import child, record, turns
 from benchmarks.steps_tables import quartiles
 from vit_jax.analysis.tables import Table
 from vit_jax.errors import UserError
@@ -163,6 +163,7 @@ def _export(model: Any, args: argparse.Namespace, folder: pathlib.Path) -> dict[
         [sys.executable, '-m', 'benchmarks.torch_onnx', folder / 'huggingface', files[THEIRS]],
         capture_output=True,
         text=True,
+        env=child.environment(),
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ['no message'])[-1]

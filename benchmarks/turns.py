@@ -6,7 +6,6 @@ waits, idle, while another is timed. What a busy machine does to one it does to 
 
 import contextlib
 import json
-import os
 import queue
 import subprocess
 import tempfile
@@ -14,6 +13,8 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
+
+from benchmarks import child
 
 # Between two timings: threads of the one before may spin for a moment, waiting for more work.
 PAUSE = 0.25
@@ -97,7 +98,7 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env=os.environ | _environment(cache, alone),
+            env=child.environment() | _environment(cache, alone),
         )
         self._answers: queue.Queue[str] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)

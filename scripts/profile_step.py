@@ -12,6 +12,7 @@ Examples:
 """
 
 import argparse
+import pathlib
 import sys
 
 # A checkout runs without being installed.
