@@ -106,10 +106,7 @@ def choose_weights(config: ml_collections.ConfigDict, flags: Iterable[str] = ())
 def preprocess_of(config: ml_collections.ConfigDict) -> Preprocess:
     """The preprocessing that a resolved config asks for."""
     return Preprocess(
-        crop=config.pp.crop,
-        resize=config.pp.resize,
-        inception_crop=config.pp.inception_crop,
-        flip=config.pp.flip,
+        crop=config.pp.crop, resize=config.pp.resize, inception_crop=config.pp.inception_crop
     )
 
 

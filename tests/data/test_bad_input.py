@@ -153,7 +153,7 @@ def test_too_many_open_files_is_not_the_fault_of_an_image(photos):
 def test_read_file(tmp_path):
     (tmp_path / 'a b.jpg').write_bytes(b'1234')
     assert decode.read_file(tmp_path / 'a b.jpg') == b'1234'
-    with pytest.raises(BadImageError, match='no name of a file'):
+    with pytest.raises(BadImageError, match='not a file name'):
         decode.read_file('a\0b.jpg')
 
 
@@ -352,7 +352,7 @@ def test_damaged_descriptions_of_tfds_sets(tmp_path, file):
     refused(tmp_path, 'of more than 67,108,864 bytes')
     path.unlink()
     os.mkfifo(path)
-    refused(tmp_path, 'no regular file')
+    refused(tmp_path, 'not a regular file')
 
 
 @pytest.mark.parametrize(

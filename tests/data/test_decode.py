@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.data.decode import MAX_PIXELS, BadImageError, decode, size_of_jpeg
+from vit_jax.data.decode import MAX_PIXELS, BadImageError, decode, load_image, size_of_jpeg
+from vit_jax.data.preprocess import Preprocess
 
 FIXTURES = pathlib.Path(__file__).parents[1] / 'fixtures' / 'data'
 PHOTOS = sorted((FIXTURES / 'photos').glob('*.jpg'))
@@ -190,3 +191,16 @@ def test_exif_data_wherever_they_are_before_the_picture(picture, between):
     comment = b'\xff\xfe\x00\x08Exif\x00\x00'
     file = plain[:place] + between + comment + plain[place:]
     assert decode(file, key='', exif=True).shape == (48, 64, 3)
+
+
+def test_one_image_from_path_bytes_and_pixels(tmp_path):
+    path, pp = tmp_path / 'a.png', Preprocess(crop=5)
+    pixels = np.random.RandomState(0).randint(0, 256, (9, 7, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(path)
+    expected = pp.evaluate(pixels)
+    for image in (path, str(path), path.read_bytes(), pixels):
+        assert np.array_equal(load_image(image, pp), expected)
+    out = np.zeros((5, 5, 3), np.float32)
+    assert load_image(path, pp, out=out) is out and np.array_equal(out, expected)
+    with pytest.raises(BadImageError, match=r'cannot use image .*none\.png'):
+        load_image(tmp_path / 'none.png', pp)

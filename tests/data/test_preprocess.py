@@ -199,8 +199,10 @@ def test_normalize_numpy_and_jax():
 
 
 def test_settings_are_checked_and_kept():
-    pp = Preprocess(crop=384, resize=448, inception_crop=False, flip=False)
+    pp = Preprocess(crop=384, resize=448, inception_crop=False)
     assert Preprocess.from_dict(pp.to_dict()) == pp
+    # Model folders of earlier versions say whether training mirrored.
+    assert Preprocess.from_dict(pp.to_dict() | {'flip': False}) == pp and not hasattr(pp, 'flip')
     with pytest.raises(UserError, match='at least pp.crop=224'):
         Preprocess(crop=224, resize=200, inception_crop=False)
     with pytest.raises(UserError, match='pp.crop'):

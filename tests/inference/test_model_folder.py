@@ -48,7 +48,7 @@ def _save(folder, params=None, **changes):
         'model_config': ml_collections.ConfigDict(CONFIG),
         'image_size': 12,
         'class_names': NAMES,
-        'preprocess': Preprocess(crop=12, flip=False).to_dict(),
+        'preprocess': Preprocess(crop=12).to_dict(),
         'source': {'dataset': 'made up', 'steps': 3},
     }
     model_folder.save(folder, params or _params(), **(arguments | changes))
@@ -64,7 +64,7 @@ def test_round_trip(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
     assert loaded.class_names == NAMES
     assert loaded.image_size == 12
-    assert loaded.preprocess == Preprocess(crop=12, flip=False)
+    assert loaded.preprocess == Preprocess(crop=12)
     assert loaded.source == {'dataset': 'made up', 'steps': 3}
     assert loaded.model_config == CONFIG
     images = np.random.default_rng(1).uniform(-1, 1, (2, 12, 12, 3)).astype(np.float32)

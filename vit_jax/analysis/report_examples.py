@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from vit_jax import files
 from vit_jax.analysis import counts
 from vit_jax.analysis.run_files import MODEL_FOLDER, Run
 from vit_jax.data import sources
-from vit_jax.data.dataset import Example, Selection, Source, expand
+from vit_jax.data.dataset import Example, Selection, Source
 from vit_jax.data.decode import decode
 from vit_jax.errors import UserError
 from vit_jax.inference import labels, model_folder
@@ -116,7 +117,7 @@ def open_data(run: Run) -> tuple[Selection, Selection]:
             raise TypeError('dataset and splits should be texts')
     except (KeyError, TypeError) as error:
         raise UserError(f'config.json or data.json is damaged ({error!r})') from error
-    if dataset != 'digits' and not expand(dataset).exists():
+    if dataset != 'digits' and not files.expand(dataset).exists():
         _check_prepared(dataset, data_dir)
     opened = sources.open_dataset(dataset, tfds_data_dir=data_dir)
     train, test = (opened.select(spec) for spec in specs)
@@ -174,7 +175,7 @@ def predict(run: Run, test: Selection, limit: int | None = None) -> Predictions:
     )
 
     # What tells images of a folder from each other is the end of their paths.
-    folder = f'{expand(run.config["dataset"])}/'
+    folder = f'{files.expand(run.config["dataset"])}/'
     note = _attention_note(model)
     pictures = [
         tuple(

@@ -7,7 +7,7 @@ import grain
 import numpy as np
 
 from vit_jax.data.dataset import Source
-from vit_jax.data.decode import BadImageError
+from vit_jax.data.decode import BadImageError, load_image
 from vit_jax.data.loader import Batch, OnBad, OncePerKey, as_reader, default_threads, read_ahead
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.data.reader import Reader
@@ -80,7 +80,7 @@ def eval_batches(
                 out['image'][row], readable[row] = 0, 0
                 out['label'][row] = 0 if error.label is None else error.label
             else:
-                preprocess.evaluate(pixels, out=out['image'][row])
+                load_image(pixels, preprocess, out=out['image'][row])
         out['image'][len(indices) :] = 0
         example = np.int32([*indices, *[-1] * padding])
         return out | {'mask': mask, 'readable': readable, 'example': example}

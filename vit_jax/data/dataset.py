@@ -9,7 +9,6 @@ import bisect
 import dataclasses
 import hashlib
 import itertools
-import pathlib
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Protocol
@@ -190,21 +189,6 @@ class Selection:
             if first < end:
                 count, counted = count + end - first, (name, end)
         return count
-
-
-def expand(path: str) -> pathlib.Path:
-    """The path that a user wrote, with ~ and ~name put in.
-
-    Raises:
-      UserError: there is no such user, or there can be no such path.
-    """
-    try:
-        expanded = pathlib.Path(path).expanduser()
-        expanded.exists()  # too long, or not to be looked at: whatever is done with it would fail
-    except (RuntimeError, ValueError, OSError) as error:
-        shown = path if path.isprintable() else ascii(path)
-        raise UserError(f'{shown[:300]} is no path that can be used ({error})') from error
-    return expanded
 
 
 def check_class_names(names: Sequence[str], where: str) -> None:

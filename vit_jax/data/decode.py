@@ -13,12 +13,13 @@ import stat
 import numpy as np
 import simplejpeg
 
+from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 
 # Larger images are refused before memory for their pixels is asked for: a file of some kilobytes
 # can claim gigabytes. The value is the one above which Pillow warns of a decompression bomb.
 MAX_PIXELS = 89_478_485
-# Enough for so many pixels of any format; a file of more is none of an image's.
+# Enough for so many pixels of any format; no image file is larger.
 MAX_BYTES = 1 << 30
 
 # Errors of the machine as it is now, not of the file.
@@ -39,7 +40,7 @@ class BadImageError(UserError):
     """
 
     def __init__(self, key: str, reason: str, label: int | None = None):
-        # A name may hold anything: line breaks, bytes that are no text.
+        # A name may hold anything: line breaks, bytes that are not text.
         shown = key if key.isprintable() else ascii(key)
         super().__init__(f'cannot use image {shown}: {reason}')
         self.key = key
@@ -60,8 +61,8 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
       The whole file, at most `MAX_BYTES`.
 
     Raises:
-      BadImageError: the file is gone, may not be read, is no regular file (a pipe or a device would
-        be waited for, or never end), or is larger.
+      BadImageError: the file is gone, may not be read, is not a regular file (a pipe or a device
+        would block, or never end), or is larger.
       OSError: this process has no memory or no more files for it; says nothing about the image.
     """
     key = os.fspath(path)
@@ -71,7 +72,7 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                what = 'a folder' if stat.S_ISDIR(status.st_mode) else 'no regular file'
+                what = 'a folder' if stat.S_ISDIR(status.st_mode) else 'not a regular file'
                 raise BadImageError(key, f'it is {what}')
             if status.st_size > MAX_BYTES:
                 raise BadImageError(
@@ -86,7 +87,35 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
             raise
         raise BadImageError(key, f'the file cannot be read ({error.strerror})') from error
     except ValueError as error:
-        raise BadImageError(key, f'that is no name of a file ({error})') from error  # a null byte
+        raise BadImageError(key, f'that is not a file name ({error})') from error  # a null byte
+
+
+def load_image(
+    image: str | os.PathLike[str] | bytes | np.ndarray,
+    preprocess: Preprocess,
+    *,
+    key: str = '',
+    exif: bool = True,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """An image as the model sees it: the one place that joins decoding and preprocessing.
+
+    Args:
+      image: the path of a file, the content of one, or pixels (uint8 [height, width, 3]).
+      preprocess: of the model; its `evaluate` is applied.
+      key: as for `decode`; of a file its path.
+      exif: as for `decode`.
+      out: float32 [crop, crop, 3], where to put the result; default new memory.
+
+    Returns:
+      float32 [crop, crop, 3] in [0, 255]; `preprocess.normalize` gives the model's range.
+
+    Raises:
+      BadImageError: as `read_file` and `decode`.
+    """
+    if not isinstance(image, bytes | np.ndarray):
+        image, key = read_file(image), os.fspath(image)
+    return preprocess.evaluate(decode(image, key=key, exif=exif), out)
 
 
 def size_of_jpeg(image: bytes | np.ndarray, *, exif: bool = False) -> tuple[int, int] | None:

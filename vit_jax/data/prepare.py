@@ -23,8 +23,8 @@ import tempfile
 import time
 from typing import Any
 
+from vit_jax import files
 from vit_jax.data import tfds_sets
-from vit_jax.data.dataset import expand
 from vit_jax.errors import UserError
 
 _ABANDONED_SECONDS = 3600
@@ -214,7 +214,7 @@ def _download(name: str, builder: Any, manual_dir: str) -> None:
     from tensorflow_datasets.core.download import downloader
 
     instructions = builder.MANUAL_DOWNLOAD_INSTRUCTIONS
-    manual = expand(manual_dir) if manual_dir else None
+    manual = files.expand(manual_dir) if manual_dir else None
     if instructions and not (manual and manual.is_dir() and any(manual.iterdir())):
         raise UserError(
             f'some of its files must be downloaded by hand into the folder that '

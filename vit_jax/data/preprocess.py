@@ -66,9 +66,6 @@ class Preprocess:
         `resize 448, crop 384`); at least `crop`.
       inception_crop: whether training takes a random crop of 5 to 100 % of the area and of varying
         aspect ratio (Szegedy et al., https://arxiv.org/abs/1409.4842), resized to `crop` x `crop`.
-      flip: whether training mirrors half of the images. Done on the device by the training step,
-        which knows the example's place in the global batch; it stands here so that one object
-        describes the whole input.
 
     Raises:
       UserError: sizes that do not fit each other.
@@ -77,7 +74,6 @@ class Preprocess:
     crop: int
     resize: int = 0
     inception_crop: bool = True
-    flip: bool = True
 
     def __post_init__(self):
         if self.crop < 1:
@@ -206,6 +202,8 @@ class Preprocess:
         Raises:
           UserError: settings that are missing or that this version does not know.
         """
+        # Folders of earlier versions have it; only the training step mirrors (config.pp.flip).
+        settings = {key: value for key, value in settings.items() if key != 'flip'}
         known = {field.name for field in dataclasses.fields(cls)}
         if set(settings) - known or 'crop' not in settings:
             raise UserError(

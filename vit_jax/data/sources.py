@@ -6,8 +6,9 @@ import pathlib
 
 import numpy as np
 
+from vit_jax import files
 from vit_jax.data import folders, tfds_sets
-from vit_jax.data.dataset import Dataset, Example, Selection, expand, stratified_order
+from vit_jax.data.dataset import Dataset, Example, Selection, stratified_order
 from vit_jax.errors import UserError
 
 
@@ -63,7 +64,7 @@ def open_dataset(dataset: str, *, tfds_data_dir: str = '', tfds_manual_dir: str 
         )
     if dataset == 'digits':
         return _open_digits()
-    path = expand(dataset)
+    path = files.expand(dataset)
     if path.is_dir():
         return folders.open_folder(path, dataset)
     if path.exists():

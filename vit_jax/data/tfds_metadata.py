@@ -140,7 +140,7 @@ def _check_files(folder: pathlib.Path) -> None:
         with contextlib.suppress(OSError):  # a link to nowhere: missing, which TFDS tells
             mode = path.stat().st_mode
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-                raise _damaged(path, 'it is no regular file')
+                raise _damaged(path, 'it is not a regular file')
 
 
 def _is_dtype(name: Any) -> bool:
@@ -201,7 +201,7 @@ def _check_size(path: pathlib.Path) -> None:
     except OSError as error:
         raise _damaged(path, f'it cannot be read ({error.strerror})') from error
     if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
-        raise _damaged(path, f'it is no regular file, or of more than {MAX_BYTES:,} bytes')
+        raise _damaged(path, f'it is not a regular file, or of more than {MAX_BYTES:,} bytes')
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:

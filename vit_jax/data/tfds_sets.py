@@ -19,8 +19,9 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+from vit_jax import files
 from vit_jax.data import tfds_metadata
-from vit_jax.data.dataset import Dataset, Example, expand
+from vit_jax.data.dataset import Dataset, Example
 from vit_jax.data.decode import BadImageError
 from vit_jax.errors import UserError
 
@@ -105,7 +106,7 @@ def find_builder(name: str, data_dir: str) -> Any:
     """
     import tensorflow_datasets as tfds
 
-    expanded = str(expand(data_dir)) if data_dir else None
+    expanded = str(files.expand(data_dir)) if data_dir else None
     stem = tfds_metadata.parse_name(name)
     if stem is None:
         raise UserError(_unknown(name, expanded))
