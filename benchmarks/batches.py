@@ -35,7 +35,6 @@ def _make_up(setup: Mapping[str, Any]) -> dict[str, np.ndarray]:
         'image': rng.uniform(0, 255, (batch, side, side, 3)).astype(np.float32),
         'label': rng.integers(setup['num_classes'], size=batch).astype(np.int32),
         'position': np.arange(batch, dtype=np.int32),
-        'replaced': np.zeros(batch, np.int32),
     }
 
 
@@ -55,5 +54,4 @@ def _read(setup: Mapping[str, Any]) -> Iterator[dict[str, np.ndarray]]:
     )
     with loader.train_batches(dataset, start=0, threads=setup.get('cores') or None) as iterator:
         for batch in iterator:
-            del batch['example']
-            yield batch
+            yield {name: batch[name] for name in ('image', 'label', 'position')}

@@ -140,10 +140,7 @@ class Ours(_Compiled):
             )
             self._state = sharding.put_tree(params, sharding.state_sharding(params, mesh))
             return steps.make_predict_step(model), self._state, next(self._batches)
-        self._batches = batches.on_device(
-            setup,
-            lambda b: sharding.put_batch(b | {'stop': np.zeros_like(b['label'])}, mesh),
-        )
+        self._batches = batches.on_device(setup, lambda batch: sharding.put_batch(batch, mesh))
         tx, schedule = _optimizer(**options)
         self._state = state_lib.create_state(params, tx, mesh)
         places = jax.tree.map(lambda leaf: leaf.sharding, self._state)

@@ -45,8 +45,6 @@ def make_batches(batch=16, size=16, count=STEPS):
             'image': rng.uniform(0, 255, (batch, size, size, 3)).astype(np.float32),
             'label': rng.integers(0, 5, batch).astype(np.int32),
             'position': np.arange(batch, dtype=np.int32),
-            'replaced': np.zeros(batch, np.int32),
-            'stop': np.zeros(batch, np.int32),
         }
         for _ in range(count)
     ]
@@ -221,20 +219,16 @@ def test_a_step_that_is_not_finite_is_told_and_can_be_skipped(
     batches = make_batches(count=3)
     bad = {**batches[2], 'image': batches[2]['image'].copy()}
     bad['image'][13, 5, 5, 0] = np.inf
-    bad['replaced'] = np.eye(16, dtype=np.int32)[3] + np.eye(16, dtype=np.int32)[7]
-    bad['stop'] = np.eye(16, dtype=np.int32)[9]
     where = {'devices': devices, 'fsdp': fsdp}
 
     broken, history = run_steps(config, params, [*batches[:2], bad], **where)
     assert [bool(m['finite']) for m in history] == [True, True, False]
-    assert [bool(m['stop']) for m in history] == [False, False, True]
     assert not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(broken.params))
 
     state, history = run_steps(config, params, [*batches[:2], bad], skip=True, **where)
     assert [bool(m['finite']) for m in history] == [True, True, False]
     assert [int(m['skipped']) for m in history] == [0, 0, 1]
-    assert [int(m['replaced']) for m in history] == [0, 0, 2]
-    assert (int(state.step), int(state.skipped), int(state.replaced)) == (3, 1, 2)
+    assert (int(state.step), int(state.skipped)) == (3, 1)
     # Nothing but the counts tells of the bad step.
     before, _ = run_steps(config, params, batches[:2], skip=True, **where)
     for name in ('params', 'opt_state'):
@@ -316,12 +310,7 @@ def lowered_step(devices, accum_steps, fsdp=1, batch=64):
     step = steps.make_train_step(
         model, tx, schedule, mesh, shardings, seed=0, accum_steps=accum_steps
     )
-    place = sharding.batch_sharding(mesh)
-    data = {
-        'image': jax.ShapeDtypeStruct((batch, 32, 32, 3), jnp.float32, sharding=place),
-    }
-    for name in ('label', 'position', 'replaced', 'stop'):
-        data[name] = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=place)
+    data = steps.abstract_batch(batch, 32, mesh)
     return step.lower(abstract, data).compile(), abstract
 
 

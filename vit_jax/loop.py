@@ -24,14 +24,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from vit_jax import evaluate, sharding
+from vit_jax import evaluate, sharding, steps
 from vit_jax.checkpoint import workdir as workdir_lib
 from vit_jax.data import loader
 from vit_jax.data.dataset import Selection
@@ -39,7 +39,7 @@ from vit_jax.data.preprocess import Preprocess
 from vit_jax.data.reader import ImageCache, Reader
 from vit_jax.errors import UserError
 from vit_jax.run import preemption, telemetry
-from vit_jax.state import TrainState
+from vit_jax.state import Checkpoint, TrainState
 
 # With nan_policy='skip': after so many skipped steps in a row nothing good will come any more.
 MAX_SKIPPED_IN_A_ROW = 20
@@ -96,7 +96,9 @@ class Loop:
             memory = ImageCache(int(run.config.cache * 2**30) // (1 + run.config.data_processes))
         self._train_images = Reader(run.train, memory)
         self._test_images = Reader(run.test, memory)
-        self._in_flight = collections.deque()  # (step, indices of the examples, metrics)
+        self._sum_over_processes = sharding.make_sum_over_processes(run.mesh)
+        self._in_flight = collections.deque()  # `_Step`s
+        self._replaced = 0  # unreadable examples of the steps that are settled
         self._skipped_in_a_row = 0
         self._stopping = False
 
@@ -106,8 +108,8 @@ class Loop:
             return None
         return max(self._accuracies, key=self._accuracies.get)
 
-    def run_steps(self, state: TrainState, start: int) -> TrainState:
-        """Steps start + 1 to total_steps, from the state after `start` to that after the last.
+    def run_steps(self, first: Checkpoint, start: int) -> TrainState:
+        """Steps start + 1 to total_steps, from what there is after `start`; returns the last state.
 
         Raises:
           UserError: the loss is not finite, too many images cannot be read, a checkpoint cannot be
@@ -115,6 +117,8 @@ class Loop:
           PreemptedError: a signal came, and the state is saved.
         """
         config, log, run = self._run.config, self._run.log, self._run
+        state, self._replaced = first.state(), int(first.replaced)
+        del first  # its arrays are donated
         if self.best() is not None:
             self._checkpoints.protect(self.best())
         if start and self._is_due(start, config.eval_every) and start not in self._accuracies:
@@ -140,18 +144,19 @@ class Loop:
             concurrent.futures.ThreadPoolExecutor(1) as thread,
         ):
             # Either takes seconds: the first batch is read while the step is compiled.
-            first = thread.submit(next, batches)
+            first_batch = thread.submit(next, batches)
             train_step = self._compile(state)
-            batches = itertools.chain([first.result()], batches)
+            batches = itertools.chain([first_batch.result()], batches)
             for step in range(start + 1, config.total_steps + 1):
                 with clock.waiting():
                     batch = next(batches)
-                examples = batch.pop('example')
-                batch['stop'] = np.full_like(examples, bool(self._signals.received))
+                inputs = {name: batch[name] for name in ('image', 'label', 'position')}
                 # An implicit transfer would stall the device unnoticed; here it is an error.
                 with jax.transfer_guard('disallow'):
-                    state, metrics = train_step(state, sharding.put_batch(batch, run.mesh))
-                self._in_flight.append((step, examples, metrics))
+                    state, metrics = train_step(state, sharding.put_batch(inputs, run.mesh))
+                    mine = np.int32([batch['replaced'].sum(), bool(self._signals.received)])
+                    counts = self._sum_over_processes(mine)
+                self._in_flight.append(_Step(step, batch['example'], metrics, counts))
                 clock.step_done(config.batch)
                 if step == start + 1:
                     jax.block_until_ready(metrics)
@@ -166,9 +171,9 @@ class Loop:
 
                 if show:
                     values = {name: v.item() for name, v in jax.device_get(metrics).items()}
-                    log.metrics(step, **_for_the_log(values, config))
+                    log.metrics(step, **_for_the_log(values, self._replaced, config))
                     _report_progress(run, step, values, clock)
-                    self._check_unreadable('train', values['replaced'], step * config.batch)
+                    self._check_unreadable('train', self._replaced, step * config.batch)
 
                 if assess and not self._stopping:
                     with clock.paused():
@@ -176,21 +181,16 @@ class Loop:
 
                 if save or self._stopping:
                     with clock.paused():
-                        self._checkpoints.save(step, state)
+                        replaced = count_array(self._replaced, run.mesh)
+                        self._checkpoints.save(step, Checkpoint.of(state, replaced))
                 self._leave_if_stopping(step)
         return state
 
     def _compile(self, state: TrainState) -> Callable:
         """The training step, compiled or read from the cache, for batches as the pipeline's."""
-        config, place = self._run.config, sharding.batch_sharding(self._run.mesh)
-        names = ('label', 'position', 'replaced', 'stop')
-        batch = {
-            name: jax.ShapeDtypeStruct((config.batch,), np.int32, sharding=place) for name in names
-        }
-        batch['image'] = jax.ShapeDtypeStruct(
-            (config.batch, config.pp.crop, config.pp.crop, 3),
-            np.float32 if config.pp.exact else np.uint8,
-            sharding=place,
+        config = self._run.config
+        batch = steps.abstract_batch(
+            config.batch, config.pp.crop, self._run.mesh, exact=config.pp.exact
         )
         return self._train_step.lower(state, batch).compile()
 
@@ -200,24 +200,24 @@ class Loop:
     def _settle(self, ahead: int) -> None:
         """Waits until at most `ahead` steps are under way, and looks at what the others gave."""
         while len(self._in_flight) > ahead:
-            step, examples, metrics = self._in_flight.popleft()
-            finite, stop = jax.device_get((metrics['finite'], metrics['stop']))
+            done = self._in_flight.popleft()
+            finite, (replaced, stop) = jax.device_get((done.metrics['finite'], done.counts))
+            self._replaced += int(replaced)
             # Every process sees the same `stop` at the same step. One that is alone need not wait
             # for the next step to learn of its own signal.
-            self._stopping |= bool(stop)
-            if jax.process_count() == 1:
-                self._stopping |= bool(self._signals.received)
+            alone = jax.process_count() == 1
+            self._stopping |= bool(stop) or (alone and bool(self._signals.received))
             if finite:
                 self._skipped_in_a_row = 0
             else:
-                self._not_finite(step, examples, metrics)
+                self._not_finite(done)
 
-    def _not_finite(self, step: int, examples: np.ndarray, metrics: Any) -> None:
+    def _not_finite(self, done: '_Step') -> None:
         """A step whose loss or gradient is not finite: stop, or say that it was skipped."""
-        run = self._run
+        run, step, metrics = self._run, done.step, done.metrics
         loss, norm = jax.device_get((metrics['train_loss'], metrics['gradient_norm']))
         what = f'step {step:,}: the loss is {loss:.4g}, the norm of its gradient {norm:.4g}'
-        indices = ', '.join(map(str, examples))
+        indices = ', '.join(map(str, done.examples))
         which = f'examples of {run.train!r} in this batch: {indices}'
         if jax.process_count() > 1:
             which += f' (those of process {jax.process_index()})'
@@ -307,15 +307,31 @@ class Loop:
         raise preemption.PreemptedError(signum, message)
 
 
-def _for_the_log(values: dict[str, Any], config: ml_collections.ConfigDict) -> dict[str, Any]:
+class _Step(NamedTuple):
+    """A step that was dispatched."""
+
+    step: int
+    examples: np.ndarray  # indices of those of this process
+    metrics: dict[str, jax.Array]
+    counts: Any  # over all processes: replaced examples, and how many were asked to stop
+
+
+def count_array(count: int, mesh: Mesh) -> jax.Array:
+    """A count of the host as an array that can be saved."""
+    return sharding.put_tree(np.int32(count), sharding.replicated(mesh))
+
+
+def _for_the_log(
+    values: dict[str, Any], replaced: int, config: ml_collections.ConfigDict
+) -> dict[str, Any]:
     """What of a step's metrics goes to metrics.jsonl: counts only where there is something."""
     learned = {
         name: values[name] for name in ('train_loss', 'accuracy_train', 'gradient_norm', 'lr')
     }
     if config.nan_policy == 'skip':
         learned['skipped_steps'] = values['skipped']
-    if values['replaced']:
-        learned['replaced_images'] = values['replaced']
+    if replaced:
+        learned['replaced_images'] = replaced
     return learned
 
 

@@ -7,6 +7,7 @@ parallelism.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -103,6 +104,25 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
         return {
             name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()
         }
+
+
+def make_sum_over_processes(mesh: Mesh) -> Callable[[np.ndarray], jax.Array | np.ndarray]:
+    """Builds a sum over processes; alone it gives back what it gets.
+
+    Returns:
+      A function of int32 [n], the counts of this process, to int32 [n], the same in all processes.
+      As a training step it is dispatched and not waited for, and all processes call it in turn.
+    """
+    if jax.process_count() == 1:
+        return lambda counts: counts
+    add = jax.jit(lambda rows: rows.sum(axis=0), out_shardings=replicated(mesh))
+
+    def total(counts: np.ndarray) -> jax.Array:
+        rows = np.zeros((jax.local_device_count(), len(counts)), np.int32)  # a row to a device
+        rows[0] = counts
+        return add(put_batch({'counts': rows}, mesh)['counts'])
+
+    return total
 
 
 def put_tree(tree: Any, shardings: Any) -> Any:

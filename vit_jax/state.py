@@ -26,14 +26,35 @@ class TrainState:
       opt_state: the optimizer's.
       skipped: number of those steps that left the parameters as they were, because loss or
         gradient was not finite, int32 scalar.
-      replaced: number of unreadable training examples for which another was used, int32 scalar.
     """
 
     step: jax.Array
     params: Mapping[str, Any]
     opt_state: optax.OptState
     skipped: jax.Array
+
+
+@flax.struct.dataclass
+class Checkpoint(TrainState):
+    """What is saved: the state, and what the host has counted meanwhile.
+
+    Attributes:
+      replaced: number of unreadable training examples, of all processes, for which another was
+        used, int32 scalar.
+    """
+
     replaced: jax.Array
+
+    @classmethod
+    def of(cls, state: TrainState, replaced: Any) -> 'Checkpoint':
+        """`replaced`: an array, or its shape, dtype and sharding."""
+        return cls(**vars(state), replaced=replaced)
+
+    def state(self) -> TrainState:
+        """The state alone."""
+        values = dict(vars(self))
+        del values['replaced']
+        return TrainState(**values)
 
 
 def init_params(
@@ -104,4 +125,4 @@ def create_state(
 
 def _new_state(params: Mapping[str, Any], tx: optax.GradientTransformation) -> TrainState:
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, tx.init(params), skipped=zero, replaced=zero)
+    return TrainState(zero, params, tx.init(params), skipped=zero)

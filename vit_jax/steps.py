@@ -57,14 +57,11 @@ def make_train_step(
         `finite` tells.
 
     Returns:
-      A jitted function (state, batch) -> (state, metrics). The state is donated. batch: `image`
-      float32 or uint8 [B, height, width, 3] in [0, 255], and int32 [B]: `label`, `position`,
-      `replaced` (1 where another example stands for an unreadable one) and `stop` (not 0 where a
-      process was asked to stop), each sharded on its first axis over all devices. metrics, scalars
-      over the whole batch: `train_loss` (mean cross-entropy), `accuracy_train` (share in [0, 1]),
-      `gradient_norm` (before clipping), `lr` (the learning rate of this update), float32;
-      `finite` (loss and gradient norm are), `stop` (any process was asked to), bool; `skipped` and
-      `replaced`, the counts of the new state, int32.
+      A jitted function (state, batch) -> (state, metrics). The state is donated. batch: see
+      `abstract_batch`. metrics, scalars over the whole batch: `train_loss` (mean cross-entropy),
+      `accuracy_train` (share in [0, 1]), `gradient_norm` (before clipping), `lr` (the learning rate
+      of this update), float32; `finite` (loss and gradient norm are), bool; `skipped`, the count of
+      the new state, int32.
     """
     gradients = _sharded_gradients if mesh.shape['fsdp'] == 1 else _fsdp_gradients
 
@@ -83,11 +80,10 @@ def make_train_step(
         return grads, (loss, accuracy)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        replaced, stop = batch['replaced'].sum(), batch['stop'].sum() > 0
-        batch = {name: batch[name] for name in ('image', 'label', 'position')}
         if flip:
             key = augment.step_key(seed, state.step, augment.FLIP)
-            batch['image'] = augment.random_flip(batch['image'], batch['position'], key)
+            mirrored = augment.random_flip(batch['image'], batch['position'], key)
+            batch = {**batch, 'image': mirrored}
         key = augment.step_key(seed, state.step, augment.DROPOUT)
         grads, (loss, accuracy) = gradients(
             micro_batch, state.params, batch, key, max(1, accum_steps), mesh, state_shardings.params
@@ -104,18 +100,15 @@ def make_train_step(
                 (state.params, state.opt_state),
             )
             skipped += ~finite
-        new = TrainState(state.step + 1, params, opt_state, skipped, state.replaced + replaced)
         metrics = {
             'train_loss': loss,
             'accuracy_train': accuracy,
             'gradient_norm': norm,
             'lr': schedule(state.step),
             'finite': finite,
-            'stop': stop,
-            'skipped': new.skipped,
-            'replaced': new.replaced,
+            'skipped': skipped,
         }
-        return new, metrics
+        return TrainState(state.step + 1, params, opt_state, skipped), metrics
 
     return jax.jit(
         train_step,
@@ -124,6 +117,30 @@ def make_train_step(
         out_shardings=(state_shardings, sharding.replicated(mesh)),
         compiler_options=_compiler_options(model),
     )
+
+
+def abstract_batch(
+    batch: int, image_size: int, mesh: Mesh, *, exact: bool = True
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of a training batch: what the training step takes.
+
+    Args:
+      batch: B, images over all devices.
+      image_size: side of the images, pixels.
+      mesh: of `sharding.create_mesh`.
+      exact: whether images are float32; else uint8.
+
+    Returns:
+      `image` [B, height, width, 3], values in [0, 255]; `label`, `position` (place in the batch),
+      int32 [B]; each sharded on its first axis over all devices.
+    """
+    column = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=sharding.batch_sharding(mesh))
+    images = jax.ShapeDtypeStruct(
+        (batch, image_size, image_size, 3),
+        jnp.float32 if exact else jnp.uint8,
+        sharding=column.sharding,
+    )
+    return {'image': images, 'label': column, 'position': column}
 
 
 def make_eval_step(

@@ -31,7 +31,7 @@ from vit_jax.data.dataset import Selection
 from vit_jax.data.decode import BadImageError
 from vit_jax.inference import model_folder
 from vit_jax.run import distributed, preemption, resources, resume, telemetry
-from vit_jax.state import TrainState
+from vit_jax.state import Checkpoint
 
 MODEL_FOLDER = 'model'
 BEST_MODEL_FOLDER = 'model_best'
@@ -65,15 +65,15 @@ def train_and_evaluate(
         _say_finished(config, workdir)
         return None
     with contextlib.ExitStack() as stack:
-        with distributed.together():
+        with distributed.fail_together():
             if jax.process_index() == 0:
                 stack.enter_context(resume.locked(workdir))
-        with distributed.together():
+        with distributed.fail_together():
             setup = _set_up(config, workdir)
         checkpoints = stack.enter_context(
             workdir_lib.Checkpoints(workdir, keep=config.keep_checkpoints)
         )
-        state, start, origin = _first_state(config, workdir, setup, checkpoints)
+        first, start, origin = _first_checkpoint(config, workdir, setup, checkpoints)
         accuracies = telemetry.read_metric(workdir, 'accuracy_test', up_to=start)
         log = telemetry.Telemetry(
             workdir,
@@ -95,14 +95,14 @@ def train_and_evaluate(
         if jax.process_index() == 0:
             data = _describe(setup.train, setup.test)
             telemetry.write_run_info(workdir, config, {resume.DATA_FILE: data})
-        _introduce(run, state, origin, setup)
+        _introduce(run, first.params, origin, setup)
         try:
             with preemption.StopSignals() as signals:
                 steps_loop = loop.Loop(
                     run, *_make_steps(config, setup), checkpoints, signals, accuracies
                 )
-                state = steps_loop.run_steps(state, start)
-            _write_model_folders(run, state, setup.abstract, checkpoints, steps_loop.best())
+                params = steps_loop.run_steps(first, start).params
+            _write_model_folders(run, params, setup.abstract, checkpoints, steps_loop.best())
         except jax.errors.JaxRuntimeError as error:
             explained = resources.out_of_memory(error, config, setup.need)
             if explained is None:
@@ -112,7 +112,7 @@ def train_and_evaluate(
             from vit_jax.analysis import report  # draws pictures, and only here
 
             report.write_at_end(workdir, log.info)
-        return state.params
+        return params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +125,7 @@ class _Setup:
     model: nn.Module
     schedule: optax.Schedule
     tx: optax.GradientTransformation
-    abstract: TrainState  # shapes, dtypes and shardings of the state
+    abstract: Checkpoint  # shapes, dtypes and shardings of what is saved
     need: cost.Memory
     changed: list[str]  # settings that are others than when the run began
 
@@ -153,7 +153,8 @@ def _set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> _Setup:
         config.total_steps, config.base_lr, config.decay_type, config.warmup_steps
     )
     tx = optim.create_optimizer(config, schedule)
-    abstract = state_lib.abstract_state(model, tx, config.pp.crop, mesh)
+    state = state_lib.abstract_state(model, tx, config.pp.crop, mesh)
+    abstract = Checkpoint.of(state, replaced=state.skipped)
     changed = []
     if workdir_lib.saved_steps(workdir):
         changed = resume.check_config(workdir / telemetry.CONFIG_FILE, config.to_dict())
@@ -169,25 +170,26 @@ def _set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> _Setup:
     return _Setup(mesh, train, test, model, schedule, tx, abstract, need, changed)
 
 
-def _first_state(
+def _first_checkpoint(
     config: ml_collections.ConfigDict,
     workdir: pathlib.Path,
     setup: _Setup,
     checkpoints: workdir_lib.Checkpoints,
-) -> tuple[TrainState, int, str]:
-    """The state to start from, its step, and where it comes from, for people."""
+) -> tuple[Checkpoint, int, str]:
+    """What to start from, its step, and where it comes from, for people."""
     restored = checkpoints.restore_latest(setup.abstract)
     if restored:
-        start, state = restored
-        return state, start, f'resumed from step {start:,} in {workdir}'
-    with distributed.together():
+        start, saved = restored
+        return saved, start, f'resumed from step {start:,} in {workdir}'
+    with distributed.fail_together():
         params, origin = _initial_params(config, setup.model, setup.abstract.params)
-    return state_lib.create_state(params, setup.tx, setup.mesh), 0, origin
+    state = state_lib.create_state(params, setup.tx, setup.mesh)
+    return Checkpoint.of(state, replaced=loop.count_array(0, setup.mesh)), 0, origin
 
 
 def _make_steps(config: ml_collections.ConfigDict, setup: _Setup) -> tuple[Callable, Callable]:
     """The jitted training step and evaluation step."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract.state())
     train_step = steps.make_train_step(
         setup.model,
         setup.tx,
@@ -258,10 +260,10 @@ def _report_bad(log: telemetry.Telemetry, error: BadImageError) -> None:
     log.note(f'WARNING: {error}')
 
 
-def _introduce(run: loop.Run, state: TrainState, origin: str, setup: _Setup) -> None:
+def _introduce(run: loop.Run, params: Any, origin: str, setup: _Setup) -> None:
     """Says what is about to run on what."""
     config, log = run.config, run.log
-    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
     device = run.mesh.devices.flat[0]
     dtype = config_lib.compute_dtype(config, jax.default_backend())
     how = 'data parallel' if run.mesh.shape['fsdp'] == 1 else f'fsdp={run.mesh.shape["fsdp"]}'
@@ -301,8 +303,8 @@ def _say_finished(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> N
 
 def _write_model_folders(
     run: loop.Run,
-    state: TrainState,
-    abstract: TrainState,
+    params: Any,
+    abstract: Checkpoint,
     checkpoints: workdir_lib.Checkpoints,
     best: int | None,
 ) -> None:
@@ -315,7 +317,7 @@ def _write_model_folders(
             run.log.info(f'WARNING: no {BEST_MODEL_FOLDER}: the checkpoint of step {best} is lost')
         else:
             _write_model_folder(run, better.params, BEST_MODEL_FOLDER, best)
-    _write_model_folder(run, state.params, MODEL_FOLDER, last)
+    _write_model_folder(run, params, MODEL_FOLDER, last)
 
 
 def _write_model_folder(run: loop.Run, params: Any, name: str, step: int) -> None:

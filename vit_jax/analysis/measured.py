@@ -93,14 +93,7 @@ def training(
         seed=0,
         accum_steps=accum_steps,
     )
-    place = sharding.batch_sharding(mesh)
-    images = {
-        'image': jax.ShapeDtypeStruct(
-            (batch, image_size, image_size, 3), jnp.float32, sharding=place
-        )
-    }
-    for name in ('label', 'position', 'replaced', 'stop'):
-        images[name] = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=place)
+    images = steps.abstract_batch(batch, image_size, mesh)
     return _counted(step.lower(abstract, images).compile(), batch)
 
 

@@ -165,7 +165,7 @@ def port_in_use(port: int) -> bool:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def fail_together() -> Iterator[None]:
     """All processes leave this context, or none: a failure of one is a failure of all.
 
     What runs inside must not need the other processes. A process that fails raises its own error,
