@@ -41,9 +41,9 @@ def get_config(model_or_filename: str) -> ml_collections.ConfigDict:
     config.pretrained_dir = 'gs://vit_models/augreg'
     config.model_or_filename = model_or_filename
     config.pp.crop = 384
-    config.total_steps = 500
-    config.warmup_steps = 100
     config.base_lr = 0.03
+    steps = dict(total_steps=500, warmup_steps=100)
+    config.dataset_presets.any = ml_collections.ConfigDict(steps)
     # The original trains on the whole of `train` here; other sets keep their own splits.
     for dataset in ('cifar10', 'cifar100', 'oxford_flowers102', 'oxford_iiit_pet'):
         splits = dict(pp=dict(train='train', test='test'))

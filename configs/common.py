@@ -70,7 +70,8 @@ def get_defaults() -> ml_collections.ConfigDict:
     # Micro-batches into which a device splits its share, to save memory. 0 or 1: no splitting.
     config.accum_steps = 8
     config.total_steps = 500
-    # Linear from 0 to base_lr, then cosine to 0 or linear to 1e-5.
+    # Linear from 0 to base_lr, then cosine to 0 or linear to 1e-5. Where total_steps is set without
+    # it (--config.total_steps=50), the same share of them: 10 of 50 for 100 of 500.
     config.warmup_steps = 100
     config.base_lr = 0.03
     config.decay_type = 'cosine'

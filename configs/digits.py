@@ -36,8 +36,7 @@ def get_config(dataset: str = 'digits') -> ml_collections.ConfigDict:
 
     config.batch = 128
     config.accum_steps = 1
-    config.total_steps = 600
-    config.warmup_steps = 60
+    config.dataset_presets.any = ml_collections.ConfigDict(dict(total_steps=600, warmup_steps=60))
     config.optimizer = 'adamw'
     config.base_lr = 0.002
     config.weight_decay = 0.05

@@ -154,6 +154,25 @@ def test_precedence_default_preset_file_table_file_flag():
     assert config_lib.resolve(config).total_steps == 9  # what the file sets beats its table
 
 
+@pytest.mark.parametrize(
+    ('name', 'changes', 'steps', 'warmup'),
+    [
+        ('b16', {'total_steps': 50}, 50, 10),  # as 100 of 500
+        ('b16', {'total_steps': 50, 'dataset': 'cifar10'}, 50, 2),  # as 500 of 10,000
+        ('b16', {'total_steps': 50, 'warmup_steps': 7}, 50, 7),  # a flag wins
+        ('b16', {'warmup_steps': 7}, 500, 7),
+        ('b16', {'total_steps': 1}, 1, 0),
+        ('digits', {'total_steps': 200}, 200, 20),
+        ('digits', {}, 600, 60),
+        ('augreg', {'total_steps': 100}, 100, 20),  # as the original's run on tf_flowers
+        ('augreg', {'dataset': 'cifar10'}, 500, 100),
+    ],
+)
+def test_a_warm_up_that_was_not_set_is_the_same_share_of_the_steps(name, changes, steps, warmup):
+    config = load(name, *(['R_Ti_16'] if name == 'augreg' else []), **changes)
+    assert (config.total_steps, config.warmup_steps) == (steps, warmup)
+
+
 def test_resolving_leaves_the_file_untouched_and_locks():
     config = importlib.import_module('configs.b16').get_config()
     resolved = config_lib.resolve(config)
@@ -202,7 +221,10 @@ def test_resize_alone_asks_for_random_crops():
         ({'eval_every': 0}, 'config.eval_every=0 must be at least 1'),
         ({'cache': -1.0}, 'config.cache=-1.0 must be at least 0'),
         ({'data_processes': -1}, 'config.data_processes=-1 must be at least 0'),
-        ({'total_steps': 100}, 'warmup_steps=100 leaves nothing .* use --config.warmup_steps=10'),
+        (
+            {'total_steps': 100, 'warmup_steps': 100},
+            'warmup_steps=100 leaves nothing .* use --config.warmup_steps=10',
+        ),
         ({'pp__resize': 256, 'pp__inception_crop': True}, 'drop one of them'),
         ({'pp__resize': 200}, 'at least pp.crop=224'),
         ({'model.classifier': 'unpooled'}, "train with 'token' or 'gap'"),

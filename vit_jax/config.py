@@ -67,12 +67,19 @@ def resolve(
         )
     dataset = config.dataset or common.get_defaults().dataset
     resolved = common.get_defaults()
+    warm_up_of = resolved.total_steps  # the number of steps that the warm-up was made for
+    presets = config.get('dataset_presets', {})
     for layer in (
         datasets.get_preset(dataset),
-        config.get('dataset_presets', {}).get(dataset, {}),
+        presets.get('any', {}),
+        presets.get(dataset, {}),
         config,
     ):
         _overlay(resolved, layer)
+        if layer.get('warmup_steps') is not None:
+            warm_up_of = resolved.total_steps
+    if resolved.total_steps != warm_up_of:  # set without a warm-up of its own
+        resolved.warmup_steps = resolved.warmup_steps * resolved.total_steps // warm_up_of
     resolved.dataset = dataset
     if config.pp.inception_crop is None and resolved.pp.resize:
         resolved.pp.inception_crop = (
