@@ -4,8 +4,9 @@
 #
 #   bash scripts/quickstart.sh [flags of vit_jax.main, such as --config.total_steps=200]
 #
-# What it leaves is in runs/quickstart, made anew by every call: the model folder (model/), some images of the test split
-# (images/), a picture of what the model says about them (predictions.png), and the logs of the run.
+# What it leaves is in runs/quickstart: the model folder (model/), some images of the test split (images/), a picture of
+# what the model says about them (predictions.png), and the logs of the run. A finished one is removed and trained again
+# by the next call; one that was stopped (Ctrl-C) goes on.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -14,7 +15,9 @@ python=$venv/bin/python
 workdir=runs/quickstart
 cd "$root"
 
-if [[ -e $workdir ]]; then
+if [[ -d $workdir/checkpoints && ! -e $workdir/model ]]; then
+  echo "Going on with $workdir, which was stopped (to train from the start, remove that folder first)."
+elif [[ -e $workdir ]]; then
   echo "Removing $workdir, what the last quickstart left, so that this one trains from the start."
   rm -rf "$workdir"
 fi
