@@ -15,7 +15,7 @@ def on_device(setup: Mapping[str, Any], put: Callable[[dict[str, np.ndarray]], A
       setup: `batch`, `image_size`, `num_classes`, `cores`, and `data`: '' for made-up images, of
         which one batch stays on the device, else a folder or dataset.
       put: brings a host batch to the device: a dict of `image` float32 [B, S, S, 3] in [0, 255],
-        and `label`, `position`, `replaced` int32 [B].
+        and `label`, `position` int32 [B].
 
     Raises:
       UserError: the dataset cannot be opened, or has more classes than the model.

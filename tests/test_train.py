@@ -13,6 +13,7 @@ from configs import digits
 from vit_jax import config as config_lib
 from vit_jax import evaluate, loop, sharding, steps, train
 from vit_jax import state as state_lib
+from vit_jax.analysis import run_files
 from vit_jax.checkpoint import npz
 from vit_jax.data import sources
 from vit_jax.data.dataset import Example
@@ -55,7 +56,7 @@ def test_a_run_leaves_what_it_promises(finished):
     config, workdir, params = finished
     metrics = lines(workdir)
     training = [line for line in metrics if 'train_loss' in line]
-    assert [line['step'] for line in training] == [2, 4, 6, 8, 10, 12]
+    assert [line['step'] for line in training] == [1, 2, 4, 6, 8, 10, 12]
     assert '</html>' in (workdir / 'report.html').read_text()
     assert set(training[0]) == {'step', 'train_loss', 'accuracy_train', 'lr', 'gradient_norm'}
     testing = [line for line in metrics if 'accuracy_test' in line]
@@ -67,11 +68,25 @@ def test_a_run_leaves_what_it_promises(finished):
     assert all(line['img_sec_core_train'] > 0 and 0 <= line['data_wait'] <= 1 for line in speeds)
     assert [line['step'] for line in timing if 'img_sec_core_test' in line] == [6, 12]
     assert sorted(p.name for p in (workdir / 'checkpoints').iterdir()) == ['12', '6']
-    assert 'test accuracy' in (workdir / 'train.log').read_text()
+    log = (workdir / 'train.log').read_text()
+    places = [log.index(words) for words in (
+        'model: ', 'data: ', 'workdir: ', 'compiling the training step', 'memory: ', 'weights: ',
+        'step 1/12', 'step 6: test accuracy', 'model folder: ', 'writing the report', 'report: ',
+    )]  # fmt: skip
+    assert places == sorted(places)
+    run = run_files.read(workdir)
+    assert run.finished and not run.stopped and run.resumes() == [] and run.notes == ()
+    assert run.device['devices'] == 4 and run.device['dtype'] == 'float32'
+    assert [event.facts['step'] for event in run.happened('evaluated', 'saved_model')] == [
+        6,
+        12,
+        12,
+    ]
+    assert len(log.splitlines()) >= len(run.events)
     assert json.loads((workdir / 'config.json').read_text())['batch'] == 32
     assert 'jax' in (workdir / 'versions.json').read_text()
     assert list(workdir.glob('events.out.tfevents.*'))
-    assert config.model.model_name in (workdir / 'train.log').read_text()
+    assert config.model.model_name in log
 
     saved = npz.load(workdir / 'model/params.npz')
     jax.tree.map(np.testing.assert_array_equal, saved, dict(params))
@@ -103,6 +118,25 @@ def test_a_finished_run_started_again_does_nothing(finished, capsys):
     assert {p: p.stat().st_mtime_ns for p in workdir.rglob('*') if p.is_file()} == before
 
 
+def test_more_steps_for_a_finished_run_are_refused_with_what_to_do(finished, tmp_path):
+    _, workdir, _ = finished
+    with pytest.raises(UserError) as error:
+        train.train_and_evaluate(make_config(tmp_path, total_steps=24), workdir)
+    text = str(error.value)
+    assert 'total_steps: 12 -> 24' in text and 'learning rate' in text
+    assert f'--config.pretrained={workdir / "model"} --config.keep_head=True' in text
+    # What it says to do does it.
+    changes = {
+        'total_steps': 2,
+        'warmup_steps': 1,
+        'pretrained': str(workdir / 'model'),
+        'keep_head': True,
+    }
+    train.train_and_evaluate(make_config(tmp_path, **changes), tmp_path / 'further')
+    first, last = (lines(folder)[-1] for folder in (tmp_path / 'further', workdir))
+    assert first['accuracy_test'] > last['accuracy_test'] - 0.1
+
+
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(finished, tmp_path, monkeypatch):
     """Stopped at step 10, with a checkpoint of step 6: no line is missing, none is there twice."""
     _, whole, params = finished
@@ -123,6 +157,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(finished, tmp_path, m
     jax.tree.map(np.testing.assert_array_equal, resumed, params)
     assert (tmp_path / 'run/metrics.jsonl').read_bytes() == (whole / 'metrics.jsonl').read_bytes()
     assert 'resumed from step 6' in (tmp_path / 'run/train.log').read_text()
+    assert run_files.read(tmp_path / 'run').resumes() == [6]
 
 
 def test_data_processes_and_cache_change_nothing(finished, tmp_path):

@@ -14,6 +14,7 @@ from PIL import Image
 from configs import digits
 from vit_jax import config as config_lib
 from vit_jax import evaluate, loop, sharding, steps, train
+from vit_jax.analysis import run_files
 from vit_jax.checkpoint import workdir as workdir_lib
 from vit_jax.data import sources
 from vit_jax.errors import UserError
@@ -72,9 +73,11 @@ def test_skipping_is_counted_and_ends_somewhere(monkeypatch, tmp_path, capsys):
     spoil(monkeypatch, {3, 6})
     train.train_and_evaluate(make_config(nan_policy='skip'), tmp_path / 'some')
     training = [line for line in lines(tmp_path / 'some') if 'train_loss' in line]
-    assert [line['skipped_steps'] for line in training] == [0, 1, 2, 2]
-    assert training[2]['train_loss'] is None and training[3]['train_loss'] > 0
+    assert [line['skipped_steps'] for line in training] == [0, 0, 1, 2, 2]
+    assert training[3]['train_loss'] is None and training[4]['train_loss'] > 0
     assert capsys.readouterr().out.count('its update is skipped') == 2
+    skipped = run_files.read(tmp_path / 'some').happened('skipped')
+    assert [event.facts['step'] for event in skipped] == [3, 6]
 
     spoil(monkeypatch, range(3, 100))
     monkeypatch.setattr(loop, 'MAX_SKIPPED_IN_A_ROW', 4)
@@ -118,10 +121,15 @@ def test_bad_images_are_named_once_counted_and_not_in_the_way(photos, tmp_path, 
     assert all(line['unreadable_test'] == 2 for line in testing)
     assert all(line['accuracy_test'] <= 18 / 20 for line in testing)
 
+    run = run_files.read(tmp_path / 'run')
+    assert run.unreadable() == len(bad) and not run.happened('skipped')
     # Stopped and resumed, it ends the same: what stands for what does not depend on history.
     with pytest.raises(preemption.PreemptedError):
         interrupt_after(6, make_config(**changes), tmp_path / 'two')
+    assert run_files.read(tmp_path / 'two').stopped
     train.train_and_evaluate(make_config(**changes), tmp_path / 'two')
+    run = run_files.read(tmp_path / 'two')
+    assert run.resumes() == [6] and not run.stopped and run.unreadable() == len(bad)
     for name in ('metrics.jsonl', 'model/params.npz'):
         assert (tmp_path / 'two' / name).read_bytes() == (tmp_path / 'run' / name).read_bytes()
 
@@ -145,6 +153,9 @@ def interrupt_after(step: int, config, workdir) -> None:
             def compile(self):
                 self._made = self._made.compile()
                 return self
+
+            def memory_analysis(self):
+                return self._made.memory_analysis()
 
             def __call__(self, state, batch):
                 if next(self._count) == step:

@@ -2,7 +2,6 @@
 
 What it does in which order:
 
-    0. compile the training step, while the first batch is read
     1. get the batch of this step (a function of seed and step), put it on the devices
     2. the training step: one jitted call; the old state is donated to it
     3. look at the step before the last ones under way: was it finite, is the run to stop?
@@ -31,10 +30,11 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from vit_jax import evaluate, sharding, steps
+from vit_jax import evaluate, sharding
 from vit_jax.checkpoint import workdir as workdir_lib
 from vit_jax.data import loader
 from vit_jax.data.dataset import Selection
+from vit_jax.data.decode import BadImageError
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.data.reader import ImageCache, Reader
 from vit_jax.errors import UserError
@@ -56,7 +56,6 @@ class Run:
     test: Selection
     preprocess: Preprocess
     log: telemetry.Telemetry
-    on_bad: loader.OncePerKey
 
     @property
     def threads(self) -> int | None:
@@ -69,35 +68,35 @@ class Loop:
 
     Args:
       run: what stays the same.
-      train_step: of `steps.make_train_step`.
+      train_step: the compiled training step.
+      compile_s: seconds that compiling it took.
       eval_step: of `steps.make_eval_step`.
       checkpoints: of the run.
-      signals: that ask it to stop.
-      accuracies: step -> test accuracy, of the evaluations before it was resumed.
     """
 
     def __init__(
         self,
         run: Run,
-        train_step: Callable,
+        train_step: jax.stages.Compiled,
+        compile_s: float,
         eval_step: Callable,
         checkpoints: workdir_lib.Checkpoints,
-        signals: preemption.StopSignals,
-        accuracies: dict[int, float],
     ):
         self._run = run
         self._train_step = train_step
+        self._compile_s = compile_s
         self._eval_step = eval_step
         self._checkpoints = checkpoints
-        self._signals = signals
-        self._accuracies = accuracies
-        memory = None
+        self._on_bad = loader.OncePerKey(self._name_unreadable)
+        cache = None
         if run.config.cache:
-            memory = ImageCache(int(run.config.cache * 2**30) // (1 + run.config.data_processes))
-        self._train_images = Reader(run.train, memory)
-        self._test_images = Reader(run.test, memory)
+            cache = ImageCache(int(run.config.cache * 2**30) // (1 + run.config.data_processes))
+        self._train_images = Reader(run.train, cache)
+        self._test_images = Reader(run.test, cache)
+        self._signals = preemption.StopSignals()
         self._sum_over_processes = sharding.make_sum_over_processes(run.mesh)
-        self._in_flight = collections.deque()  # `_Step`s
+        self._in_flight: collections.deque[_Step] = collections.deque()
+        self._accuracies: dict[int, float] = {}  # of the test set, by step
         self._replaced = 0  # unreadable examples of the steps that are settled
         self._skipped_in_a_row = 0
         self._stopping = False
@@ -108,25 +107,13 @@ class Loop:
             return None
         return max(self._accuracies, key=self._accuracies.get)
 
-    def run_steps(self, first: Checkpoint, start: int) -> TrainState:
-        """Steps start + 1 to total_steps, from what there is after `start`; returns the last state.
-
-        Raises:
-          UserError: the loss is not finite, too many images cannot be read, a checkpoint cannot be
-            written.
-          PreemptedError: a signal came, and the state is saved.
-        """
-        config, log, run = self._run.config, self._run.log, self._run
-        state, self._replaced = first.state(), int(first.replaced)
-        del first  # its arrays are donated
-        if self.best() is not None:
-            self._checkpoints.protect(self.best())
-        if start and self._is_due(start, config.eval_every) and start not in self._accuracies:
-            self._evaluate(start, state)  # it was stopped before, or while, it did
-            self._leave_if_stopping(start)
-        if start == config.total_steps:
-            return state
-        clock = _Clock()
+    @contextlib.contextmanager
+    def reading(self, start: int) -> Iterator[Iterator[dict[str, np.ndarray]]]:
+        """Reads the batches of steps start + 1, ... ahead; the first one from now on."""
+        run, config = self._run, self._run.config
+        if start >= config.total_steps:
+            yield iter(())
+            return
         dataset = loader.train_dataset(
             self._train_images,
             run.preprocess,
@@ -135,7 +122,7 @@ class Loop:
             exact=config.pp.exact,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-            on_bad=run.on_bad,
+            on_bad=self._on_bad,
         )
         with (
             loader.train_batches(
@@ -143,26 +130,48 @@ class Loop:
             ) as batches,
             concurrent.futures.ThreadPoolExecutor(1) as thread,
         ):
-            # Either takes seconds: the first batch is read while the step is compiled.
-            first_batch = thread.submit(next, batches)
-            train_step = self._compile(state)
-            batches = itertools.chain([first_batch.result()], batches)
+            first = thread.submit(next, batches)
+            yield itertools.chain((future.result() for future in (first,)), batches)
+
+    def run_steps(
+        self, first: Checkpoint, start: int, batches: Iterator[dict[str, np.ndarray]]
+    ) -> TrainState:
+        """Steps start + 1 to total_steps, from what there is after `start`.
+
+        Args:
+          first: its arrays are donated.
+          start: number of steps done.
+          batches: of `reading`.
+
+        Returns:
+          The state after the last step.
+
+        Raises:
+          UserError: the loss is not finite, too many images cannot be read, a checkpoint cannot be
+            written.
+          PreemptedError: a signal came, and the state is saved.
+        """
+        config, log, run = self._run.config, self._run.log, self._run
+        state, self._replaced = first.state(), int(first.replaced)
+        del first
+        self._accuracies = telemetry.read_metric(run.workdir, 'accuracy_test', up_to=start)
+        if self.best() is not None:
+            self._checkpoints.protect(self.best())
+        with self._signals:
+            if start and self._is_due(start, config.eval_every) and start not in self._accuracies:
+                self._evaluate(start, state)  # it was stopped before, or while, it did
+                self._leave_if_stopping(start)
+            clock = _Clock()
             for step in range(start + 1, config.total_steps + 1):
                 with clock.waiting():
                     batch = next(batches)
-                inputs = {name: batch[name] for name in ('image', 'label', 'position')}
-                # An implicit transfer would stall the device unnoticed; here it is an error.
-                with jax.transfer_guard('disallow'):
-                    state, metrics = train_step(state, sharding.put_batch(inputs, run.mesh))
-                    mine = np.int32([batch['replaced'].sum(), bool(self._signals.received)])
-                    counts = self._sum_over_processes(mine)
-                self._in_flight.append(_Step(step, batch['example'], metrics, counts))
+                state, metrics = self._dispatch(step, state, batch)
                 clock.step_done(config.batch)
                 if step == start + 1:
                     jax.block_until_ready(metrics)
-                    log.timing(step, first_step_s=clock.restart())
+                    log.timing(step, first_step_s=self._compile_s + clock.restart())
 
-                show = self._is_due(step, config.progress_every)
+                show = step == 1 or self._is_due(step, config.progress_every)
                 assess = self._is_due(step, config.eval_every)
                 save = self._is_due(step, config.checkpoint_every)
                 self._settle(0 if show or assess or save else sharding.steps_ahead())
@@ -186,13 +195,18 @@ class Loop:
                 self._leave_if_stopping(step)
         return state
 
-    def _compile(self, state: TrainState) -> Callable:
-        """The training step, compiled or read from the cache, for batches as the pipeline's."""
-        config = self._run.config
-        batch = steps.abstract_batch(
-            config.batch, config.pp.crop, self._run.mesh, exact=config.pp.exact
-        )
-        return self._train_step.lower(state, batch).compile()
+    def _dispatch(
+        self, step: int, state: TrainState, batch: dict[str, np.ndarray]
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Starts a step; the host need not wait for what it gives."""
+        inputs = {name: batch[name] for name in ('image', 'label', 'position')}
+        told = np.int32([batch['replaced'].sum(), bool(self._signals.received)])
+        # An implicit transfer would stall the device unnoticed; here it is an error.
+        with jax.transfer_guard('disallow'):
+            state, metrics = self._train_step(state, sharding.put_batch(inputs, self._run.mesh))
+            told = self._sum_over_processes(told)
+        self._in_flight.append(_Step(step, batch['example'], metrics, told))
+        return state, metrics
 
     def _is_due(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self._run.config.total_steps
@@ -201,7 +215,7 @@ class Loop:
         """Waits until at most `ahead` steps are under way, and looks at what the others gave."""
         while len(self._in_flight) > ahead:
             done = self._in_flight.popleft()
-            finite, (replaced, stop) = jax.device_get((done.metrics['finite'], done.counts))
+            finite, (replaced, stop) = jax.device_get((done.metrics['finite'], done.told))
             self._replaced += int(replaced)
             # Every process sees the same `stop` at the same step. One that is alone need not wait
             # for the next step to learn of its own signal.
@@ -223,7 +237,9 @@ class Loop:
             which += f' (those of process {jax.process_index()})'
         self._skipped_in_a_row += 1
         if run.config.nan_policy == 'skip' and self._skipped_in_a_row < MAX_SKIPPED_IN_A_ROW:
-            run.log.info(f'WARNING: {what}; its update is skipped. The {which}')
+            run.log.info(
+                f'WARNING: {what}; its update is skipped. The {which}', 'skipped', step=step
+            )
             return
         self._checkpoints.wait()
         kept = self._checkpoints.steps()
@@ -254,7 +270,7 @@ class Loop:
             run.mesh,
             batch=run.config.batch_eval,
             threads=run.threads,
-            on_bad=run.on_bad,
+            on_bad=self._on_bad,
             should_stop=(lambda: bool(self._signals.received)) if alone else None,
         )
         if result is None:
@@ -268,7 +284,9 @@ class Loop:
             top5 = f', top-5 {100 * metrics["accuracy_top5_test"]:.2f} %'
         run.log.info(
             f'step {step:,}: test accuracy {100 * metrics["accuracy_test"]:.2f} %{top5}, '
-            f'loss {metrics["loss_test"]:.4f} ({len(run.test):,} images)'
+            f'loss {metrics["loss_test"]:.4f} ({len(run.test):,} images)',
+            'evaluated',
+            step=step,
         )
         self._check_unreadable('test', metrics.get('unreadable_test', 0), len(run.test))
         self._accuracies[step] = metrics['accuracy_test']
@@ -276,6 +294,9 @@ class Loop:
             return False
         self._checkpoints.protect(step)
         return True
+
+    def _name_unreadable(self, error: BadImageError) -> None:
+        self._run.log.note(f'WARNING: {error}', 'unreadable', image=error.key)
 
     def _check_unreadable(self, split: str, count: float, seen: int) -> None:
         """Raises if more images than `max_unreadable` allows cannot be read."""
@@ -303,7 +324,8 @@ class Loop:
         )
         if '--workdir' not in ' '.join(sys.argv):
             message += f' (with --workdir {self._run.workdir})'
-        self._run.log.note(message)
+        name = signal.Signals(signum).name
+        self._run.log.note(message, 'stopped', step=step, signal=name)
         raise preemption.PreemptedError(signum, message)
 
 
@@ -313,7 +335,7 @@ class _Step(NamedTuple):
     step: int
     examples: np.ndarray  # indices of those of this process
     metrics: dict[str, jax.Array]
-    counts: Any  # over all processes: replaced examples, and how many were asked to stop
+    told: Any  # over all processes: replaced examples, and how many were asked to stop
 
 
 def count_array(count: int, mesh: Mesh) -> jax.Array:
@@ -337,27 +359,25 @@ def _for_the_log(
 
 def _report_progress(run: Run, step: int, values: dict[str, float], clock: '_Clock') -> None:
     """Shows the progress line and writes the timing since the last one."""
-    if not clock.images:  # The first step: its time was that of compiling.
-        return
-    images, seconds, waited = clock.lap()
-    eta = clock.seconds_per_step() * (run.config.total_steps - step)
-    stats = jax.local_devices()[0].memory_stats() or {}  # a CPU has none
-    memory = {'device_memory_peak': stats['peak_bytes_in_use']} if stats else {}
-    run.log.timing(
-        step,
-        img_sec_core_train=images / seconds / run.mesh.devices.size,
-        data_wait=waited / seconds,
-        eta_s=eta,
-        **memory,
-    )
+    speed = {}
+    if clock.images:  # nothing was timed at the first step
+        images, seconds, waited = clock.lap()
+        speed = {
+            'images_per_sec': images / seconds,
+            'data_wait': waited / seconds,
+            'eta_s': clock.seconds_per_step() * (run.config.total_steps - step),
+        }
+        stats = jax.local_devices()[0].memory_stats() or {}  # a CPU has none
+        memory = {'device_memory_peak': stats['peak_bytes_in_use']} if stats else {}
+        run.log.timing(
+            step,
+            img_sec_core_train=images / seconds / run.mesh.devices.size,
+            data_wait=speed['data_wait'],
+            eta_s=speed['eta_s'],
+            **memory,
+        )
     run.log.progress(
-        step,
-        loss=values['train_loss'],
-        accuracy=values['accuracy_train'],
-        lr=values['lr'],
-        images_per_sec=images / seconds,
-        data_wait=waited / seconds,
-        eta_s=eta,
+        step, loss=values['train_loss'], accuracy=values['accuracy_train'], lr=values['lr'], **speed
     )
 
 

@@ -9,7 +9,8 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -23,14 +24,12 @@ from jax.sharding import Mesh
 from vit_jax import checkpoint, loop, models, optim, sharding, steps
 from vit_jax import config as config_lib
 from vit_jax import state as state_lib
-from vit_jax.analysis import cost
 from vit_jax.checkpoint import adapt, catalog
 from vit_jax.checkpoint import workdir as workdir_lib
-from vit_jax.data import loader, sources
+from vit_jax.data import sources
 from vit_jax.data.dataset import Selection
-from vit_jax.data.decode import BadImageError
 from vit_jax.inference import model_folder
-from vit_jax.run import distributed, preemption, resources, resume, telemetry
+from vit_jax.run import distributed, resources, resume, telemetry
 from vit_jax.state import Checkpoint
 
 MODEL_FOLDER = 'model'
@@ -70,18 +69,11 @@ def train_and_evaluate(
                 stack.enter_context(resume.locked(workdir))
         with distributed.fail_together():
             setup = _set_up(config, workdir)
-        checkpoints = stack.enter_context(
-            workdir_lib.Checkpoints(workdir, keep=config.keep_checkpoints)
+        log = stack.enter_context(
+            telemetry.Telemetry(
+                workdir, total_steps=config.total_steps, process_index=jax.process_index()
+            )
         )
-        first, start, origin = _first_checkpoint(config, workdir, setup, checkpoints)
-        accuracies = telemetry.read_metric(workdir, 'accuracy_test', up_to=start)
-        log = telemetry.Telemetry(
-            workdir,
-            total_steps=config.total_steps,
-            start_step=start,
-            process_index=jax.process_index(),
-        )
-        stack.enter_context(log)
         run = loop.Run(
             config,
             workdir,
@@ -90,19 +82,13 @@ def train_and_evaluate(
             setup.test,
             config_lib.preprocess_of(config),
             log,
-            on_bad=loader.OncePerKey(functools.partial(_report_bad, log)),
         )
-        if jax.process_index() == 0:
-            data = _describe(setup.train, setup.test)
-            telemetry.write_run_info(workdir, config, {resume.DATA_FILE: data})
-        _introduce(run, first.params, origin, setup)
+        _introduce(run, setup)
+        checkpoints = stack.enter_context(
+            workdir_lib.Checkpoints(workdir, keep=config.keep_checkpoints)
+        )
         try:
-            with preemption.StopSignals() as signals:
-                steps_loop = loop.Loop(
-                    run, *_make_steps(config, setup), checkpoints, signals, accuracies
-                )
-                params = steps_loop.run_steps(first, start).params
-            _write_model_folders(run, params, setup.abstract, checkpoints, steps_loop.best())
+            params = _train(run, setup, checkpoints)
         except jax.errors.JaxRuntimeError as error:
             explained = resources.out_of_memory(error, config, setup.need)
             if explained is None:
@@ -111,11 +97,12 @@ def train_and_evaluate(
         if config.report and jax.process_index() == 0:
             from vit_jax.analysis import report  # draws pictures, and only here
 
+            log.info('writing the report: the test images are predicted once more')
             report.write_at_end(workdir, log.info)
         return params
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Setup:
     """What is made of the config before anything is computed."""
 
@@ -126,7 +113,9 @@ class _Setup:
     schedule: optax.Schedule
     tx: optax.GradientTransformation
     abstract: Checkpoint  # shapes, dtypes and shardings of what is saved
-    need: cost.Memory
+    batch: dict[str, jax.ShapeDtypeStruct]  # those of a training batch
+    memory: int  # bytes that the device had before anything was compiled
+    need: resources.Memory  # what it takes at least; later, what the compiled step takes
     changed: list[str]  # settings that are others than when the run began
 
 
@@ -154,54 +143,103 @@ def _set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> _Setup:
     )
     tx = optim.create_optimizer(config, schedule)
     state = state_lib.abstract_state(model, tx, config.pp.crop, mesh)
-    abstract = Checkpoint.of(state, replaced=state.skipped)
+    batch = steps.abstract_batch(config.batch, config.pp.crop, mesh, exact=config.pp.exact)
     changed = []
     if workdir_lib.saved_steps(workdir):
         changed = resume.check_config(workdir / telemetry.CONFIG_FILE, config.to_dict())
         resume.check_data(workdir / resume.DATA_FILE, _describe(train, test))
     resources.check_cache(config)
-    need = resources.check_memory(
-        config,
-        num_classes=len(train.class_names),
-        devices=jax.device_count(),
-        platform=platform,
+    memory = resources.memory_of(jax.local_devices()[0])
+    need = resources.least_memory(config, state, batch)
+    resources.check_memory(config, need, memory)
+    resources.check_disk(workdir, state, config.keep_checkpoints)
+    abstract = Checkpoint.of(state, replaced=state.skipped)
+    return _Setup(mesh, train, test, model, schedule, tx, abstract, batch, memory, need, changed)
+
+
+def _train(run: loop.Run, setup: _Setup, checkpoints: workdir_lib.Checkpoints) -> Any:
+    """Compiles, goes over the steps that are left, writes the product; returns the parameters."""
+    begin = time.monotonic()
+    train_step = _compile(run, setup)
+    steps_loop = loop.Loop(
+        run,
+        train_step,
+        time.monotonic() - begin,
+        steps.make_eval_step(setup.model, setup.mesh, _shardings(setup.abstract.params)),
+        checkpoints,
     )
-    resources.check_disk(workdir, abstract, config.keep_checkpoints)
-    return _Setup(mesh, train, test, model, schedule, tx, abstract, need, changed)
+    # The first batch is read while the weights are; it is another one in the rare case that the
+    # newest checkpoint turns out to be damaged.
+    newest = max(checkpoints.steps(), default=0)
+    with contextlib.ExitStack() as reading:
+        batches = reading.enter_context(steps_loop.reading(newest))
+        first, start = _first_checkpoint(run, setup, checkpoints)
+        if start != newest:
+            reading.close()
+            batches = reading.enter_context(steps_loop.reading(start))
+        params = steps_loop.run_steps(first, start, batches).params
+    _write_model_folders(run, params, setup.abstract, checkpoints, steps_loop.best())
+    return params
 
 
-def _first_checkpoint(
-    config: ml_collections.ConfigDict,
-    workdir: pathlib.Path,
-    setup: _Setup,
-    checkpoints: workdir_lib.Checkpoints,
-) -> tuple[Checkpoint, int, str]:
-    """What to start from, its step, and where it comes from, for people."""
-    restored = checkpoints.restore_latest(setup.abstract)
-    if restored:
-        start, saved = restored
-        return saved, start, f'resumed from step {start:,} in {workdir}'
-    with distributed.fail_together():
-        params, origin = _initial_params(config, setup.model, setup.abstract.params)
-    state = state_lib.create_state(params, setup.tx, setup.mesh)
-    return Checkpoint.of(state, replaced=loop.count_array(0, setup.mesh)), 0, origin
+def _compile(run: loop.Run, setup: _Setup) -> jax.stages.Compiled:
+    """The training step, compiled from shapes alone; refused if it needs more memory than there is.
 
-
-def _make_steps(config: ml_collections.ConfigDict, setup: _Setup) -> tuple[Callable, Callable]:
-    """The jitted training step and evaluation step."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract.state())
+    Raises:
+      UserError: see `resources.check_memory`.
+    """
+    config = run.config
+    state = setup.abstract.state()
     train_step = steps.make_train_step(
         setup.model,
         setup.tx,
         setup.schedule,
         setup.mesh,
-        shardings,
+        _shardings(state),
         seed=config.seed,
         accum_steps=config.accum_steps,
         flip=config.pp.flip,
         skip_nonfinite=config.nan_policy == 'skip',
     )
-    return train_step, steps.make_eval_step(setup.model, setup.mesh, shardings.params)
+    run.log.info('compiling the training step: seconds, or a minute or two for a large model')
+    before = resources.resident_bytes()
+    compiled = train_step.lower(state, setup.batch).compile()
+    grown = resources.resident_bytes() - before
+    with distributed.fail_together():
+        setup.need = resources.compiled_memory(setup.need, compiled, grown)
+        resources.check_memory(config, setup.need, setup.memory)
+    about = resources.gib(setup.need.total)
+    parts = dataclasses.asdict(setup.need) | {'total': setup.need.total}
+    run.log.info(f'memory: training takes about {about} on each device', 'compiled', **parts)
+    return compiled
+
+
+def _shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def _first_checkpoint(
+    run: loop.Run, setup: _Setup, checkpoints: workdir_lib.Checkpoints
+) -> tuple[Checkpoint, int]:
+    """What to start from, and its step; the files of the run are open from here on."""
+    restored = checkpoints.restore_latest(setup.abstract)
+    if restored:
+        start, first = restored
+        told = f'weights: resumed from step {start:,} in {run.workdir}', 'resumed'
+        facts = {'step': start}
+    else:
+        start = 0
+        with distributed.fail_together():
+            params, origin = _initial_params(run.config, setup.model, setup.abstract.params)
+        state = state_lib.create_state(params, setup.tx, setup.mesh)
+        first = Checkpoint.of(state, replaced=loop.count_array(0, setup.mesh))
+        told, facts = (f'weights: {origin}', 'weights'), {'source': _weights_name(run.config)}
+    run.log.start(start)
+    if jax.process_index() == 0:
+        data = _describe(setup.train, setup.test)
+        telemetry.write_run_info(run.workdir, run.config, {resume.DATA_FILE: data})
+    run.log.info(*told, **facts)
+    return first, start
 
 
 def _describe(train: Selection, test: Selection) -> dict[str, Any]:
@@ -255,23 +293,27 @@ def _weights_path(config: ml_collections.ConfigDict) -> pathlib.Path | None:
     return None
 
 
-def _report_bad(log: telemetry.Telemetry, error: BadImageError) -> None:
-    """Names an unreadable image; called once for each."""
-    log.note(f'WARNING: {error}')
+def _weights_name(config: ml_collections.ConfigDict) -> str:
+    """The weights as the config names them; '' for none."""
+    return next((config[key] for key in config_lib.WEIGHT_KEYS if config[key]), '')
 
 
-def _introduce(run: loop.Run, params: Any, origin: str, setup: _Setup) -> None:
+def _introduce(run: loop.Run, setup: _Setup) -> None:
     """Says what is about to run on what."""
     config, log = run.config, run.log
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    device = run.mesh.devices.flat[0]
-    dtype = config_lib.compute_dtype(config, jax.default_backend())
+    count = sum(leaf.size for leaf in jax.tree.leaves(setup.abstract.params))
+    devices, kind = run.mesh.devices.size, run.mesh.devices.flat[0].device_kind
+    dtype, processes = config_lib.compute_dtype(config, jax.default_backend()), jax.process_count()
     how = 'data parallel' if run.mesh.shape['fsdp'] == 1 else f'fsdp={run.mesh.shape["fsdp"]}'
+    how += f', {processes} processes' if processes > 1 else ''
     log.info(
         f'model: {config.model.model_name}, {count:,} parameters, {dtype}, '
-        f'{config.pp.crop} px, on {run.mesh.devices.size} x {device.device_kind} ({how}'
-        f'{f", {jax.process_count()} processes" if jax.process_count() > 1 else ""}), '
-        f'about {setup.need.total / 2**30:.1f} GiB each'
+        f'{config.pp.crop} px, on {devices} x {kind} ({how})',
+        'started',
+        dtype=dtype,
+        devices=devices,
+        kind=kind,
+        processes=processes,
     )
     names = run.train.class_names
     shown = ', '.join(names[:10]) + (', ...' if len(names) > 10 else '')
@@ -282,12 +324,11 @@ def _introduce(run: loop.Run, params: Any, origin: str, setup: _Setup) -> None:
             f'WARNING: {common:,} of the {len(run.test):,} test images are trained on as well: '
             'set both --config.pp.train and --config.pp.test'
         )
-    if jax.process_count() > 1:
+    if processes > 1:
         log.info(
-            f'{jax.process_count()} processes: when one ends too early, so do the others; the same '
+            f'{processes} processes: when one ends too early, so do the others; the same '
             'commands again go on from the last checkpoint'
         )
-    log.info(f'weights: {origin}')
     if setup.changed:
         log.info(f'settings that changed since this run began: {"; ".join(setup.changed)}')
     log.info(f'workdir: {run.workdir}')
@@ -336,11 +377,12 @@ def _write_model_folder(run: loop.Run, params: Any, name: str, step: int) -> Non
         class_names=run.train.class_names,
         preprocess=run.preprocess.to_dict(),
         source={
-            'weights': next((config[key] for key in config_lib.WEIGHT_KEYS if config[key]), ''),
+            'weights': _weights_name(config),
             'dataset': config.dataset,
             'train': run.train.spec,
             'test': run.test.spec,
             'steps': step,
         },
     )
-    run.log.info(f'model folder: {folder}' + (f' (step {step:,})' if name != MODEL_FOLDER else ''))
+    of = f' (step {step:,})' if name != MODEL_FOLDER else ''
+    run.log.info(f'model folder: {folder}{of}', 'saved_model', step=step)

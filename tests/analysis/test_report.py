@@ -28,7 +28,7 @@ from vit_jax.analysis import (
     run_files,
 )
 from vit_jax.checkpoint import npz
-from vit_jax.data import prepare, sources
+from vit_jax.data import sources, tfds_sets
 from vit_jax.data.dataset import Selection
 from vit_jax.data.decode import decode
 from vit_jax.data.preprocess import Preprocess, normalize
@@ -61,18 +61,24 @@ MIXER = {
     'tokens_mlp_dim': 4,
     'channels_mlp_dim': 16,
 }
-LOG = """\
-2026-01-02 10:00:00  model: tiny, 1,541 parameters, float32, 16 px, on 2 x cpu (data parallel), ab
-2026-01-02 10:00:00  weights: new weights (no pretrained ones were asked for)
-2026-01-02 10:00:07  step 10/30  loss 1.5000  accuracy 50.0 %  lr 0.01  99 images/s
-2026-01-02 10:00:08  WARNING: cannot use image <i>x</i>.png: it is torn
-2026-01-02 10:00:09  stopped by SIGTERM after step 10 of 30, which is saved in somewhere
-2026-01-02 11:00:00  model: tiny, 1,541 parameters, float32, 16 px, on 2 x cpu (data parallel), ab
-2026-01-02 11:00:00  weights: resumed from step 10 in somewhere
-  a second line
-2026-01-02 11:00:03  WARNING: step 17: the loss is nan, the norm of its gradient nan; its update is skipped. Ex
-2026-01-02 11:00:04  step 20: test accuracy 70.00 %, loss 0.9000 (20 images)
-"""  # noqa: E501
+DEVICE = {'dtype': 'float32', 'devices': 2, 'kind': 'cpu', 'processes': 1}
+EVENTS = [
+    ('10:00:00', 'started', 'model: tiny, 1,541 parameters, float32, 16 px, on 2 x cpu', DEVICE),
+    ('10:00:00', 'compiled', 'memory: training takes about 7.0 MiB on each device',
+     {'parameters': 2**20, 'inputs': 3 * 2**19, 'total': 7 * 2**20}),
+    ('10:00:00', 'weights', 'weights: new weights (no pretrained ones were asked for)', {}),
+    ('10:00:08', 'unreadable', 'WARNING: cannot use image <i>x</i>.png: it is torn',
+     {'image': '<i>x</i>.png'}),
+    ('10:00:09', 'stopped', 'stopped by SIGTERM after step 10 of 30, which is saved',
+     {'step': 10, 'signal': 'SIGTERM'}),
+    ('11:00:00', 'started', 'model: tiny, 1,541 parameters, float32, 16 px, on 2 x cpu', DEVICE),
+    ('11:00:00', 'resumed', 'weights: resumed from step 10 in somewhere\n  a second line',
+     {'step': 10}),
+    ('11:00:03', 'skipped', 'WARNING: step 17: the loss is nan; its update is skipped',
+     {'step': 17}),
+    ('11:00:04', 'evaluated', 'step 20: test accuracy 70.00 %, loss 0.9000 (20 images)',
+     {'step': 20}),
+]  # fmt: skip
 METRICS = [
     {'step': 10, 'train_loss': 1.5, 'accuracy_train': 0.5, 'gradient_norm': 2.0, 'lr': 0.01},
     {'step': 20, 'train_loss': None, 'accuracy_train': 0.625, 'gradient_norm': None, 'lr': 0.02,
@@ -175,7 +181,11 @@ def make_run(workdir, photos):
         (workdir / f'{name}.json').write_text(json.dumps(value))
     write_lines(workdir / 'metrics.jsonl', METRICS)
     write_lines(workdir / 'timing.jsonl', TIMING)
-    (workdir / 'train.log').write_text(LOG)
+    rows = [
+        {'time': f'2026-01-02 {time}', 'event': event, 'text': text, **facts}
+        for time, event, text, facts in EVENTS
+    ]
+    write_lines(workdir / 'events.jsonl', rows)
     make_model(workdir / 'model', classes=train.class_names)
 
 
@@ -226,7 +236,7 @@ def test_numbers_of_the_training_are_those_of_its_files(page, root):
         'Training accuracy, last batch': '75.00 %',
         'Training speed, median (images/s per device)': '123',
         'Compiling and first step': '1 min 15 s',
-        'Time from first to last line of the log': '1 h 00 min',
+        'Time from first to last event': '1 h 00 min',
         'Resumed': 'from step 10',
         'Unreadable images named in the log': '1',
         'Training images replaced by others': '1,234',
@@ -260,9 +270,8 @@ def test_costs_are_those_of_the_formulas(page, root):
     assert page.rows['Images trained on'] == ['1,920']
     assert page.rows['Training so far (PFLOPs)'] == [f'{2 * macs * 1920 / 1e15:.4g}']
     assert page.rows['Reached on each device, median (TFLOP/s)'] == [f'{246.8 * macs / 1e12:.4g}']
-    assert page.rows['Memory of training, inputs (MiB per device)'] == [
-        f'{32 * (12 * SIDE**2 + 16) / 2**20:.1f}'
-    ]
+    assert page.rows['Memory of training, inputs (MiB per device)'] == ['1.5']
+    assert page.rows['Memory of training, total (MiB per device)'] == ['7.0']
     assert page.rows['Memory of training, measured peak (MiB)'] == ['3.0']
 
 
@@ -458,7 +467,7 @@ def test_run_that_has_only_begun(workdir):
 
 
 @pytest.mark.usefixtures('no_curves')
-@pytest.mark.parametrize('name', ['config.json', 'data.json', 'versions.json', 'train.log'])
+@pytest.mark.parametrize('name', ['config.json', 'data.json', 'versions.json', 'events.jsonl'])
 @pytest.mark.parametrize('content', [None, '[]', '{"model": 3, "pp": [], "test": {}}'])
 def test_missing_and_damaged_files_cost_their_part_only(workdir, name, content):
     (workdir / name).unlink()
@@ -468,11 +477,12 @@ def test_missing_and_damaged_files_cost_their_part_only(workdir, name, content):
     assert page.rows['Test accuracy, last'] == ['65.43 %']
     text = ''.join(page.texts)
     if content is None:
-        assert f'There is no {name}.' in text
+        assert f'There is no {name}' in text
     if name in ('config.json', 'data.json'):
         assert 'the images are not there' in text and 'config.json does not tell it' in text
-    if name == 'train.log':
-        assert 'No memory: train.log' in text and page.rows['Resumed'] == ['no']
+    if name == 'events.jsonl':
+        known = 'not known' if content is None else 'no'  # an older version's run has no such file
+        assert 'No memory: events.jsonl' in text and page.rows['Resumed'] == [known]
 
 
 def test_no_run_no_report(tmp_path):
@@ -496,7 +506,7 @@ def test_dataset_that_is_gone_or_another(workdir, monkeypatch):
     def download(*args, **kwargs):
         raise AssertionError('a report must not prepare a dataset')
 
-    monkeypatch.setattr(prepare, 'run', download)
+    monkeypatch.setattr(tfds_sets, 'prepare_in_child', download)
     for dataset, message in (('/nowhere/photos', 'no folder'), ('tf_flowers', 'not on this mach')):
         config |= {'dataset': dataset, 'tfds_data_dir': str(workdir)}
         (workdir / 'config.json').write_text(json.dumps(config))
@@ -600,8 +610,12 @@ def test_many_classes_show_the_largest_and_smallest():
 
 
 def test_many_events_are_cut_in_the_middle(workdir):
-    line = '2026-01-02 10:00:00  WARNING: cannot use image {}.png: ' + 'x' * 600
-    (workdir / 'train.log').write_text('\n'.join(map(line.format, range(500))))
+    row = {'time': '2026-01-02 10:00:00', 'event': 'unreadable', 'step': 1}
+    rows = [
+        {**row, 'image': f'{i}.png', 'text': f'cannot use image {i}.png: {"x" * 600}'}
+        for i in range(500)
+    ]
+    write_lines(workdir / 'events.jsonl', rows)
     run = run_files.read(workdir)
     events, left_out = report_tables.events(run)
     assert len(events) == 201 and left_out == 300 and '300 more' in events[100].text

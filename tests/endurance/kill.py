@@ -37,7 +37,7 @@ def kill_and_compare(
 
     begin = time.monotonic()
     run = processes.Run(folder / 'whole', *flags, log=folder / 'whole.log', **options)
-    run.wait_for('workdir: ')
+    run.wait_for('weights: ')
     started = time.monotonic()
     if run.wait() != 0:
         raise RuntimeError(f'the undisturbed run failed:\n{run.output}')
@@ -56,7 +56,7 @@ def kill_and_compare(
             time.sleep(rng.uniform(0.3, 1) * start_up)
         else:
             moment = 'training'
-            run.wait_for('workdir: ')
+            run.wait_for('weights: ')
             target = steps * (killed + rng.random()) / (kills + 1)
             while _last_step(workdir) < target and not run.ended:
                 time.sleep(0.002)

@@ -5,6 +5,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import tomllib
 import types
 
 import ml_collections
@@ -13,6 +14,7 @@ import rich.console
 
 from vit_jax.run import telemetry
 
+ROOT = pathlib.Path(__file__).parents[2]
 PROGRESS = {
     'loss': 0.25,
     'accuracy': 0.9312,
@@ -29,9 +31,11 @@ def console(terminal=False, width=200):
     )
 
 
-def start(workdir, **overrides):
-    arguments = {'total_steps': 100, 'start_step': 0, 'console': console(), **overrides}
-    return telemetry.Telemetry(workdir, **arguments)
+def start(workdir, start_step=0, **overrides):
+    arguments = {'total_steps': 100, 'console': console(), **overrides}
+    out = telemetry.Telemetry(workdir, **arguments)
+    out.start(start_step)
+    return out
 
 
 def rows(path):
@@ -159,6 +163,60 @@ def test_plain_progress_is_limited_in_time_but_first_and_last_step_show(tmp_path
     assert [re.sub(r'^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ', '', line) for line in log] == lines
 
 
+def test_a_line_without_speed_is_always_shown_and_does_not_delay_the_next(tmp_path):
+    shown = console()
+    with start(tmp_path, total_steps=1200, console=shown) as out:
+        out.progress(1, loss=0.25, accuracy=0.5, lr=0.0)
+        out.progress(2, **PROGRESS)
+        out.progress(3, **PROGRESS)
+    first, second = shown.file.getvalue().splitlines()
+    assert first == 'step 1/1,200  loss 0.2500  accuracy 50.0 %  lr 0'
+    assert second.startswith('step 2/1,200') and 'images/s' in second
+
+
+def test_nothing_is_written_before_the_start_and_nothing_is_lost(tmp_path):
+    shown = console()
+    out = telemetry.Telemetry(tmp_path / 'run', total_steps=9, console=shown)
+    out.info('hello', 'started', devices=4)
+    assert shown.file.getvalue() == 'hello\n' and not (tmp_path / 'run').exists()
+    out.start(0)
+    out.info('on', image='\udcff.png')
+    out.close()
+    log = (tmp_path / 'run/train.log').read_text().splitlines()
+    assert [line.split('  ')[1] for line in log] == ['hello', 'on']
+    first, second = rows(tmp_path / 'run/events.jsonl')
+    assert first.pop('time') in log[0]
+    assert first == {'event': 'started', 'text': 'hello', 'devices': 4}
+    assert (second['event'], second['image']) == ('message', '\udcff.png')
+
+
+def test_a_report_reads_what_a_run_wrote(tmp_path):
+    from vit_jax.analysis import run_files
+
+    with start(tmp_path) as out:
+        out.info('model', 'started', dtype='bfloat16', devices=2, kind='H200', processes=1)
+        out.note('cannot use a.png', 'unreadable', image='a.png')
+        out.note('cannot use a.png, after resuming', 'unreadable', image='a.png')
+        out.info('skipped', 'skipped', step=3)
+        out.note('stopped', 'stopped', step=5, signal='SIGTERM')
+    run = run_files.read(tmp_path)
+    assert run.stopped and run.unreadable() == 1 and run.resumes() == []
+    assert (run.device['dtype'], run.device['devices'], run.device['kind']) == (
+        'bfloat16',
+        2,
+        'H200',
+    )
+    with start(tmp_path, start_step=5) as out:
+        out.info('model', 'started', dtype='float32', devices=1, kind='cpu', processes=1)
+        out.info('resumed', 'resumed', step=5)
+        out.info('best', 'evaluated', step=7)
+    run = run_files.read(tmp_path)
+    assert not run.stopped and run.resumes() == [5] and run.device['kind'] == 'cpu'
+    kinds = ['started', 'unreadable', 'unreadable', 'skipped', 'stopped', 'started', 'resumed',
+             'evaluated']  # fmt: skip
+    assert [event.kind for event in run.events] == kinds
+
+
 def test_terminal_has_one_live_line_and_messages_above_it(tmp_path):
     shown = console(terminal=True)
     with start(tmp_path, console=shown) as out:
@@ -247,6 +305,39 @@ def test_write_run_info(tmp_path, monkeypatch):
     )
 
 
+def test_the_listed_packages_are_those_of_the_project():
+    project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+    named = [*project['dependencies'], *project['optional-dependencies']['prepare']]
+    names = {re.match(r'[\w-]+', requirement)[0] for requirement in named}
+    assert names <= set(telemetry._PACKAGES)
+
+
+def test_a_checkout_that_is_not_installed_knows_its_version(tmp_path):
+    """As after `pip install -r requirements-cpu.txt`: packages are installed, vit_jax is not."""
+    program = f"""
+import importlib.metadata, json, sys
+found = importlib.metadata.Distribution.discover
+def without(**kwargs):
+    return iter([d for d in found(**kwargs) if d.name not in ('vit_jax', 'vit-jax')])
+importlib.metadata.Distribution.discover = without
+try:
+    importlib.metadata.version('vit_jax')
+except importlib.metadata.PackageNotFoundError:
+    pass
+else:
+    sys.exit('it is known')
+import vit_jax
+from vit_jax.run import telemetry
+telemetry.write_run_info({str(tmp_path)!r}, {{}})
+versions = json.load(open({str(tmp_path / 'versions.json')!r}))['packages']
+assert versions['vit_jax'] == vit_jax.__version__ and 'jax' in versions, versions
+from vit_jax.analysis import report
+from vit_jax.inference import model_folder
+"""
+    done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_write_run_info_refuses_what_json_cannot_hold(tmp_path):
     with pytest.raises(TypeError, match='not JSON serializable'):
         telemetry.write_run_info(tmp_path, {'dtype': object()})
@@ -275,7 +366,8 @@ def test_imports_neither_tensorflow_nor_pytorch_even_where_installed(tmp_path):
 import sys
 sys.path.insert(0, {str(tmp_path / 'site')!r})
 from vit_jax.run import telemetry
-with telemetry.Telemetry({str(tmp_path / 'run')!r}, total_steps=2, start_step=0) as out:
+with telemetry.Telemetry({str(tmp_path / 'run')!r}, total_steps=2) as out:
+    out.start(0)
     out.metrics(1, train_loss=1.0)
     out.timing(1, seconds=1.0)
     out.progress(1, loss=1, accuracy=1, lr=1, images_per_sec=1, data_wait=0, eta_s=1)

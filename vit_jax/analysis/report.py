@@ -12,12 +12,12 @@ page says so.
 
 import dataclasses
 import datetime
-import importlib.metadata
 import logging
 import os
 import pathlib
 from collections.abc import Callable, Sequence
 
+import vit_jax
 from vit_jax.analysis import report_charts, report_tables, run_files
 from vit_jax.analysis.run_files import Run
 from vit_jax.errors import UserError
@@ -131,7 +131,7 @@ def render(runs: Sequence[Run], *, images: int | None = None) -> str:
             summary=report_tables.summary(runs),
             differences=report_tables.differences(runs),
             written=datetime.datetime.now().strftime('%Y-%m-%d %H:%M'),
-            version=importlib.metadata.version('vit_jax'),
+            version=vit_jax.__version__,
             series=report_charts.MAX_RUNS,
         )
     return page

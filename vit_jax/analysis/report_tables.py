@@ -1,5 +1,6 @@
 """The tables of a report: every number as people read it, from what the run wrote."""
 
+import dataclasses
 import json
 import math
 import statistics
@@ -29,8 +30,7 @@ def state(run: Run) -> str:
     of = f' of {run.total_steps:,}' if run.total_steps else ''
     if run.finished:
         return f'finished, {run.steps:,}{of} steps'
-    stopped = [e.text for e in run.log if e.text.startswith(('stopped by ', 'model: '))]
-    if stopped and stopped[-1].startswith('stopped by '):
+    if run.stopped:
         return f'stopped, {run.steps:,}{of} steps done; it can go on'
     return f'not finished, {run.steps:,}{of} steps so far: it is under way, or was ended'
 
@@ -47,7 +47,7 @@ def summary(runs: Sequence[Run]) -> Table:
         ('Training accuracy, last batch', *(_share(run.last('accuracy_train')) for run in runs)),
         ('Training speed, median (images/s per device)', *(_speed(run) for run in runs)),
         ('Compiling and first step', *(_seconds(run, 'first_step_s') for run in runs)),
-        ('Time from first to last line of the log', *(_wall(run) for run in runs)),
+        ('Time from first to last event', *(_wall(run) for run in runs)),
     ]
     kept = [row for row in rows if any(value != _NONE for value in row[1:])]
     return Table('Results', ('', *(f'{run.name}>' for run in runs)), kept)
@@ -158,11 +158,15 @@ def results(found: 'Predictions', run: Run) -> Table:
 
 def happened(run: Run) -> Table:
     """What went another way than planned, counted."""
-    resumes = run.resumes()
+    resumed, unreadable = 'not known', 'not known'
+    if run.events is not None:
+        resumed = ', '.join(f'{step:,}' for step in run.resumes())
+        resumed = f'from step {resumed}' if resumed else 'no'
+        unreadable = f'{run.unreadable():,}'
     nulls = _not_finite(run)
     rows = [
-        ('Resumed', f'from step {", ".join(f"{step:,}" for step in resumes)}' if resumes else 'no'),
-        ('Unreadable images named in the log', f'{run.unreadable():,}'),
+        ('Resumed', resumed),
+        ('Unreadable images named in the log', unreadable),
         ('Training images replaced by others', _count(run.last('replaced_images'))),
         ('Unreadable test images, last evaluation', _count(run.last('unreadable_test'))),
         ('Updates skipped (loss or gradient not finite)', _count(run.last('skipped_steps'))),
@@ -173,18 +177,20 @@ def happened(run: Run) -> Table:
 
 def events(run: Run) -> tuple[list[Event], int]:
     """The entries to show, long ones cut, and how many are left out between first and last ones."""
-    found = [Event(e.time, _cut(e.text)) for e in run.events()]
+    # The curves show the evaluations.
+    events = [e for e in run.events or () if e.kind != 'evaluated']
+    found = [dataclasses.replace(e, text=_cut(e.text)) for e in events]
     if len(found) <= MAX_EVENTS:
         return found, 0
     half = MAX_EVENTS // 2
     left_out = len(found) - 2 * half
-    gap = Event('', f'… {left_out:,} more entries in train.log …')
+    gap = Event('', 'gap', f'… {left_out:,} more events in events.jsonl …')
     return [*found[:half], gap, *found[-half:]], left_out
 
 
 def _costs(run: Run) -> tuple[list[tuple[str, str]], list[str]]:
     """Rows and notes; raises nearly anything where the configuration is damaged."""
-    from vit_jax.analysis import cost, counts
+    from vit_jax.analysis import counts
 
     config, model = run.config, run.config['model']
     num_classes, size = len(run.data['class_names']), config['pp']['crop']
@@ -198,29 +204,19 @@ def _costs(run: Run) -> tuple[list[tuple[str, str]], list[str]]:
         ('Images trained on', f'{images:,}'),
         ('Training so far (PFLOPs)', f'{2 * training * images / 1e15:,.4g}'),
     ]
-    notes = ['Parameters, FLOPs and memory by formula (see scripts/cost.py).']
+    notes = ['Parameters and FLOPs by formula (see scripts/cost.py), memory by the compiler.']
     speed = _speeds(run)
     if speed:
         rate = statistics.median(speed) * 2 * training / 1e12
         rows.append(('Reached on each device, median (TFLOP/s)', f'{rate:,.4g}'))
-    if run.device:
-        devices, kind = run.device['devices'], run.device['kind']
-        need = cost.training_memory(
-            model, num_classes=num_classes, image_size=size, batch=config['batch'],
-            accum_steps=max(1, config['accum_steps']), dtype=run.device['dtype'],
-            optimizer=config['optimizer'], optim_dtype=config['optim_dtype'],
-            remat=config['remat'], attention=config['attention'], devices=devices,
-            fsdp=devices if config['fsdp'] == -1 else config['fsdp'],
-            platform='cpu' if kind == 'cpu' else 'gpu',
-        )  # fmt: skip
-        parts = ('weights', 'gradients', 'optimizer', 'activations', 'inputs', 'total')
-        rows += [
-            (f'Memory of training, {part} (MiB per device)', f'{getattr(need, part) / 2**20:,.1f}')
-            for part in parts
-        ]
-        notes.append('The total is the most at one time, which is less than the sum.')
-    else:
-        notes.append('No memory: train.log, which tells the devices, is missing.')
+    compiled = run.happened('compiled')
+    for part in ('parameters', 'gradients', 'optimizer', 'inputs', 'activations', 'total'):
+        size = compiled[-1].facts.get(part) if compiled else None
+        if isinstance(size, int):
+            shown = f'{size / 2**20:,.1f}'
+            rows.append((f'Memory of training, {part} (MiB per device)', shown))
+    if not compiled:
+        notes.append('No memory: events.jsonl does not tell what the compiled training step takes.')
     peak = run.last('device_memory_peak', timing=True)
     if peak is not None and math.isfinite(peak):
         rows.append(('Memory of training, measured peak (MiB)', f'{peak / 2**20:,.1f}'))

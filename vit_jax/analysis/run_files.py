@@ -10,8 +10,7 @@ import json
 import math
 import os
 import pathlib
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,25 +21,24 @@ from vit_jax.run import resume, telemetry
 
 MODEL_FOLDER = 'model'  # as `train.MODEL_FOLDER`, which takes the whole of training to import
 
-_LOG_LINE = re.compile(r'(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  (.*)')
-_MODEL_LINE = re.compile(
-    r'model: .+, [\d,]+ parameters, (?P<dtype>\w+), \d+ px, on (?P<devices>\d+) x (?P<kind>.+?) '
-    r'\((?:data parallel|fsdp=\d+)'
-)
-_PROGRESS = re.compile(r'step [\d,]+/[\d,]+  loss ')
-_EVALUATION = re.compile(r'step [\d,]+: test accuracy ')
-_RESUMED = re.compile(r'weights: resumed from step ([\d,]+)')
-_UNREADABLE = re.compile(r'WARNING: cannot use image ')
-_SKIPPED = re.compile(r'WARNING: step [\d,]+: the loss is .* its update is skipped')
 _LARGEST_STEP = 2**53
 
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """An entry of `train.log`: `time` as it stands there, and `text`, of one or more lines."""
+    """A line of `events.jsonl`, see `telemetry.Telemetry.info`.
+
+    Attributes:
+      time: local, such as '2026-01-02 10:00:00'.
+      kind: what happened: 'started', 'resumed', 'skipped', ...
+      text: for people, of one or more lines.
+      facts: the whole line.
+    """
 
     time: str
+    kind: str
     text: str
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +54,8 @@ class Run:
       config: `config.json`; {} where it is missing, as the next two.
       data: `data.json`.
       versions: `versions.json`.
-      log: entries of `train.log`.
+      events: what happened, in order; None where it is not known, because there is no
+        `events.jsonl` (runs of versions before 2026-12 have none).
       notes: what is missing or damaged, in sentences.
     """
 
@@ -67,7 +66,7 @@ class Run:
     config: Mapping[str, Any]
     data: Mapping[str, Any]
     versions: Mapping[str, Any]
-    log: tuple[Event, ...]
+    events: tuple[Event, ...] | None
     notes: tuple[str, ...]
 
     @property
@@ -88,12 +87,22 @@ class Run:
 
     @property
     def device(self) -> Mapping[str, Any] | None:
-        """`dtype`, number of `devices` and their `kind` when it last started; None if not told."""
-        for event in reversed(self.log):
-            found = _MODEL_LINE.match(event.text)
-            if found:
-                return found.groupdict() | {'devices': int(found['devices'])}
+        """`dtype`, number of `devices` and their `kind` when it last started; None if not known."""
+        types = {'dtype': str, 'devices': int, 'kind': str}
+        for event in reversed(self.happened('started')):
+            if all(isinstance(event.facts.get(name), kind) for name, kind in types.items()):
+                return event.facts
         return None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the run was asked to stop, and did, and was not started again."""
+        found = self.happened('started', 'stopped')
+        return bool(found) and found[-1].kind == 'stopped'
+
+    def happened(self, *kinds: str) -> list[Event]:
+        """The events of these kinds; none where that is not known."""
+        return [event for event in self.events or () if event.kind in kinds]
 
     def series(self, name: str, *, timing: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """The values of one metric, in the order of the steps.
@@ -118,31 +127,22 @@ class Run:
 
     def resumes(self) -> list[int]:
         """The steps from which the run went on after it had been stopped."""
-        found = (_RESUMED.match(event.text) for event in self.log)
-        return [int(match[1].replace(',', '')) for match in found if match]
+        steps = (event.facts.get('step') for event in self.happened('resumed'))
+        return [step for step in steps if isinstance(step, int)]
 
     def unreadable(self) -> int:
-        """How many images `train.log` names that could not be read, each once."""
-        return len({e.text for e in self.log if _UNREADABLE.match(e.text)})
-
-    def skipped(self) -> int:
-        """How many skipped updates `train.log` names; a step that was repeated counts again."""
-        return sum(bool(_SKIPPED.match(event.text)) for event in self.log)
-
-    def events(self) -> list[Event]:
-        """The entries of `train.log` but for progress and evaluations, which the curves show."""
-        shown_elsewhere = (_PROGRESS, _EVALUATION)
-        return [e for e in self.log if not any(p.match(e.text) for p in shown_elsewhere)]
+        """How many images could not be read, each once."""
+        return len({str(event.facts.get('image')) for event in self.happened('unreadable')})
 
     def wall_seconds(self) -> float | None:
-        """Time between the first and the last entry of `train.log`, pauses included."""
-        if not self.log:
+        """Time between the first and the last event, pauses included; None if not known."""
+        if not self.events:
             return None
         try:
             first, last = (
-                datetime.datetime.fromisoformat(self.log[place].time) for place in (0, -1)
+                datetime.datetime.fromisoformat(self.events[place].time) for place in (0, -1)
             )
-        except ValueError:  # digits that are no date
+        except ValueError:  # it does not hold a date
             return None
         return max(0.0, (last - first).total_seconds())
 
@@ -158,7 +158,7 @@ def read(workdir: str | os.PathLike[str], *, name: str = '') -> Run:
       UserError: there is no such folder, or no run in it.
     """
     workdir = pathlib.Path(workdir)
-    names = (telemetry.METRICS_FILE, telemetry.CONFIG_FILE, telemetry.LOG_FILE)
+    names = (telemetry.METRICS_FILE, telemetry.CONFIG_FILE, telemetry.EVENTS_FILE)
     try:
         found = [(workdir / name).is_file() for name in names]
     except OSError as error:
@@ -178,7 +178,7 @@ def read(workdir: str | os.PathLike[str], *, name: str = '') -> Run:
         config=_read_object(workdir / telemetry.CONFIG_FILE, notes),
         data=_read_object(workdir / resume.DATA_FILE, notes),
         versions=_read_object(workdir / telemetry.VERSIONS_FILE, notes),
-        log=_read_log(workdir / telemetry.LOG_FILE, notes),
+        events=_read_events(workdir / telemetry.EVENTS_FILE, notes),
         notes=tuple(notes),
     )
 
@@ -214,20 +214,21 @@ def _read_text(path: pathlib.Path, notes: list[str]) -> str:
         return ''
 
 
-def _read_lines(path: pathlib.Path, notes: list[str]) -> tuple[Mapping[str, float], ...]:
-    """The lines of a `.jsonl` file that have a step, with the values that are numbers."""
+def _read_rows(
+    path: pathlib.Path, notes: list[str], valid: Callable[[Any], bool]
+) -> list[Mapping[str, Any]]:
+    """The lines of a `.jsonl` file that are objects and valid; the others are counted in a note."""
     rows, unreadable = [], 0
     lines = _read_text(path, notes).splitlines(keepends=True)
     for line in lines:
         try:
             row = json.loads(line)
-            step = row['step']
-            if type(step) is not int or not 0 <= step < _LARGEST_STEP:
-                raise ValueError(f'step is {step!r}')
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) and valid(row):
+            rows.append(row)
+        else:
             unreadable += 1
-            continue
-        rows.append({'step': step} | {k: v for k, v in map(_number, row.items()) if v is not None})
     if unreadable:
         torn = bool(lines) and not lines[-1].endswith('\n')
         why = (
@@ -237,7 +238,19 @@ def _read_lines(path: pathlib.Path, notes: list[str]) -> tuple[Mapping[str, floa
             f'{path.name}: {unreadable} of {len(lines):,} lines cannot be read and are left '
             f'out{why}.'
         )
-    return tuple(rows)
+    return rows
+
+
+def _read_lines(path: pathlib.Path, notes: list[str]) -> tuple[Mapping[str, float], ...]:
+    """The lines of a `.jsonl` file that have a step, with the values that are numbers."""
+
+    def has_step(row: Any) -> bool:
+        return type(row.get('step')) is int and 0 <= row['step'] < _LARGEST_STEP
+
+    return tuple(
+        {'step': row['step']} | {k: v for k, v in map(_number, row.items()) if v is not None}
+        for row in _read_rows(path, notes, has_step)
+    )
 
 
 def _number(item: tuple[str, Any]) -> tuple[str, float | None]:
@@ -254,13 +267,15 @@ def _number(item: tuple[str, Any]) -> tuple[str, float | None]:
     return name, value if math.isfinite(value) else math.nan
 
 
-def _read_log(path: pathlib.Path, notes: list[str]) -> tuple[Event, ...]:
-    """Entries begin with a time; lines without one belong to the entry before."""
-    events: list[Event] = []
-    for line in _read_text(path, notes).splitlines():
-        found = _LOG_LINE.fullmatch(line)
-        if found:
-            events.append(Event(found[1], found[2]))
-        elif events:
-            events[-1] = Event(events[-1].time, f'{events[-1].text}\n{line}')
-    return tuple(events)
+def _read_events(path: pathlib.Path, notes: list[str]) -> tuple[Event, ...] | None:
+    def is_event(row: Any) -> bool:
+        return all(isinstance(row.get(name), str) for name in ('time', 'event', 'text'))
+
+    if not path.exists():
+        notes.append(
+            f'There is no {path.name}: whether the run was resumed or stopped, on which devices it '
+            'ran, and which images could not be read, is not known.'
+        )
+        return None
+    rows = _read_rows(path, notes, is_event)
+    return tuple(Event(row['time'], row['event'], row['text'], row) for row in rows)

@@ -6,7 +6,6 @@
 Predicting, evaluating and exporting take such a folder, or weights alone, of any known kind.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -25,6 +24,7 @@ import jax
 import ml_collections
 import numpy as np
 
+import vit_jax
 from vit_jax import models
 from vit_jax.checkpoint import adapt, formats, infer, npz, replace, tensors
 from vit_jax.data.preprocess import Preprocess
@@ -355,11 +355,8 @@ def _plain(value: Any) -> Any:
 
 
 def _versions() -> dict[str, str]:
-    versions = {'python': platform.python_version()}
-    for package in ('vit_jax', 'jax', 'flax', 'numpy'):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return versions
+    packages = {name: importlib.metadata.version(name) for name in ('jax', 'flax', 'numpy')}
+    return {'python': platform.python_version(), 'vit_jax': vit_jax.__version__, **packages}
 
 
 def _sha256(path: pathlib.Path) -> str:

@@ -1,5 +1,10 @@
-"""Memory and disk: is there enough, before a run begins, and what to say when there is not."""
+"""Memory and disk: is there enough, before a run begins, and what to say when there is not.
 
+Memory is compared twice: what no way of computing can do without is known by arithmetic at once,
+and what the compiled training step takes, before any weights are read.
+"""
+
+import dataclasses
 import os
 import pathlib
 import re
@@ -7,70 +12,130 @@ import shutil
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
 from vit_jax import config as config_lib
-from vit_jax.analysis import cost
+from vit_jax import sharding
 from vit_jax.data import loader
 from vit_jax.errors import UserError
+from vit_jax.state import TrainState
 
 
-def check_memory(
-    config: ml_collections.ConfigDict, *, num_classes: int, devices: int, platform: str
-) -> cost.Memory:
-    """Estimates what training needs on a device, and compares it with what there is.
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes that training takes on one device.
+
+    Attributes:
+      parameters: float32.
+      gradients: one per parameter.
+      optimizer: momentum or moments.
+      inputs: a batch of images and labels; on a GPU also those that are sent ahead.
+      activations: what else the compiled step takes: activations and working space; 0 before it is
+        compiled.
+      compiling: bytes of this process that compiling took, and that it keeps.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    inputs: int
+    activations: int = 0
+    compiling: int = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes on the device at one time."""
+        parts = self.parameters, self.gradients, self.optimizer, self.inputs, self.activations
+        return sum(parts)
+
+
+def least_memory(
+    config: ml_collections.ConfigDict, state: TrainState, batch: dict[str, jax.ShapeDtypeStruct]
+) -> Memory:
+    """What training cannot do without: state, gradients and batch, counted from their shapes.
 
     Args:
       config: resolved.
-      num_classes: outputs of the model.
-      devices: how many take part, over all processes.
-      platform: 'cpu' or 'gpu'.
+      state: shapes, dtypes and shardings of the training state.
+      batch: those of a batch, see `steps.abstract_batch`.
+    """
+    parameters, platform = _size(state.params), jax.default_backend()
+    # XLA may keep the gradients of a GPU as narrow as what they are computed from.
+    narrow = platform == 'gpu' and config_lib.compute_dtype(config, platform) == 'bfloat16'
+    return Memory(
+        parameters=parameters,
+        gradients=parameters // 2 if narrow else parameters,
+        optimizer=_size(state.opt_state),
+        inputs=_size(batch) * (1 + sharding.steps_ahead()),
+    )
 
-    Returns:
-      The estimate, bytes per device.
+
+def compiled_memory(least: Memory, step: jax.stages.Compiled, compiling: int) -> Memory:
+    """What training takes, by the compiler's own account of the training step.
+
+    Args:
+      least: of `least_memory`.
+      step: the compiled training step.
+      compiling: bytes by which this process grew while it compiled.
+    """
+    ahead = sharding.steps_ahead()  # the step knows only the batch that it works on
+    total = program_bytes(step) + least.inputs * ahead // (1 + ahead)
+    return dataclasses.replace(
+        least, activations=max(0, total - least.total), compiling=max(0, compiling)
+    )
+
+
+def program_bytes(program: jax.stages.Compiled) -> int:
+    """Bytes of a device that a compiled program takes while it runs.
+
+    Arguments, outputs and temporary memory are there at one time, but for outputs that take the
+    place of arguments. (`peak_memory_in_bytes` is none of that: on CPUs it leaves out most.)
+    """
+    found = program.memory_analysis()
+    total = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+    return total - found.alias_size_in_bytes
+
+
+def check_memory(config: ml_collections.ConfigDict, need: Memory, has: int) -> None:
+    """Compares what training needs with what there is.
+
+    Args:
+      config: resolved.
+      need: of `least_memory` or `compiled_memory`.
+      has: of `memory_of` a device, before anything was compiled; 0 if unknown.
 
     Raises:
       UserError: it is more than a device has (on a CPU, whose virtual devices share it: than the
-        machine has left), and `config.check_memory` is on.
+        machine has left, beside the cache), and `config.check_memory` is on.
     """
-    need = estimate(config, num_classes=num_classes, devices=devices, platform=platform)
-    has = memory_of(jax.local_devices()[0])
-    if platform == 'cpu':
-        total = need.total * jax.local_device_count() + _waiting_batches(config)
+    device, total = jax.local_devices()[0], need.total
+    if device.platform == 'cpu':
+        total = on_the_host(config, need)
         has = max(1, has - int(config.cache * 2**30)) if has else 0
         beside = f' beside config.cache={config.cache:g}' if config.cache else ''
-        where = f'this machine has {_gib(has)} left{beside}'
+        where = f'this machine has {gib(has)} left{beside}'
     else:
-        total = need.total
-        where = f'{jax.local_devices()[0].device_kind} has {_gib(has)}'
+        where = f'{device.device_kind} has {gib(has)}'
     if has and total > has and config.check_memory:
+        about = 'about' if need.activations else 'more than'
         raise UserError(
-            f'training needs about {_gib(total)} of memory ({_parts(need)}), and {where}: '
-            f'{_advice(config, devices, platform)}. '
-            '(This is an estimate; --config.check_memory=False starts nevertheless)'
+            f'training needs {about} {gib(total)} of memory ({_parts(need)}), and {where}: '
+            f'{_advice(config, device.platform)}. '
+            '(--config.check_memory=False starts nevertheless)'
         )
-    return need
 
 
-def estimate(
-    config: ml_collections.ConfigDict, *, num_classes: int, devices: int, platform: str
-) -> cost.Memory:
-    """What training with this config needs, bytes per device; see `cost.training_memory`."""
-    return cost.training_memory(
-        config.model,
-        num_classes=num_classes,
-        image_size=config.pp.crop,
-        batch=config.batch,
-        accum_steps=max(1, config.accum_steps),
-        dtype=config_lib.compute_dtype(config, platform),
-        optimizer=config.optimizer,
-        optim_dtype=config.optim_dtype,
-        remat=config.remat,
-        attention=config.attention,
-        devices=devices,
-        fsdp=devices if config.fsdp == -1 else config.fsdp,
-        platform=platform,
-    )
+def on_the_host(config: ml_collections.ConfigDict, need: Memory) -> int:
+    """Bytes that training on this machine's CPU takes, on all of its (virtual) devices."""
+    total = need.total * jax.local_device_count()
+    if not need.activations:
+        return total
+    # Beside the step: what compiling took, the batches that wait, and a copy of the state while it
+    # is read or saved.
+    copy = need.parameters + need.optimizer
+    return total + need.compiling + _waiting_batches(config) + copy
 
 
 def check_cache(config: ml_collections.ConfigDict) -> None:
@@ -82,20 +147,20 @@ def check_cache(config: ml_collections.ConfigDict) -> None:
     has = _host_memory_left()
     if has and not config.cache * 2**30 <= has:
         raise UserError(
-            f'config.cache={config.cache:g}: this machine has {_gib(has)} of memory left; use a '
+            f'config.cache={config.cache:g}: this machine has {gib(has)} of memory left; use a '
             'smaller one (as many images are kept as fit), or 0'
         )
 
 
 def out_of_memory(
-    error: Exception, config: ml_collections.ConfigDict, need: cost.Memory
+    error: Exception, config: ml_collections.ConfigDict, need: Memory
 ) -> UserError | None:
     """The error to show when the device ran out of memory; None if `error` is something else.
 
     Args:
       error: what JAX raised.
       config: resolved.
-      need: of `check_memory`.
+      need: of `compiled_memory`.
     """
     text = str(error)
     if not re.search(r'RESOURCE_EXHAUSTED|[Oo]ut of memory', text):
@@ -103,13 +168,13 @@ def out_of_memory(
     device = jax.local_devices()[0]
     words = ' '.join(text.split())[:200]
     return UserError(
-        f'{device.device_kind} ran out of memory ({words}). The estimate was {_gib(need.total)} '
-        f'({_parts(need)}), it has {_gib(memory_of(device))}: '
-        f'{_advice(config, jax.device_count(), device.platform)}'
+        f'{device.device_kind} ran out of memory ({words}). Training needs about '
+        f'{gib(need.total)} ({_parts(need)}), it has {gib(memory_of(device))}: '
+        f'{_advice(config, device.platform)}'
     )
 
 
-def check_disk(workdir: str | os.PathLike[str], state: Any, keep: int) -> None:
+def check_disk(workdir: str | os.PathLike[str], state: TrainState, keep: int) -> None:
     """Raises if the disk has no room for a checkpoint and the model folder.
 
     Args:
@@ -120,17 +185,19 @@ def check_disk(workdir: str | os.PathLike[str], state: Any, keep: int) -> None:
     Raises:
       UserError: there is less room than one checkpoint and the model folder take.
     """
-    checkpoint = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    model = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params))
+    checkpoint, model = (
+        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+        for tree in (state, state.params)
+    )
     folder = pathlib.Path(workdir).absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < checkpoint + model:
         raise UserError(
-            f'{workdir}: no room for the checkpoints. One takes {_gib(checkpoint)} ({keep} are '
-            f'kept, and one more while it is written), the model folder {_gib(model)}; '
-            f'{_gib(free)} are free. Make room, or use a --workdir on another disk'
+            f'{workdir}: no room for the checkpoints. One takes {gib(checkpoint)} ({keep} are '
+            f'kept, and one more while it is written), the model folder {gib(model)}; '
+            f'{gib(free)} are free. Make room, or use a --workdir on another disk'
         )
 
 
@@ -138,6 +205,15 @@ def memory_of(device: jax.Device) -> int:
     """Bytes of memory: of a GPU all that JAX may use, of a CPU what is left; 0 if unknown."""
     stats = device.memory_stats() or {}  # a CPU has none
     return stats.get('bytes_limit', 0) if device.platform != 'cpu' else _host_memory_left()
+
+
+def resident_bytes() -> int:
+    """Bytes of memory that this process holds; 0 if unknown."""
+    try:
+        pages = int(pathlib.Path('/proc/self/statm').read_text().split()[1])
+    except OSError:
+        return 0  # not Linux
+    return pages * os.sysconf('SC_PAGE_SIZE')
 
 
 def _host_memory_left() -> int:
@@ -169,14 +245,22 @@ def _waiting_batches(config: ml_collections.ConfigDict) -> int:
     return size * loader.batches_ahead(size, threads)
 
 
-def _advice(config: ml_collections.ConfigDict, devices: int, platform: str) -> str:
+def _size(tree: Any) -> int:
+    """Bytes of what one device holds of these arrays, given by shape, dtype and sharding."""
+    return sum(
+        jnp.dtype(leaf.dtype).itemsize * int(np.prod(leaf.sharding.shard_shape(leaf.shape)))
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _advice(config: ml_collections.ConfigDict, platform: str) -> str:
     accum_steps = max(1, config.accum_steps)
-    micro = config.batch // (accum_steps * devices)
+    micro = config.batch // (accum_steps * jax.device_count())
     ways = [
         'use a smaller --config.batch',
         f'a larger --config.accum_steps (so far {accum_steps}: micro-batches of {micro} images)',
+        '--config.remat=dots or full',
     ]
-    ways.append('--config.remat=dots or full')
     if platform != 'cpu':  # there XLA computes bfloat16 as float32
         if config_lib.compute_dtype(config, platform) != 'bfloat16':
             ways.append('--config.dtype=bfloat16')
@@ -184,12 +268,16 @@ def _advice(config: ml_collections.ConfigDict, devices: int, platform: str) -> s
     return ', '.join([*ways, 'a smaller model'])
 
 
-def _parts(need: cost.Memory) -> str:
+def _parts(need: Memory) -> str:
+    last = f'activations {gib(need.activations)}'
+    if not need.activations:
+        last = f'a batch {gib(need.inputs)}; activations come on top'
     return (
-        f'parameters {_gib(need.weights)}, gradients {_gib(need.gradients)}, optimizer '
-        f'{_gib(need.optimizer)}, activations {_gib(need.activations)}'
+        f'parameters {gib(need.parameters)}, gradients {gib(need.gradients)}, optimizer '
+        f'{gib(need.optimizer)}, {last}'
     )
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """As people write it: '1.5 GiB', '12.0 MiB'."""
     return f'{size / 2**30:.1f} GiB' if size >= 2**28 else f'{size / 2**20:.1f} MiB'

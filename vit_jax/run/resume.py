@@ -5,7 +5,6 @@ A resumed run equals an uninterrupted one only if neither the settings nor the e
 
 import contextlib
 import datetime
-import fcntl
 import json
 import os
 import pathlib
@@ -13,7 +12,10 @@ import socket
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import filelock
+
 from configs import common
+from vit_jax import files
 from vit_jax.errors import UserError
 
 LOCK_FILE = '.lock'
@@ -43,37 +45,32 @@ def locked(workdir: str | os.PathLike[str]) -> Iterator[None]:
     """
     workdir = pathlib.Path(workdir).absolute()
     made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
+    file = workdir / LOCK_FILE
+    lock = filelock.FileLock(file)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = open(workdir / LOCK_FILE, 'a+', encoding='utf-8')
+        lock.acquire(blocking=False)
+    except filelock.Timeout as error:
+        holder = ' '.join(file.read_text(encoding='utf-8', errors='replace').split())
+        raise UserError(
+            f'another run is at work in {workdir} ({holder or "another process"}): wait for it, '
+            'stop it, or use another --workdir'
+        ) from error
     except OSError as error:
         raise UserError(
             f'the workdir {workdir} cannot be written ({error.strerror}): use another --workdir'
         ) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(file.fileno()), os.stat(workdir / LOCK_FILE)):
-                raise BlockingIOError('the file was removed and made anew in this moment')
-        except OSError as error:
-            file.seek(0)
-            holder = ' '.join(file.read().split()) or 'another process'
-            raise UserError(
-                f'another run is at work in {workdir} ({holder}): wait for it, stop it, or use '
-                'another --workdir'
-            ) from error
-        file.truncate(0)
+    try:
         now = datetime.datetime.now().isoformat(sep=' ', timespec='seconds')
-        file.write(f'process {os.getpid()} on {socket.gethostname()}, since {now}\n')
-        file.flush()
-        try:
-            yield
-        finally:
-            if made and os.listdir(workdir) == [LOCK_FILE]:
-                os.unlink(workdir / LOCK_FILE)
-                with contextlib.suppress(OSError):  # somebody put something there
-                    for folder in made:
-                        folder.rmdir()
+        file.write_text(f'process {os.getpid()} on {socket.gethostname()}, since {now}\n')
+        yield
+    finally:
+        if made and os.listdir(workdir) == [LOCK_FILE]:
+            file.unlink()
+            with contextlib.suppress(OSError):  # somebody put something there
+                for folder in made:
+                    folder.rmdir()
+        lock.release()
 
 
 def check_config(saved: pathlib.Path, config: Mapping[str, Any]) -> list[str]:
@@ -99,6 +96,12 @@ def check_config(saved: pathlib.Path, config: Mapping[str, Any]) -> list[str]:
         for name, old, new in _differences(before, now)
     }
     bound = [text for name, text in changed.items() if name.split('.')[0] not in FREE]
+    if 'total_steps' in changed:
+        bound.append(
+            'the learning rate falls to its end over total_steps, so that more of them cannot be '
+            'put on: to train the model of a finished run further, start from it in another '
+            f'workdir with --config.pretrained={saved.parent / "model"} --config.keep_head=True'
+        )
     if bound:
         raise UserError(
             f'{saved.parent} holds a run with other settings ({"; ".join(bound)}). To go on with '
@@ -132,15 +135,11 @@ def check_data(saved: pathlib.Path, data: Mapping[str, Any]) -> None:
 
 def _read(path: pathlib.Path, what: str) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding='utf-8'))
-        if not isinstance(value, dict):
-            raise ValueError('not a JSON object')
-    except (OSError, ValueError) as error:
+        return files.read_json(path)
+    except UserError as error:
         raise UserError(
-            f'{path}, which says {what}, cannot be read ({error}). Put the file back, or use '
-            'another --workdir'
+            f'{error}. It says {what}: put the file back, or use another --workdir'
         ) from error
-    return value
 
 
 def _filled(before: Any, now: Any, defaults: Any) -> Any:

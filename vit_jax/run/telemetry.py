@@ -2,11 +2,15 @@
 
 `metrics.jsonl` holds what was learned and is a function of configuration and data alone, so that
 two runs can be compared byte for byte; everything that depends on the clock goes to `timing.jsonl`.
-TensorBoard shows both. The TensorBoard files are written through its record writer and its protocol
-buffers, which import neither TensorFlow nor PyTorch (its `SummaryWriter`, and `tensorboardX`,
-import them wherever they are installed).
+TensorBoard shows both. `train.log` is for people; what happened (resumed, stopped, an unreadable
+image) stands in `events.jsonl` as well, with the facts that a program may need.
+
+The TensorBoard files are written through its record writer and its protocol buffers, which import
+neither TensorFlow nor PyTorch (its `SummaryWriter`, and `tensorboardX`, import them wherever they
+are installed).
 """
 
+import contextlib
 import datetime
 import importlib.metadata
 import io
@@ -15,14 +19,13 @@ import math
 import os
 import pathlib
 import platform
-import re
 import shlex
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TextIO
 
 import ml_collections
 import rich.console
@@ -32,11 +35,25 @@ import rich.table
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+import vit_jax
+from vit_jax import files
+
 METRICS_FILE = 'metrics.jsonl'
 TIMING_FILE = 'timing.jsonl'
 LOG_FILE = 'train.log'
+EVENTS_FILE = 'events.jsonl'
 CONFIG_FILE = 'config.json'
 VERSIONS_FILE = 'versions.json'
+
+# The packages of which versions.json tells the versions: those of pyproject.toml, and those that
+# these are made of. A list, because a checkout that is not installed knows no requirements.
+_PACKAGES = (
+    'absl-py', 'etils', 'flatbuffers', 'flax', 'grain', 'jax', 'jax-cuda12-plugin', 'jaxlib',
+    'jinja2', 'matplotlib', 'ml_collections', 'numpy', 'onnx', 'onnxruntime',
+    'opencv-python-headless', 'optax', 'orbax-checkpoint', 'pillow', 'protobuf', 'rich',
+    'safetensors', 'scikit-learn', 'scipy', 'simplejpeg', 'tensorboard', 'tensorflow-cpu',
+    'tensorflow-datasets',
+)  # fmt: skip
 
 # Seconds between two progress lines in train.log, and on a console that is no terminal (a file, a
 # pipe, a batch system).
@@ -51,10 +68,11 @@ class Telemetry:
     ends with the same `metrics.jsonl` as one that was never interrupted; TensorBoard is told to
     forget the same steps. So log a step's metrics before you save its checkpoint.
 
+    Before `start`, messages are shown and nothing is written: a refused run leaves nothing.
+
     Args:
-      workdir: folder of the run; made if it does not exist.
+      workdir: folder of the run; made by `start` if it does not exist.
       total_steps: number of training steps of the whole run.
-      start_step: number of steps already done; 0 for a new run.
       process_index: of several processes only the first, 0, writes, shows, and makes the folder.
       console: where to show it; standard output by default. A terminal gets one live line, anything
         else plain lines.
@@ -65,28 +83,37 @@ class Telemetry:
         workdir: str | os.PathLike,
         *,
         total_steps: int,
-        start_step: int,
         process_index: int = 0,
         console: rich.console.Console | None = None,
     ):
+        self._workdir = pathlib.Path(workdir)
         self._total_steps = total_steps
         self._process_index = process_index
         self._enabled = process_index == 0
         self._live = None
         self._last_plain = -math.inf
+        self._console = console or rich.console.Console()
+        self._files: dict[str, TextIO] = {}
+        self._early: list[tuple[str, str]] = []  # (name of the file, line) from before `start`
+        self._tensorboard: _EventFile | None = None
+
+    def start(self, step: int) -> None:
+        """Opens the files of the run, which begins, or goes on, after so many steps."""
         if not self._enabled:
             return
-        workdir = pathlib.Path(workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
-        self._console = console or rich.console.Console()
-        self._log = open(workdir / LOG_FILE, 'a', encoding='utf-8', buffering=1)
-        for name in (METRICS_FILE, TIMING_FILE):
-            unreadable = _remove_later_steps(workdir / name, start_step)
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        removed = {
+            name: _remove_later_steps(self._workdir / name, step)
+            for name in (METRICS_FILE, TIMING_FILE)
+        }
+        for name in (LOG_FILE, EVENTS_FILE, METRICS_FILE, TIMING_FILE):
+            self._files[name] = open(self._workdir / name, 'a', encoding='utf-8', buffering=1)
+        self._tensorboard = _EventFile(self._workdir, step)
+        for name, line in self._early:
+            self._files[name].write(line)
+        for name, unreadable in removed.items():
             if unreadable:
-                self.info(f'{workdir / name}: removed {unreadable} lines that are not JSON')
-        self._metrics = open(workdir / METRICS_FILE, 'a', encoding='utf-8', buffering=1)
-        self._timing = open(workdir / TIMING_FILE, 'a', encoding='utf-8', buffering=1)
-        self._events = _EventFile(workdir, start_step)
+                self.info(f'{self._workdir / name}: removed {unreadable} lines that are not JSON')
 
     def __enter__(self) -> 'Telemetry':
         return self
@@ -104,8 +131,8 @@ class Telemetry:
             no other way) and itself in TensorBoard.
         """
         if self._enabled:
-            self._metrics.write(_json_line(step, values))
-            self._events.write(step, values)
+            self._files[METRICS_FILE].write(_json_line(step, values))
+            self._tensorboard.write(step, values)
 
     def timing(self, step: int, **values: float) -> None:
         """Adds a line to `timing.jsonl` and TensorBoard.
@@ -115,8 +142,8 @@ class Telemetry:
           **values: what depends on the clock or the machine (`img_sec_core_train`, memory, ...).
         """
         if self._enabled:
-            self._timing.write(_json_line(step, values))
-            self._events.write(step, values)
+            self._files[TIMING_FILE].write(_json_line(step, values))
+            self._tensorboard.write(step, values)
 
     def progress(
         self,
@@ -125,21 +152,21 @@ class Telemetry:
         loss: float,
         accuracy: float,
         lr: float,
-        images_per_sec: float,
-        data_wait: float,
-        eta_s: float,
+        images_per_sec: float = math.nan,
+        data_wait: float = math.nan,
+        eta_s: float = math.nan,
     ) -> None:
         """Shows how far the run is: a live line on a terminal, elsewhere plain lines.
 
-        A plain line comes at most every `PLAIN_INTERVAL` seconds, the first and the last step's
-        always. `train.log` gets the plain lines.
+        A plain line comes at most every `PLAIN_INTERVAL` seconds, the first one and the last step's
+        always, as those that have no speed yet. `train.log` gets the plain lines.
 
         Args:
           step: number of training steps done.
           loss: training loss of the latest step.
           accuracy: share of the latest training batch that was classified correctly, in [0, 1].
           lr: learning rate.
-          images_per_sec: training speed, images per second over all devices.
+          images_per_sec: training speed, images per second over all devices; NaN for none yet.
           data_wait: share of the time spent waiting for data, in [0, 1].
           eta_s: time left, in seconds.
         """
@@ -147,15 +174,20 @@ class Telemetry:
             return
         line = (
             f'step {step:,}/{self._total_steps:,}  loss {loss:.4f}  '
-            f'accuracy {100 * accuracy:.1f} %  lr {lr:.3g}  '
-            f'{format_rate(images_per_sec)} images/s  data wait {100 * data_wait:.0f} %  '
-            f'{format_duration(eta_s)} left'
+            f'accuracy {100 * accuracy:.1f} %  lr {lr:.3g}'
         )
         now = time.monotonic()
         due = now - self._last_plain >= PLAIN_INTERVAL or step >= self._total_steps
+        if math.isnan(images_per_sec):
+            due = True
+        else:
+            line += (
+                f'  {format_rate(images_per_sec)} images/s  data wait {100 * data_wait:.0f} %  '
+                f'{format_duration(eta_s)} left'
+            )
+            self._last_plain = now if due else self._last_plain
         if due:
-            self._last_plain = now
-            self._log_line(line)
+            self._write(LOG_FILE, f'{_now()}  {line}\n')
         if not self._console.is_interactive:
             if due:
                 self._print(line)
@@ -173,19 +205,29 @@ class Telemetry:
             row.add_row(line)
         self._live.update(row, refresh=True)
 
-    def info(self, text: str) -> None:
-        """Shows a message on the console and adds it, with the time, to `train.log`."""
+    def info(self, text: str, event: str = 'message', **facts: Any) -> None:
+        """Shows a message and adds it, with the time, to `train.log` and `events.jsonl`.
+
+        Args:
+          text: for people.
+          event: what happened, for programs: `started`, `resumed`, `skipped`, ...
+          **facts: about it, of types that JSON has, in `events.jsonl` beside `time`, `event` and
+            `text`.
+        """
         if self._enabled:
             self._print(text)
-            self._log_line(text)
+            now = _now()
+            self._write(LOG_FILE, f'{now}  {text}\n')
+            row = {'time': now, 'event': event, 'text': text, **facts}
+            self._write(EVENTS_FILE, json.dumps(row) + '\n')
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, event: str = 'message', **facts: Any) -> None:
         """As `info`; but every process shows what it has to say, and only the first writes it.
 
         May be called from any thread.
         """
         if self._process_index == 0:
-            self.info(text)
+            self.info(text, event, **facts)
         else:
             print(f'process {self._process_index}: {text}', file=sys.stderr)
 
@@ -196,16 +238,20 @@ class Telemetry:
         self._enabled = False
         if self._live is not None:
             self._live.stop()
-        for file in (self._metrics, self._timing, self._log, self._events):
+        for file in self._files.values():
             file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
 
     def _print(self, text: str) -> None:
         # soft_wrap: where there is no terminal, rich would otherwise break lines at 80 columns.
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def _log_line(self, text: str) -> None:
-        now = datetime.datetime.now().isoformat(sep=' ', timespec='seconds')
-        self._log.write(f'{now}  {text}\n')
+    def _write(self, name: str, line: str) -> None:
+        if self._files:
+            self._files[name].write(line)
+        else:
+            self._early.append((name, line))
 
 
 class _EventFile:
@@ -284,10 +330,10 @@ def write_run_info(
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     config = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
-    _write_json(workdir / CONFIG_FILE, config)
+    files.write_json(workdir / CONFIG_FILE, config)
     for name, value in (others or {}).items():
-        _write_json(workdir / name, value)
-    _write_json(
+        files.write_json(workdir / name, value)
+    files.write_json(
         workdir / VERSIONS_FILE,
         {
             'command': shlex.join([os.path.basename(sys.executable), *sys.orig_argv[1:]]),
@@ -320,6 +366,10 @@ def format_rate(per_second: float) -> str:
         return '?'
     digits = 0 if per_second >= 99.95 else 1 if per_second >= 9.995 else 2
     return f'{per_second:,.{digits}f}'
+
+
+def _now() -> str:
+    return datetime.datetime.now().isoformat(sep=' ', timespec='seconds')
 
 
 def _json_line(step: int, values: Mapping[str, float]) -> str:
@@ -355,21 +405,8 @@ def _remove_later_steps(path: pathlib.Path, start_step: int) -> int:
         if step <= start_step:
             kept.append(line)
     if kept != lines:
-        _replace_text(path, ''.join(kept))
+        files.write_text(path, ''.join(kept))
     return unreadable
-
-
-def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
-    _replace_text(path, json.dumps(value, indent=2) + '\n')
-
-
-def _replace_text(path: pathlib.Path, text: str) -> None:
-    temporary = path.with_name(path.name + '.tmp')
-    with open(temporary, 'w', encoding='utf-8') as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _git_revision() -> str | None:
@@ -395,14 +432,9 @@ def _git_revision() -> str | None:
 
 
 def _package_versions() -> dict[str, str]:
-    """Versions of the packages that vit_jax names, and of those that JAX consists of."""
-    names = {'vit_jax', 'jaxlib', 'jax-cuda12-plugin', 'tensorflow-cpu'}
-    for requirement in importlib.metadata.requires('vit_jax') or ():
-        names.add(re.match(r'[\w.-]+', requirement)[0])
-    versions = {}
-    for name in sorted(names):
-        try:
+    """Versions of this package and of those of `_PACKAGES` that are installed."""
+    versions = {'vit_jax': vit_jax.__version__}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue  # the extras that this machine does not have
     return versions
