@@ -1,7 +1,8 @@
-"""What training and predicting take: bytes on a device, and images per second.
+"""What training and predicting take, estimated: bytes on a device, and images per second.
 
-Everything here is arithmetic, about a millisecond a call; `vit_jax.analysis.measured` asks XLA
-itself, which compiles. How well the two agree is said at `training_memory`.
+Arithmetic, about a millisecond a call. The memory is a formula whose numbers were fitted to
+compiled training steps; a run does not rely on it, but asks the compiler (`run.resources`), and so
+does `compile_training` here.
 """
 
 import dataclasses
@@ -9,10 +10,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from vit_jax import variants
+import jax
+import jax.numpy as jnp
+
+from configs import common
+from vit_jax import models, optim, sharding, state, steps, variants
 from vit_jax.analysis import counts
 from vit_jax.models.attention import CHUNK, choose_attention
-from vit_jax.sharding import MIN_SIZE_TO_SHARD
+from vit_jax.run import resources
 
 BYTES = {'float32': 4, 'bfloat16': 2}
 _WORKSPACE = {'gpu': 32 * 2**20, 'cpu': 0}  # bytes; of cuBLAS on Hopper
@@ -59,9 +64,8 @@ class _Activations:
     images: float = 0.0
 
 
-# Fits to `memory_analysis()` of the compiled training step, jax 0.10.2; `training_memory` tells how
-# well they do. Keys: platform, bytes of an activation, rematerialisation. On a CPU, XLA computes
-# bfloat16 as float32.
+# Fits to `memory_analysis()` of the compiled training step. Keys: platform, bytes of an activation,
+# rematerialisation. On a CPU, XLA computes bfloat16 as float32.
 _VIT = {
     ('cpu', 4, ''): _Activations((8, 1, 2), ((3.9, 1, 0),), 0.85),
     ('cpu', 4, 'dots'): _Activations((4.7, 1, 0), ((4.2, 2, 0.84),), 0.5),
@@ -107,7 +111,13 @@ def training_memory(
     fsdp: int = 1,
     platform: str = 'gpu',
 ) -> Memory:
-    """What a training step needs on each device.
+    """What a training step needs on each device, by a fitted formula: an estimate.
+
+    On a CPU it is held against compiled steps by the tests: ViTs and Mixers of a few blocks, each
+    `remat`, within 10 %. On a GPU it was fitted to 61 steps of an earlier form of the step,
+    compiled ahead of time for an H200 with jax 0.10.2 (ViT, Mixer, hybrids; within 10 % then), and
+    leans to too much. Least is known of hybrids in float32, `remat` of hybrids and Mixers, and
+    several devices. `compile_training` tells what is so.
 
     Args:
       model_config: see `variants.get_config`.
@@ -124,28 +134,6 @@ def training_memory(
       fsdp: how many share the parameters.
       platform: 'gpu' or 'cpu': whose compiler, see `jax.default_backend`.
 
-    Returns:
-      The parts, and `total`: arguments and temporary memory of XLA's `memory_analysis()`. On a GPU
-      a run holds up to two more batches of inputs, which were sent ahead.
-
-    How well it does, by XLA's own figures for the compiled training step of jax 0.10.2 (`total`
-    beside arguments and temporary memory):
-      CPU (the CPU compiler): 8 and 24 images, ViT of 3 to 12 blocks, 3 widths, 224 and 384 px, with
-        dropout: 22 steps with 'chunked' and 'xla' within 4 %, 28 with 'chunked' and `remat` within
-        5 % (before GELU was computed again; since then one, of 4 blocks, within 2 %); Mixer, 3
-        steps within 3 %. B/16 of 12 blocks at batch 8: 10 % too much. Accumulation, several
-        devices, FSDP and hybrids were fitted to an earlier form of the step, which needed twice as
-        much.
-      GPU (the GPU compiler, run ahead of time for an H200 with cuBLAS for all matrix products; not
-        compared with a running GPU): of an earlier form of the step, which kept more for the
-        derivative of GELU and all of the last block, within 10 % on 61 steps: ViT of 2 to 12
-        blocks, float32 and bfloat16, each `remat`, dropout, AdamW, accumulation; Mixer; hybrids of
-        2 blocks, bfloat16.
-      Not fitted, figures that lean to too much: on a GPU hybrids in float32, `remat` of hybrids
-        (as without) and of Mixers ('dots' and, on a CPU, 'full' as without; on a GPU 'full' was
-        fitted at one size), and several devices and FSDP, which are the CPU's; attention 'cudnn'
-        and 'chunked', which leave out the attention weights.
-
     Raises:
       UserError: the image is not a whole number of patches.
     """
@@ -156,7 +144,7 @@ def training_memory(
         BYTES[optim_dtype] + 4 if optimizer == 'adamw' else BYTES[optim_dtype]
     ) + (8 if optimizer == 'adamw' else 4)
     images = -(-batch // devices)
-    inputs = images * (12 * image_size**2 + 16)
+    inputs = images * (12 * image_size**2 + 8)
     micro = -(-images // max(1, accum_steps))
     activations = micro * _per_image(
         model_config, image_size, micro, dtype, remat, attention, platform
@@ -198,7 +186,7 @@ def _arrays(
 def _share(shape: tuple[int, ...], fsdp: int) -> int:
     """Elements of an array on one device, by the rule of `sharding.state_sharding`."""
     size = math.prod(shape)
-    if fsdp > 1 and size >= MIN_SIZE_TO_SHARD and any(n % fsdp == 0 for n in shape):
+    if fsdp > 1 and size >= sharding.MIN_SIZE_TO_SHARD and any(n % fsdp == 0 for n in shape):
         return size // fsdp
     return size
 
@@ -249,6 +237,51 @@ def _per_image(
     return width * numbers + rule.images * 12 * image_size**2
 
 
+def compile_training(
+    model_config: Mapping[str, Any],
+    *,
+    num_classes: int,
+    image_size: int,
+    batch: int,
+    dtype: str = 'float32',
+    optimizer: str = 'sgd',
+    optim_dtype: str = 'bfloat16',
+    remat: str = '',
+    attention: str = 'auto',
+) -> tuple[int, float]:
+    """What XLA counts in the training step for one device of this machine; compiled, not run.
+
+    Args: as for `training_memory`.
+
+    Returns:
+      Bytes (arguments, outputs and temporary memory, at one time), and floating-point operations,
+      0 where they are not counted; the body of a loop is counted once.
+    """
+    config = common.get_defaults()
+    config.update(dict(optimizer=optimizer, optim_dtype=optim_dtype))
+    schedule = optim.create_learning_rate_schedule(
+        config.total_steps, config.base_lr, config.decay_type, config.warmup_steps
+    )
+    tx = optim.create_optimizer(config, schedule)
+    model = models.from_config(
+        model_config,
+        num_classes=num_classes,
+        dtype=jnp.dtype(dtype),
+        attention=attention,
+        remat=remat,
+    )
+    mesh = sharding.create_mesh(1, jax.devices()[:1])
+    abstract = state.abstract_state(model, tx, image_size, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    step = steps.make_train_step(model, tx, schedule, mesh, shardings, seed=0)
+    lowered = step.lower(abstract, steps.abstract_batch(batch, image_size, mesh))
+    # Machine code that nobody runs need not be optimised; memory and operations are the same.
+    quick = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
+    compiled = lowered.compile(compiler_options=quick)
+    flops = (compiled.cost_analysis() or {}).get('flops', 0.0)
+    return resources.program_bytes(compiled), flops
+
+
 def inference_memory(
     model_config: Mapping[str, Any],
     *,
@@ -261,9 +294,8 @@ def inference_memory(
     """What a prediction step needs; arguments as for `training_memory`, on one device.
 
     The working space is that of the widest layer: the image, the MLP's hidden layer, the attention
-    weights, or a convolution, whichever is largest. Beside XLA's own figures: on a GPU (as in
-    `training_memory`; six ViTs, three blocks each) within 10 %; on a CPU, where a GELU over a large
-    batch takes six times its size, up to three times too much for small batches.
+    weights, or a convolution, whichever is largest. On a CPU up to three times too much for small
+    batches.
     """
     s = counts.sizes(model_config, image_size)
     width = 4 if platform == 'cpu' else BYTES[dtype]
