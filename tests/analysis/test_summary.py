@@ -95,7 +95,7 @@ def test_published_torchsummary_totals(name):
 
 def test_torchsummary_lines():
     found = summary.torchsummary(variants.get_config('ViT-B_16'), 5, 224)
-    lines = {layer.name: (layer.output, layer.parameters) for layer in found.layers}
+    lines = {name: (output, parameters) for name, output, parameters in found.layers}
     assert lines['Conv2d-1'] == ((-1, 768, 14, 14), 590_592)
     assert lines['Linear-6'] == ((-1, 197, 2304), 1_771_776)
     assert lines['Dropout-7'] == ((-1, 12, 197, 197), 0)
@@ -110,7 +110,7 @@ def test_torchsummary_lines():
 def test_torchsummary_with_a_representation_layer():
     config = small('ViT-Ti_16', representation_size=64)
     found = summary.torchsummary(config, 5, 224)
-    assert [layer.name.split('-')[0] for layer in found.layers[-3:]] == ['Linear', 'Tanh', 'Linear']
+    assert [name.split('-')[0] for name, *_ in found.layers[-3:]] == ['Linear', 'Tanh', 'Linear']
     left_out = sum(size for _, size in found.left_out)
     assert found.parameters + left_out == counts.parameters(config, 5, 224)
 

@@ -192,16 +192,19 @@ def _likeness(found: Sequence[Layer], root: Layer) -> tuple:
     return root.path[-1].rstrip('0123456789'), tuple(inside)
 
 
-# --- The table that torchsummary prints
-
-
-@dataclasses.dataclass(frozen=True)
-class TorchLayer:
-    """A line of torchsummary's table; `output` [-1, channels, height, width] or [-1, N, D]."""
-
-    name: str
-    output: tuple[int, ...]
-    parameters: int
+def csv_table(found: Sequence[Layer]) -> tables.Table:
+    """Every layer for programs: layer ('' is the model), type, output_shape, parameters, flops."""
+    rows = [
+        (
+            '/'.join(layer.path),
+            layer.kind,
+            f'[{",".join(map(str, layer.output))}]' if layer.output else '',
+            str(layer.parameters),
+            str(layer.flops),
+        )
+        for layer in found
+    ]
+    return tables.Table('', ('layer', 'type', 'output_shape', 'parameters', 'flops'), rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,20 +214,30 @@ class TorchSummary:
     Sizes are in MiB, which torchsummary calls MB.
 
     Attributes:
-      layers: the lines of the table.
-      parameters: the total below it.
+      layers: the lines of the table: name, output shape ([-1, channels, height, width] or
+        [-1, N, D]), parameters.
       left_out: (name, parameters) of what the model has and the table has not.
       input_mib: the image, float32.
-      passes_mib: "Forward/backward pass size", by convention the outputs of all lines twice.
-      params_mib: the parameters that are counted, float32.
     """
 
-    layers: tuple[TorchLayer, ...]
-    parameters: int
+    layers: tuple[tuple[str, tuple[int, ...], int], ...]
     left_out: tuple[tuple[str, int], ...]
     input_mib: float
-    passes_mib: float
-    params_mib: float
+
+    @property
+    def parameters(self) -> int:
+        """The total below the table."""
+        return sum(parameters for _, _, parameters in self.layers)
+
+    @property
+    def passes_mib(self) -> float:
+        """The "Forward/backward pass size": by convention the outputs of all lines twice."""
+        return sum(math.prod(output[1:]) for _, output, _ in self.layers) * 4 * 2 / 2**20
+
+    @property
+    def params_mib(self) -> float:
+        """The parameters that are counted, float32."""
+        return self.parameters * 4 / 2**20
 
     @property
     def total_mib(self) -> float:
@@ -247,90 +260,75 @@ def torchsummary(
       image_size: side of the images, pixels.
 
     Raises:
-      UserError: an architecture which that implementation has not.
+      UserError: an architecture that this implementation does not have.
     """
     _check_plain(model_config, num_classes)
     s = counts.sizes(model_config, image_size)
     d, m, t, n = s.width, s.hidden, s.tokens, s.patches
     side = math.isqrt(n)
     patch = math.prod(model_config['patches']['size'])
-
-    rows: list[tuple[str, tuple[int, ...], int]] = [
-        ('Conv2d', (d, side, side), 3 * patch * d + d),
-        ('Identity', (n, d), 0),
-        ('PatchEmbed', (n, d), 0),
-        ('Dropout', (t, d), 0),
-    ]
     block = [
         ('LayerNorm', (t, d), 2 * d),
         ('Linear', (t, 3 * d), 3 * (d * d + d)),
         ('Dropout', (s.heads, t, t), 0),
         ('Linear', (t, d), d * d + d),
-        ('Dropout', (t, d), 0),
-        ('Attention', (t, d), 0),
-        ('Identity', (t, d), 0),
+        *((name, (t, d), 0) for name in ('Dropout', 'Attention', 'Identity')),
         ('LayerNorm', (t, d), 2 * d),
         ('Linear', (t, m), d * m + m),
-        ('GELU', (t, m), 0),
-        ('Dropout', (t, m), 0),
+        *((name, (t, m), 0) for name in ('GELU', 'Dropout')),
         ('Linear', (t, d), m * d + d),
-        ('Dropout', (t, d), 0),
-        ('Mlp', (t, d), 0),
-        ('Identity', (t, d), 0),
-        ('Block', (t, d), 0),
+        *((name, (t, d), 0) for name in ('Dropout', 'Mlp', 'Identity', 'Block')),
     ]
-    rows += block * s.blocks
-    rows.append(('LayerNorm', (t, d), 2 * d))
     features = model_config.get('representation_size') or 0
     if features:
-        rows += [('Linear', (features,), d * features + features), ('Tanh', (features,), 0)]
+        pooled = [('Linear', (features,), d * features + features), ('Tanh', (features,), 0)]
     else:
-        rows.append(('Identity', (d,), 0))
-    features = features or d
-    rows.append(('Linear', (num_classes,), features * num_classes + num_classes))
-
-    parameters = sum(row[2] for row in rows)
+        pooled = [('Identity', (d,), 0)]
+    rows: list[tuple[str, tuple[int, ...], int]] = [
+        ('Conv2d', (d, side, side), 3 * patch * d + d),
+        ('Identity', (n, d), 0),
+        ('PatchEmbed', (n, d), 0),
+        ('Dropout', (t, d), 0),
+        *block * s.blocks,
+        ('LayerNorm', (t, d), 2 * d),
+        *pooled,
+        ('Linear', (num_classes,), (features or d) * num_classes + num_classes),
+    ]
     return TorchSummary(
         layers=tuple(
-            TorchLayer(f'{name}-{i}', (-1, *output), params)
-            for i, (name, output, params) in enumerate(rows, start=1)
+            (f'{name}-{i}', (-1, *output), parameters)
+            for i, (name, output, parameters) in enumerate(rows, start=1)
         ),
-        parameters=parameters,
         left_out=(('class token', d), ('position embedding', t * d)),
         input_mib=3 * image_size**2 * 4 / 2**20,
-        passes_mib=sum(math.prod(row[1]) for row in rows) * 4 * 2 / 2**20,
-        params_mib=parameters * 4 / 2**20,
     )
 
 
 def _check_plain(model_config: Mapping[str, Any], num_classes: int) -> None:
     """Raises `UserError` unless the PyTorch implementation has this architecture."""
-    why = ''
-    if 'num_blocks' in model_config:
-        why = 'it is an MLP-Mixer'
-    elif model_config.get('resnet'):
-        why = 'it has a ResNet in front'
-    elif model_config.get('distilled'):
-        why = 'it has a distillation token and two heads'
-    elif model_config.get('mlp_head'):
-        why = 'its head has a hidden layer'
-    elif model_config.get('classifier', 'token') != 'token':
-        why = 'it has no class token that the head reads'
-    elif not num_classes:
-        why = 'it has no head'
-    if why:
-        name = model_config.get('model_name') or 'the model'
-        raise UserError(
-            f'{name} is not in the PyTorch code that the torchsummary style shows ({why}): '
-            'use --style jax'
-        )
+    reasons = {
+        'it is an MLP-Mixer': 'num_blocks' in model_config,
+        'it has a ResNet in front': model_config.get('resnet'),
+        'it has a distillation token and two heads': model_config.get('distilled'),
+        'its head has a hidden layer': model_config.get('mlp_head'),
+        'it has no class token that the head reads': model_config.get('classifier', 'token')
+        != 'token',
+        'it has no head': not num_classes,
+    }
+    for reason, true in reasons.items():
+        if true:
+            name = model_config.get('model_name') or 'the model'
+            raise UserError(
+                f'{name} is not in the PyTorch code that the torchsummary style shows ({reason}): '
+                'use --style jax'
+            )
 
 
 def torch_table(summary: TorchSummary, *, title: str) -> tables.Table:
     """Torchsummary's table and the lines below it, and what they leave out."""
     rows = [
-        (layer.name, f'[{", ".join(map(str, layer.output))}]', f'{layer.parameters:,}')
-        for layer in summary.layers
+        (name, f'[{", ".join(map(str, output))}]', f'{parameters:,}')
+        for name, output, parameters in summary.layers
     ]
     left_out = ', '.join(f'{name} ({count:,})' for name, count in summary.left_out)
     total = summary.parameters + sum(count for _, count in summary.left_out)
@@ -350,22 +348,7 @@ def torch_table(summary: TorchSummary, *, title: str) -> tables.Table:
 def torch_csv(summary: TorchSummary) -> tables.Table:
     """Torchsummary's lines for programs: layer, output_shape ('[-1,197,768]'), params."""
     rows = [
-        (layer.name, f'[{",".join(map(str, layer.output))}]', str(layer.parameters))
-        for layer in summary.layers
+        (name, f'[{",".join(map(str, output))}]', str(parameters))
+        for name, output, parameters in summary.layers
     ]
     return tables.Table('', ('layer', 'output_shape', 'params'), rows)
-
-
-def csv_table(found: Sequence[Layer]) -> tables.Table:
-    """Every layer for programs: layer ('' is the model), type, output_shape, parameters, flops."""
-    rows = [
-        (
-            '/'.join(layer.path),
-            layer.kind,
-            f'[{",".join(map(str, layer.output))}]' if layer.output else '',
-            str(layer.parameters),
-            str(layer.flops),
-        )
-        for layer in found
-    ]
-    return tables.Table('', ('layer', 'type', 'output_shape', 'parameters', 'flops'), rows)

@@ -142,7 +142,8 @@ def draw_reliability(metrics: Metrics, *, title: str) -> 'Figure':
     )  # fmt: skip
     upper.set_ylabel('accuracy')
     upper.set_ylim(0, 1.02)
-    upper.legend(loc='upper left', fontsize=8)
+    # Not in the panel, where bars may be anywhere.
+    figure.legend(loc='outside lower center', ncols=3, fontsize=8)
     upper.set_title(
         f'{title}\nexpected calibration error {100 * calibration.expected_error:.2f} % '
         f'({bins} bins, {calibration.count.sum():,} images)',
