@@ -11,7 +11,7 @@ any, only what concerns the model alone is drawn. Exit status: 0; 1 if an image 
 (they are named at the end, all others are done) or something is wrong.
 
 Examples:
-    python scripts/attention.py --model runs/b16-tf_flowers/model --output attention photo.jpg
+    python scripts/attention.py --model runs/b16-tf_flowers/model photo.jpg
     python scripts/attention.py --model ViT-B_16.npz --what relevance --classes daisy \
         --output daisies photos/
     python scripts/attention.py --model ViT-B_16.npz --what class_token --layer -1 --output a x.jpg
@@ -21,7 +21,6 @@ Examples:
 import argparse
 import os
 import pathlib
-import signal
 import sys
 
 # A checkout runs without being installed.
@@ -35,21 +34,7 @@ SHOWN_CLASSES = 2
 def main() -> int:
     """Runs the command line; returns the exit status, 1 if an image could not be read."""
     args = _parser().parse_args()
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors='backslashreplace')  # names of files may be no text
-
-    # Not at the top: they take seconds, and --help should not.
-    from vit_jax.errors import UserError
-
-    try:
-        return _run(args)
-    except UserError as error:
-        sys.stdout.flush()
-        print(f'attention.py: {error}', file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print('attention.py: interrupted', file=sys.stderr)
-        return 130
+    return cli.run(lambda: _run(args))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,9 +45,10 @@ def _parser() -> argparse.ArgumentParser:
     add('--labels', default='', metavar='NAMES', help='class names, as of scripts/predict.py')
     add(
         '--output',
-        required=True,
+        default='',
         metavar='FOLDER',
-        help='is there when it is complete; must not exist, or be empty',
+        help='is there when it is complete; must not exist, or be empty; default: '
+        'attention-<name of the model>, with a number if that is there',
     )
     add(
         '--what',
@@ -97,7 +83,7 @@ def _run(args: argparse.Namespace) -> int:
     from vit_jax.inference import contact_sheet, labels, model_folder, predict
     from vit_jax.inference import output as prediction_output
 
-    folder = pathlib.Path(args.output)
+    folder = pathlib.Path(args.output or attention_output.default_folder(args.model))
     attention_output.check_folder(folder)
     kinds = _kinds(args)
     images = []
@@ -168,14 +154,14 @@ def _report(folder: pathlib.Path, drawn: list, class_names) -> None:
     from vit_jax.inference import predict
 
     for image in drawn:
-        says = ''
+        best = ''
         if image.probabilities is not None:
-            best = predict.choose_classes(image.probabilities, top_k=SHOWN_CLASSES)
-            says = '  ' + ', '.join(
-                f'{class_names[label]} {image.probabilities[label]:.4f}' for label in best
+            labels = predict.choose_classes(image.probabilities, top_k=SHOWN_CLASSES)
+            best = '  ' + ', '.join(
+                f'{class_names[i]} {image.probabilities[i]:.4f}' for i in labels
             )
         place = f' -> {folder / image.folder}/' if image.folder else ''
-        print(f'{predict.printable(image.path)}{place}{says}')
+        print(f'{predict.printable(image.path)}{place}{best}')
     if folder.is_dir():
         own = sorted(path.name for path in folder.iterdir() if path.is_file())
         print(f'{folder}: {", ".join(own) or "a folder for each image"}')
@@ -184,6 +170,5 @@ def _report(folder: pathlib.Path, drawn: list, class_names) -> None:
 
 
 if __name__ == '__main__':
-    if hasattr(signal, 'SIGPIPE'):  # `attention.py ... | head` ends it quietly
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    cli.end_on_closed_pipe()
     sys.exit(main())

@@ -1,23 +1,23 @@
-"""A folder of attention pictures and arrays, complete or not there.
+"""A folder of attention pictures and arrays, which appears when it is complete.
 
 OUTPUT/attention_distance.png, patch_filters.png, position_similarity.png, arrays.npz
 OUTPUT/NAME OF AN IMAGE/class_token.png, rollout.png, relevance.png, arrays.npz
 """
 
+import contextlib
 import dataclasses
 import difflib
 import os
 import pathlib
 import re
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
 
+from vit_jax import files
 from vit_jax.analysis import attention, embeddings
 from vit_jax.analysis import attention_pictures as pictures
-from vit_jax.checkpoint import replace
 from vit_jax.data.decode import BadImageError
 from vit_jax.errors import UserError
 from vit_jax.inference import contact_sheet, model_folder, predict
@@ -66,6 +66,21 @@ class Drawn:
     probabilities: np.ndarray | None
 
 
+def default_folder(model: str) -> pathlib.Path:
+    """A folder for the pictures of a model that is not there yet, in the current folder.
+
+    Args:
+      model: path or name of the model; of a run's model folder the run gives the name.
+    """
+    path = pathlib.Path(model).absolute()
+    name = path.parent.name if path.name == 'model' else path.stem
+    folder, number = pathlib.Path(f'attention-{name}'), 1
+    while os.path.lexists(folder):
+        number += 1
+        folder = pathlib.Path(f'attention-{name}-{number}')
+    return folder
+
+
 def check_folder(folder: pathlib.Path) -> None:
     """Raises `UserError` for a folder that has files, or whose parent is not there."""
     if folder.is_dir() and any(folder.iterdir()):
@@ -80,15 +95,14 @@ def parse_kinds(text: str) -> tuple[str, ...]:
     """Kinds of pictures from a list with commas, such as 'rollout,distance', in order of `KINDS`.
 
     Raises:
-      UserError: a word that is no kind.
+      UserError: a word that is not a kind.
     """
     words = [word.strip() for word in text.split(',')]
     for word in words:
         if word not in KINDS:
-            near = difflib.get_close_matches(word, KINDS, n=1, cutoff=0.0)
             raise UserError(
-                f'--what {text}: {word!r} is none of {", ".join(KINDS)}'
-                + (f'; nearest: {near[0]}' if near else '')
+                f'--what {text}: {word!r} is none of {", ".join(KINDS)}; nearest: '
+                f'{_nearest(word, KINDS)}'
             )
     return tuple(kind for kind in KINDS if kind in words)
 
@@ -102,7 +116,7 @@ def parse_numbers(text: str, count: int, flag: str) -> tuple[int, ...]:
       flag: that was given, for messages.
 
     Raises:
-      UserError: no number, or none that the model has.
+      UserError: not numbers, or none that the model has.
     """
     if not text:
         return tuple(range(count))
@@ -121,10 +135,13 @@ def find_labels(names: Sequence[str], class_names: Sequence[str]) -> tuple[int, 
     """Labels of classes that were named; `UserError` (with the nearest) for an unknown name."""
     for name in names:
         if name not in class_names:
-            near = difflib.get_close_matches(name, class_names, n=1, cutoff=0.0)
-            hint = f'; the nearest is {near[0]}' if near else ''
+            hint = f'; the nearest is {_nearest(name, class_names)}' if class_names else ''
             raise UserError(f'the model has no class {name!r}{hint}')
     return tuple(dict.fromkeys(class_names.index(name) for name in names))
+
+
+def _nearest(word: str, words: Sequence[str]) -> str:
+    return difflib.get_close_matches(word, words, n=1, cutoff=0.0)[0]
 
 
 def write(
@@ -145,7 +162,8 @@ def write(
       images: paths, of `predict.find_images`.
       choice: what to draw.
       title: name of the model in the pictures.
-      skip: called with the reason for each kind that this model has not; by default it is raised.
+      skip: called with the reason for each kind that this model does not have; by default it is
+        raised.
       advance: called after each image.
 
     Returns:
@@ -154,118 +172,117 @@ def write(
 
     Raises:
       UserError: see `attention.check`; the folder cannot be written; a kind of picture that this
-        model has not; a model that gives NaN.
+        model does not have; a model that gives NaN.
     """
     attention.check(model)
     check_folder(folder)
-    folder = folder.absolute()
-    partial = replace.partial_name(folder)
-    try:
-        replace.sweep(folder)
-        partial.mkdir()
-        of_model = _draw_model(partial, model, choice.kinds, title, skip)
-        if 'relevance' in choice.kinds and not model.class_names:
-            _lacking('relevance.png needs a model with a classification head', skip)
-            kinds = tuple(kind for kind in choice.kinds if kind != 'relevance')
-            choice = dataclasses.replace(choice, kinds=kinds)
-        drawn, distances, unreadable = _draw_images(partial, model, images, choice, title, advance)
-        if 'distance' in choice.kinds and drawn:
-            of_model['mean_distance'] = np.stack(distances)
+    kinds = choice.kinds
+    drawn: list[Drawn] = []
+    distances: list[np.ndarray] = []
+    unreadable: list[BadImageError] = []
+    with files.atomic_folder(folder) as part:
+        arrays = _draw_model(part, model, kinds, title, skip)
+        if 'relevance' in kinds and not model.class_names:
+            with _skipping(skip):
+                raise UserError('relevance.png needs a model with a classification head')
+            kinds = tuple(kind for kind in kinds if kind != 'relevance')
+        choice = dataclasses.replace(choice, kinds=kinds)
+        if set(kinds) & set(OF_IMAGES):
+            model = dataclasses.replace(model, params=jax.device_put(model.params))
+            taken = {ARRAYS}
+            for path in images:
+                try:
+                    image = predict.read_image(path)
+                except BadImageError as error:
+                    unreadable.append(error)
+                else:
+                    name = _folder_name(path, taken) if set(kinds) & set(OF_EACH_IMAGE) else ''
+                    found, probabilities = _draw_image(
+                        part, name, model, path, image, choice, title
+                    )
+                    drawn.append(Drawn(path, name, probabilities))
+                    distances.append(found.mean_distance[0])
+                advance()
+        if 'distance' in kinds and drawn:
+            arrays['mean_distance'] = np.stack(distances)
             figure = pictures.distance(
                 np.mean(distances, axis=0),
                 images=len(drawn),
                 image_size=model.image_size,
                 title=f'Mean attention distance of the heads\n{title}',
             )
-            pictures.save(figure, partial / 'attention_distance.png')
-        if of_model:
-            np.savez(partial / ARRAYS, **of_model)
-        if any(partial.iterdir()):
-            check_folder(folder)  # it took a while
-            replace.put(folder)
-    except OSError as error:
-        raise UserError(f'cannot write {folder}: {error.strerror or error}') from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            pictures.save(figure, part / 'attention_distance.png')
+        if arrays:
+            np.savez(part / ARRAYS, **arrays)
     return drawn, unreadable
 
 
-def _lacking(reason: str, skip: Callable[[str], None] | None) -> None:
-    if skip is None:
-        raise UserError(reason)
-    skip(reason)
+@contextlib.contextmanager
+def _skipping(skip: Callable[[str], None] | None, name: str = '') -> Iterator[None]:
+    """Gives the reason why something cannot be drawn to `skip`, if there is one."""
+    try:
+        yield
+    except UserError as error:
+        reason = f'{name}: {error}' if name else str(error)
+        if skip is None:
+            raise UserError(reason) from error
+        skip(reason)
 
 
-def _draw_model(partial, model, kinds, title, skip) -> dict[str, np.ndarray]:
+def _draw_model(
+    part: pathlib.Path,
+    model: model_folder.Model,
+    kinds: Sequence[str],
+    title: str,
+    skip: Callable[[str], None] | None,
+) -> dict[str, np.ndarray]:
     """The pictures that need no image; returns their arrays."""
     arrays = {}
     if 'filters' in kinds:
-        try:
+        with _skipping(skip, 'patch_filters.png'):
             components, share = embeddings.filter_components(model)
-        except UserError as error:
-            _lacking(f'patch_filters.png: {error}', skip)
-        else:
             arrays |= {'filter_components': components, 'filter_variance_share': share}
             text = f'Principal components of the patch embedding filters\n{title}'
-            pictures.save(
-                pictures.filters(components, share, title=text), partial / 'patch_filters.png'
-            )
+            figure = pictures.filters(components, share, title=text)
+            pictures.save(figure, part / 'patch_filters.png')
     if 'positions' in kinds:
-        try:
+        with _skipping(skip, 'position_similarity.png'):
             similarity = embeddings.position_similarity(model)
-        except UserError as error:
-            _lacking(f'position_similarity.png: {error}', skip)
-        else:
             arrays['position_similarity'] = similarity
             text = f'Similarity of position embeddings\n{title}'
-            pictures.save(
-                pictures.positions(similarity, title=text), partial / 'position_similarity.png'
-            )
+            figure = pictures.positions(similarity, title=text)
+            pictures.save(figure, part / 'position_similarity.png')
     return arrays
 
 
-def _draw_images(
-    partial, model, images, choice, title, advance
-) -> tuple[list[Drawn], list[np.ndarray], list[BadImageError]]:
-    """The pictures of each image, in a folder for each."""
-    drawn, distances, unreadable, taken = [], [], [], {ARRAYS}
-    if not set(choice.kinds) & set(OF_IMAGES):
-        return drawn, distances, unreadable
-    alone = bool(set(choice.kinds) & set(OF_EACH_IMAGE))
-    model = dataclasses.replace(model, params=jax.device_put(model.params))
-    for path in images:
-        try:
-            image = predict.read_image(path)
-        except BadImageError as error:
-            unreadable.append(error)
-            advance()
-            continue
-        # One at a time: the weights of attention are large, and it is drawing that takes long.
-        pixels = model.preprocess.evaluate(image)[None]
-        found = attention.maps(model, pixels)
-        if not np.isfinite(found.logits).all():
-            raise UserError(
-                f'the model gives NaN or infinite numbers for {predict.printable(path)}'
-            )
-        probabilities = softmax(found.logits[0]) if model.class_names else None
-        name = _folder_name(path, taken) if alone else ''
-        if alone:
-            (partial / name).mkdir()
-            _draw_image(partial / name, model, path, image, pixels, found, choice, title)
-        drawn.append(Drawn(path, name, probabilities))
-        distances.append(found.mean_distance[0])
-        advance()
-    return drawn, distances, unreadable
+def _draw_image(
+    part: pathlib.Path,
+    name: str,
+    model: model_folder.Model,
+    path: str,
+    image: np.ndarray,
+    choice: Choice,
+    title: str,
+) -> tuple[attention.AttentionMaps, np.ndarray | None]:
+    """The pictures of one image in the folder `name`, or none; its maps and probabilities.
 
-
-def _draw_image(folder, model, path, image, pixels, found, choice, title) -> None:
+    One at a time: the weights of attention are large, and it is drawing that takes long.
+    """
+    pixels = model.preprocess.evaluate(image)[None]
+    found = attention.maps(model, pixels)
+    if not np.isfinite(found.logits).all():
+        raise UserError(f'the model gives NaN or infinite numbers for {predict.printable(path)}')
+    probabilities = softmax(found.logits[0]) if model.class_names else None
+    if not name:
+        return found, probabilities
+    folder = part / name
+    folder.mkdir()
     image = pictures.shrink(image)
-    name = contact_sheet.shorten(predict.printable(pathlib.PurePath(path).name), 36)
-    title = f'{name} · {title}'
+    title = f'{contact_sheet.shorten(predict.printable(pathlib.PurePath(path).name), 36)} · {title}'
     has_class_token = attention.special_tokens(model.model) > 0
     arrays = {'path': predict.printable(path), 'class_names': np.array(model.class_names)}
     if model.class_names:
-        arrays['probabilities'] = softmax(found.logits[0])
+        arrays['probabilities'] = probabilities
     if 'class_token' in choice.kinds:
         arrays['class_token'] = found.class_token[0]
         what = (
@@ -286,7 +303,6 @@ def _draw_image(folder, model, path, image, pixels, found, choice, title) -> Non
         )
         pictures.save(figure, folder / 'rollout.png')
     if 'relevance' in choice.kinds:
-        probabilities = arrays['probabilities']
         labels = choice.classes or predict.choose_classes(probabilities, top_k=choice.top_k)
         labels = np.array(labels)
         maps = attention.relevance(model, pixels, labels[None])[0]
@@ -303,6 +319,7 @@ def _draw_image(folder, model, path, image, pixels, found, choice, title) -> Non
         )
         pictures.save(figure, folder / 'relevance.png')
     np.savez(folder / ARRAYS, **arrays)
+    return found, probabilities
 
 
 def _folder_name(path: str, taken: set[str]) -> str:

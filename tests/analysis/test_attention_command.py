@@ -16,7 +16,7 @@ from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.inference import model_folder
 
-SCRIPT = pathlib.Path(__file__).resolve().parent.parent / 'scripts' / 'attention.py'
+SCRIPT = pathlib.Path(__file__).resolve().parents[2] / 'scripts' / 'attention.py'
 CLASSES = ('daisy', 'tulip, red', '$rose$')
 CONFIG = {
     'model_name': None,
@@ -253,3 +253,12 @@ def test_folders_have_names_of_their_own():
     assert names[:5] == ['a', 'A-2', 'a-2-2', 'stdin', 'hidden']
     assert names[5:] == ['ü', 'image', 'a-3', 'b_c_']
     assert attention_output._folder_name('arrays.npz.jpg', taken) == 'arrays.npz-2'
+
+
+def test_the_default_folder_is_named_after_the_model(run, model, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in ('', '-2'):
+        result = run('--model', model, '--what', 'class_token', '--layer', '-1', photos / 'a.png')
+        folder = f'attention-{model.parent.name}{number}'
+        assert result.returncode == 0 and folder in result.stdout
+        assert any((tmp_path / folder).rglob('*.png'))
