@@ -207,6 +207,23 @@ def test_what_is_wrong_is_said_in_a_line(run, model, photos, monkeypatch, argume
     assert sorted(photos.rglob('*')) == before
 
 
+@pytest.mark.parametrize(('layers', 'heads'), [(12, 3), (12, 12), (1, 12), (24, 1), (24, 16)])
+def test_the_picture_of_all_maps_is_not_a_strip_and_its_numbers_can_be_read(layers, heads):
+    image = np.zeros((60, 90, 3), np.uint8)
+    maps = np.random.default_rng(0).random((layers, heads, 3, 3), np.float32)
+    figure = attention_output.pictures.class_token(
+        image, maps, range(layers), range(heads), title='x'
+    )
+    width, height = figure.get_size_inches()
+    assert 0.6 < width / height < 1.8
+    ticks = [
+        t for axes in figure.axes[:-1] for t in axes.get_xticklabels() + axes.get_yticklabels()
+    ]
+    assert {t.get_text() for t in ticks} == {str(i) for i in range(max(layers, heads))}
+    # Shown 800 pixels wide, the numbers of layers and heads are still 8 pixels high.
+    assert min(t.get_size() for t in ticks) / 72 / width * 800 >= 8
+
+
 def test_a_mixer_has_no_attention(run, photos, tmp_path):
     config = {
         'model_name': None,

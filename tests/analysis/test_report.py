@@ -327,6 +327,14 @@ def shown(text, heading):
     return [html.unescape(re.sub(r'<[^>]*>', '', caption)) for caption in captions]
 
 
+def test_class_table_on_a_phone_names_every_number(page):
+    """Below 40rem the table is stacked, and what was a column's head stands at each number."""
+    labels = [value for tag, name, value in page.attributes if name == 'data-label']
+    heads = ['Precision', 'Recall', 'F1', 'Images', 'Most often taken for']
+    assert labels == heads * len(CLASSES)
+    assert 'content: attr(data-label)' in page.text.split('@media (max-width: 40rem)')[1]
+
+
 def test_pictures_are_the_images(page, root):
     urls = [value for tag, name, value in page.attributes if (tag, name) == ('img', 'src')]
     lists = [shown(page.text, f'{which} predictions') for which in ('Best', 'Worst')]
