@@ -48,8 +48,8 @@ VERSIONS_FILE = 'versions.json'
 # The packages of which versions.json tells the versions: those of pyproject.toml, and those that
 # these are made of. A list, because a checkout that is not installed knows no requirements.
 _PACKAGES = (
-    'absl-py', 'etils', 'flatbuffers', 'flax', 'grain', 'jax', 'jax-cuda12-plugin', 'jaxlib',
-    'jinja2', 'matplotlib', 'ml_collections', 'numpy', 'onnx', 'onnxruntime',
+    'absl-py', 'etils', 'filelock', 'flatbuffers', 'flax', 'grain', 'jax', 'jax-cuda12-plugin',
+    'jaxlib', 'jinja2', 'matplotlib', 'ml_collections', 'numpy', 'onnx', 'onnxruntime',
     'opencv-python-headless', 'optax', 'orbax-checkpoint', 'pillow', 'protobuf', 'rich',
     'safetensors', 'scikit-learn', 'scipy', 'simplejpeg', 'tensorboard', 'tensorflow-cpu',
     'tensorflow-datasets',
