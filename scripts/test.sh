@@ -32,5 +32,5 @@ status=0
 "$venv/bin/ruff" format --check . || status=1
 # Two workers: the suite is made for two cores. An argument of the same name overrides (-n 0: in
 # this process; -m '': slow tests, too).
-"$venv/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow' ${pytest[@]+"${pytest[@]}"} || status=$?
+"$venv/bin/python" -m pytest -n 2 --durations=15 --dist loadfile --no-loadscope-reorder -m 'not slow' ${pytest[@]+"${pytest[@]}"} || status=$?
 exit "$status"
