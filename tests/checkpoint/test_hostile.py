@@ -70,9 +70,9 @@ def test_keys_nested_without_end(tmp_path):
 @pytest.mark.parametrize('kind', ['npz', 'pth', 'safetensors'])
 def test_pipes_and_devices_are_not_waited_for(tmp_path, kind):
     os.mkfifo(tmp_path / f'pipe.{kind}')
-    refused(tmp_path / f'pipe.{kind}', 'no regular file')
+    refused(tmp_path / f'pipe.{kind}', 'not a regular file')
     (tmp_path / f'device.{kind}').symlink_to('/dev/zero')
-    refused(tmp_path / f'device.{kind}', 'no regular file')
+    refused(tmp_path / f'device.{kind}', 'not a regular file')
 
 
 def long_bytes():

@@ -161,7 +161,7 @@ def test_wrong_content_is_refused(tmp_path):
             checkpoint.load(_write(tmp_path / 'clash.npz', **dict.fromkeys(keys, np.ones(1))))
     with zipfile.ZipFile(tmp_path / 'other.zip', 'w') as f:
         f.writestr('readme.txt', 'x')
-    with pytest.raises(UserError, match='no .npz checkpoint'):
+    with pytest.raises(UserError, match='not a .npz checkpoint'):
         checkpoint.load(tmp_path / 'other.zip')
     with pytest.raises(UserError, match='holds no arrays'):
         checkpoint.load(_write(tmp_path / 'none.npz'))

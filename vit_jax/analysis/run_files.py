@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.checkpoint import tensors
+from vit_jax import files
 from vit_jax.errors import UserError
 from vit_jax.run import resume, telemetry
 
@@ -198,7 +198,7 @@ def _read_object(path: pathlib.Path, notes: list[str]) -> Mapping[str, Any]:
         notes.append(f'There is no {path.name}.')
         return {}
     try:
-        return tensors.read_json(path)
+        return files.read_json(path)
     except UserError as error:
         notes.append(f'{path.name} is damaged: {error}.')
         return {}

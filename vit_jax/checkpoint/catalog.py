@@ -7,7 +7,8 @@ import pathlib
 import re
 import urllib.parse
 
-from vit_jax.checkpoint import download, released, replace
+from vit_jax import files
+from vit_jax.checkpoint import download, released
 from vit_jax.errors import UserError
 
 BASE_URL = 'https://storage.googleapis.com'
@@ -45,8 +46,8 @@ def resolve(pretrained: str, *, cache_dir: str | os.PathLike[str] = '') -> pathl
     if '://' in pretrained:
         name = pretrained.removeprefix('gs://').removeprefix(f'{BUCKET}/')
         return _fetch(pretrained, RELEASED.get(name), cache_dir)
-    path = _expand(pretrained)
-    replace.recover(path.absolute())
+    path = files.expand(pretrained)
+    files.recover(path)
     if (path / 'params.npz').is_file():
         return path / 'params.npz'
     if (path / 'config.json').is_file():  # Hugging Face's or timm's
@@ -99,7 +100,7 @@ def resolve_augreg(
         if '://' in directory:
             released = name if directory != AUGREG_DIR else f'augreg/{name}'
             return _fetch(f'{directory}/{name}', RELEASED.get(released), cache_dir)
-        path = _expand(f'{directory}/{name}')
+        path = files.expand(f'{directory}/{name}')
         if not path.is_file():
             raise UserError(
                 f'no file {path}; expected AugReg checkpoints and index.csv in {directory}'
@@ -140,16 +141,6 @@ def _best_augreg(index: pathlib.Path, model: str) -> str:
     return best[model][1]
 
 
-def _expand(path: str) -> pathlib.Path:
-    """The path with ~ put in; `UserError` if it can be none."""
-    try:
-        expanded = pathlib.Path(path).expanduser()
-        expanded.exists()  # too long, or with a null byte: every look at it would fail
-    except (RuntimeError, ValueError, OSError) as e:
-        raise UserError(f'{path[:200]!r} is no path that can be used ({e})') from e
-    return expanded
-
-
 def _fetch(address: str, mib: float | None, cache_dir: str | os.PathLike[str]) -> pathlib.Path:
     try:
         address.encode()  # what comes from a command line may hold bytes that are no text
@@ -172,5 +163,5 @@ def _fetch(address: str, mib: float | None, cache_dir: str | os.PathLike[str]) -
     parts = [part for part in key.split('/') if part not in ('', '.', '..')]
     # Whole paths: SAM and GSAM files have the names of others, and only the folder tells them
     # apart.
-    root = pathlib.Path(cache_dir or os.environ.get('VIT_JAX_CACHE') or '~/.cache/vit_jax')
-    return download.fetch(url, root.expanduser().joinpath(*parts), published_mib=mib)
+    root = cache_dir or os.environ.get('VIT_JAX_CACHE') or '~/.cache/vit_jax'
+    return download.fetch(url, files.expand(root).joinpath(*parts), published_mib=mib)

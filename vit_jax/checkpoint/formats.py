@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax import variants
+from vit_jax import files, variants
 from vit_jax.checkpoint import big_vision, npz, pytorch, tensors
 from vit_jax.checkpoint.arrays import Weights, derive
 from vit_jax.errors import UserError
@@ -94,16 +94,16 @@ def open_weights(
                 'of Hugging Face or timm'
             )
         config = _read_config(path)
-        files = tensors.find_in_folder(path)
+        paths = tensors.find_in_folder(path)
     else:
         npz.check_exists(path)
-        files = [path]
+        paths = [path]
         if tensors.kind(path) == 'npz':
             weights = npz.open_file(path)
             return _normalize(weights, normalization) if normalization else weights
     found: dict[str, Any] = {}
     metadata: dict[str, str] = {}
-    for file in files:
+    for file in paths:
         arrays, metadata = tensors.open_tensors(file)
         found |= arrays
     config = _from_metadata(metadata) | config
@@ -169,7 +169,7 @@ def _heads(path: pathlib.Path, library: str, found: Mapping[str, Any], variant: 
 
 def _read_config(folder: pathlib.Path) -> dict[str, Any]:
     """What config.json of a Hugging Face or timm folder tells, in this package's words."""
-    config = tensors.read_json(folder / 'config.json')
+    config = files.read_json(folder / 'config.json')
     try:
         if 'architecture' in config:
             return _timm_config(config)
@@ -216,7 +216,7 @@ def _hugging_face_config(folder: pathlib.Path, config: Mapping[str, Any]) -> dic
     if isinstance(config.get('image_size'), int):
         known['image_size'] = config['image_size']
     if (folder / 'preprocessor_config.json').is_file():
-        processor = tensors.read_json(folder / 'preprocessor_config.json')
+        processor = files.read_json(folder / 'preprocessor_config.json')
         if not processor.get('do_normalize', True):
             known['normalization'] = ((0.0,) * 3, (1.0,) * 3)
         elif 'image_mean' in processor and 'image_std' in processor:

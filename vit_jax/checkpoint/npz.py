@@ -9,7 +9,7 @@ other reader of these files (timm, for one) looks for. Scales and biases of Grou
 1, 1, channels] in the files and [channels] in the models.
 """
 
-import contextlib
+import collections
 import io
 import lzma
 import math
@@ -20,12 +20,14 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from typing import Any
 
 import ml_dtypes
 import numpy as np
+from flax import traverse_util
 
+from vit_jax import files
 from vit_jax.checkpoint import big_vision
 from vit_jax.checkpoint.arrays import LazyArray, Weights, check_dtype, derive, to_float32
 from vit_jax.errors import UserError
@@ -67,20 +69,20 @@ def open_file(path: str | os.PathLike[str]) -> Weights:
 
     Raises:
         UserError: there is no such file, it is not a `.npz`, is cut short or damaged, or holds
-            something that is no weight; when it is read also for wrong checksums, NaN, infinity.
+            something that is not a weight; when it is read also for wrong checksums, NaN, infinity.
     """
     path = pathlib.Path(path)
     check_exists(path)
     try:
-        with zipfile.ZipFile(path) as archive, open(path, 'rb') as file:
-            _check_sizes(archive.infolist(), path)
-            members = {info.filename.removesuffix('.npy'): info for info in archive.infolist()}
-            prefix, left_out = big_vision.find_weights(list(members))
-            flat = {
-                name.removeprefix(prefix): _open_array(archive, file, info, path)
-                for name, info in members.items()
-                if name.startswith(prefix) and name not in left_out
-            }
+        archive = zipfile.ZipFile(path)  # closed when the last array that reads from it is gone
+        _check_sizes(archive.infolist(), path)
+        members = {info.filename.removesuffix('.npy'): info for info in archive.infolist()}
+        prefix, left_out = big_vision.find_weights(list(members))
+        flat = {
+            name.removeprefix(prefix): _open_array(archive, info, path)
+            for name, info in members.items()
+            if name.startswith(prefix) and name not in left_out
+        }
     except OSError as e:
         raise UserError(f'cannot read the checkpoint {path}: {e}') from e
     except (*_ZIP_ERRORS, zipfile.BadZipFile) as e:
@@ -102,9 +104,10 @@ def from_flat(
         left_out: keys of arrays of the file that are not weights, for the notes.
 
     Raises:
-        UserError: a key is no name, or the weights are of a kind that this package does not have.
+        UserError: a key is not a name, or the weights are of a kind that is not here.
     """
-    tree = _squeeze_group_norm(to_linen(nest(flat, path)))
+    flat = {name: _squeeze_group_norm(name, array) for name, array in flat.items()}
+    tree = to_linen(nest(flat, path))
     published = any(
         'MultiHeadDotProductAttention_1' in key and '/encoderblock_0/' in key for key in flat
     )
@@ -134,22 +137,12 @@ def save(path: str | os.PathLike[str], params: Mapping[str, Any]) -> None:
 
     Raises:
         UserError: the file cannot be written (no such folder, disk full, no permission).
-        TypeError: a leaf is no array of floats.
+        TypeError: a leaf is not an array of floats.
     """
-    path = pathlib.Path(path)
-    flat = dict(sorted(flatten(to_published(params)).items()))
-    partial = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    try:
-        with _removed_on_error(partial):
-            with open(partial, 'wb') as f:
-                with zipfile.ZipFile(f, 'w', zipfile.ZIP_STORED) as archive:
-                    for name, leaf in flat.items():
-                        _write_array(archive, name, leaf)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(partial, path)
-    except OSError as e:
-        raise UserError(f'cannot write {path}: {e}') from e
+    flat = flatten(to_published(params))
+    with files.atomic_file(path) as part, zipfile.ZipFile(part, 'w') as archive:
+        for name in sorted(flat):
+            _write_array(archive, name, flat[name])
 
 
 def to_linen(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,16 +157,17 @@ def to_linen(tree: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         The same arrays in a new nested dict of plain dicts.
     """
-    numbered = sorted((int(m[2]), m[1], name) for name in tree if (m := _NUMBERED.fullmatch(name)))
-    counts: dict[str, int] = {}
-    new_name = {}
-    for _, prefix, name in numbered:
-        new_name[name] = f'{prefix}_{counts.setdefault(prefix, 0)}'
-        counts[prefix] += 1
-    return {
-        new_name.get(name, name): to_linen(child) if isinstance(child, Mapping) else child
-        for name, child in tree.items()
-    }
+
+    def linen_names(children: Iterable[str]) -> dict[str, str]:
+        numbered = [(int(m[2]), m[1], m[0]) for m in map(_NUMBERED.fullmatch, children) if m]
+        counts: collections.Counter[str] = collections.Counter()
+        names = {}
+        for _, module, name in sorted(numbered):
+            names[name] = f'{module}_{counts[module]}'
+            counts[module] += 1
+        return names
+
+    return _rename(tree, linen_names)
 
 
 def to_published(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,30 +182,23 @@ def to_published(tree: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         The same arrays in a new nested dict of plain dicts.
     """
-    new_name = _ENCODER_BLOCK if _ENCODER_BLOCK.keys() <= tree.keys() else {}
+    return _rename(tree, lambda names: _ENCODER_BLOCK if names >= _ENCODER_BLOCK.keys() else {})
+
+
+def _rename(
+    tree: Mapping[str, Any], new_names: Callable[[Set[str]], Mapping[str, str]]
+) -> dict[str, Any]:
+    """Renames, in every group, the children that `new_names` of all their names has."""
+    names = new_names(tree.keys())
     return {
-        new_name.get(name, name): to_published(child) if isinstance(child, Mapping) else child
+        names.get(name, name): _rename(child, new_names) if isinstance(child, Mapping) else child
         for name, child in tree.items()
     }
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-    """Flattens a nested dict: {'head': {'bias': x}} becomes {'head/bias': x}.
-
-    Args:
-        tree: nested dict; any leaves.
-        prefix: goes in front of every key.
-
-    Returns:
-        A flat dict in the tree's order.
-    """
-    flat = {}
-    for name, child in tree.items():
-        if isinstance(child, Mapping):
-            flat.update(flatten(child, f'{prefix}{name}/'))
-        else:
-            flat[prefix + name] = child
-    return flat
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Flattens a nested dict, in its order: {'head': {'bias': x}} becomes {'head/bias': x}."""
+    return traverse_util.flatten_dict(tree, sep='/')
 
 
 # What zipfile and the decompressors raise for damaged files, beside BadZipFile and OSError.
@@ -226,7 +213,7 @@ _SMALL = 1 << 30
 
 
 def check_exists(path: pathlib.Path) -> None:
-    """Raises `UserError` if `path` is no regular file."""
+    """Raises `UserError` if `path` is not a regular file."""
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as e:  # ValueError: a null byte
@@ -235,7 +222,7 @@ def check_exists(path: pathlib.Path) -> None:
     if stat.S_ISDIR(mode):
         raise UserError(f'{path} is a folder; expected a checkpoint file (.npz)')
     if not stat.S_ISREG(mode):  # a pipe would be waited for, a device might never end
-        raise UserError(f'{path} is no regular file; expected a checkpoint file (.npz)')
+        raise UserError(f'{path} is not a regular file; expected a checkpoint file (.npz)')
 
 
 def is_folder(path: pathlib.Path) -> bool:
@@ -243,7 +230,7 @@ def is_folder(path: pathlib.Path) -> bool:
     try:
         return path.is_dir()
     except OSError as e:
-        raise UserError(f'{str(path)[:200]} is no path that can be used ({e.strerror})') from e
+        raise UserError(f'{str(path)[:200]} is not a path that can be used ({e.strerror})') from e
 
 
 def _unreadable(path: pathlib.Path, reason: Any) -> UserError:
@@ -262,13 +249,13 @@ def _check_sizes(members: Sequence[zipfile.ZipInfo], path: pathlib.Path) -> None
         raise _unreadable(path, f'its contents are more than {_MAX_EXPANSION} times its size')
 
 
-def _open_array(
-    archive: zipfile.ZipFile, file: BinaryIO, info: zipfile.ZipInfo, path: pathlib.Path
-) -> LazyArray:
+def _open_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: pathlib.Path) -> LazyArray:
     """Reads the header of an array and checks that the file can hold what it declares."""
     name = info.filename.removesuffix('.npy')
     if not info.filename.endswith('.npy'):
-        raise UserError(f'{path} is a zip file but no .npz checkpoint: it holds {info.filename!r}')
+        raise UserError(
+            f'{path} is a zip file but not a .npz checkpoint: it holds {info.filename!r}'
+        )
     try:
         with archive.open(info) as member:
             start = io.BytesIO(member.read(_MAX_HEADER + 16))  # whatever length it claims
@@ -279,7 +266,7 @@ def _open_array(
         }.get(version)
         if read_header is None:
             raise ValueError(f'version {version} of the .npy format holds no weights')
-        shape, fortran_order, dtype = read_header(start)
+        shape, _, dtype = read_header(start)
         header = start.tell()
         if len(shape) > _MAX_AXES or any(axis < 1 for axis in shape):
             raise ValueError(f'shape {str(shape)[:80]}')
@@ -289,7 +276,7 @@ def _open_array(
         reason = ' '.join(str(e).split())[:200] or type(e).__name__
         raise UserError(
             f'{path}: cannot read the array {name!r} ({reason}). Expected plain arrays of weights: '
-            'download the file again, or save it anew with vit_jax.checkpoint.save'
+            'download the file again, or save it again with vit_jax.checkpoint.save'
         ) from e
     if dtype.hasobject:
         raise UserError(
@@ -307,39 +294,17 @@ def _open_array(
             f'{path}: the array {name!r} declares {declared:,} bytes (shape {shape}, {dtype}) and '
             f'the file holds {held:,}: it is cut short or damaged. Download it again'
         )
-    offset = _data_offset(file, info) if stored else None
 
     def read() -> np.ndarray:
-        data = _read_member(path, info, offset)
-        array = np.frombuffer(data, dtype, math.prod(shape), header)
-        array = array.reshape(shape, order='F' if fortran_order else 'C')
+        try:
+            with archive.open(info) as member:
+                array = np.lib.format.read_array(member, allow_pickle=False)
+                member.read()  # the end, where zipfile compares the checksum
+        except (OSError, zipfile.BadZipFile, *_ZIP_ERRORS) as e:
+            raise _unreadable(path, e) from e
         return to_float32(array, name, path)
 
     return LazyArray(shape, read, 'bfloat16' if dtype == np.dtype('V2') else dtype.name)
-
-
-def _data_offset(file: BinaryIO, info: zipfile.ZipInfo) -> int:
-    """Where a member's bytes begin: after its local header, whose name and extra field vary."""
-    file.seek(max(0, info.header_offset) + 26)
-    return info.header_offset + 30 + sum(struct.unpack('<HH', file.read(4)))
-
-
-def _read_member(path: pathlib.Path, info: zipfile.ZipInfo, offset: int | None) -> np.ndarray:
-    """The bytes of a member, verified. Opening the zip anew for each would take half the time."""
-    data = np.empty(info.file_size, np.uint8)
-    try:
-        if offset is None:
-            with zipfile.ZipFile(path) as archive:
-                data[:] = np.frombuffer(archive.read(info), np.uint8)  # checks the sum itself
-                return data
-        with open(path, 'rb') as file:
-            file.seek(offset)
-            complete = file.readinto(data) == data.size
-    except (OSError, zipfile.BadZipFile, *_ZIP_ERRORS) as e:
-        raise _unreadable(path, e) from e
-    if not complete or zlib.crc32(data) != info.CRC:
-        raise _unreadable(path, f'bad checksum of {info.filename!r}')
-    return data
 
 
 def nest(flat: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:
@@ -350,42 +315,27 @@ def nest(flat: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:
         path: where they come from, for errors.
 
     Raises:
-        UserError: a key is no path of names, or is both an array and a group.
+        UserError: a key is not a path of names, or is both an array and a group.
     """
-    tree: dict[str, Any] = {}
-    for key, array in flat.items():
-        *parents, name = key.split('/')
+    for key in flat:
         if not _KEY.fullmatch(key):
             raise UserError(
-                f'{path}: {key!r} is no name of an array; expected names such as head/kernel. This '
-                'is no checkpoint, or not one to trust'
+                f'{path}: {key!r} is not the name of an array; expected names such as '
+                'head/kernel. This is not a checkpoint, or not one to trust'
             )
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
+        names = key.split('/')
+        for end in range(1, len(names)):
+            if (group := '/'.join(names[:end])) in flat:
                 raise UserError(
-                    f'{path}: the key {key!r} goes through {parent!r}, which is an array itself'
+                    f'{path}: the key {key!r} is in the group {group!r}, which is an array itself'
                 )
-        if name in node:
-            raise UserError(
-                f'{path}: the key {key!r} is there both as an array and as a group of arrays'
-            )
-        node[name] = array
-    return tree
+    return traverse_util.unflatten_dict(flat, sep='/')
 
 
-def _squeeze_group_norm(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-    squeezed = {}
-    for name, child in tree.items():
-        key = prefix + name
-        if isinstance(child, Mapping):
-            squeezed[name] = _squeeze_group_norm(child, f'{key}/')
-        elif _GROUP_NORM.fullmatch(key) and child.ndim == 4 and child.shape[:3] == (1, 1, 1):
-            squeezed[name] = derive(np.ravel, child)
-        else:
-            squeezed[name] = child
-    return squeezed
+def _squeeze_group_norm(name: str, array: Any) -> Any:
+    if _GROUP_NORM.fullmatch(name) and array.ndim == 4 and array.shape[:3] == (1, 1, 1):
+        return derive(np.ravel, array)
+    return array
 
 
 def _write_array(archive: zipfile.ZipFile, name: str, leaf: Any) -> None:
@@ -399,12 +349,3 @@ def _write_array(archive: zipfile.ZipFile, name: str, leaf: Any) -> None:
     # equal files.
     with archive.open(zipfile.ZipInfo(f'{name}.npy'), 'w', force_zip64=True) as member:
         np.lib.format.write_array(member, array, allow_pickle=False)
-
-
-@contextlib.contextmanager
-def _removed_on_error(path: pathlib.Path) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise

@@ -7,10 +7,8 @@ runs.
 
 import json
 import mmap
-import os
 import pathlib
 import re
-import stat
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -18,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax import files
 from vit_jax.checkpoint.arrays import LazyArray, to_float32
 from vit_jax.errors import UserError
 
@@ -29,7 +28,6 @@ _FOLDER_FILES = (
     'pytorch_model.bin',
     'pytorch_model.bin.index.json',
 )
-_MAX_JSON_BYTES = 64 << 20
 # A file beside the index, no path.
 _SHARD_NAME = re.compile(r'\w[\w.+-]{0,199}', re.A)
 _MAX_SHARDS = 1000
@@ -108,34 +106,19 @@ def find_in_folder(folder: pathlib.Path) -> list[pathlib.Path]:
             continue
         if not name.endswith('.json'):
             return [file]
-        shards = read_json(file).get('weight_map')
+        shards = files.read_json(file).get('weight_map')
         if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
             raise UserError(f'{file} has no weight_map of names to files; copy the folder again')
         names = sorted(set(shards.values()))
         if bad := [name for name in names if not _SHARD_NAME.fullmatch(name)]:
             raise UserError(f'{file} names {ascii(bad[0])[:99]}, which is not in the folder')
-        files = [folder / name for name in names]
-        if len(files) > _MAX_SHARDS:
-            raise UserError(f'{file} names {len(files):,} files, more than {_MAX_SHARDS}')
-        for shard in files:
-            if not shard.is_file():
-                raise UserError(f'{file} names {shard.name!r}, which is not in the folder')
-        return files
+        if len(names) > _MAX_SHARDS:
+            raise UserError(f'{file} names {len(names):,} files, more than {_MAX_SHARDS}')
+        for name in names:
+            if not (folder / name).is_file():
+                raise UserError(f'{file} names {name!r}, which is not in the folder')
+        return [folder / name for name in names]
     raise UserError(f'{folder} has no weights: none of {", ".join(_FOLDER_FILES)} is there')
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Reads a JSON object from a file; `UserError` if it is none."""
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_JSON_BYTES:
-            raise ValueError(f'no regular file, or of more than {_MAX_JSON_BYTES:,} bytes')
-        content = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f'cannot read {path}: {e}') from e
-    if not isinstance(content, dict):
-        raise UserError(f'{path} should hold a JSON object, and holds a {type(content).__name__}')
-    return content
 
 
 def save_safetensors(
@@ -166,8 +149,6 @@ def save_safetensors(
         f.write(len(text).to_bytes(8, 'little') + text)
         for name in sorted(tensors):
             f.write(np.ascontiguousarray(tensors[name], '<f4').data)
-        f.flush()
-        os.fsync(f.fileno())
 
 
 def _open_safetensors(path: pathlib.Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
@@ -287,8 +268,10 @@ def _refuse_bombs(path: pathlib.Path) -> None:
         if _is_zip(path):
             with zipfile.ZipFile(path) as archive:
                 pickles = [info for info in archive.infolist() if info.filename.endswith('.pkl')]
-                if sum(info.file_size for info in pickles) > _MAX_JSON_BYTES:
-                    raise UserError(f'{path}: its pickle has more than {_MAX_JSON_BYTES:,} bytes')
+                if sum(info.file_size for info in pickles) > files.MAX_JSON_BYTES:
+                    raise UserError(
+                        f'{path}: its pickle has more than {files.MAX_JSON_BYTES:,} bytes'
+                    )
                 found = any(bomb in archive.read(info) for info in pickles for bomb in _BOMBS)
         elif path.stat().st_size:
             with (

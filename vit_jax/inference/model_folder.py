@@ -9,13 +9,11 @@ Predicting, evaluating and exporting take such a folder, or weights alone, of an
 import dataclasses
 import hashlib
 import importlib.metadata
-import json
 import logging
 import os
 import pathlib
 import platform
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,8 +23,8 @@ import ml_collections
 import numpy as np
 
 import vit_jax
-from vit_jax import models
-from vit_jax.checkpoint import adapt, formats, infer, npz, replace, tensors
+from vit_jax import files, models
+from vit_jax.checkpoint import adapt, formats, infer, npz
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.inference import labels
@@ -88,7 +86,7 @@ def save(
     Args:
         folder: the folder to write; missing parents are made. An older model folder there is
             replaced: whoever reads finds the old or the new one, also after this process was
-            killed (`checkpoint.replace`).
+            killed (`files.atomic_folder`).
         params: nested dict with Linen names of NumPy or (fully addressable) JAX float arrays.
         model_config: arguments of `models.VisionTransformer`, a dict or ConfigDict; `num_classes`
             and how it is computed (dtype, attention, remat) are left out.
@@ -102,7 +100,7 @@ def save(
         ValueError: the arguments do not agree with each other.
     """
     folder = pathlib.Path(folder).absolute()
-    replace.recover(folder)
+    files.recover(folder)
     num_classes = params['head']['bias'].shape[0] if 'head' in params else 0
     if len(class_names) != num_classes:
         raise ValueError(f'{len(class_names)} class names for a head of {num_classes} classes')
@@ -112,11 +110,8 @@ def save(
         raise UserError(f'{folder} exists and is no model folder; name another place for the model')
     config = {k: v for k, v in _plain(model_config).items() if k not in _EXECUTION_KEYS}
     config.pop('num_classes', None)
-    replace.sweep(folder)
-    partial = replace.partial_name(folder)
-    try:
-        partial.mkdir(parents=True)
-        npz.save(partial / PARAMS_FILE, params)
+    with files.atomic_folder(folder, exists='replace') as part:
+        npz.save(part / PARAMS_FILE, params)
         description = {
             'format': FORMAT,
             'format_version': FORMAT_VERSION,
@@ -131,18 +126,9 @@ def save(
             'class_names': list(class_names),
             'source': _plain(source),
             'versions': _versions(),
-            'params': {'file': PARAMS_FILE, 'sha256': _sha256(partial / PARAMS_FILE)},
+            'params': {'file': PARAMS_FILE, 'sha256': _sha256(part / PARAMS_FILE)},
         }
-        with open(partial / MODEL_FILE, 'w', encoding='utf-8') as f:
-            json.dump(description, f, indent=1, ensure_ascii=False)
-            f.write('\n')
-            f.flush()
-            os.fsync(f.fileno())
-        replace.put(folder)
-    except OSError as e:
-        raise UserError(f'cannot write the model folder {folder}: {e}') from e
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        files.write_json(part / MODEL_FILE, description)
 
 
 def load(path: str | os.PathLike[str], *, variant: str = '') -> Model:
@@ -188,7 +174,7 @@ def open_model(
         normalization: see `checkpoint.open_weights`; not for a model folder.
     """
     path = pathlib.Path(path)
-    replace.recover(path.absolute())
+    files.recover(path)
     if npz.is_folder(path) and (
         (path / MODEL_FILE).is_file() or not (path / 'config.json').is_file()
     ):
@@ -212,7 +198,7 @@ def _open_folder(folder: pathlib.Path) -> Model:
         hint = f'; did you mean {inside}?' if (inside / MODEL_FILE).is_file() else ''
         raise UserError(f'{folder} is no model folder: it has no {MODEL_FILE}{hint}')
     try:
-        description = tensors.read_json(folder / MODEL_FILE)
+        description = files.read_json(folder / MODEL_FILE)
     except UserError as e:
         raise UserError(f'{folder / MODEL_FILE} is damaged, copy the folder again: {e}') from e
     if description.get('format') != FORMAT:
