@@ -180,7 +180,7 @@ def test_resize_conformance():
 def test_grids_that_cannot_be_resized():
     square = _flat(grid=4)
     oblong = square | {POSITIONS: np.zeros((1, 13, 6), np.float32)}
-    with pytest.raises(UserError, match='file.npz has 12 positions, which is no square grid'):
+    with pytest.raises(UserError, match='file.npz has 12 positions, which is not a square grid'):
         _adapt(oblong, square)
     with pytest.raises(UserError, match='the model has 12 positions'):
         _adapt(square, oblong)

@@ -165,7 +165,7 @@ def test_names_that_are_paths(tmp_path):
     for key in ('../../etc/cron.d/x', '/etc/passwd', 'a//b', 'a/../b', 'c:\\x', ''):
         with zipfile.ZipFile(tmp_path / 'a.npz', 'w') as f:
             f.writestr(f'{key}.npy', _header((1,)) + bytes(4))
-        with pytest.raises(UserError, match='is no name of an array'):
+        with pytest.raises(UserError, match='is not the name of an array'):
             checkpoint.load(tmp_path / 'a.npz')
 
 

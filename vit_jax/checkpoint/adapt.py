@@ -6,7 +6,7 @@ that are missing, unknown or of another shape) is an error here.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax
@@ -58,7 +58,7 @@ class Report:
         for title, reasons in (('newly initialised', self.initialised), ('ignored', self.ignored)):
             for reason in dict.fromkeys(reasons.values()):
                 names = [name for name, why in reasons.items() if why == reason]
-                lines.append(f'  {title}: {_enumerate(names)} ({reason})')
+                lines.append(f'  {title}: {shorten(names, 4)} ({reason})')
         return '\n'.join(lines)
 
 
@@ -321,6 +321,7 @@ def _misfit(
     )
 
 
-def _enumerate(names: list[str], limit: int = 4) -> str:
+def shorten(names: Sequence[str], limit: int) -> str:
+    """The first names of a list, for people, and how many more there are."""
     rest = len(names) - limit
     return ', '.join(names[:limit]) + (f' and {rest} more' if rest > 0 else '')

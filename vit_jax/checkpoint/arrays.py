@@ -5,11 +5,13 @@ more memory than the weights themselves.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from flax import traverse_util
 
 from vit_jax.errors import UserError
 
@@ -48,10 +50,7 @@ class LazyArray:
     @property
     def size(self) -> int:
         """Number of elements."""
-        size = 1
-        for length in self.shape:
-            size *= length
-        return size
+        return math.prod(self.shape)
 
     def __repr__(self) -> str:
         return f'LazyArray(shape={self.shape}, stored_dtype={self.stored_dtype!r})'
@@ -105,11 +104,12 @@ class Weights:
 
     def read(self) -> dict[str, Any]:
         """Reads everything: a nested dict of float32 NumPy arrays."""
-        return _read(self.params)
+        flat = traverse_util.flatten_dict(self.params)
+        return traverse_util.unflatten_dict({name: np.asarray(a) for name, a in flat.items()})
 
 
 def to_float32(array: np.ndarray, name: str, path: Any) -> np.ndarray:
-    """Contiguous float32 of a stored array of any float type; refuses what is no weight.
+    """Contiguous float32 of a stored array of any float type; refuses what is not a weight.
 
     Args:
         array: as stored; bfloat16 may come as NumPy's two raw bytes.
@@ -144,12 +144,5 @@ def check_dtype(dtype: np.dtype, name: str, path: Any) -> None:
         what = 'pickled Python objects' if dtype.hasobject else f'type {dtype}'
         raise UserError(
             f'{path}: the array {name!r} has {what}; expected weights, of a float type. Save the '
-            'model anew with vit_jax.checkpoint.save, or download the file again'
+            'model again with vit_jax.checkpoint.save, or download the file again'
         )
-
-
-def _read(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: _read(child) if isinstance(child, Mapping) else np.asarray(child)
-        for name, child in tree.items()
-    }

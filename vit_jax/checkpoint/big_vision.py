@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from flax import traverse_util
 
 from vit_jax.checkpoint.arrays import LazyArray, derive
 from vit_jax.errors import UserError
@@ -124,35 +125,23 @@ def _with_class_token(position: np.ndarray) -> np.ndarray:
 
 def _unstack(stacked: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:
     """[layers, ...] arrays -> encoderblock_0, encoderblock_1, ... of arrays."""
-    flat: dict[tuple[str, ...], Any] = {}
-
-    def walk(node: Mapping[str, Any], parents: tuple[str, ...]) -> None:
-        for name, child in node.items():
-            if isinstance(child, Mapping):
-                walk(child, (*parents, name))
-            else:
-                flat[(*parents, name)] = _ReadOnce(child)
-
-    walk(stacked, ())
+    flat = {name: _ReadOnce(a) for name, a in traverse_util.flatten_dict(stacked).items()}
     counts = {array.source.shape[:1] for array in flat.values()}
     if len(counts) != 1 or counts == {()}:
         raise UserError(
             f'{path}: the arrays under Transformer/encoderblock should all be stacked over the '
             f'same number of layers; found {sorted(counts)}'
         )
-    blocks: dict[str, Any] = {}
-    for layer in range(counts.pop()[0]):
-        block = blocks.setdefault(f'encoderblock_{layer}', {})
-        for (*parents, name), array in flat.items():
-            node = block
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[name] = array.layer(layer)
-    return blocks
+    return {
+        f'encoderblock_{layer}': traverse_util.unflatten_dict(
+            {name: array.layer(layer) for name, array in flat.items()}
+        )
+        for layer in range(counts.pop()[0])
+    }
 
 
 class _ReadOnce:
-    """A stacked array, kept once read: its layers are wanted one after the other."""
+    """A stacked array, kept once read: its layers are read one after the other."""
 
     def __init__(self, source: Any):
         self.source = source

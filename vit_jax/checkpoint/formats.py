@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax import files, variants
-from vit_jax.checkpoint import big_vision, npz, pytorch, tensors
+from vit_jax.checkpoint import big_vision, infer, npz, pytorch, tensors
 from vit_jax.checkpoint.arrays import Weights, derive
 from vit_jax.errors import UserError
 
@@ -151,9 +151,7 @@ def _recognise(
 
 def _heads(path: pathlib.Path, library: str, found: Mapping[str, Any], variant: str) -> int:
     if variant:
-        if variant not in variants.VARIANTS:
-            raise UserError(f'unknown variant {variant!r}; known: {", ".join(variants.VARIANTS)}')
-        return variants.VARIANTS[variant].get('transformer', {}).get('num_heads', 0)
+        return infer.find_variant(variant).get('transformer', {}).get('num_heads', 0)
     if library == 'timm Mixer':
         return 0
     widths = {array.shape[-1] for name, array in found.items() if name.endswith('cls_token')}

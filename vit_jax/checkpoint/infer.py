@@ -1,5 +1,6 @@
 """Tells the architecture of a model from the shapes of its parameters."""
 
+import copy
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -29,8 +30,7 @@ def architecture(params: Mapping[str, Any], source: str, *, variant: str = '') -
     Raises:
         UserError: the parameters are of no model here, or there is no such variant.
     """
-    if variant and variant not in variants.VARIANTS:
-        raise UserError(f'unknown variant {variant!r}; known: {", ".join(variants.VARIANTS)}')
+    asked = find_variant(variant) if variant else None
     flat = flatten(params)
     try:
         config = _mixer(flat) if 'MixerBlock_0' in params else _vit(flat)
@@ -39,15 +39,23 @@ def architecture(params: Mapping[str, Any], source: str, *, variant: str = '') -
             f'{source} does not hold the weights of a Vision Transformer or an MLP-Mixer: '
             f'{describe(flat)}, and {e} is missing or has no such shape'
         ) from e
-    if variant and variants.is_mixer(variants.VARIANTS[variant]) != variants.is_mixer(config):
+    if asked and variants.is_mixer(asked) != variants.is_mixer(config):
         raise UserError(f'{source} does not fit the model {variant}: it holds {describe(flat)}')
-    named = [variants.VARIANTS[variant]] if variant else variants.VARIANTS.values()
-    for known in named:
-        if variant or _sizes(known) == _sizes(config):
-            pre_logits = {key: config[key] for key in ('representation_size',) if key in config}
-            # Another family's arguments would fit neither.
-            return _copy(known) | (pre_logits if 'representation_size' in known else {})
-    return config
+    sizes = _sizes(config)
+    found = asked or next((v for v in variants.VARIANTS.values() if _sizes(v) == sizes), None)
+    if found is None:
+        return config
+    found = copy.deepcopy(dict(found))
+    if 'representation_size' in found:  # a Mixer has none
+        found['representation_size'] = config['representation_size']
+    return found
+
+
+def find_variant(name: str) -> Mapping[str, Any]:
+    """The arguments of a variant; `UserError` if there is none of this name."""
+    if name not in variants.VARIANTS:
+        raise UserError(f'unknown variant {name!r}; known: {", ".join(variants.VARIANTS)}')
+    return variants.VARIANTS[name]
 
 
 def image_size(params: Mapping[str, Any], config: Mapping[str, Any], source: str) -> int:
@@ -69,7 +77,7 @@ def image_size(params: Mapping[str, Any], config: Mapping[str, Any], source: str
     side = math.isqrt(tokens)
     if side * side != tokens:
         raise UserError(
-            f'{source}: its {tokens} positions are no square grid, and only models of square '
+            f'{source}: its {tokens} positions are not a square grid, and only models of square '
             'images are used here'
         )
     return side * variants.token_stride(config)
@@ -133,7 +141,3 @@ def _sizes(config: Mapping[str, Any]) -> dict[str, Any]:
         if not key.endswith('_rate') and key not in ('model_name', 'representation_size')
     }
     return sizes | {'patches/size': tuple(config['patches']['size'])}
-
-
-def _copy(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in config.items()}

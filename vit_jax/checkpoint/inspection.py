@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.checkpoint import formats, infer, npz, released
+from vit_jax.checkpoint import adapt, formats, infer, npz, released
 from vit_jax.errors import UserError
 
 MIB = 2**20
@@ -31,10 +31,10 @@ class Array:
     name: str
     shape: tuple[int, ...]
     dtype: str
-    mean: float | None
-    std: float | None
-    min: float | None
-    max: float | None
+    mean: float | None = None
+    std: float | None = None
+    min: float | None = None
+    max: float | None = None
     problem: str = ''
 
     @property
@@ -156,27 +156,24 @@ def inspect(path: str | os.PathLike[str], *, variant: str = '') -> Inspection:
 
 def _arrays(params: Mapping[str, Any]) -> Iterator[Array]:
     for name, lazy in npz.flatten(params).items():
-        stored = getattr(lazy, 'stored_dtype', str(lazy.dtype))
-        shape = tuple(lazy.shape)
+        array = Array(name, lazy.shape, lazy.stored_dtype)
         try:
             values = np.asarray(lazy)
         except UserError as e:
-            yield Array(name, shape, stored, None, None, None, None, problem=str(e))
+            yield dataclasses.replace(array, problem=str(e))
             continue
-        numbers = (
-            values.mean(dtype=np.float64),
-            values.std(dtype=np.float64),
-            values.min(),
-            values.max(),
+        yield dataclasses.replace(
+            array,
+            mean=float(values.mean(dtype=np.float64)),
+            std=float(values.std(dtype=np.float64)),
+            min=float(values.min()),
+            max=float(values.max()),
         )
-        yield Array(name, shape, stored, *(float(number) for number in numbers))
 
 
 def _unusual(arrays: Sequence[Array]) -> Iterator[str]:
     by_name = {array.name: array for array in arrays}
-    for array in arrays:
-        if array.problem:
-            yield array.problem
+    yield from (array.problem for array in arrays if array.problem)
     kernel = by_name.get('head/kernel')
     if kernel is None:
         yield 'it has no head: it gives features, and a head has to be trained'
@@ -184,15 +181,12 @@ def _unusual(arrays: Sequence[Array]) -> Iterator[str]:
         yield 'the head is all zeros: these weights are for fine-tuning only'
     if 'pre_logits/kernel' in by_name:
         yield 'it has a layer pre_logits (dense, tanh), which fine-tuning leaves out'
-    zeros = [a.name for a in arrays if a.is_zero and not a.name.endswith('/bias')]
-    if zeros := [name for name in zeros if name != 'head/kernel']:
-        yield f'all zeros, and not biases: {_some(zeros)}'
-    types: dict[str, list[str]] = {}
-    for array in arrays:
-        types.setdefault(array.dtype, []).append(array.name)
-    for dtype, names in types.items():
-        if dtype != 'float32':
-            yield f'{dtype}, not float32: {_some(names)}'
+    zeros = [a.name for a in arrays if a.is_zero and not a.name.endswith(('/bias', 'head/kernel'))]
+    if zeros:
+        yield f'all zeros, and not biases: {adapt.shorten(zeros, 3)}'
+    for dtype in dict.fromkeys(array.dtype for array in arrays if array.dtype != 'float32'):
+        names = [array.name for array in arrays if array.dtype == dtype]
+        yield f'{dtype}, not float32: {adapt.shorten(names, 3)}'
 
 
 def _catalogue(
@@ -211,10 +205,11 @@ def _catalogue(
         ]
     fitting = [c for c in candidates if abs(c.mib - mib) <= _SIZE_TOLERANCE * c.mib]
     if fitting:
-        return f'the catalogue has {fitting[0].mib:g} MiB for {_some([c.name for c in fitting], 1)}'
+        names = adapt.shorten([c.name for c in fitting], 1)
+        return f'the catalogue has {fitting[0].mib:g} MiB for {names}'
     if by_name:
         sizes = [f'{c.mib:g} MiB for {c.name}' for c in candidates]
-        return f'NOT the size in the catalogue: {_some(sizes, 2)}'
+        return f'NOT the size in the catalogue: {adapt.shorten(sizes, 2)}'
     return 'not in the catalogue of released files'
 
 
@@ -229,8 +224,3 @@ def _sizes(config: Mapping[str, Any]) -> str:
         f'{transformer["num_layers"]} layers, {transformer["num_heads"]} heads, '
         f'MLP {transformer["mlp_dim"]}'
     )
-
-
-def _some(names: Sequence[str], limit: int = 3) -> str:
-    rest = len(names) - limit
-    return ', '.join(names[:limit]) + (f' and {rest} more' if rest > 0 else '')

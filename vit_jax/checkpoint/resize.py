@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+from scipy import ndimage
 
 from vit_jax.errors import UserError
 
@@ -18,8 +19,8 @@ def resize_position_embedding(
 ) -> np.ndarray:
     """Resizes a grid of position embeddings, bilinearly, with the corners aligned.
 
-    The values are those of `scipy.ndimage.zoom(grid, order=1)`, which the original release uses:
-    the outermost positions of the old and of the new grid coincide. (`jax.image.resize` and timm
+    By `scipy.ndimage.zoom(grid, order=1)`, which the original release uses, too: the outermost
+    positions of the old and of the new grid coincide. (`jax.image.resize` and timm
     align the outer *edges* of the patches: other values.) The class token's embedding, the first,
     stays as it is.
 
@@ -45,8 +46,10 @@ def resize_position_embedding(
     rows, columns = _grid(embedding.shape[1], first, source_grid, source, source)
     new_rows, new_columns = _grid(num_tokens, first, grid, 'the model', source)
     values = embedding[0, first:].reshape(rows, columns, -1).astype(np.float64)
-    values = _interpolate(values, new_rows).swapaxes(0, 1)
-    values = _interpolate(values, new_columns).swapaxes(0, 1)
+    # 'nearest': rounding must not bring the last position outside, where 'constant' has zeros.
+    values = ndimage.zoom(
+        values, (new_rows / rows, new_columns / columns, 1), order=1, mode='nearest'
+    )
     values = values.reshape(1, new_rows * new_columns, -1).astype(embedding.dtype)
     return np.concatenate([embedding[:, :first], values], axis=1)
 
@@ -110,19 +113,10 @@ def _grid(
         shape = 'square grid' if grid[0] == grid[1] else f'grid of {grid[0]} x {grid[1]}'
         raise UserError(
             f'{source}: cannot resize the position embeddings: {owner} has {count} '
-            f'positions{without}, which is no {shape}. Use square images, or a checkpoint '
+            f'positions{without}, which is not a {shape}. Use square images, or a checkpoint '
             'with the same grid as the model, or say how many rows and columns there are'
         )
     return grid
-
-
-def _interpolate(grid: np.ndarray, size: int) -> np.ndarray:
-    """Linear interpolation along axis 0 to `size` points, the first and the last point kept."""
-    position = np.linspace(0, grid.shape[0] - 1, size)
-    low = np.minimum(position.astype(np.int64), grid.shape[0] - 1)
-    high = np.minimum(low + 1, grid.shape[0] - 1)
-    weight = (position - low)[:, None, None]
-    return grid[low] * (1 - weight) + grid[high] * weight
 
 
 def _resize_matrix(old: int, new: int) -> np.ndarray:
