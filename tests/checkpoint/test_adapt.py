@@ -184,7 +184,7 @@ def test_grids_that_cannot_be_resized():
         _adapt(oblong, square)
     with pytest.raises(UserError, match='the model has 12 positions'):
         _adapt(square, oblong)
-    with pytest.raises(UserError, match='12 positions, which is no grid of 5 x 2'):
+    with pytest.raises(UserError, match='12 positions, which is not a grid of 5 x 2'):
         _adapt(square, oblong, grid=(5, 2))
 
 
