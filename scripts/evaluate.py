@@ -12,9 +12,7 @@ Examples:
 
 import argparse
 import json
-import os
 import pathlib
-import shutil
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -132,25 +130,15 @@ def _check_output(folder: pathlib.Path, overwrite: bool) -> None:
 
 
 def _write(folder: pathlib.Path, described: Mapping[str, Any], metrics, title: str) -> None:
-    """Writes all files under another name, then renames the folder."""
-    from vit_jax.errors import UserError
+    """Writes all files, or none; an earlier evaluation is replaced."""
+    from vit_jax import files
     from vit_jax.inference import metrics_report as classification_report
 
-    folder = folder.absolute()
-    partial = folder.with_name(f'.{folder.name}.{os.getpid()}.part')
-    try:
-        partial.mkdir()
+    with files.atomic_folder(folder, exists='replace') as part:
         text = json.dumps(described, indent=1, ensure_ascii=False, allow_nan=False)
-        (partial / RESULT).write_text(text + '\n', encoding='utf-8', errors='backslashreplace')
-        classification_report.save_confusion(partial / CONFUSION, metrics, title=title)
-        classification_report.save_reliability(partial / RELIABILITY, metrics, title=title)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.rename(partial, folder)
-    except OSError as error:
-        raise UserError(f'cannot write {folder}: {error}') from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        files.write_text(part / RESULT, text + '\n')
+        classification_report.save_confusion(part / CONFUSION, metrics, title=title)
+        classification_report.save_reliability(part / RELIABILITY, metrics, title=title)
 
 
 if __name__ == '__main__':

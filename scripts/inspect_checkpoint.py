@@ -9,7 +9,6 @@ Examples:
 """
 
 import dataclasses
-import json
 import pathlib
 import sys
 
@@ -52,14 +51,21 @@ def _inspect(inspection, path: pathlib.Path, variant: str):
     """A model folder has its weights and its class names in two files."""
     if not (path / 'model.json').is_file():
         return inspection.inspect(path, variant=variant)
+    from vit_jax import files
+    from vit_jax.errors import UserError
+
+    description = files.read_json(path / 'model.json')
+    try:
+        size, names = int(description['image_size']), tuple(map(str, description['class_names']))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f'{path / "model.json"} does not describe a model: {error}') from error
     found = inspection.inspect(path / 'params.npz', variant=variant)
-    description = json.loads((path / 'model.json').read_text(encoding='utf-8'))
     return dataclasses.replace(
         found,
         path=str(path),
         format='model folder of vit_jax',
-        image_size=description['image_size'],
-        class_names=tuple(description['class_names']),
+        image_size=size,
+        class_names=names,
     )
 
 

@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from vit_jax import files
     from vit_jax.errors import UserError
     from vit_jax.inference import classifier, contact_sheet, predict
     from vit_jax.inference import output as prediction_output
@@ -70,7 +71,7 @@ def _run(args: argparse.Namespace) -> int:
         raise UserError(f'--threshold is a probability, from 0 to 1; got {args.threshold:g}')
     for path, flag in ((args.output, '--output'), (args.contact_sheet, '--contact_sheet')):
         if path:
-            prediction_output.check_output(path, overwrite=args.overwrite, flag=flag)
+            files.check_output(path, overwrite=args.overwrite, flag=flag)
     images = predict.find_images(args.images, stdin=sys.stdin.buffer)
     model = classifier.open_classifier(args.model, variant=args.variant, labels=args.labels)
     top_k, threshold = _how_many(args, len(model.class_names))
@@ -81,7 +82,7 @@ def _run(args: argparse.Namespace) -> int:
         )
         file = sys.stdout  # Not before: the bar may have put one there that writes above it.
         if args.output:
-            partial = stack.enter_context(prediction_output.whole_file(args.output))
+            partial = stack.enter_context(files.atomic_file(args.output))
             file = stack.enter_context(
                 open(partial, 'w', encoding='utf-8', newline='', errors='backslashreplace')
             )
@@ -112,8 +113,8 @@ def _how_many(args: argparse.Namespace, classes: int) -> tuple[int, float]:
 
 
 def _draw(args: argparse.Namespace, drawn: list, readable: int, class_names) -> None:
+    from vit_jax import files
     from vit_jax.inference import contact_sheet
-    from vit_jax.inference import output as prediction_output
 
     if not drawn:
         print(f'{args.contact_sheet} is not drawn: no image could be read', file=sys.stderr)
@@ -123,7 +124,7 @@ def _draw(args: argparse.Namespace, drawn: list, readable: int, class_names) -> 
         note = f'the first {len(drawn)} of {readable} images'
         print(f'{args.contact_sheet} shows {note}', file=sys.stderr)
         title += f' ({note})'
-    with prediction_output.whole_file(args.contact_sheet) as partial:
+    with files.atomic_file(args.contact_sheet) as partial:
         contact_sheet.save(partial, drawn, class_names, title=title)
 
 

@@ -48,14 +48,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> None:
     # Not at the top: they take seconds, and --help should not.
+    from vit_jax import files
     from vit_jax.analysis import report
     from vit_jax.errors import UserError
-    from vit_jax.inference import output as prediction_output
 
     if args.images is not None and args.images < 0:
         raise UserError(f'--images {args.images}: expected a number of images, 0 for none')
     if args.output:
-        prediction_output.check_output(args.output, overwrite=args.overwrite, flag='--output')
+        files.check_output(args.output, overwrite=args.overwrite, flag='--output')
     print(f'written: {report.write(args.workdirs, args.output, images=args.images)}')
 
 

@@ -234,3 +234,14 @@ def test_errors_are_for_people(tmp_path):
         inspection.inspect(tmp_path / 'x.npz')
     with pytest.raises(UserError, match='unknown variant'):
         inspection.inspect(FIXTURES / 'vit_token.checkpoint.npz', variant='ViT-B16')
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [('{"image_size"', 'it is not JSON'), ('[' * 10**5, 'nested too deeply'), ('{}', 'image_size')],
+)
+def test_inspect_checkpoint_of_a_damaged_model_folder(script, tmp_path, text, message):
+    (tmp_path / 'model.json').write_text(text)
+    status, out, err = script('inspect_checkpoint', tmp_path)
+    assert (status, out) == (1, '')
+    assert message in err and err.count('\n') == 1

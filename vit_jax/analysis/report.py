@@ -18,10 +18,10 @@ import pathlib
 from collections.abc import Callable, Sequence
 
 import vit_jax
+from vit_jax import files
 from vit_jax.analysis import report_charts, report_tables, run_files
 from vit_jax.analysis.run_files import Run
 from vit_jax.errors import UserError
-from vit_jax.inference import output as prediction_output
 
 REPORT_FILE = 'report.html'
 _TEMPLATE = 'report.html.j2'
@@ -77,8 +77,7 @@ def write(
         output = pathlib.Path(workdirs[0]) / REPORT_FILE
     runs = run_files.read_all(workdirs)
     page = render(runs, images=images)
-    with prediction_output.whole_file(output) as partial:
-        partial.write_text(page, encoding='utf-8')
+    files.write_text(output, page)
     return pathlib.Path(output)
 
 

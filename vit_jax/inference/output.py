@@ -3,14 +3,11 @@
 import contextlib
 import csv
 import json
-import os
-import pathlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
 from vit_jax.data.decode import BadImageError
-from vit_jax.errors import UserError
 from vit_jax.inference import predict
 
 FORMATS = ('table', 'csv', 'jsonl')
@@ -90,46 +87,6 @@ def make_writer(
             rows.writerow((prediction.path, '', '', '', '', reason))
 
     return write_csv
-
-
-def check_output(path: str | os.PathLike[str], *, overwrite: bool, flag: str) -> None:
-    """Checks, before any work, that a file can be written.
-
-    Args:
-      path: of the file.
-      overwrite: whether one that is there may be replaced.
-      flag: that named it, for messages.
-
-    Raises:
-      UserError: it exists, or its folder does not.
-    """
-    path = pathlib.Path(path)
-    if path.is_dir():
-        raise UserError(f'{flag} {path} is a folder; name a file in it')
-    if path.exists() and not overwrite:
-        raise UserError(f'{flag} {path} exists; name another file, or add --overwrite')
-    if not path.parent.is_dir():
-        raise UserError(f'{flag} {path}: there is no folder {path.parent}; make it first')
-
-
-@contextlib.contextmanager
-def whole_file(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """A temporary name beside `path`, renamed to it at the end; after an error no file is left.
-
-    Raises:
-      UserError: it cannot be written (no permission, full disk).
-    """
-    path = pathlib.Path(path)
-    partial = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    try:
-        yield partial
-        os.replace(partial, path)
-    except OSError as error:
-        if error.filename is not None and pathlib.Path(error.filename) not in (partial, path):
-            raise
-        raise UserError(f'cannot write {path}: {error.strerror or error}') from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
