@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from vit_jax.checkpoint import formats, npz
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.inference import model_folder
+
+FIXTURES = pathlib.Path(__file__).parents[1] / 'fixtures' / 'conformance'
 
 CONFIG = {
     'model_name': None,
@@ -298,6 +301,7 @@ def encoder(description):
         (lambda d: encoder(d).update(num_layers=10**9), 'num_layers'),
         (lambda d: d['architecture']['config'].update(hidden_size=float('nan')), 'hidden_size'),
         (lambda d: d['architecture']['config'].update(patches=3), 'is damaged'),
+        (lambda d: d['architecture'].update(config=3), 'expected an object'),
         (lambda d: d['architecture']['config'].update(unknown=3), 'no model can be built'),
         (lambda d: d['architecture'].update(num_classes=-1), 'is damaged'),
         (lambda d: d.update(class_names=[1, 2, 3]), 'should be texts'),
@@ -314,6 +318,17 @@ def test_a_description_from_elsewhere_is_not_trusted(tmp_path, change, words):
     (folder / 'model.json').write_text(json.dumps(description))
     with pytest.raises(UserError, match=words):
         model_folder.load(folder)
+
+
+@pytest.mark.parametrize('missing', ['kernel', 'bias'])
+def test_weights_with_half_a_head(tmp_path, missing):
+    weights = npz.load(FIXTURES / 'vit_token.checkpoint.npz')
+    del weights['head'][missing]
+    npz.save(tmp_path / 'half.npz', weights)
+    with pytest.raises(
+        UserError, match=f'do not agree with the architecture(.|\\n)*head/{missing}'
+    ):
+        model_folder.load(tmp_path / 'half.npz')
 
 
 def test_a_description_nested_without_end(tmp_path):

@@ -257,6 +257,8 @@ def _checked_architecture(architecture: Mapping[str, Any]) -> tuple[dict[str, An
         ValueError, TypeError, KeyError: anything else; a number of a million layers would be built.
     """
     config, num_classes = architecture['config'], architecture['num_classes']
+    if not isinstance(config, dict):
+        raise TypeError(f'config is {type(config).__name__}, expected an object')
     for name, value in npz.flatten(config).items():
         values = value if isinstance(value, list) else [value]
         if len(values) > _MAX_STAGES:
@@ -286,8 +288,9 @@ def _from_weights(path: pathlib.Path, weights: formats.Weights, variant: str) ->
     _log.info('%s', weights)
     config = infer.architecture(weights.params, str(path), variant=variant)
     image_size = infer.image_size(weights.params, config, str(path))
-    head = weights.params.get('head')
-    num_classes = head['bias'].shape[0] if head else 0
+    # From either array of the head: `check` names the other if it is missing.
+    head = npz.flatten({'head': weights.params.get('head', {})})
+    num_classes = next((array.shape[-1] for array in head.values()), 0)
     class_names = weights.class_names
     if len(class_names) != num_classes:
         class_names = labels.numbered(num_classes)
