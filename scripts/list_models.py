@@ -42,10 +42,10 @@ def main() -> int:
 
 
 def _checkpoints(addresses: bool) -> list[tuple[str, ...]]:
-    from vit_jax.checkpoint import catalog, released
+    from vit_jax.checkpoint import catalog
 
     rows = [('VARIANT', 'MIB', 'PIXELS', 'CLASSES', 'NAME', 'PUBLISHED ACCURACY')]
-    for c in released.CHECKPOINTS:
+    for c in catalog.CHECKPOINTS:
         size = f'{"" if c.size_is_listed else "~"}{c.mib:.0f}'
         name = f'{catalog.BASE_URL}/{c.address.removeprefix("gs://")}' if addresses else c.name
         rows.append((c.variant, size, str(c.resolution), str(c.num_classes), name, c.accuracy))

@@ -12,7 +12,7 @@ import pytest
 
 from vit_jax import models
 from vit_jax.analysis import counts
-from vit_jax.checkpoint import inspection, npz, released
+from vit_jax.checkpoint import catalog, inspection, npz
 from vit_jax.errors import UserError
 from vit_jax.inference import model_folder
 
@@ -122,10 +122,10 @@ def test_catalogue_by_name_and_by_what_it_is(tmp_path, monkeypatch):
     mib = (FIXTURES / 'vit_token.checkpoint.npz').stat().st_size / 2**20
     data = (FIXTURES / 'vit_token.checkpoint.npz').read_bytes()
     entries = [
-        released.Checkpoint('gs://vit_models/sam/ViT-B_16.npz', 'ViT-B_16', 224, 7, 2 * mib),
-        released.Checkpoint('gs://vit_models/gsam/ViT-B_16.npz', 'ViT-B_16', 224, 7, mib),
+        catalog.Checkpoint('gs://vit_models/sam/ViT-B_16.npz', 'ViT-B_16', 224, 7, 2 * mib),
+        catalog.Checkpoint('gs://vit_models/gsam/ViT-B_16.npz', 'ViT-B_16', 224, 7, mib),
     ]
-    monkeypatch.setattr(released, 'CHECKPOINTS', entries)
+    monkeypatch.setattr(catalog, 'CHECKPOINTS', entries)
     for folder in ('sam', 'gsam', 'anywhere'):
         (tmp_path / 'vit_models' / folder).mkdir(parents=True)
         (tmp_path / 'vit_models' / folder / 'ViT-B_16.npz').write_bytes(data)
@@ -190,7 +190,7 @@ def test_list_models(script):
     status, out, _ = script('list_models', 'imagenet21k/ViT-B_16', '--addresses')
     assert 'https://storage.googleapis.com/vit_models/imagenet21k/ViT-B_16.npz' in out
     status, out, _ = script('list_models')
-    assert len(out.splitlines()) == len(released.CHECKPOINTS) + 2  # the head, and what ~ means
+    assert len(out.splitlines()) == len(catalog.CHECKPOINTS) + 2  # the head, and what ~ means
     status, out, err = script('list_models', 'B_17')
     assert status == 1 and err == 'list_models.py: nothing has B_17\n'
     status, out, _ = script('list_models', '--variants')
@@ -199,17 +199,19 @@ def test_list_models(script):
 
 
 def test_released_checkpoints_are_consistent():
-    names = [checkpoint.name for checkpoint in released.CHECKPOINTS]
+    names = [checkpoint.name for checkpoint in catalog.CHECKPOINTS]
     assert len(set(names)) == len(names)
-    for checkpoint in released.CHECKPOINTS:
+    for checkpoint in catalog.CHECKPOINTS:
         assert checkpoint.variant in models.variants.VARIANTS
         assert checkpoint.resolution in (224, 384)
         if match := re.search(r'-res_(\d+)', checkpoint.name):
             assert checkpoint.resolution == int(match[1])
         if checkpoint.name.startswith('augreg/'):
-            filename = checkpoint.name.removeprefix('augreg/')
-            assert released.augreg_variant(filename) == checkpoint.variant
-    assert released.augreg_variant('ViT-B_16.npz') == ''
+            resnet, size, patch = re.match(
+                r'augreg/(?:(R\d*)_)?(Ti|S|B|L)_(\d+)-i', checkpoint.name
+            ).groups()
+            expected = f'ViT-{size}_{patch}' if resnet is None else f'{resnet}+ViT-{size}_{patch}'
+            assert checkpoint.variant == expected
 
 
 def test_sizes_in_the_catalogue_are_those_of_the_parameters():
@@ -220,7 +222,7 @@ def test_sizes_in_the_catalogue_are_those_of_the_parameters():
             config['representation_size'] = config['hidden_size']
         return 4 * counts.parameters(config, num_classes, size) / 2**20
 
-    for c in released.CHECKPOINTS:
+    for c in catalog.CHECKPOINTS:
         mib = mib_of(c.variant, c.num_classes, c.resolution, c.name.startswith('imagenet21k/'))
         if c.name == 'sam/ViT-S_16.npz':
             mib *= 3

@@ -6,7 +6,9 @@ more memory than the weights themselves.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+import pathlib
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -14,6 +16,8 @@ import numpy as np
 from flax import traverse_util
 
 from vit_jax.errors import UserError
+
+_MAX_AXES = 8
 
 
 class LazyArray:
@@ -104,45 +108,62 @@ class Weights:
 
     def read(self) -> dict[str, Any]:
         """Reads everything: a nested dict of float32 NumPy arrays."""
-        flat = traverse_util.flatten_dict(self.params)
-        return traverse_util.unflatten_dict({name: np.asarray(a) for name, a in flat.items()})
+        return traverse_util.path_aware_map(lambda _, array: np.asarray(array), self.params)
 
 
-def to_float32(array: np.ndarray, name: str, path: Any) -> np.ndarray:
-    """Contiguous float32 of a stored array of any float type; refuses what is not a weight.
+def from_file(
+    path: pathlib.Path,
+    name: str,
+    shape: Sequence[int],
+    stored_dtype: str,
+    read: Callable[[], np.ndarray],
+) -> LazyArray:
+    """An array of a file of weights; what is not a weight is refused.
 
     Args:
-        array: as stored; bfloat16 may come as NumPy's two raw bytes.
-        name: the array's, for the error.
-        path: the file's, for the error.
-
-    Returns:
-        The array itself if it is contiguous native float32.
+        path: the file, for errors.
+        name: the array's, for errors.
+        shape: as the file declares it.
+        stored_dtype: name of its type in the file; 'void16' is bfloat16, which NumPy does not know.
+        read: gives the array as it is stored.
 
     Raises:
-        UserError: another type, or values that are not finite.
+        UserError: no weights have such a type or shape. When the array is read: it is damaged, or
+            has values that are not finite.
     """
-    if array.dtype == np.dtype('V2'):  # NumPy has no bfloat16: the two bytes come back as 'void'
-        array = array.view(ml_dtypes.bfloat16)
-    check_dtype(array.dtype, name, path)
-    array = np.ascontiguousarray(array, dtype=np.float32).reshape(array.shape)
-    # A sum is one fast pass, and not finite if any element is not; it may overflow without that.
-    with np.errstate(all='ignore'):
-        suspicious = not np.isfinite(array.sum())
-    if suspicious and (bad := array.size - int(np.isfinite(array).sum())):
+    stored_dtype = 'bfloat16' if stored_dtype == 'void16' else stored_dtype
+    if not re.fullmatch(r'b?float\d+\w*', stored_dtype):
         raise UserError(
-            f'{path}: the array {name!r} has {bad:,} values (of {array.size:,}) that are NaN or '
-            'infinite. The training that wrote it diverged, or the file is damaged: take an '
-            'earlier checkpoint, or download it again'
+            f'{path}: the array {name[:200]!r} has type {stored_dtype}; expected weights, of a '
+            'float type. Save the model again with vit_jax.checkpoint.save, or download the file '
+            'again'
         )
-    return array
-
-
-def check_dtype(dtype: np.dtype, name: str, path: Any) -> None:
-    """Raises `UserError` unless `dtype` is a float type (bfloat16 may be NumPy's two raw bytes)."""
-    if dtype not in (np.dtype('V2'), ml_dtypes.bfloat16) and dtype.kind != 'f':
-        what = 'pickled Python objects' if dtype.hasobject else f'type {dtype}'
+    if len(shape) > _MAX_AXES or any(size < 1 for size in shape):
         raise UserError(
-            f'{path}: the array {name!r} has {what}; expected weights, of a float type. Save the '
-            'model again with vit_jax.checkpoint.save, or download the file again'
+            f'{path}: cannot read the array {name[:200]!r} of shape {str(tuple(shape))[:80]}: no '
+            'weights have this shape'
         )
+
+    def read_checked() -> np.ndarray:
+        try:
+            array = read()
+            if array.dtype == np.dtype('V2'):
+                array = array.view(ml_dtypes.bfloat16)
+            array = np.ascontiguousarray(array, dtype=np.float32).reshape(array.shape)
+        except (MemoryError, UserError):
+            raise
+        except Exception as e:  # zipfile, safetensors and PyTorch raise nearly anything for damage
+            raise UserError(f'{path}: cannot read the array {name!r}: {e}') from e
+        # A sum is one fast pass, and not finite if any element is not; it may overflow without
+        # that.
+        with np.errstate(all='ignore'):
+            suspicious = not np.isfinite(array.sum())
+        if suspicious and (bad := array.size - int(np.isfinite(array).sum())):
+            raise UserError(
+                f'{path}: the array {name!r} has {bad:,} values (of {array.size:,}) that are NaN '
+                'or infinite. The training that wrote it diverged, or the file is damaged: take '
+                'an earlier checkpoint, or download it again'
+            )
+        return array
+
+    return LazyArray(tuple(shape), read_checked, stored_dtype)

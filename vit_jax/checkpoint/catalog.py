@@ -1,6 +1,15 @@
-"""The released weights: what they are called, where they are, how large they are."""
+"""The released weights: what they are called, where they are, how large and how good they are.
+
+The table is `released.csv`. Its sizes are those of the buckets' listings; where a listing is not
+known (`size_is_listed` is no), the size of the float32 weights. Its accuracies are published
+figures: the README of the original release, "How to train your ViT?"
+(https://arxiv.org/abs/2106.10270). AugReg released 52,268 files; in the table are the recommended
+ones of the original's README, with their fine-tuning on ImageNet, and those that timm names. Of the
+models trained with SAM and GSAM, those of GSAM have no class token.
+"""
 
 import csv
+import dataclasses
 import difflib
 import os
 import pathlib
@@ -8,21 +17,66 @@ import re
 import urllib.parse
 
 from vit_jax import files
-from vit_jax.checkpoint import download, released
+from vit_jax.checkpoint import download
 from vit_jax.errors import UserError
 
 BASE_URL = 'https://storage.googleapis.com'
 BUCKET = 'vit_models'
-OTHER_BUCKETS = ('mixer_models/',)
+AUGREG_DIR = f'gs://{BUCKET}/augreg'
+_OTHER_BUCKETS = ('mixer_models/',)
 _AUGREG_NAME = re.compile(r'\w[\w.+-]*', re.A)
 _MAX_INDEX_BYTES = 256 << 20  # the real one has 52,268 lines and 20 MiB
-AUGREG_DIR = f'gs://{BUCKET}/augreg'
 
-# Name -> size in MiB as the bucket's listing shows it; None where only the name is known. A name is
-# the path in the bucket vit_models, or, for other buckets, the address without gs://.
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """One released file.
+
+    Attributes:
+        address: 'gs://bucket/path'.
+        variant: name from `models.variants.VARIANTS`.
+        resolution: side of the images that the weights are for, pixels.
+        num_classes: classes of the head.
+        mib: size of the file, MiB.
+        size_is_listed: whether `mib` is the size in the bucket's listing (to its rounding).
+        accuracy: published accuracy, as text; '' where none is.
+    """
+
+    address: str
+    variant: str
+    resolution: int
+    num_classes: int
+    mib: float
+    size_is_listed: bool = True
+    accuracy: str = ''
+
+    @property
+    def name(self) -> str:
+        """What `--config.pretrained` takes: the address without gs:// and without vit_models/."""
+        return self.address.removeprefix('gs://').removeprefix(f'{BUCKET}/')
+
+
+def _read_table() -> tuple[Checkpoint, ...]:
+    with open(pathlib.Path(__file__).with_name('released.csv'), encoding='utf-8') as file:
+        return tuple(
+            Checkpoint(
+                address=row['address'],
+                variant=row['variant'],
+                resolution=int(row['resolution']),
+                num_classes=int(row['num_classes']),
+                mib=float(row['mib']),
+                size_is_listed=row['size_is_listed'] == 'yes',
+                accuracy=row['accuracy'],
+            )
+            for row in csv.DictReader(file)
+        )
+
+
+CHECKPOINTS = _read_table()
+# Name -> size in MiB as the bucket's listing shows it; None where only the name is known.
 RELEASED: dict[str, float | None] = {
     checkpoint.name: checkpoint.mib if checkpoint.size_is_listed else None
-    for checkpoint in released.CHECKPOINTS
+    for checkpoint in CHECKPOINTS
 }
 
 
@@ -61,7 +115,7 @@ def resolve(pretrained: str, *, cache_dir: str | os.PathLike[str] = '') -> pathl
         return path
     name = pretrained if pretrained.endswith('.npz') else f'{pretrained}.npz'
     if name in RELEASED or (name.startswith('augreg/') and name.count('-') > 1):
-        bucket = '' if name.startswith(OTHER_BUCKETS) else f'{BUCKET}/'
+        bucket = '' if name.startswith(_OTHER_BUCKETS) else f'{BUCKET}/'
         return _fetch(f'gs://{bucket}{name}', RELEASED.get(name), cache_dir)
     near = difflib.get_close_matches(name, RELEASED, n=3, cutoff=0.5)
     hint = f'; nearest released names: {", ".join(near)}' if near else ''

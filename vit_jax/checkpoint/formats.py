@@ -1,6 +1,7 @@
 """One way in for every kind of weights: recognises what it is given and says so."""
 
 import dataclasses
+import json
 import logging
 import os
 import pathlib
@@ -85,9 +86,9 @@ def open_weights(
     Raises:
         UserError: not there, of no known kind, damaged, or of a model that is not here.
     """
-    path = pathlib.Path(path)
+    path = files.expand(path)
     config: dict[str, Any] = {}
-    if npz.is_folder(path):
+    if path.is_dir():
         if not (path / 'config.json').is_file():
             raise UserError(
                 f'{path} is a folder without config.json; expected a checkpoint file, or a folder '
@@ -102,7 +103,6 @@ def open_weights(
             weights = npz.open_file(path)
             return _normalize(weights, normalization) if normalization else weights
     found: dict[str, Any] = {}
-    metadata: dict[str, str] = {}
     for file in paths:
         arrays, metadata = tensors.open_tensors(file)
         found |= arrays
@@ -139,14 +139,8 @@ def _recognise(
             "taken as made for input in [-1, 1]; torchvision's own weights are not: give them "
             'normalization=IMAGENET'
         )
-    return Weights(
-        str(path),
-        library,
-        tree,
-        tuple(notes),
-        tuple(config.get('class_names', ())),
-        config.get('image_size', 0),
-    )
+    names = tuple(config.get('class_names', ()))
+    return Weights(str(path), library, tree, tuple(notes), names, config.get('image_size', 0))
 
 
 def _heads(path: pathlib.Path, library: str, found: Mapping[str, Any], variant: str) -> int:
@@ -218,32 +212,30 @@ def _hugging_face_config(folder: pathlib.Path, config: Mapping[str, Any]) -> dic
         if not processor.get('do_normalize', True):
             known['normalization'] = ((0.0,) * 3, (1.0,) * 3)
         elif 'image_mean' in processor and 'image_std' in processor:
-            known['normalization'] = (
-                tuple(processor['image_mean']),
-                tuple(processor['image_std']),
-            )
+            mean, deviation = processor['image_mean'], processor['image_std']
+            known['normalization'] = (tuple(mean), tuple(deviation))
     return known
 
 
 def _from_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
     """What `export` put into the header of a safetensors file."""
-    import json
-
-    known: dict[str, Any] = {}
     try:
-        for key in ('num_heads', 'image_size', 'class_names'):
-            if key in metadata:
-                known[key] = json.loads(metadata[key])
-        if not all(isinstance(known.get(key, 0), int) for key in ('num_heads', 'image_size')):
-            return {}
-        if not isinstance(known.get('class_names', []), list):
-            return {}
-        known |= {'class_names': [str(name) for name in known.get('class_names', ())]}
+        known = {
+            key: json.loads(metadata[key])
+            for key in ('num_heads', 'image_size', 'class_names')
+            if key in metadata
+        }
     except (ValueError, RecursionError):  # another writer's idea of these words
         return {}
-    if known:
-        known |= {'normalization': HALF, 'activation': 'tanh'}
-    return known
+    names = known.get('class_names', [])
+    numbers = known.get('num_heads', 0), known.get('image_size', 0)
+    if not known or not isinstance(names, list) or not all(isinstance(n, int) for n in numbers):
+        return {}
+    return known | {
+        'class_names': [str(name) for name in names],
+        'normalization': HALF,
+        'activation': 'tanh',
+    }
 
 
 def _normalize(weights: Weights, normalization: Normalization) -> Weights:
@@ -271,16 +263,14 @@ def _normalize(weights: Weights, normalization: Normalization) -> Weights:
             f'{tuple(std)}, which cannot be folded into its first layer; this package gives [-1, 1]'
         )
 
-    def kernel(kernel: np.ndarray) -> np.ndarray:
-        return kernel / (2 * std)[None, None, :, None]
-
-    def bias(bias: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-        return bias + np.einsum('hwcd,c->d', kernel, (0.5 - mean) / std)
-
     old = params[layer]
     params[layer] = {
-        'kernel': derive(kernel, old['kernel']),
-        'bias': derive(bias, old['bias'], old['kernel']),
+        'kernel': derive(lambda kernel: kernel / (2 * std)[None, None, :, None], old['kernel']),
+        'bias': derive(
+            lambda bias, kernel: bias + np.einsum('hwcd,c->d', kernel, (0.5 - mean) / std),
+            old['bias'],
+            old['kernel'],
+        ),
     }
     note = (
         f'normalisation (mean {", ".join(f"{m:g}" for m in mean)}, standard deviation '

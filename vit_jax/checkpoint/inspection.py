@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.checkpoint import adapt, formats, infer, npz, released
+from vit_jax.checkpoint import adapt, catalog, formats, infer, npz
 from vit_jax.errors import UserError
 
 MIB = 2**20
@@ -194,14 +194,14 @@ def _catalogue(
 ) -> str:
     """Compares a size with the catalogue's: by the file's name, else by what the weights are."""
     full = path.absolute().as_posix()
-    candidates = [c for c in released.CHECKPOINTS if full.endswith('/' + c.name)] or [
-        c for c in released.CHECKPOINTS if c.name.split('/')[-1] == path.name
+    candidates = [c for c in catalog.CHECKPOINTS if full.endswith('/' + c.name)] or [
+        c for c in catalog.CHECKPOINTS if c.name.split('/')[-1] == path.name
     ]
     by_name = bool(candidates)
     if not by_name:
         what = (variant, num_classes, image_size)
         candidates = [
-            c for c in released.CHECKPOINTS if (c.variant, c.num_classes, c.resolution) == what
+            c for c in catalog.CHECKPOINTS if (c.variant, c.num_classes, c.resolution) == what
         ]
     fitting = [c for c in candidates if abs(c.mib - mib) <= _SIZE_TOLERANCE * c.mib]
     if fitting:

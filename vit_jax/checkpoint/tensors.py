@@ -5,19 +5,20 @@ PyTorch reads it, with `weights_only`, which builds tensors and nothing else, so
 runs.
 """
 
+import functools
 import json
 import mmap
 import pathlib
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from vit_jax import files
-from vit_jax.checkpoint.arrays import LazyArray, to_float32
+from vit_jax.checkpoint.arrays import LazyArray, from_file
 from vit_jax.errors import UserError
 
 _PICKLES = ('.pth', '.pt', '.bin', '.tar')
@@ -36,7 +37,6 @@ _MAX_SHARDS = 1000
 _BOMBS = (b'bytearray', b'_codecs')
 # Of what a file's tensors may take when read: some share one stored array (tied weights), not many.
 _MAX_EXPANSION = 8
-_MAX_AXES = 8
 # Where training scripts keep the state dict in their checkpoints; averaged weights first.
 _STATE_DICTS = ('state_dict_ema', 'model_ema', 'state_dict', 'model', 'module')
 # What wrappers (DistributedDataParallel, torch.compile) put in front of every name.
@@ -167,24 +167,18 @@ def _open_safetensors(path: pathlib.Path) -> tuple[dict[str, LazyArray], dict[st
             'renamed: download it again'
         ) from e
 
-    def array(name: str, shape: list[int], dtype: str) -> LazyArray:
-        if not re.fullmatch(r'B?F\d+', dtype):
-            raise UserError(
-                f'{path}: the tensor {name!r} has type {dtype}; expected weights, of a float type'
+    return _unwrap(
+        {
+            name: from_file(
+                path,
+                name,
+                shape,
+                {'BF16': 'bfloat16'}.get(dtype, dtype.replace('F', 'float')),
+                functools.partial(file.get_tensor, name),
             )
-        _check_shape(path, name, shape)
-
-        def read() -> np.ndarray:
-            try:
-                tensor = file.get_tensor(name)
-            except (safetensors.SafetensorError, TypeError, ValueError, OSError) as e:
-                raise UserError(f'{path}: cannot read the tensor {name!r}: {e}') from e
-            return to_float32(tensor, name, path)
-
-        stored = {'BF16': 'bfloat16'}.get(dtype, dtype.replace('F', 'float'))
-        return LazyArray(tuple(shape), read, stored)
-
-    return _unwrap({name: array(name, *shapes[name]) for name in shapes}), metadata
+            for name, (shape, dtype) in shapes.items()
+        }
+    ), metadata
 
 
 def _open_pickle(path: pathlib.Path) -> dict[str, LazyArray]:
@@ -219,43 +213,39 @@ def _open_pickle(path: pathlib.Path) -> dict[str, LazyArray]:
     if not isinstance(content, Mapping) or not content:
         raise UserError(f'{path} holds a {type(content).__name__}; expected a state dict')
 
-    total = 0
-
-    def array(name: str, tensor: Any) -> LazyArray:
-        nonlocal total
+    for name, tensor in content.items():
         if not isinstance(tensor, torch.Tensor):
             raise UserError(
-                f'{path}: the entry {name!r} is a {type(tensor).__name__}, no tensor; expected a '
-                'state dict'
-            )
-        if not tensor.dtype.is_floating_point:
-            raise UserError(
-                f'{path}: the tensor {name!r} has type {tensor.dtype}; expected weights, of a '
-                'float type'
+                f'{path}: the entry {name!r} is a {type(tensor).__name__}, not a tensor; expected '
+                'a state dict'
             )
         if tensor.layout != torch.strided or tensor.device.type != 'cpu':
             raise UserError(
                 f'{path}: the tensor {name!r} is stored as {tensor.layout} on {tensor.device}; '
                 'expected plain tensors'
             )
-        _check_shape(path, name, tensor.shape)
-        total += tensor.numel() * tensor.element_size()
-        if total > _MAX_EXPANSION * path.stat().st_size:  # repeated rows of a few stored bytes
-            raise UserError(
-                f'{path}: its tensors would take {_MAX_EXPANSION} times the size of the file'
+    if sum(t.numel() * t.element_size() for t in content.values()) > (
+        _MAX_EXPANSION * path.stat().st_size
+    ):  # repeated rows of a few stored bytes
+        raise UserError(
+            f'{path}: its tensors would take {_MAX_EXPANSION} times the size of the file'
+        )
+
+    def read(tensor: torch.Tensor) -> np.ndarray:
+        return tensor.detach().float().numpy().copy()  # a copy: its memory is the file's (mmap)
+
+    return _unwrap(
+        {
+            str(name): from_file(
+                path,
+                str(name),
+                tensor.shape,
+                str(tensor.dtype).removeprefix('torch.'),
+                functools.partial(read, tensor),
             )
-
-        def read() -> np.ndarray:
-            try:
-                # A copy: the tensor's memory is the file's (mmap).
-                values = tensor.detach().float().numpy().copy()
-            except (RuntimeError, TypeError, ValueError) as e:
-                raise UserError(f'{path}: cannot read the tensor {name!r}: {e}') from e
-            return to_float32(values, name, path)
-
-        return LazyArray(tuple(tensor.shape), read, str(tensor.dtype).removeprefix('torch.'))
-
-    return _unwrap({str(name): array(str(name), tensor) for name, tensor in content.items()})
+            for name, tensor in content.items()
+        }
+    )
 
 
 def _refuse_bombs(path: pathlib.Path) -> None:
@@ -290,14 +280,6 @@ def _refuse_bombs(path: pathlib.Path) -> None:
             f'{path} has other Python objects than tensors in it (bytes), which could take all '
             'memory. Save the state dict alone (torch.save(model.state_dict(), ...)), or use '
             '.safetensors'
-        )
-
-
-def _check_shape(path: pathlib.Path, name: str, shape: Sequence[int]) -> None:
-    """Refuses shapes of no weight: empty, or of more axes than NumPy has."""
-    if len(shape) > _MAX_AXES or any(size < 1 for size in shape):
-        raise UserError(
-            f'{path}: the tensor {name[:200]!r} has shape {tuple(shape)}; expected weights'
         )
 
 

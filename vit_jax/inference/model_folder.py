@@ -173,9 +173,9 @@ def open_model(
         variant: see `load`.
         normalization: see `checkpoint.open_weights`; not for a model folder.
     """
-    path = pathlib.Path(path)
+    path = files.expand(path)
     files.recover(path)
-    if npz.is_folder(path) and (
+    if path.is_dir() and (
         (path / MODEL_FILE).is_file() or not (path / 'config.json').is_file()
     ):
         if variant:
