@@ -46,7 +46,7 @@ def test_inspection_of_a_published_file():
     assert found.format == 'Google .npz'
     assert (found.image_size, found.num_classes, found.num_parameters) == (32, 7, 24_871)
     assert found.variant == (
-        'no known variant (ViT, patch 8x8, width 32, 2 layers, 4 heads, MLP 64)'
+        'no known variant (ViT, patch 8x8, hidden size 32, 2 layers, 4 heads, MLP 64)'
     )
     assert found.unusual == (
         'it has a layer pre_logits (dense, tanh), which fine-tuning leaves out',
@@ -69,9 +69,9 @@ def test_inspection_of_a_published_file():
 
 def test_inspection_of_other_families():
     found = inspection.inspect(FIXTURES / 'hybrid_stem.checkpoint.npz')
-    assert 'hybrid, patch 8x8, width 32' in found.variant and found.image_size == 64
+    assert 'hybrid, patch 8x8, hidden size 32' in found.variant and found.image_size == 64
     found = inspection.inspect(FIXTURES / 'mixer.checkpoint.npz')
-    assert found.variant == 'no known variant (Mixer, patch 8x8, width 32, 2 blocks)'
+    assert found.variant == 'no known variant (Mixer, patch 8x8, hidden size 32, 2 layers, MLP 64)'
 
 
 def test_zero_head_half_precision_and_zero_arrays(tmp_path):

@@ -124,7 +124,7 @@ def test_every_misfit_is_listed():
     assert 'Transformer/encoder_norm/scale: missing, expected (6,)' in message
     assert 'embedding/kernel: has shape (16, 16, 3, 5), expected (8, 8, 3, 6)' in message
     assert 'extra/bias: unknown to the model, has shape (3,)' in message
-    assert 'patch 16, hidden size 5' in message and 'patch 8, hidden size 6' in message
+    assert 'patch 16x16, hidden size 5' in message and 'patch 8x8, hidden size 6' in message
 
 
 def test_a_mixer_of_another_image_size_is_told_what_to_do():

@@ -254,10 +254,10 @@ def test_local_files_and_folders(tmp_path):
 
 def test_unknown_names_get_the_nearest():
     with pytest.raises(
-        UserError, match=r'no released checkpoint; nearest .*imagenet21k/ViT-B_16\.npz'
+        UserError, match=r'nor a released checkpoint; nearest .*imagenet21k/ViT-B_16\.npz'
     ):
         catalog.resolve('imagenet21k/ViT-B16')
-    with pytest.raises(UserError, match='no file here and no released checkpoint. Expected'):
+    with pytest.raises(UserError, match='neither a file here nor a released checkpoint. Expected'):
         catalog.resolve('/nowhere/zzz')
 
 
@@ -301,7 +301,7 @@ def test_augreg_in_a_local_folder(tmp_path):
     with pytest.raises(UserError, match='no file .*B_16-i21k-300ep-b.npz'):
         catalog.resolve_augreg('B_16', pretrained_dir=str(tmp_path))
     (tmp_path / 'index.csv').write_text('a,b\n1,2\n')
-    with pytest.raises(UserError, match='is no index of AugReg'):
+    with pytest.raises(UserError, match='is not an index of AugReg'):
         catalog.resolve_augreg('B_16', pretrained_dir=str(tmp_path))
     with pytest.raises(UserError, match='index.csv'):
         catalog.resolve_augreg('B_16', pretrained_dir=str(pathlib.Path(tmp_path / 'no')))

@@ -169,7 +169,7 @@ def test_an_index_does_not_choose_the_folder(tmp_path, row):
     folder = tmp_path / 'a' / 'b'
     folder.mkdir(parents=True)
     (folder / 'index.csv').write_text(f'ds,filename,final_val\ni21k,{row},0.5\n')
-    with pytest.raises(UserError, match='is no index of AugReg checkpoints'):
+    with pytest.raises(UserError, match='is not an index of AugReg checkpoints'):
         catalog.resolve_augreg('B_16', pretrained_dir=str(folder))
     with pytest.raises(UserError, match='have no paths'):
         catalog.resolve_augreg('../../secret-i21k', pretrained_dir=str(folder))

@@ -1,6 +1,6 @@
 """Fits a checkpoint to a model: head, position grid, `pre_logits`; accounts for every array.
 
-The rules are those of the original release's `load_pretrained`; what it let pass in silence (arrays
+The rules are those of the original release's `load_pretrained`; what it accepted silently (arrays
 that are missing, unknown or of another shape) is an error here.
 """
 
@@ -17,7 +17,7 @@ from vit_jax.checkpoint.arrays import LazyArray
 from vit_jax.errors import UserError
 
 POSITION_EMBEDDING = 'Transformer/posembed_input/pos_embedding'
-# In the order in which they stand before the patches.
+# In the order of their places before the patches.
 _TOKENS = {'cls': 'class token', 'dist': 'distillation token'}
 
 Shape = tuple[int, ...]
@@ -75,12 +75,12 @@ def adapt(
     """Fits the parameters of a checkpoint to a model.
 
     - `pre_logits` of the checkpoint is left out when the model has none (`representation_size` is
-      None), and starts anew when only the model has it.
-    - `head` starts anew, from `init_params`, unless `keep_head` asks for the checkpoint's and it
+      None), and newly initialised when only the model has it.
+    - `head` is newly initialised, from `init_params`, unless `keep_head` asks for the checkpoint's and it
       fits.
     - the position embeddings are resized to the model's grid (`resize_position_embedding`).
-    - a class or distillation token that only one of the two has is left out, or starts anew, with
-      zeros as its position embedding.
+    - a class or distillation token that only one of the two has is left out, or newly initialised
+      with zeros as its position embedding.
     - the first layer is resized to the model's patches (`resize_patch_embedding`) and given its
       number of channels (`adapt_channels`).
     - everything else must be there with the model's shape.
@@ -105,31 +105,27 @@ def adapt(
     """
     found = npz.flatten(params)
     expected = npz.flatten(init_params)
-    initialised, ignored = _head_rules(found, expected, keep_head)
-    new_tokens, old_tokens = _token_rules(found, expected, classifier)
-    initialised |= new_tokens
-    ignored |= old_tokens
+    initialised, ignored = _not_shared(found, expected, classifier, keep_head)
     same_tokens = all((name in found) == (name in expected) for name in _TOKENS)
+    new: dict[str, Any] = {}
     resized: dict[str, tuple[Shape, Shape]] = {}
     methods: dict[str, str] = {}
-    new = {name: expected[name] for name in initialised}
     problems = []
     for name, leaf in expected.items():
         if name in initialised:
+            new[name] = leaf
             continue
         if name not in found:
             problems.append(f'{name}: missing, expected {tuple(leaf.shape)}')
             continue
         array = found[name]
-        fits = same_tokens or name != POSITION_EMBEDDING
-        if tuple(array.shape) != tuple(leaf.shape) or not fits:
+        shapes = tuple(array.shape), tuple(leaf.shape)
+        if shapes[0] != shapes[1] or (name == POSITION_EMBEDDING and not same_tokens):
             fitted = _fit(name, found, expected, (grid, source_grid), source)
             if fitted is None:
-                problems.append(
-                    f'{name}: has shape {tuple(array.shape)}, expected {tuple(leaf.shape)}'
-                )
+                problems.append(f'{name}: has shape {shapes[0]}, expected {shapes[1]}')
                 continue
-            resized[name] = (tuple(array.shape), tuple(leaf.shape))
+            resized[name] = shapes
             array, methods[name] = fitted
         if isinstance(array, LazyArray):
             array = np.asarray(array)
@@ -140,16 +136,9 @@ def adapt(
     if problems:
         raise _misfit(source, problems, found, expected)
     loaded = tuple(name for name in expected if name not in initialised and name not in resized)
-    report = Report(
-        source=source,
-        loaded=loaded,
-        num_parameters=sum(math.prod(expected[name].shape) for name in (*loaded, *resized)),
-        resized=resized,
-        initialised=initialised,
-        ignored=ignored,
-        methods=methods,
-    )
-    tree = flax.traverse_util.unflatten_dict({name: new[name] for name in expected}, sep='/')
+    count = sum(math.prod(expected[name].shape) for name in (*loaded, *resized))
+    report = Report(source, loaded, count, resized, initialised, ignored, methods)
+    tree = flax.traverse_util.unflatten_dict(new, sep='/')
     return flax.core.freeze(tree) if isinstance(init_params, flax.core.FrozenDict) else tree, report
 
 
@@ -160,66 +149,76 @@ def describe(params: Mapping[str, Any]) -> str:
         params: nested (or flat, '/'-joined) dict of arrays, Linen names.
 
     Returns:
-        For example 'patch 16, hidden size 192, 12 layers, 3 heads'; what cannot be told is left
-        out.
+        For example 'ViT, patch 16x16, hidden size 192, 12 layers, 3 heads, MLP 768'; what cannot be
+        told is left out.
     """
     flat = npz.flatten(params)
+    shapes = {name: tuple(leaf.shape) for name, leaf in flat.items()}
     facts = []
-    for key in ('embedding/kernel', 'stem/kernel'):
-        if key in flat and len(flat[key].shape) == 4:
-            facts.append(f'patch {flat[key].shape[0]}, hidden size {flat[key].shape[3]}')
-    for parent in ('Transformer/encoderblock_', 'MixerBlock_'):
+    for layer, block, dense in (
+        ('embedding', 'Transformer/encoderblock_', 'MlpBlock_0'),
+        ('stem', 'MixerBlock_', 'channel_mixing'),
+    ):
+        kernel = shapes.get(f'{layer}/kernel', ())
+        if len(kernel) == 4:
+            family = 'Mixer' if layer == 'stem' else 'ViT'
+            facts.append('hybrid' if 'conv_root/kernel' in flat else family)
+            facts.append(f'patch {kernel[0]}x{kernel[1]}, hidden size {kernel[3]}')
         if layers := {
-            name.removeprefix(parent).split('/')[0] for name in flat if name.startswith(parent)
+            name.removeprefix(block).split('/')[0] for name in flat if name.startswith(block)
         }:
             facts.append(f'{len(layers)} layers')
-    query = flat.get('Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query/kernel')
-    if query is not None and len(query.shape) == 3:
-        facts.append(f'{query.shape[1]} heads')
+        query = shapes.get(f'{block}0/MultiHeadDotProductAttention_0/query/kernel', ())
+        if len(query) == 3:
+            facts.append(f'{query[1]} heads')
+        mlp = shapes.get(f'{block}0/{dense}/Dense_0/kernel', ())
+        if len(mlp) == 2:
+            facts.append(f'MLP {mlp[1]}')
     return ', '.join(facts) or f'{len(flat)} arrays of no known model'
 
 
-def _head_rules(
-    found: Mapping[str, Any], expected: Mapping[str, Any], keep_head: bool
+def _not_shared(
+    found: Mapping[str, Any], expected: Mapping[str, Any], classifier: str, keep_head: bool
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Returns (newly initialised, ignored), name -> reason, for `pre_logits` and heads."""
-    initialised, ignored = {}, {}
+    """(newly initialised, ignored), name -> reason: tokens, `pre_logits` and heads."""
+    initialised: dict[str, str] = {}
+    ignored: dict[str, str] = {}
 
-    def group(flat: Mapping[str, Any], module: str) -> dict[str, Shape]:
+    def shapes(flat: Mapping[str, Any], *modules: str) -> dict[str, Shape]:
         return {
-            name: tuple(leaf.shape) for name, leaf in flat.items() if name.startswith(f'{module}/')
+            name: tuple(leaf.shape) for name, leaf in flat.items() if name.split('/')[0] in modules
         }
 
-    file_pre, model_pre = group(found, 'pre_logits'), group(expected, 'pre_logits')
-    if file_pre and not model_pre:
-        ignored |= dict.fromkeys(
-            file_pre, 'the model has no pre_logits layer: representation_size is None'
-        )
-    if model_pre and not file_pre:
-        initialised |= dict.fromkeys(model_pre, 'the checkpoint has no pre_logits layer')
+    for module, words, why in (
+        *((token, words, f' (classifier {classifier!r})') for token, words in _TOKENS.items()),
+        ('pre_logits', 'pre_logits layer', ' (representation_size is None)'),
+    ):
+        in_file, in_model = shapes(found, module), shapes(expected, module)
+        if in_model and not in_file:
+            initialised |= dict.fromkeys(in_model, f'the checkpoint has no {words}')
+        elif in_file and not in_model:
+            ignored |= dict.fromkeys(in_file, f'the model{why} has no {words}')
+    one_pre_logits = any(name.startswith('pre_logits/') for name in (*initialised, *ignored))
 
     for words, modules in (
         ('head', ('head', 'head_hidden')),
         ('distillation head', ('head_dist',)),
     ):
-        file_head, model_head = (
-            {name: shape for module in modules for name, shape in group(flat, module).items()}
-            for flat in (found, expected)
-        )
-        if not model_head:
+        in_file, in_model = shapes(found, *modules), shapes(expected, *modules)
+        if not in_model:
             why = f'the model has no {words}'
         elif not keep_head:
             why = 'a new head is trained'
-        elif not file_head:
+        elif not in_file:
             why = f'the checkpoint has no {words}'
-        elif bool(file_pre) != bool(model_pre):
+        elif one_pre_logits:
             why = 'the head belongs to another pre_logits layer'
-        elif file_head != model_head:
-            why = _why_no_fit(file_head, model_head)
+        elif in_file != in_model:
+            why = _why_no_fit(in_file, in_model)
         else:
             continue
-        initialised |= dict.fromkeys(model_head, why)
-        ignored |= dict.fromkeys(file_head, why)
+        initialised |= dict.fromkeys(in_model, why)
+        ignored |= dict.fromkeys(in_file, why)
     return initialised, ignored
 
 
@@ -285,19 +284,6 @@ def _fit_positions(
     how += [f'without the place of {_TOKENS[name]}' for name in old if name not in new]
     how += [f'zeros in the place of {_TOKENS[name]}' for name in new if name not in old]
     return np.concatenate([*rows, patches], axis=1), ', '.join(how)
-
-
-def _token_rules(
-    found: Mapping[str, Any], expected: Mapping[str, Any], classifier: str
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Returns (newly initialised, ignored), name -> reason, for class and distillation token."""
-    initialised, ignored = {}, {}
-    for name, words in _TOKENS.items():
-        if name in expected and name not in found:
-            initialised[name] = f'the checkpoint has no {words}'
-        elif name in found and name not in expected:
-            ignored[name] = f'the model (classifier {classifier!r}) has no {words}'
-    return initialised, ignored
 
 
 def _misfit(

@@ -1,11 +1,12 @@
-"""big_vision's checkpoints: the same models, kept in several other ways.
+"""big_vision's checkpoints: the same models, stored in several other ways.
 
-What its files may have that those of the original release have not: the weights under a prefix,
-beside an optimizer's state or a text tower; the layers of the encoder stacked by `scan` into one
-array per parameter; position embeddings at the top of the tree, with the class token's added to the
-class token itself; fixed sine-cosine position embeddings that are not stored at all.
+Its files may differ from those of the original release: the weights are under a prefix, beside an
+optimizer's state or a text tower; the layers of the encoder are stacked by `scan` into one array
+per parameter; position embeddings are at the top of the tree, with the class token's added to the
+class token itself; fixed sine-cosine position embeddings are not stored at all.
 """
 
+import functools
 import math
 import pathlib
 import re
@@ -50,7 +51,7 @@ def find_weights(keys: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def to_vit(tree: Mapping[str, Any], path: pathlib.Path) -> tuple[dict[str, Any], list[str]]:
-    """Turns big_vision's ways into those of the original release; other trees stay as they are.
+    """Turns big_vision's layout into that of the original release; other trees stay as they are.
 
     Args:
         tree: nested dict with Linen names of arrays, lazy or not.
@@ -110,13 +111,15 @@ def with_class_position(tree: dict[str, Any]) -> list[str]:
         count = holder['pos_embedding'].shape[1]
     except (KeyError, IndexError, TypeError):
         return []
-    if not tokens or math.isqrt(count - tokens) ** 2 == count - tokens:
-        return []
-    if math.isqrt(count) ** 2 != count:
+    if not tokens or _is_square(count - tokens) or not _is_square(count):
         return []
     for _ in range(tokens):
         holder['pos_embedding'] = derive(_with_class_token, holder['pos_embedding'])
     return ['position embeddings have no place for the class token: zeros were put there']
+
+
+def _is_square(count: int) -> bool:
+    return count > 0 and math.isqrt(count) ** 2 == count
 
 
 def _with_class_token(position: np.ndarray) -> np.ndarray:
@@ -125,36 +128,28 @@ def _with_class_token(position: np.ndarray) -> np.ndarray:
 
 def _unstack(stacked: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:
     """[layers, ...] arrays -> encoderblock_0, encoderblock_1, ... of arrays."""
-    flat = {name: _ReadOnce(a) for name, a in traverse_util.flatten_dict(stacked).items()}
-    counts = {array.source.shape[:1] for array in flat.values()}
+    flat = traverse_util.flatten_dict(stacked)
+    counts = {array.shape[:1] for array in flat.values()}
     if len(counts) != 1 or counts == {()}:
         raise UserError(
             f'{path}: the arrays under Transformer/encoderblock should all be stacked over the '
             f'same number of layers; found {sorted(counts)}'
         )
-    return {
-        f'encoderblock_{layer}': traverse_util.unflatten_dict(
-            {name: array.layer(layer) for name, array in flat.items()}
-        )
-        for layer in range(counts.pop()[0])
+
+    def layers(array: Any) -> list[LazyArray]:
+        read = functools.cache(lambda: np.asarray(array))  # once for all layers
+        stored = getattr(array, 'stored_dtype', 'float32')
+        return [
+            LazyArray(array.shape[1:], lambda index=index: read()[index], stored)
+            for index in range(array.shape[0])
+        ]
+
+    blocks = {
+        (f'encoderblock_{index}', *name): layer
+        for name, array in flat.items()
+        for index, layer in enumerate(layers(array))
     }
-
-
-class _ReadOnce:
-    """A stacked array, kept once read: its layers are read one after the other."""
-
-    def __init__(self, source: Any):
-        self.source = source
-        self._array: np.ndarray | None = None
-
-    def layer(self, index: int) -> LazyArray:
-        def read() -> np.ndarray:
-            if self._array is None:
-                self._array = np.asarray(self.source)
-            return self._array[index]
-
-        stored = getattr(self.source, 'stored_dtype', 'float32')
-        return LazyArray(self.source.shape[1:], read, stored)
+    return traverse_util.unflatten_dict(blocks)
 
 
 def _sincos(kernel: Any) -> LazyArray:

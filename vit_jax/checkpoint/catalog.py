@@ -104,15 +104,13 @@ def resolve(pretrained: str, *, cache_dir: str | os.PathLike[str] = '') -> pathl
     files.recover(path)
     if (path / 'params.npz').is_file():
         return path / 'params.npz'
-    if (path / 'config.json').is_file():  # Hugging Face's or timm's
+    if path.is_file() or (path / 'config.json').is_file():  # Hugging Face's or timm's
         return path
     if path.is_dir():
         raise UserError(
             f'{path} is a folder without params.npz or config.json; expected a checkpoint, a model '
             'folder, or a folder of Hugging Face or timm'
         )
-    if path.is_file():
-        return path
     name = pretrained if pretrained.endswith('.npz') else f'{pretrained}.npz'
     if name in RELEASED or (name.startswith('augreg/') and name.count('-') > 1):
         bucket = '' if name.startswith(_OTHER_BUCKETS) else f'{BUCKET}/'
@@ -120,9 +118,8 @@ def resolve(pretrained: str, *, cache_dir: str | os.PathLike[str] = '') -> pathl
     near = difflib.get_close_matches(name, RELEASED, n=3, cutoff=0.5)
     hint = f'; nearest released names: {", ".join(near)}' if near else ''
     raise UserError(
-        f'{pretrained!r} is no file here and no released checkpoint{hint}. Expected a path, a '
-        'released name '
-        'such as imagenet21k/ViT-B_16.npz, or an address (gs:// or https://)'
+        f'{pretrained!r} is neither a file here nor a released checkpoint{hint}. Expected a path, '
+        'a released name such as imagenet21k/ViT-B_16.npz, or an address (gs:// or https://)'
     )
 
 
@@ -163,7 +160,9 @@ def resolve_augreg(
 
     if '-' in model_or_filename:
         if not _AUGREG_NAME.fullmatch(model_or_filename):
-            raise UserError(f'{model_or_filename!r} is no file name of AugReg: those have no paths')
+            raise UserError(
+                f'{model_or_filename!r} is not a file name of AugReg: those have no paths'
+            )
         return find(model_or_filename.removesuffix('.npz') + '.npz')
     return find(f'{_best_augreg(find("index.csv"), model_or_filename)}.npz')
 
@@ -179,14 +178,14 @@ def _best_augreg(index: pathlib.Path, model: str) -> str:
                 if row['ds'] == 'i21k':
                     # The name becomes a path: an index from elsewhere must not choose the folder.
                     if not _AUGREG_NAME.fullmatch(row['filename']):
-                        raise ValueError(f'{row["filename"]!r} is no file name')
+                        raise ValueError(f'{row["filename"]!r} is not a file name')
                     name = row['filename'].split('-')[0]
                     candidate = (float(row['final_val']), row['filename'])
                     best[name] = max(best.get(name, candidate), candidate)
     except (KeyError, ValueError, TypeError, OSError, csv.Error) as e:
         reason = ascii(str(e))[:200]
         raise UserError(
-            f'{index} is no index of AugReg checkpoints ({type(e).__name__}: {reason})'
+            f'{index} is not an index of AugReg checkpoints ({type(e).__name__}: {reason})'
         ) from e
     if model not in best:
         raise UserError(
@@ -197,10 +196,10 @@ def _best_augreg(index: pathlib.Path, model: str) -> str:
 
 def _fetch(address: str, mib: float | None, cache_dir: str | os.PathLike[str]) -> pathlib.Path:
     try:
-        address.encode()  # what comes from a command line may hold bytes that are no text
+        address.encode()  # what comes from a command line may hold bytes that are not text
         parsed = urllib.parse.urlsplit(address)
     except ValueError as e:
-        raise UserError(f'cannot download {ascii(address)}: it is no address ({e})') from e
+        raise UserError(f'cannot download {ascii(address)}: it is not an address ({e})') from e
     if parsed.scheme not in ('gs', 'http', 'https') or not parsed.netloc:
         raise UserError(
             f'cannot download {address}: expected gs://bucket/path or https://host/path'
@@ -214,8 +213,7 @@ def _fetch(address: str, mib: float | None, cache_dir: str | os.PathLike[str]) -
         key = f'{parsed.netloc}{urllib.parse.unquote(parsed.path)}'
         key = key.removeprefix(f'{urllib.parse.urlsplit(BASE_URL).netloc}/')
         url = address
+    # Whole paths: SAM and GSAM files have the names of others, and only the folder differs.
     parts = [part for part in key.split('/') if part not in ('', '.', '..')]
-    # Whole paths: SAM and GSAM files have the names of others, and only the folder tells them
-    # apart.
     root = cache_dir or os.environ.get('VIT_JAX_CACHE') or '~/.cache/vit_jax'
     return download.fetch(url, files.expand(root).joinpath(*parts), published_mib=mib)

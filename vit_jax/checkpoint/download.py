@@ -1,4 +1,8 @@
-"""Downloads of large files: resumed, checked, put into place by a rename."""
+"""Downloads of large files: resumed, checked, put into place by a rename.
+
+Not by `files.atomic_file`, which removes what a failed writer left: here the next call goes on with
+`<target>.part`.
+"""
 
 import contextlib
 import fcntl
@@ -52,12 +56,10 @@ def fetch(url: str, target: pathlib.Path, *, published_mib: float | None = None)
     except urllib.error.HTTPError as e:
         e.close()
         raise _failed(url, target, f'the server answers {e.code} {e.reason}') from e
-    except urllib.error.URLError as e:
-        raise _failed(url, target, e.reason) from e
     except (OSError, http.client.HTTPException) as e:
-        raise _failed(url, target, e) from e
-    except ValueError as e:  # headers that are none: a length that is no number, a broken tag
-        raise _failed(url, target, f'the server answers what is no HTTP ({e})') from e
+        raise _failed(url, target, getattr(e, 'reason', e)) from e
+    except ValueError as e:  # damaged headers: a length that is not a number, a broken tag
+        raise _failed(url, target, f'the answer of the server is not HTTP ({e})') from e
     return target
 
 
@@ -69,9 +71,8 @@ def _download(url: str, target: pathlib.Path, published_mib: float | None) -> No
         _check_size(url, target, total, published_mib)
         free = shutil.disk_usage(part.parent).free
         if total is not None and total - offset > free:
-            raise _failed(
-                url, target, f'it needs {total:,} bytes, and only {free:,} are free there'
-            )
+            reason = f'it needs {total:,} bytes, and only {free:,} are free there'
+            raise _failed(url, target, reason)
         _log.info('Downloading %s to %s', url, target)
         with open(part, 'r+b' if offset else 'wb') as f:
             f.seek(offset)
@@ -127,16 +128,15 @@ def _copy(
     """Copies until the connection ends, with a progress bar on a terminal."""
     from rich import console, progress  # only a download needs them
 
-    bar = progress.Progress(
+    terminal = console.Console(stderr=True)
+    columns = (
         progress.TextColumn('{task.description}'),
         progress.BarColumn(),
         progress.DownloadColumn(binary_units=True),
         progress.TransferSpeedColumn(),
         progress.TimeRemainingColumn(),
-        console=(terminal := console.Console(stderr=True)),
-        disable=not terminal.is_terminal,
     )
-    with bar:
+    with progress.Progress(*columns, console=terminal, disable=not terminal.is_terminal) as bar:
         task = bar.add_task(name, total=total, completed=offset)
         while block := response.read(MIB):
             f.write(block)

@@ -144,7 +144,7 @@ def inspect(path: str | os.PathLike[str], *, variant: str = '') -> Inspection:
         mib=mib,
         format=weights.format,
         notes=weights.notes,
-        variant=config.get('model_name') or f'no known variant ({_sizes(config)})',
+        variant=config.get('model_name') or f'no known variant ({adapt.describe(weights.params)})',
         image_size=image_size,
         num_classes=num_classes,
         class_names=weights.class_names,
@@ -211,16 +211,3 @@ def _catalogue(
         sizes = [f'{c.mib:g} MiB for {c.name}' for c in candidates]
         return f'NOT the size in the catalogue: {adapt.shorten(sizes, 2)}'
     return 'not in the catalogue of released files'
-
-
-def _sizes(config: Mapping[str, Any]) -> str:
-    patch = 'x'.join(map(str, config['patches']['size']))
-    if 'num_blocks' in config:
-        return f'Mixer, patch {patch}, width {config["hidden_dim"]}, {config["num_blocks"]} blocks'
-    transformer = config['transformer']
-    family = 'hybrid' if config.get('resnet') is not None else 'ViT'
-    return (
-        f'{family}, patch {patch}, width {config["hidden_size"]}, '
-        f'{transformer["num_layers"]} layers, {transformer["num_heads"]} heads, '
-        f'MLP {transformer["mlp_dim"]}'
-    )
