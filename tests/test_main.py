@@ -85,7 +85,7 @@ main.run()
         (['--config.pp.train=trian'], "split 'trian' of digits cannot be used: Unknown split"),
         (['--config.dataset=./nowhere'], 'there is no folder ./nowhere'),
         (['--config.dataset=tf_flwers'], 'did you mean tf_flowers?'),
-        (['--config.pretrained=nowhere.npz'], "'nowhere.npz' is neither a file here nor a released"),
+        (['--config.pretrained=nowhere.npz'], "'nowhere.npz' is neither a file here nor a"),
         (['--config.pretrained=README.md'], 'README.md is not a readable .npz file'),
         (['--config.pretrained=imagenet21k/ViT-B_17.npz'], 'imagenet21k/ViT-B_16.npz'),
     ],

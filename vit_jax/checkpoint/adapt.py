@@ -76,8 +76,8 @@ def adapt(
 
     - `pre_logits` of the checkpoint is left out when the model has none (`representation_size` is
       None), and newly initialised when only the model has it.
-    - `head` is newly initialised, from `init_params`, unless `keep_head` asks for the checkpoint's and it
-      fits.
+    - `head` is newly initialised, from `init_params`, unless `keep_head` asks for the checkpoint's
+      and it fits.
     - the position embeddings are resized to the model's grid (`resize_position_embedding`).
     - a class or distillation token that only one of the two has is left out, or newly initialised
       with zeros as its position embedding.
