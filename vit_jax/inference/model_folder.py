@@ -175,9 +175,7 @@ def open_model(
     """
     path = files.expand(path)
     files.recover(path)
-    if path.is_dir() and (
-        (path / MODEL_FILE).is_file() or not (path / 'config.json').is_file()
-    ):
+    if path.is_dir() and ((path / MODEL_FILE).is_file() or not (path / 'config.json').is_file()):
         if variant:
             raise UserError(f'{path} is a model folder, which knows its variant; leave it out')
         if normalization:
