@@ -77,7 +77,7 @@ def test_a_run_leaves_what_it_promises(finished):
     run = run_files.read(workdir)
     assert run.finished and not run.stopped and run.resumes() == [] and run.notes == ()
     assert run.device['devices'] == 4 and run.device['dtype'] == 'float32'
-    assert [event.facts['step'] for event in run.happened('evaluated', 'saved_model')] == [
+    assert [event['step'] for event in run.happened('evaluated', 'saved_model')] == [
         6,
         12,
         12,

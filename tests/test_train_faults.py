@@ -77,7 +77,7 @@ def test_skipping_is_counted_and_ends_somewhere(monkeypatch, tmp_path, capsys):
     assert training[3]['train_loss'] is None and training[4]['train_loss'] > 0
     assert capsys.readouterr().out.count('its update is skipped') == 2
     skipped = run_files.read(tmp_path / 'some').happened('skipped')
-    assert [event.facts['step'] for event in skipped] == [3, 6]
+    assert [event['step'] for event in skipped] == [3, 6]
 
     spoil(monkeypatch, range(3, 100))
     monkeypatch.setattr(loop, 'MAX_SKIPPED_IN_A_ROW', 4)

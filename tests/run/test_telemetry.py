@@ -214,7 +214,7 @@ def test_a_report_reads_what_a_run_wrote(tmp_path):
     assert not run.stopped and run.resumes() == [5] and run.device['kind'] == 'cpu'
     kinds = ['started', 'unreadable', 'unreadable', 'skipped', 'stopped', 'started', 'resumed',
              'evaluated']  # fmt: skip
-    assert [event.kind for event in run.events] == kinds
+    assert [event['event'] for event in run.events] == kinds
 
 
 def test_terminal_has_one_live_line_and_messages_above_it(tmp_path):

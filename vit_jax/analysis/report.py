@@ -10,9 +10,7 @@ Whatever is not there, because the run is under way or the dataset has moved, is
 page says so.
 """
 
-import dataclasses
 import datetime
-import logging
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -24,23 +22,6 @@ from vit_jax.analysis.run_files import Run
 from vit_jax.errors import UserError
 
 REPORT_FILE = 'report.html'
-_TEMPLATE = 'report.html.j2'
-
-_log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Examples:
-    """The parts of the page that need the data and the model, and notes on what is missing."""
-
-    predictions: object | None  # `report_examples.Predictions`
-    confusion: str
-    reliability: str
-    classes: report_tables.Table | None
-    results: report_tables.Table | None
-    predictions_note: str
-    balance: str
-    balance_notes: tuple[str, ...]
 
 
 def write(
@@ -76,8 +57,7 @@ def write(
             raise UserError('a report of several runs needs a place: name a file with --output')
         output = pathlib.Path(workdirs[0]) / REPORT_FILE
     runs = run_files.read_all(workdirs)
-    page = render(runs, images=images)
-    files.write_text(output, page)
+    files.write_text(output, render(runs, images=images))
     return pathlib.Path(output)
 
 
@@ -123,7 +103,7 @@ def render(runs: Sequence[Run], *, images: int | None = None) -> str:
     )
     environment.filters['svg'] = markupsafe.Markup  # what `report_charts.to_svg` made
     with report_charts.themed():
-        page = environment.get_template(_TEMPLATE).render(
+        return environment.get_template('report.html.j2').render(
             runs=[_describe(run, number, images) for number, run in enumerate(runs)],
             single=len(runs) == 1,
             charts=report_charts.curves(runs),
@@ -131,13 +111,11 @@ def render(runs: Sequence[Run], *, images: int | None = None) -> str:
             differences=report_tables.differences(runs),
             written=datetime.datetime.now().strftime('%Y-%m-%d %H:%M'),
             version=vit_jax.__version__,
-            series=report_charts.MAX_RUNS,
         )
-    return page
 
 
 def _printable(value: object) -> object:
-    """Escapes control characters, marks that turn text around, and bytes that are no text."""
+    """Escapes control characters, marks that reverse text, and bytes that are not text."""
     import markupsafe
 
     if not isinstance(value, str) or isinstance(value, markupsafe.Markup):
@@ -166,49 +144,36 @@ def _describe(run: Run, number: int, images: int | None) -> dict[str, object]:
     }
 
 
-def _examples(run: Run, number: int, images: int | None) -> Examples:
-    """Opens the data and the model, as far as they are there."""
+def _examples(run: Run, number: int, images: int | None) -> dict[str, object]:
+    """The parts of the page that need the data and the model, and notes on what is missing."""
     import jax
 
     from vit_jax.analysis import report_examples
+    from vit_jax.inference import metrics_report as classification_report
 
+    parts: dict[str, object] = {'predictions': None, 'missing': '', 'balance': ''}
     try:
         train, test = report_examples.open_data(run)
     except UserError as error:
         note = f'Left out, because the images are not there: {error}.'
-        return Examples(None, '', '', None, None, note, '', (note,))
-    counted = report_examples.class_balance(train, test)
-    figure = report_charts.class_balance(counted.class_names, counted.counts)
-    balance = report_charts.to_svg(figure, f'balance{number}')
-    missing = ''
+        return parts | {'missing': note, 'balance_notes': (note,)}
+    counts, notes = report_examples.class_balance(train, test)
+    figure = report_charts.class_balance(train.class_names, counts)
+    parts |= {'balance': report_charts.to_svg(figure, f'balance{number}'), 'balance_notes': notes}
     if images == 0:
-        missing = 'Left out, as was asked for.'
-    elif not run.finished:
-        missing = 'There is no model folder yet: the run has not ended.'
-    else:
-        try:
-            found = report_examples.predict(run, test, images)
-        except (UserError, jax.errors.JaxRuntimeError) as error:  # such as: no memory left
-            missing = f'Left out: {" ".join(str(error).split())[:500]}.'
-    if missing:
-        return Examples(None, '', '', None, None, missing, balance, counted.notes)
-    return Examples(
-        found,
-        *_draw(found, number),
-        report_tables.classes(found.metrics),
-        report_tables.results(found, run),
-        '',
-        balance,
-        counted.notes,
-    )
-
-
-def _draw(found: object, number: int) -> tuple[str, str]:
-    from vit_jax.inference import metrics_report as classification_report
-
-    drawn = (
-        classification_report.draw_confusion(found.metrics, title='Confusion matrix'),
-        classification_report.draw_reliability(found.metrics, title='Calibration'),
-    )
-    names = (f'confusion{number}', f'calibration{number}')
-    return tuple(map(report_charts.to_svg, drawn, names))
+        return parts | {'missing': 'Left out, as was asked for.'}
+    if not run.finished:
+        return parts | {'missing': 'There is no model folder yet: the run has not ended.'}
+    try:
+        found = report_examples.predict(run, test, images)
+    except (UserError, jax.errors.JaxRuntimeError) as error:  # such as: no memory left
+        return parts | {'missing': f'Left out: {" ".join(str(error).split())[:500]}.'}
+    confusion = classification_report.draw_confusion(found.metrics, title='Confusion matrix')
+    reliability = classification_report.draw_reliability(found.metrics, title='Calibration')
+    return parts | {
+        'predictions': found,
+        'confusion': report_charts.to_svg(confusion, f'confusion{number}'),
+        'reliability': report_charts.to_svg(reliability, f'calibration{number}'),
+        'classes': report_tables.classes(found.metrics),
+        'results': report_tables.results(found, run),
+    }

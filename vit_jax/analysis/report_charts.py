@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vit_jax.analysis.run_files import Run
+from vit_jax.inference import contact_sheet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,17 +43,16 @@ class Key:
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """A chart: its SVG, what it shows in words, the legend, and a note."""
+    """A chart: its SVG, the legend, and a note."""
 
     svg: str
-    title: str
-    legend: tuple[Key, ...] = ()
-    note: str = ''
+    legend: tuple[Key, ...]
+    note: str
 
 
 @dataclasses.dataclass(frozen=True)
 class _Curve:
-    """One metric of a chart: its name, which file has it, what to call it, points or a line."""
+    """A metric in a chart: its name, what to call it, which file has it, points or a line."""
 
     name: str
     label: str
@@ -61,21 +61,14 @@ class _Curve:
     scale: float = 1.0
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    title: str
-    unit: str  # of the vertical axis
-    curves: tuple[_Curve, ...]
-    zero: bool = False  # whether the vertical axis begins at 0
-
-
-_PLANS = (
-    _Plan(
+# Title, unit of the vertical axis, and curves.
+_CHARTS = (
+    (
         'Loss',
         'cross-entropy (nats)',
         (_Curve('train_loss', 'training batch'), _Curve('loss_test', 'test set', points=True)),
     ),
-    _Plan(
+    (
         'Accuracy',
         'accuracy (%)',
         (
@@ -83,24 +76,21 @@ _PLANS = (
             _Curve('accuracy_test', 'test set', points=True, scale=100),
         ),
     ),
-    _Plan('Learning rate', 'learning rate', (_Curve('lr', 'learning rate'),), zero=True),
-    _Plan(
+    ('Learning rate', 'learning rate', (_Curve('lr', 'learning rate'),)),
+    (
         'Training speed',
         'images/s per device',
         (_Curve('img_sec_core_train', 'training speed', timing=True),),
-        zero=True,
     ),
-    _Plan(
+    (
         'Norm of the gradient',
         'norm, before clipping',
         (_Curve('gradient_norm', 'norm of the gradient'),),
-        zero=True,
     ),
-    _Plan(
+    (
         'Waiting for data',
         'share of the time (%)',
         (_Curve('data_wait', 'waiting for data', timing=True, scale=100),),
-        zero=True,
     ),
 )
 
@@ -112,7 +102,7 @@ def curves(runs: Sequence[Run]) -> list[Chart]:
       runs: at most `MAX_RUNS`, each in its own colour. Of a single run, the metrics of a chart have
         different colours.
     """
-    return [chart for plan in _PLANS if (chart := _chart(plan, runs)) is not None]
+    return [chart for plan in _CHARTS if (chart := _chart(*plan, runs)) is not None]
 
 
 def class_balance(class_names: Sequence[str], counts: dict[str, np.ndarray]) -> 'Figure':
@@ -130,7 +120,7 @@ def class_balance(class_names: Sequence[str], counts: dict[str, np.ndarray]) -> 
         order = np.argsort(-next(iter(counts.values())), kind='stable')
         labels = np.concatenate([order[:half], order[-half:]])
         note = f'the {half} largest and {half} smallest of {len(order):,} classes'
-    names = [_short(class_names[label]) for label in labels]
+    names = [contact_sheet.shorten(class_names[label], 24) for label in labels]
     figure = Figure(figsize=(5.6, 1.3 + 0.22 * len(labels)), layout='constrained')
     panels = figure.subplots(1, len(counts), sharey=True, squeeze=False)[0]
     for panel, color, (split, values) in zip(panels, _SERIES, counts.items(), strict=False):
@@ -202,46 +192,45 @@ def to_svg(figure: 'Figure', name: str) -> str:
     return re.sub(r'(\bid="|url\(#|href="#)', rf'\g<1>{name}-', svg)
 
 
-def _chart(plan: _Plan, runs: Sequence[Run]) -> Chart | None:
+def _chart(title: str, unit: str, lines: Sequence[_Curve], runs: Sequence[Run]) -> Chart | None:
     from matplotlib.figure import Figure
 
-    single = len(runs) == 1
+    single, several = len(runs) == 1, len(lines) > 1
     legend, longest = [], 1
     figure = Figure(figsize=(5.0, 3.0), layout='constrained')
     axes = figure.subplots()
     for place, run in enumerate(runs):
-        for number, curve in enumerate(plan.curves):
+        for number, curve in enumerate(lines):
             steps, values = run.series(curve.name, timing=curve.timing)
             if not np.isfinite(values).any():
                 continue
-            steps, values, together = thin(steps, curve.scale * values)
-            longest = max(longest, together)
+            steps, values, group = thin(steps, curve.scale * values)
+            longest = max(longest, group)
             series = number if single else place
             # Test results of several runs differ from those of training by the points alone.
-            style = dict(marker='o', markersize=3.5) if curve.points else {}
-            if len(values) == 1:
-                style = dict(marker='o', markersize=3.5)
-            alpha = 0.55 if not curve.points and len(plan.curves) > 1 else 1
-            axes.plot(steps, values, color=_SERIES[series], linewidth=1.4, alpha=alpha, **style)
+            marker = 'o' if curve.points or len(values) == 1 else ''
+            alpha = 0.55 if not curve.points and several else 1
+            axes.plot(
+                steps, values, marker=marker, markersize=3.5, linewidth=1.4,
+                color=_SERIES[series], alpha=alpha,
+            )  # fmt: skip
             names = [] if single else [run.name]
-            if len(plan.curves) > 1 or single:
+            if several or single:
                 names.append(curve.label)
             legend.append(Key(series + 1, ', '.join(names), curve.points))
     if not legend:
         return None
-    if len(plan.curves) == 1 and single:
-        legend = []
-    axes.set_title(plan.title, fontsize=11)
+    axes.set_title(title, fontsize=11)
     axes.set_xlabel('training step')
-    axes.set_ylabel(plan.unit)
+    axes.set_ylabel(unit)
     axes.grid(True, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.set_xlim(left=0)
-    if plan.zero:
+    if not several:  # losses and accuracies have their own range
         axes.set_ylim(bottom=0)
     note = f'Each point is the mean of {longest} values or fewer.' if longest > 1 else ''
-    svg = to_svg(figure, 'curve' + re.sub(r'\W', '', plan.title))
-    return Chart(svg, plan.title, tuple(legend), note)
+    svg = to_svg(figure, 'curve' + re.sub(r'\W', '', title))
+    return Chart(svg, () if single and not several else tuple(legend), note)
 
 
 def thin(
@@ -257,17 +246,13 @@ def thin(
     Returns:
       Steps and values, float [m] with m at most `most`, and how many points there are to a mean.
     """
-    together = -(-len(steps) // most)
-    if together <= 1:
+    group = -(-len(steps) // most)
+    if group <= 1:
         return steps, values, 1
-    edges = np.arange(0, len(steps), together)
+    edges = np.arange(0, len(steps), group)
     finite = np.isfinite(values)
     count = np.add.reduceat(finite, edges, dtype=np.int64)
     total = np.add.reduceat(np.where(finite, values, 0), edges)
     size = np.diff(np.append(edges, len(steps)))
     with np.errstate(invalid='ignore'):
-        return np.add.reduceat(steps, edges) / size, total / count, together
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 24 else f'{name[:23]}…'
+        return np.add.reduceat(steps, edges) / size, total / count, group

@@ -1,4 +1,4 @@
-"""What the model of a run says about its test images: the part of a report that computes."""
+"""The predictions of a run's model on its test images: the part of a report that computes."""
 
 import base64
 import dataclasses
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vit_jax import files
-from vit_jax.analysis import counts
+from vit_jax.analysis import attention, counts
 from vit_jax.analysis.run_files import MODEL_FOLDER, Run
 from vit_jax.data import sources
 from vit_jax.data.dataset import Example, Selection, Source
@@ -30,7 +30,7 @@ _SEED = 0  # of the samples
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A test image and what the model says about it.
+    """A test image and its prediction.
 
     Attributes:
       key: what a person calls the image; of one in a folder the path below it.
@@ -72,23 +72,8 @@ class Predictions:
     attention_note: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Balance:
-    """How many images each class has.
-
-    Attributes:
-      class_names: in label order.
-      counts: for 'training' and 'test', int64 [C].
-      notes: what was counted, where not all was.
-    """
-
-    class_names: tuple[str, ...]
-    counts: dict[str, np.ndarray]
-    notes: tuple[str, ...]
-
-
-class _Some:
-    """A few examples of a source, itself a source."""
+class _Subset:
+    """Some examples of a source, itself a source."""
 
     def __init__(self, source: Source, indices: np.ndarray):
         self.class_names, self.exif = source.class_names, source.exif
@@ -126,8 +111,14 @@ def open_data(run: Run) -> tuple[Selection, Selection]:
     return train, test
 
 
-def class_balance(train: Selection, test: Selection) -> Balance:
-    """Counts the images of each class; of a set whose labels have to be read, in a sample."""
+def class_balance(
+    train: Selection, test: Selection
+) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Counts the images of each class; where labels have to be read, in a sample.
+
+    Returns:
+      int64 [C] for 'training' and 'test'; and notes on what was counted, where not all was.
+    """
     found, notes = {}, []
     for split, source in (('training', train), ('test', test)):
         known = source.labels()
@@ -143,7 +134,7 @@ def class_balance(train: Selection, test: Selection) -> Balance:
                 notes.append(f'{(known < 0).sum():,} records could not be read.')
             known = known[known >= 0]
         found[split] = np.bincount(known, minlength=len(source.class_names))
-    return Balance(tuple(train.class_names), found, tuple(notes))
+    return found, tuple(notes)
 
 
 def predict(run: Run, test: Selection, limit: int | None = None) -> Predictions:
@@ -162,31 +153,45 @@ def predict(run: Run, test: Selection, limit: int | None = None) -> Predictions:
     to_model = labels.remap(test.class_names, model.class_names, str(test))
     chosen = sample(len(test), image_limit(model) if limit is None else limit)
     found, _ = classification_metrics.collect(
-        classifier, _Some(test, chosen), model_labels=to_model, batch=_BATCH
+        classifier, _Subset(test, chosen), model_labels=to_model, batch=_BATCH
     )
     metrics = classification_metrics.compute(found, model.class_names)
-    right = found.readable & (found.rank < 1)
-    wrong = found.readable & (found.rank > 0)
     # NaN would be neither best nor worst; it is wrong with no probability at all.
     score = np.nan_to_num(found.log_probability, nan=-np.inf)
-    best, worst = (
+    rows_of_best, rows_of_worst = (
         np.flatnonzero(which)[np.argsort(order[which], kind='stable')][:SHOWN]
-        for which, order in ((right, -score), (wrong, score))
+        for which, order in (
+            (found.readable & (found.rank < 1), -score),
+            (found.readable & (found.rank > 0), score),
+        )
     )
 
-    # What tells images of a folder from each other is the end of their paths.
+    note = ''
+    try:
+        attention.check(model)
+    except UserError as error:
+        note = str(error)
+    # The ends of the paths tell images of a folder from each other.
     folder = f'{files.expand(run.config["dataset"])}/'
-    note = _attention_note(model)
-    pictures = [
-        tuple(
-            _picture(
-                model, test, int(chosen[row]), found, row, folder, not note and place < EXPLAINED
-            )
-            for place, row in enumerate(rows)
+
+    def picture(place: int, row: int) -> Picture:
+        example = test[int(chosen[row])]
+        pixels = decode(example.image, key=example.key, exif=test.exif)
+        return Picture(
+            key=example.key.removeprefix(folder),
+            url=to_url(pixels),
+            right=model.class_names[found.label[row]],
+            predicted=model.class_names[found.predicted[row]],
+            confidence=float(found.confidence[row]),
+            probability=float(np.exp(found.log_probability[row])),
+            attention=() if note or place >= EXPLAINED else _attention(model, pixels),
         )
-        for rows in (best, worst)
-    ]
-    return Predictions(metrics, repr(test), len(test), *pictures, note)
+
+    best, worst = (
+        tuple(picture(place, row) for place, row in enumerate(rows))
+        for rows in (rows_of_best, rows_of_worst)
+    )
+    return Predictions(metrics, repr(test), len(test), best, worst, note)
 
 
 def image_limit(model: model_folder.Model) -> int:
@@ -244,43 +249,8 @@ def _label(source: Selection, index: int) -> int:
         return -1
 
 
-def _attention_note(model: model_folder.Model) -> str:
-    from vit_jax.analysis import attention
-
-    try:
-        attention.check(model)
-    except UserError as error:
-        return str(error)
-    return ''
-
-
-def _picture(
-    model: model_folder.Model,
-    test: Selection,
-    index: int,
-    found: classification_metrics.Outcomes,
-    row: int,
-    folder: str,
-    explain: bool,
-) -> Picture:
-    """Reads an image once more; it could be read before."""
-    example = test[index]
-    pixels = decode(example.image, key=example.key, exif=test.exif)
-    return Picture(
-        key=example.key.removeprefix(folder),
-        url=to_url(pixels),
-        right=model.class_names[found.label[row]],
-        predicted=model.class_names[found.predicted[row]],
-        confidence=float(found.confidence[row]),
-        probability=float(np.exp(found.log_probability[row])),
-        attention=_attention(model, pixels) if explain else (),
-    )
-
-
 def _attention(model: model_folder.Model, pixels: np.ndarray) -> tuple[str, ...]:
     """What the model sees, and over it the attention of the last block, and the rollout."""
-    from vit_jax.analysis import attention
-
     seen = model.preprocess.evaluate(pixels)
     maps = attention.maps(model, seen[None])
     last = maps.class_token[0, -1].mean(axis=0)

@@ -1,16 +1,16 @@
-"""The tables of a report: every number as people read it, from what the run wrote."""
+"""The tables of a report: numbers formatted for people, from what the run wrote."""
 
-import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from flax import traverse_util
 
 from configs import common
-from vit_jax.analysis.run_files import MODEL_FOLDER, Event, Run
+from vit_jax.analysis.run_files import MODEL_FOLDER, Run
 from vit_jax.analysis.tables import Table
 from vit_jax.errors import UserError
 from vit_jax.inference import metrics_report as classification_report
@@ -46,18 +46,21 @@ def summary(runs: Sequence[Run]) -> Table:
         ('Training loss, last batch', *(_loss(run.last('train_loss')) for run in runs)),
         ('Training accuracy, last batch', *(_share(run.last('accuracy_train')) for run in runs)),
         ('Training speed, median (images/s per device)', *(_speed(run) for run in runs)),
-        ('Compiling and first step', *(_seconds(run, 'first_step_s') for run in runs)),
-        ('Time from first to last event', *(_wall(run) for run in runs)),
+        (
+            'Compiling and first step',
+            *(_duration(run.last('first_step_s', timing=True)) for run in runs),
+        ),
+        ('Time from first to last event', *(_duration(run.wall_seconds()) for run in runs)),
     ]
     kept = [row for row in rows if any(value != _NONE for value in row[1:])]
     return Table('Results', ('', *(f'{run.name}>' for run in runs)), kept)
 
 
 def differences(runs: Sequence[Run]) -> Table | None:
-    """The settings in which runs differ; None of a single run."""
+    """The settings in which runs differ; None for a single run."""
     if len(runs) < 2:
         return None
-    flat = [dict(_leaves(run.config)) for run in runs]
+    flat = [_flatten(run.config) for run in runs]
     names = sorted({name for settings in flat for name in settings})
     rows = []
     for name in names:
@@ -71,10 +74,9 @@ def differences(runs: Sequence[Run]) -> Table | None:
 
 def configuration(run: Run) -> tuple[Table, Table]:
     """The settings that are not the defaults of `configs/common.py`, and the others."""
-    defaults = dict(_leaves(common.get_defaults().to_dict()))
-    config = {key: value for key, value in run.config.items() if key != 'model'}
+    defaults = _flatten(common.get_defaults().to_dict())
     changed, same = [], []
-    settings = dict(_leaves(config))
+    settings = _flatten({key: value for key, value in run.config.items() if key != 'model'})
     order = {name: place for place, name in enumerate(defaults)}
     for name in sorted(settings, key=lambda name: (order.get(name, len(order)), name)):
         value = settings[name]
@@ -92,8 +94,8 @@ def configuration(run: Run) -> tuple[Table, Table]:
 def architecture(run: Run) -> Table:
     """The model's own settings."""
     model = run.config.get('model')
-    leaves = _leaves(model) if isinstance(model, Mapping) else ()
-    rows = [(name, _setting(value)) for name, value in leaves]
+    settings = _flatten(model) if isinstance(model, Mapping) else {}
+    rows = [(name, _setting(value)) for name, value in settings.items()]
     return Table('Model', ('Setting', 'Value'), rows)
 
 
@@ -115,7 +117,8 @@ def environment(run: Run) -> Table:
 def packages(run: Run) -> Table:
     """The packages that were installed."""
     found = run.versions.get('packages')
-    rows = [(name, str(version)) for name, version in found.items()] if _is_dict(found) else []
+    found = found if isinstance(found, Mapping) else {}
+    rows = [(name, str(version)) for name, version in found.items()]
     return Table('Packages', ('Package', 'Version'), rows)
 
 
@@ -144,48 +147,43 @@ def results(found: 'Predictions', run: Run) -> Table:
         (name[0].upper() + name[1:], v) for name, v in classification_report.summary_rows(metrics)
     ]
     if metrics.count < found.available:
-        note = (
-            f'Predicted anew for this page, a fixed random sample of {metrics.count:,} of the '
-            f'{found.available:,} test images: {found.source}.'
-        )
+        which, last = f'a fixed random sample of {metrics.count:,} of the {found.available:,}', ''
     else:
-        note = (
-            f'Predicted anew for this page, all {metrics.count:,} test images: {found.source}. '
-            f'The last evaluation of the run itself gave {_share(run.last("accuracy_test"))}.'
-        )
+        which = f'all {metrics.count:,}'
+        accuracy = _share(run.last('accuracy_test'))
+        last = f' The last evaluation of the run itself gave {accuracy}.'
+    note = f'Predicted again for this page, {which} test images: {found.source}.{last}'
     return Table('Test images', ('', '>'), rows, (note,))
 
 
 def happened(run: Run) -> Table:
-    """What went another way than planned, counted."""
+    """Counts of what did not go as planned."""
     resumed, unreadable = 'not known', 'not known'
     if run.events is not None:
         resumed = ', '.join(f'{step:,}' for step in run.resumes())
         resumed = f'from step {resumed}' if resumed else 'no'
         unreadable = f'{run.unreadable():,}'
-    nulls = _not_finite(run)
+    not_finite = np.isnan(run.series('train_loss')[1]).sum()
     rows = [
         ('Resumed', resumed),
         ('Unreadable images named in the log', unreadable),
         ('Training images replaced by others', _count(run.last('replaced_images'))),
         ('Unreadable test images, last evaluation', _count(run.last('unreadable_test'))),
         ('Updates skipped (loss or gradient not finite)', _count(run.last('skipped_steps'))),
-        ('Logged steps whose loss was not finite', f'{nulls:,}'),
+        ('Logged steps whose loss was not finite', f'{not_finite:,}'),
     ]
     return Table('What happened', ('', '>'), rows)
 
 
-def events(run: Run) -> tuple[list[Event], int]:
-    """The entries to show, long ones cut, and how many are left out between first and last ones."""
+def events(run: Run) -> list[tuple[str, str]]:
+    """(time, text) of the entries to show; long texts, and the middle of a long list, are cut."""
     # The curves show the evaluations.
-    events = [e for e in run.events or () if e.kind != 'evaluated']
-    found = [dataclasses.replace(e, text=_cut(e.text)) for e in events]
-    if len(found) <= MAX_EVENTS:
-        return found, 0
+    found = [(e['time'], _cut(e['text'])) for e in run.events or () if e['event'] != 'evaluated']
     half = MAX_EVENTS // 2
-    left_out = len(found) - 2 * half
-    gap = Event('', 'gap', f'… {left_out:,} more events in events.jsonl …')
-    return [*found[:half], gap, *found[-half:]], left_out
+    if len(found) > MAX_EVENTS:
+        gap = f'… {len(found) - 2 * half:,} more events in events.jsonl …'
+        found[half:-half] = [('', gap)]
+    return found
 
 
 def _costs(run: Run) -> tuple[list[tuple[str, str]], list[str]]:
@@ -211,7 +209,7 @@ def _costs(run: Run) -> tuple[list[tuple[str, str]], list[str]]:
         rows.append(('Reached on each device, median (TFLOP/s)', f'{rate:,.4g}'))
     compiled = run.happened('compiled')
     for part in ('parameters', 'gradients', 'optimizer', 'inputs', 'activations', 'total'):
-        size = compiled[-1].facts.get(part) if compiled else None
+        size = compiled[-1].get(part) if compiled else None
         if isinstance(size, int):
             shown = f'{size / 2**20:,.1f}'
             rows.append((f'Memory of training, {part} (MiB per device)', shown))
@@ -226,13 +224,9 @@ def _costs(run: Run) -> tuple[list[tuple[str, str]], list[str]]:
     return rows, notes
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every value that is no mapping."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f'{prefix}{name}.')
-        else:
-            yield f'{prefix}{name}', value
+def _flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted name -> value."""
+    return traverse_util.flatten_dict(settings, sep='.')
 
 
 def _setting(value: Any) -> str:
@@ -275,19 +269,5 @@ def _speed(run: Run) -> str:
     return format_rate(statistics.median(values)) if values else _NONE
 
 
-def _seconds(run: Run, name: str) -> str:
-    value = run.last(name, timing=True)
-    return _NONE if value is None else format_duration(value)
-
-
-def _wall(run: Run) -> str:
-    seconds = run.wall_seconds()
+def _duration(seconds: float | None) -> str:
     return _NONE if seconds is None else format_duration(seconds)
-
-
-def _not_finite(run: Run) -> int:
-    return int(np.isnan(run.series('train_loss')[1]).sum())
-
-
-def _is_dict(value: Any) -> bool:
-    return isinstance(value, Mapping)

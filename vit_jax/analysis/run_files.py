@@ -1,7 +1,7 @@
-"""What a run left in its workdir, read for people: no JAX, no images, whatever state it is in.
+"""Reads what a run left in its workdir, in whatever state it is; without JAX and images.
 
 A run may be under way, killed while it wrote a line, or copied without some of its files. What is
-missing or damaged is told in `Run.notes`, and the rest is there.
+missing or damaged is named in `Run.notes`, and the rest is there.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pathlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,23 +26,6 @@ _LARGEST_STEP = 2**53
 
 
 @dataclasses.dataclass(frozen=True)
-class Event:
-    """A line of `events.jsonl`, see `telemetry.Telemetry.info`.
-
-    Attributes:
-      time: local, such as '2026-01-02 10:00:00'.
-      kind: what happened: 'started', 'resumed', 'skipped', ...
-      text: for people, of one or more lines.
-      facts: the whole line.
-    """
-
-    time: str
-    kind: str
-    text: str
-    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
 class Run:
     """A workdir.
 
@@ -54,8 +38,10 @@ class Run:
       config: `config.json`; {} where it is missing, as the next two.
       data: `data.json`.
       versions: `versions.json`.
-      events: what happened, in order; None where it is not known, because there is no
-        `events.jsonl` (runs of versions before 2026-12 have none).
+      events: lines of `events.jsonl`, in order: `time` (local, such as '2026-01-02 10:00:00'),
+        `event` (what happened: 'started', 'resumed', 'skipped', ...), `text` for people, and the
+        facts of each, see `telemetry.Telemetry.info`; None where there is no such file (runs of
+        versions before 2026-12 have none).
       notes: what is missing or damaged, in sentences.
     """
 
@@ -66,23 +52,23 @@ class Run:
     config: Mapping[str, Any]
     data: Mapping[str, Any]
     versions: Mapping[str, Any]
-    events: tuple[Event, ...] | None
+    events: tuple[Mapping[str, Any], ...] | None
     notes: tuple[str, ...]
 
     @property
     def steps(self) -> int:
-        """The last step of which something is told; 0 if none."""
+        """The last step that has a line in the files; 0 if there is none."""
         return max((int(row['step']) for row in (*self.metrics, *self.timing)), default=0)
 
     @property
     def total_steps(self) -> int | None:
-        """Steps that the run is to have; None if it does not tell."""
+        """Steps of the whole run; None if config.json does not tell."""
         total = self.config.get('total_steps')
         return total if type(total) is int and total > 0 else None
 
     @property
     def finished(self) -> bool:
-        """Whether the product of the run is there."""
+        """Whether the run has written its model folder."""
         return (self.workdir / MODEL_FOLDER / 'model.json').is_file()
 
     @property
@@ -90,19 +76,19 @@ class Run:
         """`dtype`, number of `devices` and their `kind` when it last started; None if not known."""
         types = {'dtype': str, 'devices': int, 'kind': str}
         for event in reversed(self.happened('started')):
-            if all(isinstance(event.facts.get(name), kind) for name, kind in types.items()):
-                return event.facts
+            if all(isinstance(event.get(name), kind) for name, kind in types.items()):
+                return event
         return None
 
     @property
     def stopped(self) -> bool:
         """Whether the run was asked to stop, and did, and was not started again."""
         found = self.happened('started', 'stopped')
-        return bool(found) and found[-1].kind == 'stopped'
+        return bool(found) and found[-1]['event'] == 'stopped'
 
-    def happened(self, *kinds: str) -> list[Event]:
+    def happened(self, *kinds: str) -> list[Mapping[str, Any]]:
         """The events of these kinds; none where that is not known."""
-        return [event for event in self.events or () if event.kind in kinds]
+        return [event for event in self.events or () if event['event'] in kinds]
 
     def series(self, name: str, *, timing: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """The values of one metric, in the order of the steps.
@@ -127,12 +113,12 @@ class Run:
 
     def resumes(self) -> list[int]:
         """The steps from which the run went on after it had been stopped."""
-        steps = (event.facts.get('step') for event in self.happened('resumed'))
+        steps = (event.get('step') for event in self.happened('resumed'))
         return [step for step in steps if isinstance(step, int)]
 
     def unreadable(self) -> int:
         """How many images could not be read, each once."""
-        return len({str(event.facts.get('image')) for event in self.happened('unreadable')})
+        return len({str(event.get('image')) for event in self.happened('unreadable')})
 
     def wall_seconds(self) -> float | None:
         """Time between the first and the last event, pauses included; None if not known."""
@@ -140,9 +126,9 @@ class Run:
             return None
         try:
             first, last = (
-                datetime.datetime.fromisoformat(self.events[place].time) for place in (0, -1)
+                datetime.datetime.fromisoformat(self.events[place]['time']) for place in (0, -1)
             )
-        except ValueError:  # it does not hold a date
+        except ValueError:  # not a date
             return None
         return max(0.0, (last - first).total_seconds())
 
@@ -204,22 +190,17 @@ def _read_object(path: pathlib.Path, notes: list[str]) -> Mapping[str, Any]:
         return {}
 
 
-def _read_text(path: pathlib.Path, notes: list[str]) -> str:
-    try:
-        return path.read_text(encoding='utf-8', errors='replace')
-    except OSError as error:
-        missing = isinstance(error, FileNotFoundError)
-        reason = f'There is no {path.name}.' if missing else f'{path.name}: {error.strerror}.'
-        notes.append(reason)
-        return ''
-
-
 def _read_rows(
     path: pathlib.Path, notes: list[str], valid: Callable[[Any], bool]
 ) -> list[Mapping[str, Any]]:
     """The lines of a `.jsonl` file that are objects and valid; the others are counted in a note."""
+    try:
+        lines = path.read_text(encoding='utf-8', errors='replace').splitlines(keepends=True)
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        notes.append(f'There is no {path.name}.' if missing else f'{path.name}: {error.strerror}.')
+        return []
     rows, unreadable = [], 0
-    lines = _read_text(path, notes).splitlines(keepends=True)
     for line in lines:
         try:
             row = json.loads(line)
@@ -230,13 +211,10 @@ def _read_rows(
         else:
             unreadable += 1
     if unreadable:
-        torn = bool(lines) and not lines[-1].endswith('\n')
-        why = (
-            ' (the last one is half-written: the run was killed, or is writing it)' if torn else ''
-        )
+        torn = ' (the last one is half-written: the run was killed, or is writing it)'
         notes.append(
             f'{path.name}: {unreadable} of {len(lines):,} lines cannot be read and are left '
-            f'out{why}.'
+            f'out{"" if lines[-1].endswith(chr(10)) else torn}.'
         )
     return rows
 
@@ -248,26 +226,24 @@ def _read_lines(path: pathlib.Path, notes: list[str]) -> tuple[Mapping[str, floa
         return type(row.get('step')) is int and 0 <= row['step'] < _LARGEST_STEP
 
     return tuple(
-        {'step': row['step']} | {k: v for k, v in map(_number, row.items()) if v is not None}
+        {name: _number(value) for name, value in row.items() if _is_number(value)}
+        | {'step': row['step']}
         for row in _read_rows(path, notes, has_step)
     )
 
 
-def _number(item: tuple[str, Any]) -> tuple[str, float | None]:
-    """A value as float: NaN for null (not finite when it was written), None for no number."""
-    name, value = item
-    if value is None:
-        return name, math.nan
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return name, None
-    try:
-        value = float(value)
-    except OverflowError:
-        return name, math.nan
-    return name, value if math.isfinite(value) else math.nan
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
-def _read_events(path: pathlib.Path, notes: list[str]) -> tuple[Event, ...] | None:
+def _number(value: float | None) -> float:
+    """NaN for null, which stands for what was not finite, and for what is too large."""
+    if value is None or abs(value) > sys.float_info.max:
+        return math.nan
+    return float(value)
+
+
+def _read_events(path: pathlib.Path, notes: list[str]) -> tuple[Mapping[str, Any], ...] | None:
     def is_event(row: Any) -> bool:
         return all(isinstance(row.get(name), str) for name in ('time', 'event', 'text'))
 
@@ -277,5 +253,4 @@ def _read_events(path: pathlib.Path, notes: list[str]) -> tuple[Event, ...] | No
             'ran, and which images could not be read, is not known.'
         )
         return None
-    rows = _read_rows(path, notes, is_event)
-    return tuple(Event(row['time'], row['event'], row['text'], row) for row in rows)
+    return tuple(_read_rows(path, notes, is_event))
