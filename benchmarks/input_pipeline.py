@@ -19,10 +19,17 @@ CONTESTANTS = {
     'vit_jax:exact=False': (),
     'vit_jax:processes': (),
     'vit_jax:cache': (),
+    'vit_jax:simulated': (),
+    'vit_jax:processes:simulated': (),
     'torchvision': ('torch', 'torchvision'),
     'tf.data': ('tensorflow',),
 }
-WITHOUT_STAGES = ('vit_jax:processes', 'vit_jax:cache')
+WITHOUT_STAGES = (
+    'vit_jax:processes',
+    'vit_jax:cache',
+    'vit_jax:simulated',
+    'vit_jax:processes:simulated',
+)
 PEER = 'torchvision'
 
 

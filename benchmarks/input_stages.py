@@ -106,6 +106,7 @@ class Ours(Pipeline):
     exact = True
     processes = False
     cache = False
+    simulated = False
 
     def __init__(self, setup: Mapping[str, Any]):
         import cv2
@@ -143,8 +144,9 @@ class Ours(Pipeline):
         from vit_jax.data import reader
 
         memory = reader.ImageCache(64 << 30) if self.cache else None
+        source = Sleeping(self.files) if self.simulated else Files(self.files)
         dataset = loader.train_dataset(
-            reader.Reader(Files(self.files), memory),
+            reader.Reader(source, memory),
             self._settings,
             batch=self.size,
             seed=0,
@@ -190,6 +192,18 @@ class Processes(Ours):
     processes = True
 
 
+class Simulated(Ours):
+    """Decoding is a sleep: what more threads would give if there were a core for each."""
+
+    simulated = True
+
+
+class SimulatedProcesses(Simulated):
+    """The same with processes, one thread in each."""
+
+    processes = True
+
+
 class Cached(Ours):
     """With `config.cache`, once everything is in it."""
 
@@ -215,6 +229,23 @@ class Files:
     def __getitem__(self, index: int) -> Example:
         path = self._paths[index]
         return Example(decode.read_file(path), 0, path)
+
+
+class Sleeping(Files):
+    """The same, whose decoding takes its time but no processor."""
+
+    def __init__(self, paths: Sequence[str]):
+        super().__init__(paths)
+        content = decode.read_file(paths[0])
+        start = time.perf_counter()
+        for _ in range(20):
+            self._pixels = decode.decode(content, key='', exif=True)
+        self._seconds = (time.perf_counter() - start) / 20
+
+    def __getitem__(self, index: int) -> Example:
+        key = super().__getitem__(index).key
+        time.sleep(self._seconds)
+        return Example(self._pixels, 0, key)
 
 
 class Torchvision(Pipeline):
@@ -347,6 +378,8 @@ KINDS = {
     'vit_jax:exact=False': Approximate,
     'vit_jax:processes': Processes,
     'vit_jax:cache': Cached,
+    'vit_jax:simulated': Simulated,
+    'vit_jax:processes:simulated': SimulatedProcesses,
     'torchvision': Torchvision,
     'tf.data': TensorFlow,
 }

@@ -74,9 +74,10 @@ def _run(args: argparse.Namespace) -> int:
     if labels.numbered(len(model.class_names)) == model.class_names:
         model.class_names = tuple(source.class_names)
     with prediction_output.progress_bar(len(source)) as advance:
-        metrics, unreadable = classification_metrics.evaluate(
+        found, unreadable = classification_metrics.collect(
             model, source, model_labels=to_model, batch=args.batch, advance=advance
         )
+    metrics = classification_metrics.compute(found, model.class_names)
     out = console.Console(highlight=False)
     if not out.is_terminal:
         out.width = 120  # A pipe has no width; 80 columns would fold long names of classes.

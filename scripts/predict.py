@@ -95,7 +95,7 @@ def _run(args: argparse.Namespace) -> int:
                 unreadable.append(prediction.error)
             elif args.contact_sheet and len(drawn) < contact_sheet.MAX_IMAGES:
                 drawn.append(prediction)
-            advance()
+            advance(1)
     if args.contact_sheet:
         _draw(args, drawn, len(images) - len(unreadable), model.class_names)
     return prediction_output.report_unreadable(unreadable, len(images))

@@ -11,13 +11,11 @@ import pytest
 
 from configs import digits
 from vit_jax import config as config_lib
-from vit_jax import evaluate, loop, sharding, steps, train
+from vit_jax import loop, sharding, steps, train
 from vit_jax import state as state_lib
 from vit_jax.analysis import run_files
 from vit_jax.checkpoint import npz
 from vit_jax.data import sources
-from vit_jax.data.dataset import Example
-from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.inference import model_folder, predict
 from vit_jax.run import resume
@@ -236,35 +234,6 @@ def test_nothing_compiles_after_the_first_step_and_evaluation(tmp_path, monkeypa
     # The training step is compiled ahead, once, and never by a call.
     assert [function._cache_size() for function in made] == [0, 1]
     assert len([message for message in compiled if 'jit(train_step)' in message]) == 1
-
-
-@pytest.mark.parametrize('batch', [1, 7, 64, 359, 1000])
-@pytest.mark.parametrize('devices', [1, 3, 4])
-def test_evaluation_counts_every_example_once(batch, devices):
-    """For a model that reads the answer from the image, whatever batch size and device count."""
-
-    class Oracle:
-        def apply(self, variables, images, train):
-            return -((images[:, 0, 0, :1] * 127.5 + 127.5 - np.arange(10)[None]) ** 2)
-
-    class Images:
-        class_names = tuple('0123456789')
-        exif = False
-
-        def __len__(self):
-            return 359
-
-        def __getitem__(self, index):
-            label = index % 10
-            shown = label if index % 3 else (label + 7) % 10  # every third is shown wrong
-            return Example(np.full((4, 4, 3), shown, np.uint8), label, str(index))
-
-    mesh = sharding.create_mesh(1, jax.devices()[:devices])
-    step = steps.make_eval_step(Oracle(), mesh, sharding.replicated(mesh))
-    params = sharding.put_tree({'p': np.zeros(())}, {'p': sharding.replicated(mesh)})
-    metrics, speed = evaluate.evaluate(step, params, Images(), Preprocess(4), mesh, batch=batch)
-    assert metrics['accuracy_test'] == pytest.approx((359 - 120) / 359, abs=1e-12)
-    assert speed > 0
 
 
 def test_loss_goes_down_on_real_photos(shared_dir, tmp_path):

@@ -1,34 +1,143 @@
-"""Evaluation of a model on a set of labelled images: every example counts exactly once."""
+"""Evaluation: what becomes of each labelled example, and accuracy and loss over all of them.
 
+Training, `scripts/evaluate.py` and the report count by the same rules, which stand here once. JAX
+is not imported before `evaluate` needs it, so that ONNX files are evaluated without it.
+"""
+
+import dataclasses
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from vit_jax import sharding
-from vit_jax.data import loader
-from vit_jax.data.batches import eval_batches
+from vit_jax.data.batches import eval_batches, in_order
 from vit_jax.data.dataset import Source
 from vit_jax.data.preprocess import Preprocess
+from vit_jax.data.reader import OnBad, Reader
 from vit_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import jax
+    from jax.sharding import Mesh
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Outcomes:
+    """What became of each of N examples, in the order of their source.
+
+    Attributes:
+      label: int [N], right class; -1 for an unreadable image whose label is not known either.
+      readable: bool [N], whether the image could be read; what follows has no meaning if not.
+      rank: int [N], how many classes come before the right one: 0 is right.
+      predicted: int [N], the most probable class.
+      log_probability: float [N], natural logarithm of the probability of the right class.
+      confidence: float [N], probability of the predicted class.
+    """
+
+    label: np.ndarray
+    readable: np.ndarray
+    rank: np.ndarray
+    predicted: np.ndarray
+    log_probability: np.ndarray
+    confidence: np.ndarray
+
+    @property
+    def right(self) -> np.ndarray:
+        """Bool [N], whether the predicted class is the right one; never of an unreadable image."""
+        return self.readable & (self.rank < 1)
+
+
+def outcomes(logits: Any, label: Any) -> dict[str, Any]:
+    """Compares logits with the right classes: the one rule of what is right.
+
+    Of equal logits the class of lower label comes first; a right class whose logit is not finite
+    comes last.
+
+    Args:
+      logits: float [N, C], of NumPy or of JAX (then this may be traced).
+      label: int [N], of the same library.
+
+    Returns:
+      `rank`, `predicted`, `log_probability`, `confidence`, each [N]; see `Outcomes`.
+    """
+    xp = logits.__array_namespace__()
+    score = xp.take_along_axis(logits, label[:, None], axis=-1)
+    classes = xp.arange(logits.shape[-1])[None]
+    before = (logits > score) | ((logits == score) & (classes < label[:, None]))
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    log_probabilities = shifted - xp.log(xp.exp(shifted).sum(axis=-1, keepdims=True))
+    return {
+        'rank': xp.where(xp.isfinite(score[:, 0]), before.sum(axis=-1), logits.shape[-1]),
+        'predicted': xp.argmax(logits, axis=-1),
+        'log_probability': xp.take_along_axis(log_probabilities, label[:, None], axis=-1)[:, 0],
+        'confidence': xp.exp(log_probabilities.max(axis=-1)),
+    }
+
+
+def join(parts: Sequence[Mapping[str, np.ndarray]], count: int) -> Outcomes:
+    """The outcomes of a whole source from those of its batches.
+
+    Args:
+      parts: of each batch `example` (its index in the source, -1 for padding, which is left out)
+        and the fields of `Outcomes`.
+      count: of examples in the source.
+
+    Raises:
+      RuntimeError: not every example is there exactly once.
+    """
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    example = joined.pop('example')
+    order = np.argsort(example, kind='stable')[np.count_nonzero(example < 0) :]
+    if not np.array_equal(example[order], np.arange(count)):
+        raise RuntimeError(f'evaluated {len(order)} examples instead of each of {count} once')
+    return Outcomes(**{name: values[order] for name, values in joined.items()})
+
+
+def totals(found: Outcomes, classes: int) -> dict[str, float]:
+    """Accuracy and loss, summed in float64.
+
+    Args:
+      found: of N examples.
+      classes: how many there are.
+
+    Returns:
+      `accuracy`, share of N in [0, 1]; `loss`, mean cross-entropy (natural logarithm) of the
+      readable ones; with more than 5 classes `accuracy_top5`, share of N whose right class is among
+      the five most probable; where images cannot be read `unreadable`, their number.
+
+    Raises:
+      UserError: not one image can be read.
+    """
+    readable = found.readable
+    if not readable.any():
+        raise UserError(f'not one of the {len(readable):,} images to evaluate on can be read')
+    result = {
+        'accuracy': float(found.right.mean()),
+        'loss': -float(found.log_probability[readable].mean(dtype=np.float64)),
+    }
+    if classes > 5:
+        result['accuracy_top5'] = float((readable & (found.rank < 5)).mean())
+    if not readable.all():
+        result['unreadable'] = int((~readable).sum())
+    return result
 
 
 def evaluate(
-    eval_step: Callable[[Any, Any], dict[str, jax.Array]],
+    eval_step: 'Callable[[Any, Any], dict[str, jax.Array]]',
     params: Any,
-    source: Source,
+    source: Source | Reader,
     preprocess: Preprocess,
-    mesh: Mesh,
+    mesh: 'Mesh',
     *,
     batch: int,
     threads: int | None = None,
-    on_bad: loader.OnBad | None = None,
+    on_bad: OnBad | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> tuple[dict[str, float], float] | None:
-    """Loss and accuracy over all examples of a source.
+    """Loss and accuracy of a model that is being trained, over all examples of a source.
+
+    With several processes each of them calls this, reads its share, and gets the same result.
 
     Args:
       eval_step: of `steps.make_eval_step`.
@@ -39,20 +148,21 @@ def evaluate(
       batch: images per step; rounded up to a multiple of the devices. The last one is padded, and
         the padding does not count.
       threads: readers, see `eval_batches`.
-      on_bad: called with the error of each image that cannot be read, once for each key, from the
-        threads that read. None: such an image is an error.
+      on_bad: see `eval_batches`.
       should_stop: asked after each batch; once it says so, the evaluation ends without a result.
 
     Returns:
-      Metrics: `accuracy_test` in [0, 1], `loss_test` (mean cross-entropy) and, with more than 5
-      classes, `accuracy_top5_test`; and the speed, images per second and device. Where images
-      cannot be read, `unreadable_test` is their number; they count in the accuracies, as wrong, and
-      not in the loss. None if `should_stop` ended it.
+      The `totals`, `accuracy_test` and so on; and the speed, images per second and device. None if
+      `should_stop` ended it.
 
     Raises:
       BadImageError: without `on_bad`, an image that cannot be read.
       UserError: no examples, or not one that can be read.
     """
+    import jax
+
+    from vit_jax import sharding
+
     devices = mesh.devices.size
     batches = eval_batches(
         source,
@@ -63,30 +173,19 @@ def evaluate(
         threads=threads,
         on_bad=on_bad,
     )
-    start = time.monotonic()
-    sums = []
-    for data in batches:
-        data = {name: data[name] for name in ('image', 'label', 'mask', 'readable')}
-        sums.append(eval_step(params, sharding.put_batch(data, mesh)))
-        if len(sums) > sharding.steps_ahead():
-            jax.block_until_ready(sums[-1 - sharding.steps_ahead()])
+
+    def start(data: Mapping[str, np.ndarray]) -> Callable[[], dict[str, np.ndarray]]:
+        told = eval_step(params, sharding.put_batch(data, mesh))
+        return lambda: jax.device_get(told)
+
+    begin, parts = time.monotonic(), []
+    for part in in_order(start, batches, sharding.steps_ahead()):
+        parts.append(part)
         if should_stop and should_stop():
             return None
-    # Summed in float64 on the host: float32 stops counting at 2**24 images.
-    sums = jax.device_get(sums)
-    total = {name: float(np.sum([s[name] for s in sums], dtype=np.float64)) for name in sums[0]}
-    seconds = time.monotonic() - start
-    count = total['count']
-    if count != len(source):
-        raise RuntimeError(f'evaluated {count:.0f} of {len(source)} examples')
-    if not total['readable']:
-        raise UserError(f'not one of the {len(source):,} images to evaluate on can be read')
-    metrics = {
-        'accuracy_test': total['correct'] / count,
-        'loss_test': total['loss'] / total['readable'],
-    }
-    if len(source.class_names) > 5:
-        metrics['accuracy_top5_test'] = total['correct_top5'] / count
-    if total['readable'] < count:
-        metrics['unreadable_test'] = count - total['readable']
-    return metrics, count / seconds / devices
+    found = join(parts, len(source))
+    seconds = time.monotonic() - begin
+    metrics = totals(found, len(source.class_names))
+    return {f'{name}_test': value for name, value in metrics.items()}, len(
+        source
+    ) / seconds / devices

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vit_jax import sharding
+from vit_jax import evaluate, sharding
 from vit_jax.data import augment
 from vit_jax.data.preprocess import normalize
 from vit_jax.state import TrainState
@@ -149,29 +149,15 @@ def make_eval_step(
     """Builds the evaluation step.
 
     Returns:
-      A jitted function (params, batch) -> sums over the examples whose `mask` is 1: `count`,
-      `readable`; and over those of them that are readable: `loss` (cross-entropy), `correct`
-      (top-1), `correct_top5` (with fewer than 5 classes, all). batch: `image` float32 [B, height,
-      width, 3] in [0, 255], `label` int32 [B], and `mask`, `readable` float32 [B] (0 or 1; an image
-      that could not be read is never right).
+      A jitted function (params, batch) -> what `evaluate.join` takes of a batch, whole on every
+      device: of each example what `evaluate.outcomes` says, and `example`, `label`, `readable` as
+      they came. batch: see `eval_batches`; `image` float32 [B, height, width, 3] in [0, 255].
     """
 
     def eval_step(params, batch: Batch) -> Metrics:
         logits = model.apply({'params': params}, normalize(batch['image']), train=False)
-        label, mask = batch['label'], batch['mask'] * batch['readable']
-        score = jnp.take_along_axis(logits, label[:, None], axis=-1)
-        # How many classes come before the right one; of equal scores, the class of lower index
-        # does.
-        classes = jnp.arange(logits.shape[-1])[None]
-        before = (logits > score) | ((logits == score) & (classes < label[:, None]))
-        rank = jnp.where(jnp.isfinite(score[:, 0]), before.sum(axis=-1), logits.shape[-1])
-        return {
-            'count': batch['mask'].sum(),
-            'readable': mask.sum(),
-            'loss': jnp.where(mask > 0, _cross_entropy(logits, label), 0.0).sum(),
-            'correct': ((rank < 1) * mask).sum(),
-            'correct_top5': ((rank < 5) * mask).sum(),
-        }
+        told = {name: batch[name] for name in ('example', 'label', 'readable')}
+        return told | evaluate.outcomes(logits.astype(jnp.float32), batch['label'])
 
     return jax.jit(
         eval_step,

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from vit_jax.data import loader
+from vit_jax.data import loader, reader
 from vit_jax.data.batches import eval_batches
 from vit_jax.data.dataset import Example
 from vit_jax.data.decode import BadImageError
@@ -260,7 +260,7 @@ def test_each_bad_key_is_reported_once(threads):
 
 def test_once_per_key_over_several_calls():
     errors = []
-    once = loader.OncePerKey(errors.append)
+    once = reader.OncePerKey(errors.append)
     for _ in range(2):
         list(eval_batches(Squares(26, bad=BAD), PP, batch=5, on_bad=once))
     assert len(errors) == len(BAD)
@@ -323,14 +323,12 @@ def test_evaluation_marks_what_cannot_be_read(processes):
             process_count=processes,
             on_bad=errors.append,
         ):
-            assert batch['readable'].dtype == np.float32
-            assert np.all(batch['readable'] <= batch['mask'])
-            assert not batch['image'][batch['readable'] == 0].any()
-            for row in np.flatnonzero(batch['mask']):
+            assert batch['readable'].dtype == bool
+            for row in np.flatnonzero(batch['example'] >= 0):
                 example = int(batch['example'][row])
                 assert batch['label'][row] == example % 2
                 seen[example] = batch['readable'][row]
-    assert seen == {i: float(i not in BAD) for i in range(26)}
+    assert seen == {i: i not in BAD for i in range(26)}
     assert sorted(error.key for error in errors) == sorted(f'square/{i}' for i in BAD)
 
 
@@ -350,11 +348,10 @@ def test_evaluation_sees_every_example_once(examples, batch, processes):
         for part in mine:
             local = -(-batch // processes)
             assert part['image'].shape == (local, 8, 8, 3) and part['image'].dtype == np.float32
-            assert part['mask'].dtype == np.float32 and part['label'].dtype == np.int32
-            real = part['mask'] == 1
-            assert np.array_equal(real, part['example'] >= 0) and set(part['mask']) <= {0, 1}
+            assert part['label'].dtype == part['example'].dtype == np.int32
+            real = part['example'] >= 0
             assert not part['image'][~real].any() and not part['label'][~real].any()
-            assert np.array_equal(part['readable'], part['mask'])
+            assert np.array_equal(part['readable'], real)
             for place in np.flatnonzero(real):
                 example = source[int(part['example'][place])]
                 assert part['label'][place] == example.label

@@ -15,12 +15,15 @@ import pytest
 from PIL import Image
 
 from vit_jax import models
+from vit_jax.data import batches
+from vit_jax.data.dataset import Example
 from vit_jax.data.decode import BadImageError
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.export import onnx
 from vit_jax.inference import contact_sheet, labels, model_folder, predict
 from vit_jax.inference import onnx as onnx_model
+from vit_jax.inference.classifier import classify
 
 SCRIPT = pathlib.Path(__file__).resolve().parents[2] / 'scripts' / 'predict.py'
 CLASSES = ('daisy', 'sunflower', 'Tulpe à fleurs')
@@ -233,8 +236,8 @@ def test_format_prediction():
     assert text == 'p.jpg\n  sunflower       0.9950'
 
 
-class FakeClassifier:
-    """Gives each image its mean as logits of two classes; `seen` are the batches."""
+class Mean:
+    """A classifier that gives each image its mean as logits of two classes; `seen` are batches."""
 
     class_names = ('dark', 'light')
     preprocess = Preprocess(crop=4)
@@ -249,66 +252,69 @@ class FakeClassifier:
         return np.stack([255 - mean, mean], axis=1)
 
 
-def fill(value, out):
-    out[...] = value
-    return f'value {value}'
+class Grey:
+    """A source of images as grey as their index says, of which some cannot be read."""
+
+    class_names = ('dark', 'light')
+    exif = False
+
+    def __init__(self, count, bad=(), on_read=lambda index: None):
+        self.count, self.bad, self.on_read = count, bad, on_read
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        self.on_read(index)
+        if index in self.bad:
+            raise BadImageError(str(index), 'broken')
+        return Example(np.full((5, 5, 3), index, np.uint8), index % 2, str(index))
 
 
 def test_last_batch_is_smaller_and_order_is_kept():
-    fake = FakeClassifier()
-    scored = list(predict.score(fake, fill, 7, batch=3))
-    assert [one.index for one in scored] == list(range(7))
-    assert [one.value for one in scored] == [f'value {i}' for i in range(7)]
-    np.testing.assert_array_equal([one.logits[1] for one in scored], range(7))
-    assert [len(batch) for batch in fake.seen] == [3, 3, 1]
+    model = Mean()
+    scored = list(classify(model, Grey(7), batch=3, on_bad=None))
+    assert [data['example'].tolist() for data, _ in scored] == [[0, 1, 2], [3, 4, 5], [6]]
+    np.testing.assert_array_equal(np.concatenate([logits[:, 1] for _, logits in scored]), range(7))
+    assert [len(batch) for batch in model.seen] == [3, 3, 1]
 
 
 def test_place_of_an_unreadable_image_is_taken_by_another_of_the_batch():
     """Black, say, would change the scales of an int8 model for the whole batch."""
-    fake = FakeClassifier()
-
-    def load(index, out):
-        if index in (0, 2):
-            raise BadImageError(str(index), 'broken')
-        return fill(10 * index, out)
-
-    scored = list(predict.score(fake, load, 4, batch=4))
-    assert [one.error and one.error.reason for one in scored] == ['broken', None, 'broken', None]
-    assert [one.logits is None for one in scored] == [True, False, True, False]
-    np.testing.assert_array_equal(fake.seen[0].mean(axis=(1, 2, 3)), [10, 10, 10, 30])
+    model, errors = Mean(), []
+    ((data, _),) = classify(model, Grey(4, bad=(0, 2)), batch=4, on_bad=errors.append)
+    assert [error.key for error in errors] == ['0', '2']
+    assert data['readable'].tolist() == [False, True, False, True]
+    np.testing.assert_array_equal(model.seen[0].mean(axis=(1, 2, 3)), [1, 1, 1, 3])
 
 
 def test_next_batches_are_read_while_one_is_computed():
     reading_second = threading.Event()
 
-    class Waits(FakeClassifier):
+    class Waits(Mean):
         def logits(self, pixels):
             # The first batch is computed only when the second one is being read.
             assert reading_second.wait(timeout=60)
             return super().logits(pixels)
 
-    def load(index, out):
-        if index >= 2:
-            reading_second.set()
-        fill(index, out)
-
-    assert len(list(predict.score(Waits(), load, 6, batch=2, threads=1))) == 6
+    source = Grey(6, on_read=lambda index: index >= 2 and reading_second.set())
+    assert len(list(classify(Waits(), source, batch=2, on_bad=None))) == 3
 
 
 def test_reading_goes_no_further_ahead_than_it_should():
-    fake, read = FakeClassifier(), []
-    results = predict.score(fake, lambda i, out: read.append(i), 100, batch=1, threads=1)
+    read = []
+    results = classify(Mean(), Grey(100, on_read=read.append), batch=1, on_bad=None)
     next(results)
     results.close()
-    assert len(read) <= 2 + predict.READ_AHEAD + 1
+    assert len(read) <= 2 + batches.READ_AHEAD
 
 
 def test_other_errors_of_reading_are_raised():
-    def load(index, out):
+    def fail(index):
         raise KeyError('a mistake in the program')
 
     with pytest.raises(KeyError):
-        list(predict.score(FakeClassifier(), load, 3))
+        list(classify(Mean(), Grey(3, on_read=fail), batch=2, on_bad=None))
 
 
 def test_patterns(images, monkeypatch):

@@ -152,7 +152,7 @@ def write(
     *,
     title: str,
     skip: Callable[[str], None] | None = None,
-    advance: Callable[[], None] = lambda: None,
+    advance: Callable[[int], None] = lambda images: None,
 ) -> tuple[list[Drawn], list[BadImageError]]:
     """Draws, and gives the folder its name when everything is drawn.
 
@@ -164,7 +164,7 @@ def write(
       title: name of the model in the pictures.
       skip: called with the reason for each kind that this model does not have; by default it is
         raised.
-      advance: called after each image.
+      advance: called with 1 after each image.
 
     Returns:
       What was drawn, and the images that could not be read. If there is nothing at all to draw, no
@@ -202,7 +202,7 @@ def write(
                     )
                     drawn.append(Drawn(path, name, probabilities))
                     distances.append(found.mean_distance[0])
-                advance()
+                advance(1)
         if 'distance' in kinds and drawn:
             arrays['mean_distance'] = np.stack(distances)
             figure = pictures.distance(

@@ -161,7 +161,7 @@ def predict(run: Run, test: Selection, limit: int | None = None) -> Predictions:
     rows_of_best, rows_of_worst = (
         np.flatnonzero(which)[np.argsort(order[which], kind='stable')][:SHOWN]
         for which, order in (
-            (found.readable & (found.rank < 1), -score),
+            (found.right, -score),
             (found.readable & (found.rank > 0), score),
         )
     )

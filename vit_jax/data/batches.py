@@ -1,17 +1,25 @@
 """Batches for evaluation and inference: every example once, in order."""
 
+import collections
+import concurrent.futures
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
-import grain
 import numpy as np
 
 from vit_jax.data.dataset import Source
 from vit_jax.data.decode import BadImageError, load_image
-from vit_jax.data.loader import Batch, OnBad, OncePerKey, as_reader, default_threads, read_ahead
 from vit_jax.data.preprocess import Preprocess
-from vit_jax.data.reader import Reader
+from vit_jax.data.reader import OnBad, Reader, as_reader, default_threads
 from vit_jax.errors import UserError
+
+READ_AHEAD = 2  # batches that are read while one is used
+
+Batch = dict[str, np.ndarray]
+Item = TypeVar('Item')
+Result = TypeVar('Result')
 
 
 def eval_batches(
@@ -24,67 +32,118 @@ def eval_batches(
     threads: int | None = None,
     on_bad: OnBad | None = None,
 ) -> Iterator[Batch]:
-    """All examples once, in batches of one shape; the last ones are filled up with masked padding.
+    """All examples once, in batches of one shape; the last ones are filled up with padding.
 
-    Every process gets the same number of batches, as collective operations need it.
+    Every process gets the same number of batches, as collective operations need it, and a block of
+    consecutive examples of each. At most `READ_AHEAD` batches are in memory beside the one given.
 
     Args:
       source: the examples.
       preprocess: its `evaluate` is applied.
       batch: examples in the global batch, over all processes; any size.
-      process_index: this process gets the examples process_index, process_index +
-        process_count, ...
+      process_index: of this process.
       process_count: processes that share the work.
-      threads: as for `train_batches`.
-      on_bad: as for `train_dataset`. None: an image that cannot be read is an error.
+      threads: that read; default `default_threads()`.
+      on_bad: called with the error of each image that cannot be read, in their order, when the
+        batch is given. None: such an image is an error.
 
-    Yields:
-      dicts with, for b = batch / process_count, rounded up:
-        image: float32 [b, crop, crop, 3] in [0, 255], zeros in padding and where unreadable;
-        label: int32 [b], 0 in padding, and where an unreadable record held the label, too;
-        mask: float32 [b], 1 for an example, readable or not, 0 for padding;
-        readable: float32 [b], 1 for an example whose image could be read, else 0;
+    Returns:
+      An iterator over dicts with, for b = batch / process_count, rounded up:
+        image: float32 [b, crop, crop, 3] in [0, 255]. In the place of an image that cannot be read
+          is a copy of another one: it changes nothing, not even in int8 models, whose scales depend
+          on all images of a batch. Zeros in padding, and where none of the batch can be read.
+        label: int32 [b], 0 in padding, -1 where an unreadable record held the label, too;
+        readable: bool [b], whether the image could be read; of padding, False;
         example: int32 [b], index in `source`, -1 in padding.
 
     Raises:
       UserError: an empty source or batch.
-      BadImageError: without `on_bad`, an image that cannot be read, naming it.
+      BadImageError: from the iterator, without `on_bad`: an image that cannot be read, naming it.
     """
     if not len(source):
         raise UserError('the set to evaluate is empty')
     if batch < 1:
-        raise UserError(f'the batch to evaluate must have at least 1 example; got {batch}')
+        raise UserError(f'batch is the number of images at once, at least 1; got {batch}')
     local = -(-batch // process_count)
-    count = -(-len(source) // (local * process_count))
-
-    report = None if on_bad is None else OncePerKey(on_bad)
     reader = as_reader(source)
+    shape = (local, preprocess.crop, preprocess.crop, 3)
 
-    def load(number: int) -> Batch:
-        first = number * local * process_count + process_index
-        out = {
-            'image': np.empty((local, preprocess.crop, preprocess.crop, 3), np.float32),
-            'label': np.zeros(local, np.int32),
-        }
-        indices = range(first, len(source), process_count)[:local]
-        padding = local - len(indices)
-        mask = np.pad(np.ones(len(indices), np.float32), (0, padding))
-        readable = mask.copy()
-        for row, index in enumerate(indices):
-            try:
-                pixels, out['label'][row] = reader.read(index)
-            except BadImageError as error:
-                if report is None:
-                    raise
-                report(error)
-                out['image'][row], readable[row] = 0, 0
-                out['label'][row] = 0 if error.label is None else error.label
-            else:
-                load_image(pixels, preprocess, out=out['image'][row])
-        out['image'][len(indices) :] = 0
-        example = np.int32([*indices, *[-1] * padding])
-        return out | {'mask': mask, 'readable': readable, 'example': example}
+    def read(index: int, out: np.ndarray) -> tuple[int, BadImageError | None]:
+        try:
+            pixels, label = reader.read(index)
+            load_image(pixels, preprocess, out=out)
+            return label, None
+        except BadImageError as error:
+            return -1 if error.label is None else error.label, error
 
-    dataset = grain.MapDataset.range(count).map(load)
-    with contextlib.closing(read_ahead(dataset, 0, threads or default_threads())) as iterator:
-        yield from iterator
+    def start(pool: concurrent.futures.Executor, first: int) -> Callable[[], Batch]:
+        indices = range(first, min(first + local, len(source)))
+        images = np.empty(shape, np.float32)
+        tasks = [pool.submit(read, index, images[row]) for row, index in enumerate(indices)]
+        return lambda: finish(indices, images, [task.result() for task in tasks])
+
+    def finish(
+        indices: Sequence[int],
+        images: np.ndarray,
+        done: Sequence[tuple[int, BadImageError | None]],
+    ) -> Batch:
+        readable, label, example = (np.zeros(local, dtype) for dtype in (bool, np.int32, np.int32))
+        label[: len(done)] = [found for found, _ in done]
+        readable[: len(done)] = [error is None for _, error in done]
+        example[:] = [*indices, *[-1] * (local - len(done))]
+        for _, error in done:
+            if error is not None:
+                if on_bad is None:
+                    raise error
+                on_bad(error)
+        images[~readable] = images[readable.argmax()] if readable.any() else 0
+        images[len(done) :] = 0
+        return {'image': images, 'label': label, 'readable': readable, 'example': example}
+
+    def batches() -> Iterator[Batch]:
+        everywhere = local * process_count
+        firsts = range(
+            process_index * local, -(-len(source) // everywhere) * everywhere, everywhere
+        )
+        with reading_threads(threads) as pool:
+            yield from in_order(functools.partial(start, pool), firsts, READ_AHEAD)
+
+    return batches()
+
+
+@contextlib.contextmanager
+def reading_threads(threads: int | None = None) -> Iterator[concurrent.futures.Executor]:
+    """Threads that read images; what they have not begun when the context is left is dropped.
+
+    Args:
+      threads: how many; default `default_threads()`.
+    """
+    import cv2
+
+    # Threads share the processors by images; OpenCV's own ones would only get in their way. Holds
+    # for the process.
+    cv2.setNumThreads(0)
+    pool = concurrent.futures.ThreadPoolExecutor(threads or default_threads(), 'read-images')
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def in_order(
+    start: Callable[[Item], Callable[[], Result]], items: Iterable[Item], ahead: int
+) -> Iterator[Result]:
+    """Results of work that goes on in the background, in the order of the items.
+
+    Args:
+      start: starts the work on an item, and returns a function that waits for its result.
+      items: to work on.
+      ahead: how many more items are started before a result is waited for.
+    """
+    started: collections.deque[Callable[[], Result]] = collections.deque()
+    for item in items:
+        started.append(start(item))
+        if len(started) > ahead:
+            yield started.popleft()()
+    while started:
+        yield started.popleft()()

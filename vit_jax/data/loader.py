@@ -8,22 +8,19 @@ resuming is `start=step`.
 import contextlib
 import dataclasses
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
 
 from vit_jax.data import workers
+from vit_jax.data.batches import Batch
 from vit_jax.data.dataset import Source
 from vit_jax.data.decode import BadImageError
 from vit_jax.data.preprocess import CropBox, Preprocess
-from vit_jax.data.reader import Reader
+from vit_jax.data.reader import OnBad, OncePerKey, Reader, as_reader, default_threads
 from vit_jax.data.sampler import BatchSampler, Item
 from vit_jax.errors import UserError
-
-Batch = dict[str, np.ndarray]
-OnBad = Callable[[BadImageError], None]
 
 # Draws for a substitute of an unreadable image. Where half of a set is unreadable, one place in
 # 2**100 finds none.
@@ -32,34 +29,6 @@ _COLUMNS = ('label', 'position', 'example', 'replaced')
 # Host memory for batches that wait for the device. Grain's own default is 500 batches: 150 GB at
 # batch 512 and 224 px.
 MAX_BUFFER_BYTES = 8 << 30
-
-
-class OncePerKey:
-    """Passes on the first error of each key, one at a time, whichever thread meets it.
-
-    Args:
-      on_bad: gets the errors.
-    """
-
-    def __init__(self, on_bad: OnBad):
-        self._on_bad = on_bad
-        self._lock = threading.Lock()
-        self._known: set[str] = set()
-
-    def __call__(self, error: BadImageError) -> None:
-        """Takes an error of any key."""
-        with self._lock:
-            if error.key not in self._known:
-                self._known.add(error.key)
-                self._on_bad(error)
-
-
-def default_threads() -> int:
-    """Threads worth having: one for each processor this process may use, at most 16."""
-    return min(
-        16,
-        len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1,
-    )
 
 
 def train_dataset(
@@ -151,11 +120,6 @@ def train_batches(
         batches = read_ahead(dataset.batches, start, threads)
     with contextlib.closing(batches) as iterator:
         yield iterator
-
-
-def as_reader(source: Source | Reader) -> Reader:
-    """The source as a reader, which it may be already."""
-    return source if isinstance(source, Reader) else Reader(source)
 
 
 def read_ahead(dataset: grain.MapDataset, start: int, threads: int) -> Iterator[Batch]:

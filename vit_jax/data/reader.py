@@ -1,5 +1,6 @@
 """The examples of a source as pixels, kept in memory where that was allowed."""
 
+import os
 import threading
 from collections.abc import Callable
 
@@ -11,6 +12,36 @@ from vit_jax.data.decode import BadImageError
 
 # What Python needs to keep an image, beside its pixels. Bytes; 445 to 525 were measured.
 _OVERHEAD = 640
+
+OnBad = Callable[[BadImageError], None]
+
+
+def default_threads() -> int:
+    """Threads worth having: one for each processor this process may use, at most 16."""
+    return min(
+        16,
+        len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1,
+    )
+
+
+class OncePerKey:
+    """Passes on the first error of each key, one at a time, whichever thread meets it.
+
+    Args:
+      on_bad: gets the errors.
+    """
+
+    def __init__(self, on_bad: OnBad):
+        self._on_bad = on_bad
+        self._lock = threading.Lock()
+        self._known: set[str] = set()
+
+    def __call__(self, error: BadImageError) -> None:
+        """Takes an error of any key."""
+        with self._lock:
+            if error.key not in self._known:
+                self._known.add(error.key)
+                self._on_bad(error)
 
 
 class ImageCache:
@@ -135,3 +166,8 @@ class Reader:
 
     def __setstate__(self, state):
         self.__dict__.update(state | {'_lock': threading.Lock()})
+
+
+def as_reader(source: Source | Reader) -> Reader:
+    """The source as a reader, which it may be already."""
+    return source if isinstance(source, Reader) else Reader(source)

@@ -2,12 +2,15 @@
 
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from vit_jax.data.batches import Batch, eval_batches, in_order
+from vit_jax.data.dataset import Source
 from vit_jax.data.preprocess import Preprocess
+from vit_jax.data.reader import OnBad
 from vit_jax.errors import UserError
 from vit_jax.inference import labels as names
 
@@ -123,6 +126,37 @@ def open_classifier(
         classifier = JaxClassifier(model_folder.load(path, variant=variant))
     classifier.class_names = names.choose(classifier.class_names, labels, str(path))
     return classifier
+
+
+def classify(
+    classifier: Classifier, source: Source, *, batch: int, on_bad: OnBad
+) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Scores all images of a source; the next batches are read while one is computed.
+
+    Args:
+      classifier: the model.
+      source: at least one image.
+      batch: images at once; of fewer, as many as there are.
+      on_bad: see `eval_batches`.
+
+    Returns:
+      An iterator over the batches of `eval_batches` without padding, and their logits, float32 [b,
+      classes]; those of unreadable images have no meaning.
+
+    Raises:
+      UserError: `batch` less than 1.
+    """
+    batches = eval_batches(
+        source, classifier.preprocess, batch=min(batch, len(source)), on_bad=on_bad
+    )
+
+    def start(padded: Batch) -> Callable[[], tuple[Batch, np.ndarray]]:
+        count = np.count_nonzero(padded['example'] >= 0)
+        data = {name: values[:count] for name, values in padded.items()}
+        logits = classifier.logits(data['image'])
+        return lambda: (data, np.asarray(logits))
+
+    return in_order(start, batches, ahead=1)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -1,26 +1,21 @@
 """How well a classifier does on labelled images: overall, class by class, and how it is calibrated.
 
-`vit_jax.evaluate` computes accuracy and loss on the devices while a model is trained; this is the
-richer account of a finished model. Both follow the same rules, so they agree.
+`vit_jax.evaluate` tells what became of each image, in training, too; this is the richer account.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from vit_jax.data.decode import BadImageError, decode
-from vit_jax.errors import UserError
-from vit_jax.inference import predict
-
-if TYPE_CHECKING:
-    from vit_jax.data.dataset import Source
-    from vit_jax.inference.classifier import Classifier
+from vit_jax.data.dataset import Source
+from vit_jax.data.decode import BadImageError
+from vit_jax.evaluate import Outcomes, join, outcomes, totals
+from vit_jax.inference.classifier import Classifier, classify
 
 BINS = 15  # of confidence; the number used by Guo et al. (2017)
-_KEPT = 1024  # images whose logits are kept
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -128,92 +123,22 @@ class Metrics:
         }  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Outcomes:
-    """All that the metrics need to know of N images.
-
-    Attributes:
-      label: int [N], right class; -1 for an unreadable image of which not even that is known.
-      readable: bool [N], whether the image could be read; the rest is without meaning if not.
-      rank: int [N], how many classes came before the right one: 0 is right. Of equal logits the
-        lower label comes first; NaN is never right.
-      predicted: int [N], the most probable class.
-      log_probability: float64 [N], of the right class.
-      confidence: float64 [N], probability of the predicted class.
-    """
-
-    label: np.ndarray
-    readable: np.ndarray
-    rank: np.ndarray
-    predicted: np.ndarray
-    log_probability: np.ndarray
-    confidence: np.ndarray
-
-
-def outcomes(logits: np.ndarray, labels: np.ndarray, readable: np.ndarray) -> Outcomes:
-    """Takes from the logits what the metrics need.
-
-    Args:
-      logits: float [N, C]; what is there for images that could not be read does not matter.
-      labels: int [N], right class of each image, see `Outcomes`.
-      readable: bool [N].
-    """
-    rows, classes = np.arange(len(labels)), logits.shape[1]
-    # As the evaluation step of a training run does it: the rank of the right class decides.
-    score = logits[rows, labels][:, None]
-    before = (logits > score) | ((logits == score) & (np.arange(classes) < labels[:, None]))
-    rank = np.where(np.isfinite(score[:, 0]), before.sum(axis=1), classes)
-    wide = logits.astype(np.float64)
-    largest = wide.max(axis=1, keepdims=True)
-    log_probabilities = wide - largest - np.log(np.exp(wide - largest).sum(axis=1, keepdims=True))
-    return Outcomes(
-        labels,
-        readable,
-        rank,
-        np.argmax(logits, axis=1),
-        log_probabilities[rows, labels],
-        np.exp(log_probabilities.max(axis=1)),
-    )
-
-
-def evaluate(
-    classifier: 'Classifier',
-    source: 'Source',
+def collect(
+    classifier: Classifier,
+    source: Source,
     *,
     model_labels: Sequence[int],
     batch: int = 32,
-    advance: Callable[[], None] = lambda: None,
-) -> tuple[Metrics, list[BadImageError]]:
-    """Evaluates a classifier on all examples of a source.
+    advance: Callable[[int], None] = lambda images: None,
+) -> tuple[Outcomes, list[BadImageError]]:
+    """What becomes of each example of a source.
 
     Args:
       classifier: of `classifier.open_classifier`.
       source: labelled images, of `sources.open_dataset`.
       model_labels: for each label of the source the model's, see `labels.remap`.
       batch: images at once.
-      advance: called after each image.
-
-    Returns:
-      The metrics, and the errors of the images that could not be read.
-
-    Raises:
-      UserError: not one image could be read, or `batch` less than 1.
-    """
-    found, errors = collect(
-        classifier, source, model_labels=model_labels, batch=batch, advance=advance
-    )
-    return compute(found, classifier.class_names), errors
-
-
-def collect(
-    classifier: 'Classifier',
-    source: 'Source',
-    *,
-    model_labels: Sequence[int],
-    batch: int = 32,
-    advance: Callable[[], None] = lambda: None,
-) -> tuple[Outcomes, list[BadImageError]]:
-    """What becomes of each example of a source; arguments as for `evaluate`.
+      advance: called after each batch with the number of its images.
 
     Returns:
       The outcomes, in the order of the source, and the errors of the images that could not be read.
@@ -221,44 +146,15 @@ def collect(
     Raises:
       UserError: `batch` less than 1.
     """
-    errors, parts = [], []
-    logits, labels, readable = [], [], []
-
-    def load(index: int, out: np.ndarray) -> int:
-        example = source[index]
-        try:
-            pixels = decode(example.image, key=example.key, exif=source.exif)
-        except BadImageError as error:
-            error.label = example.label
-            raise
-        classifier.preprocess.evaluate(pixels, out)
-        return example.label
-
-    def flush() -> None:
-        """Logits are kept for some images only: those of all of ImageNet would take gigabytes."""
-        if labels:
-            parts.append(outcomes(np.stack(logits), np.int64(labels), np.array(readable)))
-        for values in (logits, labels, readable):
-            values.clear()
-
-    nothing = np.zeros(len(classifier.class_names), np.float32)
-    for scored in predict.score(classifier, load, len(source), batch=batch):
-        label = scored.value
-        if scored.error is not None:
-            errors.append(scored.error)
-            label = scored.error.label
-        logits.append(nothing if scored.error else scored.logits)
-        labels.append(-1 if label is None else model_labels[label])
-        readable.append(scored.error is None)
-        if len(labels) == _KEPT:
-            flush()
-        advance()
-    flush()
-    joined = {
-        field.name: np.concatenate([getattr(part, field.name) for part in parts])
-        for field in dataclasses.fields(Outcomes)
-    }
-    return Outcomes(**joined), errors
+    errors: list[BadImageError] = []
+    parts = []
+    to_model = np.array([*model_labels, -1])  # the label of an unreadable record may be -1
+    for data, logits in classify(classifier, source, batch=batch, on_bad=errors.append):
+        label = to_model[data['label']]
+        told = {'example': data['example'], 'readable': data['readable'], 'label': label}
+        parts.append(told | outcomes(logits.astype(np.float64), label))
+        advance(len(label))
+    return join(parts, len(source)), errors
 
 
 def compute(found: Outcomes, class_names: Sequence[str], *, bins: int = BINS) -> Metrics:
@@ -275,22 +171,20 @@ def compute(found: Outcomes, class_names: Sequence[str], *, bins: int = BINS) ->
     from sklearn import metrics
 
     readable = found.readable
-    if not np.any(readable):
-        raise UserError(f'not one of the {len(readable):,} images to evaluate on can be read')
+    overall = totals(found, len(class_names))
     labels = np.arange(len(class_names))
     # An image that cannot be read is taken for a class that does not exist: missed, not mistaken.
     predicted = np.where(readable, found.predicted, len(labels))
-    right = readable & (found.rank < 1)
     precision, recall, f1, support = metrics.precision_recall_fscore_support(
         found.label, predicted, labels=labels, zero_division=np.nan
     )
     return Metrics(
         class_names=tuple(class_names),
         count=len(readable),
-        unreadable=int((~readable).sum()),
-        accuracy=float(right.mean()),
-        accuracy_top5=float((readable & (found.rank < 5)).mean()) if len(labels) > 5 else None,
-        loss=float(-found.log_probability[readable].mean()),
+        unreadable=int(overall.get('unreadable', 0)),
+        accuracy=overall['accuracy'],
+        accuracy_top5=overall.get('accuracy_top5'),
+        loss=overall['loss'],
         precision=precision,
         recall=recall,
         f1=f1,
@@ -298,7 +192,7 @@ def compute(found: Outcomes, class_names: Sequence[str], *, bins: int = BINS) ->
         confusion=metrics.confusion_matrix(
             found.label[readable], predicted[readable], labels=labels
         ),
-        calibration=calibrate(found.confidence[readable], right[readable], bins=bins),
+        calibration=calibrate(found.confidence[readable], found.right[readable], bins=bins),
     )
 
 

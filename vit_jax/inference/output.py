@@ -90,7 +90,7 @@ def make_writer(
 
 
 @contextlib.contextmanager
-def progress_bar(count: int, *, shares_terminal: bool = False) -> Iterator[Callable[[], None]]:
+def progress_bar(count: int, *, shares_terminal: bool = False) -> Iterator[Callable[[int], None]]:
     """A bar on standard error, if that is a terminal.
 
     Args:
@@ -98,10 +98,10 @@ def progress_bar(count: int, *, shares_terminal: bool = False) -> Iterator[Calla
       shares_terminal: whether lines are printed to standard output meanwhile.
 
     Yields:
-      A function that moves the bar by one image.
+      A function that moves the bar by a number of images.
     """
     if not sys.stderr.isatty():
-        yield lambda: None
+        yield lambda images: None
         return
     from rich import console, progress
 
@@ -116,7 +116,7 @@ def progress_bar(count: int, *, shares_terminal: bool = False) -> Iterator[Calla
     )
     with bar:
         task = bar.add_task('', total=count)
-        yield lambda: bar.advance(task)
+        yield lambda images: bar.advance(task, images)
 
 
 def report_unreadable(errors: Sequence[BadImageError], count: int) -> int:

@@ -1,27 +1,25 @@
 """From image files to class probabilities."""
 
 import collections
-import concurrent.futures
 import dataclasses
 import glob
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
+from vit_jax.data.dataset import Example
 from vit_jax.data.decode import BadImageError, decode, read_file
 from vit_jax.data.folders import SUFFIXES, list_images
 from vit_jax.errors import UserError
-from vit_jax.inference.classifier import Classifier, JaxClassifier, softmax
+from vit_jax.inference.classifier import Classifier, JaxClassifier, classify, softmax
 
 if TYPE_CHECKING:
     from vit_jax.inference import model_folder
 
 STDIN = '-'
-READ_AHEAD = 2  # batches that are decoded while one is computed
-MAX_THREADS = 16
 
 
 class PipedImage(str):
@@ -30,21 +28,26 @@ class PipedImage(str):
     content: bytes
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Scored:
-    """What became of one image.
+class Images:
+    """Image files without labels (all are 0), as a `Source`; EXIF orientation is honoured.
 
-    Attributes:
-      index: place among the images.
-      value: what the loading function returned; None for an image that could not be read.
-      logits: float32 [classes]; None for an image that could not be read.
-      error: why it could not; else None.
+    Args:
+      paths: of the files, and `PipedImage`s.
     """
 
-    index: int
-    value: Any
-    logits: np.ndarray | None
-    error: BadImageError | None
+    class_names = ()
+    exif = True
+
+    def __init__(self, paths: Sequence[str]):
+        self._paths = paths
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> Example:
+        path = self._paths[index]
+        content = path.content if isinstance(path, PipedImage) else read_file(path)
+        return Example(content, 0, path)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -154,48 +157,28 @@ def predictions(
     Raises:
       UserError: see `predict`.
     """
-    classifier = model if hasattr(model, 'logits') else JaxClassifier(model)
-    images = [os.fspath(image) for image in images]
+    paths = [os.fspath(image) for image in images]
+    if not paths:
+        return iter(())
+    errors: collections.deque[BadImageError] = collections.deque()
+    scored = classify(
+        model if hasattr(model, 'logits') else JaxClassifier(model),
+        Images(paths),
+        batch=batch,
+        on_bad=errors.append,
+    )
 
-    def load(index: int, out: np.ndarray) -> None:
-        classifier.preprocess.evaluate(read_image(images[index]), out)
+    def found() -> Iterator[Prediction]:
+        for data, logits in scored:
+            for index, readable, scores in zip(
+                data['example'], data['readable'], logits, strict=True
+            ):
+                if readable:
+                    yield Prediction(paths[index], softmax(scores), None)
+                else:
+                    yield Prediction(paths[index], None, errors.popleft())
 
-    def one(scored: Scored) -> Prediction:
-        path = images[scored.index]
-        if scored.error is not None:
-            return Prediction(path, None, scored.error)
-        return Prediction(path, softmax(scored.logits), None)
-
-    return map(one, score(classifier, load, len(images), batch=batch))
-
-
-def score(
-    classifier: Classifier,
-    load: Callable[[int, np.ndarray], Any],
-    count: int,
-    *,
-    batch: int = 32,
-    threads: int | None = None,
-) -> Iterator[Scored]:
-    """Scores images in batches; the next ones are decoded while one is computed.
-
-    Args:
-      classifier: the model.
-      load: called from threads with the index of an image and float32 [side, side, 3], where it
-        puts the pixels; what it returns becomes `Scored.value`.
-      count: how many images there are.
-      batch: how many go through the model at once.
-      threads: that decode; default one for each processor, at most 16.
-
-    Returns:
-      An iterator over the images in their order.
-
-    Raises:
-      UserError: `batch` less than 1. From the iterator: what `load` raises, but `BadImageError`.
-    """
-    if batch < 1:
-        raise UserError(f'batch is the number of images at once, at least 1; got {batch}')
-    return _score(classifier, load, count, batch, threads or _default_threads())
+    return found()
 
 
 def read_image(path: str) -> np.ndarray:
@@ -207,8 +190,7 @@ def read_image(path: str) -> np.ndarray:
     Raises:
       BadImageError: it cannot be read.
     """
-    content = path.content if isinstance(path, PipedImage) else read_file(path)
-    return decode(content, key=path, exif=True)
+    return decode(Images([path])[0].image, key=path, exif=True)
 
 
 def choose_classes(
@@ -305,57 +287,3 @@ def _is_image(content: bytes) -> bool:
         or (content.startswith(b'BM') and content[6:10] == b'\0\0\0\0')  # BMW/1.jpg is a path
         or (content.startswith(b'RIFF') and content[8:12] == b'WEBP')
     )
-
-
-def _default_threads() -> int:
-    usable = os.sched_getaffinity(0) if hasattr(os, 'sched_getaffinity') else range(os.cpu_count())
-    return min(MAX_THREADS, len(usable))
-
-
-def _score(classifier, load, count, batch, threads):
-    import cv2
-
-    cv2.setNumThreads(0)  # As in `data.pipeline`: threads share the processors by images.
-    batch = max(1, min(batch, count))
-    side = classifier.image_size
-    pool = concurrent.futures.ThreadPoolExecutor(threads, 'decode')
-
-    def attempt(index, out):
-        try:
-            return load(index, out), None
-        except BadImageError as error:
-            return None, error
-
-    def read_batch(first):
-        """Starts to read; the pixels are there when the futures are done."""
-        size = min(batch, count - first)
-        pixels = np.empty((size, side, side, 3), np.float32)
-        futures = [pool.submit(attempt, first + row, pixels[row]) for row in range(size)]
-        return first, pixels, futures
-
-    def finish(first, done, logits):
-        for row, ((value, error), scores) in enumerate(zip(done, np.asarray(logits), strict=True)):
-            yield Scored(first + row, value, scores if error is None else None, error)
-
-    starts = collections.deque(range(0, count, batch))
-    ahead = collections.deque()
-    computing = ()  # The device may work on a batch while the one before it is given out.
-    try:
-        while starts or ahead:
-            while starts and len(ahead) <= READ_AHEAD:
-                ahead.append(read_batch(starts.popleft()))
-            first, pixels, futures = ahead.popleft()
-            done = [future.result() for future in futures]
-            bad = [row for row, (_, error) in enumerate(done) if error is not None]
-            if len(bad) < len(done):
-                # A copy of another image: it changes nothing, not even in int8 models, whose
-                # scales depend on all the images of a batch.
-                pixels[bad] = pixels[next(row for row in range(len(done)) if row not in bad)]
-                logits = classifier.logits(pixels)
-            else:
-                logits = np.zeros((len(done), len(classifier.class_names)), np.float32)
-            yield from computing
-            computing = finish(first, done, logits)
-        yield from computing
-    finally:
-        pool.shutdown(cancel_futures=True)

@@ -19,6 +19,7 @@ import numpy as np
 from vit_jax import config as config_lib
 from vit_jax import sharding
 from vit_jax.data import loader
+from vit_jax.data.reader import default_threads
 from vit_jax.errors import UserError
 from vit_jax.state import TrainState
 
@@ -241,7 +242,7 @@ def _waiting_batches(config: ml_collections.ConfigDict) -> int:
     """Bytes of the batches that wait for the device."""
     size = config.batch // jax.process_count() * config.pp.crop**2 * 3
     size *= 4 if config.pp.exact else 1
-    threads = config.data_threads or loader.default_threads()
+    threads = config.data_threads or default_threads()
     return size * loader.batches_ahead(size, threads)
 
 
