@@ -2,8 +2,8 @@
 
 Everything is computed from the attention weights after softmax, which every block gives on request
 whatever kernel it normally runs (`models.apply_with_intermediates`), and is laid out on the grid of
-patches; tokens that are no patch (class token, distillation token) take part in the computation but
-have no place in a map.
+patches; the other tokens (class token, distillation token) take part in the computation but have no
+place in a map.
 
 Shapes: B images, L layers (blocks), H heads, N tokens, C classes, K chosen classes, [h, w] the grid
 of patches; a map's [0, 0] is the patch at the top left.
@@ -59,25 +59,6 @@ def check(model: model_folder.Model) -> None:
             f'a model with classifier {model.model.classifier!r} gives a result for every token; '
             "attention is shown for models with classifier 'token' or 'gap'"
         )
-
-
-def weights(model: model_folder.Model, pixels: np.ndarray) -> np.ndarray:
-    """The attention weights of every block.
-
-    Args:
-      model: what `model_folder.load` gives.
-      pixels: float32 [B, image_size, image_size, 3] in [0, 255], as `Preprocess.evaluate` gives.
-
-    Returns:
-      float32 [B, L, H, N, N]; [b, l, h, q, k] is how much token q takes from token k; rows (over k)
-      sum to 1. A lot of memory: 22 MB for each image of a ViT-B/16 at 224 pixels. Tokens are class
-      token, distillation token, patches row by row, as far as the model has them.
-
-    Raises:
-      UserError: see `check`.
-    """
-    check(model)
-    return np.asarray(_weights(_static(model.model), model.params, pixels))
 
 
 def maps(model: model_folder.Model, pixels: np.ndarray) -> AttentionMaps:
@@ -160,9 +141,9 @@ def mean_distance(
     """Mean attention distance of each head.
 
     Dosovitskiy et al.: An Image is Worth 16x16 Words (https://arxiv.org/abs/2010.11929), figure 7
-    and appendix D.7: the distance between the patch that asks and the patch it attends to, weighted
-    by attention, averaged over all patches that ask. Tokens that are no patch have no place and are
-    left out; the attention that is left is normalised to sum 1, so that a head does not look local
+    and appendix D.7: the distance between the query's patch and the patch it attends to, weighted
+    by attention, averaged over all queries. Class and distillation token have no place and are left
+    out; the attention that is left is normalised to sum 1, so that a head does not look local
     because it attends to the class token.
 
     Args:
@@ -224,7 +205,7 @@ def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
 
 
 def special_tokens(model: models.VisionTransformer) -> int:
-    """How many tokens are no patches: 1 (class token), 2 of a DeiT, 0 with classifier 'gap'."""
+    """How many tokens are not patches: 1 (class token), 2 in a DeiT, 0 with classifier 'gap'."""
     if model.classifier == 'gap':
         return 0
     return 2 if model.distilled else 1
@@ -241,13 +222,13 @@ def _read(
     params,
     pixels: jax.Array,
     offsets: dict[str, jax.Array] | None = None,
-) -> tuple[jax.Array, list[jax.Array], tuple[int, int]]:
-    """Logits [B, C], attention weights [B, H, N, N] of each block in order, and the grid (h, w)."""
+) -> tuple[jax.Array, list[jax.Array], jax.Array]:
+    """Logits [B, C], attention weights [B, H, N, N] of each block, patches [B, h, w, D]."""
     logits, out = models.apply_with_intermediates(
         model, params, normalize(pixels), attention_weights=True, attention_offsets=offsets
     )
     layers = [out[_name(layer)] for layer in range(model.transformer['num_layers'])]
-    return logits, layers, out['patch_embedding'].shape[1:3]
+    return logits, layers, out['patch_embedding']
 
 
 def _name(layer: int) -> str:
@@ -266,13 +247,9 @@ def _mean_of(tokens: slice, count: int) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _weights(model, params, pixels):
-    return jnp.stack(_read(model, params, pixels)[1], axis=1)
-
-
-@functools.partial(jax.jit, static_argnums=0)
 def _maps(model, params, pixels):
-    logits, layers, grid = _read(model, params, pixels)
+    logits, layers, patches = _read(model, params, pixels)
+    grid = patches.shape[1:3]
     tokens = layers[0].shape[-1]
     start = _mean_of(slice(1) if special_tokens(model) else slice(None), tokens)
     # A query's row of attention, or the mean of all; a sum of products would round.
@@ -289,14 +266,12 @@ def _maps(model, params, pixels):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _relevance(model, params, pixels, classes):
-    grid = ()
-
     def forward(offsets):
-        nonlocal grid
-        logits, layers, grid = _read(model, params, pixels, offsets)
+        logits, layers, _ = _read(model, params, pixels, offsets)
         return logits, layers
 
-    shapes = jax.eval_shape(lambda: _read(model, params, pixels)[:2])[1]
+    _, shapes, patches = jax.eval_shape(lambda: _read(model, params, pixels))
+    grid = patches.shape[1:3]
     zeros = {_name(i): jnp.zeros(x.shape, x.dtype) for i, x in enumerate(shapes)}
     logits, pull_back, layers = jax.vjp(forward, zeros, has_aux=True)
     read = slice(special_tokens(model) or None)  # The tokens that the head reads; all for gap.

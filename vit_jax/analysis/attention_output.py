@@ -7,6 +7,7 @@ OUTPUT/NAME OF AN IMAGE/class_token.png, rollout.png, relevance.png, arrays.npz
 import contextlib
 import dataclasses
 import difflib
+import itertools
 import os
 import pathlib
 import re
@@ -73,12 +74,8 @@ def default_folder(model: str) -> pathlib.Path:
       model: path or name of the model; of a run's model folder the run gives the name.
     """
     path = pathlib.Path(model).absolute()
-    name = path.parent.name if path.name == 'model' else path.stem
-    folder, number = pathlib.Path(f'attention-{name}'), 1
-    while os.path.lexists(folder):
-        number += 1
-        folder = pathlib.Path(f'attention-{name}-{number}')
-    return folder
+    stem = f'attention-{path.parent.name if path.name == "model" else path.stem}'
+    return pathlib.Path(_free_name(stem, os.path.lexists))
 
 
 def check_folder(folder: pathlib.Path) -> None:
@@ -118,10 +115,8 @@ def parse_numbers(text: str, count: int, flag: str) -> tuple[int, ...]:
     Raises:
       UserError: not numbers, or none that the model has.
     """
-    if not text:
-        return tuple(range(count))
     try:
-        numbers = [int(word) for word in text.split(',')]
+        numbers = [int(word) for word in text.split(',')] if text else range(count)
     except ValueError:
         raise UserError(f'{flag} {text}: expected numbers such as 0 or 0,5,-1') from None
     if not all(-count <= number < count for number in numbers):
@@ -279,22 +274,20 @@ def _draw_image(
     folder.mkdir()
     image = pictures.shrink(image)
     title = f'{contact_sheet.shorten(predict.printable(pathlib.PurePath(path).name), 36)} · {title}'
-    has_class_token = attention.special_tokens(model.model) > 0
+    cls = attention.special_tokens(model.model) > 0
     arrays = {'path': predict.printable(path), 'class_names': np.array(model.class_names)}
     if model.class_names:
         arrays['probabilities'] = probabilities
     if 'class_token' in choice.kinds:
         arrays['class_token'] = found.class_token[0]
-        what = (
-            'Attention of the class token' if has_class_token else 'Mean attention of all patches'
-        )
+        what = 'Attention of the class token' if cls else 'Mean attention of all patches'
         figure = pictures.class_token(
             image, found.class_token[0], choice.layers, choice.heads, title=f'{what}\n{title}'
         )
         pictures.save(figure, folder / 'class_token.png')
     if 'rollout' in choice.kinds:
         arrays['rollout'] = found.rollout[0]
-        start = 'the class token' if has_class_token else 'the mean of all tokens'
+        start = 'the class token' if cls else 'the mean of all tokens'
         figure = pictures.overlays(
             image,
             [(f'from {start}', 100 * found.rollout[0])],
@@ -303,8 +296,9 @@ def _draw_image(
         )
         pictures.save(figure, folder / 'rollout.png')
     if 'relevance' in choice.kinds:
-        labels = choice.classes or predict.choose_classes(probabilities, top_k=choice.top_k)
-        labels = np.array(labels)
+        labels = np.array(
+            choice.classes or predict.choose_classes(probabilities, top_k=choice.top_k)
+        )
         maps = attention.relevance(model, pixels, labels[None])[0]
         arrays |= {'relevance': maps, 'relevance_labels': labels}
         captions = [
@@ -326,9 +320,12 @@ def _folder_name(path: str, taken: set[str]) -> str:
     """A name like the image's, that no other has on any file system; added to `taken`."""
     stem = 'stdin' if path == predict.STDIN else pathlib.PurePath(path).stem
     stem = re.sub(r'[^\w .+-]', '_', stem)[:_MAX_NAME].strip(' .') or 'image'
-    name, number = stem, 1
-    while name.casefold() in taken:
-        number += 1
-        name = f'{stem}-{number}'
+    name = _free_name(stem, lambda name: name.casefold() in taken)
     taken.add(name.casefold())
     return name
+
+
+def _free_name(stem: str, is_taken: Callable[[str], bool]) -> str:
+    """The first of stem, stem-2, stem-3, ... that is not taken."""
+    names = itertools.chain([stem], (f'{stem}-{number}' for number in itertools.count(2)))
+    return next(name for name in names if not is_taken(name))

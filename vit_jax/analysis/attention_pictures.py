@@ -17,7 +17,6 @@ from vit_jax.analysis import attention
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
 LONGER_SIDE = 480  # of an image in a figure, pixels
 _SHEET = 1920  # of all maps of one figure together, the longer side
 _TILE = (48, 320)  # of one map: least and most
@@ -58,7 +57,6 @@ def class_token(
       title: of the figure.
     """
     import matplotlib
-    from matplotlib.figure import Figure
 
     down, across = ('layer (0 is nearest to the image)', layers), ('head', heads)
     if len(heads) > len(layers):
@@ -75,11 +73,9 @@ def class_token(
     height, width = (size + _GAP for size in small.shape[:2])
     sheet = panels * len(columns) * width / 100, each * height / 100  # inches
     size = 10 * max(1.0, max(sheet) / 6)  # of the letters, points: read also when shown small
-    figure = Figure(
-        figsize=(sheet[0] + (panels + 6) * size / 30 + 1, sheet[1] + size / 5),
-        layout='constrained',
+    figure = _figure(
+        sheet[0] + (panels + 6) * size / 30 + 1, sheet[1] + size / 5, title, fontsize=1.2 * size
     )
-    figure.suptitle(title, parse_math=False, fontsize=1.2 * size)
     places = figure.subplots(1, panels, squeeze=False)[0]
     for number, axes in enumerate(places):
         some = rows[number * each : (number + 1) * each]
@@ -113,17 +109,13 @@ def overlays(
       unit: what the numbers of the maps are, for the colour bars.
     """
     import matplotlib
-    from matplotlib.figure import Figure
 
     small = shrink(image)
     height, width = (size / 120 for size in small.shape[:2])
     panels = 1 + len(maps)
     columns = min(panels, 4)
     rows = math.ceil(panels / columns)
-    figure = Figure(
-        figsize=(max(columns * (width + 1.1), 6), rows * (height + 0.6) + 0.6), layout='constrained'
-    )
-    figure.suptitle(title, parse_math=False)
+    figure = _figure(max(columns * (width + 1.1), 6), rows * (height + 0.6) + 0.6, title)
     places = list(figure.subplots(rows, columns, squeeze=False).flat)
     places[0].imshow(small)
     places[0].set_title('image', fontsize=10)
@@ -149,10 +141,7 @@ def distance(mean_distance: np.ndarray, *, images: int, image_size: int, title: 
       image_size: side of the model's input, pixels.
       title: of the figure.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 5), layout='constrained')
-    figure.suptitle(title, parse_math=False)
+    figure = _figure(7.5, 5, title)
     axes = figure.subplots()
     layers, heads = mean_distance.shape
     colours = np.arange(heads) % 20
@@ -164,8 +153,7 @@ def distance(mean_distance: np.ndarray, *, images: int, image_size: int, title: 
     axes.set_ylim(bottom=0)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
-    counted = 'image' if images == 1 else 'images'
-    axes.legend(title=f'{images:,} {counted}')
+    axes.legend(title=f'{images:,} image{"" if images == 1 else "s"}')
     return figure
 
 
@@ -178,12 +166,9 @@ def filters(components: np.ndarray, share: np.ndarray, *, title: str) -> 'Figure
       share: [count] of the variance, in [0, 1].
       title: of the figure.
     """
-    from matplotlib.figure import Figure
-
     columns = min(7, len(components))
     rows = math.ceil(len(components) / columns)
-    figure = Figure(figsize=(max(1.25 * columns, 6), 1.5 * rows + 0.9), layout='constrained')
-    figure.suptitle(title, parse_math=False)
+    figure = _figure(max(1.25 * columns, 6), 1.5 * rows + 0.9, title)
     places = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in places:
         axes.axis('off')
@@ -207,18 +192,15 @@ def positions(similarity: np.ndarray, *, title: str) -> 'Figure':
       similarity: [h, w, h, w] cosines, see `embeddings.position_similarity`.
       title: of the figure.
     """
-    from matplotlib.figure import Figure
-
     height, width = similarity.shape[:2]
     # Several screen pixels to a patch, and a gap that can be seen, also for large grids.
     enlarged = max(1, round(700 / (height * width)))
     tiles = similarity.repeat(enlarged, axis=2).repeat(enlarged, axis=3)
     sheet = _tiled(tiles, np.float32(np.nan))
-    figure = Figure(figsize=(9, 8), layout='constrained')
-    figure.suptitle(title, parse_math=False)
+    figure = _figure(9, 8, title)
     axes = figure.subplots()
     picture = axes.imshow(sheet, vmin=-1, vmax=1, cmap='viridis', interpolation='nearest')
-    places = sorted({*range(0, height, max(1, math.ceil(height / 16)))})
+    places = range(0, height, max(1, math.ceil(height / 16)))
     axes.set_xticks([(i + 0.5) * (width * enlarged + _GAP) for i in places], map(str, places))
     axes.set_yticks([(i + 0.5) * (height * enlarged + _GAP) for i in places], map(str, places))
     axes.set_xlabel('column of the patch')
@@ -227,6 +209,15 @@ def positions(similarity: np.ndarray, *, title: str) -> 'Figure':
     figure.colorbar(picture, ax=axes, shrink=0.8, pad=0.02).set_label(
         'cosine similarity to the position embedding of each patch'
     )
+    return figure
+
+
+def _figure(width: float, height: float, title: str, **style: float) -> 'Figure':
+    """An empty figure, in inches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout='constrained')
+    figure.suptitle(title, parse_math=False, **style)
     return figure
 
 
