@@ -17,5 +17,6 @@ processes of their own (`child.py`), which `contestants.py` lists:
 
 `record.py` describes hardware and versions, writes and reads result files and puts tables into
 documents, for all commands alike. Results that documents show are in results/; docs/performance.md
-says what they mean. torch_reference.py and torch_libraries.py belong to scripts/check_parity.py.
+says what they mean. parity.py, torch_reference.py and torch_libraries.py are for
+scripts/check_parity.py.
 """

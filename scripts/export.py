@@ -27,6 +27,7 @@ or the model is not the same.
 """
 
 import argparse
+import dataclasses
 import os
 import pathlib
 import shutil
@@ -37,65 +38,50 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from vit_jax import cli
-
-FORMATS = ('onnx', 'stablehlo', 'timm', 'huggingface', 'torchvision', 'npz')
+from vit_jax.export import formats
 
 
 def main() -> int:
     """Runs the command line; returns the exit status."""
     args = _parse()
     signal.signal(signal.SIGTERM, _terminate)  # as Ctrl-C: what is half done is removed
-    # An export needs no accelerator, and is held to what a CPU computes.
+    # An export needs no accelerator, and is compared with what a CPU computes.
     os.environ.setdefault('JAX_PLATFORMS', 'cpu')
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 
-    from vit_jax.errors import UserError
+    def work() -> int:
+        try:
+            return _export(args)
+        except KeyboardInterrupt as interrupt:
+            left = 'was written' if os.path.exists(args.output) else 'was not written'
+            print(f'export.py: interrupted; {args.output} {left}', file=sys.stderr)
+            return interrupt.args[0] if interrupt.args else 128 + signal.SIGINT
 
-    try:
-        return _export(args)
-    except UserError as error:
-        print(f'export.py: {error}', file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as interrupt:
-        left = 'was written' if os.path.exists(args.output) else 'was not written'
-        print(f'export.py: interrupted; {args.output} {left}', file=sys.stderr)
-        return interrupt.args[0] if interrupt.args else 128 + signal.SIGINT
+    return cli.run(work)
 
 
 def _export(args: argparse.Namespace) -> int:
-    import pathlib
-
-    from vit_jax.export import formats
-
     # What the command line alone tells comes first: the rest takes seconds to import.
-    given = {field: value for field, value in vars(args).items() if value is not None}
-    options = formats.Options(
-        **{
-            field: tuple(given[field]) if field == 'drop' else given[field]
-            for field in formats.Options.__dataclass_fields__
-            if field in given
-        }
-    )
+    fields = formats.Options.__dataclass_fields__
+    options = formats.Options(**{name: getattr(args, name) for name in fields})
     formats.check(args.format, options, args.output)
-    formats.check_place(pathlib.Path(args.output))
 
     import rich.console
 
     from vit_jax.checkpoint import catalog
-    from vit_jax.export import deliver, verify
+    from vit_jax.export import verify
     from vit_jax.inference import model_folder
 
     width = max(100, shutil.get_terminal_size().columns)  # the table needs 90
     console = rich.console.Console(highlight=False, soft_wrap=True, width=width)
     source = args.model if os.path.exists(args.model) else catalog.resolve(args.model)
-    model = model_folder.load(source, variant=args.variant)
-    report = deliver.export(
-        model,
+    report = formats.export(
+        model_folder.load(source, variant=args.variant),
         args.output,
         format=args.format,
         options=options,
         verified=args.verify,
-        images=args.images or (),
+        images=args.images,
         console=console,
     )
     verified = report is not None and report.status == verify.VERIFIED
@@ -107,7 +93,7 @@ def _parse() -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
     add = parser.add_argument
     add('--model', required=True, help='model folder, file of weights, or released name')
-    add('--format', required=True, help=', '.join(FORMATS))
+    add('--format', required=True, help=', '.join(formats.FORMATS))
     add('--output', required=True, metavar='PATH', help='file or folder to write; must not exist')
     add('--variant', default='', help='architecture of a file, where its arrays do not tell')
     add(
@@ -116,7 +102,7 @@ def _parse() -> argparse.Namespace:
         default=True,
         help='run the exported model and compare it with JAX (default: yes)',
     )
-    add('--images', nargs='+', metavar='PATH', help='image files and folders to verify on')
+    add('--images', nargs='+', default=(), metavar='PATH', help='images and folders to verify on')
     graph = parser.add_argument_group('onnx and stablehlo')
     add = graph.add_argument
     add('--layout', choices=('NHWC', 'NCHW'), help='of the input (default: NHWC)')
@@ -142,7 +128,10 @@ def _parse() -> argparse.Namespace:
         metavar='LAYER',
         help='leave this layer out where the format has no place for it: pre_logits',
     )
-    return parser.parse_args()
+    parser.set_defaults(**dataclasses.asdict(formats.DEFAULT))
+    args = parser.parse_args()
+    args.drop = tuple(args.drop)
+    return args
 
 
 def _terminate(signum: int, _frame: object) -> None:

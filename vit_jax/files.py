@@ -206,7 +206,7 @@ def atomic_group(path: Path, *, overwrite: bool = False) -> Iterator[pathlib.Pat
     After an error or Ctrl-C, also while they are moved, none of them is left.
 
     Args:
-        path: the main file or folder; its folder must exist.
+        path: the main file or folder; missing parents are made.
         overwrite: whether what is there in the end may be replaced.
 
     Yields:
@@ -221,7 +221,7 @@ def atomic_group(path: Path, *, overwrite: bool = False) -> Iterator[pathlib.Pat
     _remove_leftovers(path)
     with _in_words(path, part):
         try:
-            part.mkdir()
+            part.mkdir(parents=True)
             yield part
             for written in part.rglob('*'):
                 _flush(written)

@@ -1,18 +1,21 @@
 """scripts/check_parity.py and its references: PyTorch against ours, and how the check fails."""
 
-import argparse
-import importlib
+import importlib.util
 import json
+import os
 import pathlib
 import re
+import struct
+import zlib
 
 import jax
 import numpy as np
 import pytest
 
 from vit_jax import models
-from vit_jax.analysis import compare as parity
+from vit_jax.analysis import compare
 from vit_jax.checkpoint import npz
+from vit_jax.data import decode
 from vit_jax.errors import UserError
 from vit_jax.inference import model_folder
 
@@ -25,26 +28,17 @@ CASES = {
 }
 
 
-@pytest.fixture(scope='module', autouse=True)
-def scripts():
-    """Imports modules of scripts/ as they import one another."""
+@pytest.fixture(scope='module')
+def parity():
     pytest.importorskip('torch', reason='PyTorch is not installed (requirements-test.txt)')
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / 'scripts'))
-        yield importlib.import_module
+    from benchmarks import parity
+
+    return parity
 
 
 @pytest.fixture
-def check(scripts):
-    def run(model, **options):
-        defaults = dict(
-            images=[], limit=2, variant='', tolerance=None, reference='auto', perturb=None,
-            batch=1, json=False,
-        )  # fmt: skip
-        args = argparse.Namespace(model=str(model), **{**defaults, **options})
-        return scripts('check_parity').check(args)
-
-    return run
+def check(parity):
+    return lambda model, **options: parity.check(str(model), **{'limit': 2, 'batch': 1} | options)
 
 
 def write_model(path, config, size, *, head='random'):
@@ -83,8 +77,10 @@ TINY = dict(
 
 
 @pytest.mark.parametrize('name', CASES)
-def test_reference_gives_the_originals_logits(scripts, name):
-    torch, reference = scripts('torch'), scripts('benchmarks.torch_reference')
+def test_reference_gives_the_originals_logits(name):
+    torch = pytest.importorskip('torch', reason='PyTorch is not installed')
+    from benchmarks import torch_reference as reference
+
     expected = np.load(FIXTURES / f'{name}.expected.npz')
     weights = reference.read_weights(FIXTURES / f'{name}.checkpoint.npz')
     classifier = CASES[name]['config'].get('classifier', '')
@@ -152,7 +148,7 @@ def test_perturbation_that_is_none_is_refused(check, tmp_path):
         check(path, perturb='head/kernel')
 
 
-def test_zero_head_is_judged_by_the_features(check, tmp_path, capsys):
+def test_zero_head_is_compared_by_the_features(check, tmp_path, capsys):
     path = write_model(tmp_path / 'm.npz', TINY | dict(representation_size=12), 16, head='zero')
     result = check(path)
     assert result['passed'] and result['zero_head']
@@ -186,10 +182,10 @@ def test_real_weights(check, shared_dir):
     assert result['references'][0]['rows']['encoderblock_11']['largest_value'] > 10
 
 
-def test_hugging_face_folder_is_loaded_by_transformers_itself(check, command, tmp_path):
+def test_hugging_face_folder_is_loaded_by_transformers_itself(check, run_script, tmp_path):
     pytest.importorskip('transformers')
     source, folder = FIXTURES / 'vit_token.checkpoint.npz', tmp_path / 'hf'
-    result = command('scripts/convert.py', source, folder, '--to', 'huggingface')
+    result = run_script('convert.py', source, folder, '--to', 'huggingface')
     assert result.returncode == 0, result.stderr
     result = check(folder, tolerance=1e-5)
     assert result['passed']
@@ -229,60 +225,81 @@ def test_full_size(check, tmp_path, name):
     assert max(row['ours_minus_reference_in_float64']['max'] for row in rows) < 1e-11
 
 
-def test_command_line(command, tmp_path):
-    model = FIXTURES / 'vit_token_pre_logits.checkpoint.npz'
-    result = command('scripts/check_parity.py', '--model', model, '--json', '--perturb', 'cls')
+def test_command_line(run_script, tmp_path):
+    model = FIXTURES / 'vit_token.checkpoint.npz'
+    result = run_script('check_parity.py', '--model', model, '--json', '--perturb', 'cls')
     assert result.returncode == 1, result.stderr
     found = json.loads(result.stdout)
     assert found['passed'] is False and found['perturbed'] == 'cls'
     assert 'FAIL: logits differ by' in result.stderr
-    result = command('scripts/check_parity.py', '--model', tmp_path / 'none.npz')
+    result = run_script('check_parity.py', '--model', tmp_path / 'none.npz')
     assert result.returncode == 2
-    assert 'check_parity.py: ' in result.stderr and 'Traceback' not in result.stderr
+    assert result.stderr.startswith('check_parity.py: ') and result.stderr.count('\n') == 1
 
 
-def test_command_line_without_pytorch(command, tmp_path):
-    (tmp_path / 'sitecustomize.py').write_text(
-        'import importlib.util\n'
-        'find_spec = importlib.util.find_spec\n'
-        'importlib.util.find_spec = lambda name, *a: None if name == "torch" '
-        'else find_spec(name, *a)\n'
-    )
+def test_images_that_cannot_be_read_are_one_line(run_script, tmp_path, monkeypatch):
+    monkeypatch.setattr(decode, 'MAX_BYTES', 1000)
+    os.mkfifo(tmp_path / 'pipe.jpg')  # would block
+    (tmp_path / 'large.jpg').write_bytes(bytes(1001))
+    (tmp_path / 'text.jpg').write_text('no image')
+    content = b'\x89PNG\r\n\x1a\n'
+    header = struct.pack('>IIBBBBB', 50_000, 50_000, 8, 2, 0, 0, 0)  # claims 7 GB of pixels
+    for kind, data in ((b'IHDR', header), (b'IDAT', b'')):
+        content += struct.pack('>I', len(data)) + kind + data
+        content += struct.pack('>I', zlib.crc32(kind + data))
+    (tmp_path / 'bomb.png').write_bytes(content)
     model = FIXTURES / 'vit_token.checkpoint.npz'
-    words = ('scripts/check_parity.py', '--model', model)
-    result = command(*words, env={'PYTHONPATH': str(tmp_path)})
+    for name, why in (
+        ('pipe.jpg', 'it is not a regular file'),
+        ('large.jpg', 'too many to read'),
+        ('text.jpg', ''),
+        ('bomb.png', 'pixels'),
+    ):
+        result = run_script('check_parity.py', '--model', model, '--images', tmp_path / name)
+        assert result.returncode == 2
+        assert result.stderr.startswith(f'check_parity.py: cannot use image {tmp_path / name}: ')
+        assert why in result.stderr and result.stderr.count('\n') == 1
+
+
+def test_without_pytorch(run_script, monkeypatch):
+    find_spec = importlib.util.find_spec
+    hidden = lambda name, *a: None if name == 'torch' else find_spec(name, *a)  # noqa: E731
+    monkeypatch.setattr(importlib.util, 'find_spec', hidden)
+    result = run_script('check_parity.py', '--model', FIXTURES / 'vit_token.checkpoint.npz')
     assert result.returncode == 2
     assert 'torch is not installed. `bash scripts/setup.sh --test`' in result.stderr
 
 
-# The judgement, without a model.
+# The verdict, without a model.
 
 
 def row(ours=0.0, theirs=0.0):
     exact = np.ones((1, 2, 3))
-    found = parity.Row()
+    found = compare.ParityRow()
     found.add(exact + ours, exact + theirs, exact, exact)
     return found
 
 
 def test_limit_is_1e4_or_twice_the_rounding():
-    assert parity.judge({'logits': row(9e-5)}, zero_head=False).passed
-    verdict = parity.judge({'logits': row(2e-4)}, zero_head=False)
+    assert compare.parity_verdict({'logits': row(9e-5)}, zero_head=False).passed
+    verdict = compare.parity_verdict({'logits': row(2e-4)}, zero_head=False)
     assert not verdict.passed and verdict.limit == 1e-4
-    verdict = parity.judge({'logits': row(8e-4, 3e-4)}, zero_head=False)
+    verdict = compare.parity_verdict({'logits': row(8e-4, 3e-4)}, zero_head=False)
     assert verdict.passed and verdict.limit == pytest.approx(6e-4)
-    assert not parity.judge({'logits': row(1.0e-3, 3e-4)}, zero_head=False).passed
+    assert not compare.parity_verdict({'logits': row(1.0e-3, 3e-4)}, zero_head=False).passed
     # A given tolerance replaces both.
-    assert not parity.judge({'logits': row(8e-4, 3e-4)}, zero_head=False, tolerance=4e-4).passed
-    assert parity.judge({'logits': row(2e-4)}, zero_head=False, tolerance=3e-4).passed
+    assert not compare.parity_verdict(
+        {'logits': row(8e-4, 3e-4)}, zero_head=False, tolerance=4e-4
+    ).passed
+    assert compare.parity_verdict({'logits': row(2e-4)}, zero_head=False, tolerance=3e-4).passed
 
 
 def test_nan_never_passes():
     for rows in ({'logits': row(np.nan)}, {'logits': row(0.0, np.nan)}):
-        verdict = parity.judge(rows, zero_head=False)
+        verdict = compare.parity_verdict(rows, zero_head=False)
         assert not verdict.passed
         assert not rows['logits'].is_rounding
-    difference = parity.Difference()
+    difference = compare.Difference()
     difference.add(np.ones((1, 2)), np.array([[np.nan, 1.0]]))
     difference.add(np.ones((1, 2)), np.ones((1, 2)))
     assert np.isnan(difference.max) and difference.to_dict()['max'] is None
@@ -291,7 +308,7 @@ def test_nan_never_passes():
 def test_difference_over_batches_is_that_over_all():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, 5, 3, 4))
-    whole, parts = parity.Difference(), parity.Difference()
+    whole, parts = compare.Difference(), compare.Difference()
     whole.add(a, b)
     parts.add(a[:2], b[:2])
     parts.add(a[2:], b[2:])
@@ -304,10 +321,10 @@ def test_difference_over_batches_is_that_over_all():
 
 def test_missing_output_is_an_error():
     with pytest.raises(ValueError, match='gives extra'):
-        parity.add({}, {}, {'extra': np.ones(2)}, {}, {})
+        compare.add_parity({}, {}, {'extra': np.ones(2)}, {}, {})
 
 
-def test_made_up_images():
+def test_made_up_images(parity):
     images = parity.made_up_images(2, 33)
     assert images.shape == (2, 33, 33, 3) and images.dtype == np.float32
     assert images.min() == -1 and images.max() == 1

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from jax import export
 
+from vit_jax.analysis import compare
 from vit_jax.errors import UserError
-from vit_jax.export import reference, stablehlo
+from vit_jax.export import stablehlo, verify
 
 
 @pytest.mark.parametrize(
@@ -34,7 +35,8 @@ def test_options(case):
     outputs = ('probabilities', 'features', 'attention')
     content = stablehlo.build(found.model, outputs=outputs, layout='NCHW', preprocessing=True)
     result = export.deserialize(bytearray(content)).call(pixels.transpose(0, 3, 1, 2))
-    run = reference.runner(found.model.model, found.model.params, ('logits', *outputs))
+    forward = verify.forward(found.model.model, ('logits', *outputs))
+    run = compare.compiled(forward, found.model.params)
     expected = run((pixels.astype(np.float32) - 127.5) / 127.5)
     logits = expected.pop('logits')
     assert result['attention'].shape == (2, 2, 4, 18, 18)

@@ -11,8 +11,9 @@ import onnx
 import pytest
 
 from vit_jax import variants
+from vit_jax.analysis import compare
 from vit_jax.errors import UserError
-from vit_jax.export import deliver, formats, judge, samples, verify
+from vit_jax.export import formats, verify
 from vit_jax.export import onnx as onnx_export
 
 PHOTOS = pathlib.Path(__file__).parents[1] / 'fixtures' / 'data' / 'photos'
@@ -21,9 +22,8 @@ PHOTOS = pathlib.Path(__file__).parents[1] / 'fixtures' / 'data' / 'photos'
 def row(ours, theirs, output='logits'):
     """A row of images named 0, 1, ..., and whatever could not be compared."""
     ours, theirs = np.float32(ours), np.float32(theirs)
-    found = judge.Row(output, len(ours))
-    with np.errstate(invalid='ignore'):
-        found.add(ours, theirs, [str(i) for i in range(len(ours))], ours)
+    found = compare.ExportRow(output, len(ours))
+    found.add(ours, theirs, [str(i) for i in range(len(ours))], ours)
     return found
 
 
@@ -42,17 +42,17 @@ def test_float16_wants_the_cosine_and_the_class():
     ours = np.array([[8.0, 1.0, 0.0], [0.0, 8.0, 1.0]])
     assert row(ours, ours * 1.001).passed('float16')
     turned = row(ours, ours + np.array([[0.0, 0.0, 0.0], [0.0, 0.0, 0.2]]))  # cosine 0.9997
-    assert turned.lowest_cosine < 0.9999 and not turned.passed('float16')
+    assert turned.difference.lowest_cosine < 0.9999 and not turned.passed('float16')
     # Two logits of 8: the rounding of float16 moves each by 2^-10 of 8.
     for gap, listed in ((0.015, True), (0.017, False)):
         near = row([[8.0, 8.0 - gap, 0.0]], [[8.0 - gap, 8.0, 0.0]])
-        assert near.lowest_cosine > 0.9999
+        assert near.difference.lowest_cosine > 0.9999
         assert near.close == ([('0', 0, 1)] if listed else [])
         assert near.changed == ([] if listed else [('0', 0, 1)])
         assert near.passed('float16') == listed
 
 
-def test_int8_is_judged_by_cosines():
+def test_int8_is_held_to_cosines():
     rng = np.random.default_rng(0)
     ours = rng.standard_normal((50, 200))
     noise = rng.standard_normal((50, 200))
@@ -64,7 +64,7 @@ def test_int8_is_judged_by_cosines():
     assert not row(ours, noise).passed('int8')
 
 
-@pytest.mark.parametrize('dtype', judge.DTYPES)
+@pytest.mark.parametrize('dtype', compare.DTYPES)
 def test_nan_and_infinity_pass_nothing(dtype):
     ours = [[1.0, 2.0], [3.0, 4.0]]
     assert row(ours, ours).passed(dtype)
@@ -80,17 +80,18 @@ def test_what_cannot_be_compared_is_named():
     rows = {}
     ours = {'logits': np.zeros((2, 3), np.float32)}
     one = {'logits': np.zeros(3, np.float32)}  # a graph that answers the first image only
-    assert judge.compare(rows, ours, one, 'ab') == [
+    assert compare.add_export(rows, ours, one, 'ab') == [
         'logits is float32 [3] at batch 2, expected float32 [2, 3]'
     ]
     double = {'logits': np.zeros((2, 3))}
-    assert 'logits is float64 [2, 3]' in judge.compare(rows, ours, double, 'ab')[0]
+    assert 'logits is float64 [2, 3]' in compare.add_export(rows, ours, double, 'ab')[0]
     assert not rows
 
 
 def test_photographs_are_always_at_hand(case):
-    images = list(samples.of(case('token').model))
-    assert len(images) == samples.BATCH == 7
+    found = verify.images_for(case('token').model)
+    images = [found.read(i) for i in range(len(found.keys))]
+    assert len(images) == verify.BATCH == 7
     for image in images:
         assert image.shape == (32, 32, 3) and image.dtype == np.float32
         assert image.min() >= 0 and image.max() <= 255 and image.std() > 20
@@ -101,15 +102,15 @@ def test_photographs_are_always_at_hand(case):
 def test_images_of_the_user(case, tmp_path):
     model = case('token').model
     photos = sorted(PHOTOS.rglob('*.jpg'))[:2]
-    given = samples.of(model, [str(path) for path in photos])
-    assert len(given) == 7 and given.keys[:3] == (*map(str, photos), str(photos[0]))
+    given = verify.images_for(model, [str(path) for path in photos])
+    assert len(given.keys) == 7 and given.keys[:3] == [*map(str, photos), str(photos[0])]
     assert given.description == '2 images of --images, repeated to make 7'
-    assert len(list(given)) == 7
+    assert given.read(6).shape == (32, 32, 3)
     (tmp_path / 'x.jpg').write_bytes(b'no image')
     with pytest.raises(UserError, match='x.jpg'):
-        list(samples.of(model, [str(tmp_path / 'x.jpg')]))
+        verify.images_for(model, [str(tmp_path / 'x.jpg')]).read(0)
     with pytest.raises(UserError, match='no file or folder'):
-        samples.of(model, [str(tmp_path / 'none')])
+        verify.images_for(model, [str(tmp_path / 'none')])
 
 
 OPTIONS = {
@@ -126,9 +127,17 @@ def test_onnx(case, tmp_path, name):
     model, options = case('token').model, OPTIONS[name]
     formats.write(tmp_path / 'x.onnx', model, 'onnx', options)
     assert [path.name for path in tmp_path.iterdir()] == ['x.onnx']
-    report = verify.verify(model, tmp_path / 'x.onnx', format='onnx', options=options)
-    assert report.status == verify.VERIFIED, report.reasons
     outputs = formats.outputs_of(model, 'onnx', options)
+    report = verify.verify(
+        model,
+        tmp_path / 'x.onnx',
+        format='onnx',
+        outputs=outputs,
+        dtype=options.dtype,
+        layout=options.layout,
+        preprocessing=options.preprocessing,
+    )
+    assert report.status == verify.VERIFIED, report.reasons
     assert [(r.output, r.batch) for r in report.rows] == [
         (o, b) for b in (1, 2, 7) for o in outputs
     ]
@@ -167,8 +176,8 @@ def test_other_class_names_and_outputs_are_noticed(case, tmp_path):
 
     report = damaged(tmp_path, model, change)
     assert report.status == verify.FAILED and 'class names' in report.reasons[0]
-    options = formats.Options(probabilities=True)
-    report = verify.verify(model, tmp_path / 'x.onnx', format='onnx', options=options)
+    path = tmp_path / 'x.onnx'
+    report = verify.verify(model, path, format='onnx', outputs=('probabilities',))
     assert report.status == verify.FAILED
     assert report.reasons == ['its outputs are logits; expected probabilities']
 
@@ -177,7 +186,7 @@ def test_a_zero_head_proves_nothing(case, tmp_path):
     model = case('token').model
     head = jax.tree.map(np.zeros_like, model.params['head'])
     model = dataclasses.replace(model, params={**model.params, 'head': head})
-    assert formats.zero_head(model)
+    assert compare.zero_head(model.params)
     report = damaged(tmp_path, model, lambda _: None)
     assert report.status == verify.NOT_VERIFIED and 'all zeros' in report.verdict()
     assert formats.outputs_of(model, 'timm', formats.DEFAULT) == ('logits', 'features')
@@ -187,7 +196,7 @@ def test_a_runtime_that_is_not_installed(case, tmp_path, monkeypatch):
     (tmp_path / 'path').mkdir()
     (tmp_path / 'path' / 'torch.py').write_text('raise ImportError("no torch here")\n')
     monkeypatch.setenv('PYTHONPATH', str(tmp_path / 'path'))
-    report = deliver.export(case('token').model, tmp_path / 'hf', format='huggingface')
+    report = formats.export(case('token').model, tmp_path / 'hf', format='huggingface')
     assert report.status == verify.NOT_VERIFIED
     assert report.verdict() == (
         'not verified: torch is not installed (no torch here). To run and verify this format: '
@@ -217,7 +226,7 @@ def test_libraries_of_pytorch(case, made_up, tmp_path, library, name, form):
     model = made_up(*_hybrid()) if name == 'hybrid' else case(name).model
     target = {'transformers': 'huggingface'}.get(library, library)
     before = library in sys.modules  # because of another test
-    report = deliver.export(model, tmp_path / 'x', format=target)
+    report = formats.export(model, tmp_path / 'x', format=target)
     assert report.status == verify.VERIFIED, report.reasons
     assert report.own_form == form
     assert not report.facts['imported_vit_jax']

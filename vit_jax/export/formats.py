@@ -1,21 +1,23 @@
-"""The formats a model can be exported to: which options go with each, and what writes it.
+"""Exports a model to a file that its runtime can use: written, verified, and only then there.
 
-Nothing heavy is imported here: the command line reads this for its help and its checks.
+The formats, which options go with each, and what writes it. Nothing heavy is imported at the top:
+the command line reads this for its help and its checks.
 """
 
 import dataclasses
 import difflib
+import hashlib
 import os
 import pathlib
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from vit_jax import files
 from vit_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from vit_jax.export import verify
     from vit_jax.inference import model_folder
-
-INT8 = 'int8'
 
 # What a verification found stands in <output>.verify.json.
 REPORT_SUFFIX = '.verify.json'
@@ -28,23 +30,21 @@ class Format:
     Attributes:
         suffix: what the name of the file has to end with; '' for any. None: it is a folder.
         options: fields of `Options` that it has.
-        packages: what has to be installed to run it, as `pip install` takes it.
     """
 
     suffix: str | None
     options: tuple[str, ...]
-    packages: str
 
 
 _GRAPH = ('layout', 'probabilities', 'features', 'attention', 'preprocessing')
 
 FORMATS: Mapping[str, Format] = {
-    'onnx': Format('.onnx', ('opset', *_GRAPH, 'dtype'), 'onnxruntime'),
-    'stablehlo': Format('', _GRAPH, 'jax flatbuffers'),
-    'timm': Format(None, ('drop',), 'torch torchvision timm'),
-    'huggingface': Format(None, ('drop',), 'torch transformers'),
-    'torchvision': Format(None, ('drop',), 'torch torchvision'),
-    'npz': Format('.npz', ('drop',), 'vit_jax'),
+    'onnx': Format('.onnx', ('opset', *_GRAPH, 'dtype')),
+    'stablehlo': Format('', _GRAPH),
+    'timm': Format(None, ('drop',)),
+    'huggingface': Format(None, ('drop',)),
+    'torchvision': Format(None, ('drop',)),
+    'npz': Format('.npz', ('drop',)),
 }
 
 
@@ -60,7 +60,7 @@ class Options:
         attention: whether `attention` is an output, too.
         preprocessing: whether the input is uint8 in [0, 255] and normalised inside.
         dtype: 'float32', 'float16' or 'int8'.
-        drop: layers to leave out, of `checkpoint.export.DROPPABLE`.
+        drop: layers to leave out, of `pytorch.DROPPABLE`.
     """
 
     opset: int = 20
@@ -77,12 +77,12 @@ DEFAULT = Options()
 
 
 def check(name: str, options: Options, output: str | os.PathLike[str]) -> None:
-    """Raises `UserError` for what can be told before a model is read.
+    """Raises `UserError` for what can be checked before a model is read.
 
     Args:
         name: of the format.
         options: those that differ from the default have to go with the format.
-        output: the file or folder to write.
+        output: the file or folder to write, which must not exist, in a folder that does.
     """
     if name not in FORMATS:
         near = difflib.get_close_matches(name, FORMATS, n=1, cutoff=0.4)
@@ -101,30 +101,18 @@ def check(name: str, options: Options, output: str | os.PathLike[str]) -> None:
         raise UserError(
             f'--format {name} writes a file whose name ends in {form.suffix}; --output is {output}'
         )
-
-
-def check_place(output: pathlib.Path) -> None:
-    """Raises `UserError` if something is where files would be written, or their folder is not.
-
-    Args:
-        output: the file or folder to write.
-    """
     if not output.name:
-        raise UserError(f'{output} is no name for a file or folder')
-    for place in (output, *_companions(output)):
-        if place.exists() or place.is_symlink():
+        raise UserError(f'--output {output} has no name; give that of a file or folder')
+    # External data, a description and the report may be written beside it.
+    for suffix in ('', '.data', '.json', REPORT_SUFFIX):
+        if os.path.lexists(place := output.with_name(output.name + suffix)):
             raise UserError(f'{place} exists; remove it, or name another place')
     if not output.parent.is_dir():
         raise UserError(f'there is no folder {output.parent}; make it first, or name another place')
 
 
-def _companions(output: pathlib.Path) -> list[pathlib.Path]:
-    """What may be written beside an output: external data, a description, the report."""
-    return [output.with_name(output.name + suffix) for suffix in ('.data', '.json', REPORT_SUFFIX)]
-
-
 def outputs_of(model: 'model_folder.Model', name: str, options: Options) -> tuple[str, ...]:
-    """Names of what an exported model gives, see `reference.OUTPUTS`.
+    """Names of what an exported model gives, see `verify.OUTPUTS`.
 
     Where the logits prove nothing (there is no head, or it is all zeros), the libraries' models are
     asked for their features, too.
@@ -134,30 +122,97 @@ def outputs_of(model: 'model_folder.Model', name: str, options: Options) -> tupl
         name: of the format.
         options: as exported.
     """
+    from vit_jax.analysis import compare
+
     has_head = bool(model.model.num_classes)
     scores = ('probabilities' if options.probabilities else 'logits',) if has_head else ()
     if 'features' in FORMATS[name].options:
         extra = tuple(extra for extra in ('features', 'attention') if getattr(options, extra))
         return scores + extra or ('logits',)
-    return scores + (() if has_head and not zero_head(model) else ('features',))
+    return scores + (() if has_head and not compare.zero_head(model.params) else ('features',))
 
 
-def zero_head(model: 'model_folder.Model') -> bool:
-    """Whether there is a head, all zeros: logits then do not depend on the image."""
-    import numpy as np
+def export(
+    model: 'model_folder.Model',
+    output: str | os.PathLike[str],
+    *,
+    format: str,
+    options: Options = DEFAULT,
+    verified: bool = True,
+    images: Sequence[str] = (),
+    console: Any = None,
+) -> 'verify.Report | None':
+    """Exports a model.
 
-    heads = [model.params[name] for name in ('head', 'head_dist') if name in model.params]
-    return bool(heads) and not any(np.any(head['kernel']) for head in heads)
+    Beside `output` stands `<output>.verify.json`, what the verification found, also as text.
+
+    Args:
+        model: what `model_folder.load` gives.
+        output: the file or folder to write; must not exist, its folder must.
+        format: a key of `FORMATS`.
+        options: see `Options`.
+        verified: whether to run the exported model and compare; without it nothing is promised.
+        images: files and folders of images to verify on; default photographs of scikit-learn's.
+        console: a `rich.console.Console` for what happens; default none of it is shown.
+
+    Returns:
+        The report; None if not `verified`.
+
+    Raises:
+        UserError: the format or an option cannot express the model, or the output cannot be
+            written.
+        VerificationError: the exported model is not the model. Nothing was written.
+    """
+    from vit_jax.export import verify
+
+    output = pathlib.Path(output)
+    check(format, options, output)
+    outputs = outputs_of(model, format, options)
+    if format in ('onnx', 'stablehlo'):
+        verify.check_outputs(model.model, outputs)
+    chosen = verify.images_for(model, images) if verified else None
+    say = console.print if console else lambda *_: None
+    model, notes = _without(model, options.drop)
+    report = None
+    with files.atomic_group(output) as folder:
+        made = folder / output.name
+        notes += write(made, model, format, options)
+        say(_described(model, options, made))
+        for note in notes:
+            say(f'  {note}')
+        if not verified:
+            say('not verified (--no-verify)')
+            return None
+        report = verify.verify(
+            model,
+            made,
+            format=format,
+            outputs=outputs_of(model, format, options),
+            dtype=options.dtype,
+            layout=options.layout,
+            preprocessing=options.preprocessing,
+            images=chosen,
+        )
+        if console:
+            report.print(console)
+        if report.status == verify.FAILED:
+            raise verify.VerificationError(
+                f'{output} was not written: {"; ".join(report.reasons)}', report
+            )
+        _note_own_form(made, report)
+        place = made.with_name(f'{output.name}{REPORT_SUFFIX}')
+        files.write_json(place, _description(made, format, options, report))
+    return report
 
 
 def write(
     path: pathlib.Path, model: 'model_folder.Model', name: str, options: Options
 ) -> list[str]:
-    """Writes a model, unverified. `deliver.export` is what to call.
+    """Writes a model, unverified. `export` is what to call.
 
     Args:
         path: a file or folder in a folder of its own, in which files may appear beside it.
-        model: see `model_folder.load`; what `options.drop` names has been left out already.
+        model: see `export`; what `options.drop` names has been left out already.
         name: of the format.
         options: see `Options`.
 
@@ -172,19 +227,18 @@ def write(
     if name == 'stablehlo':
         from vit_jax.export import stablehlo
 
-        outputs = outputs_of(model, name, options)
         stablehlo.write(
             path,
             model,
-            outputs=outputs,
+            outputs=outputs_of(model, name, options),
             layout=options.layout,
             preprocessing=options.preprocessing,
         )
         return []
-    from vit_jax.export import pytorch as export
+    from vit_jax.export import pytorch
     from vit_jax.inference import model_folder
 
-    return export.write(
+    return pytorch.write(
         path,
         model.params,
         to=name,
@@ -197,6 +251,7 @@ def write(
 def _write_onnx(path: pathlib.Path, model: 'model_folder.Model', options: Options) -> list[str]:
     from vit_jax.export import onnx, onnx_quantize
 
+    int8 = options.dtype == 'int8'
     proto = onnx.build(
         model,
         opset=options.opset,
@@ -205,9 +260,9 @@ def _write_onnx(path: pathlib.Path, model: 'model_folder.Model', options: Option
         features=options.features,
         attention=options.attention,
         preprocessing=options.preprocessing,
-        dtype='float32' if options.dtype == INT8 else options.dtype,
+        dtype='float32' if int8 else options.dtype,
     )
-    if options.dtype != INT8:
+    if not int8:
         onnx.save(proto, path)
         return []
     full = path.with_name(f'float32-{path.name}')
@@ -217,3 +272,82 @@ def _write_onnx(path: pathlib.Path, model: 'model_folder.Model', options: Option
     for file in path.parent.glob(f'{full.name}*'):
         file.unlink()
     return [f'{sizes[1]:.1f} MiB, {sizes[0]:.1f} MiB in float32']
+
+
+def _without(
+    model: 'model_folder.Model', drop: Sequence[str]
+) -> tuple['model_folder.Model', list[str]]:
+    """The model without the layers in `drop`, and what to say about it."""
+    if not drop:
+        return model, []
+    from vit_jax import models
+    from vit_jax.checkpoint import npz
+    from vit_jax.export import pytorch
+
+    flat, config, notes = pytorch.drop_layers(npz.flatten(model.params), model.model_config, drop)
+    module = models.from_config(config, num_classes=model.model.num_classes)
+    params = npz.nest(flat, pathlib.Path('the model'))
+    return dataclasses.replace(model, model=module, params=params, model_config=config), notes
+
+
+def _described(model: 'model_folder.Model', options: Options, made: pathlib.Path) -> str:
+    import jax
+
+    name = model.model_config.get('model_name') or 'a model of no known variant'
+    count = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    size = sum(file.stat().st_size for file in _files(made)) / 2**20
+    return (
+        f'{name}, {count:,} parameters, {model.image_size} px, {len(model.class_names)} classes: '
+        f'{size:.1f} MiB, {options.dtype}'
+    )
+
+
+def _files(made: pathlib.Path) -> list[pathlib.Path]:
+    """Every file of an export: of its folder, or it and those beside it."""
+    return sorted(
+        p for p in (made.rglob('*') if made.is_dir() else made.parent.iterdir()) if p.is_file()
+    )
+
+
+def _note_own_form(made: pathlib.Path, report: 'verify.Report') -> None:
+    """Adds what was measured of the library's own form to the page in the folder."""
+    if not report.own_form:
+        return
+    page = next(page for name in ('NOTE.md', 'README.md') if (page := made / name).is_file())
+    with open(page, 'a', encoding='utf-8') as f:
+        f.write(f'\n## Measured when this was written\n\n{report.own_line()} ({report.images}).\n')
+
+
+def _description(
+    made: pathlib.Path, format: str, options: Options, report: 'verify.Report'
+) -> dict[str, Any]:
+    """What stands in <output>.verify.json."""
+    import io
+
+    import jax
+    import numpy as np
+    import rich.console
+
+    import vit_jax
+
+    text = io.StringIO()
+    report.print(rich.console.Console(file=text, width=120))
+    entries = {}
+    for path in _files(made):
+        with open(path, 'rb') as f:
+            digest = hashlib.file_digest(f, 'sha256').hexdigest()
+        name = str(path.relative_to(made.parent))
+        entries[name] = {'bytes': path.stat().st_size, 'sha256': digest}
+    return {
+        'output': made.name,
+        'format': format,
+        'options': dataclasses.asdict(options),
+        **report.to_dict(),
+        'text': text.getvalue().splitlines(),
+        'files': entries,
+        'versions': {
+            'vit_jax': vit_jax.__version__,
+            'jax': jax.__version__,
+            'numpy': np.__version__,
+        },
+    }

@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 from onnx import external_data_helper, helper
 
 import vit_jax
-from vit_jax import variants
+from vit_jax import files, variants
 from vit_jax.errors import UserError
 from vit_jax.export import onnx_mixer, onnx_vit
 from vit_jax.export.onnx_graph import BATCH, FLOAT16, FLOAT32, IR_VERSIONS, UINT8, Graph
@@ -153,11 +153,11 @@ def metadata(
 def save(
     proto: onnx.ModelProto, path: str | os.PathLike[str], *, external_data: bool | None = None
 ) -> None:
-    """Writes a model; files appear, complete and on disk, by renames.
+    """Writes a model; files appear when they are complete and on disk.
 
     Args:
         proto: what `build` gave; it is not changed.
-        path: the file. One that is there is replaced.
+        path: the file; one that is there is replaced. Missing folders are made.
         external_data: put the weights into `<name>.data` beside the file (to which the file refers
             by name: they have to be moved together); by default, only where they are too much for
             one file, 2 GB.
@@ -166,32 +166,14 @@ def save(
         UserError: it cannot be written.
     """
     path = pathlib.Path(path).absolute()
-    data = path.with_name(path.name + '.data')
     if external_data is None:
         external_data = sum(len(t.raw_data) for t in proto.graph.initializer) > EXTERNAL_DATA_ABOVE
-    partial = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    partial_data = path.with_name(f'.{data.name}.{os.getpid()}.part')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f'cannot write {path}: {e}') from e
-    try:
+    with files.atomic_group(path, overwrite=True) as folder:
         if external_data:
-            with open(partial_data, 'wb') as f:
-                proto = _write_weights(proto, f, data.name)
-                _sync(f)
-        with open(partial, 'wb') as f:
-            f.write(proto.SerializeToString())
-            _sync(f)
-        if external_data:
-            path.unlink(missing_ok=True)  # An older graph would read the new weights.
-            os.replace(partial_data, data)
-        os.replace(partial, path)
-    except OSError as e:
-        raise UserError(f'cannot write {path}: {e}') from e
-    finally:
-        partial.unlink(missing_ok=True)
-        partial_data.unlink(missing_ok=True)
+            name = f'{path.name}.data'
+            with open(folder / name, 'wb') as f:
+                proto = _write_weights(proto, f, name)
+        (folder / path.name).write_bytes(proto.SerializeToString())
 
 
 def _check(
@@ -281,9 +263,3 @@ def _copy_fields(source: Message, target: Message, *, leave_out: str) -> None:
             getattr(target, field.name).CopyFrom(value)
         else:
             setattr(target, field.name, value)
-
-
-def _sync(f: IO[bytes]) -> None:
-    """Waits until what was written is on disk: a rename must not come before its content."""
-    f.flush()
-    os.fsync(f.fileno())

@@ -8,11 +8,10 @@ load it and what differs. What a library has no place for is refused by name.
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vit_jax import variants
+from vit_jax import files, variants
 from vit_jax.checkpoint import npz, pytorch, tensors
 from vit_jax.errors import UserError
 from vit_jax.export import pytorch_notes as export_notes
@@ -85,7 +84,7 @@ def write(
         return notes
     if destination.suffix in ('.safetensors', '.pth', '.pt', '.npz'):
         raise UserError(f'--to {to} writes a folder; {destination} looks like the name of a file')
-    table, files = {'timm': _timm, 'huggingface': _hugging_face, 'torchvision': _torchvision}[to](
+    table, pages = {'timm': _timm, 'huggingface': _hugging_face, 'torchvision': _torchvision}[to](
         flat, config, image_size, class_names
     )
     named, lost = pytorch.from_params(flat, table)
@@ -98,7 +97,13 @@ def write(
         metadata['num_heads'] = json.dumps(config['transformer']['num_heads'])
     if class_names:
         metadata['class_names'] = json.dumps(list(class_names))
-    _write_folder(destination, named, metadata, files)
+    with files.atomic_folder(destination) as folder:
+        tensors.save_safetensors(folder / 'model.safetensors', named, metadata)
+        for name, content in pages.items():
+            if isinstance(content, str):
+                files.write_text(folder / name, content)
+            else:
+                files.write_json(folder / name, content, indent=2)
     return notes + export_notes.warnings(to, config)
 
 
@@ -346,25 +351,3 @@ def _check_plain(flat: Mapping[str, Any], config: Mapping[str, Any], to: str) ->
     if config.get('resnet') is not None:
         raise _refusal(to, 'it has no hybrid with this ResNet (conv_root, gn_root, ...)', flat)
     _check_pooling(flat, config, to)
-
-
-def _write_folder(
-    folder: pathlib.Path,
-    named: Mapping[str, Any],
-    metadata: Mapping[str, str],
-    files: Mapping[str, Any],
-) -> None:
-    """Writes everything under another name, then renames."""
-    partial = folder.with_name(f'.{folder.name}.{os.getpid()}.part')
-    try:
-        partial.mkdir(parents=True)
-        tensors.save_safetensors(partial / 'model.safetensors', named, metadata)
-        for name, content in files.items():
-            if not isinstance(content, str):
-                content = json.dumps(content, indent=2, ensure_ascii=False) + '\n'
-            (partial / name).write_text(content, encoding='utf-8')
-        os.rename(partial, folder)  # an empty folder there is replaced
-    except OSError as e:
-        raise UserError(f'cannot write {folder}: {e}') from e
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -4,14 +4,12 @@
 
 FOLDER holds `request.json` (format, path, outputs, batches, and what a format needs besides) and
 `images.npy` (in the layout and type that the model takes). For each batch `[first, end)` the
-outputs are written to `outputs-I.npz`, at the end `result.json`. Outputs are named as in
-`reference.py`; `own/logits` are those of a library that computes a layer in a form of its own, by
-which the rest was not judged.
+outputs are written to `outputs-I.npz`, at the end `result.json`, which names the package that is
+missing if the runtime is not installed. Outputs are named as in `verify.py`; `own/logits` are those
+of a library that computes a layer in a form of its own, on which the verdict does not depend.
 
 Only `npz`, whose runtime this package is, imports anything of it: the others prove that the file is
 enough. (-P, because Python would otherwise look for `onnx` in the folder of this file first.)
-
-Exit status: 0; 3 if the runtime is not installed (`result.json` says what is missing).
 """
 
 import importlib
@@ -26,8 +24,6 @@ from typing import Any
 
 import numpy as np
 
-NOT_INSTALLED = 3
-
 Outputs = Mapping[str, np.ndarray]
 Run = Callable[[np.ndarray], Outputs]
 
@@ -40,8 +36,8 @@ class NotInstalledError(Exception):
         self.package, self.why = package, why
 
 
-def main(folder: str) -> int:
-    """Does what the request says; returns the exit status."""
+def main(folder: str) -> None:
+    """Does what the request says."""
     place = pathlib.Path(folder)
     request = json.loads((place / 'request.json').read_text(encoding='utf-8'))
     images = np.load(place / 'images.npy', mmap_mode='r')
@@ -54,16 +50,14 @@ def main(folder: str) -> int:
             np.savez(place / f'outputs-{i}.npz', **outputs)
     except NotInstalledError as e:
         result = {'missing': e.package, 'why': e.why}
-        (place / 'result.json').write_text(json.dumps(result), encoding='utf-8')
-        return NOT_INSTALLED
-    result = {
-        **facts,
-        'load_seconds': round(loaded - start, 3),
-        'run_seconds': round(time.perf_counter() - loaded, 3),
-        'imported_vit_jax': 'vit_jax' in sys.modules,
-    }
+    else:
+        result = {
+            **facts,
+            'load_seconds': round(loaded - start, 3),
+            'run_seconds': round(time.perf_counter() - loaded, 3),
+            'imported_vit_jax': 'vit_jax' in sys.modules,
+        }
     (place / 'result.json').write_text(json.dumps(result), encoding='utf-8')
-    return 0
 
 
 def _require(name: str, package: str = '') -> Any:
@@ -110,14 +104,15 @@ def _stablehlo(request: Mapping[str, Any]) -> tuple[Run, dict[str, Any]]:
 def _npz(request: Mapping[str, Any]) -> tuple[Run, dict[str, Any]]:
     import vit_jax
     from vit_jax import checkpoint, models
-    from vit_jax.export import reference
+    from vit_jax.analysis import compare
+    from vit_jax.export import verify
 
     params = checkpoint.load(request['path'])
     head = params.get('head')
     module = models.from_config(
         request['model_config'], num_classes=head['bias'].shape[0] if head else 0
     )
-    return reference.runner(module, params, request['outputs']), {
+    return compare.compiled(verify.forward(module, request['outputs']), params), {
         'runtime': f'vit_jax {vit_jax.__version__}',
         'class_names': None,
     }
@@ -317,4 +312,4 @@ _RUNTIMES = {
 }
 
 if __name__ == '__main__':
-    sys.exit(main(sys.argv[1]))
+    main(sys.argv[1])

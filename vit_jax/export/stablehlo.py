@@ -14,7 +14,6 @@ Format: https://docs.jax.dev/en/latest/export/export.html. A file is readable fo
 months after the JAX that wrote it; keep the model folder to export again.
 """
 
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,9 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import vit_jax
+from vit_jax import files
 from vit_jax.data.preprocess import normalize
 from vit_jax.errors import UserError
-from vit_jax.export import reference
+from vit_jax.export import verify
 from vit_jax.inference import model_folder
 
 PLATFORMS = ('cpu', 'cuda')
@@ -50,7 +50,7 @@ def build(
 
     Args:
         model: what `model_folder.load` gives.
-        outputs: names among `reference.OUTPUTS`.
+        outputs: names among `verify.OUTPUTS`.
         layout: 'NHWC' for images [batch, S, S, 3], 'NCHW' for [batch, 3, S, S].
         preprocessing: False: images are float32 in [-1, 1]. True: they are uint8 in [0, 255], of
             the model's size, and normalised inside.
@@ -67,7 +67,7 @@ def build(
             f'a StableHLO file holds at most 2 GiB, and the weights of this model take '
             f'{size / 2**30:.1f} GiB; --format onnx writes them into a file of their own'
         )
-    compute = reference.forward(model.model, outputs)
+    compute = verify.forward(model.model, outputs)
     params = jax.tree.map(jnp.asarray, model.params)
 
     def function(image: jax.Array) -> dict[str, jax.Array]:
@@ -98,17 +98,16 @@ def write(
     """Writes `path` and, beside it, its description, `<path>.json`.
 
     Args:
-        path: the file; written in place, so give the name of a temporary one.
+        path: the file; one that is there is replaced.
         model: see `build`.
         outputs: see `build`.
         layout: see `build`.
         preprocessing: see `build`.
     """
     options = {'outputs': outputs, 'layout': layout, 'preprocessing': preprocessing}
-    path.write_bytes(build(model, **options))
-    text = json.dumps(describe(model, **options), indent=1, ensure_ascii=False)
-    description = path.with_name(f'{path.name}.json')
-    description.write_text(text + '\n', encoding='utf-8')
+    with files.atomic_group(path, overwrite=True) as folder:
+        (folder / path.name).write_bytes(build(model, **options))
+        files.write_json(folder / f'{path.name}.json', describe(model, **options))
 
 
 def describe(
@@ -162,5 +161,5 @@ def input_of(size: int, layout: str, preprocessing: bool) -> tuple[tuple[int | s
 
 def _output_shapes(model: model_folder.Model, outputs: Sequence[str]) -> Mapping[str, Any]:
     image = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), np.float32)
-    shapes = jax.eval_shape(reference.forward(model.model, outputs), model.params, image)
+    shapes = jax.eval_shape(verify.forward(model.model, outputs), model.params, image)
     return {name: ['batch', *shapes[name].shape[1:]] for name in outputs}

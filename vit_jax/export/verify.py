@@ -1,33 +1,87 @@
-"""Holds an exported model against JAX: loaded by its own runtime, in a process of its own.
+"""Compares an exported model with JAX: loaded by its own runtime, in a process of its own.
 
 The images are real photographs. The exported model runs them at batch 1, 2 and 7 (a graph that has
 one batch size built in, or mixes images, shows there), and all of them at 7; JAX computes the same
-in exact float32 (see `reference.py`), and `judge.py` says what may differ.
+in exact float32, and `analysis/compare.py` has the limits of what may differ.
+
+Names and shapes of the outputs (B batch, C classes, D width, L blocks, H heads, N tokens):
+
+    logits         [B, C] float32 ([B, N, C] where the tokens are not pooled)
+    probabilities  softmax of the logits over classes
+    features       [B, D]: what the encoder gives, pooled, before the head and its hidden layer; the
+                   output of `pre_logits` where there is one; of a distilled model the mean of both
+                   tokens ([B, N, D] where the tokens are not pooled)
+    attention      [B, L, H, N, N]: the attention weights of every block, after the softmax
 """
 
 import dataclasses
+import functools
+import itertools
 import json
 import os
 import pathlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from vit_jax.analysis import compare as parity
+from vit_jax import files, models
+from vit_jax.analysis import compare
+from vit_jax.data.decode import load_image
+from vit_jax.data.preprocess import normalize
 from vit_jax.errors import UserError
-from vit_jax.export import formats, judge, reference, runtimes, samples
-from vit_jax.inference import model_folder
+from vit_jax.inference import model_folder, predict
 
 VERIFIED, FAILED, NOT_VERIFIED = 'verified', 'failed', 'not verified'
 
+OUTPUTS = ('logits', 'probabilities', 'features', 'attention')
+
+# What has to be installed to run each format, as `pip install` takes it.
+PACKAGES = {
+    'onnx': 'onnxruntime',
+    'stablehlo': 'jax flatbuffers',
+    'timm': 'torch torchvision timm',
+    'huggingface': 'torch transformers',
+    'torchvision': 'torch torchvision',
+    'npz': 'vit_jax',
+}
+
+# The largest batch an export is run at; fewer images are repeated to fill it.
+BATCH = 7
 # Batches of one and of two; whole ones follow.
 _SMALL = ((0, 1), (1, 3))
 
+# Of the photographs in scikit-learn (427 x 640 pixels): y, x, height, width.
+_CROPS = (
+    ('china.jpg', (0, 0, 427, 640)),
+    ('flower.jpg', (0, 0, 427, 640)),
+    ('china.jpg', (0, 0, 427, 427)),
+    ('flower.jpg', (0, 213, 427, 427)),
+    ('china.jpg', (127, 240, 300, 400)),
+    ('flower.jpg', (60, 100, 240, 240)),
+    ('china.jpg', (200, 0, 160, 213)),
+)
+
 _ROOT = pathlib.Path(__file__).parents[2]
+_CHILD = pathlib.Path(__file__).with_name('runtimes.py')
+
+
+class VerificationError(UserError):
+    """An exported model does not compute what the model computes.
+
+    Attributes:
+        report: what was found.
+    """
+
+    def __init__(self, message: str, report: 'Report'):
+        super().__init__(message)
+        self.report = report
 
 
 @dataclasses.dataclass
@@ -36,14 +90,14 @@ class Report:
 
     Attributes:
         status: VERIFIED, FAILED or NOT_VERIFIED.
-        dtype: of the exported model, whose bounds hold.
+        dtype: of the exported model, whose limits hold.
         reasons: why it is not verified, or failed, a sentence each.
         runtime: what ran it, with versions.
         images: what it ran on.
         rows: the comparisons.
         own_form: what the library computes in a form of its own ('erf GELU'), or ''.
         own: how far its logits are from JAX's with that.
-        facts: what else the runtime told.
+        facts: what else the runtime reported.
     """
 
     status: str
@@ -51,10 +105,15 @@ class Report:
     reasons: list[str] = dataclasses.field(default_factory=list)
     runtime: str = ''
     images: str = ''
-    rows: list[judge.Row] = dataclasses.field(default_factory=list)
+    rows: list[compare.ExportRow] = dataclasses.field(default_factory=list)
     own_form: str = ''
-    own: parity.Difference = dataclasses.field(default_factory=parity.Difference)
+    own: compare.Difference = dataclasses.field(default_factory=compare.Difference)
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def set(self, status: str, reason: str) -> None:
+        """Notes that it is not verified, or failed, and why."""
+        self.status = status
+        self.reasons.append(reason)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -86,8 +145,8 @@ class Report:
         if self.rows:
             console.print(f'Run by {self.runtime}')
             console.print(f'on {self.images}; compared with JAX, exact float32\n')
-            console.print(judge.table(self.rows, self.dtype))
-            console.print(f'\nAsked for: {judge.bound(self.dtype)}')
+            console.print(_table(self.rows, self.dtype))
+            console.print(f'\nAsked for: {compare.LIMITS[self.dtype]}')
         if self.own_form:
             console.print(self.own_line())
         listed = [entry for row in self.rows for entry in row.close]
@@ -102,22 +161,146 @@ class Report:
         return f'{self.status}: {"; ".join(self.reasons)}' if self.reasons else self.status
 
 
+def check_outputs(module: nn.Module, outputs: Sequence[str]) -> None:
+    """Raises `UserError` if a model does not have these outputs.
+
+    Args:
+        module: a model of this package.
+        outputs: names among `OUTPUTS`.
+    """
+    if unknown := [name for name in outputs if name not in OUTPUTS]:
+        raise UserError(f'unknown output {unknown[0]!r}: of {", ".join(OUTPUTS)}')
+    if not module.num_classes and {'logits', 'probabilities'} & set(outputs):
+        raise UserError(
+            'this model has no classification head, so it has no logits. Fine-tune it first, or '
+            'export its features'
+        )
+    if 'attention' in outputs and isinstance(module, models.MlpMixer):
+        raise UserError('an MLP-Mixer has no attention')
+
+
+def forward(
+    module: nn.Module, outputs: Sequence[str]
+) -> Callable[[Mapping[str, Any], jax.Array], dict[str, jax.Array]]:
+    """The function that an export stands for.
+
+    Args:
+        module: a model of this package; computed in float32, attention by plain XLA operations,
+            whatever it says itself, so that the result runs on any device.
+        outputs: names among `OUTPUTS`.
+
+    Returns:
+        A pure function of (parameters, images [B, S, S, 3] float32 in [-1, 1]) that gives a dict of
+        float32 arrays in the order of `outputs`.
+
+    Raises:
+        UserError: see `check_outputs`.
+    """
+    check_outputs(module, outputs)
+    module = module.clone(dtype=jnp.float32, remat='')
+    if not isinstance(module, models.MlpMixer):
+        module = module.clone(attention='xla')
+
+    def run(params: Mapping[str, Any], images: jax.Array) -> dict[str, jax.Array]:
+        logits, found = models.apply_with_intermediates(
+            module, params, images, attention_weights='attention' in outputs
+        )
+        values = {'logits': logits, 'features': found['pre_logits']}
+        if getattr(module, 'distilled', False):
+            values['features'] = values['features'].mean(axis=1)
+        if 'probabilities' in outputs:
+            values['probabilities'] = jax.nn.softmax(logits, axis=-1)
+        if 'attention' in outputs:
+            blocks = [
+                f'Transformer/encoderblock_{i}' for i in range(module.transformer['num_layers'])
+            ]
+            weights = [found[f'{block}/attention_weights'] for block in blocks]
+            values['attention'] = jnp.stack(weights, axis=1)
+        return {name: values[name] for name in outputs}
+
+    return run
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """Images to verify on, read one at a time.
+
+    Attributes:
+        read: number of an image -> float32 [S, S, 3] in [0, 255], preprocessed as in evaluation.
+        keys: a name of each image, for people.
+        description: of all of them, for people.
+    """
+
+    read: Callable[[int], np.ndarray]
+    keys: Sequence[str]
+    description: str
+
+
+def images_for(model: model_folder.Model, paths: Sequence[str] = ()) -> Images:
+    """The user's images, or photographs that are always at hand.
+
+    Args:
+        model: says how images are preprocessed.
+        paths: image files and folders of them; none: seven crops of the two photographs that
+            scikit-learn has for such purposes (a temple, a flower).
+
+    Returns:
+        At least `BATCH` of them: fewer are repeated.
+
+    Raises:
+        UserError: a path that does not exist, or a folder without images. An image that cannot be
+            read is a `BadImageError` when it is read.
+    """
+    if not paths:
+        photos = _photographs()
+
+        def crop(i: int) -> np.ndarray:
+            name, (y, x, height, width) = _CROPS[i]
+            return load_image(photos[name][y : y + height, x : x + width], model.preprocess)
+
+        keys = [f'{name} {height}x{width}+{y}+{x}' for name, (y, x, height, width) in _CROPS]
+        return Images(crop, keys, "7 crops of scikit-learn's sample photographs")
+    found = predict.find_images(paths)
+    keys = [found[i % len(found)] for i in range(max(BATCH, len(found)))]
+    repeated = '' if len(keys) == len(found) else f', repeated to make {len(keys)}'
+    return Images(
+        lambda i: load_image(keys[i], model.preprocess),
+        keys,
+        f'{len(found)} images of --images{repeated}',
+    )
+
+
+@functools.cache
+def _photographs() -> dict[str, np.ndarray]:
+    import sklearn.datasets  # here, because it takes a second to import
+
+    found = sklearn.datasets.load_sample_images()
+    names = (pathlib.Path(name).name for name in found.filenames)
+    return dict(zip(names, found.images, strict=True))
+
+
 def verify(
     model: model_folder.Model,
     path: str | os.PathLike[str],
     *,
     format: str,
-    options: formats.Options = formats.DEFAULT,
-    images: samples.Samples | None = None,
+    outputs: Sequence[str] = ('logits',),
+    dtype: str = 'float32',
+    layout: str = 'NHWC',
+    preprocessing: bool = False,
+    images: Images | None = None,
 ) -> Report:
     """Runs an exported model and compares.
 
     Args:
-        model: what was exported (without what `options.drop` names).
+        model: what was exported.
         path: the file or folder.
-        format: a key of `formats.FORMATS`.
-        options: as it was exported.
-        images: what to run it on; default `samples.of(model)`.
+        format: a key of `PACKAGES`.
+        outputs: what it should give, names among `OUTPUTS`.
+        dtype: the type that it computes in.
+        layout: of its input, 'NHWC' or 'NCHW'.
+        preprocessing: whether its input is uint8 in [0, 255].
+        images: what to run it on; default `images_for(model)`.
 
     Returns:
         The report. A model that cannot be loaded or run at all has FAILED; NOT_VERIFIED is one
@@ -126,12 +309,14 @@ def verify(
     Raises:
         UserError: an image cannot be read.
     """
-    images = samples.of(model) if images is None else images
-    outputs = formats.outputs_of(model, format, options)
-    report = Report(VERIFIED, options.dtype, images=images.description)
+    images = images or images_for(model)
+    report = Report(VERIFIED, dtype, images=images.description)
+    count = len(images.keys)
+    whole = [(first, min(first + BATCH, count)) for first in range(0, count, BATCH)]
+    batches = [*_SMALL, *whole]
     with tempfile.TemporaryDirectory(prefix='vit_jax-verify-') as name:
         folder = pathlib.Path(name)
-        batches = _write_images(folder / 'images.npy', images, model.image_size, options)
+        _write_images(folder / 'images.npy', images, model.image_size, layout, preprocessing)
         request = {
             'format': format,
             'path': os.path.abspath(path),
@@ -139,148 +324,155 @@ def verify(
             'batches': batches,
             'model_config': dict(model.model_config),
         }
-        (folder / 'request.json').write_text(json.dumps(request), encoding='utf-8')
+        files.write_json(folder / 'request.json', request)
         _run(folder, format, report)
         if report.status == VERIFIED:
-            _compare(folder, model, outputs, batches, images.keys, options, report)
+            needed = dict.fromkeys([*outputs, *(['logits'] if 'probabilities' in outputs else [])])
+            compute = compare.compiled(forward(model.model, list(needed)), model.params)
+            _compare(folder, compute, outputs, batches, images.keys, layout, report)
     if report.status == VERIFIED:
-        _check_names(model, report)
-        _judge(model, report)
+        _conclude(model, report)
     return report
 
 
 def _write_images(
-    path: pathlib.Path, images: samples.Samples, size: int, options: formats.Options
-) -> list[tuple[int, int]]:
-    """Writes the input, [n, ...] in the model's layout and type; returns the batches to run."""
-    nchw = options.layout == 'NCHW'
-    shape = (3, size, size) if nchw else (size, size, 3)
-    dtype = np.uint8 if options.preprocessing else np.float32
-    count = len(images)
-    stored = np.lib.format.open_memmap(path, mode='w+', dtype=dtype, shape=(count, *shape))
-    for i, pixels in enumerate(images):
-        image = samples.to_input(pixels, preprocessing=options.preprocessing)
-        stored[i] = image.transpose(2, 0, 1) if nchw else image
+    path: pathlib.Path, images: Images, size: int, layout: str, preprocessing: bool
+) -> None:
+    """Writes the input, [n, ...] in the model's layout and type."""
+    shape = (3, size, size) if layout == 'NCHW' else (size, size, 3)
+    stored = np.lib.format.open_memmap(
+        path,
+        mode='w+',
+        dtype=np.uint8 if preprocessing else np.float32,
+        shape=(len(images.keys), *shape),
+    )
+    for i in range(len(images.keys)):
+        pixels = images.read(i)
+        image = np.rint(pixels) if preprocessing else normalize(pixels)
+        stored[i] = image.transpose(2, 0, 1) if layout == 'NCHW' else image
     stored.flush()
-    whole = [(i, min(i + samples.BATCH, count)) for i in range(0, count, samples.BATCH)]
-    return [*_SMALL, *whole]
 
 
 def _run(folder: pathlib.Path, format: str, report: Report) -> None:
-    """Runs the child process; what it says goes into the report."""
+    """Runs the child process and fills in what it reports."""
     env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'HF_HUB_OFFLINE': '1'}
     if format == 'npz':
         env['PYTHONPATH'] = os.pathsep.join(filter(None, [str(_ROOT), env.get('PYTHONPATH')]))
     done = subprocess.run(
-        [sys.executable, '-P', runtimes.__file__, str(folder)],
+        [sys.executable, '-P', _CHILD, folder],
         env=env,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         errors='replace',
     )
-    packages = formats.FORMATS[format].packages
-    if done.returncode == runtimes.NOT_INSTALLED:
-        missing = json.loads((folder / 'result.json').read_text(encoding='utf-8'))
-        report.status = NOT_VERIFIED
-        report.reasons.append(
-            f'{missing["missing"]} is not installed ({missing["why"]}). To run and verify this '
-            f'format: pip install {packages}'
-        )
-    elif done.returncode:
+    if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         how = lines[-1] if lines else f'it ended with status {done.returncode}'
         if done.returncode < 0:
             how = f'it was killed by signal {-done.returncode}'
-        report.status = FAILED
-        report.reasons.append(f'it cannot be loaded and run ({packages}): {how}')
-    else:
-        report.facts = json.loads((folder / 'result.json').read_text(encoding='utf-8'))
-        report.runtime = report.facts['runtime']
-        report.own_form = report.facts.get('own_form', '')
+        report.set(FAILED, f'it cannot be loaded and run ({PACKAGES[format]}): {how}')
+        return
+    result = json.loads((folder / 'result.json').read_text(encoding='utf-8'))
+    if 'missing' in result:
+        report.set(
+            NOT_VERIFIED,
+            f'{result["missing"]} is not installed ({result["why"]}). To run and verify this '
+            f'format: pip install {PACKAGES[format]}',
+        )
+        return
+    report.facts = result
+    report.runtime = result['runtime']
+    report.own_form = result.get('own_form', '')
 
 
 def _compare(
     folder: pathlib.Path,
-    model: model_folder.Model,
+    compute: Callable[[np.ndarray], Mapping[str, np.ndarray]],
     outputs: Sequence[str],
     batches: Sequence[tuple[int, int]],
     keys: Sequence[str],
-    options: formats.Options,
+    layout: str,
     report: Report,
 ) -> None:
     """Fills the rows; an output of another name, shape or type is a failure."""
-    needed = dict.fromkeys([*outputs, *(['logits'] if 'probabilities' in outputs else [])])
-    compute = reference.runner(model.model, model.params, list(needed))
     stored = np.load(folder / 'images.npy', mmap_mode='r')
-    rows: dict[tuple[str, int], judge.Row] = {}
-    ours: Mapping[str, np.ndarray] = {}
-    chunk = -1
-    for i, (first, end) in enumerate(batches):
-        with np.load(folder / f'outputs-{i}.npz') as file:
-            found = dict(file)
-        own = {name: found.pop(name) for name in list(found) if name.startswith('own/')}
-        if found.keys() != set(outputs):
-            report.reasons.append(
-                f'its outputs are {", ".join(sorted(found))}; expected {", ".join(outputs)}'
-            )
-            break
-        if first // samples.BATCH != chunk:
-            chunk = first // samples.BATCH
-            start = chunk * samples.BATCH
-            ours = _reference(compute, stored[start : start + samples.BATCH], options)
-        wanted = {name: array[first - start : end - start] for name, array in ours.items()}
-        with np.errstate(invalid='ignore', over='ignore'):  # not finite is told by the rows
-            report.reasons += judge.compare(rows, wanted, found, keys[first:end])
-            if 'own/logits' in own and i >= len(_SMALL):
-                report.own.add(wanted['logits'], own['own/logits'])
+    rows: dict[tuple[str, int], compare.ExportRow] = {}
+    for chunk, members in itertools.groupby(enumerate(batches), lambda item: item[1][0] // BATCH):
+        start = chunk * BATCH
+        ours = _jax_outputs(compute, np.array(stored[start : start + BATCH]), layout)
+        for i, (first, end) in members:
+            with np.load(folder / f'outputs-{i}.npz') as file:
+                found = dict(file)
+            own = found.pop('own/logits', None)
+            if found.keys() != set(outputs):
+                names = ', '.join(sorted(found))
+                report.set(FAILED, f'its outputs are {names}; expected {", ".join(outputs)}')
+                return
+            expected = {name: array[first - start : end - start] for name, array in ours.items()}
+            for problem in compare.add_export(rows, expected, found, keys[first:end]):
+                report.set(FAILED, problem)
+            if own is not None and i >= len(_SMALL):
+                report.own.add(own, expected['logits'])
     report.rows = list(rows.values())
-    if report.reasons:
-        report.status = FAILED
 
 
-def _reference(compute, stored: np.ndarray, options: formats.Options) -> Mapping[str, np.ndarray]:
+def _jax_outputs(
+    compute: Callable[[np.ndarray], Mapping[str, np.ndarray]], images: np.ndarray, layout: str
+) -> Mapping[str, np.ndarray]:
     """JAX's outputs for a batch of stored input, always computed at one batch size."""
-    images = np.array(stored)
-    if options.layout == 'NCHW':
+    if layout == 'NCHW':
         images = images.transpose(0, 2, 3, 1)
-    if options.preprocessing:
-        images = samples.to_input(images.astype(np.float32), preprocessing=False)
+    if images.dtype == np.uint8:
+        images = normalize(images.astype(np.float32))
     count = len(images)
-    padding = np.zeros((samples.BATCH - count, *images.shape[1:]), np.float32)
+    padding = np.zeros((BATCH - count, *images.shape[1:]), np.float32)
     outputs = compute(np.concatenate([images, padding]))
     return {name: array[:count] for name, array in outputs.items()}
 
 
-def _check_names(model: model_folder.Model, report: Report) -> None:
-    """Class names that the format keeps have to be the model's."""
+def _conclude(model: model_folder.Model, report: Report) -> None:
+    """Compares class names, and decides by the rows."""
     names, found = model_folder.own_class_names(model), report.facts.get('class_names')
     if names and found is not None and tuple(found) != names:
-        report.status = FAILED
-        report.reasons.append(f'its class names are {found[:5]}..., expected {list(names[:5])}...')
-
-
-def _judge(model: model_folder.Model, report: Report) -> None:
-    far = {row.output for row in report.rows if not row.passed(report.dtype)}
-    if far and report.status == VERIFIED:
-        report.status = FAILED
-        report.reasons.append(f'{", ".join(sorted(far))} too far from JAX')
-    proves = {row.output for row in report.rows} - set(judge.SCORES)
-    if report.status == VERIFIED and formats.zero_head(model) and not proves:
-        report.status = NOT_VERIFIED
-        report.reasons.append(
+        report.set(FAILED, f'its class names are {found[:5]}..., expected {list(names[:5])}...')
+    elif far := {row.output for row in report.rows if not row.passed(report.dtype)}:
+        report.set(FAILED, f'{", ".join(sorted(far))} too far from JAX')
+    elif compare.zero_head(model.params) and not (
+        {row.output for row in report.rows} - set(compare.SCORES)
+    ):
+        report.set(
+            NOT_VERIFIED,
             'the head is all zeros (weights for fine-tuning), so every logit is 0 whatever the '
-            'rest computes; with --features there is something to compare'
+            'rest computes; with --features there is something to compare',
         )
 
 
-class VerificationError(UserError):
-    """An exported model does not compute what the model computes.
+def _table(rows: Sequence[compare.ExportRow], dtype: str) -> Any:
+    """The rows as a `rich.table.Table`."""
+    import rich.box
+    import rich.table
 
-    Attributes:
-        report: what was found.
-    """
-
-    def __init__(self, message: str, report: Report):
-        super().__init__(message)
-        self.report = report
+    shown = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    last = ('limit',) if dtype == 'float32' else ('cosine', 'mean')
+    names = ('output', 'batch', 'images', 'largest', 'max diff', 'mean diff', 'same top-1', *last)
+    for name in (*names, ''):
+        shown.add_column(name, justify='left' if name == 'output' else 'right', no_wrap=True)
+    for row in rows:
+        found = row.difference
+        shown.add_row(
+            row.output,
+            str(row.batch),
+            str(found.images),
+            f'{found.largest:.3g}',
+            f'{found.max:.1e}',
+            f'{found.mean:.1e}',
+            f'{found.agree} of {found.vectors}' if row.output in compare.SCORES else '',
+            *(
+                (f'{row.float32_limit:.1e}',)
+                if dtype == 'float32'
+                else (f'{found.lowest_cosine:.6f}', f'{found.mean_cosine:.6f}')
+            ),
+            'ok' if row.passed(dtype) else 'TOO FAR',
+        )
+    return shown

@@ -1,0 +1,343 @@
+"""Our models beside PyTorch's: same weights, same images, number by number.
+
+The comparison of scripts/check_parity.py; `vit_jax.analysis.compare` has its limits.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+import torch
+
+from benchmarks import torch_libraries, torch_reference
+from vit_jax import files, models
+from vit_jax.analysis import compare
+from vit_jax.checkpoint import catalog, npz
+from vit_jax.data.decode import load_image
+from vit_jax.data.preprocess import normalize
+from vit_jax.errors import UserError
+from vit_jax.inference import model_folder, predict
+
+_TOKENS = re.compile(r'(?:Transformer/)?((?:encoderblock|MixerBlock)_\d+)/tokens')
+
+Outputs = Mapping[str, np.ndarray]
+Run = Callable[[np.ndarray], Outputs]
+# The form of GELU and whether in float64 -> what computes the outputs.
+Build = Callable[[str, bool], Run]
+
+
+def check(
+    model: str,
+    *,
+    images: Sequence[str] = (),
+    limit: int = 0,
+    variant: str = '',
+    tolerance: float | None = None,
+    reference: str = 'auto',
+    perturb: str = '',
+    batch: int = 4,
+    say: Callable[[Any], None] = print,
+) -> dict[str, Any]:
+    """Compares a model with PyTorch.
+
+    Args:
+        model: model folder, file of weights, or name of a released checkpoint.
+        images: image files and folders of them; default 8 made-up ones.
+        limit: how many of them to use at most; 0 for all.
+        variant: architecture of a file, where its arrays do not tell.
+        tolerance: how far logits may differ; default see `compare.parity_verdict`.
+        reference: 'transformers', 'torch_reference', 'timm', or 'auto'.
+        perturb: array that is 1 % larger on the PyTorch side, so that the check fails.
+        batch: images at once.
+        say: shows a line to the user.
+
+    Returns:
+        What was found, as JSON; 'passed' says whether the logits agree.
+
+    Raises:
+        UserError: no comparison was possible.
+    """
+    path = pathlib.Path(model) if os.path.exists(model) else catalog.resolve(model)
+    opened = model_folder.load(path, variant=variant)
+    weights, reader = _reference_weights(path, opened)
+    folder = path if _is_transformers_folder(path) and not perturb else None
+    if folder is not None:
+        reader = "by transformers' own from_pretrained"
+    if perturb:
+        weights = _perturb(weights, perturb)
+    zero_head = compare.zero_head(opened.params)
+    name = opened.model_config.get('model_name')
+    count = sum(leaf.size for leaf in jax.tree.leaves(opened.params))
+    say(
+        f'{name or "a model of no known variant"}, {count:,} parameters, {opened.image_size} px: '
+        f'{path}'
+    )
+    say(f'PyTorch reads the weights {reader}')
+    batches, described = _images(opened, images, limit, batch)
+    say(described)
+    if perturb:
+        say(f'{perturb} is 1 % larger on the PyTorch side: the check should fail')
+    if zero_head:
+        say(
+            'The head is all zeros, as in weights for fine-tuning only: all logits are 0 and prove '
+            'nothing. The final features (pre_logits) are compared'
+        )
+    ours, ours64 = (layers_of(opened.model, opened.params, t) for t in (np.float32, np.float64))
+    results = []
+    for title, build in _references(reference, opened, weights, folder):
+        say(f'\nReference: {title}')
+        try:
+            sides = [ours, build('tanh', False), ours64, build('tanh', True)]
+            erf_side = build('erf', False)
+        except (KeyError, ValueError, RuntimeError) as e:
+            raise UserError(f'{path}: {title} cannot be built with these weights: {e}') from e
+        rows: dict[str, compare.ParityRow] = {}
+        erf = {key: compare.Difference() for key in ('logits', 'pre_logits')}
+        for pixels in batches():
+            outputs = [side(pixels) for side in sides]
+            compare.add_parity(rows, *outputs)
+            erf_outputs = erf_side(pixels)
+            for key in erf.keys() & erf_outputs.keys():
+                erf[key].add(erf_outputs[key], outputs[1][key])
+        verdict = compare.parity_verdict(rows, zero_head=zero_head, tolerance=tolerance)
+        say(_table(rows))
+        say(_erf_line(verdict, erf[verdict.output]))
+        say(verdict)
+        results.append(
+            {
+                'name': title,
+                'passed': verdict.passed,
+                'verdict': dataclasses.asdict(verdict) | {'text': str(verdict)},
+                'rows': {key: row.to_dict() for key, row in rows.items()},
+                'erf_gelu': erf[verdict.output].to_dict(),
+            }
+        )
+    return {
+        'model': str(path),
+        'variant': name,
+        'num_parameters': count,
+        'image_size': opened.image_size,
+        'images': described,
+        'weights_read': reader,
+        'perturbed': perturb or None,
+        'zero_head': zero_head,
+        'references': results,
+        'passed': all(result['passed'] for result in results),
+    }
+
+
+def layers_of(model: Any, params: Mapping[str, Any], dtype: Any = np.float32) -> Run:
+    """A function that computes what is compared.
+
+    Args:
+        model: a Flax module of `vit_jax.models`; its own dtype does not matter.
+        params: its parameters, nested dict of arrays.
+        dtype: float32 or float64, see `compare.compiled`.
+
+    Returns:
+        A function of images [B, height, width, 3] in [-1, 1] that returns 'resnet' (of hybrids) [B,
+        h, w, F], 'patch_embedding' [B, N, D], the tokens after each block ('encoderblock_0' or
+        'MixerBlock_0', ...) [B, N, D], 'pre_logits' (what the head reads) and, if there is a head,
+        'logits', all of `dtype`.
+    """
+    model = model.clone(dtype=np.dtype(dtype))
+
+    def compute(params: Any, images: jax.Array) -> dict[str, jax.Array]:
+        logits, found = models.apply_with_intermediates(model, params, images)
+        patches = found['patch_embedding']
+        outputs = {'patch_embedding': patches.reshape(len(patches), -1, patches.shape[-1])}
+        outputs |= {name: found[name] for name in ('resnet', 'pre_logits') if name in found}
+        outputs |= {m[1]: found[name] for name in found if (m := _TOKENS.fullmatch(name))}
+        return outputs | ({'logits': logits} if model.num_classes else {})
+
+    return compare.compiled(compute, params, dtype)
+
+
+def made_up_images(count: int, size: int, seed: int = 0) -> np.ndarray:
+    """Random images with coarse and fine structure that fill the range of values.
+
+    Args:
+        count: number of images.
+        size: side, pixels.
+        seed: any integer; the same gives the same images.
+
+    Returns:
+        float32 [count, size, size, 3] in [-1, 1], multiples of a grey level apart.
+    """
+    rng = np.random.default_rng(seed)
+    areas = rng.uniform(0, 255, (count, 7, 7, 3))
+    rows = np.arange(size) * 7 // size
+    pixels = areas[:, rows][:, :, rows] + rng.normal(0, 30, (count, size, size, 3))
+    return normalize(np.clip(np.rint(pixels), 0, 255).astype(np.float32))
+
+
+def _images(
+    model: model_folder.Model, paths: Sequence[str], limit: int, batch: int
+) -> tuple[Callable[[], Iterator[np.ndarray]], str]:
+    """A function that gives batches of inputs, [B, size, size, 3] in [-1, 1], and their name."""
+    if paths:
+        found = predict.find_images(paths)[: limit or None]
+        count, what = len(found), f'images from {" ".join(paths)}'
+    else:
+        made_up = made_up_images(limit or 8, model.image_size)
+        count, what = len(made_up), 'made-up images'
+
+    def batches() -> Iterator[np.ndarray]:
+        for first in range(0, count, batch):
+            if paths:
+                pixels = [load_image(p, model.preprocess) for p in found[first : first + batch]]
+                yield normalize(np.stack(pixels))
+            else:
+                yield made_up[first : first + batch]
+
+    return batches, f'{count} {what}, {model.image_size} x {model.image_size} pixels'
+
+
+def _reference_weights(path: pathlib.Path, model: model_folder.Model) -> tuple[Outputs, str]:
+    """The weights under published names, and how they were read."""
+    file = path / 'params.npz' if path.is_dir() else path
+    if file.suffix == '.npz' and file.is_file():
+        weights = torch_reference.read_weights(file)
+        if any(name in weights for name in ('head/bias', 'embedding/bias', 'stem/bias')):
+            return weights, 'from the file, by code of its own'
+    weights = {k: np.asarray(v) for k, v in npz.flatten(npz.to_published(model.params)).items()}
+    return weights, 'as vit_jax read them (only the computation is compared, not the reading)'
+
+
+def _is_transformers_folder(path: pathlib.Path) -> bool:
+    """Whether transformers itself can load it for input in [-1, 1]: then it does."""
+    if not (path / 'config.json').is_file():
+        return False
+    processor = {}
+    if (path / 'preprocessor_config.json').is_file():
+        processor = files.read_json(path / 'preprocessor_config.json')
+    half = [0.5] * 3
+    is_half = processor.get('image_mean', half) == processor.get('image_std', half) == half
+    return is_half and files.read_json(path / 'config.json').get('model_type') == 'vit'
+
+
+def _perturb(weights: Outputs, name: str) -> Outputs:
+    # A file may number modules in the published way, while scripts/inspect_checkpoint.py shows
+    # Linen's names.
+    keys = flax.traverse_util.unflatten_dict({key: key for key in weights}, sep='/')
+    name = npz.flatten(npz.to_linen(keys)).get(name, name)
+    if name not in weights:
+        near = difflib.get_close_matches(name, weights, n=3, cutoff=0.0)
+        raise UserError(f'--perturb: there is no array {name}; nearest: {", ".join(near)}')
+    if not weights[name].any():
+        raise UserError(f'--perturb: {name} is all zeros, so 1 % of it is nothing; name another')
+    return {**weights, name: weights[name] * np.float32(1.01)}
+
+
+def _references(
+    chosen: str, model: model_folder.Model, weights: Outputs, folder: pathlib.Path | None
+) -> Iterator[tuple[str, Build]]:
+    """(description, what builds it) of each implementation to compare with."""
+    classifier = model.model_config.get('classifier', '')
+    special = ('conv_root/kernel', 'dist', 'head_hidden/kernel')
+    is_plain = classifier == 'token' and not any(name in weights for name in special)
+    if chosen == 'transformers' and not is_plain:
+        raise UserError('--reference: transformers has only Vision Transformers with a class token')
+    timm_name = torch_libraries.timm_name(model.model_config.get('model_name') or '')
+    if 'pre_logits/bias' in weights:
+        timm_name = ''
+    if chosen == 'timm' and not timm_name:
+        raise UserError('--reference: timm has no such model')
+
+    version = f'PyTorch {torch.__version__}'
+    transformers = timm = None
+    if is_plain and chosen in ('auto', 'transformers'):
+        os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
+        transformers = _library('transformers', chosen)
+    if transformers is not None:
+
+        def module(gelu: str) -> torch.nn.Module:
+            if folder is not None:
+                return torch_libraries.transformers_folder(folder, gelu)
+            return torch_libraries.transformers_model(weights, gelu)
+
+        yield f'ViT of transformers {transformers.__version__}, {version}', _builder(module)
+    elif chosen in ('auto', 'torch_reference'):
+        yield (
+            f'benchmarks/torch_reference.py, {version}',
+            _builder(lambda gelu: torch_reference.build(weights, classifier=classifier, gelu=gelu)),
+        )
+    if timm_name and chosen in ('auto', 'timm'):
+        timm = _library('timm', chosen)
+    if timm is not None:
+        yield (
+            f'{timm_name} of timm {timm.__version__}, {version}',
+            _builder(
+                lambda gelu: torch_libraries.TimmModel(timm_name, weights, model.image_size, gelu)
+            ),
+        )
+
+
+def _library(name: str, chosen: str) -> Any:
+    """The library, or None if it is not installed; an error if it was asked for by name."""
+    if importlib.util.find_spec(name) is None:
+        if chosen == name:
+            raise UserError(f'--reference: {name} is not installed: pip install {name}')
+        return None
+    try:
+        return importlib.import_module(name)
+    except Exception as e:  # an installation that does not fit PyTorch's fails in any way it likes
+        if chosen == name:
+            raise UserError(f'--reference: {name} is installed but cannot be imported: {e}') from e
+        print(f'{name} is installed but cannot be imported ({e}); left out', file=sys.stderr)
+        return None
+
+
+def _builder(module_of: Callable[[str], torch.nn.Module]) -> Build:
+    def build(gelu: str, wide: bool) -> Run:
+        dtype = torch.float64 if wide else torch.float32
+        module = module_of(gelu).to(dtype)
+
+        def run(images: np.ndarray) -> Outputs:
+            with torch.inference_mode():
+                outputs = module(torch.from_numpy(images).to(dtype))
+            return {name: output.numpy() for name, output in outputs.items()}
+
+        return run
+
+    return build
+
+
+def _table(rows: Mapping[str, compare.ParityRow]) -> str:
+    """The rows as text, a line each."""
+    lines = [
+        f'{"":16} {"largest":>8} | {"ours - PyTorch, float32":^26} | {"from own float64":^19} '
+        f'| {"both in":^9}',
+        f'{"":16} {"value":>8} | {"max":>8} {"mean":>8} {"argmax":>8} | {"ours":>9} {"PyTorch":>9} '
+        f'| {"float64":>9}',
+    ]
+    for name, row in rows.items():
+        same = row.float32
+        mark = '' if row.is_rounding else '  more than rounding'
+        lines.append(
+            f'{name:16} {row.float64.largest:8.3g} | {same.max:8.1e} {same.mean:8.1e} '
+            f'{100 * same.agree / same.vectors:7.5g}% | {row.ours.max:9.1e} {row.theirs.max:9.1e} '
+            f'| {row.float64.max:9.1e}{mark}'
+        )
+    return '\n'.join(lines)
+
+
+def _erf_line(verdict: compare.Verdict, erf: compare.Difference) -> str:
+    times = ''
+    if verdict.passed and verdict.difference:
+        times = f', {erf.max / verdict.difference:.0f} times as much'
+    return (
+        f"With PyTorch's default erf GELU instead of tanh, its {verdict.output} would differ by "
+        f'{erf.max:.1e} (mean {erf.mean:.1e}){times}; argmax agrees in {erf.agree} of '
+        f'{erf.vectors}'
+    )
