@@ -23,7 +23,7 @@ from benchmarks import torch_libraries, torch_reference
 from vit_jax import files, models
 from vit_jax.analysis import compare
 from vit_jax.checkpoint import catalog, npz
-from vit_jax.data.decode import load_image
+from vit_jax.data.batches import eval_batches
 from vit_jax.data.preprocess import normalize
 from vit_jax.errors import UserError
 from vit_jax.inference import model_folder, predict
@@ -193,12 +193,11 @@ def _images(
         count, what = len(made_up), 'made-up images'
 
     def batches() -> Iterator[np.ndarray]:
-        for first in range(0, count, batch):
-            if paths:
-                pixels = [load_image(p, model.preprocess) for p in found[first : first + batch]]
-                yield normalize(np.stack(pixels))
-            else:
-                yield made_up[first : first + batch]
+        if not paths:
+            yield from (made_up[first : first + batch] for first in range(0, count, batch))
+            return
+        for data in eval_batches(predict.Images(found), model.preprocess, batch=batch):
+            yield normalize(data['image'][data['readable']])
 
     return batches, f'{count} {what}, {model.image_size} x {model.image_size} pixels'
 

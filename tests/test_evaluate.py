@@ -10,11 +10,12 @@ from PIL import Image
 
 from vit_jax import evaluate, models, sharding, steps
 from vit_jax.data import sources
+from vit_jax.data.batches import eval_batches
 from vit_jax.data.dataset import Example
 from vit_jax.data.decode import BadImageError
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
-from vit_jax.export import samples
+from vit_jax.export import verify
 from vit_jax.inference import metrics, model_folder, predict
 from vit_jax.inference.classifier import JaxClassifier, classify, softmax
 
@@ -181,10 +182,10 @@ def test_one_image_takes_the_same_way_everywhere(tmp_path, monkeypatch):
     ((data, logits),) = classify(classifier, source, batch=3, on_bad=None)
     found, _ = metrics.collect(classifier, source, model_labels=(0, 1), batch=3)
     assert np.array_equal(data['image'], seen[0]['image'])
-    verified = np.stack(list(samples.of(model, files)))[:3]
+    (verified,) = eval_batches(verify.images_for(files).source, model.preprocess, batch=7)
     for number, (path, probabilities) in enumerate(predict.predict(classifier, files, batch=3)):
         i = row[path]
-        assert np.array_equal(verified[number], data['image'][i])
+        assert np.array_equal(verified['image'][number], data['image'][i])
         assert np.array_equal(probabilities, softmax(logits[i]))
         assert found.confidence[i] == pytest.approx(probabilities.max(), rel=1e-6)
     assert trained['loss_test'] == pytest.approx(-found.log_probability.mean(), rel=1e-6)

@@ -170,7 +170,7 @@ def export(
     outputs = outputs_of(model, format, options)
     if format in ('onnx', 'stablehlo'):
         verify.check_outputs(model.model, outputs)
-    chosen = verify.images_for(model, images) if verified else None
+    chosen = verify.images_for(images) if verified else None
     say = console.print if console else lambda *_: None
     model, notes = _without(model, options.drop)
     report = None

@@ -15,7 +15,6 @@ Names and shapes of the outputs (B batch, C classes, D width, L blocks, H heads,
 """
 
 import dataclasses
-import functools
 import itertools
 import json
 import os
@@ -33,8 +32,9 @@ import numpy as np
 
 from vit_jax import files, models
 from vit_jax.analysis import compare
-from vit_jax.data.decode import load_image
-from vit_jax.data.preprocess import normalize
+from vit_jax.data.batches import eval_batches
+from vit_jax.data.dataset import Example, Source
+from vit_jax.data.preprocess import Preprocess, normalize
 from vit_jax.errors import UserError
 from vit_jax.inference import model_folder, predict
 
@@ -223,24 +223,23 @@ def forward(
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """Images to verify on, read one at a time.
+    """Images to verify on.
 
     Attributes:
-        read: number of an image -> float32 [S, S, 3] in [0, 255], preprocessed as in evaluation.
+        source: what reads them.
         keys: a name of each image, for people.
         description: of all of them, for people.
     """
 
-    read: Callable[[int], np.ndarray]
+    source: Source
     keys: Sequence[str]
     description: str
 
 
-def images_for(model: model_folder.Model, paths: Sequence[str] = ()) -> Images:
+def images_for(paths: Sequence[str] = ()) -> Images:
     """The user's images, or photographs that are always at hand.
 
     Args:
-        model: says how images are preprocessed.
         paths: image files and folders of them; none: seven crops of the two photographs that
             scikit-learn has for such purposes (a temple, a flower).
 
@@ -248,35 +247,36 @@ def images_for(model: model_folder.Model, paths: Sequence[str] = ()) -> Images:
         At least `BATCH` of them: fewer are repeated.
 
     Raises:
-        UserError: a path that does not exist, or a folder without images. An image that cannot be
-            read is a `BadImageError` when it is read.
+        UserError: a path that does not exist, or a folder without images.
     """
     if not paths:
-        photos = _photographs()
-
-        def crop(i: int) -> np.ndarray:
-            name, (y, x, height, width) = _CROPS[i]
-            return load_image(photos[name][y : y + height, x : x + width], model.preprocess)
-
         keys = [f'{name} {height}x{width}+{y}+{x}' for name, (y, x, height, width) in _CROPS]
-        return Images(crop, keys, "7 crops of scikit-learn's sample photographs")
+        return Images(_Photographs(), keys, "7 crops of scikit-learn's sample photographs")
     found = predict.find_images(paths)
     keys = [found[i % len(found)] for i in range(max(BATCH, len(found)))]
     repeated = '' if len(keys) == len(found) else f', repeated to make {len(keys)}'
-    return Images(
-        lambda i: load_image(keys[i], model.preprocess),
-        keys,
-        f'{len(found)} images of --images{repeated}',
-    )
+    return Images(predict.Images(keys), keys, f'{len(found)} images of --images{repeated}')
 
 
-@functools.cache
-def _photographs() -> dict[str, np.ndarray]:
-    import sklearn.datasets  # here, because it takes a second to import
+class _Photographs:
+    """`_CROPS` as a `Source`."""
 
-    found = sklearn.datasets.load_sample_images()
-    names = (pathlib.Path(name).name for name in found.filenames)
-    return dict(zip(names, found.images, strict=True))
+    class_names = ()
+    exif = False
+
+    def __init__(self) -> None:
+        import sklearn.datasets  # here, because it takes a second to import
+
+        found = sklearn.datasets.load_sample_images()
+        names = (pathlib.Path(name).name for name in found.filenames)
+        self._photos = dict(zip(names, found.images, strict=True))
+
+    def __len__(self) -> int:
+        return len(_CROPS)
+
+    def __getitem__(self, index: int) -> Example:
+        name, (y, x, height, width) = _CROPS[index]
+        return Example(self._photos[name][y : y + height, x : x + width], 0, name)
 
 
 def verify(
@@ -300,7 +300,7 @@ def verify(
         dtype: the type that it computes in.
         layout: of its input, 'NHWC' or 'NCHW'.
         preprocessing: whether its input is uint8 in [0, 255].
-        images: what to run it on; default `images_for(model)`.
+        images: what to run it on; default `images_for()`.
 
     Returns:
         The report. A model that cannot be loaded or run at all has FAILED; NOT_VERIFIED is one
@@ -309,14 +309,14 @@ def verify(
     Raises:
         UserError: an image cannot be read.
     """
-    images = images or images_for(model)
+    images = images or images_for()
     report = Report(VERIFIED, dtype, images=images.description)
     count = len(images.keys)
     whole = [(first, min(first + BATCH, count)) for first in range(0, count, BATCH)]
     batches = [*_SMALL, *whole]
     with tempfile.TemporaryDirectory(prefix='vit_jax-verify-') as name:
         folder = pathlib.Path(name)
-        _write_images(folder / 'images.npy', images, model.image_size, layout, preprocessing)
+        _write_images(folder / 'images.npy', images, model.preprocess, layout, preprocessing)
         request = {
             'format': format,
             'path': os.path.abspath(path),
@@ -336,20 +336,22 @@ def verify(
 
 
 def _write_images(
-    path: pathlib.Path, images: Images, size: int, layout: str, preprocessing: bool
+    path: pathlib.Path, images: Images, preprocess: Preprocess, layout: str, preprocessing: bool
 ) -> None:
     """Writes the input, [n, ...] in the model's layout and type."""
-    shape = (3, size, size) if layout == 'NCHW' else (size, size, 3)
+    side = preprocess.crop
+    shape = (3, side, side) if layout == 'NCHW' else (side, side, 3)
     stored = np.lib.format.open_memmap(
         path,
         mode='w+',
         dtype=np.uint8 if preprocessing else np.float32,
         shape=(len(images.keys), *shape),
     )
-    for i in range(len(images.keys)):
-        pixels = images.read(i)
-        image = np.rint(pixels) if preprocessing else normalize(pixels)
-        stored[i] = image.transpose(2, 0, 1) if layout == 'NCHW' else image
+    for data in eval_batches(images.source, preprocess, batch=BATCH):
+        found = data['example'][data['readable']]
+        pixels = data['image'][: len(found)]
+        pixels = np.rint(pixels) if preprocessing else normalize(pixels)
+        stored[found] = pixels.transpose(0, 3, 1, 2) if layout == 'NCHW' else pixels
     stored.flush()
 
 
