@@ -19,7 +19,6 @@ Examples:
 """
 
 import argparse
-import os
 import pathlib
 import sys
 
@@ -40,7 +39,11 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
     add = parser.add_argument
-    add('--model', required=True, help='model folder, or weights of any kind that can be loaded')
+    add(
+        '--model',
+        required=True,
+        help='model folder, weights of any known kind, or a released name',
+    )
     add('--variant', default='', help='architecture of weights, such as ViT-B_16, if not clear')
     add('--labels', default='', metavar='NAMES', help='class names, as of scripts/predict.py')
     add(
@@ -78,7 +81,6 @@ def _run(args: argparse.Namespace) -> int:
     import dataclasses
 
     from vit_jax.analysis import attention, attention_output
-    from vit_jax.checkpoint import catalog
     from vit_jax.errors import UserError
     from vit_jax.inference import contact_sheet, labels, model_folder, predict
     from vit_jax.inference import output as prediction_output
@@ -93,8 +95,7 @@ def _run(args: argparse.Namespace) -> int:
         raise UserError(f'--what {args.what} is about the model alone; give no images')
     if args.model.lower().endswith('.onnx'):
         raise UserError(f'{args.model} is an ONNX file; give the model folder or the weights')
-    source = args.model if os.path.exists(args.model) else catalog.resolve(args.model)
-    model = model_folder.load(source, variant=args.variant)
+    model = model_folder.load(args.model, variant=args.variant)
     names = labels.choose(model.class_names, args.labels, args.model)
     model = dataclasses.replace(model, class_names=names)
     attention.check(model)

@@ -44,6 +44,7 @@ def _run(args: argparse.Namespace) -> None:
 def _compare(model, images: list[str]) -> None:
     import numpy as np
 
+    from vit_jax.data.decode import load_image
     from vit_jax.inference import predict
 
     differences = _differences(model.image_size)
@@ -51,7 +52,7 @@ def _compare(model, images: list[str]) -> None:
     for first in range(0, len(images), BATCH):
         paths = images[first : first + BATCH]
         upright = [predict.read_image(path) for path in paths]
-        right = np.stack([model.preprocess.evaluate(image) for image in upright])
+        right = np.stack([load_image(image, model.preprocess) for image in upright])
         answer = np.argmax(model.logits(right), axis=1)
         for name, (make, _) in differences.items():
             pixels = np.stack([make(*pair) for pair in zip(paths, upright, strict=True)])

@@ -14,7 +14,6 @@ Examples:
 """
 
 import argparse
-import os
 import pathlib
 import sys
 
@@ -58,20 +57,22 @@ def main() -> int:
 
 def _convert(args: argparse.Namespace) -> None:
     # Not at the top: they take seconds, and --help should not.
-    from vit_jax.checkpoint import catalog, formats, npz
+    from vit_jax.checkpoint import formats, npz
     from vit_jax.export import pytorch as export
     from vit_jax.inference import model_folder
 
-    source = args.source if os.path.exists(args.source) else catalog.resolve(args.source)
     normalization = {None: None, 'half': formats.HALF, 'imagenet': formats.IMAGENET}
     model = model_folder.open_model(
-        source, variant=args.variant, normalization=normalization[args.normalization]
+        args.source, variant=args.variant, normalization=normalization[args.normalization]
     )
     arrays = npz.flatten(model.params)
     count = sum(array.size for array in arrays.values())
     name = model.model_config.get('model_name') or 'a model of no known variant'
     kind = model.source.get('format', 'vit_jax model folder')
-    print(f'{source}: {name}, {kind}, {len(arrays)} arrays, {count:,} parameters')
+    print(
+        f'{model.source.get("file", args.source)}: {name}, {kind}, {len(arrays)} arrays, '
+        f'{count:,} parameters'
+    )
     for note in model.source.get('notes', ()):
         print(f'  {note}')
     model_folder.check(model)

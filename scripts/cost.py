@@ -38,7 +38,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
     add = parser.add_argument
     add('--variant', default='', help='a name of scripts/list_models.py --variants')
-    add('--model', default='', help='model folder, or weights of any kind that can be loaded')
+    add(
+        '--model',
+        default='',
+        help='model folder, weights of any known kind, or a released name',
+    )
     add('--all', action='store_true', help='every variant: the largest batch that fits')
     add('--num_classes', type=int, help='default: 1000, or those of --model')
     add('--image_size', type=int, nargs='+', help='default: 224, or that of --model')

@@ -68,15 +68,13 @@ def _export(args: argparse.Namespace) -> int:
 
     import rich.console
 
-    from vit_jax.checkpoint import catalog
     from vit_jax.export import verify
     from vit_jax.inference import model_folder
 
     width = max(100, shutil.get_terminal_size().columns)  # the table needs 90
     console = rich.console.Console(highlight=False, soft_wrap=True, width=width)
-    source = args.model if os.path.exists(args.model) else catalog.resolve(args.model)
     report = formats.export(
-        model_folder.load(source, variant=args.variant),
+        model_folder.load(args.model, variant=args.variant),
         args.output,
         format=args.format,
         options=options,

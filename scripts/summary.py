@@ -29,7 +29,7 @@ def main() -> int:
     parser = cli.make_parser(__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument('--variant', help='a name of scripts/list_models.py --variants')
-    what.add_argument('--model', help='model folder, or weights of any kind that can be loaded')
+    what.add_argument('--model', help='model folder, weights of any known kind, or a released name')
     parser.add_argument('--num_classes', type=int, help='default: 1000, or those of --model')
     parser.add_argument('--image_size', type=int, help='default: 224, or that of --model')
     parser.add_argument('--style', choices=STYLES, default='jax', help='default: jax')

@@ -34,7 +34,8 @@ def add_model(parser: argparse.ArgumentParser, labels: str) -> None:
         required=True,
         metavar='MODEL',
         help='model folder (WORKDIR/model of a training run), exported .onnx file, or weights: '
-        '.npz, .safetensors, .pth, folder of Hugging Face or timm',
+        '.npz, .safetensors, .pth, folder of Hugging Face or timm, or a released name such as '
+        'imagenet21k/ViT-B_16 (scripts/list_models.py has them all)',
     )
     parser.add_argument(
         '--variant', default='', help='architecture of weights, such as ViT-B_16, if not clear'

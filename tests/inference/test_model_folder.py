@@ -10,6 +10,7 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
+from PIL import Image
 
 from vit_jax import checkpoint, models, variants
 from vit_jax.checkpoint import formats, npz
@@ -340,3 +341,37 @@ def test_a_description_nested_without_end(tmp_path):
     os.mkfifo(folder / 'model.json')
     with pytest.raises(UserError, match='no model.json'):
         model_folder.load(folder)
+
+
+@pytest.mark.parametrize(
+    'command',
+    [
+        ('predict.py', 'PHOTO'),
+        ('evaluate.py', '--dataset', 'digits', '--split', 'train[:20]'),
+        ('attention.py', '--what', 'filters', '--output', 'FOLDER/drawn'),
+        ('export.py', '--format', 'npz', '--output', 'FOLDER/exported.npz'),
+        ('compare_preprocessing.py', 'PHOTO'),
+        ('summary.py',),
+        ('cost.py',),
+    ],
+)
+def test_released_names_are_models_of_every_command(command, run_script, tmp_path, monkeypatch):
+    """A file that was downloaded before; without it, and offline, the message names --model."""
+    monkeypatch.setenv('VIT_JAX_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setenv('VIT_JAX_BASE_URL', 'http://127.0.0.1:9')  # nothing listens there
+    monkeypatch.setenv('no_proxy', '*')
+    monkeypatch.setenv('NO_PROXY', '*')
+    photo = tmp_path / 'photo.png'
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(photo)
+    words = [
+        word.replace('PHOTO', str(photo)).replace('FOLDER', str(tmp_path)) for word in command[1:]
+    ]
+    missing = run_script(command[0], '--model', 'imagenet21k/ViT-B_16', *words)
+    assert missing.returncode == 1 and missing.stderr.count('\n') == 1
+    assert missing.stderr.endswith('or name it with --model FILE\n'), missing.stderr
+    released = tmp_path / 'cache/vit_models/imagenet21k/ViT-B_16.npz'
+    released.parent.mkdir(parents=True, exist_ok=True)
+    params = _params(classes=10)
+    npz.save(released, params)
+    done = run_script(command[0], '--model', 'imagenet21k/ViT-B_16', *words)
+    assert done.returncode == 0, done.stderr

@@ -19,7 +19,7 @@ import numpy as np
 from vit_jax import files
 from vit_jax.analysis import attention, embeddings
 from vit_jax.analysis import attention_pictures as pictures
-from vit_jax.data.decode import BadImageError
+from vit_jax.data.decode import BadImageError, load_image
 from vit_jax.errors import UserError
 from vit_jax.inference import contact_sheet, model_folder, predict
 from vit_jax.inference.classifier import softmax
@@ -263,7 +263,7 @@ def _draw_image(
 
     One at a time: the weights of attention are large, and it is drawing that takes long.
     """
-    pixels = model.preprocess.evaluate(image)[None]
+    pixels = load_image(image, model.preprocess)[None]
     found = attention.maps(model, pixels)
     if not np.isfinite(found.logits).all():
         raise UserError(f'the model gives NaN or infinite numbers for {predict.printable(path)}')

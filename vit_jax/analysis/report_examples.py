@@ -12,7 +12,7 @@ from vit_jax.analysis import attention, counts
 from vit_jax.analysis.run_files import MODEL_FOLDER, Run
 from vit_jax.data import sources
 from vit_jax.data.dataset import Example, Selection, Source
-from vit_jax.data.decode import decode
+from vit_jax.data.decode import decode, load_image
 from vit_jax.errors import UserError
 from vit_jax.inference import labels, model_folder
 from vit_jax.inference import metrics as classification_metrics
@@ -251,7 +251,7 @@ def _label(source: Selection, index: int) -> int:
 
 def _attention(model: model_folder.Model, pixels: np.ndarray) -> tuple[str, ...]:
     """What the model sees, and over it the attention of the last block, and the rollout."""
-    seen = model.preprocess.evaluate(pixels)
+    seen = load_image(pixels, model.preprocess)
     maps = attention.maps(model, seen[None])
     last = maps.class_token[0, -1].mean(axis=0)
     # Each patch of a small image should be larger than a pixel of the overlay.

@@ -80,7 +80,17 @@ RELEASED: dict[str, float | None] = {
 }
 
 
-def resolve(pretrained: str, *, cache_dir: str | os.PathLike[str] = '') -> pathlib.Path:
+def is_name(text: str) -> bool:
+    """Whether a text looks like a released name or an address; a path may do so, too."""
+    return '://' in text or text.split('/')[0] in {name.split('/')[0] for name in RELEASED}
+
+
+def resolve(
+    pretrained: str,
+    *,
+    cache_dir: str | os.PathLike[str] = '',
+    option: str = download.OPTION,
+) -> pathlib.Path:
     """Finds a checkpoint, and downloads it to the cache if need be.
 
     Args:
@@ -90,6 +100,7 @@ def resolve(pretrained: str, *, cache_dir: str | os.PathLike[str] = '') -> pathl
         cache_dir: where downloads go, by the path they have in their bucket. Default: the
             environment variable VIT_JAX_CACHE, else ~/.cache/vit_jax. VIT_JAX_BASE_URL names a
             mirror of https://storage.googleapis.com.
+        option: how a user names a file instead, for messages.
 
     Returns:
         Path of a file on this machine.
@@ -99,7 +110,7 @@ def resolve(pretrained: str, *, cache_dir: str | os.PathLike[str] = '') -> pathl
     """
     if '://' in pretrained:
         name = pretrained.removeprefix('gs://').removeprefix(f'{BUCKET}/')
-        return _fetch(pretrained, RELEASED.get(name), cache_dir)
+        return _fetch(pretrained, RELEASED.get(name), cache_dir, option)
     path = files.expand(pretrained)
     files.recover(path)
     if (path / 'params.npz').is_file():
@@ -114,7 +125,7 @@ def resolve(pretrained: str, *, cache_dir: str | os.PathLike[str] = '') -> pathl
     name = pretrained if pretrained.endswith('.npz') else f'{pretrained}.npz'
     if name in RELEASED or (name.startswith('augreg/') and name.count('-') > 1):
         bucket = '' if name.startswith(_OTHER_BUCKETS) else f'{BUCKET}/'
-        return _fetch(f'gs://{bucket}{name}', RELEASED.get(name), cache_dir)
+        return _fetch(f'gs://{bucket}{name}', RELEASED.get(name), cache_dir, option)
     near = difflib.get_close_matches(name, RELEASED, n=3, cutoff=0.5)
     hint = f'; nearest released names: {", ".join(near)}' if near else ''
     raise UserError(
@@ -194,7 +205,12 @@ def _best_augreg(index: pathlib.Path, model: str) -> str:
     return best[model][1]
 
 
-def _fetch(address: str, mib: float | None, cache_dir: str | os.PathLike[str]) -> pathlib.Path:
+def _fetch(
+    address: str,
+    mib: float | None,
+    cache_dir: str | os.PathLike[str],
+    option: str = download.OPTION,
+) -> pathlib.Path:
     try:
         address.encode()  # what comes from a command line may hold bytes that are not text
         parsed = urllib.parse.urlsplit(address)
@@ -216,4 +232,5 @@ def _fetch(address: str, mib: float | None, cache_dir: str | os.PathLike[str]) -
     # Whole paths: SAM and GSAM files have the names of others, and only the folder differs.
     parts = [part for part in key.split('/') if part not in ('', '.', '..')]
     root = cache_dir or os.environ.get('VIT_JAX_CACHE') or '~/.cache/vit_jax'
-    return download.fetch(url, files.expand(root).joinpath(*parts), published_mib=mib)
+    target = files.expand(root).joinpath(*parts)
+    return download.fetch(url, target, published_mib=mib, option=option)

@@ -21,13 +21,20 @@ from vit_jax.errors import UserError
 _log = logging.getLogger(__name__)
 
 MIB = 2**20
+OPTION = '--config.pretrained=FILE'  # of training, which names a file
 TIMEOUT_SECONDS = 30  # without a single byte
 
 # Published sizes are rounded, 37.2 MiB to 37 for example.
 _SIZE_TOLERANCE = 0.02
 
 
-def fetch(url: str, target: pathlib.Path, *, published_mib: float | None = None) -> pathlib.Path:
+def fetch(
+    url: str,
+    target: pathlib.Path,
+    *,
+    published_mib: float | None = None,
+    option: str = OPTION,
+) -> pathlib.Path:
     """Downloads a file, unless it is there already.
 
     The bytes go to `<target>.part`; a download that was broken off goes on where it stopped, if the
@@ -38,6 +45,7 @@ def fetch(url: str, target: pathlib.Path, *, published_mib: float | None = None)
         url: http or https address.
         target: where the file goes; its folder is made.
         published_mib: size that the file should have, in MiB, to 2 %; None if it is not known.
+        option: how a user names a file instead, for messages.
 
     Returns:
         `target`.
@@ -46,6 +54,13 @@ def fetch(url: str, target: pathlib.Path, *, published_mib: float | None = None)
         UserError: there is no connection, no such file, another size than published, no space, or
             the connection broke (then the next call goes on from there).
     """
+
+    def failed(reason: object) -> UserError:
+        return UserError(
+            f'cannot download {url}: {reason}. If this machine has no access, get the file '
+            f'elsewhere and put it at {target}, or name it with {option}'
+        )
+
     try:
         if target.exists():
             return target
@@ -55,11 +70,11 @@ def fetch(url: str, target: pathlib.Path, *, published_mib: float | None = None)
                 _download(url, target, published_mib)
     except urllib.error.HTTPError as e:
         e.close()
-        raise _failed(url, target, f'the server answers {e.code} {e.reason}') from e
+        raise failed(f'the server answers {e.code} {e.reason}') from e
     except (OSError, http.client.HTTPException) as e:
-        raise _failed(url, target, getattr(e, 'reason', e)) from e
+        raise failed(getattr(e, 'reason', e)) from e
     except ValueError as e:  # damaged headers: a length that is not a number, a broken tag
-        raise _failed(url, target, f'the answer of the server is not HTTP ({e})') from e
+        raise failed(f'the answer of the server is not HTTP ({e})') from e
     return target
 
 
@@ -68,11 +83,10 @@ def _download(url: str, target: pathlib.Path, published_mib: float | None) -> No
     with _open(url, part) as (response, offset):
         remaining = response.headers['Content-Length']
         total = None if remaining is None else offset + int(remaining)
-        _check_size(url, target, total, published_mib)
+        _check_size(total, published_mib)
         free = shutil.disk_usage(part.parent).free
         if total is not None and total - offset > free:
-            reason = f'it needs {total:,} bytes, and only {free:,} are free there'
-            raise _failed(url, target, reason)
+            raise OSError(f'it needs {total:,} bytes, and only {free:,} are free there')
         _log.info('Downloading %s to %s', url, target)
         with open(part, 'r+b' if offset else 'wb') as f:
             f.seek(offset)
@@ -85,7 +99,7 @@ def _download(url: str, target: pathlib.Path, published_mib: float | None) -> No
             f'the download of {url} broke off after {size:,} of {total:,} bytes. Run the same '
             f'command again to go on from there (so far: {part})'
         )
-    _check_size(url, target, size, published_mib)
+    _check_size(size, published_mib)
     os.replace(part, target)
     _etag_file(part).unlink(missing_ok=True)
 
@@ -143,22 +157,11 @@ def _copy(
             bar.advance(task, len(block))
 
 
-def _check_size(
-    url: str, target: pathlib.Path, size: int | None, published_mib: float | None
-) -> None:
+def _check_size(size: int | None, published_mib: float | None) -> None:
     if size is None or published_mib is None:
         return
     if abs(size / MIB - published_mib) > _SIZE_TOLERANCE * published_mib:
-        raise _failed(
-            url, target, f'it has {size / MIB:.2f} MiB there, the released file {published_mib:g}'
-        )
-
-
-def _failed(url: str, target: pathlib.Path, reason: object) -> UserError:
-    return UserError(
-        f'cannot download {url}: {reason}. If this machine has no access, get the file elsewhere '
-        f'and put it at {target}, or name it with --config.pretrained=FILE'
-    )
+        raise OSError(f'it has {size / MIB:.2f} MiB there, the released file {published_mib:g}')
 
 
 def _etag_file(part: pathlib.Path) -> pathlib.Path:

@@ -24,7 +24,7 @@ import numpy as np
 
 import vit_jax
 from vit_jax import files, models
-from vit_jax.checkpoint import adapt, formats, infer, npz
+from vit_jax.checkpoint import adapt, catalog, formats, infer, npz
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.inference import labels
@@ -140,7 +140,8 @@ def load(path: str | os.PathLike[str], *, variant: str = '') -> Model:
 
     Args:
         path: a model folder (the `model` folder of a run); a `.npz`, `.safetensors` or `.pth` file;
-            a folder of Hugging Face or timm.
+            a folder of Hugging Face or timm; or a released name or an address, see
+            `catalog.resolve`.
         variant: name from `models.variants.VARIANTS`, not for a model folder: what it has to be.
 
     Returns:
@@ -173,8 +174,10 @@ def open_model(
         variant: see `load`.
         normalization: see `checkpoint.open_weights`; not for a model folder.
     """
-    path = files.expand(path)
+    name, path = os.fspath(path), files.expand(path)
     files.recover(path)
+    if catalog.is_name(name) and not os.path.lexists(path):
+        path = catalog.resolve(name, option='--model FILE')
     if path.is_dir() and ((path / MODEL_FILE).is_file() or not (path / 'config.json').is_file()):
         if variant:
             raise UserError(f'{path} is a model folder, which knows its variant; leave it out')
