@@ -7,7 +7,6 @@ Example:
 """
 
 import argparse
-import json
 import pathlib
 
 import matplotlib
@@ -22,7 +21,8 @@ from PIL import Image
 # A checkout runs without being installed.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from vit_jax.data import sources
+from vit_jax import files
+from vit_jax.data import decode, sources
 from vit_jax.inference import model_folder, predict
 
 COLUMNS = 5
@@ -37,11 +37,11 @@ def save_test_images(workdir: pathlib.Path) -> list[tuple[str, str]]:
     Returns:
       Path and class name of each, in label order.
     """
-    config = json.loads((workdir / 'config.json').read_text())
+    config = files.read_json(workdir / 'config.json')
     _, source = sources.open_sources(
         config['dataset'], train_split=config['pp']['train'], test_split=config['pp']['test']
     )
-    first = {}
+    first: dict[int, int] = {}
     for index in range(len(source)):
         first.setdefault(source[index].label, index)
     folder = workdir / 'images'
@@ -50,7 +50,7 @@ def save_test_images(workdir: pathlib.Path) -> list[tuple[str, str]]:
     for label, index in sorted(first.items()):
         name = source.class_names[label]
         path = folder / f'{name}_test_{index:04d}.png'
-        Image.fromarray(source[index].image).save(path)
+        Image.fromarray(decode.decode(source[index].image, key=name)).save(path)
         saved.append((str(path), name))
     return saved
 

@@ -47,8 +47,8 @@ class AttentionMaps:
     logits: np.ndarray
 
 
-def check(model: model_folder.Model) -> None:
-    """Raises `UserError` for a model without attention, or whose head reads no single vector."""
+def check(model: model_folder.Model) -> models.VisionTransformer:
+    """Returns the module; `UserError` if it has no attention, or gives scores for every token."""
     if not isinstance(model.model, models.VisionTransformer):
         raise UserError(
             'an MLP-Mixer has no attention: its tokens are mixed with fixed weights, the same for '
@@ -59,6 +59,7 @@ def check(model: model_folder.Model) -> None:
             f'a model with classifier {model.model.classifier!r} gives a result for every token; '
             "attention is shown for models with classifier 'token' or 'gap'"
         )
+    return model.model
 
 
 def maps(model: model_folder.Model, pixels: np.ndarray) -> AttentionMaps:
@@ -72,8 +73,7 @@ def maps(model: model_folder.Model, pixels: np.ndarray) -> AttentionMaps:
     Raises:
       UserError: see `check`.
     """
-    check(model)
-    return AttentionMaps(*map(np.asarray, _maps(_static(model.model), model.params, pixels)))
+    return AttentionMaps(*map(np.asarray, _maps(_static(check(model)), model.params, pixels)))
 
 
 def relevance(model: model_folder.Model, pixels: np.ndarray, classes: np.ndarray) -> np.ndarray:
@@ -98,7 +98,7 @@ def relevance(model: model_folder.Model, pixels: np.ndarray, classes: np.ndarray
     Raises:
       UserError: see `check`; a model without head; a label that the model does not have.
     """
-    check(model)
+    module = _static(check(model))
     count = len(model.class_names)
     if not count:
         raise UserError('this model has no classification head, so there is no class to explain')
@@ -107,9 +107,7 @@ def relevance(model: model_folder.Model, pixels: np.ndarray, classes: np.ndarray
         raise ValueError(f'classes must be [{len(pixels)}, K], got {list(classes.shape)}')
     if classes.size and not (0 <= classes.min() and classes.max() < count):
         raise UserError(f'labels of this model are 0 to {count - 1}')
-    return np.asarray(
-        _relevance(_static(model.model), model.params, pixels, classes.astype(np.int32))
-    )
+    return np.asarray(_relevance(module, model.params, pixels, classes.astype(np.int32)))
 
 
 def rollout(layers: Sequence[jax.Array], start: jax.Array) -> jax.Array:
@@ -213,8 +211,11 @@ def special_tokens(model: models.VisionTransformer) -> int:
 
 def _static(model: models.VisionTransformer) -> models.VisionTransformer:
     """The same module, hashable: equal architectures are compiled once."""
-    mappings = {name: getattr(model, name) for name in ('patches', 'transformer', 'resnet')}
-    return model.clone(**{name: x and flax.core.freeze(dict(x)) for name, x in mappings.items()})
+    patches, transformer, resnet = (
+        value and flax.core.freeze(dict(value))
+        for value in (model.patches, model.transformer, model.resnet)
+    )
+    return model.clone(patches=patches, transformer=transformer, resnet=resnet)
 
 
 def _read(

@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -230,9 +231,9 @@ def _draw_model(
     kinds: Sequence[str],
     title: str,
     skip: Callable[[str], None] | None,
-) -> dict[str, np.ndarray]:
+) -> dict[str, Any]:
     """The pictures that need no image; returns their arrays."""
-    arrays = {}
+    arrays: dict[str, Any] = {}
     if 'filters' in kinds:
         with _skipping(skip, 'patch_filters.png'):
             components, share = embeddings.filter_components(model)
@@ -274,9 +275,9 @@ def _draw_image(
     folder.mkdir()
     image = pictures.shrink(image)
     title = f'{contact_sheet.shorten(predict.printable(pathlib.PurePath(path).name), 36)} · {title}'
-    cls = attention.special_tokens(model.model) > 0
-    arrays = {'path': predict.printable(path), 'class_names': np.array(model.class_names)}
-    if model.class_names:
+    cls = attention.special_tokens(attention.check(model)) > 0
+    arrays: dict[str, Any] = {'path': predict.printable(path), 'class_names': model.class_names}
+    if probabilities is not None:
         arrays['probabilities'] = probabilities
     if 'class_token' in choice.kinds:
         arrays['class_token'] = found.class_token[0]
@@ -295,7 +296,7 @@ def _draw_image(
             unit='% of the rollout',
         )
         pictures.save(figure, folder / 'rollout.png')
-    if 'relevance' in choice.kinds:
+    if 'relevance' in choice.kinds and probabilities is not None:
         labels = np.array(
             choice.classes or predict.choose_classes(probabilities, top_k=choice.top_k)
         )

@@ -151,7 +151,7 @@ def distance(mean_distance: np.ndarray, *, images: int, image_size: int, title: 
     axes.set_xlabel('layer (0 is nearest to the image); a point is a head')
     axes.set_ylabel(f'mean attention distance (pixels of {image_size})')
     axes.set_ylim(bottom=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis='x', integer=True)
     axes.grid(alpha=0.3)
     axes.legend(title=f'{images:,} image{"" if images == 1 else "s"}')
     return figure

@@ -35,8 +35,7 @@ def filter_components(
     Raises:
       UserError: see `attention.check`; a hybrid, whose patches are cut from features of a ResNet.
     """
-    attention.check(model)
-    if model.model.resnet is not None:
+    if attention.check(model).resnet is not None:
         raise UserError(
             'the patches of a hybrid are cut from features of its ResNet, not from RGB pixels: '
             'their filters cannot be drawn as pictures'
@@ -64,12 +63,12 @@ def position_similarity(model: model_folder.Model) -> np.ndarray:
     Raises:
       UserError: see `attention.check`; a model without position embeddings.
     """
-    attention.check(model)
+    module = attention.check(model)
     found = model.params['Transformer'].get('posembed_input')
     if found is None:
         raise UserError('this model has no position embeddings')
     embeddings = np.asarray(found['pos_embedding'], np.float64)[0]
-    embeddings = embeddings[attention.special_tokens(model.model) :]
+    embeddings = embeddings[attention.special_tokens(module) :]
     norms = np.linalg.norm(embeddings, axis=-1, keepdims=True)
     embeddings = embeddings / np.maximum(norms, np.finfo(np.float64).tiny)
     side = math.isqrt(len(embeddings))  # models of this package have square inputs

@@ -11,7 +11,7 @@ import io
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -62,7 +62,7 @@ class _Curve:
 
 
 # Title, unit of the vertical axis, and curves.
-_CHARTS = (
+_CHARTS: tuple[tuple[str, str, tuple[_Curve, ...]], ...] = (
     (
         'Loss',
         'cross-entropy (nats)',
@@ -120,7 +120,7 @@ def class_balance(class_names: Sequence[str], counts: dict[str, np.ndarray]) -> 
         order = np.argsort(-next(iter(counts.values())), kind='stable')
         labels = np.concatenate([order[:half], order[-half:]])
         note = f'the {half} largest and {half} smallest of {len(order):,} classes'
-    names = [contact_sheet.shorten(class_names[label], 24) for label in labels]
+    names = [contact_sheet.shorten(class_names[label], 24) for label in labels.tolist()]
     figure = Figure(figsize=(5.6, 1.3 + 0.22 * len(labels)), layout='constrained')
     panels = figure.subplots(1, len(counts), sharey=True, squeeze=False)[0]
     for panel, color, (split, values) in zip(panels, _SERIES, counts.items(), strict=False):
@@ -141,7 +141,7 @@ def themed() -> Iterator[None]:
     """Makes the figures that are drawn inside use the stand-in colours."""
     import matplotlib
 
-    settings = {
+    settings: dict[Any, Any] = {
         'axes.edgecolor': _INK,
         'axes.facecolor': 'none',
         'axes.grid': False,
@@ -186,7 +186,7 @@ def to_svg(figure: 'Figure', name: str) -> str:
         svg = svg.replace(color, css)
     # The page decides how wide it is; it knows the figure's own width as --width.
     head, body = svg.split('>', 1)
-    width = round(float(re.search(r' width="([\d.]+)pt"', head)[1]))
+    width = round(72 * figure.get_figwidth())
     head = re.sub(r' (?:width|height)="[^"]*"', '', head)
     svg = f'{head} role="img" style="--width: {width}px">{body}'
     return re.sub(r'(\bid="|url\(#|href="#)', rf'\g<1>{name}-', svg)

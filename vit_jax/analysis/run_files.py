@@ -200,7 +200,8 @@ def _read_rows(
         missing = isinstance(error, FileNotFoundError)
         notes.append(f'There is no {path.name}.' if missing else f'{path.name}: {error.strerror}.')
         return []
-    rows, unreadable = [], 0
+    rows: list[Mapping[str, Any]] = []
+    unreadable = 0
     for line in lines:
         try:
             row = json.loads(line)

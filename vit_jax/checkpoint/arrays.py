@@ -108,7 +108,8 @@ class Weights:
 
     def read(self) -> dict[str, Any]:
         """Reads everything: a nested dict of float32 NumPy arrays."""
-        return traverse_util.path_aware_map(lambda _, array: np.asarray(array), self.params)
+        flat = traverse_util.flatten_dict(self.params)
+        return traverse_util.unflatten_dict({name: np.asarray(a) for name, a in flat.items()})
 
 
 def from_file(

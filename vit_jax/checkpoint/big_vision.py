@@ -137,10 +137,14 @@ def _unstack(stacked: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:
         )
 
     def layers(array: Any) -> list[LazyArray]:
-        read = functools.cache(lambda: np.asarray(array))  # once for all layers
+        whole = functools.cache(lambda: np.asarray(array))  # read once for all layers
+
+        def read(index: int) -> np.ndarray:
+            return whole()[index]
+
         stored = getattr(array, 'stored_dtype', 'float32')
         return [
-            LazyArray(array.shape[1:], lambda index=index: read()[index], stored)
+            LazyArray(array.shape[1:], functools.partial(read, index), stored)
             for index in range(array.shape[0])
         ]
 

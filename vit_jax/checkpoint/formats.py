@@ -122,9 +122,9 @@ def _recognise(
     if not library:
         if any('/' in name for name in found):
             return npz.from_flat(found, path)
-        names = ', '.join(list(found)[:4])
+        some = ', '.join(list(found)[:4])
         raise UserError(
-            f'{path} is of no known kind: {len(found)} tensors ({names}, ...). Known: Google and '
+            f'{path} is of no known kind: {len(found)} tensors ({some}, ...). Known: Google and '
             'big_vision .npz; ViT, hybrid, Mixer and DeiT of timm, Hugging Face and torchvision'
         )
     heads = num_heads or _heads(path, library, found, variant)

@@ -165,7 +165,6 @@ _OLD_TORCHVISION = re.compile(r'(\.mlp)\.linear_([12])\.')
 
 def recognise(keys: Sequence[str]) -> str:
     """The key of `TABLES` for the names of a state dict, or '' if they are of no known library."""
-    keys = set(keys)
     if any(key.endswith('embeddings.patch_embeddings.projection.weight') for key in keys):
         old = any('encoder.layer.' in key for key in keys)
         return 'Hugging Face' if old else 'Hugging Face v5'
@@ -204,7 +203,9 @@ def to_params(
             _OLD_TORCHVISION.sub(lambda m: f'{m[1]}.{0 if m[2] == "1" else 3}.', key): array
             for key, array in tensors.items()
         }
-    params, used, notes = {}, set(), []
+    params: dict[str, LazyArray] = {}
+    used: set[str] = set()
+    notes = []
     for ours, theirs, layout in _expand(TABLES[table], tensors, 1):
         used.add(theirs)
         for index, name in enumerate(ours):
@@ -241,7 +242,8 @@ def from_params(params: Mapping[str, Any], table: str) -> tuple[dict[str, LazyAr
     Returns:
         (their name -> array, the names of ours that the library has no place for).
     """
-    tensors, used = {}, set()
+    tensors: dict[str, LazyArray] = {}
+    used: set[str] = set()
     for ours, theirs, layout in _expand(TABLES[table], params, 0):
         if not used.isdisjoint(ours) or not all(name in params for name in ours):
             continue
@@ -260,10 +262,10 @@ def _expand(
         keys: names of arrays, ours (side 0) or theirs (side 1).
         side: see `keys`.
     """
-    for ours, theirs, layout in table:
-        ours = (ours,) if isinstance(ours, str) else ours
-        pattern = re.escape(theirs if side else ours[0])
-        pattern = re.compile(re.sub(r'\\{(\w)\\}', r'(?P<\1>\\d+)', pattern))
+    for our_names, theirs, layout in table:
+        ours = (our_names,) if isinstance(our_names, str) else our_names
+        escaped = re.escape(theirs if side else ours[0])
+        pattern = re.compile(re.sub(r'\\{(\w)\\}', r'(?P<\1>\\d+)', escaped))
         for key in keys:
             if match := pattern.fullmatch(key):
                 indices = {name: int(value) for name, value in match.groupdict().items()}
