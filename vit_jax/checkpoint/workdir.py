@@ -8,6 +8,7 @@ counts only when what was read has the same checksums.
 
 Deleting is our own, too: Orbax removes a folder file by file, and a kill in between leaves half a
 checkpoint that it still lists. Here a folder is renamed first (`trash-<step>`), then removed.
+(`files.atomic_folder` does neither: Orbax writes in the background, from several processes.)
 """
 
 import contextlib
@@ -155,8 +156,6 @@ class Checkpoints:
             state, problem = self._read_and_verify(step, abstract_state)
             if problem:
                 damaged[step] = problem
-                path = self._folder / str(step)
-                _log.warning('The checkpoint %s is damaged and not used: %s', path, damaged[step])
                 continue
             for bad in damaged:
                 self._set_aside(bad)
@@ -178,14 +177,7 @@ class Checkpoints:
             The state, or None if that checkpoint is damaged (a warning says how) or not there.
         """
         self.wait()
-        if step not in self.steps():
-            return None
-        state, problem = self._read_and_verify(step, abstract_state)
-        if problem:
-            path = self._folder / str(step)
-            _log.warning('The checkpoint %s is damaged and not used: %s', path, problem)
-            return None
-        return state
+        return self._read_and_verify(step, abstract_state)[0] if step in self.steps() else None
 
     def wait(self) -> None:
         """Waits until the last save is complete on disk, then removes old checkpoints.
@@ -216,12 +208,12 @@ class Checkpoints:
         known = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO)
         words = next((os.strerror(n) for n in known if os.strerror(n) in reason), reason[:300])
         kept = ', '.join(map(str, self.steps()))
-        intact = (
+        earlier = (
             f'the checkpoints of steps {kept} are intact' if kept else 'there is no earlier one'
         )
         return UserError(
             f'the checkpoint of step {step} could not be written to {self._folder} ({words}); '
-            f'{intact}. Make room or set the permissions, and run the same command again to go on'
+            f'{earlier}. Make room or set the permissions, and run the same command again to go on'
         )
 
     def close(self) -> None:
@@ -232,28 +224,30 @@ class Checkpoints:
             self._quiet.remove()
 
     def _read_and_verify(self, step: int, abstract_state: Any) -> tuple[Any, str]:
-        """Returns (state, '') or, if damaged, (None, what is wrong); the same in all processes."""
+        """(state, '') or, with a warning, (None, what is damaged); the same in all processes."""
+        problem = ''
         with self._quiet.while_loading():
-            state, saved, problem = self._try_read(step, abstract_state)
+            try:
+                state, saved = self._read(step, abstract_state)
+            except (UserError, MemoryError):
+                raise
+            except Exception as e:  # Orbax raises many types for damage, bare Exception among them
+                problem = f'{type(e).__name__}: {e}'
+            if problem:
+                # Collect what the failed load leaves behind here, where nobody hears it.
+                time.sleep(_LEFTOVERS_SECONDS)
+                gc.collect()
         # Checksums are computed by all processes together, so all must have come this far.
         if not _agreed(not problem):
             problem = problem or 'another process cannot read it'
         else:
             problem = checksums.compare(checksums.checksums(state), saved)
-        return (None if problem else state), ' '.join(problem.split())[:300]
-
-    def _try_read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, int], str]:
-        """Returns (state, saved checksums, '') or, if damaged, (None, {}, what is wrong)."""
-        try:
-            return *self._read(step, abstract_state), ''
-        except (UserError, MemoryError):
-            raise
-        except Exception as e:  # Orbax raises many types for damage, bare Exception among them
-            problem = f'{type(e).__name__}: {e}'
-        # Collect what the failed load leaves behind here, where nobody hears it.
-        time.sleep(_LEFTOVERS_SECONDS)
-        gc.collect()
-        return None, {}, problem
+        if not problem:
+            return state, ''
+        problem = ' '.join(problem.split())[:300]
+        path = self._folder / str(step)
+        _log.warning('The checkpoint %s is damaged and not used: %s', path, problem)
+        return None, problem
 
     def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, int]]:
         """Reads one checkpoint, each process for itself; nothing is verified yet.
