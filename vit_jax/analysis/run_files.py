@@ -6,7 +6,6 @@ missing or damaged is named in `Run.notes`, and the rest is there.
 
 import dataclasses
 import datetime
-import json
 import math
 import os
 import pathlib
@@ -194,28 +193,20 @@ def _read_rows(
     path: pathlib.Path, notes: list[str], valid: Callable[[Any], bool]
 ) -> list[Mapping[str, Any]]:
     """The lines of a `.jsonl` file that are objects and valid; the others are counted in a note."""
-    try:
-        lines = path.read_text(encoding='utf-8', errors='replace').splitlines(keepends=True)
-    except OSError as error:
-        missing = isinstance(error, FileNotFoundError)
-        notes.append(f'There is no {path.name}.' if missing else f'{path.name}: {error.strerror}.')
+    if not path.exists():
+        notes.append(f'There is no {path.name}.')
         return []
-    rows: list[Mapping[str, Any]] = []
-    unreadable = 0
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict) and valid(row):
-            rows.append(row)
-        else:
-            unreadable += 1
-    if unreadable:
+    try:
+        lines = telemetry.read_lines(path)
+    except OSError as error:
+        notes.append(f'{path.name}: {error.strerror}.')
+        return []
+    rows: list[Mapping[str, Any]] = [row for _, row in lines if valid(row)]
+    if len(rows) < len(lines):
         torn = ' (the last one is half-written: the run was killed, or is writing it)'
         notes.append(
-            f'{path.name}: {unreadable} of {len(lines):,} lines cannot be read and are left '
-            f'out{"" if lines[-1].endswith(chr(10)) else torn}.'
+            f'{path.name}: {len(lines) - len(rows)} of {len(lines):,} lines cannot be read and are '
+            f'left out{"" if lines[-1][0].endswith(chr(10)) else torn}.'
         )
     return rows
 

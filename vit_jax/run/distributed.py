@@ -10,16 +10,15 @@ import os
 import re
 import socket
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
 from vit_jax.errors import UserError
 
-# After so many seconds without a sign of life a process counts as dead, and the others end.
-HEARTBEAT_TIMEOUT = 30
-# For so many seconds processes wait for each other at the start.
-START_TIMEOUT = 300
+HEARTBEAT_TIMEOUT = 30  # seconds without a sign of life after which a process counts as dead
+START_TIMEOUT = 300  # seconds that processes wait for each other at the start
 
 _FLAGS = '--coordinator_address HOST:PORT --num_processes N --process_id I'
 
@@ -48,19 +47,19 @@ def start(
       UserError: some arguments but not all, impossible ones, or the others did not come.
     """
     given = (bool(coordinator_address), num_processes > 0, process_id >= 0)
+    arguments: dict[str, Any] = {}
     if not any(given):
         cluster = find_cluster(os.environ)
         if not cluster:
             return
-        arguments = {}
         if cluster == 'slurm' and (ids := _slurm_devices(os.environ)):
-            arguments['local_device_ids'] = ids
+            arguments |= {'local_device_ids': ids}
         told = f'found by {cluster}'
     else:
         if not all(given):
             raise UserError(f'several processes need all three of {_FLAGS}, or none of them')
         _check(coordinator_address, num_processes, process_id)
-        arguments = {
+        arguments |= {
             'coordinator_address': coordinator_address,
             'num_processes': num_processes,
             'process_id': process_id,
@@ -107,7 +106,7 @@ def find_cluster(environ: Mapping[str, str]) -> str:
 
 
 def explain(error: Exception) -> UserError | None:
-    """The error to show when another process is gone; None if `error` is something else.
+    """The error to show when another process is gone; None for any other error.
 
     Args:
       error: what JAX raised.

@@ -1,4 +1,4 @@
-"""Whether a run may use its workdir: one run at a time, and going on only with what it began with.
+"""Whether a run may use its workdir: one run at a time, resumed only with what it began with.
 
 A resumed run equals an uninterrupted one only if neither the settings nor the examples changed.
 """
@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import filelock
+from flax import traverse_util
 
 from configs import common
 from vit_jax import files
@@ -36,9 +37,9 @@ FREE = frozenset({
 
 @contextlib.contextmanager
 def locked(workdir: str | os.PathLike[str]) -> Iterator[None]:
-    """Holds the workdir for this process; the system lets go of it however the process ends.
+    """Locks the workdir for this process; the system releases it however the process ends.
 
-    A folder that was made for that, and has nothing else in it in the end, is removed again.
+    A folder that was made for the lock, and has nothing else in it in the end, is removed again.
 
     Raises:
       UserError: another run holds it, or the folder cannot be written.
@@ -87,14 +88,10 @@ def check_config(saved: pathlib.Path, config: Mapping[str, Any]) -> list[str]:
       UserError: settings changed that must not (`FREE` lists those that may), or the file is
         missing or damaged.
     """
-    before = _read(saved, 'the settings this run began with')
-    now = json.loads(json.dumps(config))
+    before, now = _read(saved, 'the settings this run began with'), _flatten(config)
+    defaults = _flatten(common.get_defaults().to_dict())
     # Knobs that are newer than the run: without them, it did what their defaults do.
-    before = _filled(before, now, common.get_defaults().to_dict())
-    changed = {
-        name: f'{name}: {_shown(old)} -> {_shown(new)}'
-        for name, old, new in _differences(before, now)
-    }
+    changed = _differences({n: defaults[n] for n in now if n in defaults} | before, now)
     bound = [text for name, text in changed.items() if name.split('.')[0] not in FREE]
     if 'total_steps' in changed:
         bound.append(
@@ -121,45 +118,35 @@ def check_data(saved: pathlib.Path, data: Mapping[str, Any]) -> None:
     Raises:
       UserError: they differ, or the file is missing or damaged.
     """
-    before = _read(saved, 'which examples this run began with')
-    texts = [
-        f'{name}: {_shown(old)} -> {_shown(new)}'
-        for name, old, new in _differences(before, json.loads(json.dumps(data)))
-    ]
-    if texts:
+    changed = _differences(_read(saved, 'which examples this run began with'), _flatten(data))
+    if changed:
         raise UserError(
             f'the dataset is another than when the run in {saved.parent} began '
-            f'({"; ".join(texts)}). Put it back as it was, or use another --workdir'
+            f'({"; ".join(changed.values())}). Put it back as it was, or use another --workdir'
         )
 
 
 def _read(path: pathlib.Path, what: str) -> dict[str, Any]:
     try:
-        return files.read_json(path)
+        return _flatten(files.read_json(path))
     except UserError as error:
         raise UserError(
             f'{error}. It says {what}: put the file back, or use another --workdir'
         ) from error
 
 
-def _filled(before: Any, now: Any, defaults: Any) -> Any:
-    """`before`, with the defaults of settings that only `now` has, nested."""
-    if not all(isinstance(settings, dict) for settings in (before, now, defaults)):
-        return before
-    filled = {key: _filled(value, now.get(key), defaults.get(key)) for key, value in before.items()}
-    new = now.keys() & defaults.keys() - before.keys()
-    return filled | {key: defaults[key] for key in new}
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """Name -> `name: old -> new` of the values that differ; null where there is none."""
+    return {
+        name: f'{name}: {_shown(old.get(name))} -> {_shown(new.get(name))}'
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
+    }
 
 
-def _differences(old: Any, new: Any, name: str = '') -> Iterator[tuple[str, Any, Any]]:
-    """Yields (dotted name, old, new) of the leaves that differ; None where there is none."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted({*old, *new}):
-            yield from _differences(
-                old.get(key), new.get(key), f'{name}.{key}' if name else str(key)
-            )
-    elif old != new:
-        yield name, old, new
+def _flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted name -> value, as JSON gives it back."""
+    return traverse_util.flatten_dict(json.loads(json.dumps(settings)), sep='.')
 
 
 def _shown(value: Any) -> str:

@@ -3,7 +3,7 @@
 `metrics.jsonl` holds what was learned and is a function of configuration and data alone, so that
 two runs can be compared byte for byte; everything that depends on the clock goes to `timing.jsonl`.
 TensorBoard shows both. `train.log` is for people; what happened (resumed, stopped, an unreadable
-image) stands in `events.jsonl` as well, with the facts that a program may need.
+image) is in `events.jsonl` as well, with the facts that a program may need.
 
 The TensorBoard files are written through its record writer and its protocol buffers, which import
 neither TensorFlow nor PyTorch (its `SummaryWriter`, and `tensorboardX`, import them wherever they
@@ -90,7 +90,7 @@ class Telemetry:
         self._total_steps = total_steps
         self._process_index = process_index
         self._enabled = process_index == 0
-        self._live = None
+        self._live: rich.live.Live | None = None
         self._last_plain = -math.inf
         self._console = console or rich.console.Console()
         self._files: dict[str, TextIO] = {}
@@ -130,9 +130,7 @@ class Telemetry:
             configuration and data only. A value that is not finite is `null` in the file (JSON has
             no other way) and itself in TensorBoard.
         """
-        if self._enabled:
-            self._files[METRICS_FILE].write(_json_line(step, values))
-            self._tensorboard.write(step, values)
+        self._add(METRICS_FILE, step, values)
 
     def timing(self, step: int, **values: float) -> None:
         """Adds a line to `timing.jsonl` and TensorBoard.
@@ -141,9 +139,7 @@ class Telemetry:
           step: number of training steps done.
           **values: what depends on the clock or the machine (`img_sec_core_train`, memory, ...).
         """
-        if self._enabled:
-            self._files[TIMING_FILE].write(_json_line(step, values))
-            self._tensorboard.write(step, values)
+        self._add(TIMING_FILE, step, values)
 
     def progress(
         self,
@@ -243,6 +239,17 @@ class Telemetry:
         if self._tensorboard:
             self._tensorboard.close()
 
+    def _add(self, name: str, step: int, values: Mapping[str, float]) -> None:
+        if not self._enabled:
+            return
+        assert self._tensorboard is not None, 'start comes first'
+        row: dict[str, float | None] = {'step': int(step)}
+        for key, value in values.items():
+            value = value if isinstance(value, int) else float(value)
+            row[key] = value if math.isfinite(value) else None
+        self._files[name].write(json.dumps(row, allow_nan=False) + '\n')
+        self._tensorboard.write(step, values)
+
     def _print(self, text: str) -> None:
         # soft_wrap: where there is no terminal, rich would otherwise break lines at 80 columns.
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -294,19 +301,37 @@ def read_metric(
       up_to: last step to read; the lines of later ones are those of steps that a resumed run
         repeats.
     """
-    path = pathlib.Path(workdir) / METRICS_FILE
-    if not path.exists():
-        return {}
     values = {}
-    for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
+    for _, row in read_lines(pathlib.Path(workdir) / METRICS_FILE):
         try:
-            row = json.loads(line)
             step, value = int(row['step']), float(row[name])
         except (ValueError, TypeError, KeyError):
             continue  # other metrics; or torn by a kill, which `Telemetry` reports
         if up_to is None or step <= up_to:
             values[step] = value
     return values
+
+
+def read_lines(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
+    """The lines of a `.jsonl` file, each with the object in it; none without such a file.
+
+    The object is empty where a line holds none: the run was killed while it wrote, or the disk lost
+    it.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    lines = []
+    if path.exists():
+        lines = path.read_text(encoding='utf-8', errors='replace').splitlines(keepends=True)
+    rows = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        rows.append((line, row if isinstance(row, dict) else {}))
+    return rows
 
 
 def write_run_info(
@@ -372,39 +397,27 @@ def _now() -> str:
     return datetime.datetime.now().isoformat(sep=' ', timespec='seconds')
 
 
-def _json_line(step: int, values: Mapping[str, float]) -> str:
-    row = {'step': int(step)}
-    for name, value in values.items():
-        value = value if isinstance(value, int) else float(value)
-        row[name] = value if math.isfinite(value) else None
-    return json.dumps(row, allow_nan=False) + '\n'
-
-
 def _remove_later_steps(path: pathlib.Path, start_step: int) -> int:
     """Rewrites a `.jsonl` file, atomically, without the lines of steps after `start_step`.
 
-    The last line may be torn where the run was killed while it wrote; it is of a later step then,
-    and goes too.
+    The last line may be torn where the run was killed while it wrote; it belongs to a later step
+    then, and is removed too.
 
     Returns:
       The number of other lines that are not JSON with a step (the disk lost them), which are
       removed as well.
     """
-    if not path.exists():
-        return 0
-    lines = path.read_text(encoding='utf-8', errors='replace').splitlines(keepends=True)
+    lines = read_lines(path)
     kept, unreadable = [], 0
-    for number, line in enumerate(lines, start=1):
-        if number == len(lines) and not line.endswith('\n'):
-            break
+    for line, row in lines:
+        if not line.endswith('\n'):
+            continue
         try:
-            step = int(json.loads(line)['step'])
+            if int(row['step']) <= start_step:
+                kept.append(line)
         except (ValueError, TypeError, KeyError):
             unreadable += 1
-            continue
-        if step <= start_step:
-            kept.append(line)
-    if kept != lines:
+    if len(kept) < len(lines):
         files.write_text(path, ''.join(kept))
     return unreadable
 
