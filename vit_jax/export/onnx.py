@@ -72,56 +72,47 @@ def build(
             softmax and the sums over the layers stay float32, by casts in the graph.
 
     Returns:
-        The model, with its metadata (see `metadata`); `save` writes it.
+        The model, with its metadata; `save` writes it.
 
     Raises:
         UserError: an option with a value it does not have, a model that cannot give what is asked
             for, or weights that float16 cannot hold.
     """
-    _check(model, opset, layout, output, features, attention, dtype)
+    _check(model, features, attention, opset=opset, layout=layout, output=output, dtype=dtype)
     config, params, side = model.model_config, model.params, model.image_size
     graph = Graph(opset, DTYPES[dtype])
     image = _image(graph, side, layout, preprocessing)
-    mixer = variants.is_mixer(config)
-    if mixer:
+    if variants.is_mixer(config):
         values = onnx_mixer.build(graph, image, params, config, side)
     else:
         values = onnx_vit.build(graph, image, params, config, side, attention=attention)
-
     if values.logits:
-        num_classes = params['head']['bias'].shape[0]
-        x = values.logits
-        if output == 'probabilities':
-            x = graph.softmax(x, 'softmax')
-        graph.output(x, output, (BATCH, num_classes))
+        x = graph.softmax(values.logits, 'softmax') if output == 'probabilities' else values.logits
+        graph.output(x, output, (BATCH, params['head']['bias'].shape[0]))
     if features:
-        width = config['hidden_dim' if mixer else 'hidden_size']
-        if 'pre_logits' in params:
-            width = params['pre_logits']['bias'].shape[0]
-        graph.output(values.features, 'features', (BATCH, width))
+        graph.output(values.features, 'features', (BATCH, _width(model)))
     if attention:
-        blocks, tokens = len(values.attention), values.num_tokens
-        heads = config['transformer']['num_heads']
+        num_heads, tokens = config['transformer']['num_heads'], values.num_tokens
+        shape = (BATCH, len(values.attention), num_heads, tokens, tokens)
         x = graph.op('Concat', values.attention, 'attention/stacked', axis=1)
-        x = graph.reshape(x, (BATCH, blocks, heads, tokens, tokens), 'attention/blocks')
-        graph.output(x, 'attention', (BATCH, blocks, heads, tokens, tokens))
-
+        graph.output(graph.reshape(x, shape, 'attention/blocks'), 'attention', shape)
     proto = graph.model(str(config.get('model_name') or 'vit_jax'), vit_jax.__version__)
-    helper.set_model_props(
-        proto,
-        metadata(
-            model,
-            layout=layout,
-            output=output if values.logits else 'features',
-            preprocessing=preprocessing,
-            dtype=dtype,
-        ),
-    )
+    given = output if values.logits else 'features'
+    helper.set_model_props(proto, _metadata(model, layout, given, preprocessing, dtype))
     return proto
 
 
-def metadata(
-    model: 'model_folder.Model', *, layout: str, output: str, preprocessing: bool, dtype: str
+def _width(model: 'model_folder.Model') -> int:
+    """Of the features."""
+    if 'pre_logits' in model.params:
+        return model.params['pre_logits']['bias'].shape[0]
+    return model.model_config[
+        'hidden_dim' if variants.is_mixer(model.model_config) else 'hidden_size'
+    ]
+
+
+def _metadata(
+    model: 'model_folder.Model', layout: str, output: str, preprocessing: bool, dtype: str
 ) -> dict[str, str]:
     """What is written into the file: all that a program needs which has nothing but the file.
 
@@ -177,23 +168,14 @@ def save(
 
 
 def _check(
-    model: 'model_folder.Model',
-    opset: int,
-    layout: str,
-    output: str,
-    features: bool,
-    attention: bool,
-    dtype: str,
+    model: 'model_folder.Model', features: bool, attention: bool, **options: str | int
 ) -> None:
     """Raises `UserError` for what cannot be exported."""
-    for name, value, known in (
-        ('opset', opset, OPSETS),
-        ('layout', layout, LAYOUTS),
-        ('output', output, OUTPUTS),
-        ('dtype', dtype, tuple(DTYPES)),
-    ):
-        if value not in known:
-            raise UserError(f'unknown {name} {value!r} for ONNX: one of {_listed(known)}')
+    known = {'opset': OPSETS, 'layout': LAYOUTS, 'output': OUTPUTS, 'dtype': tuple(DTYPES)}
+    for name, value in options.items():
+        if value not in known[name]:
+            listed = ', '.join(map(str, known[name]))
+            raise UserError(f'unknown {name} {value!r} for ONNX: one of {listed}')
     config = model.model_config
     classifier = config.get('classifier', 'token')
     if not variants.is_mixer(config) and classifier not in ('token', 'gap'):
@@ -207,10 +189,6 @@ def _check(
         )
     if attention and variants.is_mixer(config):
         raise UserError('an MLP-Mixer has no attention: export it without the attention output')
-
-
-def _listed(values: tuple[Any, ...]) -> str:
-    return ', '.join(map(str, values))
 
 
 def _image(graph: Graph, side: int, layout: str, preprocessing: bool) -> str:

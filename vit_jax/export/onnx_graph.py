@@ -19,7 +19,7 @@ from vit_jax.errors import UserError
 
 FLOAT16, FLOAT32 = TensorProto.FLOAT16, TensorProto.FLOAT
 INT64, UINT8 = TensorProto.INT64, TensorProto.UINT8
-TYPE_NAMES = {FLOAT16: 'float16', FLOAT32: 'float32'}
+TYPE_NAMES: dict[int, str] = {FLOAT16: 'float16', FLOAT32: 'float32'}
 
 # Names of the two lengths that are open until the graph runs.
 BATCH = 'batch'  # images
@@ -65,11 +65,8 @@ class Graph:
         """Declares `value` an output of this name, float32: the node that makes it is renamed."""
         if self._types[value] != FLOAT32:
             value = self.cast(value, FLOAT32)
-        for node in self._nodes:
-            for names in (node.input, node.output):
-                for i, old in enumerate(names):
-                    if old == value:
-                        names[i] = name
+        for names in [names for node in self._nodes for names in (node.input, node.output)]:
+            names[:] = [name if old == value else old for old in names]
         if value in self._shapes:
             self._shapes[name] = self._shapes.pop(value)
         self._types[name] = self._types.pop(value)
@@ -81,43 +78,37 @@ class Graph:
         array = np.asarray(array)
         with np.errstate(over='ignore'):  # told below, by name
             converted = np.ascontiguousarray(array, helper.tensor_dtype_to_np_dtype(elem_type))
-        if not np.all(np.isfinite(converted)):
-            if np.all(np.isfinite(array)):
-                largest = np.abs(array).max()
-                raise UserError(
-                    f'{name} holds {largest:.3g}, beyond the range of float16 (65504): '
-                    'export in float32'
-                )
+        if not np.all(np.isfinite(array)):
             raise UserError(f'{name} holds NaN or infinity: these weights are of no use')
+        if not np.all(np.isfinite(converted)):
+            raise UserError(
+                f'{name} holds {np.abs(array).max():.3g}, beyond the range of float16 (65504): '
+                'export in float32'
+            )
         return self._constant(name, converted, elem_type)
 
     def integers(self, values: Sequence[int]) -> str:
-        """A constant int64 vector (shapes, axes); equal ones are one."""
-        name = 'int64[' + ','.join(map(str, values)) + ']'
-        if name in self._constants:
-            return name
-        return self._constant(name, np.array(values, np.int64), INT64)
+        """A constant int64 vector (shapes, axes)."""
+        return self._shared('int64[' + ','.join(map(str, values)) + ']', list(values), INT64)
 
     def index(self, value: int) -> str:
         """A constant int64 number."""
-        name = f'int64({value})'
-        if name in self._constants:
-            return name
-        return self._constant(name, np.array(value, np.int64), INT64)
+        return self._shared(f'int64({value})', value, INT64)
 
-    def scalar(self, value: float, elem_type: int = FLOAT32) -> str:
-        """A constant number of a float type; equal ones are one."""
-        name = f'{TYPE_NAMES[elem_type]}({value!r})'
-        if name in self._constants:
-            return name
-        return self.weight(name, np.float64(value), elem_type)
+    def scalar(self, value: float) -> str:
+        """A constant float32 number, as a vector of length 1."""
+        return self._shared(f'float32({value!r})', [value], FLOAT32)
 
     def full(self, length: int, value: float) -> str:
-        """A constant float32 vector of one number; equal ones are one."""
-        name = f'float32[{length}]({value!r})'
+        """A constant float32 vector of one number."""
+        return self._shared(f'float32[{length}]({value!r})', [value] * length, FLOAT32)
+
+    def _shared(self, name: str, values: Any, elem_type: int) -> str:
+        """A small constant, of which equal ones are one."""
         if name in self._constants:
             return name
-        return self.weight(name, np.full(length, value), FLOAT32)
+        array = np.array(values, helper.tensor_dtype_to_np_dtype(elem_type))
+        return self._constant(name, array, elem_type)
 
     def _constant(self, name: str, array: np.ndarray, elem_type: int) -> str:
         if name in self._types:

@@ -56,8 +56,7 @@ def _token_mixing(graph: Graph, x: str, params: _Tree, name: str) -> str:
     """
     for layer in ('Dense_0', 'Dense_1'):
         kernel = graph.weight(f'{name}/{layer}/kernel', np.asarray(params[layer]['kernel']).T)
-        bias = np.asarray(params[layer]['bias'])[:, None]
-        bias = graph.weight(f'{name}/{layer}/bias', bias)
+        bias = graph.weight(f'{name}/{layer}/bias', np.asarray(params[layer]['bias'])[:, None])
         x = graph.matmul(kernel, x, f'{name}/{layer}/product')
         x = graph.op('Add', [x, bias], f'{name}/{layer}')
         if layer == 'Dense_0':

@@ -115,8 +115,7 @@ def _group_norm(
         'InstanceNormalization', [y, *no_change], f'{name}/normalised', epsilon=GROUP_NORM_EPSILON
     )
     y = graph.reshape(y, (BATCH, channels, side, side), f'{name}/channels')
-    for op_type, key in (('Mul', 'scale'), ('Add', 'bias')):
+    for op_type, key, result in (('Mul', 'scale', f'{name}/times_scale'), ('Add', 'bias', name)):
         array = np.asarray(params[key]).reshape(channels, 1, 1)
-        weight = graph.weight(f'{name}/{key}', array, FLOAT32)
-        y = graph.op(op_type, [y, weight], f'{name}/times_scale' if key == 'scale' else name)
+        y = graph.op(op_type, [y, graph.weight(f'{name}/{key}', array, FLOAT32)], result)
     return graph.op('Relu', [y], f'{name}/relu') if relu else y

@@ -64,7 +64,7 @@ def build(
         attention: whether the attention weights are wanted. If not, the last block of a model that
             reads only its class token computes no other.
     """
-    front = ('cls', 'dist') if config.get('distilled') else ('cls',)
+    front: tuple[str, ...] = ('cls', 'dist') if config.get('distilled') else ('cls',)
     if config.get('classifier', 'token') != 'token':
         front = ()
     x, num_tokens = _embed(graph, image, params, config, side, front)
@@ -107,17 +107,17 @@ def _embed(
     x = graph.patches(x, params['embedding'], patch, (BATCH, grid, width), 'embedding')
 
     # The tokens in front are zeros at first, and get their values with the position embeddings.
-    constant = np.zeros((1, num_tokens, width), np.float32)
+    added = np.zeros((1, num_tokens, width), np.float32)
     for i, name in enumerate(token_names):
-        constant[:, i] = np.asarray(params[name])[:, 0]
+        added[:, i] = np.asarray(params[name])[:, 0]
     positions = params['Transformer'].get('posembed_input')
     if positions:
-        constant += np.asarray(positions['pos_embedding'])
+        added += np.asarray(positions['pos_embedding'])
     if token_names:
         pads = graph.integers([0, len(token_names), 0, 0, 0, 0])
         x = graph.op('Pad', [graph.cast(x, FLOAT32), pads], 'tokens_in_front')
     if token_names or positions:
-        constant = graph.weight('Transformer/posembed_input/pos_embedding', constant, FLOAT32)
+        constant = graph.weight('Transformer/posembed_input/pos_embedding', added, FLOAT32)
         x = graph.add(x, constant, 'Transformer/posembed_input')
     return graph.reshape(x, (ROWS, width), 'rows'), num_tokens
 
@@ -139,41 +139,54 @@ def _block(
     If only the first `read` tokens of each image (0: all) are read afterwards, only they are
     computed: rows [B * read, D], and weights [B, H, read, N].
     """
-    y = graph.layer_norm(x, params['LayerNorm_0'], f'{name}/LayerNorm_0')
-    attention = params['MultiHeadDotProductAttention_0'], f'{name}/MultiHeadDotProductAttention_0'
+    y = query = graph.layer_norm(x, params['LayerNorm_0'], f'{name}/LayerNorm_0')
     if read:
         x = _front(graph, x, sizes, read, f'{name}/tokens')
         query = _front(graph, y, sizes, read, f'{name}/LayerNorm_0/tokens')
-        heads = _some_queries(graph, query, y, attention[0], sizes, attention[1], read)
-    else:
-        heads = _all_queries(graph, y, attention[0], sizes, attention[1])
-    rows = f'{read}*{BATCH}' if read > 1 else BATCH if read else ROWS
-    y, weights = _attention(graph, *heads, attention[0], sizes, attention[1], rows)
+    layer = 'MultiHeadDotProductAttention_0'
+    y, weights = _attention(graph, query, y, params[layer], sizes, f'{name}/{layer}', read)
     x = graph.add(x, y, f'{name}/self_attention')
     y = graph.layer_norm(x, params['LayerNorm_1'], f'{name}/LayerNorm_1')
     y = graph.mlp(y, params['MlpBlock_0'], f'{name}/MlpBlock_0')
     return graph.add(x, y, f'{name}/mlp'), weights
 
 
-def _all_queries(
-    graph: Graph, x: str, params: _Tree, sizes: _Sizes, name: str
-) -> tuple[str, str, str]:
-    """Rows [B * N, D] to queries, keys and values [B, H, N, K], by one product."""
-    layer = _projections(params, ('query', 'key', 'value'), sizes)
-    x = graph.dense(x, *layer, f'{name}/query_key_value')
-    x = _heads(graph, x, sizes.tokens, 3 * sizes.heads, sizes, f'{name}/query_key_value')
-    return tuple(graph.split(x, 1, [f'{name}/{part}' for part in ('query', 'key', 'value')]))
+def _attention(
+    graph: Graph, rows: str, x: str, params: _Tree, sizes: _Sizes, name: str, read: int
+) -> tuple[str, str]:
+    """Attention of the tokens in `rows`, [B * n, D], to all, `x` [B * N, D].
 
+    If they are all (`read` is 0, else n), queries, keys and values are one product.
 
-def _some_queries(
-    graph: Graph, query: str, x: str, params: _Tree, sizes: _Sizes, name: str, read: int
-) -> tuple[str, str, str]:
-    """Rows [B * read, D] to queries [B, H, read, K], and [B * N, D] to keys and values."""
-    query = graph.dense(query, *_projections(params, ('query',), sizes), f'{name}/query')
-    query = _heads(graph, query, read, sizes.heads, sizes, f'{name}/query')
-    x = graph.dense(x, *_projections(params, ('key', 'value'), sizes), f'{name}/key_value')
-    x = _heads(graph, x, sizes.tokens, 2 * sizes.heads, sizes, f'{name}/key_value')
-    return query, *graph.split(x, 1, [f'{name}/key', f'{name}/value'])
+    Returns:
+        Rows [B * n, D], and the weights [B, H, n, N].
+    """
+
+    def project(x: str, tokens: int, *names: str) -> list[str]:
+        """Rows [B * tokens, D] to as many [B, H, tokens, K] as there are names."""
+        path = f'{name}/{"_".join(names)}'
+        x = graph.dense(x, *_projections(params, names, sizes), path)
+        shape = (BATCH, tokens, len(names) * sizes.heads, sizes.head_size)
+        x = graph.transpose(
+            graph.reshape(x, shape, f'{path}/heads'), (0, 2, 1, 3), f'{path}/heads_first'
+        )
+        if len(names) == 1:
+            return [x]
+        return graph.split(x, 1, [f'{name}/{part}' for part in names])
+
+    if read:
+        (query,) = project(rows, read, 'query')
+        key, value = project(x, sizes.tokens, 'key', 'value')
+    else:
+        query, key, value = project(x, sizes.tokens, 'query', 'key', 'value')
+    key = graph.transpose(key, (0, 1, 3, 2), f'{name}/key_transposed')
+    weights = graph.softmax(graph.matmul(query, key, f'{name}/scores'), f'{name}/weights')
+    x = graph.matmul(weights, value, f'{name}/weighted')
+    x = graph.transpose(x, (0, 2, 1, 3), f'{name}/tokens_first')
+    first = f'{read}*{BATCH}' if read > 1 else BATCH if read else ROWS
+    x = graph.reshape(x, (first, sizes.width), f'{name}/rows')
+    kernel = np.asarray(params['out']['kernel']).reshape(sizes.width, sizes.width)
+    return graph.dense(x, kernel, params['out']['bias'], f'{name}/out'), weights
 
 
 def _projections(
@@ -192,46 +205,18 @@ def _projections(
     return np.concatenate(kernels, axis=1), np.concatenate(biases)
 
 
-def _heads(graph: Graph, x: str, tokens: int, heads: int, sizes: _Sizes, name: str) -> str:
-    """Rows [B * tokens, heads * K] to [B, heads, tokens, K]."""
-    x = graph.reshape(x, (BATCH, tokens, heads, sizes.head_size), f'{name}/heads')
-    return graph.transpose(x, (0, 2, 1, 3), f'{name}/heads_first')
-
-
-def _attention(
-    graph: Graph,
-    query: str,
-    key: str,
-    value: str,
-    params: _Tree,
-    sizes: _Sizes,
-    name: str,
-    rows: str,
-) -> tuple[str, str]:
-    """[B, H, n, K] and twice [B, H, N, K] to rows [B * n, D]; and the weights [B, H, n, N]."""
-    key = graph.transpose(key, (0, 1, 3, 2), f'{name}/key_transposed')
-    weights = graph.softmax(graph.matmul(query, key, f'{name}/scores'), f'{name}/weights')
-    x = graph.matmul(weights, value, f'{name}/weighted')
-    x = graph.transpose(x, (0, 2, 1, 3), f'{name}/tokens_first')
-    x = graph.reshape(x, (rows, sizes.width), f'{name}/rows')
-    kernel = np.asarray(params['out']['kernel']).reshape(sizes.width, sizes.width)
-    return graph.dense(x, kernel, params['out']['bias'], f'{name}/out'), weights
-
-
 def classify(graph: Graph, x: str, params: _Tree) -> tuple[str, str | None]:
     """Normalised class token, or mean of the tokens, [B, D], to features and logits."""
+
+    def dense(x: str, name: str) -> str:
+        return graph.dense(x, params[name]['kernel'], params[name]['bias'], name)
+
     if 'pre_logits' in params:
-        layer = params['pre_logits']
-        x = graph.dense(x, layer['kernel'], layer['bias'], 'pre_logits')
-        x = graph.op('Tanh', [x], 'pre_logits/tanh')
+        x = graph.op('Tanh', [dense(x, 'pre_logits')], 'pre_logits/tanh')
     features = x
     if 'head_hidden' in params:
-        layer = params['head_hidden']
-        x = graph.dense(x, layer['kernel'], layer['bias'], 'head_hidden')
-        x = graph.op('Relu', [x], 'head_hidden/relu')
-    if 'head' not in params:
-        return features, None
-    return features, graph.dense(x, params['head']['kernel'], params['head']['bias'], 'head')
+        x = graph.op('Relu', [dense(x, 'head_hidden')], 'head_hidden/relu')
+    return features, dense(x, 'head') if 'head' in params else None
 
 
 def _classify_distilled(graph: Graph, x: str, params: _Tree) -> tuple[str, str | None]:

@@ -14,9 +14,10 @@ from typing import Any
 from vit_jax import files, variants
 from vit_jax.checkpoint import npz, pytorch, tensors
 from vit_jax.errors import UserError
-from vit_jax.export import pytorch_notes as export_notes
 
 TARGETS = ('npz', 'timm', 'huggingface', 'torchvision')
+# The page that says how to load a folder, and what differs.
+PAGES = {'timm': 'README.md', 'huggingface': 'README.md', 'torchvision': 'NOTE.md'}
 DROPPABLE = ('pre_logits',)
 
 _SIZE_WORDS = {192: 'tiny', 384: 'small', 768: 'base', 1024: 'large', 1280: 'huge'}
@@ -84,9 +85,9 @@ def write(
         return notes
     if destination.suffix in ('.safetensors', '.pth', '.pt', '.npz'):
         raise UserError(f'--to {to} writes a folder; {destination} looks like the name of a file')
-    table, pages = {'timm': _timm, 'huggingface': _hugging_face, 'torchvision': _torchvision}[to](
-        flat, config, image_size, class_names
-    )
+    table, described = {'timm': _timm, 'huggingface': _hugging_face, 'torchvision': _torchvision}[
+        to
+    ](flat, config, image_size, class_names)
     named, lost = pytorch.from_params(flat, table)
     if lost:
         raise _refusal(to, 'it has no place for ' + ', '.join(lost[:6]) + _more(lost, 6), flat)
@@ -99,12 +100,10 @@ def write(
         metadata['class_names'] = json.dumps(list(class_names))
     with files.atomic_folder(destination) as folder:
         tensors.save_safetensors(folder / 'model.safetensors', named, metadata)
-        for name, content in pages.items():
-            if isinstance(content, str):
-                files.write_text(folder / name, content)
-            else:
-                files.write_json(folder / name, content, indent=2)
-    return notes + export_notes.warnings(to, config)
+        for name, content in described.items():
+            files.write_json(folder / name, content, indent=2)
+        files.write_text(folder / PAGES[to], _page(to, config, image_size, described))
+    return notes + _warnings(to, config)
 
 
 def drop_layers(
@@ -214,8 +213,7 @@ def _timm(
             **({'label_names': list(names)} if names else {}),
         },
     }
-    page = export_notes.timm(image_size, mixer=variants.is_mixer(config), hybrid='resnet' in config)
-    return table, {'config.json': described, 'README.md': page}
+    return table, {'config.json': described}
 
 
 def _timm_vit(flat: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, str]:
@@ -292,7 +290,6 @@ def _hugging_face(
     return 'Hugging Face', {
         'config.json': described,
         'preprocessor_config.json': processor,
-        'README.md': export_notes.hugging_face(image_size, described['architectures'][0]),
     }
 
 
@@ -338,10 +335,7 @@ def _torchvision(
         'std': [0.5] * 3,
         **({'class_names': list(names)} if names else {}),
     }
-    return 'torchvision', {
-        'config.json': described,
-        'NOTE.md': export_notes.torchvision(image_size),
-    }
+    return 'torchvision', {'config.json': described}
 
 
 def _check_plain(flat: Mapping[str, Any], config: Mapping[str, Any], to: str) -> None:
@@ -351,3 +345,46 @@ def _check_plain(flat: Mapping[str, Any], config: Mapping[str, Any], to: str) ->
     if config.get('resnet') is not None:
         raise _refusal(to, 'it has no hybrid with this ResNet (conv_root, gn_root, ...)', flat)
     _check_pooling(flat, config, to)
+
+
+def _page(to: str, config: Mapping[str, Any], image_size: int, described: Mapping[str, Any]) -> str:
+    """The page in the folder."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader('vit_jax', 'export'),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template('page.md.j2').render(
+        to=to,
+        size=image_size,
+        mixer=variants.is_mixer(config),
+        hybrid='resnet' in config,
+        model_class=described['config.json'].get('architectures', [''])[0],
+    )
+
+
+def _warnings(to: str, config: Mapping[str, Any]) -> list[str]:
+    """What the user should know about an export, a sentence each."""
+    notes = []
+    if to == 'torchvision' or (to == 'timm' and variants.is_mixer(config)):
+        notes.append(
+            'this class computes GELU in its erf form, which changes logits by 1e-3 to 2e-2; '
+            f'{PAGES[to]} in the folder says how to set the tanh form'
+        )
+    if config.get('resnet') is not None:
+        notes.append(
+            'timm standardises convolution weights with another epsilon: logits differ by about '
+            '1e-5 to 1e-4'
+        )
+    if to == 'torchvision':
+        notes.append('input is [-1, 1]: mean and standard deviation 0.5, not those of ImageNet')
+    else:
+        notes.append(
+            f'{to} resizes images with antialiasing, this package without: README.md in '
+            'the folder says how far its pixels are and how to preprocess exactly'
+        )
+    return notes

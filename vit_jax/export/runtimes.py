@@ -19,8 +19,8 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -119,32 +119,37 @@ def _npz(request: Mapping[str, Any]) -> tuple[Run, dict[str, Any]]:
 
 
 def _timm(request: Mapping[str, Any]) -> tuple[Run, dict[str, Any]]:
-    torch, torchvision = _torch(), _torchvision()
+    torch, torchvision = _require('torch'), _torchvision()
     timm = _require('timm')
     model = timm.create_model(f'local-dir:{request["path"]}', pretrained=True)
-    forms = _gelu_of_mixer(torch, model) if 'mlp_tokens' in str(model) else _Forms()
-    forms.add_standardised_convolutions(torch, model)
-    wanted = request['outputs']
+    forms = [
+        _standardised(torch, module)
+        for module in model.modules()
+        if type(module).__name__.startswith('StdConv2d')
+    ]
+    if 'mlp_tokens' in str(model):
+        # timm has no argument for it; README.md in the folder sets it like this.
+        tanh = torch.nn.GELU(approximate='tanh')
+        mlps = [mlp for block in model.blocks for mlp in (block.mlp_tokens, block.mlp_channels)]
+        forms = [_Form('erf GELU', mlp, 'act', mlp.act, tanh) for mlp in mlps]
 
-    def compute(images):
+    def compute(images: Any) -> dict[str, Any]:
         x = model.forward_features(images)
-        outputs = {}
-        if 'logits' in wanted:
-            outputs['logits'] = model.forward_head(x)
-        if 'features' in wanted:
-            outputs['features'] = model.forward_head(x, pre_logits=True)
-        return outputs
+        return {
+            'logits': model.forward_head(x),
+            'features': model.forward_head(x, pre_logits=True),
+        }
 
-    return _torch_run(torch, model, compute, forms), {
+    return _torch_run(request, torch, model, compute, forms), {
         'runtime': f'timm {timm.__version__}, PyTorch {torch.__version__}, '
         f'torchvision {torchvision.__version__}',
-        'own_form': forms.description,
+        'own_form': _names(forms),
         'class_names': model.pretrained_cfg.get('label_names'),
     }
 
 
 def _hugging_face(request: Mapping[str, Any]) -> tuple[Run, dict[str, Any]]:
-    torch = _torch()
+    torch = _require('torch')
     os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
     transformers = _require('transformers')
     transformers.utils.logging.disable_progress_bar()
@@ -160,14 +165,13 @@ def _hugging_face(request: Mapping[str, Any]) -> tuple[Run, dict[str, Any]]:
     for what in ('missing_keys', 'unexpected_keys', 'mismatched_keys'):
         if info[what]:
             raise ValueError(f'from_pretrained reports {what}: {sorted(map(str, info[what]))}')
-    wanted = request['outputs']
     encoder = getattr(model, 'vit', None) or getattr(model, 'deit', None) or model
 
-    def compute(images):
+    def compute(images: Any) -> dict[str, Any]:
         outputs = {}
-        if 'logits' in wanted:
+        if 'logits' in request['outputs']:
             outputs['logits'] = model(images).logits
-        if 'features' in wanted:
+        if 'features' in request['outputs']:
             found = encoder(images)
             outputs['features'] = found.pooler_output if pooled.get('add_pooling_layer') else None
             if outputs['features'] is None:
@@ -175,109 +179,87 @@ def _hugging_face(request: Mapping[str, Any]) -> tuple[Run, dict[str, Any]]:
                 outputs['features'] = found.last_hidden_state[:, :tokens].mean(dim=1)
         return outputs
 
-    names = [config.id2label[i] for i in range(config.num_labels)]
-    return _torch_run(torch, model, compute, _Forms()), {
+    return _torch_run(request, torch, model, compute), {
         'runtime': f'transformers {transformers.__version__}, PyTorch {torch.__version__}',
-        'class_names': names,
+        'class_names': [config.id2label[i] for i in range(config.num_labels)],
     }
 
 
 def _torchvision_model(request: Mapping[str, Any]) -> tuple[Run, dict[str, Any]]:
-    torch, torchvision = _torch(), _torchvision()
+    torch, torchvision = _require('torch'), _torchvision()
     load_file = _require('safetensors.torch', 'safetensors').load_file
     folder = pathlib.Path(request['path'])
     description = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     model = torchvision.models.VisionTransformer(**description['arguments'])
     model.load_state_dict(load_file(folder / 'model.safetensors'))
-    forms = _Forms()
-    for module in model.modules():
-        if isinstance(module, torch.nn.GELU):
-            forms.add(module, 'approximate', module.approximate, 'tanh', 'erf GELU')
-    features = []
+    gelus = [module for module in model.modules() if isinstance(module, torch.nn.GELU)]
+    forms = [_Form('erf GELU', gelu, 'approximate', gelu.approximate, 'tanh') for gelu in gelus]
+    features: list[Any] = []
     model.heads.head.register_forward_pre_hook(lambda _module, inputs: features.append(inputs[0]))
 
-    def compute(images):
-        features.clear()
+    def compute(images: Any) -> dict[str, Any]:
         logits = model(images)
-        outputs = {'logits': logits, 'features': features[0]}
-        return {name: outputs[name] for name in request['outputs']}
+        return {'logits': logits, 'features': features.pop()}
 
-    return _torch_run(torch, model, compute, forms), {
+    return _torch_run(request, torch, model, compute, forms), {
         'runtime': f'torchvision {torchvision.__version__}, PyTorch {torch.__version__}',
-        'own_form': forms.description,
+        'own_form': _names(forms),
         'class_names': description.get('class_names'),
     }
 
 
-class _Forms:
-    """Layers that a library computes in a form of its own, and how to set them to ours and back."""
+class _Form(NamedTuple):
+    """A layer that a library computes in a form of its own, by an attribute: its value and ours."""
 
-    def __init__(self):
-        self.settings: list[tuple[Any, str, Any, Any]] = []
-        self.names: dict[str, None] = {}
-
-    def add(self, module: Any, attribute: str, theirs: Any, ours: Any, name: str) -> None:
-        self.settings.append((module, attribute, theirs, ours))
-        self.names[name] = None
-
-    @property
-    def description(self) -> str:
-        return ' and '.join(self.names)
-
-    def use(self, *, ours: bool) -> None:
-        for module, attribute, their_value, our_value in self.settings:
-            setattr(module, attribute, our_value if ours else their_value)
-
-    def add_standardised_convolutions(self, torch: Any, model: Any) -> None:
-        """Kernels: timm divides by sqrt(variance + 1e-8), this package by (deviation + 1e-5).
-
-        Its form is the same for a kernel and for a multiple s of it but for the epsilon, which
-        becomes 1e-8 / s^2; with s as below it is ours: s^2 = 1e-8 / ((deviation + 1e-5)^2 -
-        variance).
-        """
-        for module in model.modules():
-            if not type(module).__name__.startswith('StdConv2d'):
-                continue
-            weight = module.weight.detach()
-            exact = weight.double()
-            variance = exact.var(dim=(1, 2, 3), keepdim=True, correction=0)
-            ours = (variance.sqrt() + 1e-5).square()
-            scaled = exact * (module.eps / (ours - variance)).sqrt()
-            parameter = torch.nn.Parameter(scaled.to(weight.dtype))
-            name = 'its standardisation of weights'
-            self.add(module, 'weight', module.weight, parameter, name)
+    name: str
+    module: Any
+    attribute: str
+    theirs: Any
+    ours: Any
 
 
-def _gelu_of_mixer(torch: Any, model: Any) -> _Forms:
-    """GELU of a Mixer: timm has no argument for it; README.md in the folder sets it like this."""
-    forms = _Forms()
-    tanh = torch.nn.GELU(approximate='tanh')
-    for block in model.blocks:
-        for mlp in (block.mlp_tokens, block.mlp_channels):
-            forms.add(mlp, 'act', mlp.act, tanh, 'erf GELU')
-    return forms
+def _names(forms: Sequence[_Form]) -> str:
+    return ' and '.join(dict.fromkeys(form.name for form in forms))
 
 
-def _torch_run(torch: Any, model: Any, compute: Callable, forms: _Forms) -> Run:
+def _standardised(torch: Any, module: Any) -> _Form:
+    """Kernels: timm divides by sqrt(variance + 1e-8), this package by (deviation + 1e-5).
+
+    Its form is the same for a kernel and for a multiple s of it but for the epsilon, which becomes
+    1e-8 / s^2; with s as below it is ours: s^2 = 1e-8 / ((deviation + 1e-5)^2 - variance).
+    """
+    weight = module.weight.detach()
+    exact = weight.double()
+    variance = exact.var(dim=(1, 2, 3), keepdim=True, correction=0)
+    ours = (variance.sqrt() + 1e-5).square()
+    scaled = exact * (module.eps / (ours - variance)).sqrt()
+    parameter = torch.nn.Parameter(scaled.to(weight.dtype))
+    return _Form('its standardisation of weights', module, 'weight', module.weight, parameter)
+
+
+def _torch_run(
+    request: Mapping[str, Any],
+    torch: Any,
+    model: Any,
+    compute: Callable[[Any], Mapping[str, Any]],
+    forms: Sequence[_Form] = (),
+) -> Run:
     """Runs a model that takes NCHW, as PyTorch does, on images [B, S, S, 3]."""
     model.eval()
 
     def run(images: np.ndarray) -> Outputs:
+        outputs = {}
         with torch.inference_mode():
-            images = torch.from_numpy(images).permute(0, 3, 1, 2)
-            outputs = {}
-            if forms.settings:
-                forms.use(ours=False)
-                outputs = {f'own/{name}': array for name, array in compute(images).items()}
-            forms.use(ours=True)
-            outputs |= compute(images)
-        return {name: tensor.numpy() for name, tensor in outputs.items()}
+            x = torch.from_numpy(images).permute(0, 3, 1, 2)
+            for prefix in ('own/', '') if forms else ('',):
+                for form in forms:
+                    value = form.theirs if prefix else form.ours
+                    setattr(form.module, form.attribute, value)
+                found = compute(x)
+                outputs |= {prefix + name: found[name].numpy() for name in request['outputs']}
+        return outputs
 
     return run
-
-
-def _torch() -> Any:
-    return _require('torch')
 
 
 def _torchvision() -> Any:
@@ -287,7 +269,7 @@ def _torchvision() -> Any:
     operators of object detection are missing. No Vision Transformer uses them: declared, but not
     defined, they are enough.
     """
-    torch = _torch()
+    torch = _require('torch')
     try:
         return _require('torchvision')
     except RuntimeError as e:
@@ -295,11 +277,12 @@ def _torchvision() -> Any:
             raise NotInstalledError('torchvision', f'it cannot be imported: {e}') from e
     for name in [name for name in sys.modules if name.split('.')[0] == 'torchvision']:
         del sys.modules[name]
-    global _operators  # lives as long as the process, or the declarations go with it
-    _operators = torch.library.Library('torchvision', 'DEF')
+    operators = torch.library.Library('torchvision', 'DEF')
     for name in ('nms', 'qnms'):
-        _operators.define(f'{name}(Tensor a) -> Tensor')
-    return _require('torchvision')
+        operators.define(f'{name}(Tensor a) -> Tensor')
+    torchvision = _require('torchvision')
+    torchvision.operators = operators  # which live as long as this object
+    return torchvision
 
 
 _RUNTIMES = {

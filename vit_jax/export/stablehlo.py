@@ -15,7 +15,7 @@ months after the JAX that wrote it; keep the model folder to export again.
 """
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -77,7 +77,7 @@ def build(
             image = normalize(image.astype(jnp.float32))
         return compute(params, image)
 
-    shape, dtype = input_of(model.image_size, layout, preprocessing)
+    shape, dtype = _input(model.image_size, layout, preprocessing)
     symbolic = jax.export.symbolic_shape(', '.join(map(str, shape)))
     # What the session asks for would be written into the file.
     with jax.default_matmul_precision('default'):
@@ -104,25 +104,11 @@ def write(
         layout: see `build`.
         preprocessing: see `build`.
     """
-    options = {'outputs': outputs, 'layout': layout, 'preprocessing': preprocessing}
-    with files.atomic_group(path, overwrite=True) as folder:
-        (folder / path.name).write_bytes(build(model, **options))
-        files.write_json(folder / f'{path.name}.json', describe(model, **options))
-
-
-def describe(
-    model: model_folder.Model, *, outputs: Sequence[str], layout: str, preprocessing: bool
-) -> dict[str, Any]:
-    """The description beside the file, as JSON has it.
-
-    Args:
-        model: see `build`.
-        outputs: see `build`.
-        layout: see `build`.
-        preprocessing: see `build`.
-    """
-    shape, dtype = input_of(model.image_size, layout, preprocessing)
-    return {
+    content = build(model, outputs=outputs, layout=layout, preprocessing=preprocessing)
+    shape, dtype = _input(model.image_size, layout, preprocessing)
+    image = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), np.float32)
+    shapes = jax.eval_shape(verify.forward(model.model, outputs), model.params, image)
+    description = {
         'format': 'vit_jax StableHLO',
         'format_version': 1,
         'platforms': list(PLATFORMS),
@@ -132,7 +118,7 @@ def describe(
             'layout': layout,
             'value_range': [0, 255] if preprocessing else [-1, 1],
         },
-        'outputs': _output_shapes(model, outputs),
+        'outputs': {name: ['batch', *shapes[name].shape[1:]] for name in outputs},
         'image_size': model.image_size,
         'class_names': list(model.class_names),
         'preprocessing': model.preprocess.to_dict(),
@@ -140,26 +126,14 @@ def describe(
         'source': model.source,
         'versions': {'vit_jax': vit_jax.__version__, 'jax': jax.__version__},
     }
+    with files.atomic_group(path, overwrite=True) as folder:
+        (folder / path.name).write_bytes(content)
+        files.write_json(folder / f'{path.name}.json', description)
 
 
-def input_of(size: int, layout: str, preprocessing: bool) -> tuple[tuple[int | str, ...], Any]:
-    """Shape (the first length is the name 'batch') and type of the input.
-
-    Args:
-        size: side of the images, pixels.
-        layout: see `build`.
-        preprocessing: see `build`.
-
-    Raises:
-        UserError: another layout than these.
-    """
+def _input(size: int, layout: str, preprocessing: bool) -> tuple[tuple[int | str, ...], Any]:
+    """Shape (the first length is the name 'batch') and type of the input."""
     if layout not in LAYOUTS:
         raise UserError(f'unknown layout {layout!r}; known: {", ".join(LAYOUTS)}')
     shape = ('batch', size, size, 3) if layout == 'NHWC' else ('batch', 3, size, size)
     return shape, np.uint8 if preprocessing else np.float32
-
-
-def _output_shapes(model: model_folder.Model, outputs: Sequence[str]) -> Mapping[str, Any]:
-    image = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), np.float32)
-    shapes = jax.eval_shape(verify.forward(model.model, outputs), model.params, image)
-    return {name: ['batch', *shapes[name].shape[1:]] for name in outputs}
