@@ -273,7 +273,6 @@ def _fit_positions(
     patches = resize.resize_position_embedding(
         array[:, len(old) :],
         expected[POSITION_EMBEDDING].shape[1] - len(new),
-        has_class_token=False,
         grid=grids[0],
         source_grid=grids[1],
         source=source,

@@ -1,4 +1,4 @@
-"""What a file of weights is: format, model, arrays, whatever is unusual about it."""
+"""Inspects a file of weights: format, model, arrays, and whatever is unusual about it."""
 
 import dataclasses
 import os
@@ -45,7 +45,7 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """What was found; `str` of it is for people.
+    """A file of weights; `str` of it is for people.
 
     Attributes:
         path: the file or folder.
@@ -57,7 +57,7 @@ class Inspection:
         num_classes: outputs of the head; 0 without a head.
         class_names: where the file tells them.
         arrays: all arrays of weights.
-        unusual: what one should know before using it, a sentence each.
+        unusual: what to know before using it, a sentence each.
         catalogue: how its size compares with the released files.
     """
 
@@ -134,10 +134,8 @@ def inspect(path: str | os.PathLike[str], *, variant: str = '') -> Inspection:
     except UserError:  # not square
         image_size = 0
     arrays = tuple(_arrays(weights.params))
-    by_name = {array.name: array for array in arrays}
-    head = by_name.get('head/bias')
-    num_classes = head.shape[0] if head else 0
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    num_classes = next((array.shape[0] for array in arrays if array.name == 'head/bias'), 0)
+    files = [p for p in path.iterdir() if p.is_file()] if path.is_dir() else [path]
     mib = sum(file.stat().st_size for file in files) / MIB
     return Inspection(
         path=str(path),
@@ -156,19 +154,14 @@ def inspect(path: str | os.PathLike[str], *, variant: str = '') -> Inspection:
 
 def _arrays(params: Mapping[str, Any]) -> Iterator[Array]:
     for name, lazy in npz.flatten(params).items():
-        array = Array(name, lazy.shape, lazy.stored_dtype)
         try:
             values = np.asarray(lazy)
         except UserError as e:
-            yield dataclasses.replace(array, problem=str(e))
+            yield Array(name, lazy.shape, lazy.stored_dtype, problem=str(e))
             continue
-        yield dataclasses.replace(
-            array,
-            mean=float(values.mean(dtype=np.float64)),
-            std=float(values.std(dtype=np.float64)),
-            min=float(values.min()),
-            max=float(values.max()),
-        )
+        mean, std = values.mean(dtype=np.float64), values.std(dtype=np.float64)
+        statistics = map(float, (mean, std, values.min(), values.max()))
+        yield Array(name, lazy.shape, lazy.stored_dtype, *statistics)
 
 
 def _unusual(arrays: Sequence[Array]) -> Iterator[str]:
@@ -194,20 +187,19 @@ def _catalogue(
 ) -> str:
     """Compares a size with the catalogue's: by the file's name, else by what the weights are."""
     full = path.absolute().as_posix()
-    candidates = [c for c in catalog.CHECKPOINTS if full.endswith('/' + c.name)] or [
+    named = [c for c in catalog.CHECKPOINTS if full.endswith('/' + c.name)] or [
         c for c in catalog.CHECKPOINTS if c.name.split('/')[-1] == path.name
     ]
-    by_name = bool(candidates)
-    if not by_name:
-        what = (variant, num_classes, image_size)
-        candidates = [
-            c for c in catalog.CHECKPOINTS if (c.variant, c.num_classes, c.resolution) == what
-        ]
-    fitting = [c for c in candidates if abs(c.mib - mib) <= _SIZE_TOLERANCE * c.mib]
+    alike = [
+        c
+        for c in catalog.CHECKPOINTS
+        if (c.variant, c.num_classes, c.resolution) == (variant, num_classes, image_size)
+    ]
+    fitting = [c for c in named or alike if abs(c.mib - mib) <= _SIZE_TOLERANCE * c.mib]
     if fitting:
         names = adapt.shorten([c.name for c in fitting], 1)
         return f'the catalogue has {fitting[0].mib:g} MiB for {names}'
-    if by_name:
-        sizes = [f'{c.mib:g} MiB for {c.name}' for c in candidates]
+    if named:
+        sizes = [f'{c.mib:g} MiB for {c.name}' for c in named]
         return f'NOT the size in the catalogue: {adapt.shorten(sizes, 2)}'
     return 'not in the catalogue of released files'

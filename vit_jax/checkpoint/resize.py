@@ -10,9 +10,8 @@ from vit_jax.errors import UserError
 
 def resize_position_embedding(
     embedding: np.ndarray,
-    num_tokens: int,
+    count: int,
     *,
-    has_class_token: bool | int,
     grid: tuple[int, int] | None = None,
     source_grid: tuple[int, int] | None = None,
     source: str = 'the checkpoint',
@@ -20,38 +19,32 @@ def resize_position_embedding(
     """Resizes a grid of position embeddings, bilinearly, with the corners aligned.
 
     By `scipy.ndimage.zoom(grid, order=1)`, which the original release uses, too: the outermost
-    positions of the old and of the new grid coincide. (`jax.image.resize` and timm
-    align the outer *edges* of the patches: other values.) The class token's embedding, the first,
-    stays as it is.
+    positions of the old and of the new grid coincide. (`jax.image.resize` and timm align the outer
+    *edges* of the patches, which gives other values.)
 
     Args:
-        embedding: [1, tokens, hidden_size] float32; tokens = rows * columns, and one more with a
-            class token.
-        num_tokens: tokens of the result, the class token included.
-        has_class_token: whether token 0 is the class token, in both; 2 where a distillation token
-            follows it.
+        embedding: [1, rows * columns, hidden_size] float32, of the patches alone.
+        count: positions of the result.
         grid: (rows, columns) of the result; None for a square.
         source_grid: (rows, columns) of `embedding`; None for a square.
         source: name of the checkpoint for errors.
 
     Returns:
-        [1, num_tokens, hidden_size], of the dtype of `embedding`.
+        [1, count, hidden_size], of the dtype of `embedding`.
 
     Raises:
         UserError: the old or the new grid is not square and was not given, or does not agree with
-            the number of tokens.
+            the number of positions.
     """
     embedding = np.asarray(embedding)
-    first = int(has_class_token)
-    rows, columns = _grid(embedding.shape[1], first, source_grid, source, source)
-    new_rows, new_columns = _grid(num_tokens, first, grid, 'the model', source)
-    values = embedding[0, first:].reshape(rows, columns, -1).astype(np.float64)
+    rows, columns = _grid(embedding.shape[1], source_grid, source, source)
+    new_rows, new_columns = _grid(count, grid, 'the model', source)
+    values = embedding[0].reshape(rows, columns, -1).astype(np.float64)
     # 'nearest': rounding must not bring the last position outside, where 'constant' has zeros.
     values = ndimage.zoom(
         values, (new_rows / rows, new_columns / columns, 1), order=1, mode='nearest'
     )
-    values = values.reshape(1, new_rows * new_columns, -1).astype(embedding.dtype)
-    return np.concatenate([embedding[:, :first], values], axis=1)
+    return values.reshape(1, count, -1).astype(embedding.dtype)
 
 
 def resize_patch_embedding(kernel: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -69,9 +62,12 @@ def resize_patch_embedding(kernel: np.ndarray, size: tuple[int, int]) -> np.ndar
     Returns:
         [*size, channels, hidden_size] of the dtype of `kernel`.
     """
+    import cv2
+
     kernel = np.asarray(kernel)
+    # An identity that is resized is the matrix [new, old] that resizes.
     rows, columns = (
-        np.linalg.pinv(_resize_matrix(old, new).T)
+        np.linalg.pinv(cv2.resize(np.eye(old), (old, new), interpolation=cv2.INTER_LINEAR).T)
         for old, new in zip(kernel.shape[:2], size, strict=True)
     )
     resized = np.einsum('yh,xw,hwcd->yxcd', rows, columns, kernel, optimize=True)
@@ -100,30 +96,16 @@ def adapt_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
     return repeated * kernel.dtype.type(old / channels)
 
 
-def _grid(
-    tokens: int, first: int, grid: tuple[int, int] | None, owner: str, source: str
-) -> tuple[int, int]:
-    """(rows, columns) of `tokens` - `first` positions."""
-    count = tokens - first
+def _grid(count: int, grid: tuple[int, int] | None, owner: str, source: str) -> tuple[int, int]:
+    """(rows, columns) of `count` positions."""
     if grid is None:
         side = math.isqrt(max(count, 0))
         grid = (side, side)
     if grid[0] * grid[1] != count or count < 1:
-        without = f' ({tokens} with the class token)' if first else ''
         shape = 'square grid' if grid[0] == grid[1] else f'grid of {grid[0]} x {grid[1]}'
         raise UserError(
             f'{source}: cannot resize the position embeddings: {owner} has {count} '
-            f'positions{without}, which is not a {shape}. Use square images, or a checkpoint '
+            f'positions, which is not a {shape}. Use square images, or a checkpoint '
             'with the same grid as the model, or say how many rows and columns there are'
         )
     return grid
-
-
-def _resize_matrix(old: int, new: int) -> np.ndarray:
-    """[new, old]: linear interpolation of `old` pixels to `new`, edges aligned, no antialiasing."""
-    position = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
-    low = np.minimum(position.astype(np.int64), max(old - 2, 0))
-    matrix = np.zeros((new, old))
-    matrix[np.arange(new), low] = 1 - (position - low)
-    matrix[np.arange(new), np.minimum(low + 1, old - 1)] += position - low
-    return matrix
