@@ -132,12 +132,8 @@ class Run:
         return max(0.0, (last - first).total_seconds())
 
 
-def read(workdir: str | os.PathLike[str], *, name: str = '') -> Run:
-    """Reads a workdir.
-
-    Args:
-      workdir: the folder of a run.
-      name: what to call it; by default the folder's name.
+def read(workdir: str | os.PathLike[str]) -> Run:
+    """Reads the folder of a run.
 
     Raises:
       UserError: there is no such folder, or no run in it.
@@ -157,7 +153,7 @@ def read(workdir: str | os.PathLike[str], *, name: str = '') -> Run:
     notes: list[str] = []
     return Run(
         workdir=workdir,
-        name=name or workdir.absolute().name or str(workdir),
+        name=workdir.absolute().name or str(workdir),
         metrics=_read_lines(workdir / telemetry.METRICS_FILE, notes),
         timing=_read_lines(workdir / telemetry.TIMING_FILE, notes),
         config=_read_object(workdir / telemetry.CONFIG_FILE, notes),

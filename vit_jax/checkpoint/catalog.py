@@ -85,21 +85,17 @@ def is_name(text: str) -> bool:
     return '://' in text or text.split('/')[0] in {name.split('/')[0] for name in RELEASED}
 
 
-def resolve(
-    pretrained: str,
-    *,
-    cache_dir: str | os.PathLike[str] = '',
-    option: str = download.OPTION,
-) -> pathlib.Path:
+def resolve(pretrained: str, *, option: str = download.OPTION) -> pathlib.Path:
     """Finds a checkpoint, and downloads it to the cache if need be.
+
+    The cache is the folder in the environment variable VIT_JAX_CACHE, else ~/.cache/vit_jax; files
+    keep the path they have in their bucket. VIT_JAX_BASE_URL names a mirror of
+    https://storage.googleapis.com.
 
     Args:
         pretrained: a file; a model folder; a folder of Hugging Face or timm; a released name, with
             or without '.npz' ('imagenet21k/ViT-B_16', 'augreg/<file name>'); or an address,
             'gs://bucket/path' or 'https://...'.
-        cache_dir: where downloads go, by the path they have in their bucket. Default: the
-            environment variable VIT_JAX_CACHE, else ~/.cache/vit_jax. VIT_JAX_BASE_URL names a
-            mirror of https://storage.googleapis.com.
         option: how a user names a file instead, for messages.
 
     Returns:
@@ -110,7 +106,7 @@ def resolve(
     """
     if '://' in pretrained:
         name = pretrained.removeprefix('gs://').removeprefix(f'{BUCKET}/')
-        return _fetch(pretrained, RELEASED.get(name), cache_dir, option)
+        return _fetch(pretrained, RELEASED.get(name), option)
     path = files.expand(pretrained)
     files.recover(path)
     if (path / 'params.npz').is_file():
@@ -125,7 +121,7 @@ def resolve(
     name = pretrained if pretrained.endswith('.npz') else f'{pretrained}.npz'
     if name in RELEASED or (name.startswith('augreg/') and name.count('-') > 1):
         bucket = '' if name.startswith(_OTHER_BUCKETS) else f'{BUCKET}/'
-        return _fetch(f'gs://{bucket}{name}', RELEASED.get(name), cache_dir, option)
+        return _fetch(f'gs://{bucket}{name}', RELEASED.get(name), option)
     near = difflib.get_close_matches(name, RELEASED, n=3, cutoff=0.5)
     hint = f'; nearest released names: {", ".join(near)}' if near else ''
     raise UserError(
@@ -134,12 +130,7 @@ def resolve(
     )
 
 
-def resolve_augreg(
-    model_or_filename: str,
-    *,
-    pretrained_dir: str = '',
-    cache_dir: str | os.PathLike[str] = '',
-) -> pathlib.Path:
+def resolve_augreg(model_or_filename: str, *, pretrained_dir: str = '') -> pathlib.Path:
     """Finds an AugReg checkpoint ("How to train your ViT?", https://arxiv.org/abs/2106.10270).
 
     Args:
@@ -148,7 +139,6 @@ def resolve_augreg(
             it.
         pretrained_dir: folder or address with the files and their index.csv; default
             gs://vit_models/augreg.
-        cache_dir: see `resolve`.
 
     Returns:
         Path of a `.npz` file on this machine.
@@ -157,25 +147,14 @@ def resolve_augreg(
         UserError: no such model (the known ones are listed) or file, or it cannot be downloaded.
     """
     directory = (pretrained_dir or AUGREG_DIR).rstrip('/')
-
-    def find(name: str) -> pathlib.Path:
-        if '://' in directory:
-            released = name if directory != AUGREG_DIR else f'augreg/{name}'
-            return _fetch(f'{directory}/{name}', RELEASED.get(released), cache_dir)
-        path = files.expand(f'{directory}/{name}')
-        if not path.is_file():
-            raise UserError(
-                f'no file {path}; expected AugReg checkpoints and index.csv in {directory}'
-            )
-        return path
-
     if '-' in model_or_filename:
         if not _AUGREG_NAME.fullmatch(model_or_filename):
             raise UserError(
                 f'{model_or_filename!r} is not a file name of AugReg: those have no paths'
             )
-        return find(model_or_filename.removesuffix('.npz') + '.npz')
-    return find(f'{_best_augreg(find("index.csv"), model_or_filename)}.npz')
+        return resolve(f'{directory}/{model_or_filename.removesuffix(".npz")}.npz')
+    best = _best_augreg(resolve(f'{directory}/index.csv'), model_or_filename)
+    return resolve(f'{directory}/{best}.npz')
 
 
 def _best_augreg(index: pathlib.Path, model: str) -> str:
@@ -205,12 +184,7 @@ def _best_augreg(index: pathlib.Path, model: str) -> str:
     return best[model][1]
 
 
-def _fetch(
-    address: str,
-    mib: float | None,
-    cache_dir: str | os.PathLike[str],
-    option: str = download.OPTION,
-) -> pathlib.Path:
+def _fetch(address: str, mib: float | None, option: str) -> pathlib.Path:
     try:
         address.encode()  # what comes from a command line may hold bytes that are not text
         parsed = urllib.parse.urlsplit(address)
@@ -231,6 +205,6 @@ def _fetch(
         url = address
     # Whole paths: SAM and GSAM files have the names of others, and only the folder differs.
     parts = [part for part in key.split('/') if part not in ('', '.', '..')]
-    root = cache_dir or os.environ.get('VIT_JAX_CACHE') or '~/.cache/vit_jax'
+    root = os.environ.get('VIT_JAX_CACHE') or '~/.cache/vit_jax'
     target = files.expand(root).joinpath(*parts)
     return download.fetch(url, target, published_mib=mib, option=option)
