@@ -13,12 +13,21 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
+import onnx
+import onnxruntime
 
 from benchmarks import child, record, turns
 from benchmarks.steps_tables import quartiles
+from vit_jax import models, variants
+from vit_jax.analysis import compare
 from vit_jax.analysis.tables import Table
+from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
+from vit_jax.export import onnx as onnx_export
+from vit_jax.export import onnx_quantize, pytorch
+from vit_jax.inference import model_folder
 
 OURS, THEIRS, INT8 = 'vit_jax', 'transformers', 'vit_jax int8'  # which file
 TOLERANCE = 1e-4  # of the largest logit: these are two exports of one model
@@ -36,9 +45,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
       UserError: no such model, one that cannot be exported, or files that give other logits.
     """
-    import onnx
-
-    model = _open_model(args)
+    model = model_folder.load(args.model) if args.model else _made_up(args.variant)
     side = model.image_size
     rows, differences = [], {}
     with tempfile.TemporaryDirectory() as folder:
@@ -108,18 +115,10 @@ KIND = record.Kind(
 )
 
 
-def _open_model(args: argparse.Namespace) -> Any:
-    """The model to export: what the user names, or made-up weights of a variant."""
-    import jax
-
-    from vit_jax import models, variants
-    from vit_jax.data.preprocess import Preprocess
-    from vit_jax.inference import model_folder
-
-    if args.model:
-        return model_folder.load(args.model)
+def _made_up(variant: str) -> model_folder.Model:
+    """A model with made-up weights, 224 px and 1000 classes."""
     try:
-        config = variants.get_config(args.variant).to_dict()
+        config = variants.get_config(variant).to_dict()
     except ValueError as error:
         raise UserError(str(error)) from error
     side, classes = 224, 1000
@@ -128,9 +127,8 @@ def _open_model(args: argparse.Namespace) -> Any:
     shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)
     rng = np.random.default_rng(0)
 
-    def make_up(path, leaf):
-        deviation = 0.02 if path[-1].key in ('kernel', 'cls', 'pos_embedding') else 0.0
-        values = deviation * rng.standard_normal(leaf.shape, np.float32)
+    def make_up(path: Any, leaf: Any) -> np.ndarray:
+        values = np.float32(0.02) * rng.standard_normal(leaf.shape, np.float32)
         return values + np.float32(path[-1].key == 'scale')
 
     params = jax.tree.map_with_path(make_up, shapes['params'])
@@ -140,11 +138,10 @@ def _open_model(args: argparse.Namespace) -> Any:
     )
 
 
-def _export(model: Any, args: argparse.Namespace, folder: pathlib.Path) -> dict[str, str]:
+def _export(
+    model: model_folder.Model, args: argparse.Namespace, folder: pathlib.Path
+) -> dict[str, str]:
     """Writes all files; name -> path."""
-    from vit_jax.export import onnx as onnx_export
-    from vit_jax.export import onnx_quantize, pytorch
-
     files = {name: str(folder / f'{i}.onnx') for i, name in enumerate((OURS, THEIRS, INT8))}
     onnx_export.save(onnx_export.build(model, opset=args.opset, layout='NCHW'), files[OURS])
     if args.int8:
@@ -172,8 +169,6 @@ def _export(model: Any, args: argparse.Namespace, folder: pathlib.Path) -> dict[
 
 
 def _open_session(path: str, threads: int) -> Any:
-    import onnxruntime
-
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     # The threads of a session that is not running do not take the processor from the other's.
@@ -189,11 +184,11 @@ def _time(session: Any, images: np.ndarray) -> float:
 
 def _compare(logits: Mapping[str, np.ndarray]) -> float:
     """The largest difference of the two float32 files; `UserError` if they are not one model."""
-    difference = float(np.abs(logits[OURS] - logits[THEIRS]).max())
-    largest = float(np.abs(logits[OURS]).max())
-    if not difference <= TOLERANCE * max(1.0, largest):
+    found = compare.Difference()
+    found.add(logits[OURS], logits[THEIRS])
+    if not found.max <= TOLERANCE * max(1.0, found.largest):
         raise UserError(
-            f'the two files are not the same model: logits up to {largest:.3g} differ by '
-            f'{difference:.3g}'
+            f'the two files are not the same model: logits up to {found.largest:.3g} differ by '
+            f'{found.max:.3g}'
         )
-    return difference
+    return found.max

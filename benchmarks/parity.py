@@ -22,7 +22,7 @@ import torch
 from benchmarks import torch_libraries, torch_reference
 from vit_jax import files, models
 from vit_jax.analysis import compare
-from vit_jax.checkpoint import catalog, npz
+from vit_jax.checkpoint import npz
 from vit_jax.data.batches import eval_batches
 from vit_jax.data.preprocess import normalize
 from vit_jax.errors import UserError
@@ -67,8 +67,10 @@ def check(
     Raises:
         UserError: no comparison was possible.
     """
-    path = pathlib.Path(model) if os.path.exists(model) else catalog.resolve(model)
-    opened = model_folder.load(path, variant=variant)
+    opened = model_folder.load(model, variant=variant)
+    path = files.expand(model)
+    if not path.exists():  # a released name, whose file was downloaded
+        path = pathlib.Path(opened.source['file'])
     weights, reader = _reference_weights(path, opened)
     folder = path if _is_transformers_folder(path) and not perturb else None
     if folder is not None:

@@ -4,10 +4,12 @@ Like torch_reference.py this reads the published names by its own code, not by v
 models take and return the same: images [B, height, width, 3] in [-1, 1] to a dict of outputs.
 """
 
+import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,16 +62,12 @@ def transformers_model(weights: Mapping[str, np.ndarray], gelu: str) -> 'Transfo
         image_size=round(positions**0.5) * patch,
         patch_size=patch,
         pooler_output_size=len(weights['pre_logits/bias']) if pooled else None,
-        num_labels=len(weights['head/bias']) if 'head/bias' in weights else 1,
     )
     with torch.device('meta'):
-        if pooled:
-            vit = transformers.ViTModel(config, add_pooling_layer=True)
-            classifier = nn.Linear(config.pooler_output_size, config.num_labels)
-        else:
-            model = transformers.ViTForImageClassification(config)
-            vit, classifier = model.vit, model.classifier
-    model = TransformersViT(vit, classifier if 'head/bias' in weights else None)
+        vit = transformers.ViTModel(config, add_pooling_layer=pooled)
+        features = len(weights['pre_logits/bias']) if pooled else width
+        head = nn.Linear(features, len(weights['head/bias'])) if 'head/bias' in weights else None
+    model = TransformersViT(vit, head)
     model.load_state_dict(_transformers_state(weights), strict=True, assign=True)
     return model.requires_grad_(False)
 
@@ -90,13 +88,14 @@ def transformers_folder(folder: str | os.PathLike[str], gelu: str) -> 'Transform
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    model, info = transformers.ViTForImageClassification.from_pretrained(
+    loaded: Any = transformers.ViTForImageClassification.from_pretrained(
         folder,
         hidden_act=_TRANSFORMERS_GELU[gelu],
         layer_norm_eps=1e-6,
         local_files_only=True,
         output_loading_info=True,
     )
+    model, info = loaded
     for what in ('missing_keys', 'unexpected_keys', 'mismatched_keys'):
         if info[what]:
             raise ValueError(f'from_pretrained reports {what}: {sorted(map(str, info[what]))}')
@@ -111,7 +110,7 @@ class TransformersViT(nn.Module):
         classifier: the head, or None.
     """
 
-    def __init__(self, vit: nn.Module, classifier: nn.Module | None):
+    def __init__(self, vit: Any, classifier: nn.Module | None):
         super().__init__()
         self.vit, self.classifier = vit, classifier
         self.eval()
@@ -153,7 +152,7 @@ class TimmModel(nn.Module):
         )
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, 'weights.npz')
-            np.savez(path, **weights)
+            np.savez(path, allow_pickle=False, **weights)
             self.model.load_pretrained(path)
         self.has_head = classes > 0
         self.eval().requires_grad_(False)
@@ -178,22 +177,19 @@ def timm_name(variant: str) -> str:
     return _TIMM_OTHERS.get(variant, '')
 
 
-class _recorded:  # noqa: N801 (a context manager, used like a function)
+@contextlib.contextmanager
+def _recorded(parts: Mapping[str, nn.Module], outputs: dict[str, torch.Tensor]) -> Iterator[None]:
     """Within it, what each module of `parts` returns is put into `outputs` under its name."""
-
-    def __init__(self, parts: Mapping[str, nn.Module], outputs: dict[str, torch.Tensor]):
-        self.parts, self.outputs = parts, outputs
-
-    def __enter__(self):
-        self.handles = [
-            part.register_forward_hook(
-                lambda _module, _inputs, result, name=name: self.outputs.update({name: result})
-            )
-            for name, part in self.parts.items()
-        ]
-
-    def __exit__(self, *_):
-        for handle in self.handles:
+    handles = [
+        part.register_forward_hook(
+            lambda _module, _inputs, result, name=name: outputs.update({name: result})
+        )
+        for name, part in parts.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
             handle.remove()
 
 

@@ -69,10 +69,8 @@ def build(weights: Mapping[str, np.ndarray], *, classifier: str, gelu: str = 'ta
         ValueError: an array belongs to no part of the model.
     """
     reader = _Reader(weights)
-    if 'stem/kernel' in weights:
-        model = MlpMixer(reader, gelu)
-    else:
-        model = VisionTransformer(reader, classifier, gelu)
+    mixer = 'stem/kernel' in weights
+    model = MlpMixer(reader, gelu) if mixer else VisionTransformer(reader, classifier, gelu)
     if unused := weights.keys() - reader.used:
         raise ValueError(f'weights of no part of the model: {", ".join(sorted(unused))}')
     return model.eval().requires_grad_(False)
@@ -114,7 +112,7 @@ class _Reader:
     def patches(self, module: str) -> nn.Conv2d:
         """A convolution whose kernel [height, width, input, output] does not overlap itself."""
         kernel = self.get(f'{module}/kernel').permute(3, 2, 0, 1)
-        size = tuple(kernel.shape[2:])
+        size = (kernel.shape[2], kernel.shape[3])
         layer = nn.Conv2d(kernel.shape[1], kernel.shape[0], size, stride=size, device='meta')
         layer.weight, layer.bias = nn.Parameter(kernel), nn.Parameter(self.get(f'{module}/bias'))
         return layer
@@ -222,7 +220,7 @@ class VisionTransformer(nn.Module):
         outputs['pre_logits'] = x
         if self.hidden is not None:
             x = torch.relu(self.hidden(x))
-        if self.distilled and self.head is not None:
+        if self.head is not None and self.head_dist is not None:
             outputs['logits'] = (self.head(x[:, 0]) + self.head_dist(x[:, 1])) / 2
         elif self.head is not None:
             outputs['logits'] = self.head(x)
@@ -239,8 +237,7 @@ class StandardisedConv(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, F, h, w] to [B, G, ceil(h / stride), ceil(w / stride)]."""
-        w = self.weight
-        w = w - w.mean(dim=(1, 2, 3), keepdim=True)
+        w = self.weight - self.weight.mean(dim=(1, 2, 3), keepdim=True)
         std = w.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
         x = _same_padding(x, w.shape[2], self.stride, 0.0)
         return F.conv2d(x, w / (std + STANDARDISATION_EPSILON), stride=self.stride)

@@ -152,11 +152,9 @@ class Graph:
             return name
         return self.op('Cast', [x], name, elem_type=elem_type, to=elem_type)
 
-    def reshape(self, x: str, shape: Sequence[int | str], name: str) -> str:
+    def reshape(self, x: str, shape: tuple[str, *tuple[int, ...]], name: str) -> str:
         """`x` in another shape, whose first length is open and has a name, such as BATCH."""
-        first, *rest = shape
-        if not isinstance(first, str):
-            raise ValueError(f'the first length of {shape} should be open')
+        _, *rest = shape
         self._shapes[name] = shape
         return self.op('Reshape', [x, self.integers([-1, *rest])], name)
 
@@ -166,7 +164,9 @@ class Graph:
 
     def split(self, x: str, axis: int, names: Sequence[str]) -> list[str]:
         """Equal parts along an axis, called `names`."""
-        attributes = {'num_outputs': len(names)} if self.opset >= 18 else {}  # before: always equal
+        attributes: dict[str, Any] = (
+            {'num_outputs': len(names)} if self.opset >= 18 else {}
+        )  # before: always equal
         node = helper.make_node('Split', [x], names, name=f'{x}/split', axis=axis, **attributes)
         self._nodes.append(node)
         self._types |= dict.fromkeys(names, self._types[x])
@@ -237,7 +237,7 @@ class Graph:
         return x
 
     def patches(
-        self, x: str, params: Any, patch: tuple[int, int], shape: Sequence[int | str], name: str
+        self, x: str, params: Any, patch: tuple[int, int], shape: tuple[str, int, int], name: str
     ) -> str:
         """Cuts [B, F, h, w] into patches and projects them: tokens of `shape` (BATCH, N, D)."""
         x = self.conv(x, params['kernel'], name, bias=params['bias'], strides=patch)

@@ -47,9 +47,9 @@ def main(folder: str) -> None:
         loaded = time.perf_counter()
         for i, (first, end) in enumerate(request['batches']):
             outputs = run(np.array(images[first:end]))
-            np.savez(place / f'outputs-{i}.npz', **outputs)
+            np.savez(place / f'outputs-{i}.npz', allow_pickle=False, **outputs)
     except NotInstalledError as e:
-        result = {'missing': e.package, 'why': e.why}
+        result: dict[str, Any] = {'missing': e.package, 'why': e.why}
     else:
         result = {
             **facts,
@@ -248,7 +248,7 @@ def _torch_run(
     model.eval()
 
     def run(images: np.ndarray) -> Outputs:
-        outputs = {}
+        outputs: dict[str, np.ndarray] = {}
         with torch.inference_mode():
             x = torch.from_numpy(images).permute(0, 3, 1, 2)
             for prefix in ('own/', '') if forms else ('',):

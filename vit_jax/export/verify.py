@@ -25,7 +25,6 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -161,7 +160,7 @@ class Report:
         return f'{self.status}: {"; ".join(self.reasons)}' if self.reasons else self.status
 
 
-def check_outputs(module: nn.Module, outputs: Sequence[str]) -> None:
+def check_outputs(module: Any, outputs: Sequence[str]) -> None:
     """Raises `UserError` if a model does not have these outputs.
 
     Args:
@@ -180,7 +179,7 @@ def check_outputs(module: nn.Module, outputs: Sequence[str]) -> None:
 
 
 def forward(
-    module: nn.Module, outputs: Sequence[str]
+    module: Any, outputs: Sequence[str]
 ) -> Callable[[Mapping[str, Any], jax.Array], dict[str, jax.Array]]:
     """The function that an export stands for.
 
@@ -261,7 +260,7 @@ def images_for(paths: Sequence[str] = ()) -> Images:
 class _Photographs:
     """`_CROPS` as a `Source`."""
 
-    class_names = ()
+    class_names: tuple[str, ...] = ()
     exif = False
 
     def __init__(self) -> None:

@@ -35,7 +35,7 @@ class Images:
       paths: of the files, and `PipedImage`s.
     """
 
-    class_names = ()
+    class_names: tuple[str, ...] = ()
     exif = True
 
     def __init__(self, paths: Sequence[str]):
