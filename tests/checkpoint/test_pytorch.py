@@ -353,7 +353,7 @@ def test_unknown_tensors_are_listed(tmp_path):
     save_file(state | {'blocks.0.ls1.gamma': np.ones(32, np.float32)}, tmp_path / 'a.safetensors')
     with pytest.raises(UserError, match=r'layer scale.*\n  blocks.0.ls1.gamma \(32,\)'):
         checkpoint.load(tmp_path / 'a.safetensors', num_heads=4)
-    with pytest.raises(UserError, match='which is no timm tensor for .* of 5 heads'):
+    with pytest.raises(UserError, match='which does not fit timm tensors for .* of 5 heads'):
         checkpoint.load(tmp_path / 'a.safetensors', num_heads=5)
     save_file({'weight': np.ones(3, np.float32)}, tmp_path / 'b.safetensors')
     with pytest.raises(UserError, match='is of no known kind'):

@@ -64,8 +64,8 @@ def write(
 def write_at_end(workdir: str | os.PathLike[str], say: Callable[[str], None]) -> None:
     """Writes the report of a run that has just ended, and tells where it is.
 
-    Nothing that goes wrong here may cost the run, whose model is saved; so any error is told in one
-    line instead of being raised.
+    The run, whose model is saved, must not fail because of its report; so any error becomes a line
+    instead of being raised.
 
     Args:
       workdir: of the run.

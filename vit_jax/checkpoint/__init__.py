@@ -26,7 +26,8 @@ def load_pretrained(
 ) -> Mapping[str, Any]:
     """Loads a released checkpoint for fine-tuning, as the original release's function of this name.
 
-    The head always starts anew, also where the classes agree (`keep_head` keeps one that fits),
+    The head is always newly initialised, also where the classes agree (`keep_head` keeps one that
+    fits),
     `pre_logits` is kept only if the model has it, position embeddings are resized. What was loaded,
     resized, newly initialised and ignored is logged (INFO); `adapt.adapt` returns it instead.
 

@@ -28,7 +28,7 @@ def architecture(params: Mapping[str, Any], source: str, *, variant: str = '') -
         'gap'), no dropout.
 
     Raises:
-        UserError: the parameters are of no model here, or there is no such variant.
+        UserError: the parameters belong to no model of this package, or there is no such variant.
     """
     asked = find_variant(variant) if variant else None
     flat = flatten(params)
@@ -52,7 +52,7 @@ def architecture(params: Mapping[str, Any], source: str, *, variant: str = '') -
 
 
 def find_variant(name: str) -> Mapping[str, Any]:
-    """The arguments of a variant; `UserError` if there is none of this name."""
+    """The arguments of a variant; `UserError` for an unknown name."""
     if name not in variants.VARIANTS:
         raise UserError(f'unknown variant {name!r}; known: {", ".join(variants.VARIANTS)}')
     return variants.VARIANTS[name]

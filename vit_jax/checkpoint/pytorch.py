@@ -147,7 +147,7 @@ def _resnet(root: str, units: str) -> list[Line]:
     ]
 
 
-# A backbone that is only a stem (R+ViT-Ti_16) has no name of its own for it in timm.
+# timm has no extra name for the stem of a backbone that is only a stem (R+ViT-Ti_16).
 TABLES['timm hybrid'] = TABLES['timm'] + _resnet(
     'patch_embed.backbone.stem.', 'patch_embed.backbone.stages.{s}.blocks.{u}'
 )
@@ -187,7 +187,7 @@ def to_params(
     Args:
         tensors: name -> array, lazy or not, as the library has them.
         table: key of `TABLES`.
-        num_heads: of the attention; the tensors do not tell it.
+        num_heads: of the attention; it does not follow from the tensors.
         path: where they come from, for errors.
 
     Returns:
@@ -215,8 +215,8 @@ def to_params(
                 with_heads = f' of {num_heads} heads' if 'heads' in layout or 'q' in layout else ''
                 raise UserError(
                     f'{path}: the tensor {theirs!r} has shape {tuple(tensors[theirs].shape)}, '
-                    f'which is no {table} tensor for {name}{with_heads}: the file is of another '
-                    'model, or mixed up'
+                    f'which does not fit {table} tensors for {name}{with_heads}: the file is '
+                    'of another model, or mixed up'
                 ) from e
     for key, why in _UNUSED.items():
         if key in tensors:

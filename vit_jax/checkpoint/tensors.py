@@ -53,7 +53,7 @@ def open_tensors(path: pathlib.Path) -> tuple[dict[str, LazyArray], dict[str, st
         (name -> array, the metadata of a safetensors file).
 
     Raises:
-        UserError: not such a file, damaged, or with something in it that is no weight.
+        UserError: not such a file, damaged, or holding something that is not a weight.
     """
     if kind(path) == 'safetensors':
         return _open_safetensors(path)
@@ -72,7 +72,7 @@ def kind(path: pathlib.Path) -> str:
                 names = archive.namelist()
         except MemoryError:
             raise
-        except Exception:  # zipfile raises nearly anything for damage; whoever reads it names it
+        except Exception:  # zipfile raises nearly anything for damage; reading it will name it
             return 'pickle' if path.suffix in _PICKLES else 'npz'
         return 'pickle' if any(name.endswith('data.pkl') for name in names) else 'npz'
     try:
@@ -161,7 +161,7 @@ def _open_safetensors(path: pathlib.Path) -> tuple[dict[str, LazyArray], dict[st
         shapes = {name: (piece.get_shape(), piece.get_dtype()) for name, piece in slices.items()}
     except MemoryError:
         raise
-    except Exception as e:  # its own, of the system, of text that is none
+    except Exception as e:  # its own errors, the system's, undecodable text
         raise UserError(
             f'{path} is not a readable .safetensors file ({e}). It may be cut short, damaged, or '
             'renamed: download it again'
@@ -192,7 +192,7 @@ def _open_pickle(path: pathlib.Path) -> dict[str, LazyArray]:
     _refuse_bombs(path)
     try:
         with warnings.catch_warnings():
-            # What it warns of (an odd or old pickle) ends in an error or is no one's concern here.
+            # It warns of odd or old pickles, which end in an error below or do not matter.
             warnings.simplefilter('ignore')
             if _is_zip(path) and path.suffix != '.safetensors':
                 content = torch.load(path, map_location='cpu', weights_only=True, mmap=True)

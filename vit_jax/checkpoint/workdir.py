@@ -98,7 +98,7 @@ class Checkpoints:
             state: a pytree whose leaves are jax.Arrays of any shape, dtype and sharding.
 
         Raises:
-            TypeError: a leaf is no jax.Array.
+            TypeError: a leaf is not a jax.Array.
             UserError: the folder has a checkpoint of this step, and this object did not write it;
                 or the save before could not be written.
         """
@@ -159,7 +159,7 @@ class Checkpoints:
                 continue
             for bad in damaged:
                 self._set_aside(bad)
-            _agreed(True)  # nobody goes on, and perhaps saves, before the names are free
+            _agreed(True)  # no process continues, and perhaps saves, before the names are free
             self._known.add(step)
             return step, state
         if damaged:
@@ -198,7 +198,7 @@ class Checkpoints:
                 self._remove(old)
 
     def _not_written(self, step: int, error: Exception) -> UserError:
-        """Removes what there is of a checkpoint, and returns the error to raise."""
+        """Removes what was written of a checkpoint, and returns the error to raise."""
         self._known.discard(step)
         if jax.process_index() == 0:
             for path in self._folder.glob(f'{step}.orbax-checkpoint-tmp*'):
@@ -234,7 +234,7 @@ class Checkpoints:
             except Exception as e:  # Orbax raises many types for damage, bare Exception among them
                 problem = f'{type(e).__name__}: {e}'
             if problem:
-                # Collect what the failed load leaves behind here, where nobody hears it.
+                # Collect here what the failed load leaves behind, while its complaints are hidden.
                 time.sleep(_LEFTOVERS_SECONDS)
                 gc.collect()
         # Checksums are computed by all processes together, so all must have come this far.
@@ -262,7 +262,7 @@ class Checkpoints:
         from orbax.checkpoint import v1 as ocp
 
         path = self._folder / str(step)
-        # Read as the JSON that it is: Orbax's reader takes a damaged file for an empty one.
+        # Read as JSON: Orbax's reader takes a damaged file for an empty one.
         metadata = json.loads((path / '_CHECKPOINT_METADATA').read_text())
         saved = metadata['custom_metadata'][_METADATA_KEY]
         if saved['digest'] != checksums.digest([saved['leaves'], saved['checksums']]):
@@ -297,7 +297,7 @@ class Checkpoints:
                 shutil.rmtree(path)
 
     def _remove(self, step: int) -> None:
-        """Removes a checkpoint such that no moment shows half of it under its name."""
+        """Removes a checkpoint; half of it never has its name."""
         self._known.discard(step)
         if jax.process_index() == 0:
             trash = self._folder / f'trash-{step}'
@@ -351,7 +351,7 @@ def _agreed(ok: bool) -> bool:
 class _QuietOrbax(logging.Filter):
     """Keeps Orbax's noise off the console: what it raises is reported by us, in one line.
 
-    It logs through absl's logger, like others, so records are told by the file they come from.
+    It logs through absl's logger, like others, so its records are recognised by their file.
     """
 
     _LOGGERS = ('absl', 'asyncio')

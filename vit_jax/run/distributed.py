@@ -54,7 +54,7 @@ def start(
             return
         if cluster == 'slurm' and (ids := _slurm_devices(os.environ)):
             arguments |= {'local_device_ids': ids}
-        told = f'found by {cluster}'
+        how = f'found by {cluster}'
     else:
         if not all(given):
             raise UserError(f'several processes need all three of {_FLAGS}, or none of them')
@@ -65,7 +65,7 @@ def start(
             'process_id': process_id,
             'cluster_detection_method': 'deactivate',
         }
-        told = f'process {process_id} of {num_processes}, coordinator {coordinator_address}'
+        how = f'process {process_id} of {num_processes}, coordinator {coordinator_address}'
     # Signals are ours (`preemption`): JAX's service would take SIGTERM for itself.
     jax.config.update('jax_enable_preemption_service', False)
     try:
@@ -76,7 +76,7 @@ def start(
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(
-            f'the processes did not find each other ({told}): {str(error).splitlines()[0]}. '
+            f'the processes did not find each other ({how}): {str(error).splitlines()[0]}. '
             'Check that all of them were started, with the same coordinator, and that its port is '
             f'free and reachable; the flags are {_FLAGS}'
         ) from error

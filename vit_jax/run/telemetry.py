@@ -55,8 +55,8 @@ _PACKAGES = (
     'tensorflow-datasets',
 )  # fmt: skip
 
-# Seconds between two progress lines in train.log, and on a console that is no terminal (a file, a
-# pipe, a batch system).
+# Seconds between two progress lines in train.log, and on a console that is not a terminal (a file,
+# a pipe, a batch system).
 PLAIN_INTERVAL = 10.0
 
 
