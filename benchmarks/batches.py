@@ -49,9 +49,8 @@ def _read(setup: Mapping[str, Any]) -> Iterator[dict[str, np.ndarray]]:
             f'{setup["data"]} has {len(train.class_names)} classes and the model '
             f'{setup["num_classes"]}: use --num_classes {len(train.class_names)}'
         )
-    dataset = loader.train_dataset(
+    batches = loader.BatchLoader(
         train, Preprocess(crop=setup['image_size']), batch=setup['batch'], seed=0
     )
-    with loader.train_batches(dataset, start=0, threads=setup.get('cores') or None) as iterator:
-        for batch in iterator:
-            yield {name: batch[name] for name in ('image', 'label', 'position')}
+    for batch in batches.from_step(0, threads=setup.get('cores') or None):
+        yield {name: batch[name] for name in ('image', 'label', 'position')}

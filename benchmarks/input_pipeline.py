@@ -17,19 +17,12 @@ from vit_jax.errors import UserError
 CONTESTANTS = {
     'vit_jax': (),
     'vit_jax:exact=False': (),
-    'vit_jax:processes': (),
     'vit_jax:cache': (),
     'vit_jax:simulated': (),
-    'vit_jax:processes:simulated': (),
     'torchvision': ('torch', 'torchvision'),
     'tf.data': ('tensorflow',),
 }
-WITHOUT_STAGES = (
-    'vit_jax:processes',
-    'vit_jax:cache',
-    'vit_jax:simulated',
-    'vit_jax:processes:simulated',
-)
+WITHOUT_STAGES = ('vit_jax:cache', 'vit_jax:simulated')
 PEER = 'torchvision'
 
 
@@ -166,7 +159,7 @@ def _whole(result: Mapping[str, Any]) -> Table:
         'workers>', 'whole pipeline', 'images/s>', 'range>', 'images/s per core>', f'x {PEER}>'
     )  # fmt: skip
     notes = [
-        'Workers are processes of torchvision and of vit_jax:processes, else threads.',
+        'Workers are processes of torchvision, else threads; simulated: decoding sleeps.',
         f'{record.machine(result)}; {result["images"]} files of '
         f'{result["bytes_per_image"] / 1e3:.0f} kB on average; {result["image_size"]} px; medians.',
         *record.notes(result),

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks import child, torchvision_import
-from vit_jax.data import decode, loader, preprocess
+from vit_jax.data import decode, loader, preprocess, reader
 from vit_jax.data.dataset import Example
+from vit_jax.inference import predict
 
 STAGES = ('read', 'decode', 'crop', 'resize', 'batch', 'transfer')
 # Batches that may wait ready, for each worker, in any of the pipelines.
@@ -104,7 +105,6 @@ class Ours(Pipeline):
     """Our pipeline in threads, and its stages."""
 
     exact = True
-    processes = False
     cache = False
     simulated = False
 
@@ -141,21 +141,16 @@ class Ours(Pipeline):
 
     def stream(self, workers: int) -> Iterator[Any]:
         """See `Pipeline.stream`."""
-        from vit_jax.data import reader
-
         memory = reader.ImageCache(64 << 30) if self.cache else None
-        source = Sleeping(self.files) if self.simulated else Files(self.files)
-        dataset = loader.train_dataset(
+        source = (Sleeping if self.simulated else predict.Images)(self.files)
+        batches = loader.BatchLoader(
             reader.Reader(source, memory),
             self._settings,
             batch=self.size,
             seed=0,
             exact=self.exact,
         )
-        with loader.train_batches(
-            dataset, start=0, threads=workers, processes=workers if self.processes else 0
-        ) as batches:
-            yield from batches
+        return batches.from_step(0, threads=workers)
 
     def _place(self, dtype: Any) -> np.ndarray:
         """Where the next image of the batch goes."""
@@ -186,22 +181,10 @@ class Approximate(Ours):
         self._settings.render_uint8(*item, self._place(np.uint8))
 
 
-class Processes(Ours):
-    """With `config.data_processes`, one thread in each."""
-
-    processes = True
-
-
 class Simulated(Ours):
     """Decoding is a sleep: what more threads would give if there were a core for each."""
 
     simulated = True
-
-
-class SimulatedProcesses(Simulated):
-    """The same with processes, one thread in each."""
-
-    processes = True
 
 
 class Cached(Ours):
@@ -210,28 +193,7 @@ class Cached(Ours):
     cache = True
 
 
-class Files:
-    """A `Source` of image files without labels.
-
-    Args:
-      paths: of the files.
-    """
-
-    class_names = ('image',)
-    exif = True
-
-    def __init__(self, paths: Sequence[str]):
-        self._paths = paths
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, index: int) -> Example:
-        path = self._paths[index]
-        return Example(decode.read_file(path), 0, path)
-
-
-class Sleeping(Files):
+class Sleeping(predict.Images):
     """The same, whose decoding takes its time but no processor."""
 
     def __init__(self, paths: Sequence[str]):
@@ -376,10 +338,8 @@ class TensorFlow(Pipeline):
 KINDS = {
     'vit_jax': Ours,
     'vit_jax:exact=False': Approximate,
-    'vit_jax:processes': Processes,
     'vit_jax:cache': Cached,
     'vit_jax:simulated': Simulated,
-    'vit_jax:processes:simulated': SimulatedProcesses,
     'torchvision': Torchvision,
     'tf.data': TensorFlow,
 }

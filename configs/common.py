@@ -42,12 +42,8 @@ def get_defaults() -> ml_collections.ConfigDict:
     config.pp.exact = True
     # Threads that read and decode. 0: one per core, at most 16.
     config.data_threads = 0
-    # Processes over which those threads are spread for training; as many as cores where one process
-    # is too slow: at some 1,800 images/s its threads wait for Python. 0: threads of the training
-    # process itself.
-    config.data_processes = 0
     # GiB of this machine's memory in which decoded images stay, as many as fit, for small sets.
-    # The data processes and the one that trains get equal parts of it. 0.0: none.
+    # 0.0: none.
     config.cache = 0.0
     # Largest share of unreadable images to put up with; training puts others in their place.
     config.max_unreadable = 0.01

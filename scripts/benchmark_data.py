@@ -1,10 +1,10 @@
 """Times the input pipeline alone: images per second by stage, and how it grows with workers.
 
 Stages on one thread: read, decode, crop, resize, batch, transfer to the device; then the whole
-pipeline with more and more threads, and processes. Beside it the same work in torchvision with
-Pillow (DataLoader workers) and in tf.data, where they are installed; each in a process of its own,
-in turn. Ours comes as it is, with config.pp.exact=False, with the images in config.cache, and with
-config.data_processes.
+pipeline with more and more threads. Beside it the same work in torchvision with Pillow (DataLoader
+workers) and in tf.data, where they are installed; each in a separate process, one after the other.
+Ours comes as it is, with config.pp.exact=False, with the images in config.cache, and simulated:
+decoding is a sleep as long, which shows what more threads would give if each had a core.
 
 Examples:
     python scripts/benchmark_data.py --folder photos/ --output data.json

@@ -220,7 +220,7 @@ def test_resize_alone_asks_for_random_crops():
         ({'base_lr': float('nan')}, 'config.base_lr=nan must be at least 0'),
         ({'eval_every': 0}, 'config.eval_every=0 must be at least 1'),
         ({'cache': -1.0}, 'config.cache=-1.0 must be at least 0'),
-        ({'data_processes': -1}, 'config.data_processes=-1 must be at least 0'),
+        ({'data_threads': -1}, 'config.data_threads=-1 must be at least 0'),
         (
             {'total_steps': 100, 'warmup_steps': 100},
             'warmup_steps=100 leaves nothing .* use --config.warmup_steps=10',

@@ -46,8 +46,9 @@ def mistake(command, tmp_path):
         (['--config=configs/b16.py', 'workdir=x'], "unexpected 'workdir=x'"),
         (
             ['--config=configs/b16.py', '--config.shuffle_buffer=9'],
-            'original release is not needed',
+            'this knob is not needed: the whole training set is shuffled',
         ),
+        (['--config', 'b16', '--config.data_processes=4'], 'not needed: threads read as fast'),
         (['--config=configs/vit.py'], 'configs/vit.py: it needs an argument after a colon'),
         (['--config=configs/vit.py:b61,cifar10'], "unknown model 'b61'"),
         (['--config=configs/vit.py:b16,cifar11'], "unknown dataset 'cifar11'"),

@@ -158,9 +158,9 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(finished, tmp_path, m
     assert run_files.read(tmp_path / 'run').resumes() == [6]
 
 
-def test_data_processes_and_cache_change_nothing(finished, tmp_path):
+def test_threads_and_cache_change_nothing(finished, tmp_path):
     _, whole, params = finished
-    config = make_config(tmp_path, data_processes=1, cache=0.01)
+    config = make_config(tmp_path, data_threads=1, cache=0.01)
     found = jax.device_get(train.train_and_evaluate(config, tmp_path / 'run'))
     jax.tree.map(np.testing.assert_array_equal, found, params)
     assert (tmp_path / 'run/metrics.jsonl').read_bytes() == (whole / 'metrics.jsonl').read_bytes()
@@ -172,13 +172,13 @@ def test_training_on_approximate_pixels(finished, tmp_path, monkeypatch):
     original = sharding.put_batch
 
     def put(batch, mesh):
-        seen.add(('mask' if 'mask' in batch else 'position', str(batch['image'].dtype)))
+        seen.add(('readable' if 'readable' in batch else 'position', str(batch['image'].dtype)))
         return original(batch, mesh)
 
     monkeypatch.setattr(sharding, 'put_batch', put)
     workdir = tmp_path / 'run'
     train.train_and_evaluate(make_config(tmp_path, **{'pp.exact': False}), workdir)
-    assert seen == {('position', 'uint8'), ('mask', 'float32')}
+    assert seen == {('position', 'uint8'), ('readable', 'float32')}
     losses, exact = (
         [line['train_loss'] for line in lines(folder) if 'train_loss' in line]
         for folder in (workdir, finished[1])

@@ -37,7 +37,7 @@ _AT_LEAST_ONE = (
     'keep_checkpoints',
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    'data_threads', 'data_processes', 'cache', 'accum_steps', 'warmup_steps', 'base_lr',
+    'data_threads', 'cache', 'accum_steps', 'warmup_steps', 'base_lr',
     'grad_norm_clip', 'momentum', 'weight_decay', 'seed', 'max_unreadable',
 )  # fmt: skip
 

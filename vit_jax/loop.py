@@ -32,9 +32,9 @@ from jax.sharding import Mesh
 
 from vit_jax import evaluate, sharding
 from vit_jax.checkpoint import workdir as workdir_lib
-from vit_jax.data import loader
 from vit_jax.data.dataset import Selection
 from vit_jax.data.decode import BadImageError
+from vit_jax.data.loader import BatchLoader
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.data.reader import ImageCache, OncePerKey, Reader
 from vit_jax.errors import UserError
@@ -90,7 +90,7 @@ class Loop:
         self._on_bad = OncePerKey(self._name_unreadable)
         cache = None
         if run.config.cache:
-            cache = ImageCache(int(run.config.cache * 2**30) // (1 + run.config.data_processes))
+            cache = ImageCache(int(run.config.cache * 2**30))
         self._train_images = Reader(run.train, cache)
         self._test_images = Reader(run.test, cache)
         self._signals = preemption.StopSignals()
@@ -114,7 +114,7 @@ class Loop:
         if start >= config.total_steps:
             yield iter(())
             return
-        dataset = loader.train_dataset(
+        loader = BatchLoader(
             self._train_images,
             run.preprocess,
             batch=config.batch,
@@ -125,9 +125,7 @@ class Loop:
             on_bad=self._on_bad,
         )
         with (
-            loader.train_batches(
-                dataset, start=start, threads=run.threads, processes=config.data_processes
-            ) as batches,
+            contextlib.closing(loader.from_step(start, threads=run.threads)) as batches,
             concurrent.futures.ThreadPoolExecutor(1) as thread,
         ):
             first = thread.submit(next, batches)

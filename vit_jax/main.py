@@ -57,10 +57,11 @@ _FLAGS = ('config', 'workdir', 'coordinator_address', 'num_processes', 'process_
 # What the system says when a disk does not take a file.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO)
 
-# Knobs of the original release that have no counterpart, and why.
+# Knobs of the original release and of earlier versions that have no counterpart, and why.
 _RETIRED = {
     'shuffle_buffer': 'the whole training set is shuffled again in every epoch',
     'prefetch': 'batches are always read ahead, as far as memory allows',
+    'data_processes': 'threads read as fast; config.data_threads says how many',
     'trainer': 'training is `python -m vit_jax.main`',
     'model_type': 'the model is told by config.model.model_name',
 }
@@ -238,7 +239,7 @@ def _unknown_knob(name: str) -> str:
     knobs = [*_knobs(common.get_defaults())]
     short = name.removeprefix('config.')
     if short in _RETIRED:
-        return f'this knob of the original release is not needed: {_RETIRED[short]}'
+        return f'this knob is not needed: {_RETIRED[short]}'
     near = difflib.get_close_matches(short, knobs, n=1, cutoff=0.5)
     hint = f'did you mean --config.{near[0]}?' if near else 'configs/common.py lists them'
     return f'there is no such knob; {_hint_from_elsewhere(short) or hint}'

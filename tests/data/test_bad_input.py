@@ -102,7 +102,7 @@ def test_every_bad_file_of_a_folder_is_reported_once(photos):
     for error in errors:
         assert str(error).isprintable(), str(error)
         assert error.label == ('dog' in error.key.split('/')[-2])
-    dataset = loader.train_dataset(split, PP, batch=len(split), seed=0, on_bad=errors.append)
+    dataset = loader.BatchLoader(split, PP, batch=len(split), seed=0, on_bad=errors.append)
     assert dataset[0]['replaced'].sum() == len(BAD_FILES)
 
 
@@ -177,7 +177,7 @@ def test_broken_records_of_a_tfds_set(tmp_path):
     assert 'hash mismatch' in reasons['3'] and 'is damaged' in reasons['9']
     assert 'its label is 7' in reasons['12'] and 'not an image' in reasons['8']
     assert all(error.key.startswith('tiny_set:train/') for error in errors)
-    dataset = loader.train_dataset(split, PP, batch=13, seed=0, on_bad=errors.append)
+    dataset = loader.BatchLoader(split, PP, batch=13, seed=0, on_bad=errors.append)
     assert dataset[0]['replaced'].sum() == 6
     # The whole file: cut short, or gone after the set was opened.
     file.write_bytes(data[: len(data) // 2])

@@ -1,9 +1,11 @@
 """Batches: a pure function of seed and step on any number of processes; every test example once."""
 
 import collections
+import contextlib
 import pathlib
 import threading
 
+import jax
 import numpy as np
 import pytest
 
@@ -45,7 +47,7 @@ def equal(a, b):
 
 
 def test_shapes_types_and_ranges():
-    batch = loader.train_dataset(Squares(20), PP, batch=6, seed=0)[0]
+    batch = loader.BatchLoader(Squares(20), PP, batch=6, seed=0)[0]
     assert batch['image'].shape == (6, 8, 8, 3) and batch['image'].dtype == np.float32
     assert 0 <= batch['image'].min() < 50 and 200 < batch['image'].max() <= 255
     for name in ('label', 'position', 'example'):
@@ -55,7 +57,7 @@ def test_shapes_types_and_ranges():
 
 
 def test_each_epoch_is_another_permutation():
-    dataset = loader.train_dataset(Squares(21), PP, batch=6, seed=0)
+    dataset = loader.BatchLoader(Squares(21), PP, batch=6, seed=0)
     order = np.concatenate([dataset[step]['example'] for step in range(14)])  # 4 epochs
     epochs = order.reshape(4, 21)
     assert all(sorted(epoch) == list(range(21)) for epoch in epochs)
@@ -64,7 +66,7 @@ def test_each_epoch_is_another_permutation():
 
 def test_seeds_differ_and_repeat():
     def first(seed):
-        return loader.train_dataset(Squares(50), PP, batch=50, seed=seed)[0]
+        return loader.BatchLoader(Squares(50), PP, batch=50, seed=seed)[0]
 
     assert equal(first(0), first(0))
     assert not np.array_equal(first(0)['example'], first(1)['example'])
@@ -73,7 +75,7 @@ def test_seeds_differ_and_repeat():
 
 
 def test_crops_differ_between_epochs():
-    dataset = loader.train_dataset(Squares(10), PP, batch=10, seed=0)
+    dataset = loader.BatchLoader(Squares(10), PP, batch=10, seed=0)
     epochs = [views(dataset[step]) for step in (0, 1)]
     assert not any(np.array_equal(epochs[0][i], epochs[1][i]) for i in range(10))
 
@@ -81,7 +83,7 @@ def test_crops_differ_between_epochs():
 @pytest.mark.parametrize('count', [2, 4])
 def test_same_examples_and_pixels_on_any_number_of_processes(count):
     def dataset(index, count):
-        return loader.train_dataset(
+        return loader.BatchLoader(
             Squares(26), PP, batch=12, seed=3, process_index=index, process_count=count
         )
 
@@ -95,26 +97,26 @@ def test_same_examples_and_pixels_on_any_number_of_processes(count):
 
 
 def test_source_smaller_than_a_batch():
-    batch = loader.train_dataset(Squares(3), PP, batch=8, seed=0)[0]
+    batch = loader.BatchLoader(Squares(3), PP, batch=8, seed=0)[0]
     assert sorted(collections.Counter(batch['example'].tolist()).values()) == [2, 3, 3]
 
 
 @pytest.mark.parametrize('threads', [1, 3])
 def test_reading_ahead_gives_the_same_batches_from_any_step(threads):
-    dataset = loader.train_dataset(Squares(26), PP, batch=8, seed=3)
+    dataset = loader.BatchLoader(Squares(26), PP, batch=8, seed=3)
     for start in (0, 5):
-        with loader.train_batches(dataset, start=start, threads=threads) as iterator:
+        with contextlib.closing(dataset.from_step(start, threads=threads)) as iterator:
             for step in range(start, start + 6):
                 assert equal(next(iterator), dataset[step])
 
 
 def reading_threads():
-    return [t for t in threading.enumerate() if t.name.startswith('grain-prefetch')]
+    return [t for t in threading.enumerate() if t.name.startswith('read-images')]
 
 
 def test_threads_end_with_the_context():
-    dataset = loader.train_dataset(Squares(26), PP, batch=8, seed=3)
-    with loader.train_batches(dataset, start=0, threads=2) as iterator:
+    dataset = loader.BatchLoader(Squares(26), PP, batch=8, seed=3)
+    with contextlib.closing(dataset.from_step(0, threads=2)) as iterator:
         next(iterator)
         next(iterator)
         assert reading_threads()
@@ -127,10 +129,10 @@ def test_threads_end_with_the_context():
 
 @pytest.mark.parametrize('threads', [1, 4])
 def test_a_broken_image_is_named_by_the_consumer(threads):
-    dataset = loader.train_dataset(Squares(40, bad=(13,)), PP, batch=4, seed=0)
+    dataset = loader.BatchLoader(Squares(40, bad=(13,)), PP, batch=4, seed=0)
     with (
         pytest.raises(BadImageError, match='square/13') as caught,
-        loader.train_batches(dataset, start=0, threads=threads) as iterator,
+        contextlib.closing(dataset.from_step(0, threads=threads)) as iterator,
     ):
         for _ in range(11):
             next(iterator)
@@ -145,7 +147,7 @@ BAD = (0, 7, 13, 25)
 def substituted(count, seed=3, steps=(0, 1, 2, 7), bad=BAD, on_bad=None):
     """Batches of some steps, of 26 examples of which some are bad, joined over the processes."""
     parts = [
-        loader.train_dataset(
+        loader.BatchLoader(
             Squares(26, bad=bad),
             PP,
             batch=12,
@@ -190,9 +192,7 @@ def test_pixels_are_those_of_the_substitute():
                 example.image[...] = 9 * index
             return example
 
-    dataset = loader.train_dataset(
-        Grey(26, bad=BAD), PP, batch=26, seed=3, on_bad=lambda error: None
-    )
+    dataset = loader.BatchLoader(Grey(26, bad=BAD), PP, batch=26, seed=3, on_bad=lambda error: None)
     batch = dataset[0]
     assert batch['replaced'].sum() == len(BAD)
     grey = np.broadcast_to(batch['example'][:, None, None, None] * 9, batch['image'].shape)
@@ -212,11 +212,11 @@ def test_substitutes_depend_on_the_seed_and_are_the_same_after_resuming():
     ]
     assert np.array_equal(drawn[0], drawn[1]) and len(set(drawn[0])) > 8
     assert not np.array_equal(drawn[0], drawn[2])
-    dataset = loader.train_dataset(
+    dataset = loader.BatchLoader(
         Squares(26, bad=BAD), PP, batch=12, seed=3, on_bad=lambda error: None
     )
     whole = list(substituted(1, steps=range(9)))
-    with loader.train_batches(dataset, start=5, threads=3) as iterator:
+    with contextlib.closing(dataset.from_step(5, threads=3)) as iterator:
         for step in range(5, 9):
             assert equal(next(iterator), whole[step])
 
@@ -241,7 +241,7 @@ def test_without_any_readable_image_the_first_bad_one_is_named(monkeypatch):
             return super().__getitem__(index)
 
     source = Counted(26, bad=range(26))
-    dataset = loader.train_dataset(source, PP, batch=4, seed=0, on_bad=lambda error: None)
+    dataset = loader.BatchLoader(source, PP, batch=4, seed=0, on_bad=lambda error: None)
     with pytest.raises(BadImageError, match=r'none of 100 others .* can be used') as caught:
         dataset[0]
     assert caught.value.key == f'square/{reads[0]}' and len(reads) == 1 + loader.MAX_DRAWS
@@ -250,8 +250,8 @@ def test_without_any_readable_image_the_first_bad_one_is_named(monkeypatch):
 @pytest.mark.parametrize('threads', [1, 4])
 def test_each_bad_key_is_reported_once(threads):
     errors = []
-    dataset = loader.train_dataset(Squares(26, bad=BAD), PP, batch=12, seed=3, on_bad=errors.append)
-    with loader.train_batches(dataset, start=0, threads=threads) as iterator:
+    dataset = loader.BatchLoader(Squares(26, bad=BAD), PP, batch=12, seed=3, on_bad=errors.append)
+    with contextlib.closing(dataset.from_step(0, threads=threads)) as iterator:
         for _ in range(20):
             next(iterator)
     assert sorted(error.key for error in errors) == sorted(f'square/{i}' for i in BAD)
@@ -271,10 +271,10 @@ def test_what_on_bad_raises_ends_the_reading(threads):
     def too_many(error):
         raise UserError('too many unreadable images')
 
-    dataset = loader.train_dataset(Squares(26, bad=BAD), PP, batch=12, seed=3, on_bad=too_many)
+    dataset = loader.BatchLoader(Squares(26, bad=BAD), PP, batch=12, seed=3, on_bad=too_many)
     with (
         pytest.raises(UserError, match='too many'),
-        loader.train_batches(dataset, start=0, threads=threads) as iterator,
+        contextlib.closing(dataset.from_step(0, threads=threads)) as iterator,
     ):
         for _ in range(20):
             next(iterator)
@@ -290,14 +290,14 @@ def test_the_death_of_a_reading_thread_is_an_error_not_a_wait(kind):
 
     def read():
         for batches in (
-            loader.train_dataset(Dying(40), PP, batch=4, seed=0, on_bad=lambda error: None),
+            loader.BatchLoader(Dying(40), PP, batch=4, seed=0, on_bad=lambda error: None),
             None,
         ):
             try:
                 if batches is None:
                     list(eval_batches(Dying(40), PP, batch=4, threads=3))
                 else:
-                    with loader.train_batches(batches, start=0, threads=3) as iterator:
+                    with contextlib.closing(batches.from_step(0, threads=3)) as iterator:
                         for _ in range(11):
                             next(iterator)
             except kind as error:
@@ -399,7 +399,7 @@ def test_approximate_pixels_of_the_same_crops(monkeypatch, options, mean, most):
     monkeypatch.setattr(Preprocess, 'draw_box', note)
     pp, batches, views = Preprocess(**options), {}, {}
     for exact in (True, False):
-        dataset = loader.train_dataset(Photos(), pp, batch=12, seed=5, exact=exact)
+        dataset = loader.BatchLoader(Photos(), pp, batch=12, seed=5, exact=exact)
         drawn.clear()
         batches[exact] = [dataset[step] for step in (0, 1)]
         views[exact] = list(drawn)
@@ -414,12 +414,12 @@ def test_approximate_pixels_of_the_same_crops(monkeypatch, options, mean, most):
 
 def test_approximate_batches_from_any_step_and_with_bad_images():
     def dataset(bad=BAD):
-        return loader.train_dataset(
+        return loader.BatchLoader(
             Squares(26, bad=bad), PP, batch=12, seed=3, exact=False, on_bad=lambda error: None
         )
 
     whole, good = dataset(), dataset(bad=())
-    with loader.train_batches(whole, start=2, threads=2) as iterator:
+    with contextlib.closing(whole.from_step(2, threads=2)) as iterator:
         for step in (2, 3):
             batch = next(iterator)
             assert equal(batch, whole[step])
@@ -438,8 +438,8 @@ def test_memory_for_waiting_batches_is_bounded(monkeypatch):
             return super().__getitem__(index)
 
     monkeypatch.setattr(loader, 'MAX_BUFFER_BYTES', 3 * 10 * 8 * 8 * 3 * 4 + 1000)
-    dataset = loader.train_dataset(Counted(100), PP, batch=10, seed=0)
-    with loader.train_batches(dataset, start=0, threads=8) as iterator:
+    dataset = loader.BatchLoader(Counted(100), PP, batch=10, seed=0)
+    with contextlib.closing(dataset.from_step(0, threads=8)) as iterator:
         for _ in range(3):
             next(iterator)
         for _ in range(200):
@@ -450,10 +450,20 @@ def test_memory_for_waiting_batches_is_bounded(monkeypatch):
         assert len(made) == 60  # three taken and three waiting
 
 
+@pytest.mark.parametrize('keep', [lambda images: images[1:], jax.numpy.asarray])
+def test_memory_is_used_again_only_when_nobody_holds_it(keep):
+    dataset = loader.BatchLoader(Squares(26), PP, batch=12, seed=3)
+    expected = np.array(keep(dataset[0]['image']))
+    held = keep(dataset[0]['image'])
+    places = {dataset[step]['image'].ctypes.data for step in range(1, 6)}
+    assert np.array_equal(held, expected)
+    assert len(places) <= 2  # the first call's memory came back, and is used each time
+
+
 def test_bad_requests():
     with pytest.raises(UserError, match='training set is empty'):
-        loader.train_dataset(Squares(0), PP, batch=4, seed=0)
+        loader.BatchLoader(Squares(0), PP, batch=4, seed=0)
     with pytest.raises(UserError, match=r'batch=6 .* number of processes \(4\)'):
-        loader.train_dataset(Squares(9), PP, batch=6, seed=0, process_count=4)
+        loader.BatchLoader(Squares(9), PP, batch=6, seed=0, process_count=4)
     with pytest.raises(UserError, match='at least 1'):
         next(eval_batches(Squares(9), PP, batch=0))

@@ -1,6 +1,5 @@
 """Images kept in memory: the same pixels, never more than there is room for, read once."""
 
-import pickle
 import threading
 
 import numpy as np
@@ -44,7 +43,7 @@ def png(image):
 
 
 def batches(source, exact, crop=9, count=4):
-    dataset = loader.train_dataset(
+    dataset = loader.BatchLoader(
         source, Preprocess(crop), batch=8, seed=1, exact=exact, on_bad=lambda error: None
     )
     return [dataset[step] for step in range(count)]
@@ -112,12 +111,3 @@ def test_pixels_that_are_in_memory_anyway_take_no_room():
     memory = reader.ImageCache(100 * SIZE)
     images = reader.Reader(InMemory(), memory)
     assert np.array_equal(images.read(5)[0], PIXELS[5]) and memory.used == 0
-
-
-def test_another_process_gets_the_room_but_not_what_is_in_it():
-    images = reader.Reader(Files(), reader.ImageCache(100 * SIZE))
-    images.read(0)
-    copy = pickle.loads(pickle.dumps(images))
-    assert copy._cache.used == 0 and copy._cache.size == 100 * SIZE
-    assert np.array_equal(copy.read(0)[0], images.read(0)[0])
-    assert copy._source.reads[0] == 2  # it came along with one

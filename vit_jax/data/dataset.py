@@ -35,7 +35,7 @@ class Example:
 
 
 class Source(Protocol):
-    """A finite sequence of examples; picklable, and safe to read from several threads.
+    """A finite sequence of examples, safe to read from several threads.
 
     Attributes:
       class_names: names of the classes, in the order of the labels.

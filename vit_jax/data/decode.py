@@ -47,9 +47,6 @@ class BadImageError(UserError):
         self.reason = reason
         self.label = label
 
-    def __reduce__(self):
-        return type(self), (self.key, self.reason, self.label)
-
 
 def read_file(path: str | os.PathLike[str]) -> bytes:
     """The bytes of an image file.

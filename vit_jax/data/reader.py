@@ -69,9 +69,6 @@ class ImageCache:
             self._used += size
             return True
 
-    def __reduce__(self):  # to another process: as much room, nothing in it
-        return ImageCache, (self.size,)
-
 
 class Reader:
     """Reads and decodes examples; itself a `Source`, safe to use from several threads.
@@ -160,12 +157,6 @@ class Reader:
             if reduction:
                 reduction(*size)
         return *kept, size
-
-    def __getstate__(self):  # to another process: nothing in memory
-        return self.__dict__ | {'_pixels': {}, '_sizes': {}, '_lock': None}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state | {'_lock': threading.Lock()})
 
 
 def as_reader(source: Source | Reader) -> Reader:

@@ -1,7 +1,5 @@
 """Which examples each training batch has."""
 
-import dataclasses
-
 import grain
 import numpy as np
 
@@ -9,29 +7,28 @@ import numpy as np
 Item = tuple[int, int, np.ndarray]
 
 
-@dataclasses.dataclass(frozen=True)
 class BatchSampler:
-    """Which examples come when, see `loader.train_dataset`."""
+    """The examples of this process in each batch: `sampler[step]` is a list of `Item`.
 
-    examples: int
-    batch: int
-    seed: int
-    process_index: int
-    process_count: int
+    A process has a block of consecutive places of the global batch. Arguments as for `BatchLoader`.
+    """
 
-    def plan(self) -> grain.MapDataset:
-        """A dataset whose element s is a list of `Item`, those of batch s."""
-
+    def __init__(
+        self, examples: int, batch: int, seed: int, process_index: int, process_count: int
+    ):
         def place(index: int, example: int) -> tuple[int, int]:
-            return index % self.batch, example
+            return index % batch, example
 
         def draw(item: tuple[int, int], rng: np.random.Generator) -> Item:
             return *item, rng.integers(2**63, size=2, dtype=np.uint64)
 
-        # shuffle before repeat: each epoch is a permutation. Slicing after random_map: same crops
-        # on any process count. The images are made last, in place: fresh memory for each of them,
-        # copied into the batch, would take more time than decoding does.
-        examples = grain.MapDataset.range(self.examples).seed(self.seed).shuffle().repeat()
-        examples = examples.map_with_index(place).random_map(draw)
-        mine = examples[self.process_index :: self.process_count]
-        return mine.batch(self.batch // self.process_count, batch_fn=list)
+        # shuffle before repeat: each epoch is a permutation. Not sliced: an item has the same
+        # randomness on any number of processes.
+        order = grain.MapDataset.range(examples).seed(seed).shuffle().repeat()
+        self._items = order.map_with_index(place).random_map(draw)
+        self._batch, self._size = batch, batch // process_count
+        self._first = process_index * self._size
+
+    def __getitem__(self, step: int) -> list[Item]:
+        first = step * self._batch + self._first
+        return [self._items[index] for index in range(first, first + self._size)]

@@ -233,7 +233,7 @@ def _open_prepared(name: str, folder: pathlib.Path) -> Dataset:
 
 @dataclasses.dataclass(frozen=True)
 class _Records:
-    """A split in ArrayRecord files, opened when it is first read: picklable, free if unused."""
+    """A split in ArrayRecord files, opened when it is first read: free if unused."""
 
     name: str
     folder: str
@@ -285,6 +285,3 @@ class _Records:
                 file_format=tfds.core.FileFormat.ARRAY_RECORD,
             )
         return records, features, {'image': tfds.decode.SkipDecoding()}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != '_opened'}

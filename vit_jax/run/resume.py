@@ -25,7 +25,7 @@ DATA_FILE = 'data.json'
 # Settings that do not change what is learned. All others stay as they were when the run began.
 FREE = frozenset({
     # Where and how to read. The examples themselves are compared by `check_data`.
-    'dataset', 'tfds_data_dir', 'tfds_manual_dir', 'data_threads', 'data_processes', 'cache',
+    'dataset', 'tfds_data_dir', 'tfds_manual_dir', 'data_threads', 'cache',
     'max_unreadable',
     # How often to report, what to keep, what to put up with.
     'batch_eval', 'progress_every', 'eval_every', 'checkpoint_every',
@@ -90,6 +90,7 @@ def check_config(saved: pathlib.Path, config: Mapping[str, Any]) -> list[str]:
     """
     before, now = _read(saved, 'the settings this run began with'), _flatten(config)
     defaults = _flatten(common.get_defaults().to_dict())
+    before.pop('data_processes', None)  # a knob of earlier versions that changed no result
     # Knobs that are newer than the run: without them, it did what their defaults do.
     changed = _differences({n: defaults[n] for n in now if n in defaults} | before, now)
     bound = [text for name, text in changed.items() if name.split('.')[0] not in FREE]
