@@ -148,14 +148,7 @@ def _export(
         onnx_quantize.quantize_dynamic(files[OURS], files[INT8])
     else:
         del files[INT8]
-    pytorch.write(
-        str(folder / 'huggingface'),
-        model.params,
-        to='huggingface',
-        model_config=model.model_config,
-        image_size=model.image_size,
-        class_names=(),
-    )
+    pytorch.write(folder / 'huggingface', model, to='huggingface')
     done = subprocess.run(
         [sys.executable, '-m', 'benchmarks.torch_onnx', folder / 'huggingface', files[THEIRS]],
         capture_output=True,

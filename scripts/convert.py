@@ -58,7 +58,7 @@ def main() -> int:
 def _convert(args: argparse.Namespace) -> None:
     # Not at the top: they take seconds, and --help should not.
     from vit_jax.checkpoint import formats, npz
-    from vit_jax.export import pytorch as export
+    from vit_jax.export import pytorch
     from vit_jax.inference import model_folder
 
     normalization = {None: None, 'half': formats.HALF, 'imagenet': formats.IMAGENET}
@@ -76,15 +76,8 @@ def _convert(args: argparse.Namespace) -> None:
     for note in model.source.get('notes', ()):
         print(f'  {note}')
     model_folder.check(model)
-    notes = export.write(
-        args.destination,
-        model.params,
-        to=args.to,
-        model_config=model.model_config,
-        image_size=model.image_size,
-        class_names=model_folder.own_class_names(model),
-        drop=args.drop,
-    )
+    model, notes = pytorch.drop_layers(model, args.drop)
+    notes += pytorch.write(args.destination, model, to=args.to)
     cli.end_on_closed_pipe()  # all is written
     print(f'{args.destination}: written for {args.to}')
     for note in notes:

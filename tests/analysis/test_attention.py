@@ -192,14 +192,7 @@ def test_relevance_and_attention_of_transformers(family, tmp_path):
     torch = pytest.importorskip('torch')
     transformers = pytest.importorskip('transformers')
     model, pixels = made_up(family)
-    export.write(
-        tmp_path / 'hf',
-        model.params,
-        to='huggingface',
-        model_config=model.model_config,
-        image_size=SIDE,
-        class_names=CLASSES,
-    )
+    export.write(tmp_path / 'hf', model, to='huggingface')
     kind = 'DeiTForImageClassificationWithTeacher' if family == 'distilled' else (
         'ViTForImageClassification'
     )  # fmt: skip

@@ -9,6 +9,7 @@ import pytest
 
 from vit_jax import checkpoint, models, variants
 from vit_jax.checkpoint import formats, npz
+from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.export import pytorch as export
 from vit_jax.inference import model_folder
@@ -64,9 +65,12 @@ def _equal(a, b):
         np.testing.assert_array_equal(a[name], b[name], err_msg=name, strict=True)
 
 
-def _write(folder, params, to, config=VIT, **kwargs):
-    kwargs = {'image_size': 32, 'class_names': NAMES} | kwargs
-    return export.write(folder, params, to=to, model_config=config, **kwargs)
+def _write(folder, params, to, config=VIT, image_size=32, class_names=NAMES, drop=()):
+    module = models.from_config(config, num_classes=len(class_names))
+    preprocess = Preprocess(image_size)
+    model = model_folder.Model(module, params, config, image_size, class_names, preprocess, {})
+    model, notes = export.drop_layers(model, drop)
+    return notes + export.write(folder, model, to=to)
 
 
 @pytest.fixture
@@ -386,15 +390,12 @@ CONFORMANCE = {
 def test_every_model_comes_back_bit_equal_or_is_refused(tmp_path, case, to):
     opened = model_folder.open_model(FIXTURES / f'{case}.checkpoint.npz')
     destination = tmp_path / ('again.npz' if to == 'npz' else 'again')
-    arguments = dict(
-        to=to, model_config=opened.model_config, image_size=opened.image_size, class_names=()
-    )
     if lost := CONFORMANCE[case].get(to):
         with pytest.raises(UserError, match=f'{to} cannot express this model.*{lost}'):
-            export.write(destination, opened.params, **arguments)
+            export.write(destination, opened, to=to)
         assert not list(tmp_path.iterdir())
         return
-    export.write(destination, opened.params, **arguments)
+    export.write(destination, opened, to=to)
     loaded = model_folder.load(destination)
     _equal(loaded.params, checkpoint.load(FIXTURES / f'{case}.checkpoint.npz'))
     assert loaded.image_size == opened.image_size

@@ -78,21 +78,6 @@ def make(root: pathlib.Path) -> None:
     tree = params()
     root.mkdir()
     _make_npz(root / 'npz', tree)
-    for to in ('timm', 'huggingface', 'torchvision'):
-        export.write(
-            root / 'folders' / to,
-            tree,
-            to=to,
-            model_config=CONFIG,
-            image_size=SIZE,
-            class_names=NAMES,
-        )
-    files = root / 'safetensors'
-    files.mkdir()
-    for folder in (root / 'folders').iterdir():
-        shutil.copy(folder / 'model.safetensors', files / f'{folder.name}.safetensors')
-    _make_shards(root / 'folders' / 'huggingface', root / 'folders' / 'shards')
-    _make_pickles(root / 'pickles', files / 'timm.safetensors')
     model_folder.save(
         root / 'models' / 'model',
         tree,
@@ -102,6 +87,15 @@ def make(root: pathlib.Path) -> None:
         preprocess=Preprocess(crop=SIZE).to_dict(),
         source={'dataset': 'made up'},
     )
+    model = model_folder.load(root / 'models' / 'model')
+    for to in ('timm', 'huggingface', 'torchvision'):
+        export.write(root / 'folders' / to, model, to=to)
+    files = root / 'safetensors'
+    files.mkdir()
+    for folder in (root / 'folders').iterdir():
+        shutil.copy(folder / 'model.safetensors', files / f'{folder.name}.safetensors')
+    _make_shards(root / 'folders' / 'huggingface', root / 'folders' / 'shards')
+    _make_pickles(root / 'pickles', files / 'timm.safetensors')
     _make_images(root / 'images')
     tfds_set = runpy.run_path(str(FIXTURES / 'data' / 'tfds_set.py'))
     pictures = [path.read_bytes() for path in sorted((root / 'images').glob('small*'))]

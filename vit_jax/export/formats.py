@@ -163,7 +163,7 @@ def export(
             written.
         VerificationError: the exported model is not the model. Nothing was written.
     """
-    from vit_jax.export import verify
+    from vit_jax.export import pytorch, verify
 
     output = pathlib.Path(output)
     check(format, options, output)
@@ -172,7 +172,7 @@ def export(
         verify.check_outputs(model.model, outputs)
     chosen = verify.images_for(images) if verified else None
     say = console.print if console else lambda *_: None
-    model, notes = _without(model, options.drop)
+    model, notes = pytorch.drop_layers(model, options.drop)
     report = None
     with files.atomic_group(output) as folder:
         made = folder / output.name
@@ -236,16 +236,8 @@ def write(
         )
         return []
     from vit_jax.export import pytorch
-    from vit_jax.inference import model_folder
 
-    return pytorch.write(
-        path,
-        model.params,
-        to=name,
-        model_config=model.model_config,
-        image_size=model.image_size,
-        class_names=model_folder.own_class_names(model),
-    )
+    return pytorch.write(path, model, to=name)
 
 
 def _write_onnx(path: pathlib.Path, model: 'model_folder.Model', options: Options) -> list[str]:
@@ -272,22 +264,6 @@ def _write_onnx(path: pathlib.Path, model: 'model_folder.Model', options: Option
     for file in path.parent.glob(f'{full.name}*'):
         file.unlink()
     return [f'{sizes[1]:.1f} MiB, {sizes[0]:.1f} MiB in float32']
-
-
-def _without(
-    model: 'model_folder.Model', drop: Sequence[str]
-) -> tuple['model_folder.Model', list[str]]:
-    """The model without the layers in `drop`, and what to say about it."""
-    if not drop:
-        return model, []
-    from vit_jax import models
-    from vit_jax.checkpoint import npz
-    from vit_jax.export import pytorch
-
-    flat, config, notes = pytorch.drop_layers(npz.flatten(model.params), model.model_config, drop)
-    module = models.from_config(config, num_classes=model.model.num_classes)
-    params = npz.nest(flat, pathlib.Path('the model'))
-    return dataclasses.replace(model, model=module, params=params, model_config=config), notes
 
 
 def _described(model: 'model_folder.Model', options: Options, made: pathlib.Path) -> str:

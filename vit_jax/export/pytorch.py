@@ -5,15 +5,17 @@ package computes (tanh GELU, LayerNorm epsilon 1e-6, input in [-1, 1]), and a pa
 load it and what differs. What a library has no place for is refused by name.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vit_jax import files, variants
-from vit_jax.checkpoint import npz, pytorch, tensors
+from vit_jax import files, models, variants
+from vit_jax.checkpoint import adapt, npz, pytorch, tensors
 from vit_jax.errors import UserError
+from vit_jax.inference import model_folder
 
 TARGETS = ('npz', 'timm', 'huggingface', 'torchvision')
 # The page that says how to load a folder, and what differs.
@@ -44,26 +46,17 @@ _TIMM_MIXERS = {
 }
 
 
-def write(
-    destination: str | os.PathLike[str],
-    params: Mapping[str, Any],
-    *,
-    to: str,
-    model_config: Mapping[str, Any],
-    image_size: int,
-    class_names: Sequence[str] = (),
-    drop: Sequence[str] = (),
-) -> list[str]:
+class _UnsupportedError(Exception):
+    """What a library has no place for; the message says what."""
+
+
+def write(destination: str | os.PathLike[str], model: model_folder.Model, *, to: str) -> list[str]:
     """Writes a model in the format of another library, one array at a time.
 
     Args:
         destination: a folder, or a `.npz` file; must not exist. It appears when it is complete.
-        params: nested dict with Linen names; leaves NumPy, JAX or lazy arrays of floats.
+        model: what `model_folder.load` or `open_model` gives.
         to: one of `TARGETS`.
-        model_config: the architecture, see `models.variants.get_config`.
-        image_size: side of the (square) input, pixels.
-        class_names: in label order; () if the classes have no names of their own.
-        drop: what may be lost, of `DROPPABLE`.
 
     Returns:
         What the user should know about the result, a sentence each.
@@ -77,23 +70,27 @@ def write(
     destination = pathlib.Path(destination)
     if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
         raise UserError(f'{destination} exists; remove it, or name another place')
-    flat, config, notes = drop_layers(npz.flatten(params), model_config, drop)
+    class_names = model_folder.own_class_names(model)
     if to == 'npz':
-        if class_names:
-            notes.append('a .npz file has no place for class names: keep them elsewhere')
-        npz.save(destination, npz.nest(flat, destination))
-        return notes
+        npz.save(destination, model.params)
+        return ['a .npz file has no place for class names: keep them elsewhere'] * bool(class_names)
     if destination.suffix in ('.safetensors', '.pth', '.pt', '.npz'):
         raise UserError(f'--to {to} writes a folder; {destination} looks like the name of a file')
-    table, described = {'timm': _timm, 'huggingface': _hugging_face, 'torchvision': _torchvision}[
-        to
-    ](flat, config, image_size, class_names)
-    named, lost = pytorch.from_params(flat, table)
-    if lost:
-        raise _refusal(to, 'it has no place for ' + ', '.join(lost[:6]) + _more(lost, 6), flat)
+    flat, config = npz.flatten(model.params), model.model_config
+    describe = {'timm': _timm, 'huggingface': _hugging_face, 'torchvision': _torchvision}[to]
+    try:
+        table, described = describe(flat, config, model.image_size, class_names)
+        named, lost = pytorch.from_params(flat, table)
+        if lost:
+            raise _UnsupportedError(f'it has no place for {adapt.shorten(lost, 6)}')
+    except _UnsupportedError as why:
+        hint = ' --drop pre_logits leaves that layer out.' if 'pre_logits/kernel' in flat else ''
+        raise UserError(
+            f'{to} cannot express this model: {why}.{hint} npz takes every model'
+        ) from why
     if to == 'huggingface':
         named = _hugging_face_names(named, 'dist' in flat, 'head/bias' in flat)
-    metadata = {'image_size': json.dumps(image_size)}
+    metadata = {'image_size': json.dumps(model.image_size)}
     if 'transformer' in config:
         metadata['num_heads'] = json.dumps(config['transformer']['num_heads'])
     if class_names:
@@ -102,64 +99,54 @@ def write(
         tensors.save_safetensors(folder / 'model.safetensors', named, metadata)
         for name, content in described.items():
             files.write_json(folder / name, content, indent=2)
-        files.write_text(folder / PAGES[to], _page(to, config, image_size, described))
-    return notes + _warnings(to, config)
+        files.write_text(folder / PAGES[to], _page(to, config, model.image_size, described))
+    return _warnings(to, config)
 
 
 def drop_layers(
-    flat: Mapping[str, Any], config: Mapping[str, Any], drop: Sequence[str]
-) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    model: model_folder.Model, drop: Sequence[str]
+) -> tuple[model_folder.Model, list[str]]:
     """Leaves layers out of a model, for formats that have no place for them.
 
     Args:
-        flat: name -> array, Linen names joined by '/'.
-        config: the architecture.
+        model: what `model_folder.load` or `open_model` gives.
         drop: what to leave out, of `DROPPABLE`.
 
     Returns:
-        (arrays, architecture, what the user should know, a sentence each), of the model that is
-        left.
+        The model that is left, and what the user should know, a sentence each.
 
     Raises:
         UserError: a layer that cannot be left out, or the head does not fit without it.
     """
     if wrong := [name for name in drop if name not in DROPPABLE]:
         raise UserError(f'cannot drop {wrong[0]!r}; only {", ".join(DROPPABLE)} can be dropped')
-    flat, config, notes = dict(flat), dict(config), []
-    if 'pre_logits' in drop and 'pre_logits/kernel' in flat:
-        flat = {name: leaf for name, leaf in flat.items() if not name.startswith('pre_logits/')}
-        config = config | {'representation_size': None}
-        notes.append('pre_logits is dropped')
-        if 'head/kernel' in flat:
-            notes.append(
-                'the head was made for the output of pre_logits: train a new one, its logits mean '
-                'nothing now (in the released in21k files it is all zeros anyway)'
+    if 'pre_logits' not in drop or 'pre_logits' not in model.params:
+        return model, []
+    params = {name: leaf for name, leaf in model.params.items() if name != 'pre_logits'}
+    config = {**model.model_config, 'representation_size': None}
+    notes = ['pre_logits is dropped']
+    if 'head' in params:
+        notes.append(
+            'the head was made for the output of pre_logits: train a new one, its logits mean '
+            'nothing now (in the released in21k files it is all zeros anyway)'
+        )
+        width, shape = config['hidden_size'], tuple(params['head']['kernel'].shape)
+        if shape[0] != width:
+            raise UserError(
+                f'without pre_logits the head does not fit: it reads {width} features, and its '
+                f'kernel has shape {shape}'
             )
-            width = config['hidden_size']
-            if flat['head/kernel'].shape[0] != width:
-                raise UserError(
-                    f'without pre_logits the head does not fit: it reads {width} features, and '
-                    f'its kernel has shape {tuple(flat["head/kernel"].shape)}'
-                )
-    return flat, config, notes
+    module = models.from_config(config, num_classes=model.model.num_classes)
+    return dataclasses.replace(model, model=module, params=params, model_config=config), notes
 
 
-def _refusal(to: str, why: str, flat: Mapping[str, Any]) -> UserError:
-    hint = ' --drop pre_logits leaves that layer out.' if 'pre_logits/kernel' in flat else ''
-    return UserError(f'{to} cannot express this model: {why}.{hint} npz takes every model')
-
-
-def _more(names: Sequence[str], limit: int) -> str:
-    return f' and {len(names) - limit} more' if len(names) > limit else ''
-
-
-def _check_pooling(flat: Mapping[str, Any], config: Mapping[str, Any], to: str) -> None:
+def _check_pooling(config: Mapping[str, Any], supported: Sequence[str]) -> None:
     """Refuses unpooled models, and mean pooling where the library has only the class token."""
     classifier = config.get('classifier', 'gap')
     if 'unpooled' in classifier:
-        raise _refusal(to, f'it has no classifier {classifier!r}', flat)
-    if to != 'timm' and classifier != 'token':
-        raise _refusal(to, f'it has no mean pooling (classifier {classifier!r})', flat)
+        raise _UnsupportedError(f'it has no classifier {classifier!r}')
+    if classifier not in supported:
+        raise _UnsupportedError(f'it has no mean pooling (classifier {classifier!r})')
 
 
 def _timm(
@@ -171,14 +158,14 @@ def _timm(
     if variants.is_mixer(config):
         key = (patch, config['hidden_dim'], config['num_blocks'])
         if key not in _TIMM_MIXERS:
-            raise _refusal('timm', f'it has no Mixer of patch {key[0]}, width {key[1]}', flat)
+            raise _UnsupportedError(f'it has no Mixer of patch {key[0]}, width {key[1]}')
         table, architecture, width, pool = 'timm Mixer', _TIMM_MIXERS[key], key[1], 'avg'
         arguments['mlp_ratio'] = [
             config[f'{axis}_mlp_dim'] / width for axis in ('tokens', 'channels')
         ]
         first_layer = 'stem.proj'
     else:
-        _check_pooling(flat, config, 'timm')
+        _check_pooling(config, ('token', 'gap'))
         table, architecture = _timm_vit(flat, config)
         encoder, width = config['transformer'], config['hidden_size']
         pool = 'token' if config['classifier'] == 'token' else 'avg'
@@ -219,14 +206,14 @@ def _timm(
 def _timm_vit(flat: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, str]:
     """(table, architecture) of a ViT, DeiT or hybrid."""
     if 'pre_logits/kernel' in flat:  # old timm had one, as pre_logits.fc: it is read, not written
-        raise _refusal('timm', 'it has no pre_logits', flat)
+        raise _UnsupportedError('it has no pre_logits')
     width, patch = config['hidden_size'], config['patches']['size'][0]
     hybrid = config.get('resnet')
     if hybrid is not None:
         units = tuple(hybrid['num_layers'])
         name = _TIMM_HYBRIDS.get((units, width)) or _TIMM_HYBRIDS.get((units, None))
         if name is None or hybrid.get('width_factor', 1) != 1:
-            raise _refusal('timm', f'it has no hybrid with ResNet stages of {units} units', flat)
+            raise _UnsupportedError(f'it has no hybrid with ResNet stages of {units} units')
         return ('timm hybrid' if units else 'timm stem hybrid'), name
     size = _SIZE_WORDS.get(width, 'base')
     if 'dist' in flat:
@@ -240,13 +227,12 @@ def _timm_vit(flat: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, 
 def _hugging_face(
     flat: Mapping[str, Any], config: Mapping[str, Any], image_size: int, names: Sequence[str]
 ) -> tuple[str, dict[str, Any]]:
-    to = 'huggingface'
-    _check_plain(flat, config, to)
+    _check_plain(config)
     has_head, distilled = 'head/bias' in flat, 'dist' in flat
     if has_head and 'pre_logits/kernel' in flat:
-        raise _refusal(to, 'its classifier has no pre_logits in front of the head', flat)
+        raise _UnsupportedError('its classifier has no pre_logits in front of the head')
     if distilled and not has_head:
-        raise _refusal(to, 'it loads a DeiT of two tokens with its heads only', flat)
+        raise _UnsupportedError('it loads a DeiT of two tokens with its heads only')
     classes = flat['head/bias'].shape[0] if has_head else 0
     labels = names or [f'LABEL_{i}' for i in range(classes)]
     kind = 'DeiTForImageClassificationWithTeacher' if distilled else 'ViTForImageClassification'
@@ -272,10 +258,8 @@ def _hugging_face(
         'label2id': {name: i for i, name in enumerate(labels)},
     }
     if 'pre_logits/bias' in flat:
-        described |= {
-            'pooler_output_size': flat['pre_logits/bias'].shape[0],
-            'pooler_act': 'tanh',
-        }
+        described['pooler_output_size'] = flat['pre_logits/bias'].shape[0]
+        described['pooler_act'] = 'tanh'
     processor = {
         'image_processor_type': 'ViTImageProcessor',
         'do_resize': True,
@@ -287,10 +271,7 @@ def _hugging_face(
         'image_mean': [0.5] * 3,
         'image_std': [0.5] * 3,
     }
-    return 'Hugging Face', {
-        'config.json': described,
-        'preprocessor_config.json': processor,
-    }
+    return 'Hugging Face', {'config.json': described, 'preprocessor_config.json': processor}
 
 
 def _hugging_face_names(named: dict[str, Any], distilled: bool, has_head: bool) -> dict[str, Any]:
@@ -308,12 +289,11 @@ def _hugging_face_names(named: dict[str, Any], distilled: bool, has_head: bool) 
 def _torchvision(
     flat: Mapping[str, Any], config: Mapping[str, Any], image_size: int, names: Sequence[str]
 ) -> tuple[str, dict[str, Any]]:
-    to = 'torchvision'
-    _check_plain(flat, config, to)
+    _check_plain(config)
     if 'dist' in flat:
-        raise _refusal(to, 'it has no distillation token (dist, head_dist)', flat)
+        raise _UnsupportedError('it has no distillation token (dist, head_dist)')
     if 'head/bias' not in flat:
-        raise _refusal(to, 'its VisionTransformer always has a head, and this model has none', flat)
+        raise _UnsupportedError('its VisionTransformer always has a head, and this model has none')
     encoder = config['transformer']
     arguments = {
         'image_size': image_size,
@@ -338,13 +318,13 @@ def _torchvision(
     return 'torchvision', {'config.json': described}
 
 
-def _check_plain(flat: Mapping[str, Any], config: Mapping[str, Any], to: str) -> None:
+def _check_plain(config: Mapping[str, Any]) -> None:
     """Refuses the families that Hugging Face's and torchvision's ViT are not."""
     if variants.is_mixer(config):
-        raise _refusal(to, 'it has no MLP-Mixer', flat)
+        raise _UnsupportedError('it has no MLP-Mixer')
     if config.get('resnet') is not None:
-        raise _refusal(to, 'it has no hybrid with this ResNet (conv_root, gn_root, ...)', flat)
-    _check_pooling(flat, config, to)
+        raise _UnsupportedError('it has no hybrid with this ResNet (conv_root, gn_root, ...)')
+    _check_pooling(config, ('token',))
 
 
 def _page(to: str, config: Mapping[str, Any], image_size: int, described: Mapping[str, Any]) -> str:
