@@ -1,5 +1,6 @@
 """What is recognised: big_vision's ways of keeping weights; files that are not to be trusted."""
 
+import functools
 import io
 import json
 import pickle
@@ -55,11 +56,11 @@ def _vit(cls=True, layers=3, width=8, pre_logits=0):
     return params | ({'cls': array(1, 1, width)} if cls else {})
 
 
-def _logits(path, params=None):
+def _logits(path):
     model = model_folder.load(path)
     images = np.random.default_rng(1).uniform(-1, 1, (2, 12, 12, 3)).astype(np.float32)
-    tree = model.params if params is None else params
-    return np.asarray(model.model.apply({'params': tree}, images, train=False))
+    apply = jax.jit(functools.partial(model.model.apply, train=False))
+    return np.asarray(apply({'params': model.params}, images))
 
 
 def _big_vision(params, scan=False):
@@ -77,9 +78,17 @@ def _big_vision(params, scan=False):
     return flat
 
 
-@pytest.mark.parametrize('scan', [False, True])
-@pytest.mark.parametrize('prefix', ['', 'params/', 'params/img/', 'opt/target/', 'img/'])
-@pytest.mark.parametrize('cls', [True, False])
+@pytest.mark.parametrize(
+    ('prefix', 'scan', 'cls'),
+    [  # every prefix with and without scan, with and without a class token; both in all four ways
+        *((prefix, cls, cls) for prefix in ('', 'params/', 'img/') for cls in (True, False)),
+        *(
+            (prefix, not cls, cls)
+            for prefix in ('params/img/', 'opt/target/')
+            for cls in (True, False)
+        ),
+    ],
+)
 def test_big_vision_files(tmp_path, prefix, scan, cls):
     params = _vit(cls)
     flat = {f'{prefix}{name}': leaf for name, leaf in _big_vision(params, scan).items()}

@@ -37,6 +37,7 @@ def _mesh(devices=None):
     return jax.make_mesh((len(devices),), ('data',), axis_types=(AxisType.Auto,), devices=devices)
 
 
+@functools.cache
 def _state(step, mesh=None, rows=1024):
     """Float32 sharded, bfloat16 and int32 replicated, a typed key; values depend on `step`."""
     sharded, replicated = _shardings(mesh or _mesh(), ('data',), ())
@@ -171,12 +172,20 @@ def _nothing_on_console(capfd):
     assert capfd.readouterr() == ('', '')
 
 
+@pytest.fixture(scope='module')
+def two_steps(tmp_path_factory):
+    """Checkpoints of the steps 5 and 10, to be copied."""
+    return _saved(tmp_path_factory.mktemp('saved'), 5, 10)
+
+
 @pytest.mark.parametrize('damage', [_flip, _cut, os.unlink])
 @pytest.mark.parametrize(
     'file', ['data', '_CHECKPOINT_METADATA', 'state/manifest.ocdbt', 'state/_METADATA']
 )
-def test_damage_is_found_and_the_previous_step_used(tmp_path, caplog, capfd, damage, file):
-    folder = _saved(tmp_path, 5, 10)
+def test_damage_is_found_and_the_previous_step_used(
+    two_steps, tmp_path, caplog, capfd, damage, file
+):
+    folder = shutil.copytree(two_steps, tmp_path / 'checkpoints')
     path = _data_files(folder / '10')[0] if file == 'data' else folder / '10' / file
     if file == 'state/_METADATA' and damage is _flip:
         damage = functools.partial(_flip, share=0)  # in the middle are values that nobody reads
@@ -216,46 +225,46 @@ def test_every_byte_of_the_data_counts(tmp_path):
     assert found >= 0.8 * len(shares)
 
 
-def test_all_damaged_is_an_error_and_nothing_is_renamed(tmp_path):
-    folder = _saved(tmp_path, 1, 2)
-    for step in ('1', '2'):
+def test_all_damaged_is_an_error_and_nothing_is_renamed(two_steps, tmp_path):
+    folder = shutil.copytree(two_steps, tmp_path / 'checkpoints')
+    for step in ('5', '10'):
         _flip(_data_files(folder / step)[0])
     with Checkpoints(tmp_path) as checkpoints:
         with pytest.raises(
-            UserError, match=r'none of the checkpoints in .* \(steps 2, 1: .*another workdir'
+            UserError, match=r'none of the checkpoints in .* \(steps 10, 5: .*another workdir'
         ):
             checkpoints.restore_latest(_abstract(_state(0)))
-    assert _names(folder) == ['1', '2']
+    assert _names(folder) == ['10', '5']
 
 
-def test_checkpoint_without_checksums_is_not_trusted(tmp_path):
-    folder = _saved(tmp_path, 1, 2)
-    path = folder / '2' / '_CHECKPOINT_METADATA'
+def test_checkpoint_without_checksums_is_not_trusted(two_steps, tmp_path):
+    folder = shutil.copytree(two_steps, tmp_path / 'checkpoints')
+    path = folder / '10' / '_CHECKPOINT_METADATA'
     metadata = json.loads(path.read_text())
     path.write_text(json.dumps(metadata | {'custom_metadata': {}}))
     with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.restore_latest(_abstract(_state(0)))[0] == 1
+        assert checkpoints.restore_latest(_abstract(_state(0)))[0] == 5
 
 
-def test_leftovers_of_killed_runs_are_swept(tmp_path, caplog):
-    folder = _saved(tmp_path, 1)
-    shutil.copytree(folder / '1', folder / '2.orbax-checkpoint-tmp')
-    shutil.copytree(folder / '1', folder / 'trash-0')
+def test_leftovers_of_killed_runs_are_swept(two_steps, tmp_path, caplog):
+    folder = shutil.copytree(two_steps, tmp_path / 'checkpoints')
+    (folder / '5').rename(folder / '20.orbax-checkpoint-tmp')
+    shutil.copytree(folder / '10', folder / 'trash-0')
     with Checkpoints(tmp_path) as checkpoints:
-        assert _names(folder) == ['1']
-        assert '2.orbax-checkpoint-tmp' in caplog.text
-        assert checkpoints.restore_latest(_abstract(_state(0)))[0] == 1
+        assert _names(folder) == ['10']
+        assert '20.orbax-checkpoint-tmp' in caplog.text
+        assert checkpoints.restore_latest(_abstract(_state(0)))[0] == 10
 
 
-def test_another_model_in_the_workdir_is_an_error(tmp_path):
-    folder = _saved(tmp_path, 1)
+def test_another_model_in_the_workdir_is_an_error(two_steps, tmp_path):
+    folder = shutil.copytree(two_steps, tmp_path / 'checkpoints')
     other = _state(0).replace(params={'kernel': _state(0, rows=32).params['kernel']})
     with Checkpoints(tmp_path) as checkpoints:
         with pytest.raises(UserError, match='another model or optimizer') as e:
             checkpoints.restore_latest(_abstract(other))
     assert 'params/kernel: saved float32[1024, 16], expected float32[32, 16]' in str(e.value)
     assert 'params/bias: saved bfloat16[16], expected nothing' in str(e.value)
-    assert _names(folder) == ['1']
+    assert _names(folder) == ['10', '5']
 
 
 def test_wrong_arguments(tmp_path):
