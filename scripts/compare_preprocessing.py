@@ -9,10 +9,11 @@ Example:
 """
 
 import argparse
-import importlib.util
 import io
 import pathlib
+import runpy
 import sys
+import types
 
 # A checkout runs without being installed.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -47,7 +48,7 @@ def _compare(model, images: list[str]) -> None:
     from vit_jax.data.decode import load_image
     from vit_jax.inference import predict
 
-    differences = _differences(model.image_size)
+    differences = _differences(model.preprocess.crop)
     totals = {name: [0.0, 0.0, 0] for name in differences}  # mean and largest |levels|, agreements
     for first in range(0, len(images), BATCH):
         paths = images[first : first + BATCH]
@@ -84,9 +85,7 @@ def _differences(side: int) -> dict:
 
     from vit_jax.data.preprocess import resize_bilinear
 
-    spec = importlib.util.spec_from_file_location('serving_example', EXAMPLE)
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
+    example = types.SimpleNamespace(**runpy.run_path(str(EXAMPLE)))
 
     def pillow_pixels(path):
         with Image.open(path) as image:
@@ -113,7 +112,7 @@ def _differences(side: int) -> dict:
         Image.fromarray(image).save(buffer, 'JPEG', quality=75)
         return np.asarray(Image.open(buffer))
 
-    mean, deviation = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+    mean, deviation = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], np.float32)
     bilinear, bicubic = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
 
     def squash(image):

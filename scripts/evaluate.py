@@ -61,10 +61,8 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> int:
     from rich import console
 
-    from vit_jax.inference import classifier, labels
-    from vit_jax.inference import metrics as classification_metrics
-    from vit_jax.inference import metrics_report as classification_report
-    from vit_jax.inference import output as prediction_output
+    from vit_jax.inference import classifier, labels, metrics_report, output
+    from vit_jax.inference import metrics as metrics_lib
 
     if args.output:
         _check_output(pathlib.Path(args.output), args.overwrite)
@@ -73,16 +71,16 @@ def _run(args: argparse.Namespace) -> int:
     to_model = labels.remap(source.class_names, model.class_names, str(source))
     if labels.numbered(len(model.class_names)) == model.class_names:
         model.class_names = tuple(source.class_names)
-    with prediction_output.progress_bar(len(source)) as advance:
-        found, unreadable = classification_metrics.collect(
+    with output.progress_bar(len(source)) as advance:
+        found, unreadable = metrics_lib.collect(
             model, source, model_labels=to_model, batch=args.batch, advance=advance
         )
-    metrics = classification_metrics.compute(found, model.class_names)
+    metrics = metrics_lib.compute(found, model.class_names)
     out = console.Console(highlight=False)
     if not out.is_terminal:
         out.width = 120  # A pipe has no width; 80 columns would fold long names of classes.
     title = f'{args.model} on {source}'
-    out.print(classification_report.tables(metrics, title=title))
+    out.print(metrics_report.tables(metrics, title=title))
     if args.output:
         described = {
             'model': args.model,
@@ -96,7 +94,7 @@ def _run(args: argparse.Namespace) -> int:
         }
         _write(pathlib.Path(args.output), described, metrics, title)
         print(f'written to {args.output}: {RESULT}, {CONFUSION}, {RELIABILITY}')
-    return prediction_output.report_unreadable(unreadable, len(source))
+    return output.report_unreadable(unreadable, len(source))
 
 
 def _open_source(args: argparse.Namespace, trained_on: Mapping[str, Any]):
@@ -133,13 +131,16 @@ def _check_output(folder: pathlib.Path, overwrite: bool) -> None:
 def _write(folder: pathlib.Path, described: Mapping[str, Any], metrics, title: str) -> None:
     """Writes all files, or none; an earlier evaluation is replaced."""
     from vit_jax import files
-    from vit_jax.inference import metrics_report as classification_report
+    from vit_jax.inference import contact_sheet, metrics_report
 
     with files.atomic_folder(folder, exists='replace') as part:
         text = json.dumps(described, indent=1, ensure_ascii=False, allow_nan=False)
         files.write_text(part / RESULT, text + '\n')
-        classification_report.save_confusion(part / CONFUSION, metrics, title=title)
-        classification_report.save_reliability(part / RELIABILITY, metrics, title=title)
+        for name, draw in (
+            (CONFUSION, metrics_report.draw_confusion),
+            (RELIABILITY, metrics_report.draw_reliability),
+        ):
+            contact_sheet.save_figure(draw(metrics, title=title), part / name, dpi=120)
 
 
 if __name__ == '__main__':

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import pathlib
 import sys
+from typing import Any
 
 # A checkout runs without being installed.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -60,8 +61,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> int:
     from vit_jax import files
     from vit_jax.errors import UserError
-    from vit_jax.inference import classifier, contact_sheet, predict
-    from vit_jax.inference import output as prediction_output
+    from vit_jax.inference import classifier, contact_sheet, output, predict
 
     if args.batch < 1:
         raise UserError(f'--batch is the number of images at once, at least 1; got {args.batch}')
@@ -75,10 +75,11 @@ def _run(args: argparse.Namespace) -> int:
     images = predict.find_images(args.images, stdin=sys.stdin.buffer)
     model = classifier.open_classifier(args.model, variant=args.variant, labels=args.labels)
     top_k, threshold = _how_many(args, len(model.class_names))
-    unreadable, drawn = [], []
+    unreadable = []
+    drawn: list[tuple[str, Any]] = []  # paths and probabilities
     with contextlib.ExitStack() as stack:
         advance = stack.enter_context(
-            prediction_output.progress_bar(len(images), shares_terminal=not args.output)
+            output.progress_bar(len(images), shares_terminal=not args.output)
         )
         file = sys.stdout  # Not before: the bar may have put one there that writes above it.
         if args.output:
@@ -86,7 +87,7 @@ def _run(args: argparse.Namespace) -> int:
             file = stack.enter_context(
                 open(partial, 'w', encoding='utf-8', newline='', errors='backslashreplace')
             )
-        write = prediction_output.make_writer(
+        write = output.make_writer(
             file, args.format, model.class_names, top_k=top_k, threshold=threshold
         )
         for prediction in predict.predictions(model, images, batch=args.batch):
@@ -94,11 +95,11 @@ def _run(args: argparse.Namespace) -> int:
             if prediction.error is not None:
                 unreadable.append(prediction.error)
             elif args.contact_sheet and len(drawn) < contact_sheet.MAX_IMAGES:
-                drawn.append(prediction)
+                drawn.append((prediction.path, prediction.probabilities))
             advance(1)
     if args.contact_sheet:
         _draw(args, drawn, len(images) - len(unreadable), model.class_names)
-    return prediction_output.report_unreadable(unreadable, len(images))
+    return output.report_unreadable(unreadable, len(images))
 
 
 def _how_many(args: argparse.Namespace, classes: int) -> tuple[int, float]:

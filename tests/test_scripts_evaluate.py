@@ -19,9 +19,8 @@ from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.evaluate import Outcomes
 from vit_jax.export import onnx
-from vit_jax.inference import classifier, labels, model_folder
+from vit_jax.inference import classifier, contact_sheet, labels, metrics_report, model_folder
 from vit_jax.inference import metrics as metrics_lib
-from vit_jax.inference import metrics_report as classification_report
 
 SCRIPT = pathlib.Path(__file__).resolve().parent.parent / 'scripts' / 'evaluate.py'
 CLASSES = ('aster', 'daisy', 'iris', 'lily', 'poppy', 'rose', 'tulip')
@@ -247,7 +246,7 @@ def test_output_is_whole_new_and_replaced_on_request_only(run, main, tmp_path, m
     assert 'there is no folder' in main(*words, tmp_path / 'no' / 'where')[2]
     assert main(*words, tmp_path / 'out')[0] == 0
     with monkeypatch.context() as patch:
-        patch.setattr(classification_report, 'save_reliability', lambda *a, **k: 1 / 0)
+        patch.setattr(metrics_report, 'draw_reliability', lambda *a, **k: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             main(*words, tmp_path / 'out', '--overwrite')
     assert len(os.listdir(tmp_path / 'out')) == 3
@@ -308,14 +307,14 @@ def test_many_classes_show_those_with_most_mistakes(tmp_path):
     logits[np.arange(500), wanted] += np.where(wanted < 50, 9, 1)
     names = [f'[b]class {i}[/b]' if i else '$a$ 写' for i in range(100)]
     found = metrics_lib.compute(outcomes(logits, wanted, np.ones(500, bool)), names)
-    chosen, note = classification_report._choose(found)
-    assert len(chosen) == classification_report.MAX_CLASSES and chosen.min() >= 50
+    chosen, note = metrics_report._choose(found)
+    assert len(chosen) == metrics_report.MAX_CLASSES and chosen.min() >= 50
     assert 'the 40 of 100 classes with most mistakes' in note
-    classification_report.save_confusion(tmp_path / 'x.png', found, title='$t$')
+    contact_sheet.save_figure(metrics_report.draw_confusion(found, title='$t$'), tmp_path / 'x.png')
     from rich import console
 
     out = console.Console(width=200, record=True, file=open(os.devnull, 'w'))
-    out.print(classification_report.tables(found, title='[b]t[/b]'))
+    out.print(metrics_report.tables(found, title='[b]t[/b]'))
     text = out.export_text()
     out.file.close()
     assert 'The 30 of 100 classes with the lowest F1' in text and '[b]class' in text

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vit_jax.data.batches import eval_batches, in_order
+from vit_jax.data.batches import Batch, eval_batches, in_order
 from vit_jax.data.dataset import Source
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.data.reader import OnBad, Reader
@@ -174,7 +174,7 @@ def evaluate(
         on_bad=on_bad,
     )
 
-    def start(data: Mapping[str, np.ndarray]) -> Callable[[], dict[str, np.ndarray]]:
+    def start(data: Batch) -> Callable[[], dict[str, np.ndarray]]:
         told = eval_step(params, sharding.put_batch(data, mesh))
         return lambda: jax.device_get(told)
 

@@ -167,7 +167,7 @@ def make_eval_step(
     )
 
 
-def make_predict_step(model: nn.Module) -> Callable[[Any, jax.Array], jax.Array]:
+def make_predict_step(model: nn.Module) -> Callable[[Any, jax.typing.ArrayLike], jax.Array]:
     """Builds the prediction step.
 
     Returns:

@@ -7,7 +7,8 @@ from vit_jax.inference import labels
 
 
 def test_imagenet1k_is_the_official_list():
-    names, ids = labels.imagenet1k(), labels.imagenet1k_ids()
+    ids, names = zip(*labels._imagenet1k(), strict=True)
+    assert names == labels.imagenet1k()
     assert len(names) == len(set(names)) == len(set(ids)) == 1000
     assert list(ids) == sorted(ids), 'labels of ILSVRC 2012 follow the WordNet ids'
     assert all(len(one) == 9 and one[0] == 'n' and one[1:].isdigit() for one in ids)
@@ -64,7 +65,7 @@ def test_remap_by_name(caplog):
     assert labels.remap(data, tuple(sorted(data)), 'tf_flowers') == (1, 0, 4, 3, 2)
     assert labels.remap(data, data, 'tf_flowers') == (0, 1, 2, 3, 4)
     assert labels.remap(('b',), ('a', 'b'), 'x') == (1,), 'fewer classes than the model'
-    ids = labels.imagenet1k_ids()
+    ids = tuple(wordnet_id for wordnet_id, _ in labels._imagenet1k())
     assert labels.remap(ids[:9:-1], labels.imagenet1k(), 'x') == tuple(range(999, 9, -1))
     assert labels.remap(labels.imagenet1k()[5:8], ids, 'x') == (5, 6, 7)
     assert not caplog.records

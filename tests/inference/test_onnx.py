@@ -66,7 +66,7 @@ def path(tmp_path):
 def test_logits_equal_those_of_jax(model, expected, path, options):
     onnx.save(onnx.build(model, **options), path)
     opened = classifier.open_classifier(path)
-    assert (opened.class_names, opened.image_size) == (CLASSES, 16)
+    assert (opened.class_names, opened.preprocess.crop) == (CLASSES, 16)
     assert opened.preprocess == model.preprocess and opened.source == model.source
     pixels, logits = expected
     for batch in (1, 2, 5):

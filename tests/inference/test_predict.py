@@ -241,7 +241,6 @@ class Mean:
 
     class_names = ('dark', 'light')
     preprocess = Preprocess(crop=4)
-    image_size = 4
 
     def __init__(self):
         self.seen = []

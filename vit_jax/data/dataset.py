@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import itertools
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -76,7 +76,7 @@ class Dataset:
     name: str
     class_names: tuple[str, ...]
     exif: bool
-    splits: dict[str, Split]
+    splits: Mapping[str, Split]
 
     def select(self, spec: str) -> 'Selection':
         """Takes the examples that a split specification names.

@@ -111,7 +111,8 @@ def load_image(
       BadImageError: as `read_file` and `decode`.
     """
     if not isinstance(image, bytes | np.ndarray):
-        image, key = read_file(image), os.fspath(image)
+        key = os.fspath(image)
+        image = read_file(key)
     return preprocess.evaluate(decode(image, key=key, exif=exif), out)
 
 

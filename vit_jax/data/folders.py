@@ -103,7 +103,7 @@ class _Files:
 
 
 def _split_folders(root: pathlib.Path, names: list[str]) -> dict[str, pathlib.Path]:
-    folders = {}
+    folders: dict[str, pathlib.Path] = {}
     for name in names:
         split = _SPLIT_NAMES.get(name)
         if split is None:
@@ -120,7 +120,9 @@ def _split_folders(root: pathlib.Path, names: list[str]) -> dict[str, pathlib.Pa
 
 
 def _list_split(folder: pathlib.Path, classes: list[str]) -> _Files:
-    paths, labels, ignored = [], [], sum(1 for entry in os.scandir(folder) if entry.is_file())
+    paths: list[str] = []
+    labels: list[int] = []
+    ignored = sum(1 for entry in os.scandir(folder) if entry.is_file())
     for label, name in enumerate(classes):
         found, others = list_images(folder / name)
         ignored += others
@@ -137,9 +139,8 @@ def _list_split(folder: pathlib.Path, classes: list[str]) -> _Files:
             folder,
             ignored,
         )
-    labels = np.array(labels)
-    order = stratified_order(labels)
-    return _Files(str(folder), tuple(paths[i] for i in order), labels[order])
+    order = stratified_order(np.array(labels))
+    return _Files(str(folder), tuple(paths[i] for i in order), np.array(labels)[order])
 
 
 def list_images(folder: str | os.PathLike[str]) -> tuple[list[str], int]:

@@ -4,7 +4,7 @@ import concurrent.futures
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 import numpy as np
 
@@ -80,7 +80,7 @@ class BatchLoader:
         shape = (batch // process_count, preprocess.crop, preprocess.crop, 3)
         self._buffers = Buffers(shape, np.float32 if exact else np.uint8)
 
-    def from_step(self, start: int, *, threads: int | None = None) -> Iterator[Batch]:
+    def from_step(self, start: int, *, threads: int | None = None) -> Generator[Batch]:
         """Batches start, start + 1, ..., made ahead in threads until the iterator is closed.
 
         Args:
@@ -125,7 +125,7 @@ class BatchLoader:
                 if self._on_bad is None:
                     raise
                 self._on_bad(error)
-                index, label = self._substitute(rng, key, error, out['image'][row])
+                index, label = self._substitute(rng, key, error, self._on_bad, out['image'][row])
                 out['replaced'][row] = 1
             out['label'][row], out['position'][row], out['example'][row] = label, position, index
         return out
@@ -151,6 +151,7 @@ class BatchLoader:
         rng: np.random.Generator,
         key: np.ndarray,
         error: BadImageError,
+        on_bad: OnBad,
         out: np.ndarray,
     ) -> tuple[int, int]:
         """Index and label of an example that can be read, drawn by the key of the place."""
@@ -162,7 +163,7 @@ class BatchLoader:
                 # The crop comes from the place alone, whichever image is there.
                 return index, self._show(index, _begin(rng, key), out)
             except BadImageError as another:
-                self._on_bad(another)
+                on_bad(another)
         raise BadImageError(
             error.key,
             f'{error.reason}; and none of {MAX_DRAWS} others drawn to take its place can be used: '

@@ -11,7 +11,6 @@ same bytes, same order, nothing downloaded.
 import argparse
 import contextlib
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -19,7 +18,6 @@ import pathlib
 import re
 import shutil
 import sys
-import tempfile
 import time
 from typing import Any
 
@@ -54,7 +52,12 @@ def prepare(name: str, *, data_dir: str = '', manual_dir: str = '') -> pathlib.P
     try:
         _sweep(source)
         if (source / 'dataset_info.json').exists():
-            return convert(builder, tfds_sets.converted_folder(builder))
+            try:
+                return convert(builder, tfds_sets.converted_folder(builder))
+            except UserError as error:
+                if isinstance(error.__cause__, OSError):
+                    raise error.__cause__ from error
+                raise
         _download(name, builder, manual_dir)
     except OSError as error:
         raise _no_room(error, source) from error
@@ -62,29 +65,17 @@ def prepare(name: str, *, data_dir: str = '', manual_dir: str = '') -> pathlib.P
 
 
 def _sweep(source: pathlib.Path) -> None:
-    """Removes what killed processes left beside the folder of a set: half of it.
+    """Removes the half of a set that TFDS leaves beside its folder when it is killed.
 
-    A conversion's folder is locked by the process at work in it; TFDS's own, of a set that was
-    being made from its download, is not, so that must have been left alone for an hour. (The
-    downloaded files lie elsewhere and are used again.)
+    Only what nobody has written to for an hour. (The downloaded files lie elsewhere and are used
+    again; a conversion that was killed is removed by `files.atomic_folder`.)
     """
     made = re.compile(rf'incomplete\.\w+_{re.escape(source.name)}')
-    pattern = re.compile(rf'incomplete-{re.escape(source.name)}-array_record-\w+')
-    folders = sorted(source.parent.iterdir()) if source.parent.is_dir() else []
+    folders = source.parent.iterdir() if source.parent.is_dir() else ()
     for folder in [folder for folder in folders if made.fullmatch(folder.name)]:
         newest = max(path.stat().st_mtime for path in (folder, *folder.rglob('*')))
         if time.time() - newest > _ABANDONED_SECONDS:
             shutil.rmtree(folder, ignore_errors=True)
-    for folder in [folder for folder in folders if pattern.fullmatch(folder.name)]:
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            continue  # Another process is at work in it.
-        finally:
-            os.close(descriptor)
-        print(f'Removing {folder}, which a process that was killed left', flush=True)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _no_room(error: OSError, place: pathlib.Path) -> UserError:
@@ -138,7 +129,7 @@ def convert(builder: Any, target: pathlib.Path) -> pathlib.Path:
     if missing:
         raise UserError(f'{missing[0]} is missing; the set there is not complete')
     print(f'Converting {source} from TFRecord to ArrayRecord: {target}', flush=True)
-    with _appears_complete(target) as folder:
+    with files.atomic_folder(target, exists='keep') as folder:
         for split, number, path in shards:
             try:
                 records = [record.numpy() for record in reader.make_tf_data(os.fspath(path))]
@@ -175,34 +166,6 @@ def _copy_description(builder: Any, source: pathlib.Path, folder: pathlib.Path) 
     description = json.loads(path.read_text(encoding='utf-8'))
     description['fileFormat'] = 'array_record'
     path.write_text(json.dumps(description, indent=2), encoding='utf-8')
-
-
-@contextlib.contextmanager
-def _appears_complete(target: pathlib.Path):
-    """A scratch folder beside `target` that gets its name at the end, or is removed."""
-    try:
-        prefix = f'incomplete-{target.name}-'
-        scratch = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
-    except OSError as error:
-        raise UserError(
-            f'the set must be converted from TFRecord, but {target.parent} cannot be written to '
-            f'({error.strerror}); make it writable, or copy the set and give '
-            '--config.tfds_data_dir=COPY'
-        ) from error
-    lock = os.open(scratch, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # Until this process ends, however it does: see _sweep.
-        yield scratch
-        scratch.chmod(0o755)  # mkdtemp's folders are for their owner alone.
-        try:
-            scratch.rename(target)
-        except OSError:
-            if not target.exists():
-                raise
-            # Another process was faster; what it wrote is the same.
-    finally:
-        os.close(lock)
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _is_full(error: Exception) -> bool:

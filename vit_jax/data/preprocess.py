@@ -6,20 +6,16 @@ all use it, and it is stored with the model, so they cannot drift apart.
 
 import dataclasses
 import math
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from vit_jax.errors import UserError
 
-Array = TypeVar('Array')
-
-# tf.image.sample_distorted_bounding_box as the original calls it: area range from its own code, the
-# rest the defaults.
-MIN_AREA = 0.05
-MAX_AREA = 1.0
-MIN_ASPECT = 0.75
-MAX_ASPECT = 1.33
+# tf.image.sample_distorted_bounding_box as the original calls it: shares of the area from its code,
+# the rest TensorFlow's defaults (aspect: width / height, the largest excluded).
+MIN_AREA, MAX_AREA = 0.05, 1.0
+MIN_ASPECT, MAX_ASPECT = 0.75, 1.33
 TRIES = 100
 
 # Divisors of height and width by which JPEG files can be decoded to smaller images quickly.
@@ -53,6 +49,14 @@ class CropBox(NamedTuple):
         """By how much (1, 2, 4 or 8) the image may be reduced before, and have enough pixels."""
         most = min(self.height, self.width) // self.side
         return max(k for k in REDUCTIONS if k <= max(1, most))
+
+    def part(self, image: np.ndarray) -> np.ndarray:
+        """The box, not yet resized, of [height, width, 3]."""
+        return image[self.y : self.y + self.height, self.x : self.x + self.width]
+
+    def cut(self, square: np.ndarray, crop: int) -> np.ndarray:
+        """The final crop, [crop, crop, 3], of the square."""
+        return square[self.top : self.top + crop, self.left : self.left + crop]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,11 +132,11 @@ class Preprocess:
         Returns:
           float32 [crop, crop, 3] in [0, 255], not rounded to whole grey levels.
         """
-        part = image[box.y : box.y + box.height, box.x : box.x + box.width]
+        part = box.part(image)
         if box.side == self.crop:
             return resize_bilinear(part, self.crop, out)
         out = np.empty((self.crop, self.crop, 3), np.float32) if out is None else out
-        out[...] = self._cut(resize_bilinear(part, box.side), box)
+        out[...] = box.cut(resize_bilinear(part, box.side), self.crop)
         return out
 
     def render_uint8(
@@ -153,12 +157,12 @@ class Preprocess:
         import cv2
 
         if image.shape[:2] == size:
-            part = image[box.y : box.y + box.height, box.x : box.x + box.width]
-            square = (box.side, box.side)
-            whole = out if box.side == self.crop else None
-            whole = cv2.resize(part, square, dst=whole, interpolation=cv2.INTER_LINEAR)
-            if box.side != self.crop:
-                out[...] = self._cut(whole, box)
+            direct = out if box.side == self.crop else None
+            square = cv2.resize(
+                box.part(image), (box.side, box.side), dst=direct, interpolation=cv2.INTER_LINEAR
+            )
+            if direct is None:
+                out[...] = box.cut(square, self.crop)
             return out
         # The last row and column of a reduced image may stand for less than k of the whole one.
         k = next(k for k in REDUCTIONS if max(image.shape[:2]) == -(-max(size) // k))
@@ -175,9 +179,6 @@ class Preprocess:
             borderMode=cv2.BORDER_REPLICATE,
         )
         return out
-
-    def _cut(self, image: np.ndarray, box: CropBox) -> np.ndarray:
-        return image[box.top : box.top + self.crop, box.left : box.left + self.crop]
 
     def evaluate(self, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """The whole image squashed to the model's square, whatever its aspect ratio.
@@ -213,7 +214,7 @@ class Preprocess:
         return cls(**settings)
 
 
-def normalize(pixels: Array) -> Array:
+def normalize(pixels: Any) -> Any:
     """Grey levels to the range of the published models.
 
     Args:
@@ -247,15 +248,7 @@ def resize_bilinear(image: np.ndarray, side: int, out: np.ndarray | None = None)
 
 
 def sample_inception_box(
-    height: int,
-    width: int,
-    rng: np.random.Generator,
-    *,
-    min_area: float = MIN_AREA,
-    max_area: float = MAX_AREA,
-    min_aspect: float = MIN_ASPECT,
-    max_aspect: float = MAX_ASPECT,
-    tries: int = TRIES,
+    height: int, width: int, rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
     """Draws the box of an inception crop by TensorFlow's rule.
 
@@ -270,19 +263,15 @@ def sample_inception_box(
       height: of the image, pixels, at least 1.
       width: of the image, pixels, at least 1.
       rng: where the randomness comes from.
-      min_area: smallest share of the image's area that the box may have, in (0, 1].
-      max_area: largest share, in (0, 1].
-      min_aspect: smallest width / height of the box.
-      max_aspect: largest width / height, excluded.
-      tries: after so many boxes that do not fit, the whole image is taken.
 
     Returns:
-      (y, x, box_height, box_width), pixels; the box lies inside the image.
+      (y, x, box_height, box_width), pixels; the box lies inside the image. The whole image if none
+      of `TRIES` boxes fits.
     """
     area = _F32(width) * _F32(height)
-    bounds = _F32(min_area) * area, _F32(max_area) * area
-    for _ in range(tries):
-        aspect = rng.random(dtype=_F32) * (_F32(max_aspect) - _F32(min_aspect)) + _F32(min_aspect)
+    bounds = _F32(MIN_AREA) * area, _F32(MAX_AREA) * area
+    for _ in range(TRIES):
+        aspect = rng.random(dtype=_F32) * (_F32(MAX_ASPECT) - _F32(MIN_ASPECT)) + _F32(MIN_ASPECT)
         size = _sample_size(height, width, aspect, bounds, rng)
         if size is not None:
             box_height, box_width = size

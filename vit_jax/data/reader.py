@@ -49,24 +49,23 @@ class ImageCache:
 
     Args:
       size: bytes that may be used.
+
+    Attributes:
+      size: the same.
+      used: bytes given so far.
     """
 
     def __init__(self, size: int):
         self.size = size
-        self._used = 0
+        self.used = 0
         self._lock = threading.Lock()
-
-    @property
-    def used(self) -> int:
-        """Bytes given so far."""
-        return self._used
 
     def take(self, size: int) -> bool:
         """Whether so many bytes are left; if so, they are used from now on."""
         with self._lock:
-            if self._used + size > self.size:
+            if self.used + size > self.size:
                 return False
-            self._used += size
+            self.used += size
             return True
 
 
@@ -93,6 +92,7 @@ class Reader:
         self._source = source
         self._cache = cache
         self._pixels: dict[tuple[int, int], tuple[np.ndarray, int]] = {}  # with the labels
+        # Of the whole images, for `read_reduced`; None of other formats than JPEG.
         self._sizes: dict[int, tuple[int, int] | None] = {}
         self._lock = threading.Lock()
 
@@ -108,17 +108,17 @@ class Reader:
         Raises:
           BadImageError: the image cannot be read; its `label` is set where it is known.
         """
-        return self.read_reduced(index, None)[:2]
+        return self._decode(int(index), 1, None)
 
     def read_reduced(
-        self, index: int, reduction: Callable[[int, int], int] | None
+        self, index: int, reduction: Callable[[int, int], int]
     ) -> tuple[np.ndarray, int, tuple[int, int]]:
         """An example, decoded to a smaller size where its format has one.
 
         Args:
           index: of the example.
           reduction: from height and width of the whole image to the divisor of both, one of
-            `preprocess.REDUCTIONS`; called once. None: the whole image.
+            `preprocess.REDUCTIONS`; called once.
 
         Returns:
           Pixels, uint8, label, and height and width of the whole image.
@@ -126,37 +126,42 @@ class Reader:
         Raises:
           BadImageError: as `read`.
         """
-        index, example, size = int(index), None, None
-        if reduction and index in self._sizes:
+        index, example = int(index), None
+        if index in self._sizes:
             size = self._sizes[index]
-        elif reduction:
+        else:
             example = self._source[index]
             size = decode.size_of_jpeg(example.image, exif=self.exif)
         divisor = reduction(*size) if size else 1
+        pixels, label = self._decode(index, divisor, example)
+        if (index, divisor) in self._pixels:
+            self._sizes[index] = size
+        if size is None:
+            size = pixels.shape[:2]
+            reduction(*size)
+        return pixels, label, size
+
+    def _decode(self, index: int, divisor: int, example: Example | None) -> tuple[np.ndarray, int]:
+        """The pixels, kept or decoded to 1 / `divisor` of the size, and the label."""
         kept = self._pixels.get((index, divisor))
-        if kept is None:
-            example = example or self._source[index]
-            try:
-                pixels = decode.decode(
-                    example.image, key=example.key, exif=self.exif, reduction=divisor
-                )
-            except BadImageError as error:
-                error.label = example.label
-                raise
-            kept = pixels, example.label
-            if self._cache and isinstance(example.image, bytes):
-                with self._lock:  # another thread may have been at the same image
-                    if (index, divisor) not in self._pixels and self._cache.take(
-                        pixels.nbytes + _OVERHEAD
-                    ):
-                        self._pixels[index, divisor] = kept
-                        if reduction:
-                            self._sizes[index] = size
-        if size is None:  # another format than JPEG, or nobody asked
-            size = kept[0].shape[:2]
-            if reduction:
-                reduction(*size)
-        return *kept, size
+        if kept is not None:
+            return kept
+        example = example or self._source[index]
+        try:
+            pixels = decode.decode(
+                example.image, key=example.key, exif=self.exif, reduction=divisor
+            )
+        except BadImageError as error:
+            error.label = example.label
+            raise
+        kept = pixels, example.label
+        if self._cache and isinstance(example.image, bytes):
+            with self._lock:  # another thread may have been at the same image
+                if (index, divisor) not in self._pixels and self._cache.take(
+                    pixels.nbytes + _OVERHEAD
+                ):
+                    self._pixels[index, divisor] = kept
+        return kept
 
 
 def as_reader(source: Source | Reader) -> Reader:

@@ -3,7 +3,7 @@
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -18,26 +18,25 @@ if TYPE_CHECKING:
     from vit_jax.inference import model_folder
 
 
+@runtime_checkable
 class Classifier(Protocol):
     """What predicting and evaluating need of a model.
 
     Attributes:
       class_names: in label order, at least one.
       preprocess: from decoded images to pixels.
-      image_size: side of the input, pixels.
       source: where the model came from; any JSON.
     """
 
     class_names: tuple[str, ...]
     preprocess: Preprocess
-    image_size: int
     source: Mapping[str, Any]
 
     def logits(self, pixels: np.ndarray) -> Any:
         """Scores of the classes, before softmax.
 
         Args:
-          pixels: float32 [B, image_size, image_size, 3] in [0, 255], what `preprocess` gives. They
+          pixels: float32 [B, crop, crop, 3] in [0, 255], what `preprocess` gives. They
             must not be changed until the result has been read.
 
         Returns:
@@ -67,7 +66,6 @@ class JaxClassifier:
             raise UserError('this model has no classification head, so it gives no probabilities')
         self.class_names: tuple[str, ...] = tuple(model.class_names)
         self.preprocess = model.preprocess
-        self.image_size = model.preprocess.crop
         self.source: Mapping[str, Any] = model.source
         self._params = jax.device_put(model.params)
         self._batch = 0
@@ -75,26 +73,16 @@ class JaxClassifier:
 
     def logits(self, pixels: np.ndarray) -> Any:
         """See `Classifier.logits`."""
-        given = len(pixels)
-        if given > self._batch:
-            self._check(pixels.shape)
-            self._batch = given
-        if given == self._batch:
-            return self._apply(self._params, pixels)
-        filled = np.zeros((self._batch, *pixels.shape[1:]), np.float32)
-        filled[:given] = pixels
-        return self._apply(self._params, filled)[:given]
-
-    def _check(self, shape: tuple[int, ...]) -> None:
-        import jax
-
-        batch = jax.ShapeDtypeStruct(shape, np.float32)
-        found = self._apply.eval_shape(self._params, batch).shape
-        if found != (shape[0], len(self.class_names)):
+        given, self._batch = len(pixels), max(len(pixels), self._batch)
+        if given < self._batch:
+            pixels = np.pad(pixels, [(0, self._batch - given), (0, 0), (0, 0), (0, 0)])
+        logits = self._apply(self._params, pixels)
+        if logits.shape != (self._batch, len(self.class_names)):
             raise UserError(
-                f'this model gives {list(found)} for {shape[0]} images, not a score for each of '
-                f'its {len(self.class_names)} classes'
+                f'this model gives {list(logits.shape)} for {self._batch} images, not a score for '
+                f'each of its {len(self.class_names)} classes'
             )
+        return logits if given == self._batch else logits[:given]
 
 
 def open_classifier(
@@ -119,7 +107,7 @@ def open_classifier(
             raise UserError(f'{path} is an ONNX file, which knows its architecture: no --variant')
         from vit_jax.inference import onnx as onnx_model
 
-        classifier = onnx_model.OnnxClassifier(path)
+        classifier: Classifier = onnx_model.OnnxClassifier(path)
     else:
         from vit_jax.inference import model_folder
 

@@ -5,10 +5,15 @@ import os
 import pathlib
 import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vit_jax.inference import predict
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 MAX_IMAGES = 48
 SHOWN_CLASSES = 3
@@ -18,7 +23,7 @@ _NAME_LENGTH = 26  # characters that fit above an image
 
 def save(
     path: str | os.PathLike[str],
-    predictions: Sequence[predict.Prediction],
+    predictions: Sequence[tuple[str, np.ndarray]],
     class_names: Sequence[str],
     *,
     title: str,
@@ -27,7 +32,7 @@ def save(
 
     Args:
       path: the PNG file to write, whatever its suffix.
-      predictions: at most `MAX_IMAGES`, none with an error; the images are read once more.
+      predictions: paths and probabilities, at most `MAX_IMAGES`; the images are read once more.
       class_names: in label order.
       title: of the sheet.
     """
@@ -41,23 +46,25 @@ def save(
     for place, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
         axes.axis('off')
         if place < len(predictions):
-            _draw(axes, predictions[place], class_names)
+            _draw(axes, *predictions[place], class_names)
+    # tight: the captions of the last row, too.
+    save_figure(figure, path, dpi=100, bbox_inches='tight', pad_inches=0.15)
+
+
+def save_figure(figure: 'Figure', path: str | os.PathLike[str], **options: Any) -> None:
+    """Writes a PNG file, whatever its suffix; options as of `Figure.savefig`."""
     with warnings.catch_warnings():
         # Characters that no font here has are drawn as boxes.
         warnings.filterwarnings('ignore', message='Glyph .* missing from', category=UserWarning)
-        # tight: the captions of the last row, too.
-        figure.savefig(path, format='png', dpi=100, bbox_inches='tight', pad_inches=0.15)
+        figure.savefig(path, format='png', **options)
 
 
-def _draw(axes, prediction: predict.Prediction, class_names: Sequence[str]) -> None:
-    axes.imshow(_thumbnail(predict.read_image(prediction.path)))
-    name = predict.printable(pathlib.PurePath(prediction.path).name)
+def _draw(axes: 'Axes', path: str, probabilities: np.ndarray, class_names: Sequence[str]) -> None:
+    axes.imshow(_thumbnail(predict.read_image(path)))
+    name = predict.printable(pathlib.PurePath(path).name)
     axes.set_title(shorten(name), fontsize=8, color='dimgray', parse_math=False)
-    best = predict.choose_classes(prediction.probabilities, top_k=SHOWN_CLASSES)
-    lines = [
-        f'{shorten(class_names[label])}  {100 * prediction.probabilities[label]:.1f} %'
-        for label in best
-    ]
+    best = predict.choose_classes(probabilities, top_k=SHOWN_CLASSES)
+    lines = [f'{shorten(class_names[label])}  {100 * probabilities[label]:.1f} %' for label in best]
     for line, text in enumerate(lines):
         axes.text(
             0.5,
@@ -78,8 +85,9 @@ def _thumbnail(pixels: np.ndarray) -> np.ndarray:
     picture = Image.fromarray(pixels)
     picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
     # On a square of white: all captions are on one line, and images keep their proportions.
-    square = Image.new('RGB', (max(picture.size),) * 2, 'white')
-    square.paste(picture, tuple((square.width - side) // 2 for side in picture.size))
+    side = max(picture.size)
+    square = Image.new('RGB', (side, side), 'white')
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
     return np.asarray(square)
 
 

@@ -26,11 +26,6 @@ def imagenet1k() -> tuple[str, ...]:
     return tuple(name for _, name in _imagenet1k())
 
 
-def imagenet1k_ids() -> tuple[str, ...]:
-    """The WordNet ids ('n01440764', ...) of `imagenet1k()`: the names of the folders of ILSVRC."""
-    return tuple(wordnet_id for wordnet_id, _ in _imagenet1k())
-
-
 def numbered(count: int) -> tuple[str, ...]:
     """What the classes of a model without names are called: 'class 0', 'class 1', ..."""
     return tuple(f'class {i}' for i in range(count))
@@ -138,30 +133,28 @@ def remap(data: Sequence[str], model: Sequence[str], what: str) -> tuple[int, ..
             f'the model has more than one class called {twice[0]}, so classes cannot be matched by '
             'name; give different names with --labels FILE'
         )
-    index = {name: i for i, name in enumerate(model)}
-    names = [index.get(name, index.get(_other_name().get(name))) for name in data]
-    missing = [name for name, found in zip(data, names, strict=True) if found is None]
+    known = {name: i for i, name in enumerate(model)}
+    index = {_other_name().get(name, name): i for name, i in known.items()} | known
+    missing = [name for name in data if name not in index]
     if missing:
-        raise UserError(_cannot_match(missing, data, model, what))
-    return tuple(names)
-
-
-def _cannot_match(missing: list[str], data: Sequence[str], model: Sequence[str], what: str) -> str:
-    shown = ', '.join(missing[:3]) + (', ...' if len(missing) > 3 else '')
-    near = difflib.get_close_matches(missing[0], model, n=1, cutoff=0.6)
-    known = f'the nearest to {missing[0]} is {near[0]}' if near else f'it knows {model[0]}, ...'
-    return (
-        f'{len(missing):,} of the {len(data):,} classes of {what} are none of the '
-        f"model's {len(model):,} classes: {shown} ({known}). Evaluate on the data the model was "
-        'trained for, or rename its classes with --labels FILE'
-    )
+        shown = ', '.join(missing[:3]) + (', ...' if len(missing) > 3 else '')
+        near = difflib.get_close_matches(missing[0], model, n=1, cutoff=0.6)
+        hint = f'the nearest to {missing[0]} is {near[0]}' if near else f'it knows {model[0]}, ...'
+        raise UserError(
+            f'{len(missing):,} of the {len(data):,} classes of {what} are none of the '
+            f"model's {len(model):,} classes: {shown} ({hint}). Evaluate on the data the model was "
+            'trained for, or rename its classes with --labels FILE'
+        )
+    return tuple(index[name] for name in data)
 
 
 @functools.cache
 def _imagenet1k() -> tuple[tuple[str, str], ...]:
+    """WordNet ids ('n01440764', the names of the folders of ILSVRC) and names, in label order."""
     file = importlib.resources.files('vit_jax.data').joinpath('imagenet1k.txt')
     lines = file.read_text(encoding='utf-8').splitlines()
-    return tuple(tuple(line.split(' ', 1)) for line in lines if not line.startswith('#'))
+    pairs = [line.split(' ', 1) for line in lines if not line.startswith('#')]
+    return tuple((wordnet_id, name) for wordnet_id, name in pairs)
 
 
 @functools.cache

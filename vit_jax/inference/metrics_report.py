@@ -1,11 +1,10 @@
 """An evaluation for people: a table, the confusion matrix and the reliability diagram."""
 
-import os
-import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vit_jax.inference import contact_sheet
 from vit_jax.inference.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ def tables(metrics: Metrics, *, title: str) -> 'rich.console.Group':
     have no images and were not predicted are left out.
 
     Args:
-      metrics: of `classification_metrics.compute`.
+      metrics: of `metrics.compute`.
       title: first line.
     """
     from rich import box, console, table, text
@@ -49,7 +48,7 @@ def class_rows(metrics: Metrics) -> tuple[list[tuple[str, ...]], str]:
     """The classes as rows of texts, and a line that says which they are where not all are there.
 
     Args:
-      metrics: of `classification_metrics.compute`.
+      metrics: of `metrics.compute`.
 
     Returns:
       Rows of class, precision, recall, F1, images, and the class it is most often taken for; and
@@ -67,14 +66,9 @@ def class_rows(metrics: Metrics) -> tuple[list[tuple[str, ...]], str]:
             metrics.class_names[label],
             *map(_percent, shares),
             f'{metrics.support[label]:,}',
-            _commonest_mistake(metrics, label),
+            _commonest_mistake(metrics, int(label)),
         ))  # fmt: skip
     return rows, note
-
-
-def save_confusion(path: str | os.PathLike[str], metrics: Metrics, *, title: str) -> None:
-    """Writes the confusion matrix as a PNG file; the rest as for `draw_confusion`."""
-    _save(draw_confusion(metrics, title=title), path)
 
 
 def draw_confusion(metrics: Metrics, *, title: str) -> 'Figure':
@@ -84,7 +78,7 @@ def draw_confusion(metrics: Metrics, *, title: str) -> 'Figure':
     the most mistakes are drawn, and the title says so; shares are of the whole row all the same.
 
     Args:
-      metrics: of `classification_metrics.compute`.
+      metrics: of `metrics.compute`.
       title: first line of the picture.
     """
     from matplotlib.figure import Figure
@@ -97,7 +91,7 @@ def draw_confusion(metrics: Metrics, *, title: str) -> 'Figure':
     figure = Figure(figsize=(side + 1, side), layout='constrained')
     axes = figure.subplots()
     picture = axes.imshow(shares, cmap='Blues', vmin=0, vmax=1)
-    names = [_short(metrics.class_names[i]) for i in chosen]
+    names = [contact_sheet.shorten(metrics.class_names[i], 24) for i in chosen]
     axes.set_xticks(range(len(names)), names, rotation=90, parse_math=False)
     axes.set_yticks(range(len(names)), names, parse_math=False)
     axes.set_xlabel('predicted class')
@@ -112,16 +106,11 @@ def draw_confusion(metrics: Metrics, *, title: str) -> 'Figure':
     return figure
 
 
-def save_reliability(path: str | os.PathLike[str], metrics: Metrics, *, title: str) -> None:
-    """Writes the reliability diagram as a PNG file; the rest as for `draw_reliability`."""
-    _save(draw_reliability(metrics, title=title), path)
-
-
 def draw_reliability(metrics: Metrics, *, title: str) -> 'Figure':
     """Draws the reliability diagram: accuracy against confidence, over a histogram of confidence.
 
     Args:
-      metrics: of `classification_metrics.compute`.
+      metrics: of `metrics.compute`.
       title: first line of the picture.
     """
     from matplotlib.figure import Figure
@@ -199,14 +188,3 @@ def _choose(metrics: Metrics) -> tuple[np.ndarray, str]:
     mistakes = wrong.sum(axis=0) + wrong.sum(axis=1)
     chosen = np.sort(np.argsort(-mistakes, kind='stable')[:MAX_CLASSES])
     return chosen, f'{summary}; the {MAX_CLASSES} of {classes:,} classes with most mistakes'
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 24 else f'{name[:23]}…'
-
-
-def _save(figure, path: str | os.PathLike[str]) -> None:
-    with warnings.catch_warnings():
-        # Characters that no font here has are drawn as boxes.
-        warnings.filterwarnings('ignore', message='Glyph .* missing from', category=UserWarning)
-        figure.savefig(path, format='png', dpi=120)

@@ -32,7 +32,6 @@ class OnnxClassifier:
     Attributes:
       class_names: in label order.
       preprocess: from decoded images to pixels.
-      image_size: side of the input, pixels.
       source: where the model came from.
 
     Raises:
@@ -46,7 +45,6 @@ class OnnxClassifier:
         described = _read_metadata(self._session, self._path)
         self.class_names: tuple[str, ...] = tuple(described['class_names'])
         self.preprocess = Preprocess.from_dict(described['preprocessing'])
-        self.image_size: int = described['image_size']
         self.source: Mapping[str, Any] = described['source']
         self._output: str = described['output']
         self._channels_first = described['layout'] == 'NCHW'
@@ -58,7 +56,7 @@ class OnnxClassifier:
         """Scores whose softmax gives the probabilities.
 
         Args:
-          pixels: float32 [B, image_size, image_size, 3] in [0, 255], any B. A file whose graph
+          pixels: float32 [B, crop, crop, 3] in [0, 255], any B. A file whose graph
             takes bytes gets them rounded.
 
         Returns:

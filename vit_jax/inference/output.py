@@ -56,14 +56,14 @@ def make_writer(
         ]
 
     def write_table(prediction: predict.Prediction) -> None:
-        if prediction.error is None:
+        if prediction.probabilities is not None:
             text = predict.format_prediction(
                 prediction.path, prediction.probabilities, class_names, top_k, threshold
             )
             file.write(text + '\n')
 
     def write_jsonl(prediction: predict.Prediction) -> None:
-        record = {'image': prediction.path}
+        record: dict[str, Any] = {'image': prediction.path}
         if prediction.error is None:
             record['predictions'] = chosen(prediction)
         else:

@@ -128,11 +128,11 @@ def predict(
 
     def readable() -> Iterator[tuple[str, np.ndarray]]:
         for prediction in found:
-            if prediction.error is None:
+            if prediction.probabilities is not None:
                 yield prediction.path, prediction.probabilities
-            elif on_error is None:
-                raise prediction.error
-            else:
+            elif prediction.error is not None:
+                if on_error is None:
+                    raise prediction.error
                 on_error(prediction.error)
 
     return readable()
@@ -162,7 +162,7 @@ def predictions(
         return iter(())
     errors: collections.deque[BadImageError] = collections.deque()
     scored = classify(
-        model if hasattr(model, 'logits') else JaxClassifier(model),
+        model if isinstance(model, Classifier) else JaxClassifier(model),
         Images(paths),
         batch=batch,
         on_bad=errors.append,
