@@ -452,18 +452,18 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ['a.npz']
 
 
-def test_convert_script(tmp_path, command):
+def test_convert_script(tmp_path, run_script):
     preprocess = model_folder.Preprocess(crop=32).to_dict()
     params = _params(VIT)
     model_folder.save(
         tmp_path / 'model', params, model_config=VIT, image_size=32, class_names=NAMES,
         preprocess=preprocess, source={},
     )  # fmt: skip
-    run = command('scripts/convert.py', tmp_path / 'model', tmp_path / 'tv', '--to', 'torchvision')
+    run = run_script('convert.py', tmp_path / 'model', tmp_path / 'tv', '--to', 'torchvision')
     assert run.returncode == 0, run.stderr
     assert 'written for torchvision' in run.stdout and 'NOTE.md' in run.stdout
     loaded = model_folder.load(tmp_path / 'tv')
     _equal(loaded.params, params)
     assert loaded.class_names == NAMES
-    run = command('scripts/convert.py', tmp_path / 'tv', tmp_path / 'tv', '--to', 'npz')
+    run = run_script('convert.py', tmp_path / 'tv', tmp_path / 'tv', '--to', 'npz')
     assert run.returncode == 1 and run.stderr.startswith('convert.py: ') and 'exists' in run.stderr

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax import files, variants
-from vit_jax.checkpoint import big_vision, infer, npz, pytorch, tensors
+from vit_jax.checkpoint import big_vision, infer, key_tables, npz, tensors
 from vit_jax.checkpoint.arrays import Weights, derive
 from vit_jax.errors import UserError
 
@@ -118,7 +118,7 @@ def _recognise(
     num_heads: int,
     config: Mapping[str, Any],
 ) -> Weights:
-    library = pytorch.recognise(list(found))
+    library = key_tables.recognise(list(found))
     if not library:
         if any('/' in name for name in found):
             return npz.from_flat(found, path)
@@ -128,7 +128,7 @@ def _recognise(
             'big_vision .npz; ViT, hybrid, Mixer and DeiT of timm, Hugging Face and torchvision'
         )
     heads = num_heads or _heads(path, library, found, variant)
-    flat, notes = pytorch.to_params(found, library, heads, path)
+    flat, notes = key_tables.to_params(found, library, heads, path)
     tree = npz.nest(flat, path)
     notes += big_vision.with_class_position(tree)
     activation = config.get('activation', '')

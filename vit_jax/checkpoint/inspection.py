@@ -159,9 +159,9 @@ def _arrays(params: Mapping[str, Any]) -> Iterator[Array]:
         except UserError as e:
             yield Array(name, lazy.shape, lazy.stored_dtype, problem=str(e))
             continue
-        mean, std = values.mean(dtype=np.float64), values.std(dtype=np.float64)
-        statistics = map(float, (mean, std, values.min(), values.max()))
-        yield Array(name, lazy.shape, lazy.stored_dtype, *statistics)
+        mean, std = float(values.mean(dtype=np.float64)), float(values.std(dtype=np.float64))
+        low, high = float(values.min()), float(values.max())
+        yield Array(name, lazy.shape, lazy.stored_dtype, mean, std, low, high)
 
 
 def _unusual(arrays: Sequence[Array]) -> Iterator[str]:

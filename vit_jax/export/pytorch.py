@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vit_jax import files, models, variants
-from vit_jax.checkpoint import adapt, npz, pytorch, tensors
+from vit_jax.checkpoint import adapt, key_tables, npz, tensors
 from vit_jax.errors import UserError
 from vit_jax.inference import model_folder
 
@@ -80,7 +80,7 @@ def write(destination: str | os.PathLike[str], model: model_folder.Model, *, to:
     describe = {'timm': _timm, 'huggingface': _hugging_face, 'torchvision': _torchvision}[to]
     try:
         table, described = describe(flat, config, model.image_size, class_names)
-        named, lost = pytorch.from_params(flat, table)
+        named, lost = key_tables.from_params(flat, table)
         if lost:
             raise _UnsupportedError(f'it has no place for {adapt.shorten(lost, 6)}')
     except _UnsupportedError as why:
