@@ -29,7 +29,7 @@ from vit_jax.checkpoint import workdir as workdir_lib
 from vit_jax.data import sources
 from vit_jax.data.dataset import Selection
 from vit_jax.inference import model_folder
-from vit_jax.run import distributed, resources, resume, telemetry
+from vit_jax.run import distributed, resources, resume, run_info, telemetry
 from vit_jax.state import Checkpoint
 
 MODEL_FOLDER = 'model'
@@ -146,7 +146,7 @@ def _set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> _Setup:
     batch = steps.abstract_batch(config.batch, config.pp.crop, mesh, exact=config.pp.exact)
     changed = []
     if workdir_lib.saved_steps(workdir):
-        changed = resume.check_config(workdir / telemetry.CONFIG_FILE, config.to_dict())
+        changed = resume.check_config(workdir / run_info.CONFIG_FILE, config.to_dict())
         resume.check_data(workdir / resume.DATA_FILE, _describe(train, test))
     resources.check_cache(config)
     memory = resources.memory_of(jax.local_devices()[0])
@@ -237,7 +237,7 @@ def _first_checkpoint(
     run.log.start(start)
     if jax.process_index() == 0:
         data = _describe(setup.train, setup.test)
-        telemetry.write_run_info(run.workdir, run.config, {resume.DATA_FILE: data})
+        run_info.write(run.workdir, run.config, {resume.DATA_FILE: data})
     run.log.info(*told, **facts)
     return first, start
 

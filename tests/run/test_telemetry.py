@@ -12,7 +12,7 @@ import ml_collections
 import pytest
 import rich.console
 
-from vit_jax.run import telemetry
+from vit_jax.run import run_info, telemetry
 
 ROOT = pathlib.Path(__file__).parents[2]
 PROGRESS = {
@@ -284,7 +284,7 @@ def test_write_run_info(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, 'orig_argv', ['/usr/bin/python3', '-m', 'vit_jax.main', '--x=a b'])
     config = ml_collections.ConfigDict({'lr': 0.1, 'pp': {'crop': 224}, 'patches': (16, 16)})
     config.copy_of_lr = config.get_ref('lr')
-    telemetry.write_run_info(tmp_path / 'run', config)
+    run_info.write(tmp_path / 'run', config)
     assert json.loads((tmp_path / 'run' / 'config.json').read_text()) == {
         'copy_of_lr': 0.1,
         'lr': 0.1,
@@ -309,7 +309,7 @@ def test_the_listed_packages_are_those_of_the_project():
     project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
     named = [*project['dependencies'], *project['optional-dependencies']['prepare']]
     names = {re.match(r'[\w-]+', requirement)[0] for requirement in named}
-    assert names <= set(telemetry._PACKAGES)
+    assert names <= set(run_info._PACKAGES)
 
 
 def test_a_checkout_that_is_not_installed_knows_its_version(tmp_path):
@@ -327,8 +327,8 @@ except importlib.metadata.PackageNotFoundError:
 else:
     sys.exit('it is known')
 import vit_jax
-from vit_jax.run import telemetry
-telemetry.write_run_info({str(tmp_path)!r}, {{}})
+from vit_jax.run import run_info
+run_info.write({str(tmp_path)!r}, {{}})
 versions = json.load(open({str(tmp_path / 'versions.json')!r}))['packages']
 assert versions['vit_jax'] == vit_jax.__version__ and 'jax' in versions, versions
 from vit_jax.analysis import report
@@ -340,19 +340,19 @@ from vit_jax.inference import model_folder
 
 def test_write_run_info_refuses_what_json_cannot_hold(tmp_path):
     with pytest.raises(TypeError, match='not JSON serializable'):
-        telemetry.write_run_info(tmp_path, {'dtype': object()})
+        run_info.write(tmp_path, {'dtype': object()})
 
 
 def test_git_revision_of_a_copy_outside_a_checkout(tmp_path, monkeypatch):
     package = tmp_path / 'environment' / 'vit_jax'
     package.mkdir(parents=True)
-    monkeypatch.setattr(telemetry, '__file__', str(package / 'run' / 'telemetry.py'))
-    assert telemetry._git_revision() is None
+    monkeypatch.setattr(run_info, '__file__', str(package / 'run' / 'run_info.py'))
+    assert run_info._git_revision() is None
     # Installed into an environment inside some other project's checkout: not that one's commit.
     git = ['git', '-C', str(tmp_path), '-c', 'user.name=a', '-c', 'user.email=a@example.org']
     subprocess.run([*git, 'init', '-q'], check=True)
     subprocess.run([*git, 'commit', '-q', '--allow-empty', '-m', 'x'], check=True)
-    assert telemetry._git_revision() is None
+    assert run_info._git_revision() is None
 
 
 def test_imports_neither_tensorflow_nor_pytorch_even_where_installed(tmp_path):
@@ -365,13 +365,13 @@ def test_imports_neither_tensorflow_nor_pytorch_even_where_installed(tmp_path):
     program = f"""
 import sys
 sys.path.insert(0, {str(tmp_path / 'site')!r})
-from vit_jax.run import telemetry
+from vit_jax.run import run_info, telemetry
 with telemetry.Telemetry({str(tmp_path / 'run')!r}, total_steps=2) as out:
     out.start(0)
     out.metrics(1, train_loss=1.0)
     out.timing(1, seconds=1.0)
     out.progress(1, loss=1, accuracy=1, lr=1, images_per_sec=1, data_wait=0, eta_s=1)
-telemetry.write_run_info({str(tmp_path / 'run')!r}, {{}})
+run_info.write({str(tmp_path / 'run')!r}, {{}})
 loaded = {{'tensorflow', 'torch', 'jax'}} & set(sys.modules)
 sys.exit(f'imported {{loaded}}' if loaded else 0)
 """

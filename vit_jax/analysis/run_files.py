@@ -17,7 +17,7 @@ import numpy as np
 
 from vit_jax import files
 from vit_jax.errors import UserError
-from vit_jax.run import resume, telemetry
+from vit_jax.run import resume, run_info, telemetry
 
 MODEL_FOLDER = 'model'  # as `train.MODEL_FOLDER`, which takes the whole of training to import
 
@@ -139,7 +139,7 @@ def read(workdir: str | os.PathLike[str]) -> Run:
       UserError: there is no such folder, or no run in it.
     """
     workdir = pathlib.Path(workdir)
-    names = (telemetry.METRICS_FILE, telemetry.CONFIG_FILE, telemetry.EVENTS_FILE)
+    names = (telemetry.METRICS_FILE, run_info.CONFIG_FILE, telemetry.EVENTS_FILE)
     try:
         found = [(workdir / name).is_file() for name in names]
     except OSError as error:
@@ -156,9 +156,9 @@ def read(workdir: str | os.PathLike[str]) -> Run:
         name=workdir.absolute().name or str(workdir),
         metrics=_read_lines(workdir / telemetry.METRICS_FILE, notes),
         timing=_read_lines(workdir / telemetry.TIMING_FILE, notes),
-        config=_read_object(workdir / telemetry.CONFIG_FILE, notes),
+        config=_read_object(workdir / run_info.CONFIG_FILE, notes),
         data=_read_object(workdir / resume.DATA_FILE, notes),
-        versions=_read_object(workdir / telemetry.VERSIONS_FILE, notes),
+        versions=_read_object(workdir / run_info.VERSIONS_FILE, notes),
         events=_read_events(workdir / telemetry.EVENTS_FILE, notes),
         notes=tuple(notes),
     )

@@ -145,22 +145,17 @@ def _check(coordinator_address: str, num_processes: int, process_id: int) -> Non
             f'--process_id={process_id} is not one of 0 to {num_processes - 1} '
             f'(--num_processes={num_processes})'
         )
-    if process_id == 0 and port_in_use(int(port)):
-        raise UserError(
-            f'port {port} of --coordinator_address={coordinator_address} is in use on this '
-            'machine: use another'
-        )
-
-
-def port_in_use(port: int) -> bool:
-    """Whether a program listens on this TCP port of this machine."""
+    if process_id != 0:
+        return
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(('', port))
-        except OSError:
-            return True
-    return False
+            probe.bind(('', int(port)))
+        except OSError as error:
+            raise UserError(
+                f'port {port} of --coordinator_address={coordinator_address} is in use on this '
+                'machine: use another'
+            ) from error
 
 
 @contextlib.contextmanager

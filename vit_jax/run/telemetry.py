@@ -10,24 +10,18 @@ neither TensorFlow nor PyTorch (its `SummaryWriter`, and `tensorboardX`, import 
 are installed).
 """
 
-import contextlib
 import datetime
-import importlib.metadata
 import io
 import json
 import math
 import os
 import pathlib
-import platform
-import shlex
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
-import ml_collections
 import rich.console
 import rich.live
 import rich.progress_bar
@@ -35,25 +29,12 @@ import rich.table
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-import vit_jax
 from vit_jax import files
 
 METRICS_FILE = 'metrics.jsonl'
 TIMING_FILE = 'timing.jsonl'
 LOG_FILE = 'train.log'
 EVENTS_FILE = 'events.jsonl'
-CONFIG_FILE = 'config.json'
-VERSIONS_FILE = 'versions.json'
-
-# The packages of which versions.json tells the versions: those of pyproject.toml, and those that
-# these are made of. A list, because a checkout that is not installed knows no requirements.
-_PACKAGES = (
-    'absl-py', 'etils', 'filelock', 'flatbuffers', 'flax', 'grain', 'jax', 'jax-cuda12-plugin',
-    'jaxlib', 'jinja2', 'matplotlib', 'ml_collections', 'numpy', 'onnx', 'onnxruntime',
-    'opencv-python-headless', 'optax', 'orbax-checkpoint', 'pillow', 'protobuf', 'rich',
-    'safetensors', 'scikit-learn', 'scipy', 'simplejpeg', 'tensorboard', 'tensorflow-cpu',
-    'tensorflow-datasets',
-)  # fmt: skip
 
 # Seconds between two progress lines in train.log, and on a console that is not a terminal (a file,
 # a pipe, a batch system).
@@ -334,42 +315,6 @@ def read_lines(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
     return rows
 
 
-def write_run_info(
-    workdir: str | os.PathLike,
-    config: ml_collections.ConfigDict | Mapping[str, Any],
-    others: Mapping[str, Mapping[str, Any]] | None = None,
-) -> None:
-    """Writes `config.json` and `versions.json` into the workdir.
-
-    The latter holds the versions of Python and the packages, the git revision and the command line.
-    Only the first process should call it.
-
-    Args:
-      workdir: folder of the run; made if it does not exist.
-      config: the configuration with every value filled in.
-      others: more to write, by file name.
-
-    Raises:
-      TypeError: a value of the configuration has no JSON form.
-    """
-    workdir = pathlib.Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    config = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
-    files.write_json(workdir / CONFIG_FILE, config)
-    for name, value in (others or {}).items():
-        files.write_json(workdir / name, value)
-    files.write_json(
-        workdir / VERSIONS_FILE,
-        {
-            'command': shlex.join([os.path.basename(sys.executable), *sys.orig_argv[1:]]),
-            'git_revision': _git_revision(),
-            'python': platform.python_version(),
-            'platform': platform.platform(),
-            'packages': _package_versions(),
-        },
-    )
-
-
 def format_duration(seconds: float) -> str:
     """A time span as people write it: `8 s`, `4 min 12 s`, `1 h 05 min`, `2 d 3 h`; `?` for NaN."""
     if not math.isfinite(seconds):
@@ -420,34 +365,3 @@ def _remove_later_steps(path: pathlib.Path, start_step: int) -> int:
     if len(kept) < len(lines):
         files.write_text(path, ''.join(kept))
     return unreadable
-
-
-def _git_revision() -> str | None:
-    """The commit of the checkout this package runs from (`-dirty` if files differ), or None."""
-    root = pathlib.Path(__file__).resolve().parents[2]
-    git = ['git', '-C', str(root)]
-    try:
-        top = subprocess.run(
-            [*git, 'rev-parse', '--show-toplevel'], capture_output=True, text=True, check=True
-        )
-        # Installed into an environment, the package may lie in a checkout of something else.
-        if pathlib.Path(top.stdout.strip()).resolve() != root:
-            return None
-        described = subprocess.run(
-            [*git, 'describe', '--always', '--abbrev=40', '--exclude=*', '--dirty'],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        return None  # no git, no checkout, or one without a commit
-    return described.stdout.strip()
-
-
-def _package_versions() -> dict[str, str]:
-    """Versions of this package and of those of `_PACKAGES` that are installed."""
-    versions = {'vit_jax': vit_jax.__version__}
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
