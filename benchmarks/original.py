@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vit_jax.models.vit import AddPositionEmbs, MlpBlock, VisionTransformer
+from vit_jax.models.layers import MlpBlock
+from vit_jax.models.vit import AddPositionEmbs, VisionTransformer
 
 
 class OriginalBlock(nn.Module):
@@ -60,9 +61,6 @@ class OriginalEncoder(nn.Module):
       dropout_rate: also after the position embeddings.
       attention_dropout_rate: of attention weights.
       add_position_embedding: whether to add learned position embeddings.
-      dtype: float32; another is an error.
-      attention: 'auto'; another is an error, as there is only one way here.
-      remat: ''; another is an error.
     """
 
     num_layers: int
@@ -71,17 +69,10 @@ class OriginalEncoder(nn.Module):
     dropout_rate: float = 0.1
     attention_dropout_rate: float = 0.1
     add_position_embedding: bool = True
-    dtype: Any = jnp.float32
-    attention: str = 'auto'
-    remat: str = ''
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool, outputs: int | None = None) -> jax.Array:
-        """Tokens [B, N, D] in, normalised tokens [B, N, D] out, whatever `outputs` says."""
-        if jnp.dtype(self.dtype) != jnp.float32 or self.attention != 'auto' or self.remat:
-            raise ValueError(
-                "the original's way is float32, with its own attention and without remat"
-            )
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Tokens [B, N, D] in, normalised tokens [B, N, D] out."""
         if self.add_position_embedding:
             x = AddPositionEmbs(name='posembed_input')(x)
             x = nn.Dropout(self.dropout_rate)(x, deterministic=not train)

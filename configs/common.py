@@ -86,7 +86,7 @@ def get_defaults() -> ml_collections.ConfigDict:
     # --- Computation
     # Of activations: 'float32' or 'bfloat16'. Empty: bfloat16 on GPU, float32 on CPU.
     config.dtype = ''
-    # 'auto', 'xla', 'chunked' or 'cudnn', see `models.attention`.
+    # 'auto', 'xla' or 'cudnn', see `models.attention`.
     config.attention = 'auto'
     # Recompute activations to save memory: 'dots', 'full', or empty for not at all.
     config.remat = ''

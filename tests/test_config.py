@@ -233,10 +233,6 @@ def test_resize_alone_asks_for_random_crops():
             {'attention': 'cudnn', 'model.transformer.attention_dropout_rate': 0.1},
             "config.attention='cudnn' has no dropout",
         ),
-        (
-            {'attention': 'chunked', 'model.transformer.attention_dropout_rate': 0.1},
-            "config.attention='chunked' has no dropout: use 'xla'",
-        ),
     ],
 )
 def test_impossible_values_are_named_with_what_to_do(flags, message):

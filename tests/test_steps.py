@@ -14,7 +14,7 @@ from configs import common
 from vit_jax import models, optim, sharding, steps
 from vit_jax import state as state_lib
 from vit_jax.data import augment
-from vit_jax.models import attention
+from vit_jax.models import cpu
 
 MODEL = {
     'num_classes': 5,
@@ -156,7 +156,8 @@ TOPOLOGIES = [(1, 1), (2, 1), (4, 1), (4, 4)]  # devices, fsdp
 def test_five_steps_equal_float64(reference, monkeypatch, devices, fsdp, accum_steps, clip):
     monkeypatch.setattr(sharding, 'MIN_SIZE_TO_SHARD', 64)  # so that FSDP cuts this small model
     if clip:
-        monkeypatch.setattr(attention, 'CHUNK', 1)  # attention chunk by chunk; else all at once
+        monkeypatch.setattr(cpu, 'CHUNK', 1)  # attention chunk by chunk; else all at once
+    jax.clear_caches()  # of functions traced with another size of chunks
     settings = {'grad_norm_clip': clip, 'optim_dtype': 'float32'}
     batches, params, expected, losses = reference(**settings)
     config = make_config(accum_steps=accum_steps, **settings)
@@ -360,7 +361,8 @@ def test_each_device_does_its_share_and_no_image_is_gathered(
 def test_attention_in_chunks_gathers_no_tokens(monkeypatch):
     """Each device loops over its own images."""
     monkeypatch.setattr(sharding, 'MIN_SIZE_TO_SHARD', 2**12)
-    monkeypatch.setattr(attention, 'CHUNK', 1)
+    monkeypatch.setattr(cpu, 'CHUNK', 1)
+    jax.clear_caches()  # of functions traced with another size of chunks
     compiled, abstract = lowered_step(4, 1, fsdp=4)
     text = compiled.as_text()
     assert re.search(r'known_trip_count[^0-9]*16', text)  # 64 images on 4 devices

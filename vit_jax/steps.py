@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vit_jax import evaluate, sharding
+from vit_jax import evaluate, models, sharding
 from vit_jax.data import augment
 from vit_jax.data.preprocess import normalize
 from vit_jax.state import TrainState
@@ -63,6 +63,7 @@ def make_train_step(
       of this update), float32; `finite` (loss and gradient norm are), bool; `skipped`, the count of
       the new state, int32.
     """
+    model = models.for_training(model)
     gradients = _sharded_gradients if mesh.shape['fsdp'] == 1 else _fsdp_gradients
 
     def micro_batch(params, batch, key):
@@ -153,6 +154,7 @@ def make_eval_step(
       device: of each example what `evaluate.outcomes` says, and `example`, `label`, `readable` as
       they came. batch: see `eval_batches`; `image` float32 [B, height, width, 3] in [0, 255].
     """
+    model = models.for_inference(model)
 
     def eval_step(params, batch: Batch) -> Metrics:
         logits = model.apply({'params': params}, normalize(batch['image']), train=False)
@@ -173,6 +175,7 @@ def make_predict_step(model: nn.Module) -> Callable[[Any, jax.typing.ArrayLike],
     Returns:
       A jitted function (params, pixels [B, height, width, 3] in [0, 255]) -> logits [B, C] float32.
     """
+    model = models.for_inference(model)
 
     def predict_step(params: Any, pixels: jax.Array) -> jax.Array:
         return model.apply({'params': params}, normalize(pixels), train=False)

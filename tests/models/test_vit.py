@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,8 +84,19 @@ def random_images(*shape, seed=0):
 def random_params(model, images, seed=0):
     """Non-zero everywhere, so that no part of the model is silent."""
     rng = np.random.default_rng(seed)
-    params = model.init(jax.random.key(seed), images, train=False)['params']
-    return jax.tree.map(lambda p: p + 0.05 * rng.standard_normal(p.shape, np.float32), params)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(seed), images, train=False))
+
+    def value(path, leaf):
+        noise = 0.15 * rng.standard_normal(leaf.shape, np.float32)
+        return noise + np.float32(path[-1].key == 'scale')
+
+    return jax.tree_util.tree_map_with_path(value, shapes['params'])
+
+
+def compute(model, params, images, **options):
+    """The logits, as one compiled program: much sooner than operation by operation."""
+    apply = jax.jit(lambda p, x: model.apply({'params': p}, x, **{'train': False} | options))
+    return apply(params, images)
 
 
 def abstract_params(model, size=224):
@@ -149,7 +161,7 @@ def check_conformance(folder, case):
     abstract = abstract_params(model, config['image_size'])
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, abstract)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == config['num_params']
-    logits = model.apply({'params': params}, expected['images'], train=False)
+    logits = compute(model, params, expected['images'])
     assert np.abs(expected['logits']).max() > 0.1  # zeros would prove nothing
     np.testing.assert_allclose(logits, expected['logits'], atol=1e-5, rtol=0)
 
@@ -159,18 +171,14 @@ def test_real_weights_give_the_originals_logits(shared_dir):
     params = npz.load(shared_dir / 'weights/deit_ti16_imagenet1k.npz')
     model = models.get_model('ViT-Ti_16', num_classes=1000)
     images = (reference['images'].astype(np.float32) - 127.5) / 127.5
-    logits = jax.jit(lambda p, x: model.apply({'params': p}, x, train=False))(params, images)
+    logits = compute(model, params, images)
     np.testing.assert_allclose(logits, reference['logits'], atol=1e-4, rtol=0)
 
 
 def test_initial_values_are_the_originals():
     """The distributions, and the attention kernels exactly those of Flax's own module."""
-    import flax.linen as nn
-
-    from vit_jax.models import vit
-
     tokens = jnp.zeros((1, 5, 32))
-    ours = vit.MultiHeadDotProductAttention(num_heads=4)
+    ours = attention.MultiHeadDotProductAttention(num_heads=4)
     theirs = nn.MultiHeadDotProductAttention(
         num_heads=4, kernel_init=nn.initializers.xavier_uniform()
     )
@@ -204,10 +212,10 @@ def test_bfloat16_reaches_every_matrix_product_and_parameters_stay_float32():
     for line in lines:
         operands = line.rsplit(' : ', 1)[1].split('->')[0]
         assert operands.count('bf16') == 2, line
-    logits = model.apply({'params': params}, images, train=False)
+    logits = compute(model, params, images)
     assert logits.dtype == jnp.float32
     exact = models.VisionTransformer(**TINY, representation_size=24)
-    exact = exact.apply({'params': params}, images, train=False)
+    exact = compute(exact, params, images)
     assert 0 < float(jnp.abs(logits - exact).max()) < 0.05 * float(jnp.abs(exact).max())
 
 
@@ -236,46 +244,67 @@ def test_rematerialisation_changes_memory_not_results(remat):
     assert barriers[1] - barriers[0] == TINY['transformer']['num_layers']
 
 
-def test_recording_changes_nothing_where_all_tokens_are_read():
-    model = models.VisionTransformer(**TINY, classifier='gap')
-    images = random_images(2, 32, 32, 3)
-    params = random_params(model, images)
-    logits, _ = models.apply_with_intermediates(model, params, images)
-    np.testing.assert_array_equal(logits, model.apply({'params': params}, images, train=False))
-
-
 @pytest.mark.parametrize('distilled', [False, True])
-def test_the_last_block_computes_only_what_is_read(distilled):
-    model = models.VisionTransformer(**TINY, distilled=distilled)
+def test_the_last_block_computes_only_what_is_read_if_asked_to(distilled):
+    whole = models.VisionTransformer(**TINY, distilled=distilled)
+    part = models.for_inference(whole)
     images = random_images(2, 32, 32, 3)
-    params = random_params(model, images)
+    params = random_params(whole, images)
 
-    def loss(params, whole):
-        if whole:
-            logits, _ = models.apply_with_intermediates(model, params, images)
-        else:
-            logits = model.apply({'params': params}, images, train=False)
-        return (logits**2).sum()
+    def program(model):
+        def loss(params):
+            return (model.apply({'params': params}, images, train=False) ** 2).sum()
 
-    gradients = jax.jit(jax.value_and_grad(loss), static_argnums=1)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
-        gradients(params, False),
-        gradients(params, True),
+        return jax.jit(jax.value_and_grad(loss)).lower(params)
+
+    results = [program(model).compile()(params) for model in (part, whole)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *results)
+    flops = [program(model).cost_analysis()['flops'] for model in (part, whole)]
+    assert flops[0] < 0.8 * flops[1]  # of two blocks
+    # What is recorded is not what decides.
+    shapes = [
+        jax.eval_shape(lambda m=model: models.apply_with_intermediates(m, params, images))[1]
+        for model in (part, whole)
+    ]
+    tokens = 2 if distilled else 1
+    assert [out['encoded'].shape[1] for out in shapes] == [tokens, 16 + tokens]
+
+
+class OwnEncoder(nn.Module):
+    """As a user of the original release might have one: it knows none of our arguments."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        return nn.Dense(self.width, name='own')(x)
+
+
+def test_an_encoder_of_ones_own_gets_no_argument_it_does_not_know():
+    arguments = {**TINY, 'encoder': OwnEncoder, 'transformer': {'width': 32}}
+    images = jnp.zeros((1, 32, 32, 3))
+    model = models.for_training(models.VisionTransformer(**arguments))
+    logits, variables = jax.eval_shape(
+        lambda: model.init_with_output(jax.random.key(0), images, train=False)
     )
-    part, all_tokens = (gradients.lower(params, whole).cost_analysis() for whole in (False, True))
-    assert part['flops'] < 0.8 * all_tokens['flops']  # of two blocks
+    assert variables['params']['Transformer']['own']['kernel'].shape == (32, 32)
+    assert logits.shape == (1, 7)
+    with pytest.raises(ValueError, match="remat='full': OwnEncoder has no such attribute"):
+        abstract_params(models.VisionTransformer(**arguments, remat='full'), 32)
 
 
 def test_all_intermediates_without_touching_the_code():
     model = models.VisionTransformer(**TINY, representation_size=24)
     images = random_images(2, 32, 32, 3)
     params = random_params(model, images)
-    logits, out = models.apply_with_intermediates(model, params, images, attention_weights=True)
-    # Recorded, the last block computes all tokens: the same numbers, rounded in another order.
-    np.testing.assert_allclose(
-        logits, model.apply({'params': params}, images, train=False), atol=1e-6
+    look_inside = jax.jit(
+        lambda p, x, weights: models.apply_with_intermediates(
+            model, p, x, attention_weights=weights
+        ),
+        static_argnums=2,
     )
+    logits, out = look_inside(params, images, True)
+    np.testing.assert_allclose(logits, compute(model, params, images), atol=1e-6)
     shapes = {name: value.shape for name, value in out.items()}
     for block in ('Transformer/encoderblock_0', 'Transformer/encoderblock_1'):
         assert shapes[f'{block}/tokens'] == (2, 17, 32)
@@ -294,7 +323,7 @@ def test_all_intermediates_without_touching_the_code():
     )
     halves = [out[f'Transformer/encoderblock_0/{half}'] for half in ('self_attention', 'mlp')]
     np.testing.assert_allclose(before + halves[0] + halves[1], after, atol=1e-5)
-    _, plain = models.apply_with_intermediates(model, params, images)
+    _, plain = jax.eval_shape(lambda: look_inside(params, images, False))
     assert not [name for name in plain if 'attention_weights' in name]
 
 
@@ -316,41 +345,11 @@ def test_cudnn_attention_says_what_it_needs(dtype):
     images = jnp.zeros((1, 32, 32, 3))
     with pytest.raises(ValueError, match=r'NVIDIA GPUs, in 16-bit types'):
         jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
-
-
-@pytest.mark.parametrize(
-    # On the 4 devices of these tests, with 5 * 3 * 17 = 255 weights an image.
-    ('batch', 'chunk', 'chunks'),
-    [(8, 1, 2), (7, 1, 7), (16, 600, 2), (8, 2**30, 1)],
-)
-def test_attention_in_chunks_equals_attention_at_once(monkeypatch, batch, chunk, chunks):
-    monkeypatch.setattr(attention, 'CHUNK', chunk)
-    images = [random_images(batch, tokens, 3, 16, seed=tokens) for tokens in (5, 17, 17)]
-    images[2] = images[2][::-1]
-    at_once, ours = (
-        jax.vjp(function, *images)
-        for function in (attention.dot_product_attention, attention.chunked_attention)
-    )
-    np.testing.assert_array_equal(at_once[0], ours[0])
-    grad = random_images(batch, 5, 3, 16, seed=2)
-    for a, b in zip(at_once[1](grad), ours[1](grad), strict=True):
-        assert jnp.abs(a).max() > 1e-2
-        np.testing.assert_allclose(a, b, atol=2e-6)
-    assert f' length={chunks}\n' in str(jax.make_jaxpr(ours[1])(grad))
-
-
-def test_attention_in_chunks_is_that_of_a_cpu_without_attention_dropout():
-    chosen = {
-        (name, drop, platform): attention.choose_attention(name, drop, platform)
-        for name in ('auto', 'xla')
-        for drop in (0.0, 0.1)
-        for platform in ('cpu', 'gpu')
-    }
-    assert [case for case, name in chosen.items() if name != 'xla'] == [('auto', 0.0, 'cpu')]
-    for name in ('chunked', 'cudnn'):
-        assert attention.choose_attention(name, 0.0, 'gpu') == name
-        with pytest.raises(ValueError, match=f"attention '{name}' has no dropout: use 'xla'"):
-            attention.choose_attention(name, 0.1, 'gpu')
+    dropping = {**TINY['transformer'], 'attention_dropout_rate': 0.1}
+    model = models.VisionTransformer(**TINY | {'transformer': dropping}, attention='cudnn')
+    rngs = dict.fromkeys(('params', 'dropout'), jax.random.key(0))
+    with pytest.raises(ValueError, match="'cudnn' has no dropout: use 'xla'"):
+        jax.eval_shape(lambda: model.init(rngs, images, train=True))
 
 
 def test_dropout_is_active_in_training_only():
@@ -363,12 +362,12 @@ def test_dropout_is_active_in_training_only():
 
         def train(seed, model=model, params=params):
             rngs = {'dropout': jax.random.key(seed)}
-            return model.apply({'params': params}, images, train=True, rngs=rngs)
+            return compute(model, params, images, train=True, rngs=rngs)
 
         assert jnp.array_equal(train(0), train(0))
         assert not jnp.allclose(train(0), train(1))
-        plain = models.VisionTransformer(**TINY).apply({'params': params}, images, train=False)
-        np.testing.assert_array_equal(model.apply({'params': params}, images, train=False), plain)
+        plain = compute(models.VisionTransformer(**TINY), params, images)
+        np.testing.assert_array_equal(compute(model, params, images), plain)
 
 
 @pytest.mark.parametrize(
@@ -399,6 +398,6 @@ def test_cudnn_attention_equals_xla_on_a_gpu():
     model = models.get_model('ViT-Ti_16', **args)
     params = random_params(model, images)
     cudnn = models.get_model('ViT-Ti_16', attention='cudnn', **args)
-    ours = model.apply({'params': params}, images, train=False)
-    theirs = cudnn.apply({'params': params}, images, train=False)
+    ours = compute(model, params, images)
+    theirs = compute(cudnn, params, images)
     assert jnp.abs(ours - theirs).max() < 0.05 * jnp.abs(ours).max()

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from configs import common
 from vit_jax import models, optim, sharding, state, steps, variants
 from vit_jax.analysis import counts
-from vit_jax.models.attention import CHUNK, choose_attention
+from vit_jax.models.cpu import CHUNK
 from vit_jax.run import resources
 
 BYTES = {'float32': 4, 'bfloat16': 2}
@@ -129,7 +129,7 @@ def training_memory(
       optimizer: 'sgd' (with momentum) or 'adamw', see `optim.create_optimizer`.
       optim_dtype: of momentum, or of the first moment.
       remat: '', 'dots' or 'full', see `models.vit.Encoder`.
-      attention: 'auto', 'xla', 'chunked' or 'cudnn', see `models.attention`.
+      attention: 'auto', 'xla' or 'cudnn', see `models.attention`.
       devices: how many share the batch.
       fsdp: how many share the parameters.
       platform: 'gpu' or 'cpu': whose compiler, see `jax.default_backend`.
@@ -211,13 +211,13 @@ def _per_image(
     else:
         transformer = model_config['transformer']
         drop = transformer.get('attention_dropout_rate', 0.0)
-        chosen = choose_attention(attention, drop, platform)
+        chunked = attention == 'auto' and platform == 'cpu' and not drop
         rule = _VIT[key]
         block = rule.block
         # What is a single chunk is kept, because XLA merges its two computations.
-        if chosen == 'chunked' and batch * square > CHUNK:
+        if chunked and batch * square > CHUNK:
             block = (*block[:2], 0)
-        elif chosen == 'cudnn':
+        elif attention == 'cudnn':
             square = 0
         if transformer.get('dropout_rate', 0.0):
             masks = (_DROPOUT_ONCE if remat else _DROPOUT)[platform]

@@ -69,8 +69,7 @@ def layers(model: nn.Module, image_size: int) -> list[Layer]:
         raise UserError(f'image size {image_size}: {e}') from e
 
     def apply(params, x):
-        # Recorded, so that the last block computes all tokens, as the architecture has it.
-        return model.apply({'params': params}, x, train=False, mutable='intermediates')[0]
+        return model.apply({'params': params}, x, train=False)
 
     with nn.intercept_methods(record):
         traced = jax.make_jaxpr(apply)(params, image)

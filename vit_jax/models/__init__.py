@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 from flax import traverse_util
 
@@ -14,6 +15,8 @@ __all__ = [
     'MlpMixer',
     'VisionTransformer',
     'apply_with_intermediates',
+    'for_inference',
+    'for_training',
     'from_config',
     'get_model',
     'variants',
@@ -65,6 +68,28 @@ def get_model(name: str, **overrides: Any) -> VisionTransformer | MlpMixer:
     return from_config(variants.get_config(name), **overrides)
 
 
+def for_inference(model: nn.Module) -> nn.Module:
+    """The model, computing no tokens of the last block that its head does not read.
+
+    Args:
+      model: a module of this package; another is returned as it is.
+    """
+    if isinstance(model, VisionTransformer):
+        return model.clone(head_tokens_only=True)
+    return model
+
+
+def for_training(model: nn.Module) -> nn.Module:
+    """As `for_inference`, and in the forms that train faster on a CPU, see `models.cpu`.
+
+    Forward-mode differentiation (`jax.jvp`) works with the model that is given, not with this one.
+    """
+    model = for_inference(model)
+    if isinstance(model, VisionTransformer | MlpMixer):
+        return model.clone(cpu_training=True)
+    return model
+
+
 def apply_with_intermediates(
     model: VisionTransformer | MlpMixer,
     params: Mapping[str, Any],
@@ -76,7 +101,7 @@ def apply_with_intermediates(
     """Logits and everything in between.
 
     Args:
-      model: a module of this package.
+      model: a module of this package; with `head_tokens_only`, the last block has fewer tokens.
       params: its parameters.
       images: [B, height, width, 3] float32 in [-1, 1].
       attention_weights: also return attention weights, [B, H, N, N] float32 for every block,
@@ -99,6 +124,8 @@ def apply_with_intermediates(
     """
     if attention_weights and isinstance(model, MlpMixer):
         raise ValueError('an MLP-Mixer has no attention, and so no attention weights')
+    if attention_weights:  # which neither a fused kernel nor the forms for training give
+        model = model.clone(attention='xla', cpu_training=False)
     collections = ['intermediates'] + (['attention_weights'] if attention_weights else [])
     variables = {'params': params}
     if attention_offsets is not None:

@@ -6,27 +6,14 @@ number of tokens, and so the image size, a part of the architecture.
 Shapes: B batch, N tokens, D width (hidden_dim), P patch size, C classes.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.models import layers
-
-
-class MlpBlock(nn.Module):
-    """Two dense layers with GELU (tanh form) between them; as many outputs as inputs."""
-
-    mlp_dim: int
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        """[..., inputs] to [..., inputs], over the last axis."""
-        x = layers.Dense(self.mlp_dim, dtype=self.dtype, name='Dense_0')(inputs)
-        last = layers.Dense(inputs.shape[-1], after_gelu=True, dtype=self.dtype, name='Dense_1')
-        return last(x)
+from vit_jax.models import cpu, layers
 
 
 class MixerBlock(nn.Module):
@@ -39,14 +26,20 @@ class MixerBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Tokens [B, N, D] in, tokens [B, N, D] out."""
-        y = layers.LayerNorm(self.dtype, name='LayerNorm_0')(x)
-        y = MlpBlock(self.tokens_mlp_dim, self.dtype, name='token_mixing')(y.swapaxes(1, 2))
-        y = y.swapaxes(1, 2)
+        norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
+        mlp = functools.partial(
+            layers.MlpBlock,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.lecun_normal(),
+            bias_init=nn.initializers.zeros,
+        )
+        y = norm(name='LayerNorm_0')(x).swapaxes(1, 2)
+        y = mlp(self.tokens_mlp_dim, name='token_mixing')(y, deterministic=True).swapaxes(1, 2)
         self.sow('intermediates', 'tokens_mlp', y)
         x = x + y
 
-        y = layers.LayerNorm(self.dtype, name='LayerNorm_1')(x)
-        y = MlpBlock(self.channels_mlp_dim, self.dtype, name='channel_mixing')(y)
+        y = norm(name='LayerNorm_1')(x)
+        y = mlp(self.channels_mlp_dim, name='channel_mixing')(y, deterministic=True)
         self.sow('intermediates', 'channels_mlp', y)
         x = x + y
         self.sow('intermediates', 'tokens', x)
@@ -54,7 +47,7 @@ class MixerBlock(nn.Module):
 
 
 class MlpMixer(nn.Module):
-    """MLP-Mixer with the original release's arguments, and two of our own at the end.
+    """MLP-Mixer with the original release's arguments, and three of our own at the end.
 
     Attributes:
       patches: mapping with `size`, (P, P).
@@ -66,6 +59,7 @@ class MlpMixer(nn.Module):
       model_name: the variant's name; not used in the computation.
       dtype: type of activations and matrix products, float32 or bfloat16; parameters stay float32.
       remat: recompute activations of the blocks, see `layers.REMAT_POLICIES`; '' keeps them.
+      cpu_training: on a CPU, compute forms of the layers that train faster, see `models.cpu`.
     """
 
     patches: Any
@@ -77,8 +71,10 @@ class MlpMixer(nn.Module):
     model_name: str | None = None
     dtype: Any = jnp.float32
     remat: str = ''
+    cpu_training: bool = False
 
     @nn.compact
+    @cpu.switchable
     def __call__(self, inputs: jax.Array, *, train: bool) -> jax.Array:
         """Computes logits.
 
@@ -96,7 +92,7 @@ class MlpMixer(nn.Module):
         del train
         patch = tuple(self.patches['size'])
         layers.check_patches(patch, inputs.shape[1:3], inputs.shape[1:3])
-        x = layers.PatchEmbedding(self.hidden_dim, patch, self.dtype, name='stem')(inputs)
+        x = layers.patch_embedding(self.hidden_dim, patch, dtype=self.dtype, name='stem')(inputs)
         self.sow('intermediates', 'patch_embedding', x)  # [B, height / P, width / P, D]
         x = x.reshape(x.shape[0], -1, x.shape[-1])
 
@@ -105,7 +101,7 @@ class MlpMixer(nn.Module):
             x = block(
                 self.tokens_mlp_dim, self.channels_mlp_dim, self.dtype, name=f'MixerBlock_{i}'
             )(x)
-        x = layers.LayerNorm(self.dtype, name='pre_head_layer_norm')(x)
+        x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name='pre_head_layer_norm')(x)
         self.sow('intermediates', 'encoded', x)
         x = jnp.mean(x, axis=1)
         self.sow('intermediates', 'features', x)

@@ -13,6 +13,7 @@ and the features in front of the head, in the collection `intermediates`; attent
 when the collection `attention_weights` is requested, since they take B*H*N*N numbers per block.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -20,7 +21,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.models import layers, resnet
+from vit_jax.models import cpu, layers, resnet
 from vit_jax.models.attention import MultiHeadDotProductAttention
 
 CLASSIFIERS = ('token', 'gap', 'unpooled', 'token_unpooled')
@@ -52,30 +53,6 @@ class AddPositionEmbs(nn.Module):
         return inputs.astype(self.dtype) + embedding.astype(self.dtype)
 
 
-class MlpBlock(nn.Module):
-    """Two dense layers with GELU (tanh form) between them: D -> mlp_dim -> D."""
-
-    mlp_dim: int
-    dropout_rate: float = 0.1
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, inputs: jax.Array, *, deterministic: bool) -> jax.Array:
-        """Tokens [B, N, D] in, tokens [B, N, D] out."""
-        dense = functools.partial(
-            layers.Dense,
-            dtype=self.dtype,
-            kernel_init=nn.initializers.xavier_uniform(),
-            bias_init=nn.initializers.normal(stddev=1e-6),
-        )
-        x = dense(self.mlp_dim, name='Dense_0')(inputs)
-        drops = self.dropout_rate > 0 and not deterministic
-        if drops:
-            x = nn.Dropout(self.dropout_rate, name='Dropout_0')(layers.gelu(x), deterministic=False)
-        x = dense(inputs.shape[-1], after_gelu=not drops, name='Dense_1')(x)
-        return nn.Dropout(self.dropout_rate, name='Dropout_1')(x, deterministic=deterministic)
-
-
 class Encoder1DBlock(nn.Module):
     """One pre-norm encoder block: x += attention(LayerNorm(x)); x += mlp(LayerNorm(x))."""
 
@@ -85,28 +62,26 @@ class Encoder1DBlock(nn.Module):
     dropout_rate: float = 0.1
     attention_dropout_rate: float = 0.1
     attention: str = 'auto'
+    outputs: int | None = None
 
     @nn.compact
-    def __call__(
-        self, inputs: jax.Array, deterministic: bool, outputs: int | None = None
-    ) -> jax.Array:
+    def __call__(self, inputs: jax.Array, deterministic: bool) -> jax.Array:
         """Tokens [B, N, D] in, tokens [B, N, D] out, or of them the first `outputs`."""
-        x = layers.LayerNorm(self.dtype, name='LayerNorm_0')(inputs)
+        norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
+        x = norm(name='LayerNorm_0')(inputs)
         x = MultiHeadDotProductAttention(
             num_heads=self.num_heads,
             dropout_rate=self.attention_dropout_rate,
             dtype=self.dtype,
             implementation=self.attention,
             name='MultiHeadDotProductAttention_0',
-        )(x, deterministic=deterministic, queries=outputs)
+        )(x, deterministic=deterministic, queries=self.outputs)
         x = nn.Dropout(self.dropout_rate)(x, deterministic=deterministic)
         self.sow('intermediates', 'self_attention', x)
-        x = x + inputs[:, :outputs]
+        x = x + inputs[:, : self.outputs]
 
-        y = layers.LayerNorm(self.dtype, name='LayerNorm_1')(x)
-        y = MlpBlock(self.mlp_dim, self.dropout_rate, self.dtype, name='MlpBlock_0')(
-            y, deterministic=deterministic
-        )
+        mlp = layers.MlpBlock(self.mlp_dim, self.dropout_rate, self.dtype, name='MlpBlock_0')
+        y = mlp(norm(name='LayerNorm_1')(x), deterministic=deterministic)
         self.sow('intermediates', 'mlp', y)
         x = x + y
         self.sow('intermediates', 'tokens', x)
@@ -126,6 +101,8 @@ class Encoder(nn.Module):
       remat: '' keeps all activations for the backward pass; 'dots' keeps results of matrix products
         and recomputes the rest; 'full' keeps only each block's input. Less memory, up to a third
         more work.
+      outputs: how many tokens, from the first, the last block computes; None for all. It leaves out
+        what nothing depends on: of Ti/16 to B/16, with 12 blocks, 7 % of the work.
     """
 
     num_layers: int
@@ -137,16 +114,15 @@ class Encoder(nn.Module):
     dtype: Any = jnp.float32
     attention: str = 'auto'
     remat: str = ''
+    outputs: int | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool, outputs: int | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Tokens [B, N, D] to normalised tokens.
 
         Args:
           x: tokens [B, N, D].
           train: whether dropout is active.
-          outputs: how many tokens, from the first, are wanted; None for all. The last block then
-            leaves out what nothing depends on: of Ti/16 to B/16, with 12 blocks, 7 % of the work.
 
         Returns:
           [B, outputs or N, D].
@@ -156,7 +132,7 @@ class Encoder(nn.Module):
             self.sow('intermediates', 'with_position_embedding', x)
         x = nn.Dropout(self.dropout_rate)(x, deterministic=not train)
 
-        block = layers.rematerialised(Encoder1DBlock, self.remat, static_argnums=(2, 3))
+        block = layers.rematerialised(Encoder1DBlock, self.remat, static_argnums=(2,))
         for layer in range(self.num_layers):
             x = block(
                 mlp_dim=self.mlp_dim,
@@ -165,13 +141,14 @@ class Encoder(nn.Module):
                 dropout_rate=self.dropout_rate,
                 attention_dropout_rate=self.attention_dropout_rate,
                 attention=self.attention,
+                outputs=self.outputs if layer == self.num_layers - 1 else None,
                 name=f'encoderblock_{layer}',
-            )(x, not train, outputs if layer == self.num_layers - 1 else None)
-        return layers.LayerNorm(self.dtype, name='encoder_norm')(x)
+            )(x, not train)
+        return nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name='encoder_norm')(x)
 
 
 class VisionTransformer(nn.Module):
-    """Vision Transformer with the original release's arguments, and five of our own at the end.
+    """Vision Transformer with the original release's arguments, and seven of our own at the end.
 
     A plain ViT; a hybrid (`resnet`), whose patches are cut from the features of a ResNet; or a
     DeiT (`distilled`).
@@ -188,7 +165,8 @@ class VisionTransformer(nn.Module):
       classifier: 'token' (class token), 'gap' (mean of all tokens, no class token), 'unpooled' (all
         patch tokens), 'token_unpooled' (class token and all patch tokens).
       head_bias_init: initial value of the head's bias.
-      encoder: the encoder's class.
+      encoder: the encoder's class. One of your own gets `transformer`, and of `dtype`, `attention`,
+        `remat` and `outputs` (see `Encoder`) those that are attributes of it.
       model_name: the variant's name; not used in the computation.
       distilled: a second token `dist` beside the class token and a second head, `head_dist`, that
         reads it, as in DeiT (https://arxiv.org/abs/2012.12877). The logits are the mean of both
@@ -198,6 +176,10 @@ class VisionTransformer(nn.Module):
       dtype: type of activations and matrix products, float32 or bfloat16; parameters stay float32.
       attention: see `MultiHeadDotProductAttention.implementation`.
       remat: see `Encoder.remat`.
+      head_tokens_only: leave out, in the last block, all tokens but those that the head reads (with
+        classifier 'token': class and distillation token), see `Encoder.outputs`. The logits are the
+        same.
+      cpu_training: on a CPU, compute forms of the layers that train faster, see `models.cpu`.
     """
 
     num_classes: int
@@ -215,8 +197,11 @@ class VisionTransformer(nn.Module):
     dtype: Any = jnp.float32
     attention: str = 'auto'
     remat: str = ''
+    head_tokens_only: bool = False
+    cpu_training: bool = False
 
     @nn.compact
+    @cpu.switchable
     def __call__(self, inputs: jax.Array, *, train: bool) -> jax.Array:
         """Computes logits.
 
@@ -244,13 +229,7 @@ class VisionTransformer(nn.Module):
             tokens = jnp.broadcast_to(tokens, (x.shape[0], *tokens.shape[1:]))
             x = jnp.concatenate([tokens, x], axis=1)
 
-        x = self.encoder(
-            name='Transformer',
-            dtype=self.dtype,
-            attention=self.attention,
-            remat=self.remat,
-            **self.transformer,
-        )(x, train=train, outputs=self._outputs())
+        x = self._create_encoder()(x, train=train)
         self.sow('intermediates', 'encoded', x)
 
         if self.distilled:
@@ -270,12 +249,16 @@ class VisionTransformer(nn.Module):
             return x.mean(axis=1) if self.distilled else x
         return self._classify(x, train)
 
-    def _outputs(self) -> int | None:
-        """How many of the encoder's tokens, from the first, are wanted; None for all."""
-        recorded = any(map(self.is_mutable_collection, ('intermediates', 'attention_weights')))
-        if self.classifier != 'token' or recorded:
-            return None
-        return 2 if self.distilled else 1
+    def _create_encoder(self) -> nn.Module:
+        ours = {'dtype': self.dtype, 'attention': self.attention, 'remat': self.remat}
+        known = {field.name for field in dataclasses.fields(self.encoder)}
+        for name, value in ours.items():
+            if name not in known and value != getattr(VisionTransformer, name):
+                raise ValueError(f'{name}={value!r}: {self.encoder.__name__} has no such attribute')
+        if self.head_tokens_only and self.classifier == 'token':
+            ours['outputs'] = 2 if self.distilled else 1
+        ours = {name: value for name, value in ours.items() if name in known}
+        return self.encoder(name='Transformer', **self.transformer, **ours)
 
     def _check(self) -> None:
         if self.classifier not in CLASSIFIERS:
@@ -298,7 +281,7 @@ class VisionTransformer(nn.Module):
             self.sow('intermediates', 'resnet', x)
         patch = tuple(self.patches['size'])
         layers.check_patches(patch, images.shape[1:3], x.shape[1:3])
-        x = layers.PatchEmbedding(self.hidden_size, patch, self.dtype, name='embedding')(x)
+        x = layers.patch_embedding(self.hidden_size, patch, dtype=self.dtype, name='embedding')(x)
         self.sow('intermediates', 'patch_embedding', x)
         return x.reshape(x.shape[0], -1, x.shape[-1])
 

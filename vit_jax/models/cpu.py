@@ -1,0 +1,242 @@
+"""Forms of the layers for training on CPUs, in place of Flax's own.
+
+A model computes them where its switch `cpu_training` is on, which it is in the training step only
+(`models.for_training`), and where the program is compiled for a CPU (`jax.lax.platform_dependent`);
+everywhere else it computes what its modules say. Parameters are the same, and results and gradients
+but for rounding.
+
+What this gives, for ViTs on a CPU: half of a training step's temporary memory, and about 1.3 times
+the speed. XLA's CPU compiler sums over rows slowly, computes derivatives again inside of matrix
+products, and has to clear all memory that it keeps for the backward pass. What it costs: the
+forms have backward passes of their own, so that forward-mode differentiation (`jax.jvp`) fails, on
+any platform.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vit_jax.models.attention import MultiHeadDotProductAttention, dot_product_attention
+from vit_jax.models.layers import MlpBlock
+
+# Most attention weights of a chunk: 2 MB in float32. Found with ViT-B/16 at batch 8 (465,708 an
+# image).
+CHUNK = 2**19
+
+
+def switchable(call: Callable) -> Callable:
+    """Decorates the `__call__` of a model that has the switch `cpu_training`, a bool.
+
+    Where it is on, calls of the layers inside are replaced by those of `_FORMS`.
+    """
+
+    @functools.wraps(call)
+    def switched(model: nn.Module, *args: Any, **kwargs: Any) -> jax.Array:
+        if not model.cpu_training or model.is_initializing():
+            return call(model, *args, **kwargs)
+        with nn.intercept_methods(_replace):
+            return call(model, *args, **kwargs)
+
+    return switched
+
+
+def _replace(call: Callable, arrays: Any, options: Any, context: nn.module.InterceptorContext):
+    form = _FORMS.get((type(context.module), context.method_name))
+    if form is None or not _applies(context.module, options):
+        return call(*arrays, **options)
+    return form(context.module, context.module.variables.get('params'), *arrays)
+
+
+def _applies(module: nn.Module, options: dict[str, Any]) -> bool:
+    """Whether a call with these keyword arguments is what the form computes."""
+    if isinstance(module, nn.Dense):
+        return module.dot_general is None  # that of the head has a type of its own
+    if isinstance(module, MultiHeadDotProductAttention):
+        return module.implementation == 'auto' and not options['dropout_rate']
+    if isinstance(module, MlpBlock):
+        return options.get('deterministic', True) or not module.dropout_rate
+    return True
+
+
+def _by_platform(cpu: Callable, default: Callable) -> Callable:
+    """A function of arrays: `cpu` in a program for CPUs, `default` in any other.
+
+    Equal layers are traced once, because of `jax.jit`.
+    """
+    return jax.jit(functools.partial(jax.lax.platform_dependent, cpu=cpu, default=default))
+
+
+def _affine(x, kernel, bias):
+    """[B, inputs], [inputs, outputs], [outputs] to [B, outputs]."""
+    return x @ kernel + bias[None]
+
+
+def _affine_forward(x, kernel, bias):
+    return _affine(x, kernel, bias), (x, kernel)
+
+
+def _affine_backward(kept, grad):
+    # Left to itself, JAX makes of the kernel's gradient the transpose of a product, whose operand
+    # is copied into another order, and of the bias's a sum; into both, XLA pulls the derivative of
+    # what comes after, and computes it again, in a slow order. These are products of the stored
+    # gradient.
+    x, kernel = kept
+    return grad @ kernel.T, x.T @ grad, _sum_rows(grad)
+
+
+def _sum_rows(x):
+    """[rows, columns] to [columns], as the matrix product that a CPU computes faster."""
+    return (jnp.ones((1, len(x)), x.dtype) @ x)[0]
+
+
+_own_affine = jax.custom_vjp(_affine)
+_own_affine.defvjp(_affine_forward, _affine_backward)
+affine = _by_platform(_own_affine, _affine)
+
+
+def _gelu(x):
+    with jax.named_scope('gelu'):  # for profiles (`benchmarks.trace`)
+        return nn.gelu(x, approximate=True)
+
+
+# Of GELU, only the input is kept; what it gave is not kept for the next layer's backward pass,
+# either, but computed again: that takes no more time than getting memory for it, a fifth of a
+# training step's temporary memory.
+gelu = _by_platform(jax.checkpoint(_gelu), _gelu)
+gelu_affine = _by_platform(
+    jax.checkpoint(lambda x, kernel, bias: _own_affine(_gelu(x), kernel, bias)),
+    lambda x, kernel, bias: _affine(_gelu(x), kernel, bias),
+)
+
+
+def _layer_norm(x, scale, bias):
+    """[B, D], [D], [D] to [B, D] in the type of `scale` and `bias`, which is at least float32.
+
+    Mean and variance as `nn.LayerNorm` computes them, in one pass.
+    """
+    return _layer_norm_forward(x, scale, bias)[0]
+
+
+def _layer_norm_forward(x, scale, bias):
+    wide = x.astype(scale.dtype)
+    mean = wide.mean(axis=1, keepdims=True)
+    variance = (wide * wide).mean(axis=1, keepdims=True) - mean * mean
+    factor = jax.lax.rsqrt(jnp.maximum(0.0, variance) + 1e-6)  # rounding may make it negative
+    return (wide - mean) * (factor * scale[None]) + bias[None], (x, mean, factor, scale)
+
+
+def _layer_norm_backward(kept, grad):
+    x, mean, factor, scale = kept
+    normed = (x.astype(scale.dtype) - mean) * factor
+    inner = grad * scale[None]
+    along = (inner * normed).mean(axis=1, keepdims=True)
+    inner -= inner.mean(axis=1, keepdims=True) + normed * along
+    return (factor * inner).astype(x.dtype), _sum_rows(grad * normed), _sum_rows(grad)
+
+
+_own_layer_norm = jax.custom_vjp(_layer_norm)
+_own_layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+layer_norm = _by_platform(_own_layer_norm, _layer_norm)
+
+
+def _chunked_forward(*arrays):
+    return dot_product_attention(*arrays), arrays
+
+
+def _chunked_backward(kept, grad):
+    """Computes the weights once more, of few images at a time: they stay in the CPU's cache.
+
+    Source: https://arxiv.org/abs/2112.05682.
+    """
+    query, key, _ = kept
+    batch, queries, heads, _ = query.shape
+    # A batch that is spread over devices stays so: a chunk has images of each.
+    devices = math.gcd(batch, jax.device_count())
+    images = batch // devices
+    largest = max(1, CHUNK // (queries * heads * key.shape[1]))
+    chunks = next(n for n in range(1, images + 1) if images % n == 0 and images // n <= largest)
+
+    def split(x):
+        return x.reshape(devices, chunks, -1, *x.shape[1:])
+
+    def backward(index, over):
+        *chunk, chunk_grad = (
+            jax.lax.dynamic_index_in_dim(x, index, axis=1, keepdims=False).reshape(-1, *x.shape[3:])
+            for x in (*over, grads)
+        )
+        found = jax.vjp(dot_product_attention, *chunk)[1](chunk_grad)
+        return [
+            jax.lax.dynamic_update_index_in_dim(
+                x, new.reshape(devices, -1, *new.shape[1:]), index, axis=1
+            )
+            for x, new in zip(over, found, strict=True)
+        ]
+
+    # Gradients are written over what they belong to: a loop that collects its results would have
+    # to clear memory for them first.
+    *arrays, grads = map(split, (*kept, grad))
+    found = jax.lax.fori_loop(0, chunks, backward, arrays)
+    return tuple(x.reshape(-1, *x.shape[3:]) for x in found)
+
+
+# `dot_product_attention` that keeps no weights for its backward pass.
+_chunked_attention = jax.custom_vjp(lambda *arrays: dot_product_attention(*arrays))
+_chunked_attention.defvjp(_chunked_forward, _chunked_backward)
+attention = _by_platform(_chunked_attention, dot_product_attention)
+
+
+# What computes a call of a module: from the module, its parameters and the array arguments.
+
+
+def _call_dense(
+    module: nn.Dense | nn.DenseGeneral | nn.Conv | MlpBlock,
+    params: Any,
+    x: jax.Array,
+    product: Callable[..., jax.Array] = affine,
+) -> jax.Array:
+    """The leading axes of the kernel are contracted with the last of `x`, the others are given."""
+    kernel, bias = (params[name].astype(module.dtype) for name in ('kernel', 'bias'))
+    contracted = kernel.ndim - bias.ndim
+    y = product(
+        x.astype(module.dtype).reshape(-1, math.prod(kernel.shape[:contracted])),
+        kernel.reshape(-1, bias.size),
+        bias.reshape(-1),
+    )
+    return y.reshape(*x.shape[: x.ndim - contracted], *bias.shape)
+
+
+def _call_patches(module: nn.Conv, params: Any, x: jax.Array) -> jax.Array:
+    """The convolution of P x P positions with stride P, as the one matrix product that it is."""
+    batch, height, width, channels = x.shape
+    rows, columns = module.kernel_size
+    x = x.reshape(batch, height // rows, rows, width // columns, columns, channels)
+    return _call_dense(module, params, x.swapaxes(2, 3))
+
+
+def _call_layer_norm(module: nn.LayerNorm, params: Any, x: jax.Array) -> jax.Array:
+    wide = jnp.promote_types(module.dtype, jnp.float32)
+    scale, bias = (params[name].astype(wide) for name in ('scale', 'bias'))
+    y = layer_norm(x.reshape(-1, x.shape[-1]), scale, bias)
+    return y.astype(module.dtype).reshape(x.shape)
+
+
+def _call_mlp(module: MlpBlock, params: Any, x: jax.Array) -> jax.Array:
+    return _call_dense(
+        module, params['Dense_1'], _call_dense(module, params['Dense_0'], x), gelu_affine
+    )
+
+
+_FORMS: dict[tuple[type[nn.Module], str], Callable[..., jax.Array]] = {
+    (nn.Conv, '__call__'): _call_patches,
+    (nn.Dense, '__call__'): _call_dense,
+    (nn.DenseGeneral, '__call__'): _call_dense,
+    (nn.LayerNorm, '__call__'): _call_layer_norm,
+    (MlpBlock, '__call__'): _call_mlp,
+    (MlpBlock, 'gelu'): lambda module, params, x: gelu(x),
+    (MultiHeadDotProductAttention, 'attend'): lambda module, params, *arrays: attention(*arrays),
+}
