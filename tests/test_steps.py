@@ -300,6 +300,26 @@ def test_bfloat16_on_a_cpu_learns_at_real_sizes():
     assert logits.dtype == jnp.float32 and np.isfinite(logits).all()
 
 
+def test_xla_knows_the_passes_that_are_left_out():
+    """It accepts any name in silence; so this looks for what each pass does to a program."""
+
+    def program(x, kernel):
+        y = jax.lax.optimization_barrier(jnp.tanh(x @ kernel))
+        return y @ kernel
+
+    def compiled(options):
+        square = jax.ShapeDtypeStruct((256, 256), jnp.float32)
+        text = jax.jit(program, compiler_options=options).lower(square, square).compile().as_text()
+        return {'barriers': 'opt-barrier(' in text, 'YNNPACK': '__ynn_fusion' in text}
+
+    assert compiled(None) == {'barriers': False, 'YNNPACK': True}
+    single = models.VisionTransformer(**MODEL)
+    options = steps._compiler_options(single)
+    assert compiled(options) == {'barriers': True, 'YNNPACK': False}
+    options = steps._compiler_options(single.clone(dtype=jnp.bfloat16))
+    assert compiled(options) == {'barriers': True, 'YNNPACK': True}
+
+
 def lowered_step(devices, accum_steps, fsdp=1, batch=64):
     model = models.VisionTransformer(**MODEL)
     config = make_config(accum_steps=accum_steps)
