@@ -269,10 +269,13 @@ def _references(
 
         yield f'ViT of transformers {transformers.__version__}, {version}', _builder(module)
     elif chosen in ('auto', 'torch_reference'):
-        yield (
-            f'benchmarks/torch_reference.py, {version}',
-            _builder(lambda gelu: torch_reference.build(weights, classifier=classifier, gelu=gelu)),
-        )
+
+        def reference(gelu: str) -> torch.nn.Module:
+            return torch_reference.build(
+                weights, classifier=classifier, image_size=model.image_size, gelu=gelu
+            )
+
+        yield f'benchmarks/torch_reference.py, {version}', _builder(reference)
     if timm_name and chosen in ('auto', 'timm'):
         timm = _library('timm', chosen)
     if timm is not None:

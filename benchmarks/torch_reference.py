@@ -5,23 +5,24 @@ Written from the papers (ViT https://arxiv.org/abs/2010.11929, Big Transfer 1912
 vit_jax: two programs that agree are evidence only if they were not made from one another.
 
     weights = read_weights('ViT-B_16.npz')
-    outputs = build(weights, classifier='token')(images)
+    outputs = build(weights, classifier='token', image_size=224)(images)
     outputs['logits']
 
 Shapes: B batch, N tokens, D width, H heads, K head size, C classes. Images are [B, height, width,
 3] in [-1, 1], as everywhere in this project. A model returns a dict in the order of the
 computation: 'resnet' [B, h, w, F] (hybrids), 'patch_embedding' [B, N, D], the tokens after every
-block, 'encoderblock_0' or 'MixerBlock_0' [B, N, D], 'pre_logits' (what the head reads) [B, D], and
-'logits' [B, C] if there is a head.
+block, 'encoderblock_0' or 'MixerBlock_0' [B, N, D], 'pre_logits' (what the head reads; of a DeiT
+[B, 2, D]) and 'logits' [B, C] if there is a head.
 """
 
+import itertools
 import os
 from collections.abc import Mapping
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 LAYER_NORM_EPSILON = 1e-6
 GROUP_NORM_EPSILON = 1e-6
@@ -53,12 +54,15 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     return weights
 
 
-def build(weights: Mapping[str, np.ndarray], *, classifier: str, gelu: str = 'tanh') -> nn.Module:
+def build(
+    weights: Mapping[str, np.ndarray], *, classifier: str, image_size: int, gelu: str = 'tanh'
+) -> 'Reference':
     """The model that the names and shapes of the weights describe, with these weights.
 
     Args:
         weights: name -> float32 array; not copied.
         classifier: of a Vision Transformer: 'token', 'gap', 'unpooled' or 'token_unpooled'.
+        image_size: height and width of its images, pixels; it is tried on a black one.
         gelu: 'tanh', as the weights were trained, or 'erf', PyTorch's default.
 
     Returns:
@@ -66,283 +70,181 @@ def build(weights: Mapping[str, np.ndarray], *, classifier: str, gelu: str = 'ta
 
     Raises:
         KeyError: an array is missing.
-        ValueError: an array belongs to no part of the model.
+        ValueError, RuntimeError: an array belongs to no part of the model, or does not fit.
     """
-    reader = _Reader(weights)
-    mixer = 'stem/kernel' in weights
-    model = MlpMixer(reader, gelu) if mixer else VisionTransformer(reader, classifier, gelu)
-    if unused := weights.keys() - reader.used:
+    model = Reference(weights, classifier, GELU_FORMS[gelu])
+    with torch.inference_mode():
+        model(torch.zeros(1, image_size, image_size, 3))
+    if unused := weights.keys() - model.used:
         raise ValueError(f'weights of no part of the model: {", ".join(sorted(unused))}')
-    return model.eval().requires_grad_(False)
+    return model
 
 
-class _Reader:
-    """Hands out arrays as parameters and remembers which."""
+class Reference(nn.Module):
+    """The model; a method for each layer, called with the layer's name among the weights.
 
-    def __init__(self, weights: Mapping[str, np.ndarray]):
-        self.weights = weights
+    Args:
+        weights: see `build`.
+        classifier: see `build`.
+        gelu: an argument of torch's gelu.
+    """
+
+    def __init__(self, weights: Mapping[str, np.ndarray], classifier: str, gelu: str):
+        super().__init__()
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in weights.items()}
+        self.weights = nn.ParameterDict(
+            {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
+        )
+        self.classifier, self.gelu = classifier, gelu
         self.used: set[str] = set()
 
-    def __contains__(self, module: str) -> bool:
-        return any(name.startswith(f'{module}/') for name in self.weights)
-
-    def get(self, name: str) -> torch.Tensor:
-        self.used.add(name)
-        return torch.from_numpy(np.ascontiguousarray(self.weights[name]))
-
-    def either(self, parent: str, *names: str) -> str:
-        """The module of `parent` that is there: the generations of files number differently."""
-        return next((f'{parent}/{n}' for n in names if f'{parent}/{n}' in self), parent)
-
-    def linear(self, module: str, inputs: int = 1) -> nn.Linear:
-        """A dense layer; the first `inputs` axes of its kernel are inputs, the rest outputs."""
-        kernel = self.get(f'{module}/kernel')
-        rows = int(np.prod(kernel.shape[:inputs]))
-        layer = nn.Linear(rows, kernel.numel() // rows, device='meta')
-        layer.weight = nn.Parameter(kernel.reshape(rows, -1).T)
-        layer.bias = nn.Parameter(self.get(f'{module}/bias').reshape(-1))
-        return layer
-
-    def layer_norm(self, module: str) -> nn.LayerNorm:
-        scale = self.get(f'{module}/scale')
-        layer = nn.LayerNorm(scale.shape[0], eps=LAYER_NORM_EPSILON, device='meta')
-        layer.weight, layer.bias = nn.Parameter(scale), nn.Parameter(self.get(f'{module}/bias'))
-        return layer
-
-    def patches(self, module: str) -> nn.Conv2d:
-        """A convolution whose kernel [height, width, input, output] does not overlap itself."""
-        kernel = self.get(f'{module}/kernel').permute(3, 2, 0, 1)
-        size = (kernel.shape[2], kernel.shape[3])
-        layer = nn.Conv2d(kernel.shape[1], kernel.shape[0], size, stride=size, device='meta')
-        layer.weight, layer.bias = nn.Parameter(kernel), nn.Parameter(self.get(f'{module}/bias'))
-        return layer
-
-
-class Mlp(nn.Module):
-    """Dense, GELU, dense, over the last axis."""
-
-    def __init__(self, reader: _Reader, module: str, gelu: str):
-        super().__init__()
-        self.expand = reader.linear(f'{module}/Dense_0')
-        self.contract = reader.linear(f'{module}/Dense_1')
-        self.gelu = GELU_FORMS[gelu]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., D] to [..., D]."""
-        return self.contract(F.gelu(self.expand(x), approximate=self.gelu))
-
-
-class SelfAttention(nn.Module):
-    """softmax(Q K^T / sqrt(K)) V for each head, then a projection of all heads together."""
-
-    def __init__(self, reader: _Reader, module: str):
-        super().__init__()
-        self.heads = reader.weights[f'{module}/query/kernel'].shape[1]
-        self.query = reader.linear(f'{module}/query')
-        self.key = reader.linear(f'{module}/key')
-        self.value = reader.linear(f'{module}/value')
-        self.out = reader.linear(f'{module}/out', inputs=2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens [B, N, D] to [B, N, D]."""
-        q, k, v = (
-            f(x).unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, H, N, K]
-            for f in (self.query, self.key, self.value)
-        )
-        weights = torch.softmax(q @ k.transpose(2, 3) / q.shape[-1] ** 0.5, dim=-1)
-        return self.out((weights @ v).transpose(1, 2).flatten(2))
-
-
-class EncoderBlock(nn.Module):
-    """Attention, then MLP; each on normalised tokens, and added to the tokens."""
-
-    def __init__(self, reader: _Reader, module: str, gelu: str):
-        super().__init__()
-        self.norm1 = reader.layer_norm(f'{module}/LayerNorm_0')
-        self.norm2 = reader.layer_norm(reader.either(module, 'LayerNorm_2', 'LayerNorm_1'))
-        attention = ('MultiHeadDotProductAttention_1', 'MultiHeadDotProductAttention_0')
-        self.attention = SelfAttention(reader, reader.either(module, *attention))
-        self.mlp = Mlp(reader, reader.either(module, 'MlpBlock_3', 'MlpBlock_0'), gelu)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens [B, N, D] to [B, N, D]."""
-        x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
-class VisionTransformer(nn.Module):
-    """ViT; with `conv_root` among the weights a hybrid, with `dist` a DeiT."""
-
-    def __init__(self, reader: _Reader, classifier: str, gelu: str):
-        super().__init__()
-        self.classifier = classifier
-        self.resnet = ResNet(reader) if 'conv_root' in reader else None
-        self.embedding = reader.patches('embedding')
-        self.distilled = 'dist' in reader.weights
-        tokens = [name for name in ('cls', 'dist') if name in reader.weights]
-        if bool(tokens) != (classifier in ('token', 'token_unpooled')):
-            raise ValueError(f'classifier {classifier!r}, but the weights have tokens {tokens}')
-        self.tokens = nn.ParameterList([nn.Parameter(reader.get(name)) for name in tokens])
-        positions = reader.get('Transformer/posembed_input/pos_embedding')
-        self.positions = nn.Parameter(positions)
-        self.blocks = nn.ModuleList()
-        while f'Transformer/encoderblock_{len(self.blocks)}' in reader:
-            name = f'Transformer/encoderblock_{len(self.blocks)}'
-            self.blocks.append(EncoderBlock(reader, name, gelu))
-        self.norm = reader.layer_norm('Transformer/encoder_norm')
-        self.pre_logits = reader.linear('pre_logits') if 'pre_logits' in reader else None
-        self.hidden = reader.linear('head_hidden') if 'head_hidden' in reader else None
-        self.head = reader.linear('head') if 'head' in reader else None
-        self.head_dist = reader.linear('head_dist') if 'head_dist' in reader else None
-
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Images to outputs, see the top of the file; of a DeiT 'pre_logits' is [B, 2, D]."""
-        outputs = {}
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Images to outputs, see the top of the file."""
         x = images.permute(0, 3, 1, 2)
-        if self.resnet is not None:
+        return self.mixer(x) if self.has('stem') else self.vision_transformer(x)
+
+    def vision_transformer(self, x: Tensor) -> dict[str, Tensor]:
+        """ViT; with `conv_root` among the weights a hybrid, with `dist` a DeiT."""
+        outputs = {}
+        if self.has('conv_root'):
             x = self.resnet(x)
             outputs['resnet'] = x.permute(0, 2, 3, 1)
-        x = self.embedding(x).flatten(2).transpose(1, 2)
-        outputs['patch_embedding'] = x
-        x = torch.cat([*(token.expand(len(x), -1, -1) for token in self.tokens), x], dim=1)
-        x = x + self.positions
-        for i, block in enumerate(self.blocks):
-            x = outputs[f'encoderblock_{i}'] = block(x)
-        x = self.norm(x)
-        if self.distilled:
+        x = outputs['patch_embedding'] = self.patches(x, 'embedding')
+        tokens = [name for name in ('cls', 'dist') if name in self.weights]
+        if bool(tokens) != (self.classifier in ('token', 'token_unpooled')):
+            raise ValueError(
+                f'classifier {self.classifier!r}, but the weights have tokens {tokens}'
+            )
+        x = torch.cat([*(self.get(name).expand(len(x), -1, -1) for name in tokens), x], dim=1)
+        x = x + self.get('Transformer/posembed_input/pos_embedding')
+        for i in itertools.count():
+            if not self.has(name := f'Transformer/encoderblock_{i}'):
+                break
+            x = outputs[f'encoderblock_{i}'] = self.encoder_block(x, name)
+        x = self.layer_norm(x, 'Transformer/encoder_norm')
+        distilled = 'dist' in tokens
+        if distilled:
             x = x[:, :2]
         elif self.classifier == 'token':
             x = x[:, 0]
         elif self.classifier == 'gap':
             x = x.mean(dim=1)
-        if self.pre_logits is not None:
-            x = torch.tanh(self.pre_logits(x))
+        if self.has('pre_logits'):
+            x = torch.tanh(self.linear(x, 'pre_logits'))
         outputs['pre_logits'] = x
-        if self.hidden is not None:
-            x = torch.relu(self.hidden(x))
-        if self.head is not None and self.head_dist is not None:
-            outputs['logits'] = (self.head(x[:, 0]) + self.head_dist(x[:, 1])) / 2
-        elif self.head is not None:
-            outputs['logits'] = self.head(x)
+        if self.has('head_hidden'):
+            x = torch.relu(self.linear(x, 'head_hidden'))
+        if self.has('head') and distilled:
+            heads = self.linear(x[:, 0], 'head'), self.linear(x[:, 1], 'head_dist')
+            outputs['logits'] = (heads[0] + heads[1]) / 2
+        elif self.has('head'):
+            outputs['logits'] = self.linear(x, 'head')
         return outputs
 
+    def mixer(self, x: Tensor) -> dict[str, Tensor]:
+        """MLPs over tokens and over channels in turn, mean over tokens, head."""
+        x = self.patches(x, 'stem')
+        outputs = {'patch_embedding': x}
+        for i in itertools.count():
+            if not self.has(name := f'MixerBlock_{i}'):
+                break
+            y = self.layer_norm(x, f'{name}/LayerNorm_0').transpose(1, 2)
+            x = x + self.mlp(y, f'{name}/token_mixing').transpose(1, 2)
+            y = self.layer_norm(x, f'{name}/LayerNorm_1')
+            x = outputs[name] = x + self.mlp(y, f'{name}/channel_mixing')
+        x = outputs['pre_logits'] = self.layer_norm(x, 'pre_head_layer_norm').mean(dim=1)
+        if self.has('head'):
+            outputs['logits'] = self.linear(x, 'head')
+        return outputs
 
-class StandardisedConv(nn.Module):
-    """Convolution with a kernel of mean 0 and deviation 1 per output channel; "SAME" padding."""
+    def encoder_block(self, x: Tensor, name: str) -> Tensor:
+        """Attention, then MLP; each on normalised tokens [B, N, D], and added to the tokens."""
+        y = self.layer_norm(x, f'{name}/LayerNorm_0')
+        x = x + self.attention(y, self.either(name, 'MultiHeadDotProductAttention_', '10'))
+        y = self.layer_norm(x, self.either(name, 'LayerNorm_', '21'))
+        return x + self.mlp(y, self.either(name, 'MlpBlock_', '30'))
 
-    def __init__(self, reader: _Reader, module: str, stride: int = 1):
-        super().__init__()
-        kernel = reader.get(f'{module}/kernel').permute(3, 2, 0, 1)
-        self.weight, self.stride = nn.Parameter(kernel), stride
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, F, h, w] to [B, G, ceil(h / stride), ceil(w / stride)]."""
-        w = self.weight - self.weight.mean(dim=(1, 2, 3), keepdim=True)
-        std = w.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
-        x = _same_padding(x, w.shape[2], self.stride, 0.0)
-        return F.conv2d(x, w / (std + STANDARDISATION_EPSILON), stride=self.stride)
-
-
-class ResidualUnit(nn.Module):
-    """1x1, 3x3 and 1x1 convolution beside a shortcut, which is projected where shapes change."""
-
-    def __init__(self, reader: _Reader, module: str, stride: int):
-        super().__init__()
-        self.project = None
-        if f'{module}/conv_proj' in reader:
-            self.project = StandardisedConv(reader, f'{module}/conv_proj', stride)
-            self.norm = _group_norm(reader, f'{module}/gn_proj')
-        self.convs = nn.ModuleList(
-            StandardisedConv(reader, f'{module}/conv{i}', stride if i == 2 else 1)
-            for i in (1, 2, 3)
+    def attention(self, x: Tensor, name: str) -> Tensor:
+        """softmax(Q K^T / sqrt(K)) V for each head, then a projection of all heads together."""
+        heads = self.get(f'{name}/query/kernel').shape[1]
+        q, k, v = (
+            self.linear(x, f'{name}/{part}').unflatten(2, (heads, -1)).transpose(1, 2)
+            for part in ('query', 'key', 'value')  # [B, H, N, K]
         )
-        self.norms = nn.ModuleList(_group_norm(reader, f'{module}/gn{i}') for i in (1, 2, 3))
+        weights = torch.softmax(q @ k.transpose(2, 3) / q.shape[-1] ** 0.5, dim=-1)
+        return self.linear((weights @ v).transpose(1, 2).flatten(2), f'{name}/out', inputs=2)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, F, h, w] to [B, G, ceil(h / stride), ceil(w / stride)]."""
-        y = torch.relu(self.norms[0](self.convs[0](x)))
-        y = torch.relu(self.norms[1](self.convs[1](y)))
-        y = self.norms[2](self.convs[2](y))
-        return torch.relu(y + (x if self.project is None else self.norm(self.project(x))))
+    def mlp(self, x: Tensor, name: str) -> Tensor:
+        """Dense, GELU, dense, over the last axis."""
+        x = F.gelu(self.linear(x, f'{name}/Dense_0'), approximate=self.gelu)
+        return self.linear(x, f'{name}/Dense_1')
 
+    def linear(self, x: Tensor, name: str, inputs: int = 1) -> Tensor:
+        """A dense layer; the first `inputs` axes of its kernel are inputs, the rest outputs."""
+        kernel = self.get(f'{name}/kernel').flatten(0, inputs - 1).flatten(1)
+        return x @ kernel + self.get(f'{name}/bias').flatten()
 
-class ResNet(nn.Module):
-    """Root (7x7 convolution and pooling, each of stride 2) and any number of stages."""
+    def layer_norm(self, x: Tensor, name: str) -> Tensor:
+        """Over the last axis."""
+        scale, bias = self.get(f'{name}/scale'), self.get(f'{name}/bias')
+        return F.layer_norm(x, scale.shape, scale, bias, LAYER_NORM_EPSILON)
 
-    def __init__(self, reader: _Reader):
-        super().__init__()
-        self.conv, self.norm = (
-            StandardisedConv(reader, 'conv_root', 2),
-            _group_norm(reader, 'gn_root'),
-        )
-        self.units = nn.ModuleList()
-        stage = 1
-        while f'block{stage}' in reader:
-            unit = 1
-            while f'block{stage}/unit{unit}' in reader:
-                stride = 2 if unit == 1 and stage > 1 else 1
-                self.units.append(ResidualUnit(reader, f'block{stage}/unit{unit}', stride))
-                unit += 1
-            stage += 1
+    def patches(self, x: Tensor, name: str) -> Tensor:
+        """Images to [B, N, D]: a convolution, kernel [height, width, input, D], without overlap."""
+        kernel = self.get(f'{name}/kernel').permute(3, 2, 0, 1)
+        x = F.conv2d(x, kernel, self.get(f'{name}/bias'), stride=kernel.shape[2:])
+        return x.flatten(2).transpose(1, 2)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, 3, height, width] to [B, F, h, w]."""
-        x = torch.relu(self.norm(self.conv(x)))
+    def resnet(self, x: Tensor) -> Tensor:
+        """Root (7x7 convolution and pooling, each of stride 2) and any number of stages."""
+        x = torch.relu(self.group_norm(self.conv(x, 'conv_root', 2), 'gn_root'))
         x = F.max_pool2d(_same_padding(x, 3, 2, -torch.inf), 3, stride=2)
-        for unit in self.units:
-            x = unit(x)
+        stage = unit = 1
+        while self.has(f'block{stage}'):
+            while self.has(name := f'block{stage}/unit{unit}'):
+                x = self.residual_unit(x, name, 2 if unit == 1 and stage > 1 else 1)
+                unit += 1
+            stage, unit = stage + 1, 1
         return x
 
+    def residual_unit(self, x: Tensor, name: str, stride: int) -> Tensor:
+        """1x1, 3x3, 1x1 convolution beside a shortcut, which is projected where shapes change."""
+        y = torch.relu(self.group_norm(self.conv(x, f'{name}/conv1'), f'{name}/gn1'))
+        y = torch.relu(self.group_norm(self.conv(y, f'{name}/conv2', stride), f'{name}/gn2'))
+        y = self.group_norm(self.conv(y, f'{name}/conv3'), f'{name}/gn3')
+        if self.has(f'{name}/conv_proj'):
+            x = self.group_norm(self.conv(x, f'{name}/conv_proj', stride), f'{name}/gn_proj')
+        return torch.relu(y + x)
 
-class MlpMixer(nn.Module):
-    """MLPs over tokens and over channels in turn, mean over tokens, head."""
+    def conv(self, x: Tensor, name: str, stride: int = 1) -> Tensor:
+        """Convolution, kernel of mean 0 and deviation 1 per output channel, "SAME" padding."""
+        w = self.get(f'{name}/kernel').permute(3, 2, 0, 1)
+        w = w - w.mean(dim=(1, 2, 3), keepdim=True)
+        std = w.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+        x = _same_padding(x, w.shape[2], stride, 0.0)
+        return F.conv2d(x, w / (std + STANDARDISATION_EPSILON), stride=stride)
 
-    def __init__(self, reader: _Reader, gelu: str):
-        super().__init__()
-        self.stem = reader.patches('stem')
-        self.blocks = nn.ModuleList()
-        while f'MixerBlock_{len(self.blocks)}' in reader:
-            self.blocks.append(MixerBlock(reader, f'MixerBlock_{len(self.blocks)}', gelu))
-        self.norm = reader.layer_norm('pre_head_layer_norm')
-        self.head = reader.linear('head') if 'head' in reader else None
+    def group_norm(self, x: Tensor, name: str) -> Tensor:
+        """32 groups of channels; scale and bias are [1, 1, 1, F] in the files."""
+        scale, bias = (self.get(f'{name}/{part}').flatten() for part in ('scale', 'bias'))
+        return F.group_norm(x, 32, scale, bias, GROUP_NORM_EPSILON)
 
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Images to outputs, see the top of the file."""
-        x = self.stem(images.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
-        outputs = {'patch_embedding': x}
-        for i, block in enumerate(self.blocks):
-            x = outputs[f'MixerBlock_{i}'] = block(x)
-        x = outputs['pre_logits'] = self.norm(x).mean(dim=1)
-        if self.head is not None:
-            outputs['logits'] = self.head(x)
-        return outputs
+    def get(self, name: str) -> Tensor:
+        """The weight of this name, which is noted as used."""
+        self.used.add(name)
+        return self.weights[name]
 
+    def has(self, name: str) -> bool:
+        """Whether there are weights of this layer."""
+        return any(key.startswith(f'{name}/') for key in self.weights)
 
-class MixerBlock(nn.Module):
-    """One block of a Mixer."""
-
-    def __init__(self, reader: _Reader, module: str, gelu: str):
-        super().__init__()
-        self.norm1 = reader.layer_norm(f'{module}/LayerNorm_0')
-        self.tokens = Mlp(reader, f'{module}/token_mixing', gelu)
-        self.norm2 = reader.layer_norm(f'{module}/LayerNorm_1')
-        self.channels = Mlp(reader, f'{module}/channel_mixing', gelu)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens [B, N, D] to [B, N, D]."""
-        x = x + self.tokens(self.norm1(x).transpose(1, 2)).transpose(1, 2)
-        return x + self.channels(self.norm2(x))
+    def either(self, parent: str, name: str, numbers: str) -> str:
+        """The layer of `parent` that is there: the generations of files number differently."""
+        names = [f'{parent}/{name}{number}' for number in numbers]
+        return next(filter(self.has, names), parent)
 
 
-def _group_norm(reader: _Reader, module: str) -> nn.GroupNorm:
-    scale = reader.get(f'{module}/scale').reshape(-1)  # [1, 1, 1, F] in the files
-    layer = nn.GroupNorm(32, len(scale), eps=GROUP_NORM_EPSILON, device='meta')
-    layer.weight = nn.Parameter(scale)
-    layer.bias = nn.Parameter(reader.get(f'{module}/bias').reshape(-1))
-    return layer
-
-
-def _same_padding(x: torch.Tensor, kernel: int, stride: int, value: float) -> torch.Tensor:
+def _same_padding(x: Tensor, kernel: int, stride: int, value: float) -> Tensor:
     """TensorFlow's "SAME": ceil(size / stride) outputs, the odd one of the padding at the end."""
     padding = []
     for size in (x.shape[3], x.shape[2]):

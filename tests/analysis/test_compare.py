@@ -84,7 +84,8 @@ def test_reference_gives_the_originals_logits(name):
     expected = np.load(FIXTURES / f'{name}.expected.npz')
     weights = reference.read_weights(FIXTURES / f'{name}.checkpoint.npz')
     classifier = CASES[name]['config'].get('classifier', '')
-    outputs = reference.build(weights, classifier=classifier)(torch.from_numpy(expected['images']))
+    images = torch.from_numpy(expected['images'])
+    outputs = reference.build(weights, classifier=classifier, image_size=images.shape[1])(images)
     np.testing.assert_allclose(outputs['logits'], expected['logits'], rtol=0, atol=1e-5)
 
 

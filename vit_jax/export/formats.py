@@ -159,9 +159,8 @@ def export(
         The report; None if not `verified`.
 
     Raises:
-        UserError: the format or an option cannot express the model, or the output cannot be
-            written.
-        VerificationError: the exported model is not the model. Nothing was written.
+        UserError: the format or an option cannot express the model, the exported model does not
+            compute what the model computes, or the output cannot be written. Nothing was written.
     """
     from vit_jax.export import pytorch, verify
 
@@ -196,9 +195,7 @@ def export(
         if console:
             report.print(console)
         if report.status == verify.FAILED:
-            raise verify.VerificationError(
-                f'{output} was not written: {"; ".join(report.reasons)}', report
-            )
+            raise UserError(f'{output} was not written: {"; ".join(report.reasons)}')
         _note_own_form(made, report)
         place = made.with_name(f'{output.name}{REPORT_SUFFIX}')
         files.write_json(place, _description(made, format, options, report))

@@ -71,18 +71,6 @@ _ROOT = pathlib.Path(__file__).parents[2]
 _CHILD = pathlib.Path(__file__).with_name('runtimes.py')
 
 
-class VerificationError(UserError):
-    """An exported model does not compute what the model computes.
-
-    Attributes:
-        report: what was found.
-    """
-
-    def __init__(self, message: str, report: 'Report'):
-        super().__init__(message)
-        self.report = report
-
-
 @dataclasses.dataclass
 class Report:
     """What a verification found.
@@ -129,9 +117,7 @@ class Report:
         }
 
     def own_line(self) -> str:
-        """What the library's own form costs, in a sentence; '' where it has none."""
-        if not self.own_form:
-            return ''
+        """What the library's own form costs, in a sentence."""
         own = self.own
         return (
             f'Compared with {self.own_form} set to the form of this package. As the library '
