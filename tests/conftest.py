@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 
+import forked
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -75,10 +76,11 @@ def shared_dir() -> pathlib.Path:
 @pytest.fixture
 def command(tmp_path):
     """Runs a command line of the project as a user would, on one CPU device, and returns what it
-    gave.
+    gave. `fresh` starts a Python for it; else it is forked, with the slow imports done.
     """
 
-    def run(*words, env=None, timeout=300) -> subprocess.CompletedProcess:
+    def run(*words, env=None, timeout=300, fresh=False) -> subprocess.CompletedProcess:
+        words = [str(word) for word in words]
         env = {
             **os.environ,
             'JAX_PLATFORMS': 'cpu',
@@ -86,8 +88,10 @@ def command(tmp_path):
             'VIT_JAX_CACHE': str(tmp_path / 'cache'),
             **(env or {}),
         }
+        if not fresh:
+            return forked.run(words, folder=tmp_path / 'output', cwd=ROOT, env=env, timeout=timeout)
         return subprocess.run(
-            [sys.executable, *map(str, words)],
+            [sys.executable, *words],
             cwd=ROOT,
             env=env,
             capture_output=True,

@@ -59,7 +59,7 @@ def test_mistakes_in_the_words(mistake, words, message):
 
 
 def test_help_is_quick_and_helpful(command):
-    result = command(*MAIN, '--help')
+    result = command(*MAIN, '--help', fresh=True)
     assert result.returncode == 0 and not result.stderr
     assert '--workdir' in result.stdout
     for knob in ('--config.base_lr=0.03', '--config.pp.crop=224', '# Mirror half of the training'):
@@ -74,7 +74,7 @@ sys.argv = ['main', '--config', 'b16', '--config.base_lrr=1']
 atexit.register(lambda: print({'jax', 'flax', 'grain', 'orbax'} & set(sys.modules)))
 main.run()
 """
-    result = command('-c', code)
+    result = command('-c', code, fresh=True)
     assert result.stdout.strip() == 'set()' and 'did you mean' in result.stderr
 
 

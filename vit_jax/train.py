@@ -153,6 +153,8 @@ def _set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> _Setup:
     need = resources.least_memory(config, state, batch)
     resources.check_memory(config, need, memory)
     resources.check_disk(workdir, state, config.keep_checkpoints)
+    if not workdir_lib.saved_steps(workdir):
+        _weights_path(config)  # missing ones are known, or downloaded, before minutes of compiling
     abstract = Checkpoint.of(state, replaced=state.skipped)
     return _Setup(mesh, train, test, model, schedule, tx, abstract, batch, memory, need, changed)
 
@@ -177,6 +179,7 @@ def _train(run: loop.Run, setup: _Setup, checkpoints: workdir_lib.Checkpoints) -
         if start != newest:
             reading.close()
             batches = reading.enter_context(steps_loop.reading(start))
+        resources.return_freed_memory()
         params = steps_loop.run_steps(first, start, batches).params
     _write_model_folders(run, params, setup.abstract, checkpoints, steps_loop.best())
     return params

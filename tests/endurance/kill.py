@@ -22,14 +22,22 @@ import processes
 
 
 def kill_and_compare(
-    folder, kills: int, seed: int, flags=(), *, platform='cpu', steps_per_kill=30, say=print
+    folder,
+    kills: int,
+    seed: int,
+    flags=(),
+    *,
+    platform='cpu',
+    steps_per_kill=30,
+    fresh=True,
+    say=print,
 ) -> list[str]:
     """Runs the comparison in `folder`; returns what differs, [] if nothing."""
     folder = pathlib.Path(folder)
     steps = steps_per_kill * (kills + 1)
     flags = [f'--config.total_steps={steps}', *flags]
     cache = folder / 'cache'
-    options = {'cache': cache, 'env': {'JAX_PLATFORMS': 'cpu'}}
+    options = {'cache': cache, 'env': {'JAX_PLATFORMS': 'cpu'}, 'fresh': fresh}
     if platform == 'gpu':
         # Not all of its memory at once: the caller may hold some of it.
         options['env'] = {'JAX_PLATFORMS': 'cuda', 'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}

@@ -8,16 +8,28 @@ import sys
 import time
 import warnings
 
+import forked
 import numpy as np
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
 class Run:
-    """A process of `python -m vit_jax.main`; its output goes to a file. Kill it with `kill`."""
+    """A process of `python -m vit_jax.main`; its output goes to a file. Kill it with `kill`.
+
+    `fresh` starts a Python for it; else it is forked, with the slow imports done.
+    """
 
     def __init__(
-        self, workdir, *flags, cache, log, devices=1, config='tests/endurance/tiny.py', env=()
+        self,
+        workdir,
+        *flags,
+        cache,
+        log,
+        devices=1,
+        config='tests/endurance/tiny.py',
+        env=(),
+        fresh=False,
     ):
         self.log = pathlib.Path(log)
         environment = {
@@ -28,16 +40,23 @@ class Run:
             'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} --xla_backend_optimization_level=0',
             **dict(env),
         }
-        words = [sys.executable, '-m', 'vit_jax.main', '--config', config]
+        words = ['-m', 'vit_jax.main', '--config', config]
         words += ['--workdir', str(workdir), f'--config.compile_cache={cache}', *flags]
+        if not fresh:
+            self._process = forked.Popen(words, cwd=ROOT, env=environment, stdout=self.log)
+            return
         with open(self.log, 'w') as file:
             self._process = subprocess.Popen(
-                words, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
+                [sys.executable, *words],
+                cwd=ROOT,
+                env=environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
             )
 
     @property
     def output(self) -> str:
-        return self.log.read_text(errors='replace')
+        return self.log.read_text(errors='replace') if self.log.exists() else ''
 
     @property
     def ended(self) -> bool:

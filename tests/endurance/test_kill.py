@@ -6,7 +6,9 @@ import pytest
 
 def test_three_kills_change_nothing(tmp_path):
     said = []
-    assert kill.kill_and_compare(tmp_path, 3, 0, steps_per_kill=12, say=said.append) == []
+    assert (
+        kill.kill_and_compare(tmp_path, 3, 0, steps_per_kill=12, fresh=False, say=said.append) == []
+    )
     assert len([line for line in said if line.startswith('kill')]) == 3
 
 

@@ -4,7 +4,9 @@ Memory is compared twice: what no way of computing can do without is known by ar
 and what the compiled training step takes, before any weights are read.
 """
 
+import ctypes
 import dataclasses
+import gc
 import os
 import pathlib
 import re
@@ -215,6 +217,18 @@ def resident_bytes() -> int:
     except OSError:
         return 0  # not Linux
     return pages * os.sysconf('SC_PAGE_SIZE')
+
+
+def return_freed_memory() -> None:
+    """Gives memory that this process has freed back to the system, where the C library is glibc.
+
+    By itself it keeps most of what compiling and reading weights took, in pieces too small for the
+    training step: a quarter of what a run of ViT-S/16 takes on a CPU.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
+    if trim is not None:
+        trim(0)
 
 
 def _host_memory_left() -> int:
