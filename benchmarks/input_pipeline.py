@@ -120,7 +120,8 @@ def _done(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Mapping[str, Any
 
 def _stages(result: Mapping[str, Any]) -> Table:
     done = _done(result['stages'])
-    rows, stages = [], ()
+    rows: list[list[str]] = []
+    stages: tuple[str, ...] = ()
     for name, (row, seconds) in done.items():
         stages = tuple(row['timed'][0])
         medians = [statistics.median(timed[stage] for timed in row['timed']) for stage in stages]

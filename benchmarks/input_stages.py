@@ -11,7 +11,7 @@ with other pixels than TensorFlow's and ours.
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,7 @@ class Pipeline:
     """
 
     def __init__(self, setup: Mapping[str, Any]):
-        self.facts: dict[str, Any] = {}
+        self.facts: Mapping[str, Any] = {}
         self.files, self.side, self.size = setup['files'], setup['crop'], setup['batch']
         self.rng = np.random.default_rng(0)
         self._workers = setup['workers']
@@ -113,22 +113,25 @@ class Ours(Pipeline):
 
         cv2.setNumThreads(0)  # as the pipeline does
         self._settings = preprocess.Preprocess(crop=setup['crop'])
-        self._batch, self._row = None, 0
+        self._batch: np.ndarray | None = None
+        self._row = 0
         super().__init__(setup)
 
-    def decode(self, image: bytes) -> np.ndarray:
+    def decode(self, image: bytes) -> Any:
         """uint8 [height, width, 3], upright."""
         return decode.decode(image, key='', exif=True)
 
-    def crop(self, image: np.ndarray) -> tuple[np.ndarray, preprocess.CropBox]:
+    def crop(self, image: Any) -> Any:
         """Draws the part that will be seen."""
-        return image, self._settings.draw_box(*image.shape[:2], self.rng)
+        height, width = image.shape[:2]
+        return image, self._settings.draw_box(height, width, self.rng)
 
-    def resize(self, item: tuple[np.ndarray, preprocess.CropBox]) -> None:
+    def resize(self, item: Any) -> None:
         """float32 [S, S, 3], into the batch."""
-        self._settings.render(*item, self._place(np.float32))
+        image, box = item
+        self._settings.render(image, box, self._place(np.float32))
 
-    def batch(self, images: list[None]) -> np.ndarray:
+    def batch(self, images: list[None]) -> Any:
         """[B, S, S, 3]; the images are in it."""
         batch, self._batch, self._row = self._batch, None, 0
         return batch
@@ -165,20 +168,21 @@ class Approximate(Ours):
 
     exact = False
 
-    def decode(self, image: bytes) -> tuple[np.ndarray, preprocess.CropBox, tuple[int, int]]:
+    def decode(self, image: bytes) -> Any:
         """uint8, perhaps reduced; what is to be seen of it has to be drawn before."""
-        height, width = decode.size_of_jpeg(image, exif=True)
-        view = self._settings.draw_box(height, width, self.rng)
-        pixels = decode.decode(image, key='', exif=True, reduction=view.reduction())
-        return pixels, view, (height, width)
+        size = decode.size_of_jpeg(image, exif=True)
+        assert size, 'only JPEG files'
+        box = self._settings.draw_box(*size, self.rng)
+        return decode.decode(image, key='', exif=True, reduction=box.reduction()), box, size
 
-    def crop(self, item: tuple) -> tuple:
+    def crop(self, image: Any) -> Any:
         """Done."""
-        return item
+        return image
 
-    def resize(self, item: tuple) -> None:
+    def resize(self, item: Any) -> None:
         """uint8 [S, S, 3], into the batch."""
-        self._settings.render_uint8(*item, self._place(np.uint8))
+        image, box, size = item
+        self._settings.render_uint8(image, box, size, self._place(np.uint8))
 
 
 class Simulated(Ours):
@@ -256,12 +260,12 @@ class Torchvision(Pipeline):
         """See `Pipeline.stream`; `workers` are processes."""
         import torch
 
-        loader = torch.utils.data.DataLoader(
+        batches: Iterable[Any] = torch.utils.data.DataLoader(
             _Photos(self), self.size, shuffle=True, num_workers=workers, drop_last=True,
             persistent_workers=True,
         )  # fmt: skip
         while True:
-            yield from loader
+            yield from batches
 
 
 class _Photos:

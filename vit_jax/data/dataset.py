@@ -176,19 +176,15 @@ class Selection:
         """Number of stored examples of the same dataset that are in both, each counted once."""
         if self._name != other._name:
             return 0
-        both = sorted(
-            (name, max(first, other_first), min(end, other_end))
-            for name, first, end in self._ranges
-            for other_name, other_first, other_end in other._ranges
-            if name == other_name
+        return sum(
+            len(np.intersect1d(self._indices(split), other._indices(split)))
+            for split in self._splits
         )
-        count, counted = 0, ('', 0)  # up to where, in which split
-        for name, first, end in both:
-            if counted[0] == name:
-                first = max(first, counted[1])
-            if first < end:
-                count, counted = count + end - first, (name, end)
-        return count
+
+    def _indices(self, split: str) -> np.ndarray:
+        """Of the examples of one stored split."""
+        parts = [np.arange(first, end) for name, first, end in self._ranges if name == split]
+        return np.concatenate([np.arange(0), *parts])
 
 
 def check_class_names(names: Sequence[str], where: str) -> None:

@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax import files
 from vit_jax.data.dataset import check_class_names
 from vit_jax.errors import UserError
 
-# Sizes of real ones: some kilobytes; ImageNet-21k's label names, a megabyte.
-MAX_BYTES = 64 << 20
 MAX_CLASSES = 1_000_000
 MAX_EXAMPLES = 2**31 - 1  # an index is an int32 in the batches
 MAX_SHARDS = 1_000_000
@@ -62,8 +61,8 @@ def check_below(folder: pathlib.Path) -> None:
             for path in sorted(folder.glob(f'{level}/{file}')):
                 _check_size(path)
                 if file == _FEATURES:
-                    with contextlib.suppress(_Unreadable):
-                        _check_classes(_read_json(path), path)
+                    with contextlib.suppress(ValueError, RecursionError):
+                        _check_classes(json.loads(path.read_text(encoding='utf-8')), path)
                 if file == DESCRIPTION:
                     _check_files(path.parent)
 
@@ -191,32 +190,25 @@ def _objects(tree: Any) -> Iterator[dict[str, Any]]:
             waiting += node
 
 
-class _Unreadable(UserError):
-    """A file of the description that is no JSON object."""
-
-
 def _check_size(path: pathlib.Path) -> None:
     try:
         status = path.stat()
     except OSError as error:
         raise _damaged(path, f'it cannot be read ({error.strerror})') from error
-    if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
-        raise _damaged(path, f'it is not a regular file, or of more than {MAX_BYTES:,} bytes')
+    if not stat.S_ISREG(status.st_mode) or status.st_size > files.MAX_JSON_BYTES:
+        limit = f'{files.MAX_JSON_BYTES:,} bytes'
+        raise _damaged(path, f'it is not a regular file, or of more than {limit}')
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    _check_size(path)
     try:
-        content = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(path, f'{error}', _Unreadable) from error
-    if not isinstance(content, dict):
-        raise _damaged(path, 'it should hold a JSON object', _Unreadable)
-    return content
+        return files.read_json(path)
+    except UserError as error:
+        raise _damaged(path, str(error)) from error
 
 
-def _damaged(path: pathlib.Path, reason: str, kind: type[UserError] = UserError) -> UserError:
-    return kind(
+def _damaged(path: pathlib.Path, reason: str) -> UserError:
+    return UserError(
         f'{path} does not describe a set of TFDS as it should: {reason}. Remove {path.parent} to '
         'have it prepared again, or copy it again from where it came from'
     )
