@@ -45,7 +45,7 @@ def model(tmp_path_factory):
     config = json.loads((FIXTURES / 'index.json').read_text())['vit_token']['config']
     model_folder.save(
         folder,
-        npz.load(FIXTURES / 'vit_token.checkpoint.npz'),
+        npz.open_file(FIXTURES / 'vit_token.checkpoint.npz').read(),
         model_config={k: v for k, v in config.items() if k != 'num_classes'},
         image_size=32,
         class_names=NAMES,
@@ -194,7 +194,7 @@ def test_errors_are_one_line(script, model, out, monkeypatch, name):
 
 
 def test_no_head(script, tmp_path, out):
-    params = npz.load(FIXTURES / 'vit_token.checkpoint.npz')
+    params = npz.open_file(FIXTURES / 'vit_token.checkpoint.npz').read()
     npz.save(tmp_path / 'x.npz', {k: v for k, v in params.items() if k != 'head'})
     words = ('--model', tmp_path / 'x.npz', '--format', 'onnx', '--output', out / 'x.onnx')
     status, _, err = script(*words)

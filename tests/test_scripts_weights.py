@@ -162,7 +162,7 @@ def test_inspect_checkpoint_of_a_model_folder(script, tmp_path):
     names = ['daisy', 'rose', 'tulip', 'dandelion', 'sunflower', 'aster', 'lily']
     model_folder.save(
         tmp_path / 'model',
-        npz.load(FIXTURES / 'vit_token.checkpoint.npz'),
+        npz.open_file(FIXTURES / 'vit_token.checkpoint.npz').read(),
         model_config={k: v for k, v in config.items() if k != 'num_classes'},
         image_size=32,
         class_names=names,

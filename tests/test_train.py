@@ -86,7 +86,7 @@ def test_a_run_leaves_what_it_promises(finished):
     assert list(workdir.glob('events.out.tfevents.*'))
     assert config.model.model_name in log
 
-    saved = npz.load(workdir / 'model/params.npz')
+    saved = npz.open_file(workdir / 'model/params.npz').read()
     jax.tree.map(np.testing.assert_array_equal, saved, dict(params))
 
 
@@ -316,7 +316,7 @@ def test_fully_sharded_training_is_one_config_line(finished, tmp_path, monkeypat
     ours = train.train_and_evaluate(config, tmp_path / 'run')
     kernel = ours['Transformer']['encoderblock_0']['MlpBlock_0']['Dense_0']['kernel']
     assert kernel.addressable_shards[0].data.size == kernel.size // 4
-    saved = npz.load(tmp_path / 'run/model/params.npz')
+    saved = npz.open_file(tmp_path / 'run/model/params.npz').read()
     jax.tree.map(np.testing.assert_array_equal, saved, dict(jax.device_get(ours)))
     first = {line['step']: line for line in lines(tmp_path / 'run') if 'train_loss' in line}
     other = {line['step']: line for line in lines(workdir) if 'train_loss' in line}

@@ -119,7 +119,7 @@ def test_unpooled_model_folder(check, tmp_path):
     model_config = {k: v for k, v in config.items() if k != 'num_classes'}
     model_folder.save(
         tmp_path / 'model',
-        npz.load(FIXTURES / 'vit_token_unpooled.checkpoint.npz'),
+        npz.open_file(FIXTURES / 'vit_token_unpooled.checkpoint.npz').read(),
         model_config=model_config,
         image_size=32,
         class_names=[str(i) for i in range(7)],

@@ -327,7 +327,10 @@ def test_augreg_config_gets_its_weights_from_the_bucket(bucket, tmp_path, argume
 
     path = catalog.resolve_augreg(config.model_or_filename, pretrained_dir=config.pretrained_dir)
     params, report = adapt.adapt(
-        npz.load(path), init(config.pp.crop)['params'], classifier='token', source=str(path)
+        npz.open_file(path).read(),
+        init(config.pp.crop)['params'],
+        classifier='token',
+        source=str(path),
     )
     assert list(report.resized) == [adapt.POSITION_EMBEDDING]
     assert report.resized[adapt.POSITION_EMBEDDING] == ((1, 50, 192), (1, 145, 192))

@@ -82,7 +82,7 @@ def test_logits_are_the_original_releases(name):
     classes = arguments.pop('num_classes')
     model = model_folder.Model(
         models.from_config(arguments, num_classes=classes),
-        npz.load(CONFORMANCE / f'{name}.checkpoint.npz'),
+        npz.open_file(CONFORMANCE / f'{name}.checkpoint.npz').read(),
         arguments,
         config['image_size'],
         tuple(map(str, range(classes))),

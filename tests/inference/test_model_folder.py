@@ -330,7 +330,7 @@ def test_a_description_from_elsewhere_is_not_trusted(tmp_path, change, words):
 
 @pytest.mark.parametrize('missing', ['kernel', 'bias'])
 def test_weights_with_half_a_head(tmp_path, missing):
-    weights = npz.load(FIXTURES / 'vit_token.checkpoint.npz')
+    weights = npz.open_file(FIXTURES / 'vit_token.checkpoint.npz').read()
     del weights['head'][missing]
     npz.save(tmp_path / 'half.npz', weights)
     with pytest.raises(

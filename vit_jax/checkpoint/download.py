@@ -5,7 +5,6 @@ Not by `files.atomic_file`, which removes what a failed writer left: here the ne
 """
 
 import contextlib
-import fcntl
 import http.client
 import logging
 import os
@@ -15,6 +14,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from typing import BinaryIO
+
+import filelock
 
 from vit_jax.errors import UserError
 
@@ -65,7 +66,7 @@ def fetch(
         if target.exists():
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(target.with_name(target.name + '.lock')):
+        with filelock.FileLock(target.with_name(target.name + '.lock')):
             if not target.exists():
                 _download(url, target, published_mib)
     except urllib.error.HTTPError as e:
@@ -166,10 +167,3 @@ def _check_size(size: int | None, published_mib: float | None) -> None:
 
 def _etag_file(part: pathlib.Path) -> pathlib.Path:
     return part.with_name(part.name + '.etag')
-
-
-@contextlib.contextmanager
-def _lock(path: pathlib.Path) -> Iterator[None]:
-    with open(path, 'w') as f:
-        fcntl.flock(f, fcntl.LOCK_EX)  # until the file is closed
-        yield
