@@ -3,10 +3,10 @@
 The files were written before Flax Linen, when a module numbered its unnamed children with *one*
 counter, whatever their class; Linen counts per class. So an encoder block of a file reads
 `LayerNorm_0`, `MultiHeadDotProductAttention_1`, `LayerNorm_2`, `MlpBlock_3` and the same block of a
-Linen model `LayerNorm_0`, `MultiHeadDotProductAttention_0`, `LayerNorm_1`, `MlpBlock_0`. `open_file`
-accepts both and returns Linen names; `save` writes the published ones, because that is what every
-other reader of these files (timm, for one) looks for. Scales and biases of GroupNorm have shape [1,
-1, 1, channels] in the files and [channels] in the models.
+Linen model `LayerNorm_0`, `MultiHeadDotProductAttention_0`, `LayerNorm_1`, `MlpBlock_0`.
+`open_file` accepts both and returns Linen names; `save` writes the published ones, because every
+other reader of these files (timm, for one) expects them. Scales and biases of GroupNorm have shape
+[1, 1, 1, channels] in the files and [channels] in the models.
 """
 
 import collections
