@@ -5,6 +5,7 @@ The comparison of scripts/check_parity.py; `vit_jax.analysis.compare` has its li
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import importlib.util
 import os
@@ -32,8 +33,6 @@ _TOKENS = re.compile(r'(?:Transformer/)?((?:encoderblock|MixerBlock)_\d+)/tokens
 
 Outputs = Mapping[str, np.ndarray]
 Run = Callable[[np.ndarray], Outputs]
-# The form of GELU and whether in float64 -> what computes the outputs.
-Build = Callable[[str, bool], Run]
 
 
 def check(
@@ -96,24 +95,18 @@ def check(
         )
     ours, ours64 = (layers_of(opened.model, opened.params, t) for t in (np.float32, np.float64))
     results = []
-    for title, build in _references(reference, opened, weights, folder):
+    for title, make in _references(reference, opened, weights, folder):
+        title = f'{title}, PyTorch {torch.__version__}'
         say(f'\nReference: {title}')
         try:
-            sides = [ours, build('tanh', False), ours64, build('tanh', True)]
-            erf_side = build('erf', False)
+            theirs, theirs64 = (_runner(make, 'tanh', t) for t in (torch.float32, torch.float64))
+            erf = _runner(make, 'erf', torch.float32)
         except (KeyError, ValueError, RuntimeError) as e:
             raise UserError(f'{path}: {title} cannot be built with these weights: {e}') from e
-        rows: dict[str, compare.ParityRow] = {}
-        erf = {key: compare.Difference() for key in ('logits', 'pre_logits')}
-        for pixels in batches():
-            outputs = [side(pixels) for side in sides]
-            compare.add_parity(rows, *outputs)
-            erf_outputs = erf_side(pixels)
-            for key in erf.keys() & erf_outputs.keys():
-                erf[key].add(erf_outputs[key], outputs[1][key])
+        rows, erf_difference = _compare(batches(), (ours, theirs, ours64, theirs64), erf)
         verdict = compare.parity_verdict(rows, zero_head=zero_head, tolerance=tolerance)
         say(_table(rows))
-        say(_erf_line(verdict, erf[verdict.output]))
+        say(_erf_line(verdict, erf_difference[verdict.output]))
         say(verdict)
         results.append(
             {
@@ -121,7 +114,7 @@ def check(
                 'passed': verdict.passed,
                 'verdict': dataclasses.asdict(verdict) | {'text': str(verdict)},
                 'rows': {key: row.to_dict() for key, row in rows.items()},
-                'erf_gelu': erf[verdict.output].to_dict(),
+                'erf_gelu': erf_difference[verdict.output].to_dict(),
             }
         )
     return {
@@ -136,6 +129,21 @@ def check(
         'references': results,
         'passed': all(result['passed'] for result in results),
     }
+
+
+def _compare(
+    batches: Iterator[np.ndarray], sides: Sequence[Run], erf: Run
+) -> tuple[dict[str, compare.ParityRow], dict[str, compare.Difference]]:
+    """The rows of `sides` (ours, theirs, both in float64); and PyTorch with erf GELU from tanh."""
+    rows: dict[str, compare.ParityRow] = {}
+    differences = {key: compare.Difference() for key in ('logits', 'pre_logits')}
+    for pixels in batches:
+        outputs = [side(pixels) for side in sides]
+        compare.add_parity(rows, *outputs)
+        erf_outputs = erf(pixels)
+        for key in differences.keys() & erf_outputs.keys():
+            differences[key].add(erf_outputs[key], outputs[1][key])
+    return rows, differences
 
 
 def layers_of(model: Any, params: Mapping[str, Any], dtype: Any = np.float32) -> Run:
@@ -242,8 +250,8 @@ def _perturb(weights: Outputs, name: str) -> Outputs:
 
 def _references(
     chosen: str, model: model_folder.Model, weights: Outputs, folder: pathlib.Path | None
-) -> Iterator[tuple[str, Build]]:
-    """(description, what builds it) of each implementation to compare with."""
+) -> list[tuple[str, Callable[..., torch.nn.Module]]]:
+    """(name, what makes it, given the form of GELU) of each implementation to compare with."""
     classifier = model.model_config.get('classifier', '')
     special = ('conv_root/kernel', 'dist', 'head_hidden/kernel')
     is_plain = classifier == 'token' and not any(name in weights for name in special)
@@ -255,36 +263,27 @@ def _references(
     if chosen == 'timm' and not timm_name:
         raise UserError('--reference: timm has no such model')
 
-    version = f'PyTorch {torch.__version__}'
-    transformers = timm = None
-    if is_plain and chosen in ('auto', 'transformers'):
-        os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
-        transformers = _library('transformers', chosen)
-    if transformers is not None:
-
-        def module(gelu: str) -> torch.nn.Module:
-            if folder is not None:
-                return torch_libraries.transformers_folder(folder, gelu)
-            return torch_libraries.transformers_model(weights, gelu)
-
-        yield f'ViT of transformers {transformers.__version__}, {version}', _builder(module)
+    found: list[tuple[str, Callable[..., torch.nn.Module]]] = []
+    os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
+    if (
+        is_plain
+        and chosen in ('auto', 'transformers')
+        and (library := _library('transformers', chosen))
+    ):
+        make = functools.partial(torch_libraries.transformers_model, weights)
+        if folder is not None:
+            make = functools.partial(torch_libraries.transformers_folder, folder)
+        found.append((f'ViT of transformers {library.__version__}', make))
     elif chosen in ('auto', 'torch_reference'):
-
-        def reference(gelu: str) -> torch.nn.Module:
-            return torch_reference.build(
-                weights, classifier=classifier, image_size=model.image_size, gelu=gelu
-            )
-
-        yield f'benchmarks/torch_reference.py, {version}', _builder(reference)
-    if timm_name and chosen in ('auto', 'timm'):
-        timm = _library('timm', chosen)
-    if timm is not None:
-        yield (
-            f'{timm_name} of timm {timm.__version__}, {version}',
-            _builder(
-                lambda gelu: torch_libraries.TimmModel(timm_name, weights, model.image_size, gelu)
-            ),
+        sizes = {'classifier': classifier, 'image_size': model.image_size}
+        make_ours = functools.partial(torch_reference.build, weights, **sizes)
+        found.append(('benchmarks/torch_reference.py', make_ours))
+    if timm_name and chosen in ('auto', 'timm') and (library := _library('timm', chosen)):
+        make_timm = functools.partial(
+            torch_libraries.TimmModel, timm_name, weights, model.image_size
         )
+        found.append((f'{timm_name} of timm {library.__version__}', make_timm))
+    return found
 
 
 def _library(name: str, chosen: str) -> Any:
@@ -302,19 +301,15 @@ def _library(name: str, chosen: str) -> Any:
         return None
 
 
-def _builder(module_of: Callable[[str], torch.nn.Module]) -> Build:
-    def build(gelu: str, wide: bool) -> Run:
-        dtype = torch.float64 if wide else torch.float32
-        module = module_of(gelu).to(dtype)
+def _runner(make: Callable[..., torch.nn.Module], gelu: str, dtype: torch.dtype) -> Run:
+    module = make(gelu=gelu).to(dtype)
 
-        def run(images: np.ndarray) -> Outputs:
-            with torch.inference_mode():
-                outputs = module(torch.from_numpy(images).to(dtype))
-            return {name: output.numpy() for name, output in outputs.items()}
+    def run(images: np.ndarray) -> Outputs:
+        with torch.inference_mode():
+            outputs = module(torch.from_numpy(images).to(dtype))
+        return {name: output.numpy() for name, output in outputs.items()}
 
-        return run
-
-    return build
+    return run
 
 
 def _table(rows: Mapping[str, compare.ParityRow]) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-# The argument by which each library is told the form of GELU.
+# The names of the forms of GELU in each library.
 _TRANSFORMERS_GELU = {'tanh': 'gelu_pytorch_tanh', 'erf': 'gelu'}
 _TIMM_GELU = {'tanh': 'gelu_tanh', 'erf': 'gelu'}
 

@@ -2,7 +2,7 @@
 
 The reference is the ViT of Hugging Face transformers, where it has the model (Vision Transformers
 with a class token), else the independent implementation of benchmarks/torch_reference.py; timm too,
-if it is installed. Both sides run in float32 and in float64, so that one sees which side rounds,
+if it is installed. Both sides run in float32 and in float64, which shows which side rounds,
 and PyTorch once more with its default erf GELU, for which these weights were not trained.
 
 Examples:

@@ -1,7 +1,7 @@
-"""Exports a model to the runtime it is to be used in, and proves that it is still the model.
+"""Exports a model for the runtime that will use it, and proves that it still computes the same.
 
 The exported file is loaded by that runtime (ONNX Runtime, JAX without this package, timm,
-transformers, torchvision) in a process of its own and run on photographs at batch 1, 2 and 7;
+transformers, torchvision) in a separate process and run on photographs at batch 1, 2 and 7;
 what it computes is compared with JAX in exact float32. The table is printed and stored beside the
 file, in <output>.verify.json. If the model is not the same, no file is left.
 
@@ -61,7 +61,7 @@ def main() -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    # What the command line alone tells comes first: the rest takes seconds to import.
+    # Checks of the command line come first: the other imports take seconds.
     fields = formats.Options.__dataclass_fields__
     options = formats.Options(**{name: getattr(args, name) for name in fields})
     formats.check(args.format, options, args.output)

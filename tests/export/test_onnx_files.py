@@ -142,7 +142,7 @@ def test_int8_of_what_it_cannot_be_made_of(case, tmp_path):
     with pytest.raises(UserError, match=r'cannot read .*x\.onnx'):
         onnx_quantize.quantize_dynamic(path, out)
     path.write_bytes(b'no ONNX file')
-    with pytest.raises(UserError, match=r'x\.onnx is no ONNX file, or is damaged'):
+    with pytest.raises(UserError, match=r'x\.onnx is not an ONNX file, or is damaged'):
         onnx_quantize.quantize_dynamic(path, out)
     proto = onnx_export.build(case('token').model, dtype='float16')
     onnx_export.save(proto, path)

@@ -1,4 +1,4 @@
-"""Exports a model to a file that its runtime can use: written, verified, and only then there.
+"""Exports a model to a file for its runtime: written, verified, and only then moved into place.
 
 The formats, which options go with each, and what writes it. Nothing heavy is imported at the top:
 the command line reads this for its help and its checks.
@@ -28,7 +28,7 @@ class Format:
     """A format.
 
     Attributes:
-        suffix: what the name of the file has to end with; '' for any. None: it is a folder.
+        suffix: required ending of the file's name; '' for any, None for a folder.
         options: fields of `Options` that it has.
     """
 
@@ -208,7 +208,7 @@ def write(
     """Writes a model, unverified. `export` is what to call.
 
     Args:
-        path: a file or folder in a folder of its own, in which files may appear beside it.
+        path: a file or folder, alone in its folder; other files may be written beside it.
         model: see `export`; what `options.drop` names has been left out already.
         name: of the format.
         options: see `Options`.

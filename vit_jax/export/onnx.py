@@ -32,7 +32,7 @@ OUTPUTS = ('logits', 'probabilities')
 DTYPES = {'float32': FLOAT32, 'float16': FLOAT16}
 OPSETS = tuple(IR_VERSIONS)
 
-# protobuf takes no message of 2 GiB. What of a file is not weights has room in the rest.
+# A protobuf message is smaller than 2 GiB; 64 MiB are left for what is not weights.
 EXTERNAL_DATA_ABOVE = 2**31 - 2**26
 # Weights begin at multiples of this, which lets runtimes map them into memory.
 _ALIGNMENT = 4096
@@ -75,8 +75,8 @@ def build(
         The model, with its metadata; `save` writes it.
 
     Raises:
-        UserError: an option with a value it does not have, a model that cannot give what is asked
-            for, or weights that float16 cannot hold.
+        UserError: an unknown value of an option, an output that the model does not have, or weights
+            beyond the range of float16.
     """
     _check(model, features, attention, opset=opset, layout=layout, output=output, dtype=dtype)
     config, params, side = model.model_config, model.params, model.image_size
@@ -201,7 +201,7 @@ def _image(graph: Graph, side: int, layout: str, preprocessing: bool) -> str:
         half = graph.scalar(127.5)
         x = graph.op('Sub', [x, half], 'image/centred')
         x = graph.op('Div', [x, half], 'image/normalised')
-    # Cast before the transposition, which then moves half of the bytes.
+    # The cast comes first, so that the transposition moves half of the bytes.
     x = graph.cast(x, graph.compute)
     return graph.transpose(x, (0, 3, 1, 2), 'image/channels_first') if layout == 'NHWC' else x
 

@@ -36,7 +36,7 @@ _LARGE = 1024
 
 
 class Graph:
-    """A graph in the making. A value is known by its name; every node's name is unique.
+    """A graph under construction. A value is known by its name; every node's name is unique.
 
     Attributes:
         opset: version of the operators, a key of `IR_VERSIONS`.
@@ -76,10 +76,10 @@ class Graph:
         """A constant of the graph's type (or of `elem_type`), from an array of any float type."""
         elem_type = elem_type or self.compute
         array = np.asarray(array)
-        with np.errstate(over='ignore'):  # told below, by name
+        with np.errstate(over='ignore'):  # reported below, by name
             converted = np.ascontiguousarray(array, helper.tensor_dtype_to_np_dtype(elem_type))
         if not np.all(np.isfinite(array)):
-            raise UserError(f'{name} holds NaN or infinity: these weights are of no use')
+            raise UserError(f'{name} holds NaN or infinity: these weights cannot be used')
         if not np.all(np.isfinite(converted)):
             raise UserError(
                 f'{name} holds {np.abs(array).max():.3g}, beyond the range of float16 (65504): '
@@ -181,7 +181,7 @@ class Graph:
         return self.op('Add', [self.cast(x, FLOAT32), self.cast(y, FLOAT32)], name)
 
     def mean(self, x: str, axis: int, name: str) -> str:
-        """The mean over one axis, which goes, in float32."""
+        """The mean over one axis, which is removed, in float32."""
         x = self.cast(x, FLOAT32)
         if self.opset < 18:
             return self.op('ReduceMean', [x], name, axes=[axis], keepdims=0)

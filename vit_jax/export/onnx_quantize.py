@@ -8,6 +8,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import helper
 
+from vit_jax import files
 from vit_jax.errors import UserError
 from vit_jax.export import onnx as onnx_export
 
@@ -31,61 +32,55 @@ def quantize_dynamic(path_in: str | os.PathLike[str], path_out: str | os.PathLik
             `<name>.data` where they are too much for one file.
 
     Raises:
-        UserError: `path_in` is missing, no ONNX file, or not one of float32 written by this
-            package; or `path_out` cannot be written.
+        UserError: `path_in` is not a float32 ONNX file written by this package, or `path_out`
+            cannot be written.
     """
-    path_in = pathlib.Path(path_in)
-    _check(path_in)
+    path_in, path_out = pathlib.Path(path_in), pathlib.Path(path_out)
+    properties = _properties_of_float32(path_in)
     from onnxruntime import quantization  # Here, because it takes a second to import.
     from onnxruntime.quantization import shape_inference
 
-    path_out = pathlib.Path(path_out).absolute()
     large = path_in.with_name(path_in.name + '.data').is_file()
+    with (
+        files.atomic_group(path_out, overwrite=True) as folder,
+        tempfile.TemporaryDirectory(dir=folder) as work,
+    ):
+        prepared, quantized = (os.path.join(work, name) for name in ('a.onnx', 'b.onnx'))
+        # What the tool asks for first. Of its three steps the graph needs none but shapes.
+        shape_inference.quant_pre_process(
+            str(path_in),
+            prepared,
+            skip_optimization=True,
+            skip_symbolic_shape=True,
+            save_as_external_data=large,
+        )
+        quantization.quantize_dynamic(
+            prepared,
+            quantized,
+            op_types_to_quantize=['MatMul', 'Gemm'],
+            per_channel=True,
+            weight_type=quantization.QuantType.QUInt8,
+            use_external_data_format=large,
+        )
+        proto = onnx.load(quantized)
+        del proto.metadata_props[:]  # the tools add their own, of no use to anyone
+        helper.set_model_props(proto, properties | {'dtype': 'int8'})
+        onnx_export.save(proto, folder / path_out.name)
+
+
+def _properties_of_float32(path: pathlib.Path) -> dict[str, str]:
+    """The metadata of a float32 file that this package wrote."""
     try:
-        path_out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path_out.parent, prefix='.onnx') as folder:
-            prepared, quantized = (os.path.join(folder, name) for name in ('a.onnx', 'b.onnx'))
-            # What the tool asks for first. Of its three steps the graph needs none but shapes.
-            shape_inference.quant_pre_process(
-                str(path_in),
-                prepared,
-                skip_optimization=True,
-                skip_symbolic_shape=True,
-                save_as_external_data=large,
-            )
-            quantization.quantize_dynamic(
-                prepared,
-                quantized,
-                op_types_to_quantize=['MatMul', 'Gemm'],
-                per_channel=True,
-                weight_type=quantization.QuantType.QUInt8,
-                use_external_data_format=large,
-            )
-            proto = onnx.load(quantized)
+        model = onnx.load(path, load_external_data=False)
     except OSError as e:
-        raise UserError(f'cannot quantise {path_in} to {path_out}: {e}') from e
-    properties = _properties(path_in)  # The tools add their own, of no use to anyone.
-    del proto.metadata_props[:]
-    helper.set_model_props(proto, properties | {'dtype': 'int8'})
-    onnx_export.save(proto, path_out)
-
-
-def _check(path: pathlib.Path) -> None:
-    properties = _properties(path)
+        raise UserError(f'cannot read {path}: {e}') from e
+    except DecodeError as e:
+        raise UserError(f'{path} is not an ONNX file, or is damaged: {e}') from e
+    properties = {entry.key: entry.value for entry in model.metadata_props}
     if properties.get('vit_jax.format') != onnx_export.FORMAT:
         raise UserError(f'{path} was not exported by this vit_jax; export the model again')
     if properties['dtype'] != 'float32':
         raise UserError(
             f'{path} is {properties["dtype"]}: int8 is made from a float32 file; export one'
         )
-
-
-def _properties(path: pathlib.Path) -> dict[str, str]:
-    """The metadata of a file; its weights are not kept."""
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except OSError as e:
-        raise UserError(f'cannot read {path}: {e}') from e
-    except DecodeError as e:
-        raise UserError(f'{path} is no ONNX file, or is damaged: {e}') from e
-    return {entry.key: entry.value for entry in model.metadata_props}
+    return properties

@@ -61,7 +61,7 @@ def build(
         params: of `models.VisionTransformer`.
         config: its arguments; the classifier is 'token' or 'gap'.
         side: of the image, pixels.
-        attention: whether the attention weights are wanted. If not, the last block of a model that
+        attention: whether the attention weights are needed. If not, the last block of a model that
             reads only its class token computes no other.
     """
     front: tuple[str, ...] = ('cls', 'dist') if config.get('distilled') else ('cls',)

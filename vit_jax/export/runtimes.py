@@ -6,7 +6,7 @@ FOLDER holds `request.json` (format, path, outputs, batches, and what a format n
 `images.npy` (in the layout and type that the model takes). For each batch `[first, end)` the
 outputs are written to `outputs-I.npz`, at the end `result.json`, which names the package that is
 missing if the runtime is not installed. Outputs are named as in `verify.py`; `own/logits` are those
-of a library that computes a layer in a form of its own, on which the verdict does not depend.
+of a library that computes a layer in its own form, on which the verdict does not depend.
 
 Only `npz`, whose runtime this package is, imports anything of it: the others prove that the file is
 enough. (-P, because Python would otherwise look for `onnx` in the folder of this file first.)
@@ -209,7 +209,7 @@ def _torchvision_model(request: Mapping[str, Any]) -> tuple[Run, dict[str, Any]]
 
 
 class _Form(NamedTuple):
-    """A layer that a library computes in a form of its own, by an attribute: its value and ours."""
+    """A layer that a library computes in its own form: the attribute, its value and ours."""
 
     name: str
     module: Any

@@ -1,4 +1,4 @@
-"""Compares an exported model with JAX: loaded by its own runtime, in a process of its own.
+"""Compares an exported model with JAX: loaded by its own runtime, in a separate process.
 
 The images are real photographs. The exported model runs them at batch 1, 2 and 7 (a graph that has
 one batch size built in, or mixes images, shows there), and all of them at 7; JAX computes the same
@@ -41,7 +41,7 @@ VERIFIED, FAILED, NOT_VERIFIED = 'verified', 'failed', 'not verified'
 
 OUTPUTS = ('logits', 'probabilities', 'features', 'attention')
 
-# What has to be installed to run each format, as `pip install` takes it.
+# What runs each format, as arguments of `pip install`.
 PACKAGES = {
     'onnx': 'onnxruntime',
     'stablehlo': 'jax flatbuffers',
@@ -82,7 +82,7 @@ class Report:
         runtime: what ran it, with versions.
         images: what it ran on.
         rows: the comparisons.
-        own_form: what the library computes in a form of its own ('erf GELU'), or ''.
+        own_form: what the library computes in its own form ('erf GELU'), or ''.
         own: how far its logits are from JAX's with that.
         facts: what else the runtime reported.
     """
@@ -212,8 +212,8 @@ class Images:
 
     Attributes:
         source: what reads them.
-        keys: a name of each image, for people.
-        description: of all of them, for people.
+        keys: a name for each image.
+        description: of all of them, in words.
     """
 
     source: Source
@@ -235,33 +235,28 @@ def images_for(paths: Sequence[str] = ()) -> Images:
         UserError: a path that does not exist, or a folder without images.
     """
     if not paths:
-        keys = [f'{name} {height}x{width}+{y}+{x}' for name, (y, x, height, width) in _CROPS]
-        return Images(_Photographs(), keys, "7 crops of scikit-learn's sample photographs")
-    found = predict.find_images(paths)
-    keys = [found[i % len(found)] for i in range(max(BATCH, len(found)))]
-    repeated = '' if len(keys) == len(found) else f', repeated to make {len(keys)}'
-    return Images(predict.Images(keys), keys, f'{len(found)} images of --images{repeated}')
-
-
-class _Photographs:
-    """`_CROPS` as a `Source`."""
-
-    class_names: tuple[str, ...] = ()
-    exif = False
-
-    def __init__(self) -> None:
         import sklearn.datasets  # here, because it takes a second to import
 
         found = sklearn.datasets.load_sample_images()
-        names = (pathlib.Path(name).name for name in found.filenames)
-        self._photos = dict(zip(names, found.images, strict=True))
+        names = [pathlib.Path(name).name for name in found.filenames]
+        examples = _Examples()
+        for name, (y, x, height, width) in _CROPS:
+            photo = found.images[names.index(name)]
+            key = f'{name} {height}x{width}+{y}+{x}'
+            examples.append(Example(photo[y : y + height, x : x + width], 0, key))
+        keys = [example.key for example in examples]
+        return Images(examples, keys, "7 crops of scikit-learn's sample photographs")
+    listed = predict.find_images(paths)
+    keys = [listed[i % len(listed)] for i in range(max(BATCH, len(listed)))]
+    repeated = '' if len(keys) == len(listed) else f', repeated to make {len(keys)}'
+    return Images(predict.Images(keys), keys, f'{len(listed)} images of --images{repeated}')
 
-    def __len__(self) -> int:
-        return len(_CROPS)
 
-    def __getitem__(self, index: int) -> Example:
-        name, (y, x, height, width) = _CROPS[index]
-        return Example(self._photos[name][y : y + height, x : x + width], 0, name)
+class _Examples(list[Example]):
+    """Examples in memory, as a `Source`."""
+
+    class_names: tuple[str, ...] = ()
+    exif = False
 
 
 def verify(
