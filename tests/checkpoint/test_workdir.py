@@ -186,10 +186,12 @@ def test_damage_is_found_and_the_previous_step_used(
     two_steps, tmp_path, caplog, capfd, damage, file
 ):
     folder = shutil.copytree(two_steps, tmp_path / 'checkpoints')
-    path = _data_files(folder / '10')[0] if file == 'data' else folder / '10' / file
+    # Of the files with data some hold what later ones replace.
+    paths = _data_files(folder / '10') if file == 'data' else [folder / '10' / file]
     if file == 'state/_METADATA' and damage is _flip:
         damage = functools.partial(_flip, share=0)  # in the middle are values that nobody reads
-    damage(path)
+    for path in paths:
+        damage(path)
     with _nothing_on_console(capfd), Checkpoints(tmp_path, keep=1) as checkpoints:
         step, state = checkpoints.restore_latest(_abstract(_state(0)))
         assert step == 5
@@ -228,7 +230,8 @@ def test_every_byte_of_the_data_counts(tmp_path):
 def test_all_damaged_is_an_error_and_nothing_is_renamed(two_steps, tmp_path):
     folder = shutil.copytree(two_steps, tmp_path / 'checkpoints')
     for step in ('5', '10'):
-        _flip(_data_files(folder / step)[0])
+        for path in _data_files(folder / step):
+            _flip(path)
     with Checkpoints(tmp_path) as checkpoints:
         with pytest.raises(
             UserError, match=r'none of the checkpoints in .* \(steps 10, 5: .*another workdir'
