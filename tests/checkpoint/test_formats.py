@@ -283,3 +283,12 @@ def test_mixed_up_and_wrong_variant(tmp_path):
     checkpoint.save(tmp_path / 'mixed.npz', params)
     with pytest.raises(UserError, match=r'encoderblock_1/MlpBlock_0/Dense_0/kernel: has shape'):
         model_folder.load(tmp_path / 'mixed.npz')
+
+
+@pytest.mark.parametrize('tokens', [{}, {'dist': np.zeros((1, 1, 8), np.float32)}])
+def test_no_places_for_patches(tmp_path, tokens):
+    params = _vit() | tokens
+    params['Transformer']['posembed_input']['pos_embedding'] = np.zeros((1, 1, 8), np.float32)
+    checkpoint.save(tmp_path / 'a.npz', params)
+    with pytest.raises(UserError, match='positions are not a square grid'):
+        model_folder.load(tmp_path / 'a.npz')

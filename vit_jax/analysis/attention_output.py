@@ -289,12 +289,9 @@ def _draw_image(
     if 'rollout' in choice.kinds:
         arrays['rollout'] = found.rollout[0]
         start = 'the class token' if cls else 'the mean of all tokens'
-        figure = pictures.overlays(
-            image,
-            [(f'from {start}', 100 * found.rollout[0])],
-            title=f'Attention rollout\n{title}',
-            unit='% of the rollout',
-        )
+        shown = [(f'from {start}', 100 * found.rollout[0])]
+        text = f'Attention rollout\n{title}'
+        figure = pictures.overlays(image, shown, title=text, unit='% of the rollout')
         pictures.save(figure, folder / 'rollout.png')
     if 'relevance' in choice.kinds and probabilities is not None:
         labels = np.array(
@@ -302,10 +299,10 @@ def _draw_image(
         )
         maps = attention.relevance(model, pixels, labels[None])[0]
         arrays |= {'relevance': maps, 'relevance_labels': labels}
-        captions = [
+        captions = (
             f'{contact_sheet.shorten(model.class_names[label])}  {100 * probabilities[label]:.1f} %'
             for label in labels
-        ]
+        )
         figure = pictures.overlays(
             image,
             list(zip(captions, maps, strict=True)),

@@ -74,11 +74,11 @@ def image_size(params: Mapping[str, Any], config: Mapping[str, Any], source: str
         tokens = flat['MixerBlock_0/token_mixing/Dense_0/kernel'].shape[0]
     else:
         tokens = flat[POSITION_EMBEDDING].shape[1] - ('cls' in flat) - ('dist' in flat)
-    side = math.isqrt(tokens)
-    if side * side != tokens:
+    side = math.isqrt(max(tokens, 0))
+    if side < 1 or side * side != tokens:
         raise UserError(
-            f'{source}: its {tokens} positions are not a square grid, and only models of square '
-            'images are used here'
+            f'{source}: its {tokens} positions are not a square grid, and this package only has '
+            'models of square images'
         )
     return side * variants.token_stride(config)
 
@@ -134,7 +134,7 @@ def _count(names: Iterable[str], pattern: str) -> int:
 
 
 def _sizes(config: Mapping[str, Any]) -> dict[str, Any]:
-    """An architecture without what shapes do not tell or what does not make another variant."""
+    """What tells variants apart in an architecture: the sizes that follow from shapes."""
     sizes = {
         key: value
         for key, value in flatten(config).items()
