@@ -169,7 +169,7 @@ class Approximate(Ours):
     exact = False
 
     def decode(self, image: bytes) -> Any:
-        """uint8, perhaps reduced; what is to be seen of it has to be drawn before."""
+        """uint8, perhaps reduced; the crop box decides how much, so it is drawn first."""
         size = decode.size_of_jpeg(image, exif=True)
         assert size, 'only JPEG files'
         box = self._settings.draw_box(*size, self.rng)

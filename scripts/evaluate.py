@@ -1,4 +1,4 @@
-"""Tells how well a model does on labelled images, class by class, and how far it can be trusted.
+"""Measures a model on labelled images: accuracy, per class and overall, and calibration.
 
 Top-1 and top-5 accuracy, loss, precision and recall of each class, the confusion matrix and the
 calibration. Every image counts; one that cannot be read counts as wrong, is named at the end, and
@@ -121,8 +121,8 @@ def _check_output(folder: pathlib.Path, overwrite: bool) -> None:
             raise UserError(f'--output {folder} exists; name another folder, or add --overwrite')
         if not (folder / RESULT).is_file():
             raise UserError(
-                f'--output {folder} is no earlier evaluation (it has no {RESULT}), so it is not '
-                'replaced; name another folder'
+                f'--output {folder} is not an earlier evaluation (it has no {RESULT}), so it '
+                'stays; name another folder'
             )
     if not folder.absolute().parent.is_dir():
         raise UserError(f'--output {folder}: there is no folder {folder.parent}; make it first')

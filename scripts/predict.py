@@ -1,4 +1,4 @@
-"""Says what is on images: the classes of a model with their probabilities, most probable first.
+"""Classifies images: the classes of a model with their probabilities, most probable first.
 
 IMAGE is a file, a folder, a pattern in quotes ('photos/**/*.jpg'), or - for standard input: a list
 of paths, one per line, or one image. Exit status: 0; 1 if an image could not be read (they are
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add('--threshold', type=float, metavar='P', help='show classes of probability P or more')
     add('--format', choices=FORMATS, default='table', help='default: table')
-    add('--output', metavar='FILE', help='write to FILE, which is there when it is complete')
+    add('--output', metavar='FILE', help='write to FILE; it appears once it is complete')
     add('--contact_sheet', metavar='PNG', help='draw images with their predictions')
     add('--overwrite', action='store_true', help='replace FILE and PNG if they exist')
     add('--batch', type=int, default=32, help='images at once (default: 32)')

@@ -252,7 +252,7 @@ def test_output_is_whole_new_and_replaced_on_request_only(
     words = ('--model', run / 'model.onnx', '--output')
     (tmp_path / 'mine').mkdir()
     (tmp_path / 'mine' / 'thesis.txt').write_text('years of work')
-    for extra, message in (((), 'exists'), (('--overwrite',), 'is no earlier evaluation')):
+    for extra, message in (((), 'exists'), (('--overwrite',), 'is not an earlier evaluation')):
         status, out, err = main(*words, tmp_path / 'mine', *extra)
         assert (status, out) == (1, '') and message in err and err.count('\n') == 1
     assert os.listdir(tmp_path / 'mine') == ['thesis.txt']

@@ -269,7 +269,7 @@ LEGACY_FEATURES = {  # as TFDS wrote them until 4.4; TFDS would read the names f
         (
             'dataset_info.json',
             lambda f: split(f).update(filepathTemplate='../../{SPLIT}'),
-            'no plain file name',
+            'not a plain file name',
         ),
         ('dataset_info.json', lambda f: f.update(splits={'a': 1}), 'splits'),
         ('dataset_info.json', lambda f: f.clear(), 'tiny_set'),

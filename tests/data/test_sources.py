@@ -246,7 +246,7 @@ def test_overlap(photos):
         ('./photos', 'there is no folder ./photos'),
         ('~/no/such/folder', 'there is no folder'),
         ('my photos', 'dataset my photos is neither a folder'),
-        ('imdb_reviews', 'no set for image classification.*has: text, label'),
+        ('imdb_reviews', 'not a set for image classification.*has: text, label'),
         ('cifar10:9.9.9', 'cannot be loaded at version 9.9.9'),
         ('', 'no dataset given'),
     ],

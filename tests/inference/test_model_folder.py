@@ -134,7 +134,7 @@ def test_save_refuses_what_does_not_agree(tmp_path):
         _save(tmp_path / 'm', image_size=16)
     (tmp_path / 'photos').mkdir()
     (tmp_path / 'photos' / 'a.jpg').write_bytes(b'x')
-    with pytest.raises(UserError, match='is no model folder'):
+    with pytest.raises(UserError, match='is not a model folder'):
         _save(tmp_path / 'photos')
     (tmp_path / 'file').write_bytes(b'')
     with pytest.raises(UserError, match='cannot write .*Not a directory'):
@@ -299,12 +299,12 @@ def encoder(description):
 @pytest.mark.parametrize(
     ('change', 'words'),
     [
-        (lambda d: d['params'].update(file='../other/params.npz'), 'no plain file name'),
-        (lambda d: d['params'].update(file='/etc/passwd'), 'no plain file name'),
+        (lambda d: d['params'].update(file='../other/params.npz'), 'not a plain file name'),
+        (lambda d: d['params'].update(file='/etc/passwd'), 'not a plain file name'),
         (lambda d: d['params'].update(file=['params.npz']), 'is damaged'),
-        (lambda d: d.update(image_size=10**9), 'no side of an image'),
-        (lambda d: d.update(image_size='12'), 'no side of an image'),
-        (lambda d: d['preprocessing'].update(crop=10**9), 'no side of an image'),
+        (lambda d: d.update(image_size=10**9), 'not the side of an image'),
+        (lambda d: d.update(image_size='12'), 'not the side of an image'),
+        (lambda d: d['preprocessing'].update(crop=10**9), 'not the side of an image'),
         (lambda d: d['preprocessing'].update(crop=16), 'do not agree'),
         (lambda d: encoder(d).update(num_layers=10**9), 'num_layers'),
         (lambda d: d['architecture']['config'].update(hidden_size=float('nan')), 'hidden_size'),

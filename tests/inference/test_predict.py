@@ -21,7 +21,7 @@ from vit_jax.data.decode import BadImageError
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.export import onnx
-from vit_jax.inference import contact_sheet, labels, model_folder, predict
+from vit_jax.inference import contact_sheet, labels, model_folder, output, predict
 from vit_jax.inference import onnx as onnx_model
 from vit_jax.inference.classifier import classify
 
@@ -227,13 +227,20 @@ def test_models_without_one_vector_of_scores_are_refused(model, images):
         list(predict.predict(unpooled, [images / 'single.png']))
 
 
-def test_format_prediction():
+def table(path, probabilities, class_names, **options):
+    file = io.StringIO()
+    write = output.make_writer(file, 'table', class_names, **options)
+    write(predict.Prediction(path, probabilities, None))
+    return file.getvalue()
+
+
+def test_table():
     probabilities = np.array([0.004, 0.995, 0.001], np.float32)
-    assert predict.format_prediction('p.jpg', probabilities, CLASSES) == (
-        'p.jpg\n  sunflower       0.9950\n  daisy           0.0040\n  Tulpe à fleurs  0.0010'
+    assert table('p.jpg', probabilities, CLASSES) == (
+        'p.jpg\n  sunflower       0.9950\n  daisy           0.0040\n  Tulpe à fleurs  0.0010\n'
     )
-    text = predict.format_prediction('p.jpg', probabilities, CLASSES, top_k=1)
-    assert text == 'p.jpg\n  sunflower       0.9950'
+    text = table('p.jpg', probabilities, CLASSES, top_k=1)
+    assert text == 'p.jpg\n  sunflower       0.9950\n'
 
 
 class Mean:
@@ -361,8 +368,8 @@ def test_choose_classes():
     assert predict.choose_classes(probabilities, threshold=0.4).tolist() == [1, 3]
     assert predict.choose_classes(probabilities, top_k=1, threshold=0.4).tolist() == [1]
     assert predict.choose_classes(probabilities, top_k=9, threshold=0.5).tolist() == []
-    text = predict.format_prediction('p\n.jpg', probabilities, 'abcd', threshold=0.5)
-    assert text == "'p\\n.jpg'\n  (no class of at least 0.5)"
+    text = table('p\n.jpg', probabilities, 'abcd', threshold=0.5)
+    assert text == "'p\\n.jpg'\n  (no class of at least 0.5)\n"
 
 
 def run(*arguments):

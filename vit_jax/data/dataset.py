@@ -39,7 +39,7 @@ class Source(Protocol):
 
     Attributes:
       class_names: names of the classes, in the order of the labels.
-      exif: whether images are to be turned upright as their EXIF orientation says (photo folders).
+      exif: whether to turn images upright as their EXIF orientation says (photo folders).
     """
 
     class_names: tuple[str, ...]
@@ -162,7 +162,7 @@ class Selection:
     def fingerprint(self) -> str:
         """Tells whether this is the same sequence of examples as another time; no image is read.
 
-        It covers the stored splits as far as their names and sizes go (of a folder the names of all
+        It covers the names and sizes of the stored splits (of a folder the names of all
         files, below the split's folder), and which part of them this is.
         """
         digest = hashlib.sha256()
@@ -195,7 +195,7 @@ def check_class_names(names: Sequence[str], where: str) -> None:
       where: they come from, for the message.
 
     Raises:
-      UserError: a name has control characters, line breaks or bytes that are no text.
+      UserError: a name has control characters, line breaks or bytes that are not text.
     """
     for name in names:
         if any(unicodedata.category(c) in ('Cc', 'Cs', 'Zl', 'Zp') for c in name):

@@ -150,7 +150,7 @@ def decode(
         that were decoded already: uint8 [height, width, 3], returned as they are.
       key: what a person calls the image (its path, or `tf_flowers:train/17`), for the error
         message.
-      exif: whether to turn the image upright as its EXIF orientation says. Photo folders want that;
+      exif: whether to turn the image upright as its EXIF orientation says. Photo folders need that;
         TFDS sets do not, because the original release ignores EXIF.
       reduction: 1, or 2, 4 or 8: a JPEG file comes out at so much smaller a size, sooner; other
         formats do not change.
@@ -228,7 +228,7 @@ def _to_rgb(picture) -> np.ndarray:
         return np.repeat((np.clip(grey, 0, 65535) >> 8).astype(np.uint8)[..., None], 3, axis=2)
     if picture.mode == 'F':
         raise ValueError('pixels are floating point numbers without a known range')
-    picture.info.pop('transparency', None)  # Pillow would warn that palettes lose it; they shall.
+    picture.info.pop('transparency', None)  # Else Pillow warns that palettes lose it.
     return np.array(picture if picture.mode == 'RGB' else picture.convert('RGB'))
 
 
@@ -266,7 +266,7 @@ def _has_exif(image: bytes) -> bool:
         if marker == b'\xe1' and image[place + 4 : place + 9] == b'Exif\x00':
             return True
         place += 2 + int.from_bytes(image[place + 2 : place + 4], 'big')
-    return False  # stray bytes, with which it is not decoded either
+    return False  # stray bytes: decoding fails as well
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:

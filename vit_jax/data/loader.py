@@ -186,7 +186,7 @@ def _begin(rng: np.random.Generator, key: np.ndarray) -> np.random.Generator:
 
 
 def batches_ahead(batch_bytes: int, threads: int) -> int:
-    """How many batches are read ahead: two for each thread, as far as memory allows.
+    """How many batches are read ahead: two for each thread, if memory allows.
 
     That is a quarter of the machine's memory, at most `MAX_BUFFER_BYTES`.
     """

@@ -1,4 +1,4 @@
-"""The examples of a source as pixels, kept in memory where that was allowed."""
+"""The examples of a source as pixels, and a cache of them in memory."""
 
 import os
 import threading
@@ -72,9 +72,9 @@ class ImageCache:
 class Reader:
     """Reads and decodes examples; itself a `Source`, safe to use from several threads.
 
-    Images stay in memory, in the order in which they are first read, until there is no more room;
-    then none is put out for another. With every epoch a new permutation, no other choice would be
-    met more often. Pixels are the same with and without.
+    The cache keeps images in the order in which they are first read, until it is full, and evicts
+    none: with a new permutation in every epoch, no other policy has more hits. Pixels are the same
+    with and without it.
 
     Args:
       source: the examples.

@@ -35,11 +35,11 @@ _SET_NAME = re.compile(
 
 
 def parse_name(name: str) -> str | None:
-    """The name of a set without configuration and version; None if it is no name.
+    """The name of a set without configuration and version; None if the text is not a name.
 
     Args:
       name: `tf_flowers`, `name/config`, `name:version` or `name/config:version`. TFDS's namespaces
-        (`huggingface:name`) and arguments (`name/data_dir=...`) are no names here: they run other
+        (`huggingface:name`) and arguments (`name/data_dir=...`) are refused: they run other
         code and read other places than a name seems to say.
     """
     match = _SET_NAME.fullmatch(name)
@@ -51,7 +51,7 @@ def check_below(folder: pathlib.Path) -> None:
 
     Args:
       folder: of all configurations and versions of a set: `<data_dir>/<name>`; may not exist. Files
-        that are no JSON are left for TFDS to refuse.
+        that are not JSON are left for TFDS to refuse.
 
     Raises:
       UserError: says which file and what is wrong in it.
@@ -120,7 +120,7 @@ def _check_split(split: dict[str, Any], path: pathlib.Path) -> None:
         raise _damaged(path, f'the name of a split is {_short(name)}')
     template = split.get('filepathTemplate', '')
     if not isinstance(template, str) or not _TEMPLATE.fullmatch(template):
-        raise _damaged(path, f'filepathTemplate is {_short(template)}, no plain file name')
+        raise _damaged(path, f'filepathTemplate is {_short(template)}, not a plain file name')
     lengths = split.get('shardLengths', [])
     counts = lengths if isinstance(lengths, list) else [None]
     if (
@@ -134,7 +134,7 @@ def _check_split(split: dict[str, Any], path: pathlib.Path) -> None:
 
 
 def _check_files(folder: pathlib.Path) -> None:
-    """Refuses pipes and devices in the place of files, which would be waited for without end."""
+    """Refuses pipes and devices in place of files: reading them would never end."""
     for path in folder.iterdir():
         with contextlib.suppress(OSError):  # a link to nowhere: missing, which TFDS tells
             mode = path.stat().st_mode

@@ -29,7 +29,7 @@ _DESCRIPTION = tfds_metadata.DESCRIPTION
 
 
 def open_tfds(name: str, data_dir: str, manual_dir: str) -> Dataset:
-    """Opens a TFDS set, preparing it first where that is needed.
+    """Opens a TFDS set, and prepares it first if necessary.
 
     Args:
       name: `tf_flowers`, `name/config` or `name:version`.
@@ -170,7 +170,7 @@ def check_features(name: str, features: Any) -> None:
     ):
         found = ', '.join(fields) or 'none by name'
         raise UserError(
-            f'{name} is no set for image classification: it needs the features image (an image) '
+            f'{name} is not a set for image classification: it needs the features image (an image) '
             f'and label (one class of several), and has: {found}'
         )
 

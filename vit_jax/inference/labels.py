@@ -36,8 +36,8 @@ def choose(own: Sequence[str], labels: str, model: str) -> tuple[str, ...]:
 
     Args:
       own: the names that the model brings along, in label order.
-      labels: 'imagenet1k', 'none' (what the model has, be it only numbers), the path of a file (see
-        `read`), or '': the model's own names; if it has none but is one of 1,000 classes, those of
+      labels: 'imagenet1k'; 'none': what the model has, even if only numbers; the path of a file
+        (see `read`); or '': the model's own names, or for 1,000 classes without names those of
         ImageNet-1k, and the log says so.
       model: what a person calls the model, for messages.
 
@@ -174,8 +174,8 @@ def _from_json(text: str, path: str) -> tuple[str, ...]:
             found = [found[i] for i in range(len(found))]
     except (ValueError, KeyError) as error:
         raise UserError(
-            f'the labels in {path} are no JSON list of names, nor an object with the number of '
-            f'each class from 0 on ({type(error).__name__}: {error})'
+            f'the labels in {path} are neither a JSON list of names nor an object with the number '
+            f'of each class from 0 on ({type(error).__name__}: {error})'
         ) from error
     if not found or not all(isinstance(name, str) and name for name in found):
         raise UserError(f'the labels in {path} must be names; one of them is not')

@@ -1,4 +1,4 @@
-"""An evaluation for people: a table, the confusion matrix and the reliability diagram."""
+"""Tables of an evaluation, its confusion matrix and reliability diagram."""
 
 from typing import TYPE_CHECKING
 

@@ -107,7 +107,9 @@ def save(
     if preprocess['crop'] != image_size:
         raise ValueError(f'image_size {image_size}, but preprocessing gives {preprocess["crop"]}')
     if folder.exists() and not (folder / MODEL_FILE).exists():
-        raise UserError(f'{folder} exists and is no model folder; name another place for the model')
+        raise UserError(
+            f'{folder} exists and is not a model folder; name another place for the model'
+        )
     config = {k: v for k, v in _plain(model_config).items() if k not in _EXECUTION_KEYS}
     config.pop('num_classes', None)
     with files.atomic_folder(folder, exists='replace') as part:
@@ -197,7 +199,7 @@ def _open_folder(folder: pathlib.Path) -> Model:
     if not (folder / MODEL_FILE).is_file():
         inside = folder / 'model'
         hint = f'; did you mean {inside}?' if (inside / MODEL_FILE).is_file() else ''
-        raise UserError(f'{folder} is no model folder: it has no {MODEL_FILE}{hint}')
+        raise UserError(f'{folder} is not a model folder: it has no {MODEL_FILE}{hint}')
     try:
         description = files.read_json(folder / MODEL_FILE)
     except UserError as e:
@@ -226,21 +228,18 @@ def _open_folder(folder: pathlib.Path) -> Model:
             _checked_size(side)
         source, params_entry = dict(description['source']), description['params']
         if not _FILE_NAME.fullmatch(params_entry['file']):
-            raise ValueError(f'params.file {params_entry["file"]!r} is no plain file name')
+            raise ValueError(f'params.file {params_entry["file"]!r} is not a plain file name')
         params_path, sha256 = folder / params_entry['file'], params_entry['sha256']
     except (UserError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
         reason = ascii(str(e))[1:200]
         raise UserError(
-            f'{folder / MODEL_FILE} is damaged ({type(e).__name__}: {reason}); copy the folder '
-            'again'
+            f'{folder / MODEL_FILE} is damaged ({type(e).__name__}: {reason}); copy it again'
         ) from e
     if not params_path.is_file():
         raise UserError(f'{folder} has no {params_path.name}; copy the folder again')
-    npz.check_exists(params_path)
     if _sha256(params_path) != sha256:
         raise UserError(
-            f'{params_path} is not the file that {MODEL_FILE} describes (its SHA-256 is another): '
-            'it '
+            f'{params_path} is not the file that {MODEL_FILE} describes (its SHA-256 differs): it '
             'is damaged, or was exchanged. Copy the folder again'
         )
     params = npz.open_file(params_path).params
@@ -281,7 +280,7 @@ def _checked_architecture(architecture: Mapping[str, Any]) -> tuple[dict[str, An
 def _checked_size(size: Any) -> int:
     """A side of an image, pixels."""
     if type(size) is not int or not 1 <= size <= _MAX_IMAGE_SIZE:
-        raise ValueError(f'{size!r} is no side of an image')
+        raise ValueError(f'{size!r} is not the side of an image')
     return size
 
 

@@ -1,11 +1,11 @@
-"""Predictions as text: a table for people, CSV, JSON Lines; and files that are whole or absent."""
+"""Predictions as text: a table, CSV, JSON Lines; progress and errors of the commands."""
 
 import contextlib
 import csv
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TextIO
+from typing import TextIO
 
 from vit_jax.data.decode import BadImageError
 from vit_jax.inference import predict
@@ -39,54 +39,35 @@ def make_writer(
       top_k: how many classes to show; 0 for all.
       threshold: only classes of at least this probability.
     """
-
-    def chosen(prediction: predict.Prediction) -> list[dict[str, Any]]:
-        if prediction.probabilities is None:
-            return []
-        labels = predict.choose_classes(
-            prediction.probabilities, top_k=top_k, threshold=threshold
-        ).tolist()
-        return [
-            {
-                'label': label,
-                'class': class_names[label],
-                'probability': round(float(prediction.probabilities[label]), 6),
-            }
-            for label in labels
-        ]
-
-    def write_table(prediction: predict.Prediction) -> None:
-        if prediction.probabilities is not None:
-            text = predict.format_prediction(
-                prediction.path, prediction.probabilities, class_names, top_k, threshold
-            )
-            file.write(text + '\n')
-
-    def write_jsonl(prediction: predict.Prediction) -> None:
-        record: dict[str, Any] = {'image': prediction.path}
-        if prediction.error is None:
-            record['predictions'] = chosen(prediction)
-        else:
-            record['error'] = prediction.error.reason
-        file.write(json.dumps(record, ensure_ascii=False) + '\n')
-
-    if form == 'table':
-        return write_table
-    if form == 'jsonl':
-        return write_jsonl
+    width = max(map(len, class_names))
     rows = csv.writer(file, lineterminator='\n')
-    rows.writerow(CSV_HEADER)
+    if form == 'csv':
+        rows.writerow(CSV_HEADER)
 
-    def write_csv(prediction: predict.Prediction) -> None:
-        shown = chosen(prediction)
-        for rank, entry in enumerate(shown, start=1):
-            probability = f'{entry["probability"]:.6f}'
-            rows.writerow((prediction.path, rank, entry['label'], entry['class'], probability, ''))
-        if not shown:
-            reason = '' if prediction.error is None else prediction.error.reason
-            rows.writerow((prediction.path, '', '', '', '', reason))
+    def write(prediction: predict.Prediction) -> None:
+        path, found, error = prediction.path, prediction.probabilities, prediction.error
+        shown = []
+        if found is not None:
+            labels = predict.choose_classes(found, top_k=top_k, threshold=threshold).tolist()
+            shown = [(label, class_names[label], float(found[label])) for label in labels]
+        if form == 'csv':
+            for rank, (label, name, probability) in enumerate(shown, start=1):
+                rows.writerow((path, rank, label, name, f'{probability:.6f}', ''))
+            if not shown:
+                rows.writerow((path, '', '', '', '', error.reason if error else ''))
+        elif form == 'jsonl':
+            classes = [
+                {'label': label, 'class': name, 'probability': round(probability, 6)}
+                for label, name, probability in shown
+            ]
+            record = {'error': error.reason} if error else {'predictions': classes}
+            file.write(json.dumps({'image': path} | record, ensure_ascii=False) + '\n')
+        elif error is None:
+            lines = [f'  {name:<{width}}  {probability:.4f}\n' for _, name, probability in shown]
+            lines = lines or [f'  (no class of at least {threshold:g})\n']
+            file.writelines([predict.printable(path) + '\n', *lines])
 
-    return write_csv
+    return write
 
 
 @contextlib.contextmanager

@@ -210,34 +210,8 @@ def choose_classes(
     return best_first[probabilities[best_first] >= threshold]
 
 
-def format_prediction(
-    path: str,
-    probabilities: np.ndarray,
-    class_names: Sequence[str],
-    top_k: int = 0,
-    threshold: float = 0.0,
-) -> str:
-    """A prediction as text: the path, then a line for each class, the most probable first.
-
-    Args:
-      path: of the image.
-      probabilities: float [classes].
-      class_names: in label order.
-      top_k: number of classes to show; 0 for all.
-      threshold: least probability of a class to show.
-
-    Returns:
-      Lines without a final newline: `photo.jpg`, `  daisy       0.9950`, `  sunflowers  0.0031`,
-        ...
-    """
-    width = max(map(len, class_names))
-    shown = choose_classes(probabilities, top_k=top_k, threshold=threshold)
-    lines = [f'  {class_names[i]:<{width}}  {probabilities[i]:.4f}' for i in shown]
-    return '\n'.join([printable(path), *(lines or [f'  (no class of at least {threshold:g})'])])
-
-
 def printable(path: str) -> str:
-    """A path as it can be shown: one with line breaks or bytes that are no text is escaped."""
+    """A path as text for a terminal: line breaks and bytes that are not text are escaped."""
     return path if path.isprintable() else ascii(path)
 
 
