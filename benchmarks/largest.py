@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks import turns
 from benchmarks.contestants import Cell, Contestant
 from vit_jax.analysis import cost
+from vit_jax.analysis.architecture import Architecture
 from vit_jax.errors import UserError
 
 # What a process says, or how it ends, that had too little memory: XLA's and PyTorch's words, and
@@ -80,6 +81,7 @@ def measure(
             say(f'{contestant.label}, batch {batch}: {"fits" if fine else "too much memory"}')
             return fine
 
+        row: dict[str, Any]
         try:
             row = {'largest': multiple * search(fits, max(1, cell.batch // multiple))}
         except turns.ContestantError as error:
@@ -112,26 +114,16 @@ def _try(
 
 def _predict(cell: Cell, contestant: Contestant, facts: dict[str, Any]) -> int:
     """What the formula says for our step."""
-    shared = dict(
-        num_classes=cell.num_classes,
-        image_size=cell.image_size,
+    options = contestant.options
+    plan = cost.Plan(
+        batch=1,
+        accum_steps=int(options.get('accum_steps', 1)),
         dtype=cell.dtype,
+        optim_dtype=options.get('optim_dtype', 'bfloat16'),
+        remat=options.get('remat', ''),
+        attention=options.get('attention', 'auto'),
         platform=facts['platform'],
     )
-    options = contestant.options
-    accum_steps = int(options.get('accum_steps', 1))
-
-    def needed(batch: int) -> cost.Memory:
-        if cell.mode == 'inference':
-            return cost.inference_memory(cell.model_config, batch=batch, **shared)
-        return cost.training_memory(
-            cell.model_config,
-            batch=batch,
-            accum_steps=accum_steps,
-            optim_dtype=options.get('optim_dtype', 'bfloat16'),
-            remat=options.get('remat', ''),
-            attention=options.get('attention', 'auto'),
-            **shared,
-        )
-
-    return cost.largest_batch(facts['memory_limit'], needed, accum_steps)
+    needed = cost.inference_memory if cell.mode == 'inference' else cost.training_memory
+    of = Architecture(cell.variant, cell.model_config, cell.num_classes, cell.image_size)
+    return cost.largest_batch(facts['memory_limit'], needed, of, plan)

@@ -180,7 +180,7 @@ def _cells(args: argparse.Namespace) -> list[Cell]:
     cells = []
     for variant in args.variants:
         for size in args.image_size:
-            found = architecture.find(variant, None, args.num_classes, size)
+            found = architecture.find(variant, '', args.num_classes, size)
             config = dict(found.model_config)
             if 'transformer' in config:
                 # The peers have no dropout at the same places: none for anybody.

@@ -216,7 +216,7 @@ def profile(args: argparse.Namespace) -> list[tables.Table]:
 
     if args.output and pathlib.Path(args.output).exists():
         raise UserError(f'{args.output} is there already: name a new folder')
-    found = architecture.find(args.variant, None, args.num_classes, args.image_size)
+    found = architecture.find(args.variant, '', args.num_classes, args.image_size)
     options = {key: str(getattr(args, key)) for key in ('attention', 'remat', 'accum_steps')}
     cell = contestants.Cell(
         found.name, found.model_config, args.num_classes, args.image_size, args.dtype, args.batch,

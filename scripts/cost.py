@@ -11,6 +11,7 @@ Examples:
 """
 
 import argparse
+import dataclasses
 import pathlib
 import sys
 
@@ -66,32 +67,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from vit_jax.analysis import architecture, cost_report, devices, tables
+    from vit_jax.analysis import architecture, cost, cost_report, devices, tables
 
+    fields = (field.name for field in dataclasses.fields(cost.Plan))
+    plan = cost.Plan(**{name: getattr(args, name) for name in fields if hasattr(args, name)})
     device = devices.choose(args.device, args.memory_gib, args.peak_tflops, args.dtype)
-    plan = cost_report.Plan(
-        batch=args.batch,
-        accum_steps=args.accum_steps,
-        dtype=args.dtype,
-        optimizer=args.optimizer,
-        optim_dtype=args.optim_dtype,
-        remat=args.remat,
-        devices=args.devices,
-        fsdp=args.fsdp,
-        platform=args.platform,
-        device=device,
-        memory_fraction=args.memory_fraction,
-        utilisation=args.utilisation,
-    )
-    plan.check()
+    target = cost_report.Target(device, args.memory_fraction, args.utilisation)
+    cost_report.check(plan, target)
     if args.all:
         classes = 1000 if args.num_classes is None else args.num_classes
-        table = cost_report.largest_batches(plan, classes, args.image_size or [224])
+        table = cost_report.largest_batches(plan, target, classes, args.image_size or [224])
         print(tables.render(table, args.format), end='')
         return
     for size in args.image_size or [None]:
         of = architecture.find(args.variant, args.model, args.num_classes, size)
-        for table in cost_report.report(of, plan):
+        for table in cost_report.report(of, plan, target):
             print(tables.render(table, args.format), flush=True)
         if args.xla:
             print(tables.render(cost_report.beside_xla(of, plan), args.format))

@@ -157,7 +157,7 @@ def make_eval_step(
     model = models.for_inference(model)
 
     def eval_step(params, batch: Batch) -> Metrics:
-        logits = model.apply({'params': params}, normalize(batch['image']), train=False)
+        logits: Any = model.apply({'params': params}, normalize(batch['image']), train=False)
         told = {name: batch[name] for name in ('example', 'label', 'readable')}
         return told | evaluate.outcomes(logits.astype(jnp.float32), batch['label'])
 
@@ -178,7 +178,8 @@ def make_predict_step(model: nn.Module) -> Callable[[Any, jax.typing.ArrayLike],
     model = models.for_inference(model)
 
     def predict_step(params: Any, pixels: jax.Array) -> jax.Array:
-        return model.apply({'params': params}, normalize(pixels), train=False)
+        logits: Any = model.apply({'params': params}, normalize(pixels), train=False)
+        return logits
 
     return jax.jit(predict_step, compiler_options=_compiler_options(model))
 

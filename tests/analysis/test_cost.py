@@ -10,7 +10,8 @@ import ml_collections
 import pytest
 
 from vit_jax import models, optim, variants
-from vit_jax.analysis import cost, counts, devices, summary
+from vit_jax.analysis import cost, cost_report, counts, devices, summary
+from vit_jax.analysis.architecture import Architecture
 from vit_jax.errors import UserError
 
 # At 1000 classes and 224 pixels, as the original's tests have them, and as published of DeiT and
@@ -150,25 +151,20 @@ def test_the_optimizer_takes_what_the_real_one_takes(optimizer, optim_dtype):
         lambda x: model.init(jax.random.key(0), x, train=False)['params'], image
     )
     real = jax.eval_shape(tx.init, params)
-    memory = cost.training_memory(
-        config,
-        num_classes=5,
-        image_size=32,
-        batch=1,
-        optimizer=optimizer,
-        optim_dtype=optim_dtype,
-    )
+    plan = cost.Plan(batch=1, optimizer=optimizer, optim_dtype=optim_dtype)
+    memory = cost.training_memory(Architecture('one block', config, 5, 32), plan)
     assert memory.optimizer == sum(
         math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(real)
     )
     assert memory.weights == sum(math.prod(x.shape) * 4 for x in jax.tree.leaves(params))
 
 
-def compiled_beside_formula(config, **changes):
+def compiled_beside_formula(config, batch=24, **changes):
     """Bytes of the compiled training step; the formula's; floating-point operations of XLA."""
-    shared = dict(num_classes=5, image_size=224, batch=24) | changes
-    size, flops = cost.compile_training(config, **shared)
-    return size, cost.training_memory(config, platform='cpu', **shared), flops
+    of = Architecture('small', config, 5, 224)
+    plan = cost.Plan(batch=batch, platform='cpu', **changes)
+    size, flops = cost.compile_training(of, plan)
+    return size, cost.training_memory(of, plan), flops
 
 
 def test_the_formula_agrees_with_compiled_steps_of_today():
@@ -215,9 +211,9 @@ def test_rematerialised_products_are_those_of_the_formula():
         assert found[remat] - found[''] == more > 0, remat
 
 
-def needed(batch=64, name='ViT-B_16', **changes):
-    arguments = dict(num_classes=5, image_size=224, batch=batch, dtype='bfloat16') | changes
-    return cost.training_memory(variants.get_config(name), **arguments)
+def needed(batch=64, name='ViT-B_16', image_size=224, **changes):
+    of = Architecture(name, variants.get_config(name), 5, image_size)
+    return cost.training_memory(of, cost.Plan(batch=batch, **{'dtype': 'bfloat16'} | changes))
 
 
 def test_memory_follows_its_knobs():
@@ -250,21 +246,25 @@ def test_every_variant_has_a_cost_on_every_platform_in_no_time():
 
 
 def test_the_largest_batch_is_the_largest():
-    memory = 16 * 2**30
-    largest = cost.largest_batch(memory, needed, 8)
+    memory, of = 16 * 2**30, Architecture('ViT-B_16', variants.get_config('ViT-B_16'), 5, 224)
+    plan = cost.Plan(batch=1, dtype='bfloat16', accum_steps=8)
+    largest = cost.largest_batch(memory, cost.training_memory, of, plan)
     assert largest % 8 == 0
-    assert needed(largest).total <= memory < needed(largest + 8).total
-    assert cost.largest_batch(2**20, needed) == 0
+    sizes = [needed(largest + more, accum_steps=8).total for more in (0, 8)]
+    assert sizes[0] <= memory < sizes[1]
+    assert cost.largest_batch(2**20, cost.inference_memory, of, plan) == 0
 
 
 def test_images_per_second():
     # 1 TFLOP/s, half of it, 250 MMACs: 0.5e12 / 0.5e9.
-    assert cost.images_per_second(250_000_000, 1.0, 0.5) == pytest.approx(1000)
-    assert cost.images_per_second(250_000_000, 1.0, 0.5, devices=4) == pytest.approx(4000)
+    target = cost_report.Target(devices.Device('own', 1, 1.0, 0.1, ''), 1.0, 0.5)
+    for count, dtype, rate in ((1, 'bfloat16', 1000), (4, 'bfloat16', 4000), (4, 'float32', 400)):
+        plan = cost.Plan(batch=4, dtype=dtype, devices=count)
+        assert target.images_per_second(250_000_000, plan) == pytest.approx(rate)
 
 
 def test_an_image_that_is_no_whole_number_of_patches():
-    with pytest.raises(UserError, match='multiples of 16 pixels: 224 or 240'):
+    with pytest.raises(UserError, match='multiples of 16 pixels: use 224 or 240'):
         needed(image_size=230)
 
 

@@ -213,7 +213,7 @@ def test_results_that_documents_show_can_be_read(run_script):
     assert '| ViT-Ti_16 | 224 | float32 | 64 | original | 7.5 |' in ' '.join(done.stdout.split())
     files = sorted((RESULTS / 'data').glob('*.json'))
     done = run_script('benchmark_data.py', '--table', *files)
-    assert done.returncode == 0 and done.stdout.count('**Whole pipeline**') == 3
+    assert done.returncode == 0 and done.stdout.count('**Whole pipeline**') == len(files) > 0
     done = run_script('benchmark_export.py', '--table', *files)
     assert done.returncode == 1 and 'is not a result of scripts/benchmark_export' in done.stderr
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vit_jax import variants
+from vit_jax.analysis import counts
 from vit_jax.errors import UserError
 
 
@@ -29,15 +30,15 @@ class Architecture:
 
 
 def find(
-    variant: str | None,
-    model: str | None,
+    variant: str,
+    model: str = '',
     num_classes: int | None = None,
     image_size: int | None = None,
 ) -> Architecture:
     """The architecture that a command line names.
 
     Args:
-      variant: a name of `variants.VARIANTS`; or None, and
+      variant: a name of `variants.VARIANTS`; or '', and
       model: a model folder or weights, see `model_folder.open_model`; nothing but shapes is read.
       num_classes: default 1000, or the model's own.
       image_size: default 224, or the model's own.
@@ -59,14 +60,9 @@ def find(
         opened = model_folder.open_model(model)
         config = dict(opened.model_config)
         found = Architecture(model, config, len(opened.class_names), opened.image_size)
-    changes = dict(num_classes=num_classes, image_size=image_size)
-    found = dataclasses.replace(found, **{k: v for k, v in changes.items() if v is not None})
-    stride = variants.token_stride(found.model_config)
-    if found.image_size < stride or found.image_size % stride:
-        below = found.image_size // stride * stride
-        nearest = ' or '.join(str(side) for side in (below, below + stride) if side > 0)
-        raise UserError(
-            f'image size {found.image_size}: {found.name} takes multiples of {stride} pixels: '
-            f'use {nearest}'
-        )
+    if num_classes is not None:
+        found = dataclasses.replace(found, num_classes=num_classes)
+    if image_size is not None:
+        found = dataclasses.replace(found, image_size=image_size)
+    counts.sizes(found.model_config, found.image_size)  # raises for an impossible size
     return found

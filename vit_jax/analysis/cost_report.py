@@ -14,94 +14,58 @@ RULE_OF_THUMB = 20  # bytes per parameter: 16-bit weights and gradients beside f
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """How a model is to be trained, and on what; see `cost.training_memory`."""
+class Target:
+    """What a model is trained on.
 
-    batch: int
-    accum_steps: int
-    dtype: str
-    optimizer: str
-    optim_dtype: str
-    remat: str
-    devices: int
-    fsdp: int
-    platform: str
+    Attributes:
+      device: each of the devices.
+      memory_fraction: what JAX takes of its memory, above 0, at most 1.
+      utilisation: what is reached of its peak rate, above 0, at most 1.
+    """
+
     device: devices.Device
     memory_fraction: float
     utilisation: float
-
-    def check(self) -> None:
-        """Raises `UserError` for what no run could have."""
-        for name in ('batch', 'accum_steps', 'devices', 'fsdp'):
-            if getattr(self, name) < 1:
-                raise UserError(f'--{name} {getattr(self, name)}: expected a number from 1 up')
-        for name in ('memory_fraction', 'utilisation'):
-            if not 0 < getattr(self, name) <= 1:
-                raise UserError(f'--{name} {getattr(self, name):g}: expected a share, above 0 to 1')
-        if self.devices % self.fsdp:
-            raise UserError(f'--fsdp {self.fsdp} does not divide --devices {self.devices}')
-        if self.batch % self.multiple:
-            nearest = max(1, round(self.batch / self.multiple)) * self.multiple
-            raise UserError(
-                f'--batch {self.batch} is not a multiple of devices times accum_steps, '
-                f'{self.multiple}: use {nearest}'
-            )
-
-    @property
-    def multiple(self) -> int:
-        """Of which a batch is a multiple."""
-        return self.devices * self.accum_steps
 
     @property
     def memory(self) -> int:
         """Bytes of a device that JAX takes."""
         return int(self.device.memory_gib * GIB * self.memory_fraction)
 
-    @property
-    def peak(self) -> float:
-        """TFLOP/s of a device at `dtype`."""
-        device = self.device
-        return device.peak_float32 if self.dtype == 'float32' else device.peak_16bit
+    def images_per_second(self, macs: int, plan: cost.Plan) -> float:
+        """A prediction, from the multiply-accumulates (2 FLOPs each) of an image."""
+        peak = plan.devices * self.device.peak(plan.dtype) * 1e12
+        return self.utilisation * peak / (2 * macs)
 
-    def training(self, of: Architecture, batch: int | None = None) -> cost.Memory:
-        """Memory of training, at another batch size if one is given."""
-        return cost.training_memory(
-            of.model_config,
-            num_classes=of.num_classes,
-            image_size=of.image_size,
-            batch=batch or self.batch,
-            accum_steps=self.accum_steps,
-            dtype=self.dtype,
-            optimizer=self.optimizer,
-            optim_dtype=self.optim_dtype,
-            remat=self.remat,
-            devices=self.devices,
-            fsdp=self.fsdp,
-            platform=self.platform,
-        )
-
-    def inference(self, of: Architecture, batch: int | None = None) -> cost.Memory:
-        """Memory of predicting on one device."""
-        return cost.inference_memory(
-            of.model_config,
-            num_classes=of.num_classes,
-            image_size=of.image_size,
-            batch=batch or self.batch,
-            dtype=self.dtype,
-            platform=self.platform,
-        )
-
-    def largest(self, of: Architecture) -> int:
+    def largest(self, of: Architecture, plan: cost.Plan) -> int:
         """The largest batch that can be trained, over all devices."""
-        return cost.largest_batch(self.memory, lambda b: self.training(of, b), self.multiple)
+        return cost.largest_batch(self.memory, cost.training_memory, of, plan)
 
 
-def report(of: Architecture, plan: Plan) -> list[Table]:
+def check(plan: cost.Plan, target: Target) -> None:
+    """Raises `UserError` for what no run could have."""
+    for name in ('batch', 'accum_steps', 'devices', 'fsdp'):
+        if getattr(plan, name) < 1:
+            raise UserError(f'--{name} {getattr(plan, name)}: expected a number from 1 up')
+    for name in ('memory_fraction', 'utilisation'):
+        if not 0 < getattr(target, name) <= 1:
+            raise UserError(f'--{name} {getattr(target, name):g}: expected a share, above 0 to 1')
+    if plan.devices % plan.fsdp:
+        raise UserError(f'--fsdp {plan.fsdp} does not divide --devices {plan.devices}')
+    if plan.batch % plan.multiple:
+        nearest = max(1, round(plan.batch / plan.multiple)) * plan.multiple
+        raise UserError(
+            f'--batch {plan.batch} is not a multiple of devices times accum_steps, '
+            f'{plan.multiple}: use {nearest}'
+        )
+
+
+def report(of: Architecture, plan: cost.Plan, target: Target) -> list[Table]:
     """Parameters and FLOPs; memory; speed and the largest batch."""
-    return [_work(of, plan), _memory(of, plan), _speed(of, plan)]
+    return [_work(of, plan), _memory(of, plan), _speed(of, plan, target)]
 
 
-def _work(of: Architecture, plan: Plan) -> Table:
+def _work(of: Architecture, plan: cost.Plan) -> Table:
     sizes = counts.sizes(of.model_config, of.image_size)
     rows = []
     for part in counts.parts(of.model_config, of.num_classes, of.image_size):
@@ -126,8 +90,8 @@ def _work(of: Architecture, plan: Plan) -> Table:
     return Table(f'{of}: work for one image', ('Part', 'Parameters>', 'GFLOPs>'), rows, notes)
 
 
-def _memory(of: Architecture, plan: Plan) -> Table:
-    training, inference = plan.training(of), plan.inference(of)
+def _memory(of: Architecture, plan: cost.Plan) -> Table:
+    training, inference = cost.training_memory(of, plan), cost.inference_memory(of, plan)
     rows = [
         (name, _gib(getattr(training, name)), _gib(getattr(inference, name)))
         for name in (f.name for f in dataclasses.fields(cost.Memory))
@@ -149,34 +113,34 @@ def _memory(of: Architecture, plan: Plan) -> Table:
     return Table(title, ('Part', 'Training>', 'Inference>'), rows, notes)
 
 
-def _speed(of: Architecture, plan: Plan) -> Table:
-    device, needed = plan.device, plan.training(of).total
-    largest = plan.largest(of)
-    predicting = cost.largest_batch(plan.memory, lambda b: plan.inference(of, b))
+def _speed(of: Architecture, plan: cost.Plan, target: Target) -> Table:
+    device, needed = target.device, cost.training_memory(of, plan).total
+    alone = dataclasses.replace(plan, devices=1, accum_steps=1)
+    predicting = cost.largest_batch(target.memory, cost.inference_memory, of, alone)
     forward = counts.forward_macs(of.model_config, of.num_classes, of.image_size)
     training = counts.training_macs(of.model_config, of.num_classes, of.image_size, plan.remat)
-    rates = [
-        cost.images_per_second(macs, plan.peak, plan.utilisation, plan.devices)
-        for macs in (training, forward)
-    ]
-    fits = 'fits' if needed <= plan.memory else 'does NOT fit'
+    rates = [target.images_per_second(macs, plan) for macs in (training, forward)]
+    fits = 'fits' if needed <= target.memory else 'does NOT fit'
     rows = (
-        ('largest batch', f'{largest:,}', f'{predicting:,}'),
+        ('largest batch', f'{target.largest(of, plan):,}', f'{predicting:,}'),
         ('images per second', f'{rates[0]:,.0f}', f'{rates[1]:,.0f}'),
     )
     notes = (
         f'{device.name}: {device.memory_gib:g} GiB, of which JAX takes '
-        f'{plan.memory_fraction:.0%} ({plan.memory / GIB:.1f} GiB); {plan.peak:g} TFLOP/s peak at '
-        f'{plan.dtype}. Published figures: {device.source}.',
-        f'Images per second are a prediction at {plan.utilisation:.0%} of that peak.',
+        f'{target.memory_fraction:.0%} ({_gib(target.memory, 1)} GiB); '
+        f'{device.peak(plan.dtype):g} TFLOP/s peak at {plan.dtype}. '
+        f'Published figures: {device.source}.',
+        f'Images per second are a prediction at {target.utilisation:.0%} of that peak.',
         f'Batch {plan.batch} {fits}: {_gib(needed)} GiB.',
     )
     columns = ('Predicted', 'Training>', 'Inference>')
     return Table(f'{of} on {plan.devices} x {device.name}', columns, rows, notes)
 
 
-def largest_batches(plan: Plan, num_classes: int, image_sizes: Sequence[int]) -> Table:
-    """The largest batch of every variant at every image size, without and with remat 'full'."""
+def largest_batches(
+    plan: cost.Plan, target: Target, num_classes: int, image_sizes: Sequence[int]
+) -> Table:
+    """The largest batch of every variant at every image size, for each form of remat."""
     rows = []
     for name in variants.VARIANTS:
         config = variants.get_config(name).to_dict()
@@ -184,46 +148,37 @@ def largest_batches(plan: Plan, num_classes: int, image_sizes: Sequence[int]) ->
             if size % variants.token_stride(config):
                 continue
             of = Architecture(name, config, num_classes, size)
-            macs = counts.training_macs(config, num_classes, size)
-            rate = cost.images_per_second(macs, plan.peak, plan.utilisation, plan.devices)
+            rate = target.images_per_second(counts.training_macs(config, num_classes, size), plan)
             batches = [
-                dataclasses.replace(plan, remat=remat).largest(of) for remat in ('', 'dots', 'full')
+                target.largest(of, dataclasses.replace(plan, remat=remat))
+                for remat in ('', 'dots', 'full')
             ]
             rows.append((name, str(size), *(f'{b:,}' for b in batches), f'{rate:,.0f}'))
-    device = plan.device
+    device = target.device
     title = (
         f'Largest training batch, predicted: {plan.devices} x {device.name}, '
-        f'{plan.memory / GIB:.1f} of {device.memory_gib:g} GiB, {plan.dtype}, {plan.optimizer}'
+        f'{_gib(target.memory, 1)} of {device.memory_gib:g} GiB, {plan.dtype}, {plan.optimizer}'
     )
     notes = (
-        f'Image/s at {plan.utilisation:.0%} of {plan.peak:g} TFLOP/s, without remat. Device: '
-        f'{device.source}, published.',
+        f'Image/s at {target.utilisation:.0%} of {device.peak(plan.dtype):g} TFLOP/s, without '
+        f'remat. Device: {device.source}, published.',
     )
     columns = ('Variant', 'Pixels>', 'Batch>', 'remat dots>', 'remat full>', 'Image/s>')
     return Table(title, columns, rows, notes)
 
 
-def beside_xla(of: Architecture, plan: Plan) -> Table:
+def beside_xla(of: Architecture, plan: cost.Plan) -> Table:
     """The formula beside what XLA counts in the training step, compiled for one device here."""
     import jax
 
     platform = jax.default_backend()
     plan = dataclasses.replace(plan, platform=platform, devices=1, fsdp=1, accum_steps=1)
-    size, flops = cost.compile_training(
-        of.model_config,
-        num_classes=of.num_classes,
-        image_size=of.image_size,
-        batch=plan.batch,
-        dtype=plan.dtype,
-        optimizer=plan.optimizer,
-        optim_dtype=plan.optim_dtype,
-        remat=plan.remat,
-    )
+    size, flops = cost.compile_training(of, plan)
     macs = counts.training_macs(of.model_config, of.num_classes, of.image_size, plan.remat)
     macs -= counts.unused_macs(of.model_config, of.image_size, training=True, remat=plan.remat)
     rows = [
         _beside(f'TFLOPs, batch {plan.batch}', 2e-12 * macs * plan.batch, flops / 1e12),
-        _beside(f'GiB, batch {plan.batch}', plan.training(of).total / GIB, size / GIB),
+        _beside(f'GiB, batch {plan.batch}', cost.training_memory(of, plan).total / GIB, size / GIB),
     ]
     notes = (
         f'XLA: the training step compiled for {platform} on one device, no accumulation; it counts '
@@ -242,5 +197,5 @@ def _giga(flops: int) -> str:
     return f'{flops / 1e9:,.3f}'
 
 
-def _gib(size: float) -> str:
-    return f'{size / GIB:,.3f}'
+def _gib(size: float, digits: int = 3) -> str:
+    return f'{size / GIB:,.{digits}f}'

@@ -104,7 +104,7 @@ def sizes(model_config: Mapping[str, Any], image_size: int) -> Sizes:
         nearest = ' or '.join(str(side) for side in (below, below + stride) if side > 0)
         raise UserError(
             f'image size {image_size}: {model_config.get("model_name") or "the model"} takes '
-            f'multiples of {stride} pixels: {nearest}'
+            f'multiples of {stride} pixels: use {nearest}'
         )
     patches = (image_size // stride) ** 2
     if variants.is_mixer(model_config):

@@ -30,6 +30,10 @@ class Device:
     peak_float32: float
     source: str
 
+    def peak(self, dtype: str) -> float:
+        """TFLOP/s for arrays of 'float32', or of a 16-bit type."""
+        return self.peak_float32 if dtype == 'float32' else self.peak_16bit
+
 
 DEVICES = {
     device.name: device
@@ -83,14 +87,13 @@ def choose(name: str, memory_gib: float | None, peak_tflops: float | None, dtype
             raise UserError(f'{option} {value:g}: expected a number above 0')
     if not name and (memory_gib is None) != (peak_tflops is None):
         raise UserError('give both --memory_gib and --peak_tflops, or a --device they belong to')
-    own = memory_gib is not None or peak_tflops is not None
-    base = get(name or 'h200')
-    if not own:
-        return base
-    peak = 'peak_float32' if dtype == 'float32' else 'peak_16bit'
-    changes = dict(source='as given', name=name or 'own device')
-    if memory_gib is not None:
-        changes['memory_gib'] = memory_gib
-    if peak_tflops is not None:
-        changes[peak] = peak_tflops
-    return dataclasses.replace(base, **changes)
+    device = get(name or 'h200')
+    if memory_gib is None and peak_tflops is None:
+        return device
+    return Device(
+        name or 'own device',
+        device.memory_gib if memory_gib is None else memory_gib,
+        device.peak_16bit if peak_tflops is None or dtype == 'float32' else peak_tflops,
+        device.peak_float32 if peak_tflops is None or dtype != 'float32' else peak_tflops,
+        'as given',
+    )

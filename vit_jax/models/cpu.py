@@ -45,7 +45,7 @@ def switchable(call: Callable) -> Callable:
     return switched
 
 
-def _replace(call: Callable, arrays: Any, options: Any, context: nn.module.InterceptorContext):
+def _replace(call: Callable, arrays: Any, options: Any, context: Any) -> jax.Array:
     form = _FORMS.get((type(context.module), context.method_name))
     if form is None or not _applies(context.module, options):
         return call(*arrays, **options)
@@ -194,7 +194,7 @@ attention = _by_platform(_chunked_attention, dot_product_attention)
 
 
 def _call_dense(
-    module: nn.Dense | nn.DenseGeneral | nn.Conv | MlpBlock,
+    module: Any,
     params: Any,
     x: jax.Array,
     product: Callable[..., jax.Array] = affine,
@@ -210,7 +210,7 @@ def _call_dense(
     return y.reshape(*x.shape[: x.ndim - contracted], *bias.shape)
 
 
-def _call_patches(module: nn.Conv, params: Any, x: jax.Array) -> jax.Array:
+def _call_patches(module: Any, params: Any, x: jax.Array) -> jax.Array:
     """The convolution of P x P positions with stride P, as the one matrix product that it is."""
     batch, height, width, channels = x.shape
     rows, columns = module.kernel_size
@@ -218,7 +218,7 @@ def _call_patches(module: nn.Conv, params: Any, x: jax.Array) -> jax.Array:
     return _call_dense(module, params, x.swapaxes(2, 3))
 
 
-def _call_layer_norm(module: nn.LayerNorm, params: Any, x: jax.Array) -> jax.Array:
+def _call_layer_norm(module: Any, params: Any, x: jax.Array) -> jax.Array:
     wide = jnp.promote_types(module.dtype, jnp.float32)
     scale, bias = (params[name].astype(wide) for name in ('scale', 'bias'))
     y = layer_norm(x.reshape(-1, x.shape[-1]), scale, bias)

@@ -1,7 +1,7 @@
 """What the families share: types of intermediate results, the MLP, the head, rematerialisation."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -76,9 +76,7 @@ def rematerialised(
     return nn.remat(block, static_argnums=static_argnums, policy=REMAT_POLICIES[remat])
 
 
-def check_patches(
-    patch: tuple[int, int], image: tuple[int, int], features: tuple[int, int]
-) -> None:
+def check_patches(patch: Sequence[int], image: Sequence[int], features: Sequence[int]) -> None:
     """Checks that a map of features is a whole number of patches.
 
     Args:

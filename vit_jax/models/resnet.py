@@ -30,7 +30,7 @@ class StdConv(nn.Module):
 
     features: int
     kernel_size: tuple[int, int]
-    strides: tuple[int, int] = (1, 1)
+    strides: Sequence[int] = (1, 1)
     dtype: Any = jnp.float32
 
     @nn.compact

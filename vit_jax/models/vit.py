@@ -224,8 +224,8 @@ class VisionTransformer(nn.Module):
         names = ('cls', 'dist') if self.distilled else ('cls',)
         if self.classifier in ('token', 'token_unpooled'):
             shape = (1, 1, self.hidden_size)
-            tokens = [self.param(name, nn.initializers.zeros, shape) for name in names]
-            tokens = jnp.concatenate(tokens, axis=1).astype(self.dtype)
+            learned = [self.param(name, nn.initializers.zeros, shape) for name in names]
+            tokens = jnp.concatenate(learned, axis=1).astype(self.dtype)
             tokens = jnp.broadcast_to(tokens, (x.shape[0], *tokens.shape[1:]))
             x = jnp.concatenate([tokens, x], axis=1)
 
@@ -289,7 +289,8 @@ class VisionTransformer(nn.Module):
         """Features [B, D] (or [B, N, D]; of a distilled model [B, 2, D]) to logits."""
         if self.mlp_head:
             x = nn.relu(nn.Dense(self.hidden_size, dtype=self.dtype, name='head_hidden')(x))
-            rate = self.transformer.get('dropout_rate', self.encoder.dropout_rate)
+            default = getattr(self.encoder, 'dropout_rate', 0.0)
+            rate = self.transformer.get('dropout_rate', default)
             x = nn.Dropout(rate)(x, deterministic=not train)
         head = functools.partial(
             layers.head, self.num_classes, dtype=self.dtype, bias_init=self.head_bias_init
