@@ -44,7 +44,9 @@ def main() -> int:
 def _checkpoints(addresses: bool) -> list[tuple[str, ...]]:
     from vit_jax.checkpoint import catalog
 
-    rows = [('VARIANT', 'MIB', 'PIXELS', 'CLASSES', 'NAME', 'PUBLISHED ACCURACY')]
+    rows: list[tuple[str, ...]] = [
+        ('VARIANT', 'MIB', 'PIXELS', 'CLASSES', 'NAME', 'PUBLISHED ACCURACY')
+    ]
     for c in catalog.CHECKPOINTS:
         size = f'{"" if c.size_is_listed else "~"}{c.mib:.0f}'
         name = f'{catalog.BASE_URL}/{c.address.removeprefix("gs://")}' if addresses else c.name
@@ -55,7 +57,7 @@ def _checkpoints(addresses: bool) -> list[tuple[str, ...]]:
 def _variants() -> list[tuple[str, ...]]:
     from vit_jax import variants
 
-    rows = [('VARIANT', 'PIXELS PER TOKEN', 'WIDTH', 'BLOCKS')]
+    rows: list[tuple[str, ...]] = [('VARIANT', 'PIXELS PER TOKEN', 'WIDTH', 'BLOCKS')]
     for name, config in variants.VARIANTS.items():
         mixer = variants.is_mixer(config)
         width = config['hidden_dim' if mixer else 'hidden_size']

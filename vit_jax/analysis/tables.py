@@ -48,16 +48,17 @@ def render(table: Table, style: str) -> str:
         )
     for row in table.rows:
         rich_table.add_row(*row)
+    text = io.StringIO()
     out = console.Console(
         width=10_000,
-        file=io.StringIO(),
+        file=text,
         markup=False,
         highlight=False,
         force_jupyter=False,  # in a notebook, rich would show it and leave the file empty
         color_system=None,  # whatever FORCE_COLOR says: this is for files, too
     )
     out.print(rich_table)
-    lines = [line.rstrip() for line in out.file.getvalue().splitlines()]
+    lines = [line.rstrip() for line in text.getvalue().splitlines()]
     body = '\n'.join(line for line in lines if line)
     title = f'**{table.title}**\n\n' if style == 'markdown' else f'{table.title}\n'
     notes = ''.join(f'{note}\n' for note in table.notes)

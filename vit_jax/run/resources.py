@@ -94,9 +94,11 @@ def program_bytes(program: jax.stages.Compiled) -> int:
     """Bytes of a device that a compiled program takes while it runs.
 
     Arguments, outputs and temporary memory are there at one time, but for outputs that take the
-    place of arguments. (`peak_memory_in_bytes` is none of that: on CPUs it leaves out most.)
+    place of arguments. (Not `peak_memory_in_bytes`, which leaves out most of it on CPUs.)
     """
     found = program.memory_analysis()
+    if found is None:
+        return 0  # a backend that does not count it
     total = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
     return total - found.alias_size_in_bytes
 
@@ -236,8 +238,8 @@ def _host_memory_left() -> int:
     left = []
     try:
         meminfo = pathlib.Path('/proc/meminfo').read_text()
-        left.append(1024 * int(re.search(r'MemAvailable:\s+(\d+) kB', meminfo)[1]))
-    except (OSError, TypeError):
+        left += [1024 * int(kib) for kib in re.findall(r'MemAvailable:\s+(\d+) kB', meminfo)]
+    except OSError:
         return 0  # not Linux
     for group, limit, used in (
         ('/sys/fs/cgroup', 'memory.max', 'memory.current'),  # version 2
