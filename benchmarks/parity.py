@@ -280,7 +280,7 @@ def _references(
         found.append(('benchmarks/torch_reference.py', make_ours))
     if timm_name and chosen in ('auto', 'timm') and (library := _library('timm', chosen)):
         make_timm = functools.partial(
-            torch_libraries.TimmModel, timm_name, weights, model.image_size
+            torch_libraries.timm_model, timm_name, weights, model.image_size
         )
         found.append((f'{timm_name} of timm {library.__version__}', make_timm))
     return found

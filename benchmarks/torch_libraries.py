@@ -4,11 +4,10 @@ Like torch_reference.py this reads the published names by its own code, not by v
 models take and return the same: images [B, height, width, 3] in [-1, 1] to a dict of outputs.
 """
 
-import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ _TIMM_OTHERS = {
 }
 
 
-def transformers_model(weights: Mapping[str, np.ndarray], gelu: str) -> 'TransformersViT':
+def transformers_model(weights: Mapping[str, np.ndarray], gelu: str) -> 'Recorded':
     """The ViT of transformers that the shapes of the weights describe, with these weights.
 
     Args:
@@ -67,12 +66,12 @@ def transformers_model(weights: Mapping[str, np.ndarray], gelu: str) -> 'Transfo
         vit = transformers.ViTModel(config, add_pooling_layer=pooled)
         features = len(weights['pre_logits/bias']) if pooled else width
         head = nn.Linear(features, len(weights['head/bias'])) if 'head/bias' in weights else None
-    model = TransformersViT(vit, head)
-    model.load_state_dict(_transformers_state(weights), strict=True, assign=True)
-    return model.requires_grad_(False)
+    recorded = _transformers(vit, head)
+    recorded.model.load_state_dict(_transformers_state(weights), strict=True, assign=True)
+    return recorded.requires_grad_(False)
 
 
-def transformers_folder(folder: str | os.PathLike[str], gelu: str) -> 'TransformersViT':
+def transformers_folder(folder: str | os.PathLike[str], gelu: str) -> 'Recorded':
     """The ViT of a Hugging Face folder, loaded by transformers itself.
 
     Args:
@@ -99,40 +98,12 @@ def transformers_folder(folder: str | os.PathLike[str], gelu: str) -> 'Transform
     for what in ('missing_keys', 'unexpected_keys', 'mismatched_keys'):
         if info[what]:
             raise ValueError(f'from_pretrained reports {what}: {sorted(map(str, info[what]))}')
-    return TransformersViT(model.vit, model.classifier).requires_grad_(False)
+    return _transformers(model.vit, model.classifier)
 
 
-class TransformersViT(nn.Module):
-    """A ViT of transformers that returns what is compared.
-
-    Args:
-        vit: `transformers.ViTModel`.
-        classifier: the head, or None.
-    """
-
-    def __init__(self, vit: Any, classifier: nn.Module | None):
-        super().__init__()
-        self.vit, self.classifier = vit, classifier
-        self.eval()
-
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Images to 'patch_embedding', 'encoderblock_0', ..., 'pre_logits', 'logits'."""
-        outputs: dict[str, torch.Tensor] = {}
-        parts = {'patch_embedding': self.vit.embeddings.patch_embeddings} | {
-            f'encoderblock_{i}': layer for i, layer in enumerate(self.vit.layers)
-        }
-        with _recorded(parts, outputs):
-            result = self.vit(images.permute(0, 3, 1, 2))
-        features = result.pooler_output
-        if features is None:
-            features = result.last_hidden_state[:, 0]
-        outputs['pre_logits'] = features
-        if self.classifier is not None:
-            outputs['logits'] = self.classifier(features)
-        return outputs
-
-
-class TimmModel(nn.Module):
+def timm_model(
+    name: str, weights: Mapping[str, np.ndarray], image_size: int, gelu: str
+) -> 'Recorded':
     """A timm model with weights that timm itself reads from a `.npz` file of published names.
 
     Args:
@@ -141,33 +112,61 @@ class TimmModel(nn.Module):
         image_size: height and width, pixels.
         gelu: 'tanh' or 'erf', timm's default.
     """
+    import timm
 
-    def __init__(self, name: str, weights: Mapping[str, np.ndarray], image_size: int, gelu: str):
-        import timm
+    classes = len(weights['head/bias']) if 'head/bias' in weights else 0
+    model = timm.create_model(
+        name, num_classes=classes, img_size=image_size, act_layer=_TIMM_GELU[gelu]
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, 'weights.npz')
+        np.savez(path, allow_pickle=False, **weights)
+        model.load_pretrained(path)
 
+    def compute(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = model.forward_features(images)
+        outputs = {'pre_logits': model.forward_head(x, pre_logits=True)}
+        return outputs | ({'logits': model.forward_head(x)} if classes else {})
+
+    return Recorded(model, [model.patch_embed, *model.blocks], compute)
+
+
+class Recorded(nn.Module):
+    """A model that returns what is compared: 'patch_embedding', 'encoderblock_0', ..., and more.
+
+    Args:
+        model: the model, with all its weights.
+        parts: its modules that give the patch embedding and the tokens after each block.
+        compute: images [B, 3, height, width] -> 'pre_logits' and, if there is a head, 'logits'.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parts: Sequence[nn.Module],
+        compute: Callable[[torch.Tensor], dict[str, torch.Tensor]],
+    ):
         super().__init__()
-        classes = len(weights['head/bias']) if 'head/bias' in weights else 0
-        self.model = timm.create_model(
-            name, num_classes=classes, img_size=image_size, act_layer=_TIMM_GELU[gelu]
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, 'weights.npz')
-            np.savez(path, allow_pickle=False, **weights)
-            self.model.load_pretrained(path)
-        self.has_head = classes > 0
+        self.model, self.compute = model, compute
+        names = ['patch_embedding', *(f'encoderblock_{i}' for i in range(len(parts) - 1))]
+        self.parts = dict(zip(names, parts, strict=True))
         self.eval().requires_grad_(False)
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Images to 'patch_embedding', the tokens after every block, 'pre_logits', 'logits'."""
-        parts = {'patch_embedding': self.model.patch_embed}
-        parts |= {f'encoderblock_{i}': layer for i, layer in enumerate(self.model.blocks)}
+        """Images [B, height, width, 3] to outputs, in the order of the computation."""
         outputs: dict[str, torch.Tensor] = {}
-        with _recorded(parts, outputs):
-            x = self.model.forward_features(images.permute(0, 3, 1, 2))
-        outputs['pre_logits'] = self.model.forward_head(x, pre_logits=True)
-        if self.has_head:
-            outputs['logits'] = self.model.forward_head(x)
-        return outputs
+        handles = [
+            part.register_forward_hook(
+                lambda _module, _inputs, result, name=name: outputs.update({name: result})
+            )
+            for name, part in self.parts.items()
+        ]
+        try:
+            last = self.compute(images.permute(0, 3, 1, 2))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return outputs | last
 
 
 def timm_name(variant: str) -> str:
@@ -177,20 +176,20 @@ def timm_name(variant: str) -> str:
     return _TIMM_OTHERS.get(variant, '')
 
 
-@contextlib.contextmanager
-def _recorded(parts: Mapping[str, nn.Module], outputs: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Within it, what each module of `parts` returns is put into `outputs` under its name."""
-    handles = [
-        part.register_forward_hook(
-            lambda _module, _inputs, result, name=name: outputs.update({name: result})
-        )
-        for name, part in parts.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _transformers(vit: Any, classifier: nn.Module | None) -> Recorded:
+    """`transformers.ViTModel` and the head, if there is one."""
+
+    def compute(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        result = vit(images)
+        features = result.pooler_output
+        if features is None:
+            features = result.last_hidden_state[:, 0]
+        outputs = {'pre_logits': features}
+        return outputs | ({} if classifier is None else {'logits': classifier(features)})
+
+    modules = {'vit': vit} | ({} if classifier is None else {'classifier': classifier})
+    parts = [vit.embeddings.patch_embeddings, *vit.layers]
+    return Recorded(nn.ModuleDict(modules), parts, compute)
 
 
 def _transformers_state(weights: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:

@@ -47,6 +47,16 @@ def test_options(case):
     np.testing.assert_allclose(result['probabilities'], softmax, rtol=0, atol=1e-6)
 
 
+def test_only_the_tokens_that_the_head_reads(case):
+    model, image = case('token').model, jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
+
+    def flops(*outputs):
+        lowered = jax.jit(verify.forward(model.model, outputs)).lower(model.params, image)
+        return lowered.cost_analysis()['flops']
+
+    assert flops('logits') < 0.75 * flops('logits', 'attention')
+
+
 def test_the_device_chooses_kernels_and_precision(case):
     model = case('token').model
     module = model.model.clone(attention='cudnn', remat='full', dtype=jax.numpy.bfloat16)

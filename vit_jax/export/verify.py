@@ -185,6 +185,8 @@ def forward(
     module = module.clone(dtype=jnp.float32, remat='')
     if not isinstance(module, models.MlpMixer):
         module = module.clone(attention='xla')
+    if 'attention' not in outputs:  # whose last block has weights for every token
+        module = models.for_inference(module)
 
     def run(params: Mapping[str, Any], images: jax.Array) -> dict[str, jax.Array]:
         logits, found = models.apply_with_intermediates(
