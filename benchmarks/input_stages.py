@@ -260,8 +260,9 @@ class Torchvision(Pipeline):
         """See `Pipeline.stream`; `workers` are processes."""
         import torch
 
+        photos: Any = _Photos(self)
         batches: Iterable[Any] = torch.utils.data.DataLoader(
-            _Photos(self), self.size, shuffle=True, num_workers=workers, drop_last=True,
+            photos, self.size, shuffle=True, num_workers=workers, drop_last=True,
             persistent_workers=True,
         )  # fmt: skip
         while True:

@@ -6,6 +6,7 @@ import itertools
 import os
 from collections.abc import Callable, Generator
 
+import grain
 import numpy as np
 
 from vit_jax.data.batches import Batch, Buffers, in_order, reading_threads
@@ -13,7 +14,6 @@ from vit_jax.data.dataset import Source
 from vit_jax.data.decode import BadImageError
 from vit_jax.data.preprocess import CropBox, Preprocess
 from vit_jax.data.reader import OnBad, OncePerKey, Reader, as_reader, default_threads
-from vit_jax.data.sampler import BatchSampler
 from vit_jax.errors import UserError
 
 # Draws for a substitute of an unreadable image. Where half of a set is unreadable, one place in
@@ -22,6 +22,9 @@ MAX_DRAWS = 100
 _COLUMNS = ('label', 'position', 'example', 'replaced')
 # Host memory for batches that wait for the device.
 MAX_BUFFER_BYTES = 8 << 30
+
+# Place in the global batch, index of the example, key of its randomness (uint64 [2]).
+Item = tuple[int, int, np.ndarray]
 
 
 class BatchLoader:
@@ -72,12 +75,14 @@ class BatchLoader:
             raise UserError(
                 f'batch={batch} must be a multiple of the number of processes ({process_count})'
             )
-        self._sampler = BatchSampler(len(source), batch, seed, process_index, process_count)
+        self._items = _shuffled_items(len(source), batch, seed)
+        self._batch, size = batch, batch // process_count
+        self._places = range(process_index * size, (process_index + 1) * size)
         self._reader = as_reader(source)
         self._preprocess = preprocess
         self._exact = exact
         self._on_bad = None if on_bad is None else OncePerKey(on_bad)
-        shape = (batch // process_count, preprocess.crop, preprocess.crop, 3)
+        shape = (size, preprocess.crop, preprocess.crop, 3)
         self._buffers = Buffers(shape, np.float32 if exact else np.uint8)
 
     def from_step(self, start: int, *, threads: int | None = None) -> Generator[Batch]:
@@ -114,7 +119,7 @@ class BatchLoader:
           BadImageError: an image that cannot be read, naming it: without `on_bad`, or when
             `MAX_DRAWS` substitutes could not be read either.
         """
-        items = self._sampler[step]
+        items = [self._items[step * self._batch + place] for place in self._places]
         out = {'image': self._buffers.take()}
         out |= {name: np.zeros(len(items), np.int32) for name in _COLUMNS}
         rng = np.random.Generator(np.random.Philox(0))
@@ -170,6 +175,21 @@ class BatchLoader:
             'is the folder or disk still there?',
             error.label,
         ) from error
+
+
+def _shuffled_items(examples: int, batch: int, seed: int) -> grain.MapDataset:
+    """An endless sequence of `Item`s, those of batch s at s * batch, s * batch + 1, ..."""
+
+    def place(index: int, example: int) -> tuple[int, int]:
+        return index % batch, example
+
+    def draw(item: tuple[int, int], rng: np.random.Generator) -> Item:
+        return *item, rng.integers(2**63, size=2, dtype=np.uint64)
+
+    # shuffle before repeat: each epoch is a permutation. Never sliced: an item has the same
+    # randomness on any number of processes.
+    order = grain.MapDataset.range(examples).seed(seed).shuffle().repeat()
+    return order.map_with_index(place).random_map(draw)
 
 
 def _begin(rng: np.random.Generator, key: np.ndarray) -> np.random.Generator:

@@ -133,26 +133,20 @@ def find_builder(name: str, data_dir: str) -> Any:
 def _unknown(name: str, data_dir: str | None) -> str:
     import tensorflow_datasets as tfds
 
-    stem = tfds_metadata.parse_name(name) or ''
+    shown = name if name.isprintable() else ascii(name)
+    text = f'dataset {shown} is neither a folder (seen from {pathlib.Path.cwd()}) nor'
+    stem = tfds_metadata.parse_name(name)
     if not stem:
-        shown = name if name.isprintable() else ascii(name)
-        return (
-            f'dataset {shown} is neither a folder (seen from {pathlib.Path.cwd()}) nor a name of '
-            'TFDS: those are NAME, NAME/CONFIG and NAME:1.2.3'
-        )
+        return f'{text} a name of TFDS: those are NAME, NAME/CONFIG and NAME:1.2.3'
     known = sorted(set(tfds.core.registered.list_imported_builders()))
     near = difflib.get_close_matches(stem, known, n=3, cutoff=0.7)
     prepared = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR, stem)
-    if stem and prepared.is_dir():
+    hint = 'https://www.tensorflow.org/datasets/catalog lists the sets.'
+    if prepared.is_dir():
         hint = f'{prepared} has: {", ".join(sorted(path.name for path in prepared.iterdir()))}'
     elif near:
         hint = f'did you mean {" or ".join(near)}?'
-    else:
-        hint = 'https://www.tensorflow.org/datasets/catalog lists the sets.'
-    return (
-        f'dataset {name} is neither a folder (seen from {pathlib.Path.cwd()}) nor a set that TFDS '
-        f'knows; {hint}'
-    )
+    return f'{text} a set that TFDS knows; {hint}'
 
 
 def check_features(name: str, features: Any) -> None:

@@ -157,13 +157,12 @@ def collect(
     return join(parts, len(source)), errors
 
 
-def compute(found: Outcomes, class_names: Sequence[str], *, bins: int = BINS) -> Metrics:
+def compute(found: Outcomes, class_names: Sequence[str]) -> Metrics:
     """Computes all metrics.
 
     Args:
       found: what became of each image.
       class_names: of the C classes, in label order.
-      bins: of confidence, see `Calibration`.
 
     Raises:
       UserError: there is not one image that could be read.
@@ -192,7 +191,7 @@ def compute(found: Outcomes, class_names: Sequence[str], *, bins: int = BINS) ->
         confusion=metrics.confusion_matrix(
             found.label[readable], predicted[readable], labels=labels
         ),
-        calibration=calibrate(found.confidence[readable], found.right[readable], bins=bins),
+        calibration=calibrate(found.confidence[readable], found.right[readable]),
     )
 
 
