@@ -294,7 +294,7 @@ def test_quickstart_trains_afresh_and_ends_with_the_accuracy(project):
     assert lines[-1] == f'test accuracy: {100 * accuracy:.1f} %'
     assert sum(line.startswith('  python ') for line in lines[-12:]) == 3
     with Image.open(run / 'predictions.png') as picture:
-        assert picture.size[0] > 1000
+        assert min(picture.size) > 800
     images = sorted((run / 'images').glob('*.png'))
     assert [image.name[0] for image in images] == list('0123456789')
     first = lines.index(f'runs/quickstart/images/{images[0].name}')

@@ -241,10 +241,10 @@ def test_a_mixer_has_no_attention(run, photos, tmp_path):
 
 
 def test_a_failure_leaves_nothing(model, photos, tmp_path, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(attention_output.pictures, 'save', full)
+    monkeypatch.setattr(attention_output.contact_sheet, 'save_figure', full)
     choice = attention_output.Choice(('positions',), (0,), (0,))
     with pytest.raises(UserError, match='cannot write .*No space left'):
         attention_output.write(

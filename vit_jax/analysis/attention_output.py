@@ -207,7 +207,7 @@ def write(
                 image_size=model.image_size,
                 title=f'Mean attention distance of the heads\n{title}',
             )
-            pictures.save(figure, part / 'attention_distance.png')
+            contact_sheet.save_figure(figure, part / 'attention_distance.png', dpi=100)
         if arrays:
             np.savez(part / ARRAYS, **arrays)
     return drawn, unreadable
@@ -240,14 +240,14 @@ def _draw_model(
             arrays |= {'filter_components': components, 'filter_variance_share': share}
             text = f'Principal components of the patch embedding filters\n{title}'
             figure = pictures.filters(components, share, title=text)
-            pictures.save(figure, part / 'patch_filters.png')
+            contact_sheet.save_figure(figure, part / 'patch_filters.png', dpi=100)
     if 'positions' in kinds:
         with _skipping(skip, 'position_similarity.png'):
             similarity = embeddings.position_similarity(model)
             arrays['position_similarity'] = similarity
             text = f'Similarity of position embeddings\n{title}'
             figure = pictures.positions(similarity, title=text)
-            pictures.save(figure, part / 'position_similarity.png')
+            contact_sheet.save_figure(figure, part / 'position_similarity.png', dpi=100)
     return arrays
 
 
@@ -285,14 +285,14 @@ def _draw_image(
         figure = pictures.class_token(
             image, found.class_token[0], choice.layers, choice.heads, title=f'{what}\n{title}'
         )
-        pictures.save(figure, folder / 'class_token.png')
+        contact_sheet.save_figure(figure, folder / 'class_token.png', dpi=100)
     if 'rollout' in choice.kinds:
         arrays['rollout'] = found.rollout[0]
         start = 'the class token' if cls else 'the mean of all tokens'
         shown = [(f'from {start}', 100 * found.rollout[0])]
         text = f'Attention rollout\n{title}'
         figure = pictures.overlays(image, shown, title=text, unit='% of the rollout')
-        pictures.save(figure, folder / 'rollout.png')
+        contact_sheet.save_figure(figure, folder / 'rollout.png', dpi=100)
     if 'relevance' in choice.kinds and probabilities is not None:
         labels = np.array(
             choice.classes or predict.choose_classes(probabilities, top_k=choice.top_k)
@@ -309,7 +309,7 @@ def _draw_image(
             title=f'Relevance for a class, gradient-weighted attention\n{title}',
             unit='relevance (no unit)',
         )
-        pictures.save(figure, folder / 'relevance.png')
+        contact_sheet.save_figure(figure, folder / 'relevance.png', dpi=100)
     np.savez(folder / ARRAYS, **arrays)
     return found, probabilities
 

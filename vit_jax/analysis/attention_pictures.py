@@ -5,8 +5,6 @@ and in their own aspect ratio: a map covers the whole image, see `attention.over
 """
 
 import math
-import os
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -21,14 +19,6 @@ LONGER_SIDE = 480  # of an image in a figure, pixels
 _SHEET = 1920  # of all maps of one figure together, the longer side
 _TILE = (48, 320)  # of one map: least and most
 _GAP = 4  # pixels between maps
-
-
-def save(figure: 'Figure', path: str | os.PathLike[str]) -> None:
-    """Writes a figure as PNG, 100 dots per inch."""
-    with warnings.catch_warnings():
-        # Characters that no font here has are drawn as boxes.
-        warnings.filterwarnings('ignore', message='Glyph .* missing from', category=UserWarning)
-        figure.savefig(path, format='png', dpi=100)
 
 
 def shrink(image: np.ndarray, longer_side: int = LONGER_SIDE) -> np.ndarray:

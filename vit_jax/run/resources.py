@@ -251,7 +251,7 @@ def _host_memory_left() -> int:
                 left.append(int(most) - int(pathlib.Path(group, used).read_text()))
         except OSError:
             continue
-    return max(0, min(left))
+    return max(0, min(left, default=0))
 
 
 def _waiting_batches(config: ml_collections.ConfigDict) -> int:
