@@ -166,13 +166,12 @@ def export(
 
     output = pathlib.Path(output)
     check(format, options, output)
+    model, notes = pytorch.drop_layers(model, options.drop)
     outputs = outputs_of(model, format, options)
     if format in ('onnx', 'stablehlo'):
         verify.check_outputs(model.model, outputs)
     chosen = verify.images_for(images) if verified else None
     say = console.print if console else lambda *_: None
-    model, notes = pytorch.drop_layers(model, options.drop)
-    report = None
     with files.atomic_group(output) as folder:
         made = folder / output.name
         notes += write(made, model, format, options)
@@ -186,7 +185,7 @@ def export(
             model,
             made,
             format=format,
-            outputs=outputs_of(model, format, options),
+            outputs=outputs,
             dtype=options.dtype,
             layout=options.layout,
             preprocessing=options.preprocessing,

@@ -20,7 +20,7 @@ from onnx import external_data_helper, helper
 import vit_jax
 from vit_jax import files, variants
 from vit_jax.errors import UserError
-from vit_jax.export import onnx_mixer, onnx_vit
+from vit_jax.export import onnx_models
 from vit_jax.export.onnx_graph import BATCH, FLOAT16, FLOAT32, IR_VERSIONS, UINT8, Graph
 
 if TYPE_CHECKING:
@@ -82,10 +82,7 @@ def build(
     config, params, side = model.model_config, model.params, model.image_size
     graph = Graph(opset, DTYPES[dtype])
     image = _image(graph, side, layout, preprocessing)
-    if variants.is_mixer(config):
-        values = onnx_mixer.build(graph, image, params, config, side)
-    else:
-        values = onnx_vit.build(graph, image, params, config, side, attention=attention)
+    values = onnx_models.build(graph, image, params, config, side, attention=attention)
     if values.logits:
         x = graph.softmax(values.logits, 'softmax') if output == 'probabilities' else values.logits
         graph.output(x, output, (BATCH, params['head']['bias'].shape[0]))

@@ -196,10 +196,10 @@ class Graph:
         inputs = [self.cast(x, FLOAT32), scale, bias]
         return self.op('LayerNormalization', inputs, name, axis=-1, epsilon=LAYER_NORM_EPSILON)
 
-    def dense(self, x: str, kernel: Any, bias: Any, name: str) -> str:
-        """Rows [R, D] to rows [R, F]: one Gemm, with kernel [D, F] and bias [F]."""
-        kernel = self.weight(f'{name}/kernel', kernel)
-        bias = self.weight(f'{name}/bias', bias)
+    def dense(self, x: str, params: Any, name: str) -> str:
+        """Rows [R, D] to rows [R, F]: one Gemm; `params` has kernel [D, F] and bias [F]."""
+        kernel = self.weight(f'{name}/kernel', params['kernel'])
+        bias = self.weight(f'{name}/bias', params['bias'])
         return self.op('Gemm', [self.cast(x, self.compute), kernel, bias], name)
 
     def matmul(self, x: str, y: str, name: str) -> str:
@@ -230,11 +230,8 @@ class Graph:
 
     def mlp(self, x: str, params: Any, name: str) -> str:
         """Two dense layers with GELU between them, on rows [R, D]."""
-        for layer in ('Dense_0', 'Dense_1'):
-            x = self.dense(x, params[layer]['kernel'], params[layer]['bias'], f'{name}/{layer}')
-            if layer == 'Dense_0':
-                x = self.gelu(x, f'{name}/gelu')
-        return x
+        x = self.gelu(self.dense(x, params['Dense_0'], f'{name}/Dense_0'), f'{name}/gelu')
+        return self.dense(x, params['Dense_1'], f'{name}/Dense_1')
 
     def patches(
         self, x: str, params: Any, patch: tuple[int, int], shape: tuple[str, int, int], name: str

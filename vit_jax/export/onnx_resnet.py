@@ -18,13 +18,7 @@ _Tree = Mapping[str, Any]
 
 
 def backbone(
-    graph: Graph,
-    images: str,
-    params: _Tree,
-    side: int,
-    *,
-    num_layers: Sequence[int],
-    width_factor: float = 1,
+    graph: Graph, images: str, params: _Tree, side: int, num_layers: Sequence[int]
 ) -> tuple[str, int]:
     """Adds the ResNet: images [B, 3, side, side] to features [B, F, h, h].
 
@@ -34,17 +28,15 @@ def backbone(
         params: of the hybrid, in which 'conv_root', 'gn_root', 'block1', ... lie at the top.
         side: of the image, pixels.
         num_layers: units of each stage.
-        width_factor: channels are 64 times this after the root.
 
     Returns:
         The features, and their side h.
     """
-    del width_factor  # the kernels' shapes tell
     x, side = _conv(graph, images, params['conv_root'], side, 2, 'conv_root')
     x = _group_norm(graph, x, params['gn_root'], side, 'gn_root', relu=True)
     # Padding of a maximum is minus infinity, in XLA and in ONNX.
     pads, side = _same(side, 3, 2)
-    x = graph.op('MaxPool', [x], 'max_pool', kernel_shape=(3, 3), strides=(2, 2), pads=_both(pads))
+    x = graph.op('MaxPool', [x], 'max_pool', kernel_shape=(3, 3), strides=(2, 2), pads=pads)
     for stage, units in enumerate(num_layers):
         for unit in range(units):
             name = f'block{stage + 1}/unit{unit + 1}'
@@ -80,23 +72,18 @@ def _conv(
     kernel = kernel - kernel.mean((0, 1, 2), keepdims=True)
     kernel /= kernel.std((0, 1, 2), keepdims=True) + STANDARDISATION_EPSILON
     pads, out = _same(side, kernel.shape[0], stride)
-    x = graph.conv(x, kernel, name, strides=(stride, stride), pads=_both(pads))
-    return x, out
+    return graph.conv(x, kernel, name, strides=(stride, stride), pads=pads), out
 
 
-def _same(side: int, size: int, stride: int) -> tuple[tuple[int, int], int]:
-    """'SAME' padding as XLA has it, (before, after), where an odd one is the last; and the output.
+def _same(side: int, size: int, stride: int) -> tuple[tuple[int, int, int, int], int]:
+    """XLA's 'SAME' padding (top, left, bottom, right; an odd one is the last); and the output.
 
     With a stride it depends on the size of the image, so that PyTorch's fixed padding is another.
     """
     out = -(-side // stride)
     total = max((out - 1) * stride + size - side, 0)
-    return (total // 2, total - total // 2), out
-
-
-def _both(pads: tuple[int, int]) -> tuple[int, int, int, int]:
-    """The same padding for both axes: top, left, bottom, right."""
-    return pads[0], pads[0], pads[1], pads[1]
+    before, after = total // 2, total - total // 2
+    return (before, before, after, after), out
 
 
 def _group_norm(

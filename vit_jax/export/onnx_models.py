@@ -1,8 +1,8 @@
-"""The Vision Transformer as an ONNX graph: plain, hybrid and distilled (DeiT).
+"""The models as ONNX graphs: Vision Transformer, hybrid, DeiT and MLP-Mixer.
 
-What `vit_jax.models.vit` computes, with what needs no work at run time done beforehand: the class
-token and the position embeddings are one constant, the projections to queries, keys and values are
-one matrix, and the factor of the attention scores is part of it.
+What `vit_jax.models.vit` and `vit_jax.models.mixer` compute, with what needs no work at run time
+done beforehand: the class token and the position embeddings are one constant, the projections to
+queries, keys and values are one matrix, and the factor of the attention scores is part of it.
 
 Shapes: B batch, N tokens, D width, H heads, K head size (D / H), C classes.
 """
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax import variants
 from vit_jax.export import onnx_resnet
 from vit_jax.export.onnx_graph import BATCH, FLOAT32, ROWS, Graph
 
@@ -53,17 +54,19 @@ class _Sizes:
 def build(
     graph: Graph, image: str, params: _Tree, config: _Tree, side: int, *, attention: bool = False
 ) -> Values:
-    """Adds a Vision Transformer to a graph.
+    """Adds a model to a graph.
 
     Args:
         graph: where to.
         image: [B, 3, side, side] in [-1, 1].
-        params: of `models.VisionTransformer`.
+        params: of `models.VisionTransformer` or `models.MlpMixer`.
         config: its arguments; the classifier is 'token' or 'gap'.
         side: of the image, pixels.
         attention: whether the attention weights are needed. If not, the last block of a model that
             reads only its class token computes no other.
     """
+    if variants.is_mixer(config):
+        return _mixer(graph, image, params, config, side)
     front: tuple[str, ...] = ('cls', 'dist') if config.get('distilled') else ('cls',)
     if config.get('classifier', 'token') != 'token':
         front = ()
@@ -86,7 +89,44 @@ def build(
     if not front:
         x = graph.reshape(x, (BATCH, num_tokens, sizes.width), 'tokens')
         x = graph.mean(x, 1, 'mean_of_tokens')
-    return Values(*classify(graph, x, params), num_tokens, weights)
+    return Values(*_classify(graph, x, params), num_tokens, weights)
+
+
+def _mixer(graph: Graph, image: str, params: _Tree, config: _Tree, side: int) -> Values:
+    patch = tuple(config['patches']['size'])
+    num_tokens = side // patch[0] * (side // patch[1])
+    shape = (BATCH, num_tokens, config['hidden_dim'])
+    x = graph.patches(image, params['stem'], patch, shape, 'stem')
+    x = graph.reshape(x, (ROWS, shape[2]), 'rows')
+    for i in range(config['num_blocks']):
+        name, layers = f'MixerBlock_{i}', params[f'MixerBlock_{i}']
+        y = graph.layer_norm(x, layers['LayerNorm_0'], f'{name}/LayerNorm_0')
+        y = graph.reshape(y, shape, f'{name}/token_mixing/tokens')
+        y = _token_mixing(graph, y, layers['token_mixing'], f'{name}/token_mixing')
+        y = graph.reshape(y, (ROWS, shape[2]), f'{name}/token_mixing/rows')
+        x = graph.add(x, y, f'{name}/tokens_mlp')
+        y = graph.layer_norm(x, layers['LayerNorm_1'], f'{name}/LayerNorm_1')
+        y = graph.mlp(y, layers['channel_mixing'], f'{name}/channel_mixing')
+        x = graph.add(x, y, f'{name}/channels_mlp')
+    x = graph.layer_norm(x, params['pre_head_layer_norm'], 'pre_head_layer_norm')
+    x = graph.mean(graph.reshape(x, shape, 'tokens'), 1, 'mean_of_tokens')
+    return Values(*_classify(graph, x, params), num_tokens, [])
+
+
+def _token_mixing(graph: Graph, x: str, params: _Tree, name: str) -> str:
+    """The MLP over the tokens of [B, N, D].
+
+    The kernels stand on the left, transposed, so that the tokens need not be.
+    """
+    for layer in ('Dense_0', 'Dense_1'):
+        kernel = graph.weight(f'{name}/{layer}/kernel', np.asarray(params[layer]['kernel']).T)
+        bias = graph.weight(f'{name}/{layer}/bias', np.asarray(params[layer]['bias'])[:, None])
+        x = graph.matmul(kernel, x, f'{name}/{layer}/product')
+        x = graph.op('Add', [x, bias], f'{name}/{layer}')
+        if layer == 'Dense_0':
+            x = graph.gelu(x, f'{name}/gelu')
+            x = graph.cast(x, graph.compute)
+    return x
 
 
 def _embed(
@@ -100,7 +140,8 @@ def _embed(
     """Images [B, 3, side, side] to the encoder's input, rows [B * N, D]; and N."""
     x, width = image, config['hidden_size']
     if config.get('resnet'):
-        x, side = onnx_resnet.backbone(graph, x, params, side, **config['resnet'])
+        num_layers = config['resnet']['num_layers']
+        x, side = onnx_resnet.backbone(graph, x, params, side, num_layers)
     patch = tuple(config['patches']['size'])
     grid = side // patch[0] * (side // patch[1])
     num_tokens = len(token_names) + grid
@@ -165,7 +206,7 @@ def _attention(
     def project(x: str, tokens: int, *names: str) -> list[str]:
         """Rows [B * tokens, D] to as many [B, H, tokens, K] as there are names."""
         path = f'{name}/{"_".join(names)}'
-        x = graph.dense(x, *_projections(params, names, sizes), path)
+        x = graph.dense(x, _projections(params, names, sizes), path)
         shape = (BATCH, tokens, len(names) * sizes.heads, sizes.head_size)
         x = graph.transpose(
             graph.reshape(x, shape, f'{path}/heads'), (0, 2, 1, 3), f'{path}/heads_first'
@@ -186,12 +227,11 @@ def _attention(
     first = f'{read}*{BATCH}' if read > 1 else BATCH if read else ROWS
     x = graph.reshape(x, (first, sizes.width), f'{name}/rows')
     kernel = np.asarray(params['out']['kernel']).reshape(sizes.width, sizes.width)
-    return graph.dense(x, kernel, params['out']['bias'], f'{name}/out'), weights
+    layer = {'kernel': kernel, 'bias': params['out']['bias']}
+    return graph.dense(x, layer, f'{name}/out'), weights
 
 
-def _projections(
-    params: _Tree, names: Sequence[str], sizes: _Sizes
-) -> tuple[np.ndarray, np.ndarray]:
+def _projections(params: _Tree, names: Sequence[str], sizes: _Sizes) -> dict[str, np.ndarray]:
     """Kernels side by side [D, names * D], and biases, float64; queries with the factor of scores.
 
     In float64, so that the factor adds one rounding and no more.
@@ -202,21 +242,20 @@ def _projections(
         kernel, bias = np.asarray(params[name]['kernel']), np.asarray(params[name]['bias'])
         kernels.append(kernel.reshape(sizes.width, sizes.width) * factor)
         biases.append(bias.reshape(sizes.width) * factor)
-    return np.concatenate(kernels, axis=1), np.concatenate(biases)
+    return {'kernel': np.concatenate(kernels, axis=1), 'bias': np.concatenate(biases)}
 
 
-def classify(graph: Graph, x: str, params: _Tree) -> tuple[str, str | None]:
+def _classify(graph: Graph, x: str, params: _Tree) -> tuple[str, str | None]:
     """Normalised class token, or mean of the tokens, [B, D], to features and logits."""
-
-    def dense(x: str, name: str) -> str:
-        return graph.dense(x, params[name]['kernel'], params[name]['bias'], name)
-
     if 'pre_logits' in params:
-        x = graph.op('Tanh', [dense(x, 'pre_logits')], 'pre_logits/tanh')
+        x = graph.op(
+            'Tanh', [graph.dense(x, params['pre_logits'], 'pre_logits')], 'pre_logits/tanh'
+        )
     features = x
     if 'head_hidden' in params:
-        x = graph.op('Relu', [dense(x, 'head_hidden')], 'head_hidden/relu')
-    return features, dense(x, 'head') if 'head' in params else None
+        x = graph.dense(x, params['head_hidden'], 'head_hidden')
+        x = graph.op('Relu', [x], 'head_hidden/relu')
+    return features, graph.dense(x, params['head'], 'head') if 'head' in params else None
 
 
 def _classify_distilled(graph: Graph, x: str, params: _Tree) -> tuple[str, str | None]:
@@ -233,4 +272,4 @@ def _classify_distilled(graph: Graph, x: str, params: _Tree) -> tuple[str, str |
     kernel = np.concatenate([np.asarray(head['kernel']) for head in heads]) * np.float32(0.5)
     bias = sum(np.asarray(head['bias']) for head in heads) * np.float32(0.5)
     x = graph.reshape(x, (BATCH, 2 * width), 'pre_logits/side_by_side')
-    return features, graph.dense(x, kernel, bias, 'head')
+    return features, graph.dense(x, {'kernel': kernel, 'bias': bias}, 'head')
