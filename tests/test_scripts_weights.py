@@ -1,7 +1,6 @@
 """scripts/inspect_checkpoint.py and scripts/list_models.py, and what they look things up in."""
 
 import functools
-import importlib
 import json
 import pathlib
 import re
@@ -16,20 +15,17 @@ from vit_jax.checkpoint import catalog, inspection, npz
 from vit_jax.errors import UserError
 from vit_jax.inference import model_folder
 
-ROOT = pathlib.Path(__file__).parents[1]
 FIXTURES = pathlib.Path(__file__).parent / 'fixtures' / 'conformance'
 
 
 @pytest.fixture
-def script(monkeypatch, capsys):
+def script(monkeypatch, run_script):
     """Runs a script in this process: (exit status, standard output, standard error)."""
-    monkeypatch.syspath_prepend(str(ROOT / 'scripts'))
+    monkeypatch.setattr('signal.signal', lambda *_: None)  # for the script's own process only
 
     def run(name, *words):
-        monkeypatch.setattr('sys.argv', [f'{name}.py', *map(str, words)])
-        monkeypatch.setattr('signal.signal', lambda *_: None)  # for the script's own process only
-        status = importlib.import_module(name).main()
-        return status, *capsys.readouterr()
+        done = run_script(f'{name}.py', *words)
+        return done.returncode, done.stdout, done.stderr
 
     return run
 
