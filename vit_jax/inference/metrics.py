@@ -1,6 +1,6 @@
-"""How well a classifier does on labelled images: overall, class by class, and how it is calibrated.
+"""Metrics of a classifier on labelled images: overall, of each class, and its calibration.
 
-`vit_jax.evaluate` tells what became of each image, in training, too; this is the richer account.
+They are computed from the outcome of each image, see `vit_jax.evaluate`.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ BINS = 15  # of confidence; the number used by Guo et al. (2017)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Calibration:
-    """How often a model is right when it says it is so sure.
+    """How often a model is right at each confidence.
 
     Confidence is the probability of the predicted class. Bin i holds the images with a confidence
     in (i / bins, (i + 1) / bins], the first one 0 as well.
@@ -44,7 +44,7 @@ class Calibration:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Metrics:
-    """The account of an evaluation of N images and C classes.
+    """Metrics of N images and C classes.
 
     Images that could not be read count in N and in `support`, and are never right; they are not in
     `loss`, `confusion`, `calibration`.
@@ -87,26 +87,20 @@ class Metrics:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON; NaN becomes None."""
+        shares = ('precision', 'recall', 'f1')
+        columns = {name: _plain(getattr(self, name)) for name in (*shares, 'support')}
         calibration, bins = self.calibration, len(self.calibration.count)
-        per_class = zip(
-            self.class_names,
-            *map(_plain, (self.precision, self.recall, self.f1, self.support)),
-            strict=True,
-        )
+        binned = map(_plain, (calibration.count, calibration.accuracy, calibration.confidence))
         return {
             'images': self.count,
             'unreadable': self.unreadable,
             'accuracy': self.accuracy,
             'accuracy_top5': self.accuracy_top5,
             'loss': None if np.isnan(self.loss) else self.loss,
-            'macro': {
-                'precision': self.macro(self.precision),
-                'recall': self.macro(self.recall),
-                'f1': self.macro(self.f1),
-            },
+            'macro': {name: self.macro(getattr(self, name)) for name in shares},
             'classes': [
-                {'class': name, 'precision': p, 'recall': r, 'f1': f1, 'support': support}
-                for name, p, r, f1, support in per_class
+                {'class': name} | {column: values[i] for column, values in columns.items()}
+                for i, name in enumerate(self.class_names)
             ],
             'confusion': {'rows': 'true', 'columns': 'predicted', 'counts': _plain(self.confusion)},
             'calibration': {
@@ -115,9 +109,7 @@ class Metrics:
                 'bins': [
                     {'from': i / bins, 'to': (i + 1) / bins, 'images': n, 'accuracy': a,
                      'confidence': c}
-                    for i, (n, a, c) in enumerate(zip(
-                        _plain(calibration.count), _plain(calibration.accuracy),
-                        _plain(calibration.confidence), strict=True))
+                    for i, (n, a, c) in enumerate(zip(*binned, strict=True))
                 ],
             },
         }  # fmt: skip
@@ -131,7 +123,7 @@ def collect(
     batch: int = 32,
     advance: Callable[[int], None] = lambda images: None,
 ) -> tuple[Outcomes, list[BadImageError]]:
-    """What becomes of each example of a source.
+    """Runs a classifier on each example of a source.
 
     Args:
       classifier: of `classifier.open_classifier`.
