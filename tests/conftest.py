@@ -118,3 +118,57 @@ def run_script(monkeypatch, capsys):
         return subprocess.CompletedProcess(sys.argv, status, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture(scope='session')
+def tiny_model():
+    """Makes models of one small layer, for images of 16 x 16, with random weights, the head's too:
+    every image gets its own answer.
+    """
+    import jax
+    import numpy as np
+
+    from vit_jax import models
+    from vit_jax.data.preprocess import Preprocess
+    from vit_jax.inference import model_folder
+
+    config = {
+        'model_name': None,
+        'patches': {'size': (8, 8)},
+        'hidden_size': 8,
+        'transformer': {
+            'mlp_dim': 16,
+            'num_heads': 2,
+            'num_layers': 1,
+            'attention_dropout_rate': 0.0,
+            'dropout_rate': 0.0,
+        },
+        'classifier': 'token',
+        'representation_size': None,
+    }
+
+    def make(class_names, source=None, folder=None) -> model_folder.Model:
+        """Also writes its model folder, if `folder` says where."""
+        module = models.from_config(config, num_classes=len(class_names))
+        image = np.zeros((1, 16, 16, 3), np.float32)
+        shapes = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False), image)
+        rng = np.random.default_rng(0)
+        params = jax.tree.map(
+            lambda x: rng.normal(0, 0.5, x.shape).astype(np.float32), shapes['params']
+        )
+        model = model_folder.Model(
+            module, params, config, 16, tuple(class_names), Preprocess(crop=16), source or {}
+        )
+        if folder:
+            model_folder.save(
+                folder,
+                params,
+                model_config=config,
+                image_size=16,
+                class_names=class_names,
+                preprocess=model.preprocess.to_dict(),
+                source=model.source,
+            )
+        return model
+
+    return make

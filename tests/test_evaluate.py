@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax import evaluate, models, sharding, steps
+from vit_jax import evaluate, sharding, steps
 from vit_jax.data import sources
 from vit_jax.data.batches import eval_batches
 from vit_jax.data.dataset import Example
@@ -16,7 +16,7 @@ from vit_jax.data.decode import BadImageError
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.export import verify
-from vit_jax.inference import metrics, model_folder, predict
+from vit_jax.inference import metrics, predict
 from vit_jax.inference.classifier import JaxClassifier, classify, softmax
 
 
@@ -141,12 +141,8 @@ def test_an_evaluation_can_be_stopped():
     assert len(asked) == 2
 
 
-def test_one_image_takes_the_same_way_everywhere(tmp_path, monkeypatch):
+def test_one_image_takes_the_same_way_everywhere(tiny_model, tmp_path, monkeypatch):
     """Training's evaluation, evaluate, predict and verify: the same pixels, the same answer."""
-    config = {
-        'model_name': None, 'patches': {'size': (8, 8)}, 'hidden_size': 8, 'classifier': 'token',
-        'transformer': {'mlp_dim': 16, 'num_heads': 2, 'num_layers': 1},
-    }  # fmt: skip
     files = []
     kinds = [('JPEG', (40, 31)), ('PNG', (16, 50)), ('JPEG', (9, 9))]
     for number, (form, size) in enumerate(kinds):
@@ -158,16 +154,7 @@ def test_one_image_takes_the_same_way_everywhere(tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(file.getvalue())
         files.append(str(path))
-    module = models.from_config(config, num_classes=2)
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda x: rng.normal(0, 0.5, x.shape).astype(np.float32),
-        jax.eval_shape(
-            lambda x: module.init(jax.random.key(0), x, train=False),
-            np.zeros((1, 16, 16, 3), np.float32),
-        )['params'],
-    )
-    model = model_folder.Model(module, params, config, 16, ('a', 'b'), Preprocess(16), {})
+    model = tiny_model('ab')
     classifier, source = JaxClassifier(model), sources.open_dataset(str(tmp_path / 'photos'))
     source = source.select('train')
     row = {source[i].key: i for i in range(3)}
@@ -177,8 +164,8 @@ def test_one_image_takes_the_same_way_everywhere(tmp_path, monkeypatch):
         sharding, 'put_batch', lambda data, mesh: put(seen.append(data) or data, mesh)
     )
     mesh = sharding.create_mesh(1, jax.devices()[:1])
-    step = steps.make_eval_step(module, mesh, sharding.replicated(mesh))
-    trained, _ = evaluate.evaluate(step, params, source, model.preprocess, mesh, batch=3)
+    step = steps.make_eval_step(model.model, mesh, sharding.replicated(mesh))
+    trained, _ = evaluate.evaluate(step, model.params, source, model.preprocess, mesh, batch=3)
     ((data, logits),) = classify(classifier, source, batch=3, on_bad=None)
     found, _ = metrics.collect(classifier, source, model_labels=(0, 1), batch=3)
     assert np.array_equal(data['image'], seen[0]['image'])

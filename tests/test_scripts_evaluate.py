@@ -1,12 +1,9 @@
 """scripts/evaluate.py and what it is made of: metrics, pictures, tables."""
 
-import importlib.util
 import json
 import os
 import pathlib
-import sys
 
-import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
@@ -14,9 +11,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from vit_jax import evaluate as training_evaluation
-from vit_jax import models, sharding, steps
+from vit_jax import sharding, steps
 from vit_jax.data import sources
-from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.evaluate import Outcomes
 from vit_jax.export import onnx
@@ -25,32 +21,10 @@ from vit_jax.inference import metrics as metrics_lib
 
 SCRIPT = pathlib.Path(__file__).resolve().parent.parent / 'scripts' / 'evaluate.py'
 CLASSES = ('aster', 'daisy', 'iris', 'lily', 'poppy', 'rose', 'tulip')
-MODEL_CONFIG = {
-    'model_name': None,
-    'patches': {'size': (8, 8)},
-    'hidden_size': 8,
-    'transformer': {
-        'mlp_dim': 16,
-        'num_heads': 2,
-        'num_layers': 1,
-        'attention_dropout_rate': 0.0,
-        'dropout_rate': 0.0,
-    },
-    'classifier': 'token',
-    'representation_size': None,
-}
-
-
-def random_params(module):
-    image = np.zeros((1, 16, 16, 3), np.float32)
-    shapes = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False), image)
-    leaves, tree = jax.tree.flatten(shapes['params'])
-    rng = np.random.default_rng(0)
-    return tree.unflatten([rng.normal(0, 0.5, leaf.shape).astype(np.float32) for leaf in leaves])
 
 
 @pytest.fixture(scope='module')
-def run(tmp_path_factory):
+def run(tiny_model, tmp_path_factory):
     """`photos/{train,test}/CLASS`, a model folder and ONNX files of the same model."""
     root = tmp_path_factory.mktemp('run')
     rng = np.random.default_rng(3)
@@ -61,37 +35,21 @@ def run(tmp_path_factory):
             for i in range(3 if split == 'test' else 1):
                 pixels = rng.integers(0, 255 - 20 * label, (18, 20, 3), np.uint8)
                 Image.fromarray(pixels).save(folder / f'{i}.png')
-    module = models.from_config(MODEL_CONFIG, num_classes=len(CLASSES))
-    model_folder.save(
-        root / 'model',
-        random_params(module),
-        model_config=MODEL_CONFIG,
-        image_size=16,
-        class_names=CLASSES,
-        preprocess=Preprocess(crop=16).to_dict(),
-        source={'dataset': str(root / 'photos'), 'train': 'train', 'test': 'test'},
-    )
-    onnx.save(onnx.build(model_folder.load(root / 'model')), root / 'model.onnx')
+    source = {'dataset': str(root / 'photos'), 'train': 'train', 'test': 'test'}
+    model = tiny_model(CLASSES, source, root / 'model')
+    onnx.save(onnx.build(model), root / 'model.onnx')
     return root
 
 
 @pytest.fixture
-def main(monkeypatch, capsys):
+def main(run_script):
     """Runs the command in this process: (status, stdout, stderr)."""
-    spec = importlib.util.spec_from_file_location('evaluate_script', SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
 
-    def call(*arguments):
-        monkeypatch.setattr(sys, 'argv', ['evaluate.py', *map(str, arguments)])
-        status = script.main()
-        return status, *capsys.readouterr()
+    def call(*words):
+        done = run_script('evaluate.py', *words)
+        return done.returncode, done.stdout, done.stderr
 
     return call
-
-
-def logits_for(probabilities):
-    return np.log(np.float32(probabilities))
 
 
 @pytest.fixture
@@ -107,10 +65,10 @@ def outcomes(logits, labels, readable):
 
 def test_metrics_by_hand():
     # Labels a, a, b, b, b and c that cannot be read; predicted a, b, b, b, a.
-    logits = logits_for(
+    logits = np.log(np.float32(
         [[0.7, 0.2, 0.1], [0.3, 0.6, 0.1], [0.2, 0.5, 0.3], [0.1, 0.9, 1e-9], [0.4, 0.3, 0.3],
          [0.2, 0.2, 0.6]]
-    )  # fmt: skip
+    ))  # fmt: skip
     wanted = np.array([0, 0, 1, 1, 1, 2])
     readable = np.array([True] * 5 + [False])
     found = metrics_lib.compute(outcomes(logits, wanted, readable), 'abc')
@@ -291,20 +249,10 @@ def test_weights_do_not_tell_the_dataset_nor_the_names(run, main):
     assert status == 1 and 'the model has 7 classes without names' in err
 
 
-def test_split_is_the_one_that_training_holds_out(main, tmp_path, caplog):
+def test_split_is_the_one_that_training_holds_out(main, tiny_model, tmp_path, caplog):
     """On digits that is a fifth of them, as configs/datasets.py says."""
-    module = models.from_config(MODEL_CONFIG, num_classes=10)
     path = tmp_path / 'digits.onnx'
-    model = model_folder.Model(
-        module,
-        random_params(module),
-        MODEL_CONFIG,
-        16,
-        labels.numbered(10),
-        Preprocess(crop=16),
-        {},
-    )
-    onnx.save(onnx.build(model), path)
+    onnx.save(onnx.build(tiny_model(labels.numbered(10))), path)
     status, out, _ = main('--model', path, '--dataset', 'digits')
     out = ' '.join(out.split())
     assert status == 0 and f'{path} on digits train[80%:] (359 examples)' in out

@@ -7,33 +7,17 @@ import re
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax import models
-from vit_jax.data.preprocess import Preprocess, resize_bilinear
+from vit_jax.data.preprocess import resize_bilinear
 from vit_jax.export import onnx
-from vit_jax.inference import classifier, labels, model_folder, predict
+from vit_jax.inference import classifier, labels, predict
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / 'docs' / 'serving' / 'classify.py'
 CLASSES = ('dandelion', 'daisy', 'tulips', 'sunflowers', 'roses')
-MODEL_CONFIG = {
-    'model_name': None,
-    'patches': {'size': (8, 8)},
-    'hidden_size': 8,
-    'transformer': {
-        'mlp_dim': 16,
-        'num_heads': 2,
-        'num_layers': 1,
-        'attention_dropout_rate': 0.0,
-        'dropout_rate': 0.0,
-    },
-    'classifier': 'token',
-    'representation_size': None,
-}
 
 
 def load(path):
@@ -49,16 +33,8 @@ def example():
 
 
 @pytest.fixture(scope='module')
-def model():
-    module = models.from_config(MODEL_CONFIG, num_classes=len(CLASSES))
-    image = np.zeros((1, 16, 16, 3), np.float32)
-    shapes = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False), image)
-    leaves, tree = jax.tree.flatten(shapes['params'])
-    rng = np.random.default_rng(0)
-    params = tree.unflatten([rng.normal(0, 0.5, leaf.shape).astype(np.float32) for leaf in leaves])
-    return model_folder.Model(
-        module, params, MODEL_CONFIG, 16, CLASSES, Preprocess(crop=16), {}
-    )  # fmt: skip
+def model(tiny_model):
+    return tiny_model(CLASSES)
 
 
 @pytest.fixture

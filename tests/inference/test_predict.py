@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -27,41 +26,12 @@ from vit_jax.inference.classifier import classify
 
 SCRIPT = pathlib.Path(__file__).resolve().parents[2] / 'scripts' / 'predict.py'
 CLASSES = ('daisy', 'sunflower', 'Tulpe à fleurs')
-MODEL_CONFIG = {
-    'model_name': 'ViT-tiny',
-    'patches': {'size': (8, 8)},
-    'hidden_size': 8,
-    'transformer': {
-        'mlp_dim': 16,
-        'num_heads': 2,
-        'num_layers': 1,
-        'attention_dropout_rate': 0.0,
-        'dropout_rate': 0.0,
-    },
-    'classifier': 'token',
-    'representation_size': None,
-}
 
 
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    """A model folder with random weights, the head's too: every image gets its own answer."""
-    model = models.from_config(MODEL_CONFIG, num_classes=len(CLASSES))
-    image = np.zeros((1, 16, 16, 3), np.float32)
-    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)
-    leaves, tree = jax.tree.flatten(shapes['params'])
-    rng = np.random.default_rng(0)
-    params = tree.unflatten([rng.normal(0, 0.5, leaf.shape).astype(np.float32) for leaf in leaves])
+def folder(tiny_model, tmp_path_factory):
     path = tmp_path_factory.mktemp('run') / 'model'
-    model_folder.save(
-        path,
-        params,
-        model_config=MODEL_CONFIG,
-        image_size=16,
-        class_names=CLASSES,
-        preprocess=Preprocess(crop=16).to_dict(),
-        source={'dataset': 'made up'},
-    )
+    tiny_model(CLASSES, {'dataset': 'made up'}, path)
     return path
 
 
@@ -221,7 +191,7 @@ def test_batch_must_be_positive(model):
 
 
 def test_models_without_one_vector_of_scores_are_refused(model, images):
-    config = {**MODEL_CONFIG, 'classifier': 'token_unpooled'}
+    config = {**model.model_config, 'classifier': 'token_unpooled'}
     unpooled = with_module(model, models.from_config(config, num_classes=len(CLASSES)))
     with pytest.raises(UserError, match='not a score for each of its 3 classes'):
         list(predict.predict(unpooled, [images / 'single.png']))
@@ -562,7 +532,7 @@ def test_mistakes_are_told_in_one_line(main, exported, images, arguments, messag
 def test_many_classes_show_the_best(main, model, images, monkeypatch):
     wide = dataclasses.replace(
         model,
-        model=models.from_config(MODEL_CONFIG, num_classes=1000),
+        model=models.from_config(model.model_config, num_classes=1000),
         params={
             **model.params,
             'head': {
