@@ -71,11 +71,11 @@ def check(
     if not path.exists():  # a released name, whose file was downloaded
         path = pathlib.Path(opened.source['file'])
     weights, reader = _reference_weights(path, opened)
-    folder = path if _is_transformers_folder(path) and not perturb else None
-    if folder is not None:
-        reader = "by transformers' own from_pretrained"
+    folder = None
     if perturb:
         weights = _perturb(weights, perturb)
+    elif _is_transformers_folder(path):
+        folder, reader = path, "by transformers' own from_pretrained"
     zero_head = compare.zero_head(opened.params)
     name = opened.model_config.get('model_name')
     count = sum(leaf.size for leaf in jax.tree.leaves(opened.params))
@@ -103,20 +103,12 @@ def check(
             erf = _runner(make, 'erf', torch.float32)
         except (KeyError, ValueError, RuntimeError) as e:
             raise UserError(f'{path}: {title} cannot be built with these weights: {e}') from e
-        rows, erf_difference = _compare(batches(), (ours, theirs, ours64, theirs64), erf)
+        rows, erf_differences = _compare(batches(), (ours, theirs, ours64, theirs64), erf)
         verdict = compare.parity_verdict(rows, zero_head=zero_head, tolerance=tolerance)
-        say(_table(rows))
-        say(_erf_line(verdict, erf_difference[verdict.output]))
-        say(verdict)
-        results.append(
-            {
-                'name': title,
-                'passed': verdict.passed,
-                'verdict': dataclasses.asdict(verdict) | {'text': str(verdict)},
-                'rows': {key: row.to_dict() for key, row in rows.items()},
-                'erf_gelu': erf_difference[verdict.output].to_dict(),
-            }
-        )
+        erf_difference = erf_differences[verdict.output]
+        for line in (_table(rows), _erf_line(verdict, erf_difference), verdict):
+            say(line)
+        results.append(_result(title, verdict, rows, erf_difference))
     return {
         'model': str(path),
         'variant': name,
@@ -128,6 +120,22 @@ def check(
         'zero_head': zero_head,
         'references': results,
         'passed': all(result['passed'] for result in results),
+    }
+
+
+def _result(
+    title: str,
+    verdict: compare.Verdict,
+    rows: Mapping[str, compare.ParityRow],
+    erf: compare.Difference,
+) -> dict[str, Any]:
+    """The comparison with one reference, as JSON."""
+    return {
+        'name': title,
+        'passed': verdict.passed,
+        'verdict': dataclasses.asdict(verdict) | {'text': str(verdict)},
+        'rows': {key: row.to_dict() for key, row in rows.items()},
+        'erf_gelu': erf.to_dict(),
     }
 
 

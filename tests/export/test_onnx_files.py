@@ -155,12 +155,12 @@ def test_int8_of_what_it_cannot_be_made_of(case, tmp_path):
     assert os.listdir(tmp_path) == ['x.onnx']
 
 
-def test_benchmark_errors(command, tmp_path):
-    done = command('scripts/benchmark_export.py', '--variant', 'ViT-Q_16')
+def test_benchmark_errors(run_script, tmp_path):
+    done = run_script('benchmark_export.py', '--variant', 'ViT-Q_16')
     assert done.returncode == 1
     assert done.stderr.startswith("benchmark_export.py: unknown model 'ViT-Q_16'")
     assert done.stderr.count('\n') == 1
-    done = command('scripts/benchmark_export.py', '--output', tmp_path / 'nowhere' / 'x.json')
+    done = run_script('benchmark_export.py', '--output', tmp_path / 'nowhere' / 'x.json')
     assert done.returncode == 1
     assert 'the folder of' in done.stderr and done.stderr.count('\n') == 1
 
