@@ -144,10 +144,10 @@ class Ours(Pipeline):
 
     def stream(self, workers: int) -> Iterator[Any]:
         """See `Pipeline.stream`."""
-        memory = reader.ImageCache(64 << 30) if self.cache else None
+        cache = reader.ImageCache(64 << 30) if self.cache else None
         source = (Sleeping if self.simulated else predict.Images)(self.files)
         batches = loader.BatchLoader(
-            reader.Reader(source, memory),
+            reader.Reader(source, cache),
             self._settings,
             batch=self.size,
             seed=0,

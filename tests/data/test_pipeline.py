@@ -37,7 +37,7 @@ class Squares:
         return Example(image, index % 2, f'square/{index}')
 
 
-def views(batch):
+def pixels_by_example(batch):
     """The pixels of each example, by its index."""
     return dict(zip(batch['example'].tolist(), batch['image'], strict=True))
 
@@ -70,13 +70,13 @@ def test_seeds_differ_and_repeat():
 
     assert equal(first(0), first(0))
     assert not np.array_equal(first(0)['example'], first(1)['example'])
-    by_example = [views(first(seed)) for seed in (0, 1)]
+    by_example = [pixels_by_example(first(seed)) for seed in (0, 1)]
     assert sum(np.array_equal(by_example[0][i], by_example[1][i]) for i in range(50)) <= 2
 
 
 def test_crops_differ_between_epochs():
     dataset = loader.BatchLoader(Squares(10), PP, batch=10, seed=0)
-    epochs = [views(dataset[step]) for step in (0, 1)]
+    epochs = [pixels_by_example(dataset[step]) for step in (0, 1)]
     assert not any(np.array_equal(epochs[0][i], epochs[1][i]) for i in range(10))
 
 
@@ -396,13 +396,13 @@ def test_approximate_pixels_of_the_same_crops(monkeypatch, options, mean, most):
         return drawn[-1][-1]
 
     monkeypatch.setattr(Preprocess, 'draw_box', note)
-    pp, batches, views = Preprocess(**options), {}, {}
+    pp, batches, boxes = Preprocess(**options), {}, {}
     for exact in (True, False):
         dataset = loader.BatchLoader(Photos(), pp, batch=12, seed=5, exact=exact)
         drawn.clear()
         batches[exact] = [dataset[step] for step in (0, 1)]
-        views[exact] = list(drawn)
-    assert views[True] == views[False] and len(drawn) == 24
+        boxes[exact] = list(drawn)
+    assert boxes[True] == boxes[False] and len(drawn) == 24
     differences = []
     for exact, other in zip(batches[True], batches[False], strict=True):
         assert other['image'].dtype == np.uint8 and other['image'].shape == exact['image'].shape

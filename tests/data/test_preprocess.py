@@ -135,12 +135,12 @@ def test_without_inception_crop():
     rng = np.random.default_rng(0)
     seen = set()
     for _ in range(100):
-        view = pp.train(image, rng)
+        seen_part = pp.train(image, rng)
         places = [
             (y, x)
             for y in range(3)
             for x in range(3)
-            if np.array_equal(view, squashed[y : y + 24, x : x + 24])
+            if np.array_equal(seen_part, squashed[y : y + 24, x : x + 24])
         ]
         assert len(places) == 1
         seen.update(places)
@@ -164,7 +164,7 @@ def test_results_can_be_written_in_place(options):
 
 @pytest.mark.parametrize('k', [1, 2, 4, 8])
 @pytest.mark.parametrize(('height', 'width'), [(301, 406), (400, 296)])
-def test_a_view_of_a_reduced_image_is_in_the_same_place(k, height, width):
+def test_a_crop_of_a_reduced_image_is_in_the_same_place(k, height, width):
     """On a smooth image, where antialiasing makes no difference, means of k x k pixels show it."""
     y, x = np.mgrid[: -(-height // k) * k, : -(-width // k) * k].astype(np.float32)
     image = np.stack([x / 2, y / 2, 127 + 60 * np.sin(x / 40) * np.cos(y / 50)], axis=-1)
@@ -173,12 +173,12 @@ def test_a_view_of_a_reduced_image_is_in_the_same_place(k, height, width):
     for options in ({'crop': 16}, {'crop': 12, 'resize': 16, 'inception_crop': False}):
         pp = Preprocess(**options)
         for seed in range(6):
-            view = pp.draw_box(height, width, np.random.default_rng(seed))
+            box = pp.draw_box(height, width, np.random.default_rng(seed))
             out = np.empty((pp.crop, pp.crop, 3), np.uint8)
-            assert pp.render_uint8(reduced, view, (height, width), out) is out
+            assert pp.render_uint8(reduced, box, (height, width), out) is out
             # Measured: at most 0.384 in the mean, most of it rounding, and 1.5 at a pixel. Half a
             # pixel of the reduced image to the side would be k / 4.
-            difference = np.abs(out - pp.render(image, view))
+            difference = np.abs(out - pp.render(image, box))
             assert difference.mean() < 0.4 and difference.max() < 1.6
 
 

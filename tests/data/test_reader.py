@@ -1,4 +1,4 @@
-"""Images kept in memory: the same pixels, never more than there is room for, read once."""
+"""The cache of images: the same pixels, never more than it has room for, each read once."""
 
 import threading
 
@@ -51,19 +51,19 @@ def batches(source, exact, crop=9, count=4):
 
 @pytest.mark.parametrize('encode', [simplejpeg.encode_jpeg, png], ids=['jpeg', 'png'])
 @pytest.mark.parametrize('exact', [True, False])
-def test_batches_are_the_same_with_and_without_memory(encode, exact):
+def test_batches_are_the_same_with_and_without_cache(encode, exact):
     expected = batches(Files(encode, broken=(3,)), exact)
     for room in (0, 5, 100):
-        memory = reader.ImageCache(room * SIZE)
-        found = batches(reader.Reader(Files(encode, broken=(3,)), memory), exact)
+        cache = reader.ImageCache(room * SIZE)
+        found = batches(reader.Reader(Files(encode, broken=(3,)), cache), exact)
         for kept, plain in zip(found, expected, strict=True):
             assert kept.keys() == plain.keys()
             for name in kept:
                 assert kept[name].dtype == plain[name].dtype
                 assert np.array_equal(kept[name], plain[name])
-        assert memory.used <= memory.size
+        assert cache.used <= cache.size
         if exact:
-            assert memory.used == min(room, 11) * SIZE
+            assert cache.used == min(room, 11) * SIZE
 
 
 def test_what_is_kept_is_not_read_again_and_what_does_not_fit_is():
@@ -83,8 +83,8 @@ def test_what_is_kept_is_not_read_again_and_what_does_not_fit_is():
 
 
 def test_readers_share_the_room_and_threads_do_not_take_it_twice():
-    memory = reader.ImageCache(20 * SIZE)
-    first, second = reader.Reader(Files(), memory), reader.Reader(Files(), memory)
+    cache = reader.ImageCache(20 * SIZE)
+    first, second = reader.Reader(Files(), cache), reader.Reader(Files(), cache)
     barrier = threading.Barrier(4)
 
     def read_all():
@@ -97,10 +97,10 @@ def test_readers_share_the_room_and_threads_do_not_take_it_twice():
         thread.start()
     for thread in threads:
         thread.join()
-    assert memory.used == 12 * SIZE
+    assert cache.used == 12 * SIZE
     for index in range(len(PIXELS)):
         second.read(index)
-    assert memory.used == 20 * SIZE
+    assert cache.used == 20 * SIZE
 
 
 def test_pixels_that_are_in_memory_anyway_take_no_room():
@@ -108,6 +108,6 @@ def test_pixels_that_are_in_memory_anyway_take_no_room():
         def __getitem__(self, index):
             return Example(PIXELS[index], 0, str(index))
 
-    memory = reader.ImageCache(100 * SIZE)
-    images = reader.Reader(InMemory(), memory)
-    assert np.array_equal(images.read(5)[0], PIXELS[5]) and memory.used == 0
+    cache = reader.ImageCache(100 * SIZE)
+    images = reader.Reader(InMemory(), cache)
+    assert np.array_equal(images.read(5)[0], PIXELS[5]) and cache.used == 0
