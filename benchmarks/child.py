@@ -22,13 +22,11 @@ BEGAN = time.perf_counter()
 
 
 class Workload(Protocol):
-    """What a contestant does.
+    """What a contestant does."""
 
-    Attributes:
-      facts: what is known before the first timing, as JSON (seconds of compilation, parameters).
-    """
-
-    facts: Mapping[str, Any]
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """Known before the first timing, as JSON (seconds of compilation, parameters)."""
 
     def run(self, steps: int) -> Mapping[str, Any] | None:
         """Does the steps and waits until they are done; may return more to report, as JSON."""

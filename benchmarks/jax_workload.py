@@ -66,7 +66,7 @@ class _Compiled:
 
     def run(self, count: int) -> None:
         """See `child.Workload.run`."""
-        pending = collections.deque()
+        pending = collections.deque[Any]()
         for _ in range(count):
             pending.append(self._step())
             # As the training loop does: the host does not run away from the device.

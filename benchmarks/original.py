@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from vit_jax.models.layers import MlpBlock
-from vit_jax.models.vit import AddPositionEmbs, VisionTransformer
+from vit_jax.models.vit import AddPositionEmbs
 
 
 class OriginalBlock(nn.Module):
@@ -88,7 +88,7 @@ class OriginalEncoder(nn.Module):
 
 
 def make_train_step(
-    model: VisionTransformer, tx: optax.GradientTransformation, num_classes: int
+    model: nn.Module, tx: optax.GradientTransformation, num_classes: int
 ) -> Callable[..., tuple[Any, Any, jax.Array]]:
     """The original's update, for one device.
 
@@ -114,7 +114,7 @@ def make_train_step(
     return jax.jit(update, donate_argnums=0)
 
 
-def make_predict(model: VisionTransformer) -> Callable[[Mapping[str, Any], jax.Array], jax.Array]:
+def make_predict(model: nn.Module) -> Callable[[Mapping[str, Any], jax.Array], jax.Array]:
     """The original's inference.
 
     Returns:

@@ -66,7 +66,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.device:
         stated_peak(args.device, 'float32')
     labels = contestants.parse(args.contestants)
-    cells, left_out, done = _cells(args), {}, []
+    cells, done = _cells(args), []
+    left_out: dict[str, None] = {}
     for cell in cells:
         reasons = {c.label: c.reason_to_leave_out(cell.model_config, cell.dtype) for c in labels}
         left_out |= {f'{label}: {reason}': None for label, reason in reasons.items() if reason}
@@ -112,7 +113,8 @@ def time_cell(
       `ready_warm_s`, with everything), `steps` (in a timing), `seconds` (per step, of each round)
       and `peak_memory` (bytes).
     """
-    rows, tasks = {c.label: {'contestant': c.label} for c in people}, {}
+    rows: dict[str, dict[str, Any]] = {c.label: {'contestant': c.label} for c in people}
+    tasks = {}
     with contextlib.ExitStack() as stack:
         for contestant in people:
             say(f'{contestant.label}: starts')
@@ -246,7 +248,7 @@ def _peak(
     }
     if not rates:
         return None
-    best = max(rates, key=rates.get)
+    best = max(rates, key=lambda name: rates[name])
     library = 'PyTorch' if best == 'torch-matmul' else 'XLA'
     source = f'measured in the same run: a square matrix product of {library}, median'
     return {'flops': rates[best], 'source': source}
@@ -278,5 +280,4 @@ def stated_peak(name: str, dtype: str) -> dict[str, Any]:
         device = devices.get(name)
     except UserError as error:
         raise UserError(str(error).replace('--memory_gib and ', '')) from error
-    peak = device.peak_float32 if dtype == 'float32' else device.peak_16bit
-    return {'flops': 1e12 * peak, 'source': device.source}
+    return {'flops': 1e12 * device.peak(dtype), 'source': device.source}

@@ -168,7 +168,7 @@ def _transformers(setup: Mapping[str, Any]) -> Any:
     config = setup['model_config']
     transformer = config['transformer']
     model = transformers.ViTForImageClassification(
-        transformers.ViTConfig(
+        transformers.ViTConfig(  # type: ignore[call-arg]  # num_labels goes to its parent
             hidden_size=config['hidden_size'],
             num_hidden_layers=transformer['num_layers'],
             num_attention_heads=transformer['num_heads'],

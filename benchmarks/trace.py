@@ -79,7 +79,7 @@ def operations(hlo: str) -> dict[str, Operation]:
                 found[1] if (found := pattern.search(line)) else ''
                 for pattern in (_OP_NAME, _CALLS, _TARGET)
             )
-            computations[inside].append(_Instruction(*match.groups(), op_name, calls, target))
+            computations[inside].append(_Instruction(match[1], match[2], op_name, calls, target))
         elif header := _COMPUTATION.match(line):
             inside = header[1]
     return {
@@ -176,7 +176,7 @@ def read(folder: str, known: Mapping[str, Operation]) -> dict[str, tuple[float, 
     files = sorted(pathlib.Path(folder).glob('**/*.xplane.pb'))
     if not files:
         raise UserError(f'the profiler wrote no trace to {folder}')
-    found = collections.defaultdict(lambda: (0.0, 0))
+    found = collections.defaultdict[str, tuple[float, int]](lambda: (0.0, 0))
     for plane in ProfileData.from_file(str(files[-1])).planes:
         for line in plane.lines:
             # A GPU's plane shows operations a second time, summed up in lines of their own.
@@ -263,13 +263,16 @@ def _rank(
     times: Mapping[str, tuple[float, int]], label: Mapping[str, str], steps: int, count: int
 ) -> list[tuple[str, ...]]:
     """Rows of sums by label: the longest so many, and one line for all the rest."""
-    sums = collections.defaultdict(lambda: np.zeros(2))
+    sums = collections.defaultdict[str, np.ndarray](lambda: np.zeros(2))
     for name, spent in times.items():
         sums[label[name]] += spent
     ranked = sorted(sums.items(), key=lambda item: -item[1][0])
     rest = ranked[count:]
     if rest:
-        ranked = [*ranked[:count], (f'{len(rest)} others', sum(spent for _, spent in rest))]
+        ranked = [
+            *ranked[:count],
+            (f'{len(rest)} others', np.sum([spent for _, spent in rest], axis=0)),
+        ]
     total = sum(seconds for seconds, _ in times.values())
     return [
         (

@@ -46,7 +46,8 @@ def take_turns(
       The results of each task, one for each round; and the errors of those that raised
       `ContestantError`, which are not called again.
     """
-    results, errors = {name: [] for name in tasks}, {}
+    results: dict[str, list[T]] = {name: [] for name in tasks}
+    errors: dict[str, str] = {}
     names = list(tasks)
     for number in range(rounds):
         say(f'round {number + 1} of {rounds}')
@@ -100,6 +101,8 @@ class Child:
             text=True,
             env=child.environment() | _environment(cache, alone),
         )
+        assert self._process.stdin and self._process.stdout
+        self._questions, self._output = self._process.stdin, self._process.stdout
         self._answers: queue.Queue[str] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -123,25 +126,25 @@ class Child:
     def close(self) -> None:
         """Ends the process."""
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
+            self._questions.close()
         try:
             self._process.wait(_ENDS_WITHIN)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
         self._reader.join()
-        self._process.stdout.close()
+        self._output.close()
         self._log.close()
 
     def _read(self) -> None:
-        for line in self._process.stdout:
+        for line in self._output:
             self._answers.put(line)
         self._answers.put('')
 
     def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         with contextlib.suppress(BrokenPipeError):  # it ended; reading tells
-            self._process.stdin.write(json.dumps(request) + '\n')
-            self._process.stdin.flush()
+            self._questions.write(json.dumps(request) + '\n')
+            self._questions.flush()
         try:
             line = self._answers.get(timeout=self._timeout)
         except queue.Empty:

@@ -40,7 +40,7 @@ def make_train_step(
     accum_steps: int = 1,
     flip: bool = True,
     skip_nonfinite: bool = False,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> jax.stages.Wrapped:
     """Builds the training step.
 
     Args:

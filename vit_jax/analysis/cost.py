@@ -8,7 +8,6 @@ does `compile_training` here.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -241,10 +240,12 @@ def compile_training(of: Architecture, plan: Plan) -> tuple[int, float]:
     mesh = sharding.create_mesh(1, jax.devices()[:1])
     abstract = state.abstract_state(model, tx, of.image_size, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    step: Any = steps.make_train_step(model, tx, schedule, mesh, shardings, seed=0)
+    step = steps.make_train_step(model, tx, schedule, mesh, shardings, seed=0)
     lowered = step.lower(abstract, steps.abstract_batch(plan.batch, of.image_size, mesh))
     # Machine code that nobody runs need not be optimised; memory and operations are the same.
-    quick = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
+    quick: dict[str, str | bool] = {}
+    if jax.default_backend() == 'cpu':
+        quick['xla_backend_optimization_level'] = '0'
     compiled = lowered.compile(compiler_options=quick)
     flops = (compiled.cost_analysis() or {}).get('flops', 0.0)
     return resources.program_bytes(compiled), flops

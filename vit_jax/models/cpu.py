@@ -99,19 +99,44 @@ _own_affine.defvjp(_affine_forward, _affine_backward)
 affine = _by_platform(_own_affine, _affine)
 
 
+# The scopes are for profiles (`benchmarks.trace`).
+@jax.named_scope('gelu')
 def _gelu(x):
-    with jax.named_scope('gelu'):  # for profiles (`benchmarks.trace`)
-        return nn.gelu(x, approximate=True)
+    return nn.gelu(x, approximate=True)
 
 
-# Of GELU, only the input is kept; what it gave is not kept for the next layer's backward pass,
-# either, but computed again: that takes no more time than getting memory for it, a fifth of a
-# training step's temporary memory.
-gelu = _by_platform(jax.checkpoint(_gelu), _gelu)
-gelu_affine = _by_platform(
-    jax.checkpoint(lambda x, kernel, bias: _own_affine(_gelu(x), kernel, bias)),
-    lambda x, kernel, bias: _affine(_gelu(x), kernel, bias),
+@jax.named_scope('gelu')
+def _gelu_backward(x, grad):
+    # x (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), of which only x is kept.
+    a, b = math.sqrt(2 / math.pi), math.sqrt(2 / math.pi) * 0.044715
+    square = x * x
+    t = jnp.tanh(x * (a + b * square))
+    return (grad * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * (a + 3 * b * square)),)
+
+
+_own_gelu = jax.custom_vjp(_gelu)
+_own_gelu.defvjp(lambda x: (_gelu(x), x), _gelu_backward)
+gelu = _by_platform(_own_gelu, _gelu)
+
+
+def _gelu_affine(x, kernel, bias):
+    return _affine(_gelu(x), kernel, bias)
+
+
+def _gelu_affine_backward(kept, grad):
+    # What GELU gave is computed again: that takes no more time than getting memory for it, a fifth
+    # of a training step's temporary memory. Not before there is a gradient; otherwise XLA would
+    # merge it with the forward pass.
+    x, grad = jax.lax.optimization_barrier((kept[0], grad))
+    y_grad, kernel_grad, bias_grad = _affine_backward((_gelu(x), kept[1]), grad)
+    return *_gelu_backward(x, y_grad), kernel_grad, bias_grad
+
+
+_own_gelu_affine = jax.custom_vjp(_gelu_affine)
+_own_gelu_affine.defvjp(
+    lambda x, kernel, bias: (_gelu_affine(x, kernel, bias), (x, kernel)), _gelu_affine_backward
 )
+gelu_affine = _by_platform(_own_gelu_affine, _gelu_affine)
 
 
 def _layer_norm(x, scale, bias):
