@@ -85,25 +85,24 @@ class _Compiled:
     def _step(self) -> Any:
         raise NotImplementedError
 
-    def _make_up_params(self, model: Any, image_size: int) -> Any:
-        """Parameters as good as initial ones, but on the host and with nothing to compile.
 
-        Most runs read theirs from a file; and the peers' initial values are not compiled, either.
-        """
-        images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
-        shapes = jax.eval_shape(
-            lambda x: model.init(jax.random.key(0), x, train=False)['params'], images
-        )
-        rng = np.random.default_rng(0)
+def made_up_params(model: Any, image_size: int) -> Any:
+    """Parameters as good as initial ones, but on the host and with nothing to compile.
 
-        def value(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-            if path[-1].key in ('scale', 'bias'):
-                return np.full(leaf.shape, path[-1].key == 'scale', leaf.dtype)
-            return 0.02 * rng.standard_normal(leaf.shape, leaf.dtype)
+    Most runs read theirs from a file; and the peers' initial values are not compiled, either.
+    """
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    shapes = jax.eval_shape(
+        lambda x: model.init(jax.random.key(0), x, train=False)['params'], images
+    )
+    rng = np.random.default_rng(0)
 
-        params = jax.tree.map_with_path(value, shapes)
-        self.facts['parameters'] = sum(leaf.size for leaf in jax.tree.leaves(params))
-        return params
+    def value(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        if path[-1].key in ('scale', 'bias'):
+            return np.full(leaf.shape, path[-1].key == 'scale', leaf.dtype)
+        return 0.02 * rng.standard_normal(leaf.shape, leaf.dtype)
+
+    return jax.tree.map_with_path(value, shapes)
 
 
 def _optimizer(**changes: str) -> tuple[Any, Any]:
@@ -132,7 +131,8 @@ class Ours(_Compiled):
             attention=options.pop('attention', 'auto'),
             remat=options.pop('remat', ''),
         )
-        params = self._make_up_params(model, setup['image_size'])
+        params = made_up_params(model, setup['image_size'])
+        self.facts['parameters'] = sum(leaf.size for leaf in jax.tree.leaves(params))
         if not self._training:
             place = sharding.batch_sharding(mesh)
             self._batches = batches.on_device(
@@ -164,7 +164,8 @@ class Original(_Compiled):
         model = models.from_config(
             setup['model_config'], num_classes=classes, encoder=original.OriginalEncoder
         )
-        params = self._make_up_params(model, setup['image_size'])
+        params = made_up_params(model, setup['image_size'])
+        self.facts['parameters'] = sum(leaf.size for leaf in jax.tree.leaves(params))
         self.params = jax.tree.map(lambda leaf: jax.device_put(np.array(leaf)), params)
 
         def put(batch: Mapping[str, np.ndarray]) -> list[jax.Array]:

@@ -13,12 +13,12 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 import onnx
 import onnxruntime
 
 from benchmarks import child, record, turns
+from benchmarks.jax_workload import made_up_params
 from benchmarks.steps_tables import quartiles
 from vit_jax import models, variants
 from vit_jax.analysis import compare
@@ -27,7 +27,7 @@ from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.export import onnx as onnx_export
 from vit_jax.export import onnx_quantize, pytorch
-from vit_jax.inference import model_folder
+from vit_jax.inference import labels, model_folder
 
 OURS, THEIRS, INT8 = 'vit_jax', 'transformers', 'vit_jax int8'  # which file
 TOLERANCE = 1e-4  # of the largest logit: these are two exports of one model
@@ -121,21 +121,9 @@ def _made_up(variant: str) -> model_folder.Model:
         config = variants.get_config(variant).to_dict()
     except ValueError as error:
         raise UserError(str(error)) from error
-    side, classes = 224, 1000
-    model = models.from_config(config, num_classes=classes)
-    image = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
-    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)
-    rng = np.random.default_rng(0)
-
-    def make_up(path: Any, leaf: Any) -> np.ndarray:
-        values = np.float32(0.02) * rng.standard_normal(leaf.shape, np.float32)
-        return values + np.float32(path[-1].key == 'scale')
-
-    params = jax.tree.map_with_path(make_up, shapes['params'])
-    names = tuple(f'class {i}' for i in range(classes))
-    return model_folder.Model(
-        model, params, config, side, names, Preprocess(crop=side), {'weights': 'made up'}
-    )
+    model, names = models.from_config(config, num_classes=1000), labels.numbered(1000)
+    params, source = made_up_params(model, 224), {'weights': 'made up'}
+    return model_folder.Model(model, params, config, 224, names, Preprocess(crop=224), source)
 
 
 def _export(

@@ -131,10 +131,15 @@ def test_unpooled_model_folder(check, tmp_path):
     assert result['references'][0]['rows']['logits']['ours_minus_reference']['vectors'] == 2 * 17
 
 
-@pytest.mark.parametrize('key', ['MlpBlock_3/Dense_0/kernel', 'MlpBlock_0/Dense_0/kernel'])
-def test_perturbed_array_fails_from_its_block_on(check, key):
+def test_perturbed_array_fails_from_its_block_on(check, parity):
     path = FIXTURES / 'vit_token.checkpoint.npz'  # published names; both spellings mean the same
-    result = check(path, perturb=f'Transformer/encoderblock_1/{key}')
+    weights = np.load(path)
+    for key in ('MlpBlock_3/Dense_0/kernel', 'MlpBlock_0/Dense_0/kernel'):
+        name = f'Transformer/encoderblock_1/{key}'
+        perturbed = parity._perturb(weights, name)
+        changed = [n for n in weights if not np.array_equal(weights[n], perturbed[n])]
+        assert changed == ['Transformer/encoderblock_1/MlpBlock_3/Dense_0/kernel']
+    result = check(path, perturb=name)
     assert not result['passed']
     rows = result['references'][0]['rows']
     off = [name for name, row in rows.items() if not row['is_rounding']]
@@ -314,6 +319,7 @@ def test_difference_over_batches_is_that_over_all():
     parts.add(a[:2], b[:2])
     parts.add(a[2:], b[2:])
     assert whole.max == parts.max == np.abs(a - b).max()
+    assert whole.worst == parts.worst == np.abs(a - b).max(axis=(1, 2)).argmax()
     assert whole.mean == pytest.approx(parts.mean) == pytest.approx(np.abs(a - b).mean())
     assert (whole.agree, whole.vectors) == (parts.agree, 15)
     with pytest.raises(ValueError, match='cannot be compared'):

@@ -109,7 +109,7 @@ class Difference:
         mean: mean absolute difference.
         agree: vectors (along the last axis) whose largest element is at the same place in both.
         vectors: number of vectors.
-        worst: number of the image that has the largest difference.
+        worst: the image that has the largest difference: its name, or its number.
         images: number of images.
         largest: largest absolute value of the second array.
         lowest_cosine: of an image's values, as a vector, in one array with those in the other.
@@ -120,14 +120,14 @@ class Difference:
     mean: float = 0.0
     agree: int = 0
     vectors: int = 0
-    worst: int = 0
+    worst: int | str = 0
     images: int = 0
     largest: float = 0.0
     lowest_cosine: float = 1.0
     sum_cosine: float = 0.0
 
-    def add(self, a: np.ndarray, b: np.ndarray) -> None:
-        """Takes in a batch, two arrays [b, ...] of one shape."""
+    def add(self, a: np.ndarray, b: np.ndarray, keys: Sequence[str] = ()) -> None:
+        """Takes in a batch, two arrays [b, ...] of one shape; `keys` are names of the images."""
         if a.shape != b.shape:
             raise ValueError(f'shapes {a.shape} and {b.shape} cannot be compared')
         with np.errstate(invalid='ignore', over='ignore'):  # not finite shows in the result
@@ -139,7 +139,8 @@ class Difference:
         self.mean = float(total / self.vectors)
         of_images = distance.reshape(len(distance), -1).max(axis=1)
         if not of_images.max() <= self.max:
-            self.worst = self.images + int(of_images.argmax())  # of a NaN, the first one
+            worst = int(of_images.argmax())  # of a NaN, the first one
+            self.worst = keys[worst] if keys else self.images + worst
         self.max = float(np.maximum(self.max, of_images.max()))  # keeps a NaN, as max() does not
         self.agree += int(agree.sum())
         self.images += len(a)
@@ -152,9 +153,10 @@ class Difference:
         """Over images."""
         return self.sum_cosine / max(self.images, 1)
 
-    def to_dict(self) -> dict[str, float | int | None]:
+    def to_dict(self) -> dict[str, float | int | str | None]:
         """As JSON has it; not finite becomes None."""
-        return {k: _finite(getattr(self, k)) for k in ('max', 'mean', 'agree', 'vectors', 'worst')}
+        counts = {'agree': self.agree, 'vectors': self.vectors, 'worst': self.worst}
+        return {'max': _finite(self.max), 'mean': _finite(self.mean), **counts}
 
 
 @dataclasses.dataclass
@@ -275,7 +277,6 @@ class ExportRow:
         output: its name, see `export/verify.py`.
         batch: images at once.
         difference: the exported model's from JAX's.
-        keys: names of the images.
         close: (image, JAX's class, the exported model's) where those differ and JAX's two best are
             within the rounding of float16.
         changed: the same where they differ by more.
@@ -284,7 +285,6 @@ class ExportRow:
     output: str
     batch: int
     difference: Difference = dataclasses.field(default_factory=Difference)
-    keys: list[str] = dataclasses.field(default_factory=list)
     close: list[tuple[str, int, int]] = dataclasses.field(default_factory=list)
     changed: list[tuple[str, int, int]] = dataclasses.field(default_factory=list)
 
@@ -302,8 +302,7 @@ class ExportRow:
         Raises:
             ValueError: the shapes are not the same.
         """
-        self.difference.add(theirs, ours)
-        self.keys += keys
+        self.difference.add(theirs, ours, keys)
         if logits is None:
             return
         best, found = logits.argmax(axis=-1), theirs.argmax(axis=-1)
@@ -337,9 +336,9 @@ class ExportRow:
         return {
             'output': self.output,
             'batch': self.batch,
-            'images': len(self.keys),
+            'images': found.images,
             'largest_value': _finite(found.largest),
-            'difference': found.to_dict() | {'worst': self.keys[found.worst]},
+            'difference': found.to_dict(),
             'lowest_cosine': _finite(found.lowest_cosine),
             'mean_cosine': _finite(found.mean_cosine),
             'limit': self.float32_limit if dtype == 'float32' else LIMITS[dtype],
