@@ -21,7 +21,7 @@ ENCODER = {
 }
 VIT = {'patches': {'size': (8, 8)}, 'hidden_size': 32, 'transformer': ENCODER}
 FAMILIES = {
-    'vit': VIT,
+    'vit': VIT | {'representation_size': 24},
     'hybrid': VIT | {
         'patches': {'size': (1, 1)}, 'resnet': {'num_layers': [1, 2], 'width_factor': 0.5},
     },
@@ -33,7 +33,7 @@ FAMILIES = {
     },
 }  # fmt: skip
 MATRIX_PRODUCTS = {  # patch embedding, head, 8 in a block of an encoder, 4 in one of a Mixer
-    'vit': 2 + 8, 'hybrid': 2 + 8 + 1 + 4 + 4 + 3, 'distilled': 3 + 8, 'mlp_head': 3 + 8,
+    'vit': 3 + 8, 'hybrid': 2 + 8 + 1 + 4 + 4 + 3, 'distilled': 3 + 8, 'mlp_head': 3 + 8,
     'mixer': 2 + 8,
 }  # fmt: skip
 

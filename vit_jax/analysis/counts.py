@@ -50,7 +50,6 @@ class Part:
 class Convolution:
     """A convolution of a hybrid's ResNet: its kernel's shape and the side of its output."""
 
-    name: str
     kernel: Shape
     side: int
 
@@ -229,24 +228,21 @@ def convolutions(model_config: Mapping[str, Any], image_size: int) -> list[list[
     resnet = model_config.get('resnet')
     if not resnet:
         return []
-    width = int(64 * resnet['width_factor'])
+    channels = int(64 * resnet['width_factor'])
     side = -(-image_size // 2)
-    groups = [[Convolution('conv_root', (7, 7, 3, width), side)]]
-    side, channels = -(-side // 2), width  # after the pooling
+    groups = [[Convolution((7, 7, 3, channels), side)]]
+    side, features = -(-side // 2), channels  # after the pooling
     for stage, units in enumerate(resnet['num_layers']):
-        features = width * 2**stage
         for unit in range(units):
             before, side = side, -(-side // 2) if stage and not unit else side
-            group = [
-                Convolution('conv1', (1, 1, channels, features), before),
-                Convolution('conv2', (3, 3, features, features), side),
-                Convolution('conv3', (1, 1, features, 4 * features), side),
-            ]
-            if channels != 4 * features or before != side:
-                projection = Convolution('conv_proj', (1, 1, channels, 4 * features), side)
-                group.insert(0, projection)
+            shapes = (1, 1, channels, features), (3, 3, features, features)
+            group = [Convolution(shapes[0], before), Convolution(shapes[1], side)]
+            group.append(Convolution((1, 1, features, 4 * features), side))
+            if channels != 4 * features or before != side:  # the projection of the shortcut
+                group.insert(0, Convolution((1, 1, channels, 4 * features), side))
             groups.append(group)
             channels = 4 * features
+        features *= 2
     return groups
 
 
@@ -256,70 +252,45 @@ def _extra_tokens(model_config: Mapping[str, Any]) -> int:
     return 2 if model_config.get('distilled') else 1
 
 
-def _resnet(model_config: Mapping[str, Any], image_size: int) -> list[Part]:
-    """Each convolution has a GroupNorm (scale and bias) behind it."""
-    found = []
-    for i, group in enumerate(convolutions(model_config, image_size)):
-        shapes = [s for c in group for s in (c.kernel, c.kernel[-1:], c.kernel[-1:])]
-        found.append(
-            Part(
-                'residual unit' if i else 'ResNet root',
-                tuple(shapes),
-                sum(c.macs for c in group),
-                last_macs=0,
-            )
-        )
-    return found
-
-
 def _vit(
     config: Mapping[str, Any], s: Sizes, num_classes: int, image_size: int
 ) -> tuple[Part, ...]:
     d, m, t = s.width, s.hidden, s.tokens
-    groups = convolutions(config, image_size)
-    channels = groups[-1][-1].kernel[-1] if groups else 3
-    patch = tuple(config['patches']['size'])
-    found = _resnet(config, image_size)
-    found.append(
-        Part(
-            'patch embedding',
-            ((*patch, channels, d), (d,)),
-            s.patches * math.prod(patch) * channels * d,
-        )
-    )
+    found, channels = [], 3
+    for i, group in enumerate(convolutions(config, image_size)):
+        # Each convolution has a GroupNorm (scale and bias) behind it.
+        shapes = tuple(x for c in group for x in (c.kernel, c.kernel[-1:], c.kernel[-1:]))
+        name = 'residual unit' if i else 'ResNet root'
+        found.append(Part(name, shapes, sum(c.macs for c in group)))
+        channels = group[-1].kernel[-1]
+    patch = (*config['patches']['size'], channels)
+    found.append(Part('patch embedding', ((*patch, d), (d,)), s.patches * math.prod(patch) * d))
     extra = _extra_tokens(config)
     if extra:
         name = 'class and distillation token' if extra == 2 else 'class token'
         found.append(Part(name, ((1, 1, d),) * extra))
     if config['transformer'].get('add_position_embedding', True):
         found.append(Part('position embedding', ((1, t, d),)))
-    head = (d // s.heads,)
-    attention = (((d, s.heads, *head), (s.heads, *head)) * 3, ((s.heads, *head, d), (d,)))
-    block = ((d,),) * 4 + attention[0] + attention[1] + ((d, m), (m,), (m, d), (d,))
-    found.append(
-        Part(
-            'block',
-            block,
-            t * (4 * d * d + 2 * d * m) + 2 * t * t * d,
-            s.blocks,
-            weightless_macs=2 * t * t * d,
-            last_macs=t * d * m,
-        )
-    )
+    heads = (s.heads, d // s.heads)
+    block = ((d,),) * 4 + ((d, *heads), heads) * 3 + ((*heads, d), (d,), (d, m), (m,), (m, d), (d,))
+    products, last = 2 * t * t * d, t * d * m  # of attention; of the MLP's second layer
+    macs = 4 * t * d * d + products + 2 * last
+    found.append(Part('block', block, macs, s.blocks, weightless_macs=products, last_macs=last))
     found.append(Part('norm', ((d,), (d,))))
-    features = d
     read = {'unpooled': t, 'token_unpooled': t}.get(config.get('classifier', 'token'), 1)
+
+    def dense(name: str, inputs: int, outputs: int, repeat: int = 1) -> None:
+        shapes = ((inputs, outputs), (outputs,))
+        found.append(Part(name, shapes, read * inputs * outputs, repeat))
+
+    features = config.get('representation_size') or d
     if config.get('representation_size'):
-        features = config['representation_size']
-        found.append(Part('pre_logits', ((d, features), (features,)), read * d * features))
-    if not num_classes:
-        return tuple(found)
-    if config.get('mlp_head'):
-        found.append(Part('hidden layer of the head', ((features, d), (d,)), read * features * d))
+        dense('pre_logits', d, features)
+    if num_classes and config.get('mlp_head'):
+        dense('hidden layer of the head', features, d)
         features = d
-    head_shapes = ((features, num_classes), (num_classes,))
-    heads = 2 if config.get('distilled') else 1
-    found.append(Part('head', head_shapes, read * features * num_classes, heads))
+    if num_classes:
+        dense('head', features, num_classes, 2 if config.get('distilled') else 1)
     return tuple(found)
 
 
