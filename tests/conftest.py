@@ -4,10 +4,10 @@ import importlib.util
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 
 import forked
 import pytest
@@ -22,17 +22,22 @@ def pytest_configure(config):
     if 'gpu' not in config.getoption('markexpr'):
         os.environ['JAX_PLATFORMS'] = 'cpu'
         os.environ['JAX_NUM_CPU_DEVICES'] = '4'
+        # LLVM's optimisation takes a third of the time of compiling, and few tests run for long.
         # Virtual devices wait for each other; on a busy machine for longer than the usual 40 s.
+        # Flags that are set already win: the last of a name counts.
         os.environ['XLA_FLAGS'] = (
-            os.environ.get('XLA_FLAGS', '')
-            + ' --xla_cpu_collective_call_terminate_timeout_seconds=600'
+            '--xla_backend_optimization_level=0 '
+            '--xla_cpu_collective_call_terminate_timeout_seconds=600 '
+            + os.environ.get('XLA_FLAGS', '')
         ).strip()
     # A shell that starts the tests in the background has them, and what they start, ignore Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # What one test has compiled, others need not, in any worker or child process.
+    # What one test has compiled, others need not, in any worker, child process or later run.
     if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-        config.compiled = tempfile.TemporaryDirectory(prefix='vit_jax-tests-')
-        os.environ['JAX_COMPILATION_CACHE_DIR'] = config.compiled.name
+        folder = config.rootpath / '.pytest_cache' / 'compiled'
+        if sum(path.stat().st_size for path in folder.glob('*')) > 2**30:
+            shutil.rmtree(folder)
+        os.environ['JAX_COMPILATION_CACHE_DIR'] = str(folder)
         os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
     import jax
 
@@ -46,11 +51,6 @@ def pytest_configure(config):
     jax.config.update('jax_cpu_enable_async_dispatch', False)  # as `sharding.steps_ahead` says
     jax.config.update('jax_numpy_rank_promotion', 'raise')
     jax.config.update('jax_default_matmul_precision', 'highest')
-
-
-def pytest_unconfigure(config):
-    if hasattr(config, 'compiled'):
-        config.compiled.cleanup()
 
 
 def pytest_collection_modifyitems(items):
