@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the linter and all tests, after setting up what they need.
+# Runs the linter, the type checker and all tests, after setting up what they need.
 #
 #   bash scripts/test.sh [--python 3.12] [pytest arguments]
 #
@@ -8,7 +8,7 @@
 #   bash scripts/test.sh tests/run/test_telemetry.py    # lint, and the tests of one file
 #   bash scripts/test.sh -n 0 -m slow               # what takes minutes or gigabytes, one at a time
 #
-# Exits with 0 only if the linter, the formatter and every test are content.
+# Exits with 0 only if the linter, the formatter, the type checker and every test are content.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -30,6 +30,7 @@ cd "$root"
 status=0
 "$venv/bin/ruff" check --output-format concise . || status=1
 "$venv/bin/ruff" format --check . || status=1
+"$venv/bin/mypy" || status=1
 # Two workers: the suite is made for two cores. An argument of the same name overrides (-n 0: in
 # this process; -m '': slow tests, too).
 "$venv/bin/python" -m pytest -n 2 --durations=15 --dist loadfile --no-loadscope-reorder -m 'not slow' ${pytest[@]+"${pytest[@]}"} || status=$?

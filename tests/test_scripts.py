@@ -150,6 +150,7 @@ def project(tmp_path):
     (root / 'pyproject.toml').write_text(
         '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n'
         '[project]\nname = "tiny"\nversion = "1"\n[tool.setuptools]\npackages = ["tiny"]\n'
+        '[tool.mypy]\nfiles = ["tiny"]\n'
     )
     for name in ('requirements.txt', 'requirements-cpu.txt', 'requirements-test.txt'):
         (root / name).write_text('# nothing\n')
@@ -241,33 +242,27 @@ def test_setup_installs_once_and_again_after_a_change(project, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'code, status, shown',
+    'code, typed, status, shown',
     [
-        ('def test_x():\n    assert True\n', 0, '1 passed'),
-        ('def test_x():\n    assert False\n', 1, '1 failed'),
-        ('import os\n\n\ndef test_x():\n    assert True\n', 1, '1 passed'),
-        ('def test_x( ):\n    assert True\n', 1, '1 passed'),
+        ('def test_x():\n    assert True\n', 'x: int = 1\n', 0, '1 passed'),
+        ('def test_x():\n    assert False\n', '', 1, '1 failed'),
+        ('import os\n\n\ndef test_x():\n    assert True\n', '', 1, '1 passed'),
+        ('def test_x( ):\n    assert True\n', '', 1, '1 passed'),
+        ('def test_x():\n    assert True\n', "x: int = 'one'\n", 1, '1 passed'),
     ],
-    ids=['good', 'failing test', 'lint', 'format'],
+    ids=['good', 'failing test', 'lint', 'format', 'types'],
 )
-def test_test_script_fails_with_the_tests_and_with_the_linter(project, code, status, shown):
+def test_test_script_fails_with_tests_linter_and_types(project, code, typed, status, shown):
     (project / 'scripts' / 'setup.sh').write_text(f'echo "$*" >&2\necho {sys.prefix}\n')
     for path in [*(project / 'scripts').glob('*.py')]:
         path.unlink()
     (project / 'tests').mkdir()
     (project / 'tests' / 'test_x.py').write_text(code)
+    (project / 'tiny' / '__init__.py').write_text(typed)
     done = bash(project / 'scripts' / 'test.sh', '-n', '0', '--python', '3.12', 'tests', '-q')
     assert done.returncode == status, done.stdout + done.stderr
     assert shown in done.stdout
     assert done.stderr.splitlines()[0] == '--test --python 3.12'
-
-
-def test_continuous_integration_runs_the_test_script(project):
-    (project / '.ci').mkdir()
-    shutil.copy(ROOT / '.ci' / 'run', project / '.ci' / 'run')
-    (project / 'scripts' / 'test.sh').write_text('echo all the tests; exit 3\n')
-    done = bash(project / '.ci' / 'run')
-    assert (done.returncode, done.stdout) == (3, 'all the tests\n')
 
 
 def test_quickstart_trains_afresh_and_ends_with_the_accuracy(project):

@@ -21,7 +21,6 @@ import itertools
 import pathlib
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -39,6 +38,7 @@ from vit_jax.data.preprocess import Preprocess
 from vit_jax.data.reader import ImageCache, OncePerKey, Reader
 from vit_jax.errors import UserError
 from vit_jax.run import preemption, telemetry
+from vit_jax.run.clock import TrainingClock
 from vit_jax.state import Checkpoint, TrainState
 
 # With nan_policy='skip': after so many skipped steps in a row nothing good will come any more.
@@ -105,7 +105,7 @@ class Loop:
         """The first step of the best test accuracy; None if that is not asked for."""
         if not (self._run.config.keep_best and self._accuracies):
             return None
-        return max(self._accuracies, key=self._accuracies.get)
+        return max(self._accuracies, key=self._accuracies.__getitem__)
 
     @contextlib.contextmanager
     def reading(self, start: int) -> Iterator[Iterator[dict[str, np.ndarray]]]:
@@ -153,13 +153,14 @@ class Loop:
         state, self._replaced = first.state(), int(first.replaced)
         del first
         self._accuracies = telemetry.read_metric(run.workdir, 'accuracy_test', up_to=start)
-        if self.best() is not None:
-            self._checkpoints.protect(self.best())
+        best = self.best()
+        if best is not None:
+            self._checkpoints.protect(best)
         with self._signals:
             if start and self._is_due(start, config.eval_every) and start not in self._accuracies:
                 self._evaluate(start, state)  # it was stopped before, or while, it did
                 self._leave_if_stopping(start)
-            clock = _Clock()
+            clock = TrainingClock()
             for step in range(start + 1, config.total_steps + 1):
                 with clock.waiting():
                     batch = next(batches)
@@ -198,12 +199,12 @@ class Loop:
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """Starts a step; the host need not wait for what it gives."""
         inputs = {name: batch[name] for name in ('image', 'label', 'position')}
-        told = np.int32([batch['replaced'].sum(), bool(self._signals.received)])
+        here = np.array([batch['replaced'].sum(), bool(self._signals.received)], np.int32)
         # An implicit transfer would stall the device unnoticed; here it is an error.
         with jax.transfer_guard('disallow'):
             state, metrics = self._train_step(state, sharding.put_batch(inputs, self._run.mesh))
-            told = self._sum_over_processes(told)
-        self._in_flight.append(_Step(step, batch['example'], metrics, told))
+            everywhere = self._sum_over_processes(here)
+        self._in_flight.append(_Step(step, batch['example'], metrics, everywhere))
         return state, metrics
 
     def _is_due(self, step: int, every: int) -> bool:
@@ -213,7 +214,7 @@ class Loop:
         """Waits until at most `ahead` steps are under way, and looks at what the others gave."""
         while len(self._in_flight) > ahead:
             done = self._in_flight.popleft()
-            finite, (replaced, stop) = jax.device_get((done.metrics['finite'], done.told))
+            finite, (replaced, stop) = jax.device_get((done.metrics['finite'], done.counts))
             self._replaced += int(replaced)
             # Every process sees the same `stop` at the same step. One that is alone need not wait
             # for the next step to learn of its own signal.
@@ -333,7 +334,7 @@ class _Step(NamedTuple):
     step: int
     examples: np.ndarray  # indices of those of this process
     metrics: dict[str, jax.Array]
-    told: Any  # over all processes: replaced examples, and how many were asked to stop
+    counts: Any  # over all processes: replaced examples, and how many were asked to stop
 
 
 def count_array(count: int, mesh: Mesh) -> jax.Array:
@@ -355,7 +356,7 @@ def _for_the_log(
     return learned
 
 
-def _report_progress(run: Run, step: int, values: dict[str, float], clock: '_Clock') -> None:
+def _report_progress(run: Run, step: int, values: dict[str, float], clock: TrainingClock) -> None:
     """Shows the progress line and writes the timing since the last one."""
     speed = {}
     if clock.images:  # nothing was timed at the first step
@@ -377,49 +378,3 @@ def _report_progress(run: Run, step: int, values: dict[str, float], clock: '_Clo
     run.log.progress(
         step, loss=values['train_loss'], accuracy=values['accuracy_train'], lr=values['lr'], **speed
     )
-
-
-class _Clock:
-    """Time of training alone: without the first step (compiling), evaluation and saving."""
-
-    def __init__(self):
-        self.images = 0  # since the last lap
-        self._steps = 0
-        self._waited = 0.0
-        self._begin = self._lap = time.monotonic()
-
-    def restart(self) -> float:
-        """Forgets what was so far, and returns how long it took, in seconds."""
-        took = time.monotonic() - self._begin
-        self.__init__()
-        return took
-
-    def step_done(self, images: int) -> None:
-        """Counts a step of so many images."""
-        self.images += images
-        self._steps += 1
-
-    def lap(self) -> tuple[int, float, float]:
-        """Images, seconds, and seconds of waiting for data since the last lap, without pauses."""
-        now = time.monotonic()
-        result = self.images, now - self._lap, self._waited
-        self._lap, self.images, self._waited = now, 0, 0.0
-        return result
-
-    def seconds_per_step(self) -> float:
-        """Mean since the first step, pauses included: what a step costs in the long run."""
-        return (time.monotonic() - self._begin) / max(1, self._steps)
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Counts what runs in it as waiting for data."""
-        start = time.monotonic()
-        yield
-        self._waited += time.monotonic() - start
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leaves what runs in it out of the lap."""
-        start = time.monotonic()
-        yield
-        self._lap += time.monotonic() - start

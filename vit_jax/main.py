@@ -257,7 +257,7 @@ def _hint_from_elsewhere(name: str) -> str:
 
 def _knobs(config, prefix='') -> list[str]:
     """Paths of all leaves of a config: 'batch', 'pp.crop'."""
-    paths = []
+    paths: list[str] = []
     for key, value in config.items():
         paths += _knobs(value, f'{prefix}{key}.') if hasattr(value, 'items') else [prefix + key]
     return paths

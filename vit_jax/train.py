@@ -228,20 +228,20 @@ def _first_checkpoint(
     restored = checkpoints.restore_latest(setup.abstract)
     if restored:
         start, first = restored
-        told = f'weights: resumed from step {start:,} in {run.workdir}', 'resumed'
-        facts = {'step': start}
+        text, event = f'resumed from step {start:,} in {run.workdir}', 'resumed'
+        facts: dict[str, Any] = {'step': start}
     else:
         start = 0
         with distributed.fail_together():
-            params, origin = _initial_params(run.config, setup.model, setup.abstract.params)
+            params, text = _initial_params(run.config, setup.model, setup.abstract.params)
         state = state_lib.create_state(params, setup.tx, setup.mesh)
         first = Checkpoint.of(state, replaced=loop.count_array(0, setup.mesh))
-        told, facts = (f'weights: {origin}', 'weights'), {'source': _weights_name(run.config)}
+        event, facts = 'weights', {'source': _weights_name(run.config)}
     run.log.start(start)
     if jax.process_index() == 0:
         data = _describe(setup.train, setup.test)
         run_info.write(run.workdir, run.config, {resume.DATA_FILE: data})
-    run.log.info(*told, **facts)
+    run.log.info(f'weights: {text}', event, **facts)
     return first, start
 
 

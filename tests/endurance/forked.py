@@ -82,6 +82,7 @@ def _run(words, cwd, env, stdout, stderr):
     os.chdir(cwd)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _configure_jax()
+    sys.path[0:0] = [path for path in env.get('PYTHONPATH', '').split(os.pathsep) if path]
     code = 0
     try:
         if words[0] == '-m':
