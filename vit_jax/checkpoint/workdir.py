@@ -207,6 +207,7 @@ class Checkpoints:
 
     def _not_written(self, step: int, error: Exception) -> UserError:
         """Removes what was written of a checkpoint, and returns the error to raise."""
+        self._quiet.stay_silent()
         self._known.discard(step)
         if jax.process_index() == 0:
             for path in self._folder.glob(f'{step}.orbax-checkpoint-tmp*'):
@@ -366,23 +367,40 @@ class _QuietOrbax(logging.Filter):
 
     def __init__(self) -> None:
         super().__init__()
-        self._loading = False
+        self._silent = self._stays = False
+        self._hook = sys.unraisablehook
 
     def install(self) -> None:
         for name in self._LOGGERS:
             logging.getLogger(name).addFilter(self)
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._show
 
     def remove(self) -> None:
+        if self._stays:
+            return
         for name in self._LOGGERS:
             logging.getLogger(name).removeFilter(self)
+        sys.unraisablehook = self._hook
+
+    def _show(self, unraisable: Any) -> None:
+        # tensorstore raises this for writes that end after Orbax has given up on a save.
+        if str(unraisable.exc_value) != 'Event loop is closed':
+            self._hook(unraisable)
+
+    def stay_silent(self) -> None:
+        """Hides what a failed save goes on to report until the process ends.
+
+        Its other threads fail later, and its tasks complain when they are collected.
+        """
+        self._silent = self._stays = True
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.name == 'asyncio':
-            return not self._loading
+            return not self._silent
         if f'{os.sep}orbax{os.sep}' not in record.pathname:
             return True
         # Its errors are tracebacks of what it raises a moment later.
-        return record.levelno == logging.WARNING and not self._loading
+        return record.levelno == logging.WARNING and not self._silent
 
     @contextlib.contextmanager
     def while_loading(self) -> Iterator[None]:
@@ -391,11 +409,11 @@ class _QuietOrbax(logging.Filter):
         A failed load gives up with other reads under way. Their tasks are never awaited, end on a
         closed event loop, or raise when they are collected: it cannot be caught, only hidden.
         """
-        self._loading, unraisablehook = True, sys.unraisablehook
+        self._silent, unraisablehook = True, sys.unraisablehook
         sys.unraisablehook = lambda unraisable: None
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings('ignore', 'coroutine .* was never awaited', RuntimeWarning)
                 yield
         finally:
-            self._loading, sys.unraisablehook = False, unraisablehook
+            self._silent, sys.unraisablehook = self._stays, unraisablehook
