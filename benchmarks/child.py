@@ -1,4 +1,4 @@
-"""A contestant's process: gets ready, then does its steps when it is told to.
+"""A contestant's process: gets ready, then does steps on command.
 
 The parent and its children talk in lines of JSON over stdin and stdout. First line to the child:
 its setup. First line back: `facts`, or `error`. Then for each `{"steps": n}` the seconds they took.
@@ -43,7 +43,7 @@ def serve(build: Callable[[Mapping[str, Any]], Workload]) -> int:
         that the limit of cores (`cores` of the setup) holds for it.
 
     Returns:
-      The exit status, 1 after an error, which the parent has been told.
+      The exit status: 1 after an error, which is also sent to the parent.
     """
     # Libraries print what they like: to stderr, so that stdout is the parent's.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), 'w', buffering=1)
@@ -66,7 +66,7 @@ def serve(build: Callable[[Mapping[str, Any]], Workload]) -> int:
             more = workload.run(steps) or {}
             seconds = time.perf_counter() - start
             answer({'seconds': seconds, 'peak_memory': workload.peak_memory(), **more})
-    except Exception as error:  # Whatever it is, the parent has to hear of it, and goes on.
+    except Exception as error:  # The parent reports any error and goes on.
         traceback.print_exc()
         text = ' '.join(str(error).split())[:500]
         answer({'error': f'{type(error).__name__}: {text}' if text else type(error).__name__})
@@ -81,7 +81,7 @@ def process_memory() -> int:
 
 
 def _use_cores(cores: int) -> None:
-    """Keeps this process, and threads it starts from now on, to so many cores (0: all)."""
+    """Restricts this process, and threads that it starts later, to `cores` cores (0: all)."""
     if not cores:
         return
     if not hasattr(os, 'sched_setaffinity'):

@@ -95,9 +95,9 @@ class Cell:
     cores: int = 0
 
     def setup(self, contestant: Contestant) -> dict[str, Any]:
-        """What the contestant's process is told first."""
-        told = {'contestant': contestant.name, 'options': dict(contestant.options)}
-        return dataclasses.asdict(self) | told
+        """The first message to the contestant's process."""
+        extra = {'contestant': contestant.name, 'options': dict(contestant.options)}
+        return dataclasses.asdict(self) | extra
 
 
 def missing(packages: Sequence[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """The largest batch that a device takes, found by trying.
 
-Every try is a process of its own, so running out of memory ends that process and nothing else.
+Each try runs in a new process, so running out of memory ends only that process.
 """
 
 import re
@@ -25,7 +25,7 @@ def search(fits: Callable[[int], bool], start: int) -> int:
     """The largest batch that fits, to about 6 %; 0 if one image is too much.
 
     Args:
-      fits: whether a batch of so many images does; what does not fit stays so for larger ones.
+      fits: whether a batch of that many images fits; assumed to be monotonic.
       start: the first to try; doubled or halved until the limit lies between two tries, which are
         then halved.
     """
@@ -51,7 +51,7 @@ def measure(
     memory_gib: float,
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Tries batches, of which each does three steps.
+    """Tries batch sizes, with three steps each.
 
     Args:
       cell: what is done; its batch is the first to try.
@@ -59,7 +59,7 @@ def measure(
       timeout: seconds to wait for a try.
       memory_gib: address space that a process gets, GiB; 0 for no limit. The memory of a GPU has
         its own.
-      say: told what is going on.
+      say: called with progress messages.
 
     Returns:
       For each a dict, as JSON: `contestant`, `facts` (of the last try that fit), `error` or
@@ -67,7 +67,7 @@ def measure(
       (images, by `cost`).
 
     Raises:
-      UserError: there is no limit of memory.
+      UserError: there is no memory limit.
     """
     rows = []
     for contestant in contestants:

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace, kind: Kind, measure: Callable[[], dict[str, An
       measure: gives the result, as JSON, without what `run` adds.
 
     Raises:
-      UserError: what was asked for is not possible, or a contestant failed.
+      UserError: options contradict each other, or a contestant failed.
     """
     if args.update and not args.table:
         raise UserError('--update goes with --table: which results should be written?')
@@ -179,7 +179,7 @@ def update_document(path: str, text: str) -> None:
     """Replaces what is between the `MARKS` of a document, or leaves it as it is.
 
     Args:
-      path: of a text file in UTF-8, with each mark on a line of its own, once, in this order.
+      path: of a UTF-8 text file that has each mark once, alone on its line, in this order.
       text: what comes between them, with an empty line before and after.
 
     Raises:

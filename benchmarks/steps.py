@@ -105,7 +105,7 @@ def time_cell(
       cell: what they do.
       people: the contestants.
       timing: how much of it.
-      say: told what is going on.
+      say: called with progress messages.
 
     Returns:
       For each contestant a dict, as JSON: `contestant`, and either `error`, or `facts`, `ready_s`
@@ -142,7 +142,7 @@ def _start(
     stack: contextlib.ExitStack,
     row: dict[str, Any],
 ) -> turns.Child:
-    """Starts one, cold, and if asked for once more, warm; warms up, and counts steps to time."""
+    """Starts one, cold and if requested also warm; warms up; chooses how many steps to time."""
     cached = contestant.name != contestants.ORIGINAL  # which kept no programs
     cache = stack.enter_context(tempfile.TemporaryDirectory()) if cached else ''
     start = functools.partial(
@@ -178,7 +178,7 @@ def _timing(args: argparse.Namespace) -> Timing:
 
 
 def _cells(args: argparse.Namespace) -> list[Cell]:
-    """Everything that is asked for; wrong names and sizes are refused."""
+    """All cells of the command line; raises `UserError` for wrong names and sizes."""
     cells = []
     for variant in args.variants:
         for size in args.image_size:

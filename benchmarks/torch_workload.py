@@ -115,7 +115,7 @@ class Model:
         return _peak_memory()
 
     def _steps(self, count: int) -> float:
-        """Seconds that so many steps take."""
+        """Seconds that `count` steps take."""
         start = time.perf_counter()
         for _ in range(count):
             pixels, labels = next(self._batches)

@@ -154,7 +154,7 @@ def part_of(op_name: str) -> str:
 
 _REST = 'optimizer, loss and the rest'
 _NOISE = ('shard_map', 'closed_call', 'while', 'body', 'cond', 'checkpoint', 'rematted_computation',
-          'pjit', 'jit', 'vmap')  # fmt: skip
+          'pjit', 'jit', 'vmap', 'branch_0_fun', 'branch_1_fun', 'custom_vjp_call')  # fmt: skip
 
 
 def read(folder: str, known: Mapping[str, Operation]) -> dict[str, tuple[float, int]]:
@@ -169,7 +169,7 @@ def read(folder: str, known: Mapping[str, Operation]) -> dict[str, tuple[float, 
       time are added up.
 
     Raises:
-      UserError: there is no trace, or none of these operations is in it.
+      UserError: there is no trace, or it has none of these operations.
     """
     from jax.profiler import ProfileData
 
@@ -262,7 +262,7 @@ def profile(args: argparse.Namespace) -> list[tables.Table]:
 def _rank(
     times: Mapping[str, tuple[float, int]], label: Mapping[str, str], steps: int, count: int
 ) -> list[tuple[str, ...]]:
-    """Rows of sums by label: the longest so many, and one line for all the rest."""
+    """Rows of sums by label: the `count` longest, and one row for the rest."""
     sums = collections.defaultdict[str, np.ndarray](lambda: np.zeros(2))
     for name, spent in times.items():
         sums[label[name]] += spent

@@ -1,6 +1,6 @@
 """Times contestants in turns: every round times each of them once, in rotated order.
 
-Each lives in a process of its own, so that JAX and PyTorch share neither threads nor memory, and
+Each runs in its own process, so that JAX and PyTorch share neither threads nor memory, and
 waits, idle, while another is timed. What a busy machine does to one it does to all.
 """
 
@@ -24,7 +24,7 @@ T = TypeVar('T')
 
 
 class ContestantError(Exception):
-    """A contestant could not do what it was told; the message says why."""
+    """A contestant failed; the message says why."""
 
 
 def take_turns(
@@ -39,7 +39,7 @@ def take_turns(
     Args:
       tasks: by name.
       rounds: how many.
-      say: told what is going on.
+      say: called with progress messages.
       pause: seconds before each call.
 
     Returns:
@@ -120,7 +120,7 @@ class Child:
         self.close()
 
     def time(self, steps: int) -> dict[str, Any]:
-        """Lets it do so many steps; `seconds`, `peak_memory`, and what else it reports."""
+        """Runs so many steps: `seconds`, `peak_memory`, and what else it reports."""
         return self._ask({'steps': steps})
 
     def close(self) -> None:

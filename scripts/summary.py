@@ -25,7 +25,7 @@ FORMATS = ('terminal', 'markdown', 'csv')
 
 
 def main() -> int:
-    """Runs the command line; returns the exit status, 1 if there is no such model."""
+    """Runs the command line; returns the exit status: 1 if the model does not exist."""
     parser = cli.make_parser(__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument('--variant', help='a name of scripts/list_models.py --variants')

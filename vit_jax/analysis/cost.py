@@ -138,7 +138,7 @@ def training_memory(of: Architecture, plan: Plan) -> Memory:
     On a CPU it is held against compiled steps by the tests: ViTs and Mixers of a few blocks, each
     `remat`, within 10 %. On a GPU it was fitted to 61 steps of an earlier form of the step,
     compiled ahead of time for an H200 with jax 0.10.2 (ViT, Mixer, hybrids; within 10 % then), and
-    leans to too much. Least is known of hybrids in float32, `remat` of hybrids and Mixers, and
+    rather overestimates. Least is known of hybrids in float32, `remat` of hybrids and Mixers, and
     several devices. `compile_training` asks the compiler.
 
     Raises:
@@ -181,7 +181,7 @@ def _share(shape: tuple[int, ...], fsdp: int) -> int:
 
 
 def _per_image(of: Architecture, plan: Plan, batch: int) -> float:
-    """Bytes of activations for one image of a micro-batch of so many."""
+    """Bytes of activations for one image of a micro-batch of `batch` images."""
     config = of.model_config
     s = counts.sizes(config, of.image_size)
     key = (plan.platform, plan.width, plan.remat)
@@ -242,7 +242,7 @@ def compile_training(of: Architecture, plan: Plan) -> tuple[int, float]:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     step = steps.make_train_step(model, tx, schedule, mesh, shardings, seed=0)
     lowered = step.lower(abstract, steps.abstract_batch(plan.batch, of.image_size, mesh))
-    # Machine code that nobody runs need not be optimised; memory and operations are the same.
+    # Never run, so not optimised: memory and operations are the same.
     quick: dict[str, str | bool] = {}
     if jax.default_backend() == 'cpu':
         quick['xla_backend_optimization_level'] = '0'

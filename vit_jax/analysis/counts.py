@@ -167,7 +167,7 @@ def training_macs(
     """Multiply-accumulates of one image's training step; other arguments as for `parts`.
 
     Each product costs two more in the backward pass: the gradients of its two factors. The first
-    layer is spared one of them, since nobody asks for the gradient of the image. Rematerialisation
+    layer needs only one, since the gradient of the image is not computed. Rematerialisation
     'full' repeats the blocks but for their last product, 'dots' the two products of attention.
 
     Args:

@@ -55,7 +55,7 @@ DEVICES = {
 
 
 def get(name: str) -> Device:
-    """The device of a name, whatever its case, spaces and underscores ('RTX 4090').
+    """The device with a name; case, spaces and underscores do not matter ('RTX 4090').
 
     Raises:
       UserError: it is not in the table; the message names the nearest.

@@ -36,7 +36,7 @@ def from_config(config: Mapping[str, Any], **overrides: Any) -> VisionTransforme
       The module, unbound: `model.init`, `model.apply`.
 
     Raises:
-      ValueError: an attention implementation is asked for of a Mixer.
+      ValueError: an attention implementation was given for a Mixer, which has no attention.
     """
     config = config.to_dict() if hasattr(config, 'to_dict') else config
     arguments = {**_with_tuples(config), **overrides}
@@ -105,7 +105,7 @@ def apply_with_intermediates(
       params: its parameters.
       images: [B, height, width, 3] float32 in [-1, 1].
       attention_weights: also return attention weights, [B, H, N, N] float32 for every block,
-        whatever attention implementation the model uses.
+        for any attention implementation of the model.
       attention_offsets: only with `attention_weights`: what to add to the weights of every block,
         by the names they have in what is returned. With zeros, the gradient with respect to them is
         that with respect to the attention weights.

@@ -64,7 +64,7 @@ def rematerialised(
     Args:
       block: class of the module.
       remat: a key of `REMAT_POLICIES`, or '' for `block` as it is.
-      static_argnums: arguments of `__call__` that are no arrays; `self` is number 0.
+      static_argnums: positions of the arguments of `__call__` that are not arrays; `self` is 0.
 
     Raises:
       ValueError: no such policy.

@@ -25,7 +25,7 @@ class StdConv(nn.Module):
     """Convolution without bias whose kernel is standardised (https://arxiv.org/abs/1903.10520).
 
     Each output channel's weights, `kernel` [height, width, input, output], have their mean
-    subtracted and are divided by their standard deviation + 1e-5, in float32 whatever `dtype` is.
+    subtracted and are divided by their standard deviation + 1e-5, in float32 for any `dtype`.
     """
 
     features: int
@@ -87,7 +87,7 @@ class ResidualUnit(nn.Module):
 
 
 class ResNetStage(nn.Module):
-    """`block_size` residual units, the first of which may stride.
+    """`block_size` residual units; the first may have a stride.
 
     Attributes:
       block_size: number of units, `unit1`, `unit2`, ...

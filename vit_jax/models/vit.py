@@ -217,7 +217,7 @@ class VisionTransformer(nn.Module):
 
         Raises:
           ValueError: the image is not a whole number of patches, the classifier is unknown, or a
-            distilled model is asked for with another classifier or head than its own.
+            distilled model is given another classifier or head.
         """
         self._check()
         x = self._embed(inputs.astype(self.dtype))
