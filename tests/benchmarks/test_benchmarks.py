@@ -306,7 +306,7 @@ def test_profile_of_a_step(run_script, monkeypatch):
     assert done.returncode == 0, done.stderr
     assert 'part of the model,ms a step' in done.stdout
     assert 'encoderblock_*' in done.stdout
-    assert 'MlpBlock_0/Dense_1' in done.stdout and 'backward ' in done.stdout
+    assert 'backward ' in done.stdout
     assert 'branch_' not in done.stdout  # of what depends on the platform, see `models.cpu`
     kinds = {line.split(',')[0] for line in done.stdout.splitlines()}
     assert kinds >= {'matrix products', 'softmax', 'layer norm', 'GELU', 'optimizer and loss'}
