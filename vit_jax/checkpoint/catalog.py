@@ -58,18 +58,11 @@ class Checkpoint:
 
 def _read_table() -> tuple[Checkpoint, ...]:
     with open(pathlib.Path(__file__).with_name('released.csv'), encoding='utf-8') as file:
-        return tuple(
-            Checkpoint(
-                address=row['address'],
-                variant=row['variant'],
-                resolution=int(row['resolution']),
-                num_classes=int(row['num_classes']),
-                mib=float(row['mib']),
-                size_is_listed=row['size_is_listed'] == 'yes',
-                accuracy=row['accuracy'],
-            )
-            for row in csv.DictReader(file)
-        )
+        _, *rows = csv.reader(file)
+    return tuple(
+        Checkpoint(address, variant, int(size), int(classes), float(mib), listed == 'yes', accuracy)
+        for address, variant, size, classes, mib, listed, accuracy in rows
+    )
 
 
 CHECKPOINTS = _read_table()
