@@ -148,6 +148,13 @@ def reference():
     return get
 
 
+def set_chunk(monkeypatch, size):
+    """Sets `cpu.CHUNK`, with a function that has not been traced with another size."""
+    monkeypatch.setattr(cpu, 'CHUNK', size)
+    fresh = cpu._by_platform(cpu._chunked_attention, cpu.dot_product_attention)
+    monkeypatch.setattr(cpu, 'attention', fresh)
+
+
 TOPOLOGIES = [(1, 1), (2, 1), (4, 1), (4, 4)]  # devices, fsdp
 
 
@@ -157,8 +164,7 @@ TOPOLOGIES = [(1, 1), (2, 1), (4, 1), (4, 4)]  # devices, fsdp
 def test_five_steps_equal_float64(reference, monkeypatch, devices, fsdp, accum_steps, clip):
     monkeypatch.setattr(sharding, 'MIN_SIZE_TO_SHARD', 64)  # so that FSDP cuts this small model
     if clip:
-        monkeypatch.setattr(cpu, 'CHUNK', 1)  # attention chunk by chunk; else all at once
-    jax.clear_caches()  # of functions traced with another size of chunks
+        set_chunk(monkeypatch, 1)  # attention chunk by chunk; else all at once
     settings = {'grad_norm_clip': clip, 'optim_dtype': 'float32'}
     batches, params, expected, losses = reference(**settings)
     config = make_config(accum_steps=accum_steps, **settings)
@@ -396,8 +402,7 @@ def test_each_device_does_its_share_and_no_image_is_gathered(
 def test_attention_in_chunks_gathers_no_tokens(monkeypatch):
     """Each device loops over its own images."""
     monkeypatch.setattr(sharding, 'MIN_SIZE_TO_SHARD', 2**12)
-    monkeypatch.setattr(cpu, 'CHUNK', 1)
-    jax.clear_caches()  # of functions traced with another size of chunks
+    set_chunk(monkeypatch, 1)
     compiled, abstract = lowered_step(4, 1, fsdp=4)
     text = compiled.as_text()
     assert re.search(r'known_trip_count[^0-9]*16', text)  # 64 images on 4 devices

@@ -126,14 +126,20 @@ def test_the_program_follows_the_platform_that_it_is_lowered_for():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradients, others)
 
 
+def set_chunk(monkeypatch, size):
+    """Sets `cpu.CHUNK`, with a function that has not been traced with another size."""
+    monkeypatch.setattr(cpu, 'CHUNK', size)
+    fresh = cpu._by_platform(cpu._chunked_attention, cpu.dot_product_attention)
+    monkeypatch.setattr(cpu, 'attention', fresh)
+
+
 @pytest.mark.parametrize(
     # On the 4 devices of these tests, with 5 * 3 * 17 = 255 weights an image.
     ('batch', 'chunk', 'chunks'),
     [(8, 1, 2), (7, 1, 7), (16, 600, 2), (8, 2**30, 1)],
 )
 def test_attention_in_chunks_equals_attention_at_once(monkeypatch, batch, chunk, chunks):
-    monkeypatch.setattr(cpu, 'CHUNK', chunk)
-    jax.clear_caches()  # of functions traced with another size of chunks
+    set_chunk(monkeypatch, chunk)
     arrays = [random(batch, tokens, 3, 16, seed=tokens) for tokens in (5, 17, 17)]
     arrays[2] = arrays[2][::-1]
     at_once, ours = (
