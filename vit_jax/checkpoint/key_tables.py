@@ -1,18 +1,21 @@
 """PyTorch's names and layouts of the same models: timm, Hugging Face, torchvision.
 
-One table for each library, used in both directions. A line says: this parameter of ours is that
-tensor of theirs, laid out so. The layouts:
+`key_tables.csv` has a table for each library, used in both directions. A line says: this layer of
+ours is that layer of theirs, laid out so. {i} is the number of a block; {s} and {u} are stage and
+unit of a ResNet counted from 0, {S} and {U} the same counted from 1. The layouts:
 
-    same        no change (vectors, tokens, position embeddings)
-    dense       kernel [in, out]                      <-> weight [out, in]
-    conv        kernel [height, width, in, out]       <-> weight [out, in, height, width]
-    heads       kernel [D, H, K] of query/key/value   <-> weight [H * K, D]
-    heads_bias  bias [H, K]                           <-> bias [H * K]
-    out         kernel [H, K, D] of the projection    <-> weight [D, H * K]
-    qkv         query, key and value kernels          <-> one weight [3 * H * K, D]
-    qkv_bias    query, key and value biases           <-> one bias [3 * H * K]
+    same    a single array, no change (tokens, position embeddings)
+    norm    scale, bias                            <-> weight, bias, no change
+    dense   kernel [in, out], bias                 <-> weight [out, in], bias
+    conv    kernel [height, width, in, out], bias  <-> weight [out, in, height, width], bias
+    kernel  that of `conv` alone
+    heads   kernel [D, H, K], bias [H, K]          <-> weight [H * K, D], bias [H * K]
+    out     kernel [H, K, D], bias                 <-> weight [D, H * K], bias
+    qkv     `heads` of query, key and value        <-> one weight [3 * H * K, D], one bias
 """
 
+import csv
+import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,144 +25,40 @@ import numpy as np
 from vit_jax.checkpoint.arrays import LazyArray, derive
 from vit_jax.errors import UserError
 
-# A line of a table: our name (three for qkv), their name, layout. {i} is the number of a block;
-# {s}, {u} stage and unit of a ResNet counted from 0, {S}, {U} the same counted from 1.
-Line = tuple[str | tuple[str, ...], str, str]
+# An array: our name (three for qkv), their name, how it is laid out.
+Line = tuple[tuple[str, ...], str, str]
 
-_BLOCK = 'Transformer/encoderblock_{i}'
-_ATTENTION = f'{_BLOCK}/MultiHeadDotProductAttention_0'
-_POSITION = 'Transformer/posembed_input/pos_embedding'
-_UNIT = 'block{S}/unit{U}'
-
-
-def _norm(ours: str, theirs: str) -> list[Line]:
-    return [
-        (f'{ours}/scale', f'{theirs}.weight', 'same'),
-        (f'{ours}/bias', f'{theirs}.bias', 'same'),
-    ]
-
-
-def _layer(ours: str, theirs: str, layout: str = 'dense') -> list[Line]:
-    bias = 'heads_bias' if layout == 'heads' else 'same'
-    return [
-        (f'{ours}/kernel', f'{theirs}.weight', layout),
-        (f'{ours}/bias', f'{theirs}.bias', bias),
-    ]
-
-
-def _qkv(weight: str, bias: str) -> list[Line]:
-    projections = [f'{_ATTENTION}/{name}' for name in ('query', 'key', 'value')]
-    return [
-        (tuple(f'{name}/kernel' for name in projections), weight, 'qkv'),
-        (tuple(f'{name}/bias' for name in projections), bias, 'qkv_bias'),
-    ]
-
-
-def _hugging_face(attention: Sequence[str], mlp: Sequence[str], layers: str) -> list[Line]:
-    query, key, value, out = (f'{layers}.{{i}}.attention.{name}' for name in attention)
-    return [
-        ('cls', 'embeddings.cls_token', 'same'),
-        ('dist', 'embeddings.distillation_token', 'same'),
-        (_POSITION, 'embeddings.position_embeddings', 'same'),
-        *_layer('embedding', 'embeddings.patch_embeddings.projection', 'conv'),
-        *_norm(f'{_BLOCK}/LayerNorm_0', f'{layers}.{{i}}.layernorm_before'),
-        *_layer(f'{_ATTENTION}/query', query, 'heads'),
-        *_layer(f'{_ATTENTION}/key', key, 'heads'),
-        *_layer(f'{_ATTENTION}/value', value, 'heads'),
-        *_layer(f'{_ATTENTION}/out', out, 'out'),
-        *_norm(f'{_BLOCK}/LayerNorm_1', f'{layers}.{{i}}.layernorm_after'),
-        *_layer(f'{_BLOCK}/MlpBlock_0/Dense_0', f'{layers}.{{i}}.{mlp[0]}'),
-        *_layer(f'{_BLOCK}/MlpBlock_0/Dense_1', f'{layers}.{{i}}.{mlp[1]}'),
-        *_norm('Transformer/encoder_norm', 'layernorm'),
-        *_layer('pre_logits', 'pooler.dense'),
-        *_layer('head', 'classifier'),
-        *_layer('head', 'cls_classifier'),
-        *_layer('head_dist', 'distillation_classifier'),
-    ]
-
-
-TABLES: dict[str, list[Line]] = {
-    'timm': [
-        ('cls', 'cls_token', 'same'),
-        ('dist', 'dist_token', 'same'),
-        (_POSITION, 'pos_embed', 'same'),
-        *_layer('embedding', 'patch_embed.proj', 'conv'),
-        *_norm(f'{_BLOCK}/LayerNorm_0', 'blocks.{i}.norm1'),
-        *_qkv('blocks.{i}.attn.qkv.weight', 'blocks.{i}.attn.qkv.bias'),
-        *_layer(f'{_ATTENTION}/out', 'blocks.{i}.attn.proj', 'out'),
-        *_norm(f'{_BLOCK}/LayerNorm_1', 'blocks.{i}.norm2'),
-        *_layer(f'{_BLOCK}/MlpBlock_0/Dense_0', 'blocks.{i}.mlp.fc1'),
-        *_layer(f'{_BLOCK}/MlpBlock_0/Dense_1', 'blocks.{i}.mlp.fc2'),
-        *_norm('Transformer/encoder_norm', 'norm'),
-        *_layer('pre_logits', 'pre_logits.fc'),
-        *_layer('head', 'head'),
-        *_layer('head_dist', 'head_dist'),
-    ],
-    'timm Mixer': [
-        *_layer('stem', 'stem.proj', 'conv'),
-        *_norm('MixerBlock_{i}/LayerNorm_0', 'blocks.{i}.norm1'),
-        *_layer('MixerBlock_{i}/token_mixing/Dense_0', 'blocks.{i}.mlp_tokens.fc1'),
-        *_layer('MixerBlock_{i}/token_mixing/Dense_1', 'blocks.{i}.mlp_tokens.fc2'),
-        *_norm('MixerBlock_{i}/LayerNorm_1', 'blocks.{i}.norm2'),
-        *_layer('MixerBlock_{i}/channel_mixing/Dense_0', 'blocks.{i}.mlp_channels.fc1'),
-        *_layer('MixerBlock_{i}/channel_mixing/Dense_1', 'blocks.{i}.mlp_channels.fc2'),
-        *_norm('pre_head_layer_norm', 'norm'),
-        *_layer('head', 'head'),
-    ],
-    'Hugging Face': _hugging_face(
-        ('attention.query', 'attention.key', 'attention.value', 'output.dense'),
-        ('intermediate.dense', 'output.dense'),
-        'encoder.layer',
-    ),
-    'Hugging Face v5': _hugging_face(
-        ('q_proj', 'k_proj', 'v_proj', 'o_proj'), ('mlp.fc1', 'mlp.fc2'), 'layers'
-    ),
-    'torchvision': [
-        ('cls', 'class_token', 'same'),
-        (_POSITION, 'encoder.pos_embedding', 'same'),
-        *_layer('embedding', 'conv_proj', 'conv'),
-        *_norm(f'{_BLOCK}/LayerNorm_0', 'encoder.layers.encoder_layer_{i}.ln_1'),
-        *_qkv(
-            'encoder.layers.encoder_layer_{i}.self_attention.in_proj_weight',
-            'encoder.layers.encoder_layer_{i}.self_attention.in_proj_bias',
-        ),
-        *_layer(
-            f'{_ATTENTION}/out', 'encoder.layers.encoder_layer_{i}.self_attention.out_proj', 'out'
-        ),
-        *_norm(f'{_BLOCK}/LayerNorm_1', 'encoder.layers.encoder_layer_{i}.ln_2'),
-        *_layer(f'{_BLOCK}/MlpBlock_0/Dense_0', 'encoder.layers.encoder_layer_{i}.mlp.0'),
-        *_layer(f'{_BLOCK}/MlpBlock_0/Dense_1', 'encoder.layers.encoder_layer_{i}.mlp.3'),
-        *_norm('Transformer/encoder_norm', 'encoder.ln'),
-        *_layer('pre_logits', 'heads.pre_logits'),
-        *_layer('head', 'heads.head'),
-    ],
+# Layout of a layer -> its arrays: the ends of our and of their name, and the array's layout.
+_ARRAYS = {
+    'same': [('', '', 'same')],
+    'norm': [('/scale', '.weight', 'same'), ('/bias', '.bias', 'same')],
+    'dense': [('/kernel', '.weight', 'dense'), ('/bias', '.bias', 'same')],
+    'conv': [('/kernel', '.weight', 'conv'), ('/bias', '.bias', 'same')],
+    'kernel': [('/kernel', '.weight', 'conv')],
+    'heads': [('/kernel', '.weight', 'heads'), ('/bias', '.bias', 'heads_bias')],
+    'out': [('/kernel', '.weight', 'out'), ('/bias', '.bias', 'same')],
+    'qkv': [('/kernel', 'weight', 'qkv'), ('/bias', 'bias', 'qkv_bias')],
 }
 
 
-def _resnet(root: str, units: str) -> list[Line]:
-    return [
-        ('conv_root/kernel', f'{root}conv.weight', 'conv'),
-        *_norm('gn_root', f'{root}norm'),
-        *[(f'{_UNIT}/conv{n}/kernel', f'{units}.conv{n}.weight', 'conv') for n in (1, 2, 3)],
-        *[line for n in (1, 2, 3) for line in _norm(f'{_UNIT}/gn{n}', f'{units}.norm{n}')],
-        (f'{_UNIT}/conv_proj/kernel', f'{units}.downsample.conv.weight', 'conv'),
-        *_norm(f'{_UNIT}/gn_proj', f'{units}.downsample.norm'),
-    ]
+def _read_tables() -> dict[str, list[Line]]:
+    tables: dict[str, list[Line]] = {}
+    with open(pathlib.Path(__file__).with_name('key_tables.csv'), encoding='utf-8') as file:
+        for row in csv.DictReader(file):
+            parts = ('/query', '/key', '/value') if row['layout'] == 'qkv' else ('',)
+            tables.setdefault(row['library'], []).extend(
+                (tuple(row['ours'] + part + our_end for part in parts), row['theirs'] + end, layout)
+                for our_end, end, layout in _ARRAYS[row['layout']]
+            )
+    hybrid = tables['timm'] + tables['timm hybrid']
+    # timm has no extra name for the stem of a backbone that is only a stem (R+ViT-Ti_16).
+    stem = [(ours, theirs.replace('.stem.', '.'), layout) for ours, theirs, layout in hybrid]
+    return tables | {'timm hybrid': hybrid, 'timm stem hybrid': stem}
 
 
-# timm has no extra name for the stem of a backbone that is only a stem (R+ViT-Ti_16).
-TABLES['timm hybrid'] = TABLES['timm'] + _resnet(
-    'patch_embed.backbone.stem.', 'patch_embed.backbone.stages.{s}.blocks.{u}'
-)
-TABLES['timm stem hybrid'] = TABLES['timm'] + _resnet(
-    'patch_embed.backbone.', 'patch_embed.backbone.stages.{s}.blocks.{u}'
-)
+TABLES = _read_tables()
 
-# Tensors that a classifier does not use, and why.
-_UNUSED = {
-    'embeddings.mask_token': 'mask_token, for masked pre-training, is left out',
-    'mask_token': 'mask_token, for masked pre-training, is left out',
-}
+_UNUSED = ('embeddings.mask_token', 'mask_token')  # by a classifier
 _OLD_TORCHVISION = re.compile(r'(\.mlp)\.linear_([12])\.')
 
 
@@ -218,11 +117,9 @@ def to_params(
                     f'which does not fit {table} tensors for {name}{with_heads}: the file is '
                     'of another model, or mixed up'
                 ) from e
-    for key, why in _UNUSED.items():
-        if key in tensors:
-            used.add(key)
-            notes.append(why)
-    if unknown := [key for key in tensors if key not in used]:
+    if any(key in tensors for key in _UNUSED):
+        notes.append('mask_token, for masked pre-training, is left out')
+    if unknown := [key for key in tensors if key not in used and key not in _UNUSED]:
         raise UserError(
             f'{path} looks like {table} weights, but {len(unknown)} of its {len(tensors)} tensors '
             'are of no model here (another architecture: layer scale, registers, attention '
@@ -255,15 +152,8 @@ def from_params(params: Mapping[str, Any], table: str) -> tuple[dict[str, LazyAr
 def _expand(
     table: list[Line], keys: Mapping[str, Any], side: int
 ) -> Iterator[tuple[tuple[str, ...], str, str]]:
-    """Yields (ours, theirs, layout) for the keys that there are, found on one side of the table.
-
-    Args:
-        table: the lines.
-        keys: names of arrays, ours (side 0) or theirs (side 1).
-        side: see `keys`.
-    """
-    for our_names, theirs, layout in table:
-        ours = (our_names,) if isinstance(our_names, str) else our_names
+    """The lines for those of our (side 0) or their (side 1) names that there are, filled in."""
+    for ours, theirs, layout in table:
         escaped = re.escape(theirs if side else ours[0])
         pattern = re.compile(re.sub(r'\\{(\w)\\}', r'(?P<\1>\\d+)', escaped))
         for key in keys:
