@@ -261,7 +261,8 @@ def test_mirroring_is_the_same_on_any_topology():
     many = augment.random_flip(jnp.ones((4000, 1, 2, 1)) * jnp.arange(2)[None, None, :, None],
                                jnp.arange(4000), key)  # fmt: skip
     assert 0.47 < float(many[:, 0, 0, 0].mean()) < 0.53
-    params, config = make_params(models.VisionTransformer(**MODEL)), make_config()
+    params = make_params(models.VisionTransformer(**MODEL))
+    config = make_config(optim_dtype='float32')  # bfloat16 would round some values apart
     one, _ = run_steps(config, params, make_batches(), devices=1, flip=True)
     four, _ = run_steps(config, params, make_batches(), devices=4, flip=True)
     plain, _ = run_steps(config, params, make_batches(), devices=1, flip=False)
