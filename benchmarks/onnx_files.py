@@ -27,6 +27,7 @@ from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.export import onnx as onnx_export
 from vit_jax.export import onnx_quantize, pytorch
+from vit_jax.export.options import Options
 from vit_jax.inference import labels, model_folder
 
 OURS, THEIRS, INT8 = 'vit_jax', 'transformers', 'vit_jax int8'  # which file
@@ -131,9 +132,10 @@ def _export(
 ) -> dict[str, str]:
     """Writes all files; name -> path."""
     files = {name: str(folder / f'{i}.onnx') for i, name in enumerate((OURS, THEIRS, INT8))}
-    onnx_export.save(onnx_export.build(model, opset=args.opset, layout='NCHW'), files[OURS])
+    proto = onnx_export.build(model, Options(opset=args.opset, layout='NCHW'))
+    onnx_export.save(proto, files[OURS])
     if args.int8:
-        onnx_quantize.quantize_dynamic(files[OURS], files[INT8])
+        onnx_quantize.quantize_dynamic(proto, files[INT8])
     else:
         del files[INT8]
     pytorch.write(folder / 'huggingface', model, to='huggingface')

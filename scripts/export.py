@@ -38,7 +38,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from vit_jax import cli
-from vit_jax.export import formats
+from vit_jax.export import options
 
 
 def main() -> int:
@@ -62,13 +62,13 @@ def main() -> int:
 
 def _export(args: argparse.Namespace) -> int:
     # Checks of the command line come first: the other imports take seconds.
-    fields = formats.Options.__dataclass_fields__
-    options = formats.Options(**{name: getattr(args, name) for name in fields})
-    formats.check(args.format, options, args.output)
+    fields = dataclasses.fields(options.Options)
+    chosen = options.Options(**{field.name: getattr(args, field.name) for field in fields})
+    options.check(args.format, chosen, args.output)
 
     import rich.console
 
-    from vit_jax.export import verify
+    from vit_jax.export import formats, verify
     from vit_jax.inference import model_folder
 
     width = max(100, shutil.get_terminal_size().columns)  # the table needs 90
@@ -77,7 +77,7 @@ def _export(args: argparse.Namespace) -> int:
         model_folder.load(args.model, variant=args.variant),
         args.output,
         format=args.format,
-        options=options,
+        options=chosen,
         verified=args.verify,
         images=args.images,
         console=console,
@@ -91,7 +91,7 @@ def _parse() -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
     add = parser.add_argument
     add('--model', required=True, help='model folder, file of weights, or released name')
-    add('--format', required=True, help=', '.join(formats.FORMATS))
+    add('--format', required=True, help=', '.join(options.FORMATS))
     add('--output', required=True, metavar='PATH', help='file or folder to write; must not exist')
     add('--variant', default='', help='architecture of a file, where its arrays do not tell')
     add(
@@ -103,7 +103,7 @@ def _parse() -> argparse.Namespace:
     add('--images', nargs='+', default=(), metavar='PATH', help='images and folders to verify on')
     graph = parser.add_argument_group('onnx and stablehlo')
     add = graph.add_argument
-    add('--layout', choices=('NHWC', 'NCHW'), help='of the input (default: NHWC)')
+    add('--layout', choices=options.LAYOUTS, help='of the input (default: NHWC)')
     add('--probabilities', action='store_true', help='softmax of each image instead of logits')
     add('--features', action='store_true', help='give the features that the head reads, too')
     add('--attention', action='store_true', help='give the attention weights of all blocks, too')
@@ -113,10 +113,10 @@ def _parse() -> argparse.Namespace:
         help='take uint8 images in [0, 255] (of the size of the model) and normalise them inside',
     )
     add = parser.add_argument_group('onnx').add_argument
-    add('--opset', type=int, choices=(17, 20), help='version of the operators (default: 20)')
+    add('--opset', type=int, choices=options.OPSETS, help='version of the operators (default: 20)')
     add(
         '--dtype',
-        choices=('float32', 'float16', 'int8'),
+        choices=options.DTYPES,
         help='of weights and products (default: float32); int8: dynamic quantisation',
     )
     add = parser.add_argument_group('timm, huggingface, torchvision and npz').add_argument
@@ -126,7 +126,7 @@ def _parse() -> argparse.Namespace:
         metavar='LAYER',
         help='leave this layer out where the format has no place for it: pre_logits',
     )
-    parser.set_defaults(**dataclasses.asdict(formats.DEFAULT))
+    parser.set_defaults(**dataclasses.asdict(options.DEFAULT))
     args = parser.parse_args()
     args.drop = tuple(args.drop)
     return args

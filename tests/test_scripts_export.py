@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 from vit_jax.checkpoint import npz
-from vit_jax.export import formats, verify
+from vit_jax.export import formats, options, verify
 from vit_jax.inference import model_folder
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -231,7 +231,7 @@ def test_a_full_disk(script, model, out, monkeypatch):
 
 def test_help_names_every_format():
     help_text = (ROOT / 'scripts' / 'export.py').read_text().split('"""')[1]
-    assert all(name in help_text for name in formats.FORMATS)
+    assert all(name in help_text for name in options.FORMATS)
 
 
 @pytest.mark.skipif(bool(importlib.util.find_spec('tensorrt')), reason='TensorRT is installed')

@@ -13,6 +13,7 @@ from PIL import Image
 
 from vit_jax.data.preprocess import resize_bilinear
 from vit_jax.export import onnx
+from vit_jax.export.options import Options
 from vit_jax.inference import classifier, labels, predict
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -70,11 +71,11 @@ def test_resize_of_the_example_is_that_of_training(example, height, width):
 
 
 @pytest.mark.parametrize(
-    'options', [{}, {'output': 'probabilities', 'layout': 'NCHW'}, {'preprocessing': True}]
+    'options', [{}, {'probabilities': True, 'layout': 'NCHW'}, {'preprocessing': True}]
 )
 def test_the_example_says_what_predict_says(example, model, photos, tmp_path, options):
     path = tmp_path / 'model.onnx'
-    onnx.save(onnx.build(model, **options), path)
+    onnx.save(onnx.build(model, Options(**options)), path)
     found = example.Classifier(str(path))
     assert found.class_names == list(CLASSES)
     expected = np.stack([p for _, p in predict.predict(classifier.open_classifier(path), photos)])

@@ -17,6 +17,7 @@ from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.export import formats, verify
 from vit_jax.export import onnx as onnx_export
+from vit_jax.export.options import Options
 
 PHOTOS = pathlib.Path(__file__).parents[1] / 'fixtures' / 'data' / 'photos'
 
@@ -120,11 +121,11 @@ def test_images_of_the_user(tmp_path):
 
 
 OPTIONS = {
-    'everything': formats.Options(
+    'everything': Options(
         layout='NCHW', probabilities=True, features=True, attention=True, preprocessing=True
     ),
-    'float16': formats.Options(dtype='float16', features=True),
-    'int8': formats.Options(dtype='int8'),
+    'float16': Options(dtype='float16', features=True),
+    'int8': Options(dtype='int8'),
 }
 
 
@@ -133,16 +134,8 @@ def test_onnx(case, tmp_path, name):
     model, options = case('token').model, OPTIONS[name]
     formats.write(tmp_path / 'x.onnx', model, 'onnx', options)
     assert [path.name for path in tmp_path.iterdir()] == ['x.onnx']
-    outputs = formats.outputs_of(model, 'onnx', options)
-    report = verify.verify(
-        model,
-        tmp_path / 'x.onnx',
-        format='onnx',
-        outputs=outputs,
-        dtype=options.dtype,
-        layout=options.layout,
-        preprocessing=options.preprocessing,
-    )
+    outputs = verify.outputs_of(model, 'onnx', options)
+    report = verify.verify(model, tmp_path / 'x.onnx', format='onnx', options=options)
     assert report.status == verify.VERIFIED, report.reasons
     assert [(r.output, r.batch) for r in report.rows] == [
         (o, b) for b in (1, 2, 7) for o in outputs
@@ -183,7 +176,7 @@ def test_other_class_names_and_outputs_are_noticed(case, tmp_path):
     report = damaged(tmp_path, model, change)
     assert report.status == verify.FAILED and 'class names' in report.reasons[0]
     path = tmp_path / 'x.onnx'
-    report = verify.verify(model, path, format='onnx', outputs=('probabilities',))
+    report = verify.verify(model, path, format='onnx', options=Options(probabilities=True))
     assert report.status == verify.FAILED
     assert report.reasons == ['its outputs are logits; expected probabilities']
 
@@ -195,7 +188,7 @@ def test_a_zero_head_proves_nothing(case, tmp_path):
     assert compare.zero_head(model.params)
     report = damaged(tmp_path, model, lambda _: None)
     assert report.status == verify.NOT_VERIFIED and 'all zeros' in report.verdict()
-    assert formats.outputs_of(model, 'timm', formats.DEFAULT) == ('logits', 'features')
+    assert verify.outputs_of(model, 'timm', Options()) == ('logits', 'features')
 
 
 def test_a_runtime_that_is_not_installed(case, tmp_path, monkeypatch):

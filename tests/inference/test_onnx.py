@@ -11,6 +11,7 @@ from PIL import Image
 
 from vit_jax.errors import UserError
 from vit_jax.export import onnx
+from vit_jax.export.options import Options
 from vit_jax.inference import classifier
 from vit_jax.inference import onnx as onnx_model
 
@@ -39,7 +40,7 @@ def path(tmp_path):
     'options', [{}, {'layout': 'NCHW'}, {'opset': 17}, {'features': True, 'attention': True}]
 )
 def test_logits_equal_those_of_jax(model, expected, path, options):
-    onnx.save(onnx.build(model, **options), path)
+    onnx.save(onnx.build(model, Options(**options)), path)
     opened = classifier.open_classifier(path)
     assert (opened.class_names, opened.preprocess.crop) == (CLASSES, 16)
     assert opened.preprocess == model.preprocess and opened.source == model.source
@@ -51,7 +52,7 @@ def test_logits_equal_those_of_jax(model, expected, path, options):
 
 
 def test_probabilities_become_logits_less_a_constant(model, expected, path):
-    onnx.save(onnx.build(model, output='probabilities'), path)
+    onnx.save(onnx.build(model, Options(probabilities=True)), path)
     pixels, logits = expected
     found = onnx_model.OnnxClassifier(path, threads=1).logits(pixels)
     np.testing.assert_allclose(classifier.softmax(found), classifier.softmax(logits), atol=1e-5)
@@ -60,7 +61,7 @@ def test_probabilities_become_logits_less_a_constant(model, expected, path):
 
 @pytest.mark.parametrize('layout', ['NHWC', 'NCHW'])
 def test_files_that_take_bytes_get_them_rounded(model, expected, path, layout):
-    onnx.save(onnx.build(model, preprocessing=True, layout=layout), path)
+    onnx.save(onnx.build(model, Options(preprocessing=True, layout=layout)), path)
     pixels, _ = expected
     rounded = np.asarray(classifier.JaxClassifier(model).logits(np.rint(pixels)))
     np.testing.assert_allclose(onnx_model.OnnxClassifier(path).logits(pixels), rounded, atol=1e-5)

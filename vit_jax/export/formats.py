@@ -1,147 +1,35 @@
-"""Exports a model to a file for its runtime: written, verified, and only then moved into place.
-
-The formats, which options go with each, and what writes it. Nothing heavy is imported at the top:
-the command line reads this for its help and its checks.
-"""
+"""Exports a model to a file for its runtime: written, verified, and only then moved into place."""
 
 import dataclasses
-import difflib
 import hashlib
+import io
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
+import jax
+import numpy as np
+import rich.console
+
+import vit_jax
 from vit_jax import files
 from vit_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from vit_jax.export import verify
-    from vit_jax.inference import model_folder
-
-# What a verification found stands in <output>.verify.json.
-REPORT_SUFFIX = '.verify.json'
-
-
-@dataclasses.dataclass(frozen=True)
-class Format:
-    """A format.
-
-    Attributes:
-        suffix: required ending of the file's name; '' for any, None for a folder.
-        options: fields of `Options` that it has.
-    """
-
-    suffix: str | None
-    options: tuple[str, ...]
-
-
-_GRAPH = ('layout', 'probabilities', 'features', 'attention', 'preprocessing')
-
-FORMATS: Mapping[str, Format] = {
-    'onnx': Format('.onnx', ('opset', *_GRAPH, 'dtype')),
-    'stablehlo': Format('', _GRAPH),
-    'timm': Format(None, ('drop',)),
-    'huggingface': Format(None, ('drop',)),
-    'torchvision': Format(None, ('drop',)),
-    'npz': Format('.npz', ('drop',)),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How a model is exported.
-
-    Attributes:
-        opset: version of ONNX's operators.
-        layout: of the input, 'NHWC' or 'NCHW'.
-        probabilities: whether the softmax of each image's logits takes their place.
-        features: whether `features` is an output, too.
-        attention: whether `attention` is an output, too.
-        preprocessing: whether the input is uint8 in [0, 255] and normalised inside.
-        dtype: 'float32', 'float16' or 'int8'.
-        drop: layers to leave out, of `pytorch.DROPPABLE`.
-    """
-
-    opset: int = 20
-    layout: str = 'NHWC'
-    probabilities: bool = False
-    features: bool = False
-    attention: bool = False
-    preprocessing: bool = False
-    dtype: str = 'float32'
-    drop: tuple[str, ...] = ()
-
-
-DEFAULT = Options()
-
-
-def check(name: str, options: Options, output: str | os.PathLike[str]) -> None:
-    """Raises `UserError` for what can be checked before a model is read.
-
-    Args:
-        name: of the format.
-        options: those that differ from the default have to go with the format.
-        output: the file or folder to write, which must not exist, in a folder that does.
-    """
-    if name not in FORMATS:
-        near = difflib.get_close_matches(name, FORMATS, n=1, cutoff=0.4)
-        hint = f'; did you mean {near[0]}?' if near else ''
-        raise UserError(f'unknown format {name!r}{hint} Known: {", ".join(FORMATS)}')
-    form = FORMATS[name]
-    for field in dataclasses.fields(Options):
-        if getattr(options, field.name) != field.default and field.name not in form.options:
-            takes = [n for n, f in FORMATS.items() if field.name in f.options]
-            raise UserError(f'--{field.name} goes with --format {" or ".join(takes)}, not {name}')
-    output = pathlib.Path(output)
-    others = [f.suffix for f in FORMATS.values() if f.suffix]
-    if form.suffix is None and output.suffix in (*others, '.safetensors', '.pth', '.pt'):
-        raise UserError(f'--format {name} writes a folder; {output} looks like the name of a file')
-    if form.suffix and output.suffix != form.suffix:
-        raise UserError(
-            f'--format {name} writes a file whose name ends in {form.suffix}; --output is {output}'
-        )
-    if not output.name:
-        raise UserError(f'--output {output} has no name; give that of a file or folder')
-    # External data, a description and the report may be written beside it.
-    for suffix in ('', '.data', '.json', REPORT_SUFFIX):
-        if os.path.lexists(place := output.with_name(output.name + suffix)):
-            raise UserError(f'{place} exists; remove it, or name another place')
-    if not output.parent.is_dir():
-        raise UserError(f'there is no folder {output.parent}; make it first, or name another place')
-
-
-def outputs_of(model: 'model_folder.Model', name: str, options: Options) -> tuple[str, ...]:
-    """Names of what an exported model gives, see `verify.OUTPUTS`.
-
-    Where the logits prove nothing (there is no head, or it is all zeros), the libraries' models are
-    asked for their features, too.
-
-    Args:
-        model: the model.
-        name: of the format.
-        options: as exported.
-    """
-    from vit_jax.analysis import compare
-
-    has_head = bool(model.model.num_classes)
-    scores = ('probabilities' if options.probabilities else 'logits',) if has_head else ()
-    if 'features' in FORMATS[name].options:
-        extra = tuple(extra for extra in ('features', 'attention') if getattr(options, extra))
-        return scores + extra or ('logits',)
-    return scores + (() if has_head and not compare.zero_head(model.params) else ('features',))
+from vit_jax.export import onnx, onnx_quantize, pytorch, stablehlo, verify
+from vit_jax.export.options import DEFAULT, REPORT_SUFFIX, Options, check
+from vit_jax.inference import model_folder
 
 
 def export(
-    model: 'model_folder.Model',
+    model: model_folder.Model,
     output: str | os.PathLike[str],
     *,
     format: str,
     options: Options = DEFAULT,
     verified: bool = True,
     images: Sequence[str] = (),
-    console: Any = None,
-) -> 'verify.Report | None':
+    console: rich.console.Console | None = None,
+) -> verify.Report | None:
     """Exports a model.
 
     Beside `output` stands `<output>.verify.json`, what the verification found, also as text.
@@ -149,11 +37,11 @@ def export(
     Args:
         model: what `model_folder.load` gives.
         output: the file or folder to write; must not exist, its folder must.
-        format: a key of `FORMATS`.
+        format: a key of `options.FORMATS`.
         options: see `Options`.
         verified: whether to run the exported model and compare; without it nothing is promised.
         images: files and folders of images to verify on; default photographs of scikit-learn's.
-        console: a `rich.console.Console` for what happens; default none of it is shown.
+        console: for what happens; by default none of it is shown.
 
     Returns:
         The report; None if not `verified`.
@@ -162,48 +50,34 @@ def export(
         UserError: the format or an option cannot express the model, the exported model does not
             compute what the model computes, or the output cannot be written. Nothing was written.
     """
-    from vit_jax.export import pytorch, verify
-
     output = pathlib.Path(output)
     check(format, options, output)
     model, notes = pytorch.drop_layers(model, options.drop)
-    outputs = outputs_of(model, format, options)
-    if format in ('onnx', 'stablehlo'):
-        verify.check_outputs(model.model, outputs)
     chosen = verify.images_for(images) if verified else None
-    say = console.print if console else lambda *_: None
+    console = console or rich.console.Console(quiet=True)
     with files.atomic_group(output) as folder:
         made = folder / output.name
         notes += write(made, model, format, options)
-        say(_described(model, options, made))
+        console.print(_described(model, options, made))
         for note in notes:
-            say(f'  {note}')
+            console.print(f'  {note}')
         if not verified:
-            say('not verified (--no-verify)')
+            console.print('not verified (--no-verify)')
             return None
-        report = verify.verify(
-            model,
-            made,
-            format=format,
-            outputs=outputs,
-            dtype=options.dtype,
-            layout=options.layout,
-            preprocessing=options.preprocessing,
-            images=chosen,
-        )
-        if console:
-            report.print(console)
+        report = verify.verify(model, made, format=format, options=options, images=chosen)
+        report.print(console)
         if report.status == verify.FAILED:
             raise UserError(f'{output} was not written: {"; ".join(report.reasons)}')
-        _note_own_form(made, report)
+        if report.own_form:
+            with open(made / pytorch.PAGES[format], 'a', encoding='utf-8') as page:
+                page.write('\n## Measured when this was written\n\n')
+                page.write(f'{report.own_line()} ({report.images}).\n')
         place = made.with_name(f'{output.name}{REPORT_SUFFIX}')
         files.write_json(place, _description(made, format, options, report))
     return report
 
 
-def write(
-    path: pathlib.Path, model: 'model_folder.Model', name: str, options: Options
-) -> list[str]:
+def write(path: pathlib.Path, model: model_folder.Model, name: str, options: Options) -> list[str]:
     """Writes a model, unverified. `export` is what to call.
 
     Args:
@@ -218,53 +92,20 @@ def write(
     Raises:
         UserError: the format cannot express the model.
     """
-    if name == 'onnx':
-        return _write_onnx(path, model, options)
     if name == 'stablehlo':
-        from vit_jax.export import stablehlo
-
-        stablehlo.write(
-            path,
-            model,
-            outputs=outputs_of(model, name, options),
-            layout=options.layout,
-            preprocessing=options.preprocessing,
-        )
+        stablehlo.write(path, model, options)
         return []
-    from vit_jax.export import pytorch
-
-    return pytorch.write(path, model, to=name)
-
-
-def _write_onnx(path: pathlib.Path, model: 'model_folder.Model', options: Options) -> list[str]:
-    from vit_jax.export import onnx, onnx_quantize
-
-    int8 = options.dtype == 'int8'
-    proto = onnx.build(
-        model,
-        opset=options.opset,
-        layout=options.layout,
-        output='probabilities' if options.probabilities else 'logits',
-        features=options.features,
-        attention=options.attention,
-        preprocessing=options.preprocessing,
-        dtype='float32' if int8 else options.dtype,
-    )
-    if not int8:
+    if name != 'onnx':
+        return pytorch.write(path, model, to=name)
+    proto = onnx.build(model, options)
+    if options.dtype != 'int8':
         onnx.save(proto, path)
         return []
-    full = path.with_name(f'float32-{path.name}')
-    onnx.save(proto, full)
-    onnx_quantize.quantize_dynamic(full, path)
-    sizes = [file.stat().st_size / 2**20 for file in (full, path)]
-    for file in path.parent.glob(f'{full.name}*'):
-        file.unlink()
-    return [f'{sizes[1]:.1f} MiB, {sizes[0]:.1f} MiB in float32']
+    full = onnx_quantize.quantize_dynamic(proto, path)
+    return [f'{path.stat().st_size / 2**20:.1f} MiB, {full / 2**20:.1f} MiB in float32']
 
 
-def _described(model: 'model_folder.Model', options: Options, made: pathlib.Path) -> str:
-    import jax
-
+def _described(model: model_folder.Model, options: Options, made: pathlib.Path) -> str:
     name = model.model_config.get('model_name') or 'a model of no known variant'
     count = sum(leaf.size for leaf in jax.tree.leaves(model.params))
     size = sum(file.stat().st_size for file in _files(made)) / 2**20
@@ -281,27 +122,10 @@ def _files(made: pathlib.Path) -> list[pathlib.Path]:
     )
 
 
-def _note_own_form(made: pathlib.Path, report: 'verify.Report') -> None:
-    """Adds what was measured of the library's own form to the page in the folder."""
-    if not report.own_form:
-        return
-    page = next(page for name in ('NOTE.md', 'README.md') if (page := made / name).is_file())
-    with open(page, 'a', encoding='utf-8') as f:
-        f.write(f'\n## Measured when this was written\n\n{report.own_line()} ({report.images}).\n')
-
-
 def _description(
-    made: pathlib.Path, format: str, options: Options, report: 'verify.Report'
+    made: pathlib.Path, format: str, options: Options, report: verify.Report
 ) -> dict[str, Any]:
     """What stands in <output>.verify.json."""
-    import io
-
-    import jax
-    import numpy as np
-    import rich.console
-
-    import vit_jax
-
     text = io.StringIO()
     report.print(rich.console.Console(file=text, width=120))
     entries = {}

@@ -11,7 +11,7 @@ names, preprocessing) is in its metadata.
 import json
 import os
 import pathlib
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import onnx
 from google.protobuf.message import Message
@@ -20,17 +20,11 @@ from onnx import external_data_helper, helper
 import vit_jax
 from vit_jax import files, variants
 from vit_jax.errors import UserError
-from vit_jax.export import onnx_models
-from vit_jax.export.onnx_graph import BATCH, FLOAT16, FLOAT32, IR_VERSIONS, UINT8, Graph
-
-if TYPE_CHECKING:
-    from vit_jax.inference import model_folder
-
-FORMAT = '1'
-LAYOUTS = ('NHWC', 'NCHW')
-OUTPUTS = ('logits', 'probabilities')
-DTYPES = {'float32': FLOAT32, 'float16': FLOAT16}
-OPSETS = tuple(IR_VERSIONS)
+from vit_jax.export import onnx_models, verify
+from vit_jax.export.onnx_graph import BATCH, FLOAT16, FLOAT32, UINT8, Graph
+from vit_jax.export.options import DEFAULT, Options
+from vit_jax.inference import model_folder
+from vit_jax.inference import onnx as inference_onnx
 
 # A protobuf message is smaller than 2 GiB; 64 MiB are left for what is not weights.
 EXTERNAL_DATA_ABOVE = 2**31 - 2**26
@@ -39,67 +33,51 @@ _ALIGNMENT = 4096
 _EXTERNAL_FROM = 1024  # bytes; what is smaller stays in the file of the graph
 
 
-def build(
-    model: 'model_folder.Model',
-    *,
-    opset: int = 20,
-    layout: str = 'NHWC',
-    output: str = 'logits',
-    features: bool = False,
-    attention: bool = False,
-    preprocessing: bool = False,
-    dtype: str = 'float32',
-) -> onnx.ModelProto:
+def build(model: model_folder.Model, options: Options = DEFAULT) -> onnx.ModelProto:
     """Writes a model as an ONNX graph.
 
-    The input is `image`, [batch, side, side, 3] float32 in [-1, 1] with any batch. Outputs are
-    float32 whatever `dtype` is.
+    The input is `image`, of any batch. Outputs are float32: `logits` or `probabilities`
+    [batch, C], `features` [batch, D] and `attention` [batch, L, H, N, N], see `verify.py`.
 
     Args:
         model: what `model_folder.load` gives (or `open_model`, which reads each array when it is
             written); ViT, hybrid, DeiT or Mixer.
-        opset: version of ONNX's operators, 20, or 17 for older runtimes, which has no Gelu: it is
-            spelled out.
-        layout: 'NHWC', or 'NCHW' for an input of [batch, 3, side, side].
-        output: 'logits' [batch, C], or in their place 'probabilities', the softmax of each row.
-        features: also give `features` [batch, D], what the head reads (behind `pre_logits`, before
-            the hidden layer of an `mlp_head`; of a distilled model the mean of both tokens). All
-            that a model without a head can give.
-        attention: also give `attention` [batch, L, H, N, N], the weights of all blocks.
-        preprocessing: take uint8 in [0, 255], and do the normalisation in the graph. Images still
-            have to be of the model's size.
-        dtype: of weights and products: 'float32', or 'float16', in which LayerNorm, GroupNorm,
-            softmax and the sums over the layers stay float32, by casts in the graph.
+        options: see `Options`; of 'int8' the float32 graph, which `onnx_quantize` takes.
 
     Returns:
         The model, with its metadata; `save` writes it.
 
     Raises:
-        UserError: an unknown value of an option, an output that the model does not have, or weights
-            beyond the range of float16.
+        UserError: an output that the model does not have, or weights beyond the range of float16.
     """
-    _check(model, features, attention, opset=opset, layout=layout, output=output, dtype=dtype)
     config, params, side = model.model_config, model.params, model.image_size
-    graph = Graph(opset, DTYPES[dtype])
-    image = _image(graph, side, layout, preprocessing)
-    values = onnx_models.build(graph, image, params, config, side, attention=attention)
+    outputs = options.outputs(model.model.num_classes)
+    verify.check_outputs(model.model, outputs)
+    classifier = config.get('classifier', 'token')
+    if not variants.is_mixer(config) and classifier not in ('token', 'gap'):
+        raise UserError(
+            f'a model with classifier {classifier!r} gives scores for each token, not for each '
+            "image: only 'token' and 'gap' can be exported to ONNX"
+        )
+    graph = Graph(options.opset, FLOAT16 if options.dtype == 'float16' else FLOAT32)
+    image = _image(graph, side, options)
+    values = onnx_models.build(graph, image, params, config, side, attention=options.attention)
     if values.logits:
-        x = graph.softmax(values.logits, 'softmax') if output == 'probabilities' else values.logits
-        graph.output(x, output, (BATCH, params['head']['bias'].shape[0]))
-    if features:
+        x = graph.softmax(values.logits, 'softmax') if options.probabilities else values.logits
+        graph.output(x, outputs[0], (BATCH, params['head']['bias'].shape[0]))
+    if options.features:
         graph.output(values.features, 'features', (BATCH, _width(model)))
-    if attention:
+    if options.attention:
         num_heads, tokens = config['transformer']['num_heads'], values.num_tokens
         shape = (BATCH, len(values.attention), num_heads, tokens, tokens)
         x = graph.op('Concat', values.attention, 'attention/stacked', axis=1)
         graph.output(graph.reshape(x, shape, 'attention/blocks'), 'attention', shape)
     proto = graph.model(str(config.get('model_name') or 'vit_jax'), vit_jax.__version__)
-    given = output if values.logits else 'features'
-    helper.set_model_props(proto, _metadata(model, layout, given, preprocessing, dtype))
+    helper.set_model_props(proto, _metadata(model, options, outputs[0]))
     return proto
 
 
-def _width(model: 'model_folder.Model') -> int:
+def _width(model: model_folder.Model) -> int:
     """Of the features."""
     if 'pre_logits' in model.params:
         return model.params['pre_logits']['bias'].shape[0]
@@ -108,9 +86,7 @@ def _width(model: 'model_folder.Model') -> int:
     ]
 
 
-def _metadata(
-    model: 'model_folder.Model', layout: str, output: str, preprocessing: bool, dtype: str
-) -> dict[str, str]:
+def _metadata(model: model_folder.Model, options: Options, output: str) -> dict[str, str]:
     """What is written into the file: all that a program needs which has nothing but the file.
 
     Returns:
@@ -124,16 +100,16 @@ def _metadata(
         return json.dumps(value, ensure_ascii=False)
 
     return {
-        'vit_jax.format': FORMAT,
+        'vit_jax.format': inference_onnx.FORMAT,
         'vit_jax.version': vit_jax.__version__,
         'model_name': str(model.model_config.get('model_name') or ''),
         'class_names': text(list(model.class_names)),
         'image_size': str(model.image_size),
-        'layout': layout,
-        'value_range': text([0, 255] if preprocessing else [-1, 1]),
+        'layout': options.layout,
+        'value_range': text([0, 255] if options.preprocessing else [-1, 1]),
         'preprocessing': text(model.preprocess.to_dict()),
         'output': output,
-        'dtype': dtype,
+        'dtype': 'float16' if options.dtype == 'float16' else 'float32',
         'source': text(dict(model.source)),
     }
 
@@ -164,35 +140,12 @@ def save(
         (folder / path.name).write_bytes(proto.SerializeToString())
 
 
-def _check(
-    model: 'model_folder.Model', features: bool, attention: bool, **options: str | int
-) -> None:
-    """Raises `UserError` for what cannot be exported."""
-    known = {'opset': OPSETS, 'layout': LAYOUTS, 'output': OUTPUTS, 'dtype': tuple(DTYPES)}
-    for name, value in options.items():
-        if value not in known[name]:
-            listed = ', '.join(map(str, known[name]))
-            raise UserError(f'unknown {name} {value!r} for ONNX: one of {listed}')
-    config = model.model_config
-    classifier = config.get('classifier', 'token')
-    if not variants.is_mixer(config) and classifier not in ('token', 'gap'):
-        raise UserError(
-            f'a model with classifier {classifier!r} gives scores for each token, not for each '
-            "image: only 'token' and 'gap' can be exported to ONNX"
-        )
-    if 'head' not in model.params and not features:
-        raise UserError(
-            'this model has no classification head, so it has no logits: export its features'
-        )
-    if attention and variants.is_mixer(config):
-        raise UserError('an MLP-Mixer has no attention: export it without the attention output')
-
-
-def _image(graph: Graph, side: int, layout: str, preprocessing: bool) -> str:
+def _image(graph: Graph, side: int, options: Options) -> str:
     """Declares the input; gives [B, 3, side, side] in [-1, 1]."""
-    shape = (BATCH, side, side, 3) if layout == 'NHWC' else (BATCH, 3, side, side)
-    x = graph.input('image', UINT8 if preprocessing else FLOAT32, shape)
-    if preprocessing:
+    channels_last = options.layout == 'NHWC'
+    shape = (BATCH, side, side, 3) if channels_last else (BATCH, 3, side, side)
+    x = graph.input('image', UINT8 if options.preprocessing else FLOAT32, shape)
+    if options.preprocessing:
         x = graph.cast(x, FLOAT32)
         # The two steps of `data.preprocess.normalize`, which round as it does.
         half = graph.scalar(127.5)
@@ -200,7 +153,7 @@ def _image(graph: Graph, side: int, layout: str, preprocessing: bool) -> str:
         x = graph.op('Div', [x, half], 'image/normalised')
     # The cast comes first, so that the transposition moves half of the bytes.
     x = graph.cast(x, graph.compute)
-    return graph.transpose(x, (0, 3, 1, 2), 'image/channels_first') if layout == 'NHWC' else x
+    return graph.transpose(x, (0, 3, 1, 2), 'image/channels_first') if channels_last else x
 
 
 def _write_weights(proto: onnx.ModelProto, f: IO[bytes], location: str) -> onnx.ModelProto:

@@ -15,8 +15,6 @@ months after the JAX that wrote it; keep the model folder to export again.
 """
 
 import pathlib
-from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,36 +25,24 @@ from vit_jax import files
 from vit_jax.data.preprocess import normalize
 from vit_jax.errors import UserError
 from vit_jax.export import verify
+from vit_jax.export.options import DEFAULT, Options
 from vit_jax.inference import model_folder
 
 PLATFORMS = ('cpu', 'cuda')
-LAYOUTS = ('NHWC', 'NCHW')
 
 # The serialised form is a flatbuffer, whose offsets have 31 bits.
 _LARGEST = 2**31 - 2**20
 
 
-def build(
-    model: model_folder.Model,
-    *,
-    outputs: Sequence[str] = ('logits',),
-    layout: str = 'NHWC',
-    preprocessing: bool = False,
-) -> bytes:
-    """A model as a function of images, serialised.
+def build(model: model_folder.Model, options: Options = DEFAULT) -> jax.export.Exported:
+    """A model as a function of images, with any batch; it gives a dict of float32 arrays.
 
     The precision of matrix products is left to the device, as in this package: exact on a CPU; on
     an NVIDIA GPU TF32 unless `jax_default_matmul_precision` says otherwise where it is compiled.
 
     Args:
         model: what `model_folder.load` gives.
-        outputs: names among `verify.OUTPUTS`.
-        layout: 'NHWC' for images [batch, S, S, 3], 'NCHW' for [batch, 3, S, S].
-        preprocessing: False: images are float32 in [-1, 1]. True: they are uint8 in [0, 255], of
-            the model's size, and normalised inside.
-
-    Returns:
-        The content of a file; the function in it gives a dict of float32 arrays.
+        options: see `Options`, of which opset, dtype and drop are for other formats.
 
     Raises:
         UserError: the model has no such output, or is too large for one file.
@@ -67,58 +53,45 @@ def build(
             f'a StableHLO file holds at most 2 GiB, and the weights of this model take '
             f'{size / 2**30:.1f} GiB; --format onnx writes them into a file of their own'
         )
-    compute = verify.forward(model.model, outputs)
+    compute = verify.forward(model.model, options.outputs(model.model.num_classes))
     params = jax.tree.map(jnp.asarray, model.params)
+    channels_last = options.layout == 'NHWC'
 
     def function(image: jax.Array) -> dict[str, jax.Array]:
-        if layout == 'NCHW':
-            image = image.transpose(0, 2, 3, 1)
-        if preprocessing:
+        image = image if channels_last else image.transpose(0, 2, 3, 1)
+        if options.preprocessing:
             image = normalize(image.astype(jnp.float32))
         return compute(params, image)
 
-    shape, dtype = _input(model.image_size, layout, preprocessing)
-    symbolic = jax.export.symbolic_shape(', '.join(map(str, shape)))
+    side = model.image_size
+    shape = f'batch, {side}, {side}, 3' if channels_last else f'batch, 3, {side}, {side}'
+    dtype = np.uint8 if options.preprocessing else np.float32
+    image = jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape), dtype)
     # What the session asks for would be written into the file.
     with jax.default_matmul_precision('default'):
-        exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(
-            jax.ShapeDtypeStruct(symbolic, dtype)
-        )
-    return bytes(exported.serialize())
+        return jax.export.export(jax.jit(function), platforms=PLATFORMS)(image)
 
 
-def write(
-    path: pathlib.Path,
-    model: model_folder.Model,
-    *,
-    outputs: Sequence[str] = ('logits',),
-    layout: str = 'NHWC',
-    preprocessing: bool = False,
-) -> None:
-    """Writes `path` and, beside it, its description, `<path>.json`.
+def write(path: pathlib.Path, model: model_folder.Model, options: Options = DEFAULT) -> None:
+    """Writes `path` (one that is there is replaced) and, beside it, its description, `<path>.json`.
 
-    Args:
-        path: the file; one that is there is replaced.
-        model: see `build`.
-        outputs: see `build`.
-        layout: see `build`.
-        preprocessing: see `build`.
+    See `build`.
     """
-    content = build(model, outputs=outputs, layout=layout, preprocessing=preprocessing)
-    shape, dtype = _input(model.image_size, layout, preprocessing)
-    image = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), np.float32)
-    shapes = jax.eval_shape(verify.forward(model.model, outputs), model.params, image)
+    exported = build(model, options)
+    (image,) = exported.in_avals
+    shapes = jax.tree.unflatten(exported.out_tree, [aval.shape for aval in exported.out_avals])
+    outputs = options.outputs(model.model.num_classes)
     description = {
         'format': 'vit_jax StableHLO',
         'format_version': 1,
         'platforms': list(PLATFORMS),
         'input': {
-            'shape': list(shape),
-            'dtype': np.dtype(dtype).name,
-            'layout': layout,
-            'value_range': [0, 255] if preprocessing else [-1, 1],
+            'shape': ['batch', *image.shape[1:]],
+            'dtype': image.dtype.name,
+            'layout': options.layout,
+            'value_range': [0, 255] if options.preprocessing else [-1, 1],
         },
-        'outputs': {name: ['batch', *shapes[name].shape[1:]] for name in outputs},
+        'outputs': {name: ['batch', *shapes[name][1:]] for name in outputs},
         'image_size': model.image_size,
         'class_names': list(model.class_names),
         'preprocessing': model.preprocess.to_dict(),
@@ -127,13 +100,5 @@ def write(
         'versions': {'vit_jax': vit_jax.__version__, 'jax': jax.__version__},
     }
     with files.atomic_group(path, overwrite=True) as folder:
-        (folder / path.name).write_bytes(content)
+        (folder / path.name).write_bytes(exported.serialize())
         files.write_json(folder / f'{path.name}.json', description)
-
-
-def _input(size: int, layout: str, preprocessing: bool) -> tuple[tuple[int | str, ...], Any]:
-    """Shape (the first length is the name 'batch') and type of the input."""
-    if layout not in LAYOUTS:
-        raise UserError(f'unknown layout {layout!r}; known: {", ".join(LAYOUTS)}')
-    shape = ('batch', size, size, 3) if layout == 'NHWC' else ('batch', 3, size, size)
-    return shape, np.uint8 if preprocessing else np.float32

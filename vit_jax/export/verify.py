@@ -15,6 +15,7 @@ Names and shapes of the outputs (B batch, C classes, D width, L blocks, H heads,
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -22,12 +23,15 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import rich.box
+import rich.console
+import rich.table
 
 from vit_jax import files, models
 from vit_jax.analysis import compare
@@ -35,21 +39,10 @@ from vit_jax.data.batches import eval_batches
 from vit_jax.data.dataset import Example, Source
 from vit_jax.data.preprocess import Preprocess, normalize
 from vit_jax.errors import UserError
+from vit_jax.export.options import DEFAULT, FORMATS, Options
 from vit_jax.inference import model_folder, predict
 
 VERIFIED, FAILED, NOT_VERIFIED = 'verified', 'failed', 'not verified'
-
-OUTPUTS = ('logits', 'probabilities', 'features', 'attention')
-
-# What runs each format, as arguments of `pip install`.
-PACKAGES = {
-    'onnx': 'onnxruntime',
-    'stablehlo': 'jax flatbuffers',
-    'timm': 'torch torchvision timm',
-    'huggingface': 'torch transformers',
-    'torchvision': 'torch torchvision',
-    'npz': 'vit_jax',
-}
 
 # The largest batch an export is run at; fewer images are repeated to fill it.
 BATCH = 7
@@ -125,8 +118,8 @@ class Report:
             f'the most probable class is the same for {own.agree} of {own.vectors} images'
         )
 
-    def print(self, console: Any) -> None:
-        """Prints it on a `rich.console.Console`."""
+    def print(self, console: rich.console.Console) -> None:
+        """Prints it."""
         if self.rows:
             console.print(f'Run by {self.runtime}')
             console.print(f'on {self.images}; compared with JAX, exact float32\n')
@@ -147,14 +140,7 @@ class Report:
 
 
 def check_outputs(module: Any, outputs: Sequence[str]) -> None:
-    """Raises `UserError` if a model does not have these outputs.
-
-    Args:
-        module: a model of this package.
-        outputs: names among `OUTPUTS`.
-    """
-    if unknown := [name for name in outputs if name not in OUTPUTS]:
-        raise UserError(f'unknown output {unknown[0]!r}: of {", ".join(OUTPUTS)}')
+    """Raises `UserError` if a model of this package does not have these outputs."""
     if not module.num_classes and {'logits', 'probabilities'} & set(outputs):
         raise UserError(
             'this model has no classification head, so it has no logits. Fine-tune it first, or '
@@ -162,6 +148,24 @@ def check_outputs(module: Any, outputs: Sequence[str]) -> None:
         )
     if 'attention' in outputs and isinstance(module, models.MlpMixer):
         raise UserError('an MLP-Mixer has no attention')
+
+
+def outputs_of(model: model_folder.Model, format: str, options: Options) -> tuple[str, ...]:
+    """Names of what an exported model gives.
+
+    Where the logits prove nothing (there is no head, or it is all zeros), the libraries' models are
+    asked for their features, too.
+
+    Args:
+        model: the model.
+        format: a key of `options.FORMATS`.
+        options: as exported.
+    """
+    if 'features' in FORMATS[format].options:
+        return options.outputs(model.model.num_classes)
+    if not model.model.num_classes:
+        return ('features',)
+    return ('logits', 'features') if compare.zero_head(model.params) else ('logits',)
 
 
 def forward(
@@ -172,7 +176,7 @@ def forward(
     Args:
         module: a model of this package; computed in float32, attention by plain XLA operations,
             whatever it says itself, so that the result runs on any device.
-        outputs: names among `OUTPUTS`.
+        outputs: names of outputs, see above.
 
     Returns:
         A pure function of (parameters, images [B, S, S, 3] float32 in [-1, 1]) that gives a dict of
@@ -208,30 +212,28 @@ def forward(
     return run
 
 
-@dataclasses.dataclass(frozen=True)
-class Images:
-    """Images to verify on.
-
-    Attributes:
-        source: what reads them.
-        keys: a name for each image.
-        description: of all of them, in words.
-    """
+class Images(NamedTuple):
+    """Images to verify on, at least `BATCH`: what reads them, a name of each, and all in words."""
 
     source: Source
     keys: Sequence[str]
     description: str
 
 
+class _Examples(list[Example]):
+    """Examples in memory, as a `Source`."""
+
+    class_names: tuple[str, ...] = ()
+    exif = False
+
+
 def images_for(paths: Sequence[str] = ()) -> Images:
     """The user's images, or photographs that are always at hand.
 
     Args:
-        paths: image files and folders of them; none: seven crops of the two photographs that
-            scikit-learn has for such purposes (a temple, a flower).
-
-    Returns:
-        At least `BATCH` of them: fewer are repeated.
+        paths: image files and folders of them; fewer than `BATCH` images are repeated. None: seven
+            crops of the two photographs that scikit-learn has for such purposes (a temple, a
+            flower).
 
     Raises:
         UserError: a path that does not exist, or a folder without images.
@@ -254,22 +256,12 @@ def images_for(paths: Sequence[str] = ()) -> Images:
     return Images(predict.Images(keys), keys, f'{len(listed)} images of --images{repeated}')
 
 
-class _Examples(list[Example]):
-    """Examples in memory, as a `Source`."""
-
-    class_names: tuple[str, ...] = ()
-    exif = False
-
-
 def verify(
     model: model_folder.Model,
     path: str | os.PathLike[str],
     *,
     format: str,
-    outputs: Sequence[str] = ('logits',),
-    dtype: str = 'float32',
-    layout: str = 'NHWC',
-    preprocessing: bool = False,
+    options: Options = DEFAULT,
     images: Images | None = None,
 ) -> Report:
     """Runs an exported model and compares.
@@ -277,11 +269,8 @@ def verify(
     Args:
         model: what was exported.
         path: the file or folder.
-        format: a key of `PACKAGES`.
-        outputs: what it should give, names among `OUTPUTS`.
-        dtype: the type that it computes in.
-        layout: of its input, 'NHWC' or 'NCHW'.
-        preprocessing: whether its input is uint8 in [0, 255].
+        format: a key of `options.FORMATS`.
+        options: as exported.
         images: what to run it on; default `images_for()`.
 
     Returns:
@@ -292,13 +281,14 @@ def verify(
         UserError: an image cannot be read.
     """
     images = images or images_for()
-    report = Report(VERIFIED, dtype, images=images.description)
+    outputs = outputs_of(model, format, options)
+    report = Report(VERIFIED, options.dtype, images=images.description)
     count = len(images.keys)
-    whole = [(first, min(first + BATCH, count)) for first in range(0, count, BATCH)]
-    batches = [*_SMALL, *whole]
+    batches = [*_SMALL, *((i, min(i + BATCH, count)) for i in range(0, count, BATCH))]
+    pixels = functools.partial(_pixels, images.source, model.preprocess, options)
     with tempfile.TemporaryDirectory(prefix='vit_jax-verify-') as name:
         folder = pathlib.Path(name)
-        _write_images(folder / 'images.npy', images, model.preprocess, layout, preprocessing)
+        _write_images(folder / 'images.npy', pixels(), count, options)
         request = {
             'format': format,
             'path': os.path.abspath(path),
@@ -311,29 +301,31 @@ def verify(
         if report.status == VERIFIED:
             needed = dict.fromkeys([*outputs, *(['logits'] if 'probabilities' in outputs else [])])
             compute = compare.compiled(forward(model.model, list(needed)), model.params)
-            _compare(folder, compute, outputs, batches, images.keys, layout, report)
+            expected = (compute(normalize(batch)) for batch in pixels())
+            _compare(folder, expected, outputs, batches, images.keys, report)
     if report.status == VERIFIED:
         _conclude(model, report)
     return report
 
 
+def _pixels(source: Source, preprocess: Preprocess, options: Options) -> Iterator[np.ndarray]:
+    """Batches [BATCH, S, S, 3] float32 in [0, 255], rounded where the input is uint8."""
+    for data in eval_batches(source, preprocess, batch=BATCH):
+        yield np.rint(data['image']) if options.preprocessing else data['image']
+
+
 def _write_images(
-    path: pathlib.Path, images: Images, preprocess: Preprocess, layout: str, preprocessing: bool
+    path: pathlib.Path, batches: Iterable[np.ndarray], count: int, options: Options
 ) -> None:
-    """Writes the input, [n, ...] in the model's layout and type."""
-    side = preprocess.crop
-    shape = (3, side, side) if layout == 'NCHW' else (side, side, 3)
-    stored = np.lib.format.open_memmap(
-        path,
-        mode='w+',
-        dtype=np.uint8 if preprocessing else np.float32,
-        shape=(len(images.keys), *shape),
-    )
-    for data in eval_batches(images.source, preprocess, batch=BATCH):
-        found = data['example'][data['readable']]
-        pixels = data['image'][: len(found)]
-        pixels = np.rint(pixels) if preprocessing else normalize(pixels)
-        stored[found] = pixels.transpose(0, 3, 1, 2) if layout == 'NCHW' else pixels
+    """Writes the input, [count, ...] in the layout and type of the exported model."""
+    stored: Any = None
+    for i, pixels in enumerate(batches):
+        pixels = pixels.astype(np.uint8) if options.preprocessing else normalize(pixels)
+        pixels = pixels.transpose(0, 3, 1, 2) if options.layout == 'NCHW' else pixels
+        if stored is None:
+            shape = (count, *pixels.shape[1:])
+            stored = np.lib.format.open_memmap(path, 'w+', pixels.dtype, shape)
+        stored[i * BATCH : (i + 1) * BATCH] = pixels[: count - i * BATCH]
     stored.flush()
 
 
@@ -355,14 +347,14 @@ def _run(folder: pathlib.Path, format: str, report: Report) -> None:
         how = lines[-1] if lines else f'it ended with status {done.returncode}'
         if done.returncode < 0:
             how = f'it was killed by signal {-done.returncode}'
-        report.set(FAILED, f'it cannot be loaded and run ({PACKAGES[format]}): {how}')
+        report.set(FAILED, f'it cannot be loaded and run ({FORMATS[format].packages}): {how}')
         return
     result = json.loads((folder / 'result.json').read_text(encoding='utf-8'))
     if 'missing' in result:
         report.set(
             NOT_VERIFIED,
             f'{result["missing"]} is not installed ({result["why"]}). To run and verify this '
-            f'format: pip install {PACKAGES[format]}',
+            f'format: pip install {FORMATS[format].packages}',
         )
         return
     report.facts = result
@@ -372,19 +364,19 @@ def _run(folder: pathlib.Path, format: str, report: Report) -> None:
 
 def _compare(
     folder: pathlib.Path,
-    compute: Callable[[np.ndarray], Mapping[str, np.ndarray]],
+    expected: Iterator[Mapping[str, np.ndarray]],
     outputs: Sequence[str],
     batches: Sequence[tuple[int, int]],
     keys: Sequence[str],
-    layout: str,
     report: Report,
 ) -> None:
-    """Fills the rows; an output of another name, shape or type is a failure."""
-    stored = np.load(folder / 'images.npy', mmap_mode='r')
+    """Fills the rows; an output of another name, shape or type is a failure.
+
+    `expected` are JAX's outputs, of `BATCH` images each, the last ones of padding.
+    """
     rows: dict[tuple[str, int], compare.ExportRow] = {}
-    for chunk, members in itertools.groupby(enumerate(batches), lambda item: item[1][0] // BATCH):
-        start = chunk * BATCH
-        ours = _jax_outputs(compute, np.array(stored[start : start + BATCH]), layout)
+    chunks = itertools.groupby(enumerate(batches), lambda item: item[1][0] // BATCH)
+    for (chunk, members), whole in zip(chunks, expected, strict=True):
         for i, (first, end) in members:
             with np.load(folder / f'outputs-{i}.npz') as file:
                 found = dict(file)
@@ -393,26 +385,13 @@ def _compare(
                 names = ', '.join(sorted(found))
                 report.set(FAILED, f'its outputs are {names}; expected {", ".join(outputs)}')
                 return
-            expected = {name: array[first - start : end - start] for name, array in ours.items()}
-            for problem in compare.add_export(rows, expected, found, keys[first:end]):
+            part = slice(first - chunk * BATCH, end - chunk * BATCH)
+            ours = {name: array[part] for name, array in whole.items()}
+            for problem in compare.add_export(rows, ours, found, keys[first:end]):
                 report.set(FAILED, problem)
             if own is not None and i >= len(_SMALL):
-                report.own.add(own, expected['logits'])
+                report.own.add(own, ours['logits'])
     report.rows = list(rows.values())
-
-
-def _jax_outputs(
-    compute: Callable[[np.ndarray], Mapping[str, np.ndarray]], images: np.ndarray, layout: str
-) -> Mapping[str, np.ndarray]:
-    """JAX's outputs for a batch of stored input, always computed at one batch size."""
-    if layout == 'NCHW':
-        images = images.transpose(0, 2, 3, 1)
-    if images.dtype == np.uint8:
-        images = normalize(images.astype(np.float32))
-    count = len(images)
-    padding = np.zeros((BATCH - count, *images.shape[1:]), np.float32)
-    outputs = compute(np.concatenate([images, padding]))
-    return {name: array[:count] for name, array in outputs.items()}
 
 
 def _conclude(model: model_folder.Model, report: Report) -> None:
@@ -432,31 +411,25 @@ def _conclude(model: model_folder.Model, report: Report) -> None:
         )
 
 
-def _table(rows: Sequence[compare.ExportRow], dtype: str) -> Any:
-    """The rows as a `rich.table.Table`."""
-    import rich.box
-    import rich.table
-
-    shown = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    last = ('limit',) if dtype == 'float32' else ('cosine', 'mean')
-    names = ('output', 'batch', 'images', 'largest', 'max diff', 'mean diff', 'same top-1', *last)
-    for name in (*names, ''):
-        shown.add_column(name, justify='left' if name == 'output' else 'right', no_wrap=True)
+def _table(rows: Sequence[compare.ExportRow], dtype: str) -> rich.table.Table:
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for row in rows:
-        found = row.difference
-        shown.add_row(
-            row.output,
-            str(row.batch),
-            str(found.images),
-            f'{found.largest:.3g}',
-            f'{found.max:.1e}',
-            f'{found.mean:.1e}',
-            f'{found.agree} of {found.vectors}' if row.output in compare.SCORES else '',
-            *(
-                (f'{row.float32_limit:.1e}',)
-                if dtype == 'float32'
-                else (f'{found.lowest_cosine:.6f}', f'{found.mean_cosine:.6f}')
-            ),
-            'ok' if row.passed(dtype) else 'TOO FAR',
-        )
-    return shown
+        found, has_class = row.difference, row.output in compare.SCORES
+        last = {'cosine': f'{found.lowest_cosine:.6f}', 'mean': f'{found.mean_cosine:.6f}'}
+        cells = {
+            'output': row.output,
+            'batch': str(row.batch),
+            'images': str(found.images),
+            'largest': f'{found.largest:.3g}',
+            'max diff': f'{found.max:.1e}',
+            'mean diff': f'{found.mean:.1e}',
+            'same top-1': f'{found.agree} of {found.vectors}' if has_class else '',
+            **({'limit': f'{row.float32_limit:.1e}'} if dtype == 'float32' else last),
+            '': 'ok' if row.passed(dtype) else 'TOO FAR',
+        }
+        if not table.columns:
+            table.add_column('output', no_wrap=True)
+            for name in [*cells][1:]:
+                table.add_column(name, justify='right', no_wrap=True)
+        table.add_row(*cells.values())
+    return table
