@@ -11,6 +11,4 @@ where this was written).
 
 from configs import common
 
-
-def get_config(dataset: str = 'tf_flowers'):
-    return common.fine_tune('ViT-B_16', 'imagenet21k/ViT-B_16.npz', dataset, base_lr=0.01)
+get_config = common.fine_tuning('ViT-B_16', 'imagenet21k/ViT-B_16.npz', base_lr=0.01)

@@ -7,6 +7,9 @@ dataset (`config.dataset_presets`); what the file sets; flags (`--config.base_lr
 or an empty string.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import ml_collections
 from ml_collections import config_dict
 
@@ -128,23 +131,28 @@ def get_config() -> ml_collections.ConfigDict:
     return config
 
 
-def fine_tune(
-    variant: str, pretrained: str, dataset: str, *, base_lr: float
-) -> ml_collections.ConfigDict:
-    """Fine-tuning of released weights: what `configs/b16.py` and its neighbours have in common.
+def fine_tuning(
+    variant: str, pretrained: str, **knobs: Any
+) -> Callable[..., ml_collections.ConfigDict]:
+    """The `get_config` of a file that fine-tunes released weights, such as `configs/b16.py`.
 
     Args:
       variant: the model, a key of `variants.VARIANTS`.
       pretrained: its weights, see `config.pretrained`; empty for none.
-      dataset: see `config.dataset`; splits and steps are those of its preset in `datasets.py`.
-      base_lr: the peak learning rate. All else is the default above.
+      **knobs: what differs from the defaults above: `base_lr=0.01, pp=dict(crop=384)`.
+
+    Returns:
+      A function of `config.dataset`, whose splits and steps are those of its preset in
+      `datasets.py`.
     """
-    config = get_config()
-    config.model = variants.get_config(variant)
-    config.pretrained = pretrained
-    config.dataset = dataset
-    config.base_lr = base_lr
-    return config
+
+    def of_dataset(dataset: str = 'tf_flowers') -> ml_collections.ConfigDict:
+        config = get_config()
+        config.model = variants.get_config(variant)
+        config.update(pretrained=pretrained, dataset=dataset, **knobs)
+        return config
+
+    return of_dataset
 
 
 def _unset(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

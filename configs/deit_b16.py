@@ -11,6 +11,4 @@ Schedule and other datasets as in configs/b16.py. Time and accuracy: not yet mea
 
 from configs import common
 
-
-def get_config(dataset: str = 'tf_flowers'):
-    return common.fine_tune('DeiT-B_16', '', dataset, base_lr=0.01)
+get_config = common.fine_tuning('DeiT-B_16', '', base_lr=0.01)

@@ -9,7 +9,6 @@ Schedule and other datasets as in configs/b16.py. Time and accuracy: not yet mea
 
 from configs import common
 
-
-def get_config(dataset: str = 'tf_flowers'):
-    weights = 'gs://mixer_models/imagenet21k/Mixer-B_16.npz'
-    return common.fine_tune('Mixer-B_16', weights, dataset, base_lr=0.01)
+get_config = common.fine_tuning(
+    'Mixer-B_16', 'gs://mixer_models/imagenet21k/Mixer-B_16.npz', base_lr=0.01
+)

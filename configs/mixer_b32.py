@@ -9,7 +9,4 @@ Schedule and other datasets as in configs/b16.py. Time and accuracy: not yet mea
 
 from configs import common
 
-
-def get_config(dataset: str = 'tf_flowers'):
-    weights = 'gs://mixer_models/gsam/Mixer-B_32.npz'
-    return common.fine_tune('Mixer-B_32', weights, dataset, base_lr=0.01)
+get_config = common.fine_tuning('Mixer-B_32', 'gs://mixer_models/gsam/Mixer-B_32.npz', base_lr=0.01)

@@ -7,6 +7,4 @@ Schedule and other datasets as in configs/b16.py. Time and accuracy: not yet mea
 
 from configs import common
 
-
-def get_config(dataset: str = 'tf_flowers'):
-    return common.fine_tune('R26+ViT-B_32', 'imagenet21k/R26+ViT-B_32.npz', dataset, base_lr=0.01)
+get_config = common.fine_tuning('R26+ViT-B_32', 'imagenet21k/R26+ViT-B_32.npz', base_lr=0.01)

@@ -7,7 +7,8 @@ Schedule and other datasets as in configs/b16.py. Time and accuracy: not yet mea
 
 from configs import common
 
-
-def get_config(dataset: str = 'tf_flowers'):
-    weights = 'augreg/R26_S_32-i21k-300ep-lr_0.001-aug_medium2-wd_0.03-do_0.0-sd_0.0.npz'
-    return common.fine_tune('R26+ViT-S_32', weights, dataset, base_lr=0.01)
+get_config = common.fine_tuning(
+    'R26+ViT-S_32',
+    'augreg/R26_S_32-i21k-300ep-lr_0.001-aug_medium2-wd_0.03-do_0.0-sd_0.0.npz',
+    base_lr=0.01,
+)

@@ -7,7 +7,6 @@ Schedule and other datasets as in configs/b16.py. Time and accuracy: not yet mea
 
 from configs import common
 
-
-def get_config(dataset: str = 'tf_flowers'):
-    weights = 'augreg/S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0.npz'
-    return common.fine_tune('ViT-S_16', weights, dataset, base_lr=0.01)
+get_config = common.fine_tuning(
+    'ViT-S_16', 'augreg/S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0.npz', base_lr=0.01
+)

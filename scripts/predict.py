@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> int:
     from vit_jax import files
+    from vit_jax.data.decode import BadImageError
     from vit_jax.errors import UserError
     from vit_jax.inference import classifier, contact_sheet, output, predict
 
@@ -75,7 +76,7 @@ def _run(args: argparse.Namespace) -> int:
     images = predict.find_images(args.images, stdin=sys.stdin.buffer)
     model = classifier.open_classifier(args.model, variant=args.variant, labels=args.labels)
     top_k, threshold = _how_many(args, len(model.class_names))
-    unreadable = []
+    unreadable: list[BadImageError] = []
     drawn: list[tuple[str, Any]] = []  # paths and probabilities
     with contextlib.ExitStack() as stack:
         advance = stack.enter_context(
@@ -90,12 +91,17 @@ def _run(args: argparse.Namespace) -> int:
         write = output.make_writer(
             file, args.format, model.class_names, top_k=top_k, threshold=threshold
         )
-        for prediction in predict.predictions(model, images, batch=args.batch):
-            write(prediction)
-            if prediction.error is not None:
-                unreadable.append(prediction.error)
-            elif args.contact_sheet and len(drawn) < contact_sheet.MAX_IMAGES:
-                drawn.append((prediction.path, prediction.probabilities))
+
+        def note(error: BadImageError) -> None:
+            write(error.key, error)
+            unreadable.append(error)
+            advance(1)
+
+        found = predict.predict(model, images, batch=args.batch, on_error=note)
+        for path, probabilities in found:
+            write(path, probabilities)
+            if args.contact_sheet and len(drawn) < contact_sheet.MAX_IMAGES:
+                drawn.append((path, probabilities))
             advance(1)
     if args.contact_sheet:
         _draw(args, drawn, len(images) - len(unreadable), model.class_names)

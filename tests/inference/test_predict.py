@@ -200,7 +200,7 @@ def test_models_without_one_vector_of_scores_are_refused(model, images):
 def table(path, probabilities, class_names, **options):
     file = io.StringIO()
     write = output.make_writer(file, 'table', class_names, **options)
-    write(predict.Prediction(path, probabilities, None))
+    write(path, probabilities)
     return file.getvalue()
 
 

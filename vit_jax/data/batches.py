@@ -7,7 +7,7 @@ import functools
 import math
 import mmap
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -83,25 +83,22 @@ def eval_batches(
         indices = range(first, min(first + local, len(source)))
         images = buffers.take()
         tasks = [pool.submit(read, index, images[row]) for row, index in enumerate(indices)]
-        return lambda: finish(indices, images, [task.result() for task in tasks])
 
-    def finish(
-        indices: Sequence[int],
-        images: np.ndarray,
-        done: Sequence[tuple[int, BadImageError | None]],
-    ) -> Batch:
-        readable, label, example = (np.zeros(local, dtype) for dtype in (bool, np.int32, np.int32))
-        label[: len(done)] = [found for found, _ in done]
-        readable[: len(done)] = [error is None for _, error in done]
-        example[:] = [*indices, *[-1] * (local - len(done))]
-        for _, error in done:
-            if error is not None:
-                if on_bad is None:
-                    raise error
-                on_bad(error)
-        images[~readable] = images[readable.argmax()] if readable.any() else 0
-        images[len(done) :] = 0
-        return {'image': images, 'label': label, 'readable': readable, 'example': example}
+        def finish() -> Batch:
+            label, readable = np.zeros(local, np.int32), np.zeros(local, bool)
+            for row, task in enumerate(tasks):
+                label[row], error = task.result()
+                readable[row] = error is None
+                if error is not None:
+                    if on_bad is None:
+                        raise error
+                    on_bad(error)
+            images[~readable] = images[readable.argmax()] if readable.any() else 0
+            images[len(indices) :] = 0
+            example = np.array([*indices, *[-1] * (local - len(indices))], np.int32)
+            return {'image': images, 'label': label, 'readable': readable, 'example': example}
+
+        return finish
 
     def batches() -> Iterator[Batch]:
         everywhere = local * process_count

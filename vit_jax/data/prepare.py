@@ -53,7 +53,7 @@ def prepare(name: str, *, data_dir: str = '', manual_dir: str = '') -> pathlib.P
         _sweep(source)
         if (source / 'dataset_info.json').exists():
             try:
-                return convert(builder, tfds_sets.converted_folder(builder))
+                return _convert(builder, tfds_sets.converted_folder(builder))
             except UserError as error:
                 if isinstance(error.__cause__, OSError):
                     raise error.__cause__ from error
@@ -89,21 +89,8 @@ def _no_room(error: OSError, place: pathlib.Path) -> UserError:
     return UserError(f'{what}; choose another place with --config.tfds_data_dir')
 
 
-def convert(builder: Any, target: pathlib.Path) -> pathlib.Path:
-    """Copies a prepared set to ArrayRecord, shard by shard and record by record.
-
-    The folder appears under its name only when it is complete.
-
-    Args:
-      builder: the `tfds.core.DatasetBuilder` of the prepared set.
-      target: the new folder.
-
-    Returns:
-      `target`.
-
-    Raises:
-      UserError: a set in another format than TFRecord, missing or incomplete files.
-    """
+def _convert(builder: Any, target: pathlib.Path) -> pathlib.Path:
+    """Copies a set to a new folder as ArrayRecord, shard by shard and record by record."""
     from tensorflow_datasets.core import file_adapters
 
     source, info = pathlib.Path(builder.data_path), builder.info
@@ -114,43 +101,32 @@ def convert(builder: Any, target: pathlib.Path) -> pathlib.Path:
         )
     reader = file_adapters.ADAPTER_FOR_FORMAT[formats.TFRECORD]
     writer = file_adapters.ADAPTER_FOR_FORMAT[formats.ARRAY_RECORD]
-    shards = [
-        (
-            split,
-            number,
-            split.filename_template.sharded_filepath(
-                shard_index=number, num_shards=split.num_shards
-            ),
-        )
-        for split in info.splits.values()
-        for number in range(split.num_shards)
-    ]
-    missing = [path for _, _, path in shards if not path.exists()]
-    if missing:
-        raise UserError(f'{missing[0]} is missing; the set there is not complete')
+    for split in info.splits.values():
+        for path in split.filepaths:
+            if not path.exists():
+                raise UserError(f'{path} is missing; the set there is not complete')
     print(f'Converting {source} from TFRecord to ArrayRecord: {target}', flush=True)
     with files.atomic_folder(target, exists='keep') as folder:
-        for split, number, path in shards:
-            try:
-                records = [record.numpy() for record in reader.make_tf_data(os.fspath(path))]
-            except Exception as error:  # TensorFlow's errors of broken files.
-                raise UserError(f'{path} is broken ({type(error).__name__})') from error
-            if len(records) != split.shard_lengths[number]:
-                raise UserError(
-                    f'{path} has {len(records)} records; its description says '
-                    f'{split.shard_lengths[number]}'
-                )
-            template = split.filename_template.replace(
-                data_dir=folder, filetype_suffix=formats.ARRAY_RECORD.file_suffix
-            )
-            out = template.sharded_filepath(shard_index=number, num_shards=split.num_shards)
-            try:
-                writer.write_examples(out, enumerate(records))
-            except RuntimeError as error:  # ArrayRecord's
-                if _is_full(error):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from error
-                raise
-            print(f'  {split.name}: file {number + 1} of {split.num_shards}', flush=True)
+        for split in info.splits.values():
+            old, count = split.filename_template, split.num_shards
+            new = old.replace(data_dir=folder, filetype_suffix=formats.ARRAY_RECORD.file_suffix)
+            paths = zip(old.sharded_filepaths(count), new.sharded_filepaths(count), strict=True)
+            for number, (path, out) in enumerate(paths):
+                try:
+                    records = [record.numpy() for record in reader.make_tf_data(os.fspath(path))]
+                except Exception as error:  # TensorFlow's errors of broken files.
+                    raise UserError(f'{path} is broken ({type(error).__name__})') from error
+                if len(records) != split.shard_lengths[number]:
+                    raise UserError(
+                        f'{path} has {len(records)} records; its description says '
+                        f'{split.shard_lengths[number]}'
+                    )
+                try:
+                    writer.write_examples(out, enumerate(records))
+                except RuntimeError as error:  # ArrayRecord's
+                    _raise_if_full(error, target)
+                    raise
+                print(f'  {split.name}: file {number + 1} of {count}', flush=True)
         _copy_description(builder, source, folder)
     return target
 
@@ -168,8 +144,11 @@ def _copy_description(builder: Any, source: pathlib.Path, folder: pathlib.Path) 
     path.write_text(json.dumps(description, indent=2), encoding='utf-8')
 
 
-def _is_full(error: Exception) -> bool:
-    return os.strerror(errno.ENOSPC).lower() in str(error).lower()
+def _raise_if_full(error: Exception, place: object) -> None:
+    """Raises the OSError of a full disk, which TensorFlow and ArrayRecord tell in a text only."""
+    reason = os.strerror(errno.ENOSPC)
+    if reason.lower() in str(error).lower():
+        raise OSError(errno.ENOSPC, reason, str(place)) from error
 
 
 def _download(name: str, builder: Any, manual_dir: str) -> None:
@@ -196,8 +175,7 @@ def _download(name: str, builder: Any, manual_dir: str) -> None:
             error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
         ):
             raise
-        if _is_full(error):  # TensorFlow's and ArrayRecord's own words for it
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), builder.data_path) from error
+        _raise_if_full(error, builder.data_path)
         request = getattr(error, 'request', None)  # of the errors of the package requests
         address = getattr(request, 'url', '')
         reason = next(iter(str(error).strip().splitlines()), '') or 'no reason given'

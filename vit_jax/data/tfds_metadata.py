@@ -77,8 +77,10 @@ def check_folder(folder: pathlib.Path) -> None:
       UserError: names the file and what is wrong in it.
     """
     info_file, features_file = folder / DESCRIPTION, folder / _FEATURES
-    info = _read_json(info_file)
-    features = _read_json(features_file) if features_file.exists() else {}
+    with reading(info_file):
+        info = files.read_json(info_file)
+    with reading(features_file):
+        features = files.read_json(features_file) if features_file.exists() else {}
     _check_classes(features, features_file)
     for node in _objects(features):
         for key in ('numClasses', 'num_classes'):
@@ -99,10 +101,8 @@ def _check_label_names(path: pathlib.Path, features: dict[str, Any]) -> None:
     if not path.exists():
         return
     _check_size(path)
-    try:
+    with reading(path):
         lines = [line.strip() for line in path.read_text(encoding='utf-8').split('\n')]
-    except (OSError, UnicodeDecodeError) as error:
-        raise _damaged(path, str(error)) from error
     names = [line for line in lines if line]
     check_class_names(names, str(path))
     if len(set(names)) != len(names):
@@ -191,20 +191,27 @@ def _objects(tree: Any) -> Iterator[dict[str, Any]]:
 
 
 def _check_size(path: pathlib.Path) -> None:
-    try:
+    with reading(path):
         status = path.stat()
-    except OSError as error:
-        raise _damaged(path, f'it cannot be read ({error.strerror})') from error
-    if not stat.S_ISREG(status.st_mode) or status.st_size > files.MAX_JSON_BYTES:
-        limit = f'{files.MAX_JSON_BYTES:,} bytes'
-        raise _damaged(path, f'it is not a regular file, or of more than {limit}')
+        if not stat.S_ISREG(status.st_mode) or status.st_size > files.MAX_JSON_BYTES:
+            limit = f'{files.MAX_JSON_BYTES:,} bytes'
+            raise ValueError(f'it is not a regular file, or of more than {limit}')
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+@contextlib.contextmanager
+def reading(path: pathlib.Path) -> Iterator[None]:
+    """Makes one `UserError` of whatever is raised for a damaged description.
+
+    Args:
+      path: a file of it; its folder is the one to replace.
+    """
     try:
-        return files.read_json(path)
-    except UserError as error:
-        raise _damaged(path, str(error)) from error
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # protobuf and TFDS raise nearly anything
+        reason = ' '.join(str(error).split())[:300] or type(error).__name__
+        raise _damaged(path, reason) from error
 
 
 def _damaged(path: pathlib.Path, reason: str) -> UserError:

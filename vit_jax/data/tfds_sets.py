@@ -5,7 +5,6 @@ there as TFRecord as the original release left it, is brought into that form by
 `vit_jax.data.prepare` in a child process.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import functools
@@ -16,7 +15,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from typing import Any
 
 from vit_jax import files
@@ -186,26 +184,11 @@ def converted_folder(builder: Any) -> pathlib.Path:
     return path.with_name(path.name + '-array_record')
 
 
-@contextlib.contextmanager
-def _described(folder: pathlib.Path) -> Iterator[None]:
-    """Makes one `UserError` of whatever protobuf and TFDS raise for a damaged description."""
-    try:
-        yield
-    except MemoryError:
-        raise
-    except Exception as error:
-        reason = ' '.join(str(error).split())[:300] or type(error).__name__
-        raise UserError(
-            f'{folder} does not describe a set of TFDS as it should: {reason}. Remove it to have '
-            'it prepared again, or copy it again from where it came from'
-        ) from error
-
-
 def _open_prepared(name: str, folder: pathlib.Path) -> Dataset:
     import tensorflow_datasets as tfds
 
     tfds_metadata.check_folder(folder)
-    with _described(folder):
+    with tfds_metadata.reading(folder / _DESCRIPTION):
         builder = tfds.builder_from_directory(folder)
         features = builder.info.features
         lengths = {str(split): info.num_examples for split, info in builder.info.splits.items()}
@@ -266,7 +249,7 @@ class _Records:
     def _opened(self) -> tuple[Any, Any, dict[str, Any]]:
         import tensorflow_datasets as tfds
 
-        with _described(pathlib.Path(self.folder)):
+        with tfds_metadata.reading(pathlib.Path(self.folder, _DESCRIPTION)):
             builder = tfds.builder_from_directory(self.folder)
             stored = builder.info.features
             # Only image and label are parsed: other features (masks, boxes) may be large.

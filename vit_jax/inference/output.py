@@ -7,13 +7,16 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
 
+import numpy as np
+
 from vit_jax.data.decode import BadImageError
 from vit_jax.inference import predict
 
 FORMATS = ('table', 'csv', 'jsonl')
 CSV_HEADER = ('image', 'rank', 'label', 'class', 'probability', 'error')
 
-Write = Callable[[predict.Prediction], None]
+# Of a path: probabilities, float32 [classes], or why the image could not be read.
+Write = Callable[[str, np.ndarray | BadImageError], None]
 
 
 def make_writer(
@@ -44,23 +47,24 @@ def make_writer(
     if form == 'csv':
         rows.writerow(CSV_HEADER)
 
-    def write(prediction: predict.Prediction) -> None:
-        path, found, error = prediction.path, prediction.probabilities, prediction.error
-        shown = []
-        if found is not None:
+    def write(path: str, found: np.ndarray | BadImageError) -> None:
+        shown, error = [], None
+        if isinstance(found, BadImageError):
+            error = found.reason
+        else:
             labels = predict.choose_classes(found, top_k=top_k, threshold=threshold).tolist()
             shown = [(label, class_names[label], float(found[label])) for label in labels]
         if form == 'csv':
             for rank, (label, name, probability) in enumerate(shown, start=1):
                 rows.writerow((path, rank, label, name, f'{probability:.6f}', ''))
             if not shown:
-                rows.writerow((path, '', '', '', '', error.reason if error else ''))
+                rows.writerow((path, '', '', '', '', error or ''))
         elif form == 'jsonl':
             classes = [
                 {'label': label, 'class': name, 'probability': round(probability, 6)}
                 for label, name, probability in shown
             ]
-            record = {'error': error.reason} if error else {'predictions': classes}
+            record = {'error': error} if error else {'predictions': classes}
             file.write(json.dumps({'image': path} | record, ensure_ascii=False) + '\n')
         elif error is None:
             lines = [f'  {name:<{width}}  {probability:.4f}\n' for _, name, probability in shown]

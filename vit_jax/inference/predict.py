@@ -1,7 +1,6 @@
 """From image files to class probabilities."""
 
 import collections
-import dataclasses
 import glob
 import os
 import pathlib
@@ -48,21 +47,6 @@ class Images:
         path = self._paths[index]
         content = path.content if isinstance(path, PipedImage) else read_file(path)
         return Example(content, 0, path)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Prediction:
-    """What a model says about one image file.
-
-    Attributes:
-      path: as in the list of images.
-      probabilities: float32 [classes], which sum to 1; None for an image that could not be read.
-      error: why it could not; else None.
-    """
-
-    path: str
-    probabilities: np.ndarray | None
-    error: BadImageError | None
 
 
 def find_images(
@@ -113,49 +97,16 @@ def predict(
       images: paths of image files, of `find_images`.
       batch: how many images go through the model at once; a JAX model is compiled once, for this
         size or for the number of images if that is smaller.
-      on_error: called with each image that cannot be read, which is then left out; by default the
-        error is raised.
+      on_error: called with each image that cannot be read, in its place of the order; the image is
+        then left out. By default the error is raised.
 
-    Yields:
-      For each image, in the order given: its path and its probabilities, float32 [classes], which
-        sum to 1.
+    Returns:
+      An iterator over the images, in the order given: path, and probabilities, float32 [classes],
+      which sum to 1.
 
     Raises:
       UserError: `batch` less than 1, or a model without one vector of class scores per image.
       BadImageError: an image that cannot be read, where `on_error` is not given.
-    """
-    found = predictions(model, images, batch=batch)
-
-    def readable() -> Iterator[tuple[str, np.ndarray]]:
-        for prediction in found:
-            if prediction.probabilities is not None:
-                yield prediction.path, prediction.probabilities
-            elif prediction.error is not None:
-                if on_error is None:
-                    raise prediction.error
-                on_error(prediction.error)
-
-    return readable()
-
-
-def predictions(
-    model: 'Classifier | model_folder.Model',
-    images: Sequence[str | os.PathLike[str]],
-    *,
-    batch: int = 32,
-) -> Iterator[Prediction]:
-    """Like `predict`, but an image that cannot be read has its place in the sequence.
-
-    Args:
-      model: see `predict`.
-      images: see `predict`.
-      batch: see `predict`.
-
-    Returns:
-      An iterator over one `Prediction` for each image, in the order given.
-
-    Raises:
-      UserError: see `predict`.
     """
     paths = [os.fspath(image) for image in images]
     if not paths:
@@ -168,17 +119,17 @@ def predictions(
         on_bad=errors.append,
     )
 
-    def found() -> Iterator[Prediction]:
+    def readable() -> Iterator[tuple[str, np.ndarray]]:
         for data, logits in scored:
-            for index, readable, scores in zip(
-                data['example'], data['readable'], logits, strict=True
-            ):
-                if readable:
-                    yield Prediction(paths[index], softmax(scores), None)
+            for index, good, scores in zip(data['example'], data['readable'], logits, strict=True):
+                if good:
+                    yield paths[index], softmax(scores)
+                elif on_error is None:
+                    raise errors.popleft()
                 else:
-                    yield Prediction(paths[index], None, errors.popleft())
+                    on_error(errors.popleft())
 
-    return found()
+    return readable()
 
 
 def read_image(path: str) -> np.ndarray:
