@@ -104,11 +104,12 @@ def render(runs: Sequence[Run], *, images: int | None = None) -> str:
     environment.filters['svg'] = markupsafe.Markup  # what `report_charts.to_svg` made
     with report_charts.themed():
         return environment.get_template('report.html.j2').render(
-            runs=[_describe(run, number, images) for number, run in enumerate(runs)],
-            single=len(runs) == 1,
+            runs=[(run, _examples(run, number, images)) for number, run in enumerate(runs)],
+            title=', '.join(run.name for run in runs),
             charts=report_charts.curves(runs),
             summary=report_tables.summary(runs),
             differences=report_tables.differences(runs),
+            tables=report_tables,
             written=datetime.datetime.now().strftime('%Y-%m-%d %H:%M'),
             version=vit_jax.__version__,
         )
@@ -123,25 +124,6 @@ def _printable(value: object) -> object:
     return ''.join(
         c if c.isprintable() or c == '\n' else c.encode('unicode_escape').decode() for c in value
     )
-
-
-def _describe(run: Run, number: int, images: int | None) -> dict[str, object]:
-    """All that a page shows of one run."""
-    return {
-        'name': run.name,
-        'id': f'run{number + 1}',
-        'workdir': str(run.workdir.absolute()),
-        'state': report_tables.state(run),
-        'notes': run.notes,
-        'examples': _examples(run, number, images),
-        'config': report_tables.configuration(run),
-        'model': report_tables.architecture(run),
-        'environment': report_tables.environment(run),
-        'packages': report_tables.packages(run),
-        'cost': report_tables.costs(run),
-        'happened': report_tables.happened(run),
-        'events': report_tables.events(run),
-    }
 
 
 def _examples(run: Run, number: int, images: int | None) -> dict[str, object]:

@@ -1,17 +1,18 @@
 """The charts of a report, as SVG that takes its colours from the page: light, dark, or printed.
 
-Matplotlib draws with stand-in colours, which `to_svg` replaces by CSS: `currentColor` for lines and
-text, `--grid` and `--series-1` ... for the rest. Names of runs are not in the SVG but in a legend
-of the page.
+Matplotlib draws with the stand-in colours of `report.mplstyle` and of `_SERIES`, which `to_svg`
+replaces by CSS: `currentColor` for lines and text, `--grid` and `--series-1` ... for the rest.
+Names of runs are not in the SVG but in a legend of the page.
 """
 
-import contextlib
 import dataclasses
 import io
+import pathlib
 import re
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -52,46 +53,34 @@ class Chart:
 
 @dataclasses.dataclass(frozen=True)
 class _Curve:
-    """A metric in a chart: its name, what to call it, which file has it, points or a line."""
+    """A metric in a chart: name, label in legends, which file has it, points or a line, factor."""
 
     name: str
-    label: str
+    label: str = ''  # where it is the only one, the title says what it is
     timing: bool = False
     points: bool = False
     scale: float = 1.0
 
 
 # Title, unit of the vertical axis, and curves.
-_CHARTS: tuple[tuple[str, str, tuple[_Curve, ...]], ...] = (
+_CHARTS: tuple[tuple[str, str, list[_Curve]], ...] = (
     (
         'Loss',
         'cross-entropy (nats)',
-        (_Curve('train_loss', 'training batch'), _Curve('loss_test', 'test set', points=True)),
+        [_Curve('train_loss', 'training batch'), _Curve('loss_test', 'test set', points=True)],
     ),
     (
         'Accuracy',
         'accuracy (%)',
-        (
+        [
             _Curve('accuracy_train', 'training batch', scale=100),
             _Curve('accuracy_test', 'test set', points=True, scale=100),
-        ),
+        ],
     ),
-    ('Learning rate', 'learning rate', (_Curve('lr', 'learning rate'),)),
-    (
-        'Training speed',
-        'images/s per device',
-        (_Curve('img_sec_core_train', 'training speed', timing=True),),
-    ),
-    (
-        'Norm of the gradient',
-        'norm, before clipping',
-        (_Curve('gradient_norm', 'norm of the gradient'),),
-    ),
-    (
-        'Waiting for data',
-        'share of the time (%)',
-        (_Curve('data_wait', 'waiting for data', timing=True, scale=100),),
-    ),
+    ('Learning rate', 'learning rate', [_Curve('lr')]),
+    ('Training speed', 'images/s per device', [_Curve('img_sec_core_train', timing=True)]),
+    ('Norm of the gradient', 'norm, before clipping', [_Curve('gradient_norm')]),
+    ('Waiting for data', 'share of the time (%)', [_Curve('data_wait', timing=True, scale=100)]),
 )
 
 
@@ -127,7 +116,6 @@ def class_balance(class_names: Sequence[str], counts: dict[str, np.ndarray]) -> 
         panel.barh(range(len(labels)), values[labels], color=color)
         panel.set_title(f'{split}: {values.sum():,} images', fontsize=9)
         panel.set_xlabel('images')
-        panel.grid(axis='y', visible=False)
         panel.locator_params(axis='x', nbins=4, integer=True)
     panels[0].set_yticks(range(len(labels)), names, parse_math=False)
     panels[0].set_ylabel('class')
@@ -136,33 +124,11 @@ def class_balance(class_names: Sequence[str], counts: dict[str, np.ndarray]) -> 
     return figure
 
 
-@contextlib.contextmanager
-def themed() -> Iterator[None]:
+def themed() -> AbstractContextManager[None]:
     """Makes the figures that are drawn inside use the stand-in colours."""
     import matplotlib
 
-    settings: dict[Any, Any] = {
-        'axes.edgecolor': _INK,
-        'axes.facecolor': 'none',
-        'axes.grid': False,
-        'axes.labelcolor': _INK,
-        'axes.spines.right': False,
-        'axes.spines.top': False,
-        'axes.titlecolor': _INK,
-        'figure.facecolor': 'none',
-        'font.family': 'DejaVu Sans',  # for measuring; the page has its own
-        'grid.color': _GRID,
-        'legend.facecolor': 'none',
-        'legend.framealpha': 0.0,
-        'path.simplify': True,
-        'savefig.facecolor': 'none',
-        'svg.fonttype': 'none',  # text stays text
-        'text.color': _INK,
-        'xtick.color': _INK,
-        'ytick.color': _INK,
-    }
-    with matplotlib.rc_context(settings):
-        yield
+    return matplotlib.rc_context(fname=pathlib.Path(__file__).with_name('report.mplstyle'))
 
 
 def to_svg(figure: 'Figure', name: str) -> str:
@@ -210,21 +176,14 @@ def _chart(title: str, unit: str, lines: Sequence[_Curve], runs: Sequence[Run]) 
             # Test results of several runs differ from those of training by the points alone.
             marker = 'o' if curve.points or len(values) == 1 else ''
             alpha = 0.55 if not curve.points and several else 1
-            axes.plot(
-                steps, values, marker=marker, markersize=3.5, linewidth=1.4,
-                color=_SERIES[series], alpha=alpha,
-            )  # fmt: skip
-            names = [] if single else [run.name]
-            if several or single:
-                names.append(curve.label)
-            legend.append(Key(series + 1, ', '.join(names), curve.points))
+            axes.plot(steps, values, marker=marker, color=_SERIES[series], alpha=alpha)
+            names = [curve.label] if single else [run.name, curve.label]
+            legend.append(Key(series + 1, ', '.join(filter(None, names)), curve.points))
     if not legend:
         return None
     axes.set_title(title, fontsize=11)
-    axes.set_xlabel('training step')
-    axes.set_ylabel(unit)
-    axes.grid(True, linewidth=0.6)
-    axes.set_axisbelow(True)
+    axes.set(xlabel='training step', ylabel=unit, axisbelow=True)
+    axes.grid(True)
     axes.set_xlim(left=0)
     if not several:  # losses and accuracies have their own range
         axes.set_ylim(bottom=0)
