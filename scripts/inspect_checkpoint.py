@@ -8,7 +8,6 @@ Examples:
     python scripts/inspect_checkpoint.py runs/flowers/model --brief
 """
 
-import dataclasses
 import pathlib
 import sys
 
@@ -34,7 +33,7 @@ def main() -> int:
     status = 0
     for file in args.files:
         try:
-            found = _inspect(inspection, pathlib.Path(file), args.variant)
+            found = inspection.inspect(file, variant=args.variant)
         except UserError as error:
             print(f'inspect_checkpoint.py: {error}', file=sys.stderr)
             status = 1
@@ -45,28 +44,6 @@ def main() -> int:
         if any(array.problem for array in found.arrays):
             status = 1
     return status
-
-
-def _inspect(inspection, path: pathlib.Path, variant: str):
-    """A model folder has its weights and its class names in two files."""
-    if not (path / 'model.json').is_file():
-        return inspection.inspect(path, variant=variant)
-    from vit_jax import files
-    from vit_jax.errors import UserError
-
-    description = files.read_json(path / 'model.json')
-    try:
-        size, names = int(description['image_size']), tuple(map(str, description['class_names']))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f'{path / "model.json"} does not describe a model: {error}') from error
-    found = inspection.inspect(path / 'params.npz', variant=variant)
-    return dataclasses.replace(
-        found,
-        path=str(path),
-        format='model folder of vit_jax',
-        image_size=size,
-        class_names=names,
-    )
 
 
 if __name__ == '__main__':

@@ -9,7 +9,7 @@ import math
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -20,29 +20,27 @@ from vit_jax.errors import UserError
 _MAX_AXES = 8
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class LazyArray:
     """An array that is read from its file whenever NumPy asks for it (`np.asarray`).
 
     Attributes:
         shape: known without reading.
-        dtype: of what reading gives: float32 always.
+        read: reads it: contiguous float32 of this shape.
         stored_dtype: name of the type in the file: 'float32', 'bfloat16', ...
+        dtype: of what reading gives: float32 always.
     """
 
-    dtype = np.dtype(np.float32)
-
-    def __init__(
-        self, shape: tuple[int, ...], read: Callable[[], np.ndarray], stored_dtype: str = 'float32'
-    ):
-        self.shape = tuple(int(size) for size in shape)
-        self.stored_dtype = stored_dtype
-        self._read = read
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray] = dataclasses.field(repr=False)
+    stored_dtype: str = 'float32'
+    dtype: ClassVar[np.dtype] = np.dtype(np.float32)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Reads the array, contiguous float32."""
         if copy is False:
             raise ValueError('an array of a file cannot be had without reading it')
-        array = self._read()
+        array = self.read()
         assert array.shape == self.shape, (array.shape, self.shape)
         return array if dtype is None else array.astype(dtype, copy=False)
 
@@ -55,9 +53,6 @@ class LazyArray:
     def size(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
-
-    def __repr__(self) -> str:
-        return f'LazyArray(shape={self.shape}, stored_dtype={self.stored_dtype!r})'
 
 
 def derive(function: Callable[..., np.ndarray], *sources: Any) -> LazyArray:

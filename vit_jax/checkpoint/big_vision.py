@@ -136,23 +136,14 @@ def _unstack(stacked: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:
             f'same number of layers; found {sorted(counts)}'
         )
 
-    def layers(array: Any) -> list[LazyArray]:
-        whole = functools.cache(lambda: np.asarray(array))  # read once for all layers
-
-        def read(index: int) -> np.ndarray:
-            return whole()[index]
-
+    blocks = {}
+    for name, array in flat.items():
+        whole = functools.cache(functools.partial(np.asarray, array))  # read once for all layers
         stored = getattr(array, 'stored_dtype', 'float32')
-        return [
-            LazyArray(array.shape[1:], functools.partial(read, index), stored)
-            for index in range(array.shape[0])
-        ]
-
-    blocks = {
-        (f'encoderblock_{index}', *name): layer
-        for name, array in flat.items()
-        for index, layer in enumerate(layers(array))
-    }
+        for index in range(array.shape[0]):
+            blocks[f'encoderblock_{index}', *name] = LazyArray(
+                array.shape[1:], lambda whole=whole, index=index: whole()[index], stored
+            )
     return traverse_util.unflatten_dict(blocks)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax import files
 from vit_jax.checkpoint import adapt, catalog, formats, infer, npz
 from vit_jax.errors import UserError
 
@@ -117,7 +118,7 @@ def inspect(path: str | os.PathLike[str], *, variant: str = '') -> Inspection:
     """Looks at weights of any format that `formats.open_weights` knows, array by array.
 
     Args:
-        path: file, or folder of weights.
+        path: file, folder of weights, or model folder.
         variant: name from `models.variants.VARIANTS`, where the arrays do not tell.
 
     Returns:
@@ -127,6 +128,8 @@ def inspect(path: str | os.PathLike[str], *, variant: str = '') -> Inspection:
         UserError: there is no such file, or it holds no weights that this package knows.
     """
     path = pathlib.Path(path)
+    if os.path.isfile(path / 'model.json'):  # False, too, for a path that no file can have
+        return _inspect_model_folder(path, variant)
     weights = formats.open_weights(path, variant=variant)
     config = infer.architecture(weights.params, str(path), variant=variant)
     try:
@@ -135,8 +138,8 @@ def inspect(path: str | os.PathLike[str], *, variant: str = '') -> Inspection:
         image_size = 0
     arrays = tuple(_arrays(weights.params))
     num_classes = next((array.shape[0] for array in arrays if array.name == 'head/bias'), 0)
-    files = [p for p in path.iterdir() if p.is_file()] if path.is_dir() else [path]
-    mib = sum(file.stat().st_size for file in files) / MIB
+    parts = [p for p in path.iterdir() if p.is_file()] if path.is_dir() else [path]
+    mib = sum(part.stat().st_size for part in parts) / MIB
     return Inspection(
         path=str(path),
         mib=mib,
@@ -149,6 +152,22 @@ def inspect(path: str | os.PathLike[str], *, variant: str = '') -> Inspection:
         arrays=arrays,
         unusual=tuple(_unusual(arrays)),
         catalogue=_catalogue(path, mib, config.get('model_name') or '', num_classes, image_size),
+    )
+
+
+def _inspect_model_folder(folder: pathlib.Path, variant: str) -> Inspection:
+    """A model folder has its weights and its class names in two files."""
+    description = files.read_json(folder / 'model.json')
+    try:
+        size, names = int(description['image_size']), tuple(map(str, description['class_names']))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f'{folder / "model.json"} does not describe a model: {error}') from error
+    return dataclasses.replace(
+        inspect(folder / 'params.npz', variant=variant),
+        path=str(folder),
+        format='model folder of vit_jax',
+        image_size=size,
+        class_names=names,
     )
 
 

@@ -259,14 +259,9 @@ class Checkpoints:
         return None, problem
 
     def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, int]]:
-        """Reads one checkpoint, each process for itself; nothing is verified yet.
+        """(state, not verified yet, its checksums when it was saved), each process for itself.
 
-        Returns:
-            (state, checksums that it had when it was saved).
-
-        Raises:
-            UserError: it has another structure.
-            Exception: it cannot be read.
+        A UserError says that it has another structure, any other exception that it is damaged.
         """
         from orbax.checkpoint import v1 as ocp
 
