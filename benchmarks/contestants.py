@@ -1,15 +1,21 @@
-"""Who takes part in a benchmark of steps, and in what."""
+"""Who takes part in a benchmark of steps, and in what.
+
+A *cell* is what is measured together, a dict with `variant` (its name), `model_config` (see
+`variants.get_config`), `num_classes`, `image_size` (pixels), `dtype` ('float32' or 'bfloat16'),
+`batch` (images), `mode` ('training' or 'inference'), `data` (a folder or dataset, or '' for made-up
+images) and `cores` (that each contestant may use; 0 for all). A contestant's process gets it with
+`contestant`, its name, and `options` besides.
+"""
 
 import dataclasses
 import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks import child
 from vit_jax.errors import UserError
 
 OURS, ORIGINAL = 'vit_jax', 'original'
-# What a contestant needs, and how to get it.
+# The packages that a contestant needs.
 _NEEDS = {
     'timm': ('torch', 'torchvision', 'timm'),
     'timm+compile': ('torch', 'torchvision', 'timm'),
@@ -31,27 +37,33 @@ class Contestant:
 
     Attributes:
       label: as the user wrote it: 'timm+compile', 'vit_jax:remat=full,accum_steps=4'.
-      name: one of `NAMES` or `MATMULS`.
       options: of ours only, see `OPTIONS`.
     """
 
     label: str
-    name: str
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
-    def command(self) -> list[str]:
-        """What starts its process."""
-        return child.command(f'benchmarks.{"torch" if self.name in _NEEDS else "jax"}_workload')
+    def name(self) -> str:
+        """One of `NAMES` or `MATMULS`."""
+        return self.label.partition(':')[0]
+
+    @property
+    def module(self) -> str:
+        """What its process runs, see `turns.serve`."""
+        return f'benchmarks.{"torch" if self.name in _NEEDS else "jax"}_workload'
 
     def missing(self) -> list[str]:
         """Packages that it needs and that are not installed."""
         return missing(_NEEDS.get(self.name, ()))
 
+    def setup(self, cell: Mapping[str, Any]) -> dict[str, Any]:
+        """The first message to its process."""
+        return {**cell, 'contestant': self.name, 'options': dict(self.options)}
+
     def reason_to_leave_out(self, model_config: Mapping[str, Any], dtype: str) -> str:
         """Why it cannot take part with a model and dtype; '' if it can."""
-        lacks = self.missing()
-        if lacks:
+        if lacks := self.missing():
             return f'not installed: {", ".join(lacks)} (pip install {" ".join(lacks)})'
         plain = (
             'transformer' in model_config
@@ -59,45 +71,13 @@ class Contestant:
             and model_config.get('classifier') == 'token'
             and not model_config.get('representation_size')
         )
-        if self.name in _NEEDS and self.name not in MATMULS and not plain:
+        if self.name in _NEEDS and not plain:
             return 'compared on plain ViTs with a class token only'
         if self.name == ORIGINAL and 'transformer' not in model_config:
             return "the original's Mixer computes as ours does"
         if self.name == ORIGINAL and dtype != 'float32':
             return 'computes in float32 only'
         return ''
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """What is measured together: one model, size, dtype, batch, and training or inference.
-
-    Attributes:
-      variant: its name.
-      model_config: see `variants.get_config`, as JSON.
-      num_classes: C.
-      image_size: pixels.
-      dtype: 'float32' or 'bfloat16'.
-      batch: images.
-      mode: 'training' or 'inference'.
-      data: '' for made-up images, else a folder or dataset.
-      cores: that each contestant may use; 0 for all.
-    """
-
-    variant: str
-    model_config: Mapping[str, Any]
-    num_classes: int
-    image_size: int
-    dtype: str
-    batch: int
-    mode: str
-    data: str = ''
-    cores: int = 0
-
-    def setup(self, contestant: Contestant) -> dict[str, Any]:
-        """The first message to the contestant's process."""
-        extra = {'contestant': contestant.name, 'options': dict(contestant.options)}
-        return dataclasses.asdict(self) | extra
 
 
 def missing(packages: Sequence[str]) -> list[str]:
@@ -126,7 +106,7 @@ def parse(labels: Sequence[str]) -> list[Contestant]:
                 f'contestant {label!r}: options are for {OURS} only, {OURS}:KEY=VALUE,... with '
                 f'{", ".join(OPTIONS)}'
             )
-        found.append(Contestant(label, name, options))
+        found.append(Contestant(label, options))
     if len(set(labels)) < len(labels):
         raise UserError(f'a contestant is named twice: {" ".join(labels)}')
     return found

@@ -9,11 +9,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks import child, contestants, record, turns
+from benchmarks import contestants, record, turns
 from vit_jax.analysis.tables import Table
 from vit_jax.errors import UserError
 
-# What each needs; those of ours that have no stages of their own are in the second table only.
+# The packages that each needs.
 CONTESTANTS = {
     'vit_jax': (),
     'vit_jax:exact=False': (),
@@ -22,7 +22,7 @@ CONTESTANTS = {
     'torchvision': ('torch', 'torchvision'),
     'tf.data': ('tensorflow',),
 }
-WITHOUT_STAGES = ('vit_jax:cache', 'vit_jax:simulated')
+WITHOUT_STAGES = ('vit_jax:cache', 'vit_jax:simulated')  # they have the stages of vit_jax
 PEER = 'torchvision'
 
 
@@ -33,7 +33,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
       args: options of scripts/benchmark_data.py.
 
     Returns:
-      `stages` and `whole`, see `tables`, and what was measured, as JSON.
+      `stages` and `whole`, see `tables`, and what was measured, for JSON.
 
     Raises:
       UserError: too few images, or no contestant is installed.
@@ -73,27 +73,24 @@ def _time(
 ) -> list[dict[str, Any]]:
     """For each contestant `timed` of each round (seconds of what), or `error`."""
     setup = {'files': files, 'crop': args.image_size, 'batch': args.batch, 'workers': workers}
-    command = child.command('benchmarks.input_stages')
+    tasks, errors = {}, {}
     with contextlib.ExitStack() as stack:
-        tasks, errors = {}, {}
         for name in names:
             record.say(f'{name}, {workers or "stages"}: starts')
+            told = setup | {'contestant': name}
             try:
-                started = turns.Child(command, setup | {'contestant': name}, args.timeout)
+                child = stack.enter_context(
+                    turns.Child('benchmarks.input_stages', told, args.timeout)
+                )
+                tasks[name] = functools.partial(child.time, 1)
             except turns.ContestantError as error:
                 errors[name] = str(error)
-                continue
-            stack.callback(started.close)
-            tasks[name] = functools.partial(started.time, 1)
         answers, failed = turns.take_turns(tasks, args.rounds)
     errors |= failed
-    rows = [
-        {'contestant': name, 'timed': [answer['timed'] for answer in answers.get(name, ())]}
-        for name in names
-    ]
     return [
-        row | ({'error': errors[row['contestant']]} if row['contestant'] in errors else {})
-        for row in rows
+        {'contestant': name, 'timed': [answer['timed'] for answer in answers.get(name, ())]}
+        | ({'error': errors[name]} if name in errors else {})
+        for name in names
     ]
 
 
@@ -102,11 +99,7 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
     return [_stages(result), _whole(result)]
 
 
-def _rows(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return result['stages'] + [row for part in result['whole'] for row in part['results']]
-
-
-KIND = record.Kind('benchmark_data.py', 'vit_jax benchmark of data', 2, tables, _rows)
+KIND = record.Kind('benchmark_data.py', 'vit_jax benchmark of data', 2, tables)
 
 
 def _done(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Mapping[str, Any], float]]:
@@ -125,16 +118,10 @@ def _stages(result: Mapping[str, Any]) -> Table:
     for name, (row, seconds) in done.items():
         stages = tuple(row['timed'][0])
         medians = [statistics.median(timed[stage] for timed in row['timed']) for stage in stages]
-        rows.append([
-            name,
-            *(f'{1e3 * median / result["images"]:.2f}' for median in medians),
-            _rate(result, seconds),
-            _beside_peer(done, seconds),
-        ])  # fmt: skip
-    columns = (
-        'ms an image, on one thread', *(f'{name}>' for name in stages), 'images/s>', f'x {PEER}>'
-    )  # fmt: skip
-    return Table('Input pipeline by stage', columns, rows)
+        times = [f'{1e3 * median / result["images"]:.2f}' for median in medians]
+        rows.append([name, *times, _rate(result, seconds), _beside_peer(done, seconds)])
+    columns = ('ms an image, on one thread', *(f'{name}>' for name in stages))
+    return Table('Input pipeline by stage', (*columns, 'images/s>', f'x {PEER}>'), rows)
 
 
 def _whole(result: Mapping[str, Any]) -> Table:

@@ -5,30 +5,34 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from benchmarks import batches, child, original
+from benchmarks import batches, turns
 from configs import common
 from vit_jax import models, optim, sharding, steps
 from vit_jax import state as state_lib
 from vit_jax.data.preprocess import normalize
 from vit_jax.errors import UserError
+from vit_jax.models import vit
+from vit_jax.models.layers import MlpBlock
 
 MATMUL_SIDE = {'cpu': 2048, 'gpu': 8192}
 
 
-def build(setup: Mapping[str, Any]) -> child.Workload:
-    """Makes the workload of a setup (see `contestants.Cell.setup`), compiled and run once."""
-    imported = time.perf_counter() - child.BEGAN
-    jax.devices()
+def build(setup: Mapping[str, Any]) -> turns.Workload:
+    """Makes the workload of a setup (see `contestants`), compiled and run once."""
+    imported = time.perf_counter() - turns.BEGAN
+    (device, *_) = jax.devices()
     facts = {
         'import_s': imported,
-        'device_s': time.perf_counter() - child.BEGAN - imported,
-        'device': jax.devices()[0].device_kind,
+        'device_s': time.perf_counter() - turns.BEGAN - imported,
+        'device': device.device_kind,
         'platform': jax.default_backend(),
-        'memory_limit': (jax.devices()[0].memory_stats() or {}).get('bytes_limit', 0),
+        'memory_limit': (device.memory_stats() or {}).get('bytes_limit', 0),
     }
     return {'matmul': Matmul, 'original': Original}.get(setup['contestant'], Ours)(setup, facts)
 
@@ -37,35 +41,33 @@ class _Compiled:
     """What all have in common; `_prepare` gives what to compile, and its first arguments.
 
     Args:
-      setup: see `contestants.Cell.setup`; `options` of ours may have attention, remat, accum_steps,
+      setup: see `contestants`; `options` of ours may have attention, remat, accum_steps,
         optim_dtype.
       facts: to begin with; seconds of compilation, FLOPs and memory are added.
     """
 
     def __init__(self, setup: Mapping[str, Any], facts: Mapping[str, Any]):
         self.facts = dict(facts)
-        began = time.perf_counter()
         self._training = setup['mode'] == 'training'
+        times = [time.perf_counter()]
         function, *arguments = self._prepare(setup)
-        prepared = time.perf_counter()
+        times.append(time.perf_counter())
         lowered = function.lower(*arguments)
-        traced = time.perf_counter()
+        times.append(time.perf_counter())
         self.function = lowered.compile()
-        compiled = time.perf_counter()
+        times.append(time.perf_counter())
+        self.run(1)
+        times.append(time.perf_counter())
+        names = ('init_s', 'trace_s', 'compile_s', 'first_step_s')
+        self.facts |= dict(zip(names, np.diff(times).tolist(), strict=True))
         memory = self.function.memory_analysis()
         self.facts |= {
-            'init_s': prepared - began,
-            'trace_s': traced - prepared,
-            'compile_s': compiled - traced,
             'xla_flops': (self.function.cost_analysis() or {}).get('flops', 0.0),
             'xla_memory': memory.argument_size_in_bytes + memory.temp_size_in_bytes,
         }
-        start = time.perf_counter()
-        self.run(1)
-        self.facts['first_step_s'] = time.perf_counter() - start
 
     def run(self, count: int) -> None:
-        """See `child.Workload.run`."""
+        """See `turns.Workload.run`."""
         pending = collections.deque[Any]()
         for _ in range(count):
             pending.append(self._step())
@@ -75,9 +77,14 @@ class _Compiled:
         jax.block_until_ready(list(pending))
 
     def peak_memory(self) -> int:
-        """See `child.Workload.peak_memory`; of JAX's first device."""
+        """See `turns.Workload.peak_memory`; of JAX's first device."""
         stats = jax.local_devices()[0].memory_stats() or {}
-        return stats.get('peak_bytes_in_use') or child.process_memory()
+        return stats.get('peak_bytes_in_use') or turns.process_memory()
+
+    def _make_up_params(self, model: nn.Module, setup: Mapping[str, Any]) -> Any:
+        params = made_up_params(model, setup['image_size'])
+        self.facts['parameters'] = sum(leaf.size for leaf in jax.tree.leaves(params))
+        return params
 
     def _prepare(self, setup: Mapping[str, Any]) -> tuple[Any, ...]:
         raise NotImplementedError
@@ -131,8 +138,7 @@ class Ours(_Compiled):
             attention=options.pop('attention', 'auto'),
             remat=options.pop('remat', ''),
         )
-        params = made_up_params(model, setup['image_size'])
-        self.facts['parameters'] = sum(leaf.size for leaf in jax.tree.leaves(params))
+        params = self._make_up_params(model, setup)
         if not self._training:
             place = sharding.batch_sharding(mesh)
             self._batches = batches.on_device(
@@ -156,32 +162,89 @@ class Ours(_Compiled):
         return result
 
 
+class OriginalBlock(vit.Encoder1DBlock):
+    """The block with Flax's own attention: tokens as [B, N, H, K], softmax over [B, H, N, N]."""
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array, deterministic: bool) -> jax.Array:
+        """Tokens [B, N, D] in, tokens [B, N, D] out."""
+        x = nn.LayerNorm(epsilon=1e-6, name='LayerNorm_0')(inputs)
+        x = nn.MultiHeadDotProductAttention(
+            num_heads=self.num_heads,
+            kernel_init=nn.initializers.xavier_uniform(),
+            broadcast_dropout=False,
+            deterministic=deterministic,
+            dropout_rate=self.attention_dropout_rate,
+            name='MultiHeadDotProductAttention_0',
+        )(x, x)
+        x = nn.Dropout(self.dropout_rate)(x, deterministic=deterministic) + inputs
+        y = nn.LayerNorm(epsilon=1e-6, name='LayerNorm_1')(x)
+        mlp = MlpBlock(self.mlp_dim, self.dropout_rate, name='MlpBlock_0')
+        return x + mlp(y, deterministic=deterministic)
+
+
+class OriginalEncoder(vit.Encoder):
+    """The encoder of such blocks, in float32 throughout; same parameter tree and same logits."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Tokens [B, N, D] in, normalised tokens [B, N, D] out."""
+        if self.add_position_embedding:
+            x = vit.AddPositionEmbs(name='posembed_input')(x)
+            x = nn.Dropout(self.dropout_rate)(x, deterministic=not train)
+        for layer in range(self.num_layers):
+            x = OriginalBlock(
+                mlp_dim=self.mlp_dim,
+                num_heads=self.num_heads,
+                dropout_rate=self.dropout_rate,
+                attention_dropout_rate=self.attention_dropout_rate,
+                name=f'encoderblock_{layer}',
+            )(x, not train)
+        return nn.LayerNorm(epsilon=1e-6, name='encoder_norm')(x)
+
+
 class Original(_Compiled):
-    """The original's training or inference step, see `original`."""
+    """The original release's way of computing, as the point that all else is compared with.
+
+    As google-research/vision_transformer did: `OriginalEncoder`, images normalised on the host,
+    labels as one-hot vectors over all classes; of the training state only the parameters are
+    donated, the optimizer's state is copied; programs are not kept on disk.
+    """
 
     def _prepare(self, setup: Mapping[str, Any]) -> tuple[Any, ...]:
         classes = setup['num_classes']
         model = models.from_config(
-            setup['model_config'], num_classes=classes, encoder=original.OriginalEncoder
+            setup['model_config'], num_classes=classes, encoder=OriginalEncoder
         )
-        params = made_up_params(model, setup['image_size'])
-        self.facts['parameters'] = sum(leaf.size for leaf in jax.tree.leaves(params))
+        params = self._make_up_params(model, setup)
         self.params = jax.tree.map(lambda leaf: jax.device_put(np.array(leaf)), params)
 
         def put(batch: Mapping[str, np.ndarray]) -> list[jax.Array]:
-            arrays = [normalize(batch['image'])]  # on the host, as the original's pipeline did
+            arrays = [normalize(batch['image'])]
             if self._training:
                 arrays.append(np.eye(classes, dtype=np.float32)[batch['label']])
             return jax.device_put(arrays)
 
+        def predict(params, images):
+            return model.apply({'params': params}, images, train=False)
+
+        def update(params, opt_state, images, labels, key):
+            def loss_fn(params):
+                logits = model.apply({'params': params}, images, train=True, rngs={'dropout': key})
+                return -jnp.mean(jnp.sum(nn.log_softmax(logits) * labels, axis=-1))
+
+            loss, grads = jax.value_and_grad(loss_fn)(params)
+            updates, opt_state = tx.update(grads, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state, loss
+
         self._batches = batches.on_device(setup, put)
         batch = next(self._batches)
         if not self._training:
-            return original.make_predict(model), self.params, *batch
+            return jax.jit(predict), self.params, *batch
         tx, _ = _optimizer()
         self._opt_state = jax.jit(tx.init)(self.params)
         self._key = jax.random.key(0)
-        step = original.make_train_step(model, tx, classes)
+        step = jax.jit(update, donate_argnums=0)
         return step, self.params, self._opt_state, *batch, self._key
 
     def _step(self) -> Any:

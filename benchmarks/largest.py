@@ -4,17 +4,17 @@ Each try runs in a new process, so running out of memory ends only that process.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks import turns
-from benchmarks.contestants import Cell, Contestant
+from benchmarks.contestants import Contestant
 from vit_jax.analysis import cost
 from vit_jax.analysis.architecture import Architecture
 from vit_jax.errors import UserError
 
-# What a process says, or how it ends, that had too little memory: XLA's and PyTorch's words, and
-# the signals of abort() and of the kernel.
+# The words and the ends of a process that had too little memory: XLA's and PyTorch's messages, the
+# signals of abort() and of the kernel.
 _TOO_LITTLE = re.compile(
     r'RESOURCE_EXHAUSTED|[Oo]ut of memory|OutOfMemoryError|MemoryError|bad_alloc|'
     r'not enough memory|ended with status -(6|9)\b'
@@ -45,8 +45,8 @@ def search(fits: Callable[[int], bool], start: int) -> int:
 
 
 def measure(
-    cell: Cell,
-    contestants: Sequence[Contestant],
+    cell: Mapping[str, Any],
+    people: Sequence[Contestant],
     timeout: float,
     memory_gib: float,
     say: Callable[[str], None],
@@ -54,15 +54,15 @@ def measure(
     """Tries batch sizes, with three steps each.
 
     Args:
-      cell: what is done; its batch is the first to try.
-      contestants: who does it, one after the other.
+      cell: see `contestants`; its batch is the first to try.
+      people: who does it, one after the other.
       timeout: seconds to wait for a try.
-      memory_gib: address space that a process gets, GiB; 0 for no limit. The memory of a GPU has
-        its own.
+      memory_gib: address space that a process gets, GiB; 0 for no limit. The memory of a GPU does
+        not count.
       say: called with progress messages.
 
     Returns:
-      For each a dict, as JSON: `contestant`, `facts` (of the last try that fit), `error` or
+      For each a dict, for JSON: `contestant`, `facts` (of the last try that fit), `error` or
       `largest` (images), and for ours on a GPU `limit` (bytes that JAX may use) and `predicted`
       (images, by `cost`).
 
@@ -70,34 +70,32 @@ def measure(
       UserError: there is no memory limit.
     """
     rows = []
-    for contestant in contestants:
+    for contestant in people:
         facts: dict[str, Any] = {}
         multiple = int(contestant.options.get('accum_steps', 1))
 
         def fits(count: int, contestant=contestant, facts=facts, multiple=multiple) -> bool:
             batch = count * multiple
-            setup = cell.setup(contestant) | {'batch': batch, 'memory_gib': memory_gib}
-            fine = _try(contestant, setup, timeout, facts)
+            setup = contestant.setup(cell) | {'batch': batch, 'memory_gib': memory_gib}
+            fine = _try(contestant.module, setup, timeout, facts)
             say(f'{contestant.label}, batch {batch}: {"fits" if fine else "too much memory"}')
             return fine
 
-        row: dict[str, Any]
+        row: dict[str, Any] = {'contestant': contestant.label, 'facts': facts}
         try:
-            row = {'largest': multiple * search(fits, max(1, cell.batch // multiple))}
+            row['largest'] = multiple * search(fits, max(1, cell['batch'] // multiple))
         except turns.ContestantError as error:
-            row = {'error': str(error)}
-        if facts.get('memory_limit'):
-            row |= {'limit': facts['memory_limit'], 'predicted': _predict(cell, contestant, facts)}
-        rows.append({'contestant': contestant.label, 'facts': facts, **row})
+            row['error'] = str(error)
+        if limit := facts.get('memory_limit'):
+            row |= {'limit': limit, 'predicted': _predict(cell, contestant, facts)}
+        rows.append(row)
     return rows
 
 
-def _try(
-    contestant: Contestant, setup: dict[str, Any], timeout: float, facts: dict[str, Any]
-) -> bool:
+def _try(module: str, setup: dict[str, Any], timeout: float, facts: dict[str, Any]) -> bool:
     """Whether three steps have enough memory; adds to `facts`. Other errors are raised."""
     try:
-        with turns.Child(contestant.command, setup, timeout, alone=True) as child:
+        with turns.Child(module, setup, timeout, alone=True) as child:
             facts |= child.facts
             if facts['platform'] == 'cpu' and not setup['memory_gib']:
                 raise UserError(
@@ -112,18 +110,12 @@ def _try(
     return True
 
 
-def _predict(cell: Cell, contestant: Contestant, facts: dict[str, Any]) -> int:
-    """What the formula says for our step."""
-    options = contestant.options
-    plan = cost.Plan(
-        batch=1,
-        accum_steps=int(options.get('accum_steps', 1)),
-        dtype=cell.dtype,
-        optim_dtype=options.get('optim_dtype', 'bfloat16'),
-        remat=options.get('remat', ''),
-        attention=options.get('attention', 'auto'),
-        platform=facts['platform'],
-    )
-    needed = cost.inference_memory if cell.mode == 'inference' else cost.training_memory
-    of = Architecture(cell.variant, cell.model_config, cell.num_classes, cell.image_size)
+def _predict(cell: Mapping[str, Any], contestant: Contestant, facts: Mapping[str, Any]) -> int:
+    """The formula's answer for our step."""
+    options: dict[str, Any] = dict(contestant.options)
+    options['accum_steps'] = int(options.get('accum_steps', 1))
+    plan = cost.Plan(batch=1, dtype=cell['dtype'], platform=facts['platform'], **options)
+    needed = cost.inference_memory if cell['mode'] == 'inference' else cost.training_memory
+    names = ('variant', 'model_config', 'num_classes', 'image_size')
+    of = Architecture(*(cell[name] for name in names))
     return cost.largest_batch(facts['memory_limit'], needed, of, plan)

@@ -6,8 +6,6 @@ The measurement of scripts/benchmark_export.py.
 import argparse
 import functools
 import pathlib
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -17,11 +15,10 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from benchmarks import child, record, turns
+from benchmarks import record, turns
 from benchmarks.jax_workload import made_up_params
-from benchmarks.steps_tables import quartiles
-from vit_jax import models, variants
-from vit_jax.analysis import compare
+from vit_jax import models
+from vit_jax.analysis import architecture, compare
 from vit_jax.analysis.tables import Table
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
@@ -31,6 +28,7 @@ from vit_jax.export.options import Options
 from vit_jax.inference import labels, model_folder
 
 OURS, THEIRS, INT8 = 'vit_jax', 'transformers', 'vit_jax int8'  # which file
+EXPORT_SECONDS = 1800.0  # after which torch.onnx has failed
 TOLERANCE = 1e-4  # of the largest logit: these are two exports of one model
 
 
@@ -81,10 +79,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
     """Milliseconds and images per second of each file."""
-    medians = {(r['contestant'], r['batch']): quartiles(r['seconds'])[1] for r in result['results']}
+    medians = {(r['contestant'], r['batch']): np.median(r['seconds']) for r in result['results']}
     rows = []
     for row in result['results']:
-        low, median, high = quartiles(row['seconds'])
+        low, median, high = np.percentile(row['seconds'], (25, 50, 75))
         rows.append([
             row['contestant'],
             str(row['nodes']),
@@ -111,17 +109,12 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
     return [Table(title, columns, rows, notes)]
 
 
-KIND = record.Kind(
-    'benchmark_export.py', 'vit_jax benchmark of exports', 1, tables, lambda r: r['results']
-)
+KIND = record.Kind('benchmark_export.py', 'vit_jax benchmark of exports', 1, tables)
 
 
 def _made_up(variant: str) -> model_folder.Model:
     """A model with made-up weights, 224 px and 1000 classes."""
-    try:
-        config = variants.get_config(variant).to_dict()
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    config = dict(architecture.find(variant).model_config)
     model, names = models.from_config(config, num_classes=1000), labels.numbered(1000)
     params, source = made_up_params(model, 224), {'weights': 'made up'}
     return model_folder.Model(model, params, config, 224, names, Preprocess(crop=224), source)
@@ -139,15 +132,11 @@ def _export(
     else:
         del files[INT8]
     pytorch.write(folder / 'huggingface', model, to='huggingface')
-    done = subprocess.run(
-        [sys.executable, '-m', 'benchmarks.torch_onnx', folder / 'huggingface', files[THEIRS]],
-        capture_output=True,
-        text=True,
-        env=child.environment(),
-    )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ['no message'])[-1]
-        raise UserError(f'torch.onnx did not export the model: {last}')
+    setup = {'folder': str(folder / 'huggingface'), 'output': files[THEIRS]}
+    try:
+        turns.Child('benchmarks.torch_onnx', setup, EXPORT_SECONDS).close()
+    except turns.ContestantError as error:
+        raise UserError(f'torch.onnx did not export the model: {error}') from error
     return files
 
 

@@ -2,15 +2,14 @@
 
 import argparse
 import contextlib
-import dataclasses
 import datetime
 import importlib.metadata
 import os
 import pathlib
 import platform
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import vit_jax
 from vit_jax import files
@@ -26,8 +25,7 @@ PACKAGES = (
 )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """A kind of result.
 
     Attributes:
@@ -35,14 +33,12 @@ class Kind:
       name: `kind` of its files.
       format: version of its files.
       tables: makes tables of a result.
-      rows: everything that was measured, a dict for each contestant, with `error` if it failed.
     """
 
     script: str
     name: str
     format: int
     tables: Callable[[Mapping[str, Any]], Sequence[tables.Table]]
-    rows: Callable[[Mapping[str, Any]], Iterable[Mapping[str, Any]]]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +82,7 @@ def run(args: argparse.Namespace, kind: Kind, measure: Callable[[], dict[str, An
         'hardware': hardware,
         'versions': versions(),
     } | measure()
-    rows = list(kind.rows(result))
+    rows = _rows(result)
     for row in rows:
         if row.get('facts', {}).get('platform') == 'gpu':
             hardware['accelerator'] = row['facts']['device']
@@ -98,6 +94,15 @@ def run(args: argparse.Namespace, kind: Kind, measure: Callable[[], dict[str, An
         raise UserError(
             f'{len(failed)} of {len(rows)} measurements failed: {"; ".join(dict.fromkeys(failed))}'
         )
+
+
+def _rows(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Everything that was measured, a dict for each contestant, with `error` if it failed."""
+    parts = [
+        result,
+        *(part for key in ('cells', 'largest', 'whole') for part in result.get(key, ())),
+    ]
+    return [row for part in parts for key in ('stages', 'results') for row in part.get(key, ())]
 
 
 def say(text: str) -> None:
@@ -122,9 +127,7 @@ def describe_hardware() -> dict[str, Any]:
 
 def cores() -> int:
     """Cores that this process may use."""
-    if hasattr(os, 'sched_getaffinity'):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def versions() -> dict[str, str]:

@@ -1,10 +1,8 @@
-"""Exports a Hugging Face folder by torch.onnx: the other side of benchmark_export.py.
+"""Exports a Hugging Face folder by torch.onnx: the other side of benchmark_export.py."""
 
-python -m benchmarks.torch_onnx FOLDER OUT.onnx
-"""
-
-import sys
+import argparse
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,17 +21,19 @@ class Logits(torch.nn.Module):
         return self.model(image).logits
 
 
-def main(folder: str, output: str) -> None:
-    """Writes `output`, opset 20, of the ViT in `folder`."""
+def build(setup: Mapping[str, str]) -> Any:
+    """Writes `output`, opset 20, of the ViT in `folder`; there are no steps to time."""
     transformers.utils.logging.disable_progress_bar()
-    model = transformers.ViTForImageClassification.from_pretrained(folder, local_files_only=True)
+    model = transformers.ViTForImageClassification.from_pretrained(
+        setup['folder'], local_files_only=True
+    )
     side: Any = model.config.image_size
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # deprecations inside PyTorch
         torch.onnx.export(
             Logits(model.eval()),
             (torch.zeros(2, 3, side, side),),
-            output,
+            setup['output'],
             input_names=['image'],
             output_names=['logits'],
             dynamic_shapes=({0: torch.export.Dim('batch')},),
@@ -42,7 +42,4 @@ def main(folder: str, output: str) -> None:
             dynamo=True,
             verbose=False,
         )
-
-
-if __name__ == '__main__':
-    main(*sys.argv[1:])
+    return argparse.Namespace(facts={})

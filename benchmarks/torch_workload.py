@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import batches, child, torchvision_import
+from benchmarks import batches, torchvision_import, turns
 
 MATMUL_SIDE = {'cpu': 2048, 'cuda': 8192}
 
 
-def build(setup: Mapping[str, Any]) -> child.Workload:
+def build(setup: Mapping[str, Any]) -> turns.Workload:
     """Makes the workload of a setup, run once."""
     if setup.get('cores'):
         torch.set_num_threads(setup['cores'])
@@ -30,7 +30,7 @@ def build(setup: Mapping[str, Any]) -> child.Workload:
     name = setup['contestant'].removesuffix('+compile')
     model = None if name == 'torch-matmul' else _MODELS[name](setup)
     facts = {
-        'import_s': time.perf_counter() - child.BEGAN,
+        'import_s': time.perf_counter() - turns.BEGAN,
         'platform': 'gpu' if device == 'cuda' else 'cpu',
         'device': torch.cuda.get_device_name() if device == 'cuda' else 'cpu',
         'threads': torch.get_num_threads(),
@@ -42,7 +42,7 @@ def build(setup: Mapping[str, Any]) -> child.Workload:
 
 def _peak_memory() -> int:
     used = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return used or child.process_memory()
+    return used or turns.process_memory()
 
 
 class Matmul:
@@ -57,13 +57,13 @@ class Matmul:
         self.run(1)
 
     def run(self, steps: int) -> None:
-        """See `child.Workload.run`."""
+        """See `turns.Workload.run`."""
         for _ in range(steps):
             product = self._factors[0] @ self._factors[1]
         _wait(product)
 
     def peak_memory(self) -> int:
-        """See `child.Workload.peak_memory`."""
+        """See `turns.Workload.peak_memory`."""
         return _peak_memory()
 
 
@@ -100,7 +100,7 @@ class Model:
             self.facts['compile_s'] = self.facts['first_step_s']
 
     def run(self, steps: int) -> dict[str, float]:
-        """See `child.Workload.run`."""
+        """See `turns.Workload.run`."""
         if self._device == 'cpu':
             return {'seconds': self._steps(steps)}
         # Contestants share the GPU: what this one holds beside its parameters goes when it waits,
@@ -111,7 +111,7 @@ class Model:
         return {'seconds': seconds}
 
     def peak_memory(self) -> int:
-        """See `child.Workload.peak_memory`."""
+        """See `turns.Workload.peak_memory`."""
         return _peak_memory()
 
     def _steps(self, count: int) -> float:
@@ -165,6 +165,8 @@ def _timm(setup: Mapping[str, Any]) -> Any:
 def _transformers(setup: Mapping[str, Any]) -> Any:
     import transformers
 
+    from benchmarks import torch_onnx
+
     config = setup['model_config']
     transformer = config['transformer']
     model = transformers.ViTForImageClassification(
@@ -183,15 +185,7 @@ def _transformers(setup: Mapping[str, Any]) -> Any:
         )
     )
 
-    class Logits(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, images):
-            return self.model(images).logits
-
-    return Logits()
+    return torch_onnx.Logits(model)
 
 
 def _torchvision_vit(setup: Mapping[str, Any]) -> Any:

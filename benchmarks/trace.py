@@ -16,7 +16,6 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from benchmarks import contestants
 from vit_jax.analysis import architecture, tables
 from vit_jax.errors import UserError
 
@@ -218,12 +217,8 @@ def profile(args: argparse.Namespace) -> list[tables.Table]:
         raise UserError(f'{args.output} is there already: name a new folder')
     found = architecture.find(args.variant, '', args.num_classes, args.image_size)
     options = {key: str(getattr(args, key)) for key in ('attention', 'remat', 'accum_steps')}
-    cell = contestants.Cell(
-        found.name, found.model_config, args.num_classes, args.image_size, args.dtype, args.batch,
-        args.mode,
-    )  # fmt: skip
-    ours = contestants.Contestant(contestants.OURS, contestants.OURS, options)
-    workload = jax_workload.Ours(cell.setup(ours), {})
+    setup = vars(args) | {'model_config': found.model_config, 'options': options, 'data': ''}
+    workload = jax_workload.Ours(setup, {})
     workload.run(2)
     start = time.perf_counter()
     workload.run(args.steps)

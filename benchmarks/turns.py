@@ -1,24 +1,34 @@
-"""Times contestants in turns: every round times each of them once, in rotated order.
+"""Times contestants in turns, each in its own process: the protocol between them, both ends.
 
-Each runs in its own process, so that JAX and PyTorch share neither threads nor memory, and
-waits, idle, while another is timed. What a busy machine does to one it does to all.
+Every round times each contestant once, in rotated order, so what a busy machine does to one it does
+to all. In separate processes JAX and PyTorch share neither threads nor memory; a process waits,
+idle, while another is timed. `Child` starts one and asks; `serve` runs in it and answers, through a
+pipe. The first request is the setup, and its answer the facts; after that each request is a number
+of steps, and its answer a dict with the seconds they took. An error is answered by its text.
 """
 
 import contextlib
-import json
-import queue
+import importlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import pathlib
+import resource
 import subprocess
+import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar
 
-from benchmarks import child
+# Until here nothing was imported that takes time: what follows counts as the contestant's start.
+BEGAN = time.perf_counter()
 
 # Between two timings: threads of the one before may spin for a moment, waiting for more work.
 PAUSE = 0.25
 _ENDS_WITHIN = 10.0
+_ROOT = str(pathlib.Path(__file__).resolve().parents[1])
 
 T = TypeVar('T')
 
@@ -67,14 +77,14 @@ class Child:
     """The process of a contestant, ready to be timed; a context manager that ends it.
 
     Args:
-      command: starts it, see `child.command`.
-      setup: its first line.
+      module: has `build`, see `serve`.
+      setup: the first message to the contestant.
       timeout: seconds to wait for any answer.
       cache: folder for compiled programs; '' for none.
       alone: whether no other contestant is on the device.
 
     Attributes:
-      facts: what it said when it was ready.
+      facts: its answer when it was ready.
       ready_s: seconds from the start of the process to the end of its first step.
 
     Raises:
@@ -83,7 +93,7 @@ class Child:
 
     def __init__(
         self,
-        command: Sequence[str],
+        module: str,
         setup: Mapping[str, Any],
         timeout: float,
         *,
@@ -92,22 +102,22 @@ class Child:
     ):
         self._timeout = timeout
         self._log = tempfile.TemporaryFile('w+', errors='replace')
+        self._pipe, theirs = multiprocessing.Pipe()
+        # Not `python -m benchmarks.turns`: the contestant imports this module by its name, and both
+        # have to be one, with one `BEGAN`.
+        code = 'import sys; from benchmarks import turns; sys.exit(turns.serve(*sys.argv[1:]))'
         start = time.perf_counter()
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            env=child.environment() | _environment(cache, alone),
-        )
-        assert self._process.stdin and self._process.stdout
-        self._questions, self._output = self._process.stdin, self._process.stdout
-        self._answers: queue.Queue[str] = queue.Queue()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, '-c', code, module, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
+                pass_fds=[theirs.fileno()],
+                env=_environment(cache, alone),
+            )
         try:
-            self.facts = self._ask(setup)['facts']
+            self.facts = self._ask(dict(setup))
         except BaseException:
             self.close()
             raise
@@ -121,55 +131,112 @@ class Child:
 
     def time(self, steps: int) -> dict[str, Any]:
         """Runs so many steps: `seconds`, `peak_memory`, and what else it reports."""
-        return self._ask({'steps': steps})
+        return self._ask(steps)
 
     def close(self) -> None:
         """Ends the process."""
-        with contextlib.suppress(BrokenPipeError):
-            self._questions.close()
+        self._pipe.close()
         try:
             self._process.wait(_ENDS_WITHIN)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._reader.join()
-        self._output.close()
         self._log.close()
 
-    def _read(self) -> None:
-        for line in self._output:
-            self._answers.put(line)
-        self._answers.put('')
-
-    def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        with contextlib.suppress(BrokenPipeError):  # it ended; reading tells
-            self._questions.write(json.dumps(request) + '\n')
-            self._questions.flush()
+    def _ask(self, request: dict[str, Any] | int) -> dict[str, Any]:
         try:
-            line = self._answers.get(timeout=self._timeout)
-        except queue.Empty:
-            self._process.kill()
-            raise ContestantError(f'no answer within {self._timeout:g} s') from None
-        if not line:
+            self._pipe.send(request)
+            if not self._pipe.poll(self._timeout):
+                self._process.kill()
+                raise ContestantError(f'no answer within {self._timeout:g} s')
+            answer = self._pipe.recv()
+        except (EOFError, ConnectionError):
+            status = self._process.wait()
             self._log.seek(0)
             last = (self._log.read().strip().splitlines() or ['no message'])[-1]
-            raise ContestantError(f'its process ended with status {self._process.wait()}: {last}')
-        answer = json.loads(line)
-        if 'error' in answer:
-            raise ContestantError(answer['error'])
+            raise ContestantError(f'its process ended with status {status}: {last}') from None
+        if isinstance(answer, str):
+            raise ContestantError(answer)
         return answer
 
 
 def _environment(cache: str, alone: bool) -> dict[str, str]:
     """What the processes of contestants need to live beside each other, and where programs go."""
-    shared = {'TOKENIZERS_PARALLELISM': 'false'}
+    path = os.pathsep.join(filter(None, [_ROOT, os.environ.get('PYTHONPATH')]))
+    found = os.environ | {'PYTHONPATH': path, 'TOKENIZERS_PARALLELISM': 'false'}
     if not alone:
         # The contestants share one GPU: none may take all of its memory at the start.
-        shared['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'
-    if not cache:
-        return shared | {'JAX_ENABLE_COMPILATION_CACHE': 'false'}
-    return shared | {
-        'JAX_ENABLE_COMPILATION_CACHE': 'true',
-        'JAX_COMPILATION_CACHE_DIR': cache,
-        'TORCHINDUCTOR_CACHE_DIR': cache,
-    }
+        found['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'
+    found['JAX_ENABLE_COMPILATION_CACHE'] = 'true' if cache else 'false'
+    if cache:
+        found |= {'JAX_COMPILATION_CACHE_DIR': cache, 'TORCHINDUCTOR_CACHE_DIR': cache}
+    return found
+
+
+class Workload(Protocol):
+    """What a contestant does."""
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """Known before the first timing (seconds of compilation, parameters); for JSON."""
+
+    def run(self, steps: int) -> Mapping[str, Any] | None:
+        """Does the steps and waits until they are done; may return more to report, for JSON."""
+
+    def peak_memory(self) -> int:
+        """Most bytes used so far: of the accelerator, or, on a CPU, of the process."""
+
+
+def serve(module: str, pipe: str) -> int:
+    """Reads the setup, builds the workload, and runs it until the pipe is closed.
+
+    Args:
+      module: its `build(setup)` makes the workload. It is imported here, so that the limits of the
+        setup, `cores` and `memory_gib`, hold for the threads that an import starts.
+      pipe: file descriptor of the pipe to the parent.
+
+    Returns:
+      The exit status: 1 after an error, which is also sent to the parent.
+    """
+    with multiprocessing.connection.Connection(int(pipe)) as parent:
+        try:
+            setup = parent.recv()
+            _use_cores(setup.get('cores') or 0)
+            if setup.get('memory_gib'):
+                limit = round(setup['memory_gib'] * 2**30)
+                resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+            workload: Workload = importlib.import_module(module).build(setup)
+            parent.send(dict(workload.facts))
+            with contextlib.suppress(EOFError):
+                while True:
+                    steps = parent.recv()
+                    start = time.perf_counter()
+                    more = workload.run(steps) or {}
+                    seconds = time.perf_counter() - start
+                    memory = workload.peak_memory()
+                    parent.send({'seconds': seconds, 'peak_memory': memory, **more})
+        except Exception as error:  # The parent reports any error and goes on.
+            traceback.print_exc()
+            text = ' '.join(str(error).split())[:500]
+            parent.send(f'{type(error).__name__}: {text}' if text else type(error).__name__)
+            return 1
+    return 0
+
+
+def process_memory() -> int:
+    """Most bytes of memory this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == 'darwin' else 1024 * peak
+
+
+def _use_cores(cores: int) -> None:
+    """Restricts this process, and threads that it starts later, to `cores` cores (0: all)."""
+    if not cores:
+        return
+    if not hasattr(os, 'sched_setaffinity'):
+        raise OSError('this system cannot keep a process to some cores: leave --cores out')
+    allowed = sorted(os.sched_getaffinity(0))
+    if cores > len(allowed):
+        raise ValueError(f'--cores {cores}: this process may use {len(allowed)}')
+    os.sched_setaffinity(0, allowed[:cores])
+    os.environ['OMP_NUM_THREADS'] = str(cores)

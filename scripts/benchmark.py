@@ -45,7 +45,10 @@ def main() -> int:
     add('--cores', type=int, default=0, help='that each contestant may use; default: all')
     add('--device', default='', help='whose published peak to use (h200, rtx4090, ...)')
     add('--peak_tflops', type=float, help='peak of the device; default: of the table, or measured')
-    add('--skip_warm_start', action='store_true', help='start each once, not twice (cold, warm)')
+    add(
+        '--skip_warm_start', action='store_false', dest='warm_start',
+        help='start each once, not twice (cold, warm)',
+    )  # fmt: skip
     add('--timeout', type=float, default=1800, help='seconds to wait for a contestant')
     add(
         '--inference-only', '--inference_only', action='store_true', dest='inference_only',

@@ -1,8 +1,8 @@
 """scripts/benchmark.py, benchmark_data.py and profile_step.py, and what they measure with."""
 
+import argparse
 import json
 import pathlib
-import sys
 
 import jax
 import numpy as np
@@ -14,9 +14,7 @@ from benchmarks import (
     jax_workload,
     largest,
     onnx_files,
-    original,
     steps,
-    steps_tables,
     trace,
     turns,
 )
@@ -24,18 +22,20 @@ from vit_jax import models, variants
 from vit_jax.analysis import counts
 from vit_jax.errors import UserError
 
-RESULTS = pathlib.Path(__file__).parents[2] / 'benchmarks' / 'results'
+ROOT = pathlib.Path(__file__).parents[2]
+RESULTS = ROOT / 'benchmarks' / 'results'
 
-# A contestant that needs neither JAX nor PyTorch.
+# A contestant that needs neither JAX nor PyTorch, and has memory for 6 images.
 SLEEPER = """
 import os
 import time
-from benchmarks import child
 class Sleeper:
     facts = {'platform': 'cpu', 'flops': 100}
     def __init__(self, setup):
         print('a library prints to stdout')
         self.name = setup['contestant']
+        if setup['batch'] > 6:
+            raise MemoryError
         if self.name == 'broken':
             raise ValueError('no such thing')
     def run(self, steps):
@@ -44,12 +44,22 @@ class Sleeper:
             file.write(self.name)
     def peak_memory(self):
         return 7
-child.serve(Sleeper)
+build = Sleeper
 """
 
 
 class Sleeper(contestants.Contestant):
-    command = (sys.executable, '-c', SLEEPER)
+    module = 'sleeper'
+
+
+@pytest.fixture
+def sleepers(tmp_path, monkeypatch):
+    (tmp_path / 'sleeper.py').write_text(SLEEPER)
+    (tmp_path / 'dies.py').write_text('import sys; sys.exit("out of memory")')
+    (tmp_path / 'hangs.py').write_text('import time; time.sleep(60)')
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+    monkeypatch.setenv('ORDER_FILE', str(tmp_path / 'order'))
+    return tmp_path
 
 
 def small_config(layers=1):
@@ -60,46 +70,44 @@ def small_config(layers=1):
 
 
 def cell(**changes):
-    arguments = dict(
-        variant='small', model_config=small_config(), num_classes=5, image_size=32,
-        dtype='float32', batch=2, mode='inference',
-    )  # fmt: skip
-    return contestants.Cell(**arguments | changes)
+    return {
+        'variant': 'small', 'model_config': small_config(), 'num_classes': 5, 'image_size': 32,
+        'dtype': 'float32', 'batch': 2, 'mode': 'inference', 'data': '', 'cores': 1,
+    } | changes  # fmt: skip
 
 
 def test_the_originals_way_gives_the_same_logits():
     config, rng = small_config(layers=2), np.random.default_rng(0)
     ours = models.from_config(config, num_classes=5)
-    theirs = models.from_config(config, num_classes=5, encoder=original.OriginalEncoder)
+    theirs = models.from_config(config, num_classes=5, encoder=jax_workload.OriginalEncoder)
     images = rng.uniform(-1, 1, (2, 32, 32, 3)).astype(np.float32)
     shapes = jax.eval_shape(lambda x: ours.init(jax.random.key(0), x, train=False), images)
     params = jax.tree.map(lambda s: rng.normal(0, 0.3, s.shape).astype(np.float32), shapes)
-    logits = jax.jit(lambda p, x: ours.apply(p, x, train=False))(params, images)
-    others = original.make_predict(theirs)(params['params'], images)
+    logits, others = (
+        jax.jit(lambda p, x, m=m: m.apply(p, x, train=False))(params, images)
+        for m in (ours, theirs)
+    )
     assert np.abs(logits).max() > 0.1
     np.testing.assert_allclose(others, logits, rtol=1e-5, atol=1e-5)
 
 
-def test_rounds_time_each_contestant_once_in_rotated_order(tmp_path, monkeypatch):
-    monkeypatch.setenv('ORDER_FILE', str(tmp_path / 'order'))
-    people = [Sleeper(name, name) for name in ('a', 'broken', 'b')]
-    timing = steps.Timing(rounds=3, steps=2, warmup=0, timeout=60)
+def test_rounds_time_each_contestant_once_in_rotated_order(sleepers):
+    people = [Sleeper(name) for name in ('a', 'broken', 'b')]
+    timing = argparse.Namespace(rounds=3, steps=2, warmup=0, warm_start=True, timeout=60)
     a, broken, b = steps.time_cell(cell(), people, timing)
     assert broken == {'contestant': 'broken', 'error': 'ValueError: no such thing'}
     for row in (a, b):
         assert len(row['seconds']) == 3 and row['steps'] == 2 and row['peak_memory'] == 7
         assert min(row['seconds']) >= 0.01
         assert row['ready_s'] > 0 and row['ready_warm_s'] > 0
-    assert (tmp_path / 'order').read_text() == 'ab' + 'ba' + 'ab'
+    assert (sleepers / 'order').read_text() == 'ab' + 'ba' + 'ab'
 
 
-def test_a_contestant_that_dies_or_hangs_is_an_error():
-    for code, message in (
-        ('import sys; sys.exit("out of memory")', 'out of memory'),
-        ('import time; time.sleep(60)', 'no answer within 1 s'),
-    ):
-        with pytest.raises(turns.ContestantError, match=message):
-            turns.Child([sys.executable, '-c', code], {}, timeout=1 if 'time' in code else 60)
+def test_a_contestant_that_dies_or_hangs_is_an_error(sleepers):
+    with pytest.raises(turns.ContestantError, match='ended with status 1: out of memory'):
+        turns.Child('dies', {}, timeout=60)
+    with pytest.raises(turns.ContestantError, match='no answer within 0.5 s'):
+        turns.Child('hangs', {}, timeout=0.5)
 
 
 def test_contestants_of_a_command_line():
@@ -109,7 +117,7 @@ def test_contestants_of_a_command_line():
         with pytest.raises(UserError):
             contestants.parse(wrong)
     mixer = variants.get_config('Mixer-B_16').to_dict()
-    peer = contestants.Contestant('transformers', 'transformers')
+    peer = contestants.Contestant('transformers')
     assert peer.reason_to_leave_out(mixer, 'float32')
     (way,) = contestants.parse(['original'])
     assert way.reason_to_leave_out(small_config(), 'bfloat16') == 'computes in float32 only'
@@ -165,8 +173,8 @@ def test_benchmark_measures_in_a_process_of_its_own_and_writes_tables(
 
 
 def test_a_training_step_in_the_originals_way():
-    way = contestants.Contestant('original', 'original')
-    workload = jax_workload.build(cell(mode='training').setup(way))
+    way = contestants.Contestant('original')
+    workload = jax_workload.build(way.setup(cell(mode='training')))
     workload.run(2)
     # The first update has a learning rate of 0; then the warm-up begins.
     assert np.abs(workload.params['head']['bias']).max() > 0
@@ -187,17 +195,8 @@ def test_search_for_the_largest_batch(limit):
     assert len(tried) == len(set(tried)) <= 12
 
 
-# A contestant with memory for 6 images.
-HUNGRY = SLEEPER.replace(
-    "if self.name == 'broken':",
-    "if setup['batch'] > 6:\n            raise MemoryError\n        if self.name == 'broken':",
-)
-
-
-def test_running_out_of_memory_ends_a_try_and_no_more(monkeypatch, tmp_path):
-    monkeypatch.setenv('ORDER_FILE', str(tmp_path / 'order'))
-    monkeypatch.setattr(Sleeper, 'command', (sys.executable, '-c', HUNGRY))
-    people = [Sleeper(name, name) for name in ('a', 'broken')]
+def test_running_out_of_memory_ends_a_try_and_no_more(sleepers):
+    people = [Sleeper(name) for name in ('a', 'broken')]
     arguments = (cell(batch=4), people, 60)
     a, broken = largest.measure(*arguments, memory_gib=8, say=lambda text: None)
     assert a['largest'] == 6 and a['facts']['platform'] == 'cpu'
@@ -206,11 +205,14 @@ def test_running_out_of_memory_ends_a_try_and_no_more(monkeypatch, tmp_path):
         largest.measure(*arguments, memory_gib=0, say=lambda text: None)
 
 
-def test_results_that_documents_show_can_be_read(run_script):
-    files = sorted(RESULTS.glob('*.json'))
-    done = run_script('benchmark.py', '--table', *files)
-    assert done.returncode == 0 and done.stdout.count('**Training: AMD EPYC, 2 cores**') == 6
-    assert '| ViT-Ti_16 | 224 | float32 | 64 | original | 7.5 |' in ' '.join(done.stdout.split())
+def test_results_that_documents_show_can_be_read(run_script, tmp_path):
+    files, page = sorted(RESULTS.glob('*.json')), tmp_path / 'performance.md'
+    text = (ROOT / 'docs' / 'performance.md').read_text()
+    first, _, rest = text.partition('<!-- benchmark -->')
+    page.write_text(f'{first}<!-- benchmark -->\n{rest[rest.index("<!-- /benchmark -->") :]}')
+    done = run_script('benchmark.py', '--table', *files, '--update', page)
+    assert done.returncode == 0 and page.read_text() == text
+    assert text.count('**Training: AMD EPYC, 2 cores**') == len(files) == 6
     files = sorted((RESULTS / 'data').glob('*.json'))
     done = run_script('benchmark_data.py', '--table', *files)
     assert done.returncode == 0 and done.stdout.count('**Whole pipeline**') == len(files) > 0
@@ -239,11 +241,6 @@ def test_tables_of_exports():
     assert onnx_files._compare({'vit_jax': logits, 'transformers': logits}) == 0
     with pytest.raises(UserError, match='not the same model'):
         onnx_files._compare({'vit_jax': logits, 'transformers': logits + 0.01})
-
-
-def test_quartiles():
-    assert steps_tables.quartiles([3.0]) == (3.0, 3.0, 3.0)
-    assert steps_tables.quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 3.0, 4.0)
 
 
 def test_parts_of_a_model_in_the_names_of_operations():
@@ -355,7 +352,8 @@ def test_input_pipeline_by_stage_and_by_threads(run_script, photos):
 def test_ways_of_our_input_pipeline(name, photos):
     files = [str(path) for path in sorted(photos.glob('*.jpg'))]
     setup = {'files': files, 'crop': 8, 'batch': 2, 'workers': 1}
-    workload = input_stages.KINDS[f'vit_jax:{name}'](setup)
+    setup |= {'contestant': f'vit_jax:{name}'}
+    workload = input_stages.build(setup)
     try:
         assert workload.run(1)['timed']['all'] > 0
         batch = next(workload._stream)
@@ -364,5 +362,5 @@ def test_ways_of_our_input_pipeline(name, photos):
     finally:
         workload._stream.close()
     if name == 'exact=False':
-        timed = input_stages.KINDS['vit_jax:exact=False'](setup | {'workers': 0}).run(1)['timed']
+        timed = input_stages.build(setup | {'workers': 0}).run(1)['timed']
         assert timed['decode'] > 0 and timed['resize'] > 0

@@ -65,7 +65,7 @@ def get(name: str) -> Device:
         near = difflib.get_close_matches(plain, DEVICES, n=1, cutoff=0.0)[0]
         raise UserError(
             f'device {name!r} is not in the table; nearest: {near!r}; known: {", ".join(DEVICES)}. '
-            'For another give --memory_gib and --peak_tflops'
+            'For another give its --peak_tflops, and for memory its --memory_gib'
         )
     return DEVICES[plain]
 
