@@ -10,6 +10,7 @@ import argparse
 import pathlib
 import sys
 
+import numpy as np
 from PIL import Image
 
 # A checkout runs without being installed.
@@ -21,25 +22,15 @@ from vit_jax.inference import contact_sheet, model_folder, predict
 
 
 def save_test_images(workdir: pathlib.Path) -> list[tuple[str, str]]:
-    """Writes the first image of each class in the test split of a run.
-
-    Args:
-      workdir: of a finished run.
-
-    Returns:
-      Path and class name of each, in label order.
-    """
+    """Writes the first image of each class in the test split of a run; returns paths and names."""
     config = files.read_json(workdir / 'config.json')
     _, source = sources.open_sources(
         config['dataset'], train_split=config['pp']['train'], test_split=config['pp']['test']
     )
-    first: dict[int, int] = {}
-    for index in range(len(source)):
-        first.setdefault(source[index].label, index)
     folder = workdir / 'images'
     folder.mkdir(exist_ok=True)
     saved = []
-    for label, index in sorted(first.items()):
+    for label, index in zip(*np.unique(source.labels(), return_index=True), strict=True):
         name = source.class_names[label]
         path = folder / f'{name}_test_{index:04d}.png'
         Image.fromarray(decode.decode(source[index].image, key=name)).save(path)

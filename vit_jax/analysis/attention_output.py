@@ -12,7 +12,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -53,19 +53,12 @@ class Choice:
     top_k: int = TOP_K
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Drawn:
-    """What was made of one image.
-
-    Attributes:
-      path: of the image.
-      folder: name of its folder in the output; '' if nothing was drawn of it alone.
-      probabilities: float32 [classes]; None of a model without head.
-    """
+class Drawn(NamedTuple):
+    """What was made of one image."""
 
     path: str
-    folder: str
-    probabilities: np.ndarray | None
+    folder: str  # its name in the output; '' if nothing was drawn of the image alone
+    probabilities: np.ndarray | None  # float32 [classes]; None of a model without head
 
 
 def default_folder(model: str) -> pathlib.Path:
@@ -171,7 +164,6 @@ def write(
         model does not have; a model that gives NaN.
     """
     attention.check(model)
-    check_folder(folder)
     kinds = choice.kinds
     drawn: list[Drawn] = []
     distances: list[np.ndarray] = []

@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,21 +37,19 @@ def state(run: Run) -> str:
 
 def summary(runs: Sequence[Run]) -> Table:
     """The latest values of each run, a column for each."""
-    rows = [
-        ('Training steps', *(f'{run.steps:,}' for run in runs)),
-        ('Test accuracy, last', *(_share(run.last('accuracy_test')) for run in runs)),
-        ('Test accuracy, best', *(_best(run) for run in runs)),
-        ('Top-5 test accuracy, last', *(_share(run.last('accuracy_top5_test')) for run in runs)),
-        ('Test loss, last', *(_loss(run.last('loss_test')) for run in runs)),
-        ('Training loss, last batch', *(_loss(run.last('train_loss')) for run in runs)),
-        ('Training accuracy, last batch', *(_share(run.last('accuracy_train')) for run in runs)),
-        ('Training speed, median (images/s per device)', *(_speed(run) for run in runs)),
-        (
-            'Compiling and first step',
-            *(_duration(run.last('first_step_s', timing=True)) for run in runs),
-        ),
-        ('Time from first to last event', *(_duration(run.wall_seconds()) for run in runs)),
-    ]
+    texts: dict[str, Callable[[Run], str]] = {
+        'Training steps': lambda run: f'{run.steps:,}',
+        'Test accuracy, last': lambda run: _share(run.last('accuracy_test')),
+        'Test accuracy, best': _best,
+        'Top-5 test accuracy, last': lambda run: _share(run.last('accuracy_top5_test')),
+        'Test loss, last': lambda run: _loss(run.last('loss_test')),
+        'Training loss, last batch': lambda run: _loss(run.last('train_loss')),
+        'Training accuracy, last batch': lambda run: _share(run.last('accuracy_train')),
+        'Training speed, median (images/s per device)': _speed,
+        'Compiling and first step': lambda run: _duration(run.last('first_step_s', timing=True)),
+        'Time from first to last event': lambda run: _duration(run.wall_seconds()),
+    }
+    rows = [(name, *map(text, runs)) for name, text in texts.items()]
     kept = [row for row in rows if any(value != _NONE for value in row[1:])]
     return Table('Results', ('', *(f'{run.name}>' for run in runs)), kept)
 
@@ -77,8 +75,8 @@ def configuration(run: Run) -> tuple[Table, Table]:
     defaults = _flatten(common.get_defaults().to_dict())
     changed, same = [], []
     settings = _flatten({key: value for key, value in run.config.items() if key != 'model'})
-    order = {name: place for place, name in enumerate(defaults)}
-    for name in sorted(settings, key=lambda name: (order.get(name, len(order)), name)):
+    known = [name for name in defaults if name in settings]
+    for name in known + sorted(settings.keys() - defaults):
         value = settings[name]
         if name in defaults and defaults[name] == value:
             same.append((name, _setting(value)))
