@@ -5,10 +5,13 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+import time
 import tomllib
 
 import pytest
@@ -295,6 +298,28 @@ def test_quickstart_trains_afresh_and_ends_with_the_accuracy(project):
     first = lines.index(f'runs/quickstart/images/{images[0].name}')
     shown = [float(line.split()[1]) for line in lines[first + 1 : first + 4]]
     assert shown == sorted(shown, reverse=True) and 0.3 < sum(shown) <= 1
+
+
+def test_a_stopped_quickstart_goes_on(project):
+    (project / 'scripts' / 'setup.sh').write_text(f'echo {sys.prefix}\n')
+    (project / 'configs').symlink_to(ROOT / 'configs')
+    output, flags = project / 'output', ['--config.compile_cache=', '--config.progress_every=1']
+    for _ in range(2):
+        with open(output, 'w') as file:
+            process = subprocess.Popen(
+                ['bash', project / 'scripts' / 'quickstart.sh', *flags],
+                env=os.environ | {'JAX_NUM_CPU_DEVICES': '1'},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        while not re.search(r'step \d+/', output.read_text()) and process.poll() is None:
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
+        assert process.wait(60) == 130, output.read_text()
+        assert 'run the same command again' in output.read_text()
+    assert 'Going on with runs/quickstart, which was stopped' in output.read_text()
+    assert 'resumed from step' in output.read_text()
 
 
 def test_quickstart_fails_with_the_training(project):

@@ -6,7 +6,6 @@ and what the compiled training step takes, before any weights are read.
 
 import ctypes
 import dataclasses
-import gc
 import os
 import pathlib
 import re
@@ -227,7 +226,6 @@ def return_freed_memory() -> None:
     By itself it keeps most of what compiling and reading weights took, in pieces too small for the
     training step: a quarter of what a run of ViT-S/16 takes on a CPU.
     """
-    gc.collect()
     trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
     if trim is not None:
         trim(0)
