@@ -123,9 +123,10 @@ class Checkpoints:
         try:
             if jax.process_index() == 0:
                 self._folder.mkdir(parents=True, exist_ok=True)
-            context = ocp.Context()
-            largest = max(leaf.nbytes for leaf in jax.tree.leaves(state))
-            context.memory.write_concurrent_bytes = max(WRITTEN_AT_ONCE, 2 * largest)
+            context, sizes = ocp.Context(), [leaf.nbytes for leaf in jax.tree.leaves(state)]
+            if sum(sizes) > WRITTEN_AT_ONCE:
+                limit = max(WRITTEN_AT_ONCE, 2 * max(sizes))
+                context.memory.write_concurrent_bytes = limit
             with context:
                 response = ocp.save_async(path, state, custom_metadata={_METADATA_KEY: metadata})
         except Exception as error:  # as for `wait`
