@@ -1,0 +1,77 @@
+"""Makes models: from a name, from a description of the architecture, for a purpose."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+
+from vit_jax import variants
+from vit_jax.models.mixer import MlpMixer
+from vit_jax.models.vit import VisionTransformer
+
+
+def from_config(config: Mapping[str, Any], **overrides: Any) -> VisionTransformer | MlpMixer:
+    """The module that an architecture (`variants.get_config`) describes.
+
+    Args:
+      config: the keys of `variants.get_config`, as a `ConfigDict` or any mapping, also one that
+        has been through JSON.
+      **overrides: further or other arguments of the module, such as `num_classes`, `dtype`,
+        `attention` (which a Mixer does not have: 'auto' is accepted, another is an error).
+
+    Returns:
+      The module, unbound: `model.init`, `model.apply`.
+
+    Raises:
+      ValueError: an attention implementation was given for a Mixer, which has no attention.
+    """
+    config = config.to_dict() if hasattr(config, 'to_dict') else config
+    arguments = {**_with_tuples(config), **overrides}
+    if not variants.is_mixer(arguments):
+        return VisionTransformer(**arguments)
+    attention = arguments.pop('attention', 'auto')
+    if attention != 'auto':
+        raise ValueError(f'attention {attention!r}: an MLP-Mixer has no attention')
+    return MlpMixer(**arguments)
+
+
+def _with_tuples(config: Any) -> Any:
+    """A config whose lists are tuples: JSON has no tuples, and equal models should be equal."""
+    if isinstance(config, Mapping):
+        return {key: _with_tuples(value) for key, value in config.items()}
+    return tuple(config) if isinstance(config, list) else config
+
+
+def get_model(name: str, **overrides: Any) -> VisionTransformer | MlpMixer:
+    """The module of a named variant: `get_model('ViT-B_16', num_classes=5)`.
+
+    Args:
+      name: see `variants.VARIANTS`.
+      **overrides: `num_classes` (required), and any other argument of the module.
+
+    Raises:
+      ValueError: no such variant.
+    """
+    return from_config(variants.get_config(name), **overrides)
+
+
+def for_inference(model: nn.Module) -> nn.Module:
+    """The model, computing no tokens of the last block that its head does not read.
+
+    Args:
+      model: a module of this package; another is returned as it is.
+    """
+    if isinstance(model, VisionTransformer):
+        return model.clone(head_tokens_only=True)
+    return model
+
+
+def for_training(model: nn.Module) -> nn.Module:
+    """As `for_inference`, and in the forms that train faster on a CPU, see `models.cpu`.
+
+    Forward-mode differentiation (`jax.jvp`) works with the model that is given, not with this one.
+    """
+    model = for_inference(model)
+    if isinstance(model, VisionTransformer | MlpMixer):
+        return model.clone(cpu_training=True)
+    return model
