@@ -161,7 +161,8 @@ def test_a_run_takes_what_was_said(tmp_path):
     """Within 10 % of the growth of this process, from before compiling to its end."""
     settings = {
         'model.patches.size': (8, 8), 'model.hidden_size': 192, 'model.transformer.mlp_dim': 768,
-        'model.transformer.num_heads': 3, 'pp.crop': 128, 'batch': 32, 'batch_eval': 60, 'total_steps': 2,
+        'model.transformer.num_heads': 3, 'pp.crop': 128, 'batch': 32, 'batch_eval': 60,
+        'total_steps': 2,
         'checkpoint_every': 1,
     }  # fmt: skip
     done = subprocess.run(
@@ -171,7 +172,6 @@ def test_a_run_takes_what_was_said(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     said, grown = map(int, done.stdout.split('MEASURED')[1].split())
-    print(said, grown)
     assert said == pytest.approx(grown, rel=0.1), (said, grown)
 
 
