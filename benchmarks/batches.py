@@ -23,19 +23,15 @@ def on_device(setup: Mapping[str, Any], put: Callable[[dict[str, np.ndarray]], A
     if setup['data']:
         yield from map(put, _read(setup))
         return
-    batch = put(_make_up(setup))
+    size, side = setup['batch'], setup['image_size']
+    rng = np.random.default_rng(0)
+    batch = put({
+        'image': rng.uniform(0, 255, (size, side, side, 3)).astype(np.float32),
+        'label': rng.integers(setup['num_classes'], size=size).astype(np.int32),
+        'position': np.arange(size, dtype=np.int32),
+    })  # fmt: skip
     while True:
         yield batch
-
-
-def _make_up(setup: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    batch, side = setup['batch'], setup['image_size']
-    rng = np.random.default_rng(0)
-    return {
-        'image': rng.uniform(0, 255, (batch, side, side, 3)).astype(np.float32),
-        'label': rng.integers(setup['num_classes'], size=batch).astype(np.int32),
-        'position': np.arange(batch, dtype=np.int32),
-    }
 
 
 def _read(setup: Mapping[str, Any]) -> Iterator[dict[str, np.ndarray]]:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from benchmarks import torchvision_import, turns
+from benchmarks import turns
 from vit_jax.data import decode, loader, preprocess, reader
 from vit_jax.data.dataset import Example
 from vit_jax.inference import predict
@@ -176,8 +176,10 @@ def _torchvision(setup: Mapping[str, Any]) -> tuple[Stages, Stream]:
     """Pillow and torchvision, as in PyTorch's ImageNet example; a DataLoader for the whole."""
     import torch
 
+    from benchmarks import torch_workload
+
     torch.set_num_threads(1)  # the workers are what is counted
-    functional = torchvision_import.load().transforms.functional
+    functional = torch_workload.import_torchvision().transforms.functional
     side, rng = setup['crop'], np.random.default_rng(0)
 
     def decode_image(image: bytes) -> Any:

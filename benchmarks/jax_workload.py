@@ -12,9 +12,10 @@ import numpy as np
 import optax
 
 from benchmarks import batches, turns
-from configs import common
-from vit_jax import models, optim, sharding, steps
+from vit_jax import models, sharding, steps
 from vit_jax import state as state_lib
+from vit_jax.analysis import cost
+from vit_jax.analysis.architecture import Architecture
 from vit_jax.data.preprocess import normalize
 from vit_jax.errors import UserError
 from vit_jax.models import vit
@@ -25,11 +26,8 @@ MATMUL_SIDE = {'cpu': 2048, 'gpu': 8192}
 
 def build(setup: Mapping[str, Any]) -> turns.Workload:
     """Makes the workload of a setup (see `contestants`), compiled and run once."""
-    imported = time.perf_counter() - turns.BEGAN
     (device, *_) = jax.devices()
     facts = {
-        'import_s': imported,
-        'device_s': time.perf_counter() - turns.BEGAN - imported,
         'device': device.device_kind,
         'platform': jax.default_backend(),
         'memory_limit': (device.memory_stats() or {}).get('bytes_limit', 0),
@@ -43,28 +41,23 @@ class _Compiled:
     Args:
       setup: see `contestants`; `options` of ours may have attention, remat, accum_steps,
         optim_dtype.
-      facts: to begin with; seconds of compilation, FLOPs and memory are added.
+      facts: to begin with; seconds of compilation and FLOPs are added.
     """
 
     def __init__(self, setup: Mapping[str, Any], facts: Mapping[str, Any]):
         self.facts = dict(facts)
         self._training = setup['mode'] == 'training'
-        times = [time.perf_counter()]
         function, *arguments = self._prepare(setup)
-        times.append(time.perf_counter())
+        start = time.perf_counter()
         lowered = function.lower(*arguments)
-        times.append(time.perf_counter())
+        traced = time.perf_counter()
         self.function = lowered.compile()
-        times.append(time.perf_counter())
-        self.run(1)
-        times.append(time.perf_counter())
-        names = ('init_s', 'trace_s', 'compile_s', 'first_step_s')
-        self.facts |= dict(zip(names, np.diff(times).tolist(), strict=True))
-        memory = self.function.memory_analysis()
         self.facts |= {
+            'trace_s': traced - start,
+            'compile_s': time.perf_counter() - traced,
             'xla_flops': (self.function.cost_analysis() or {}).get('flops', 0.0),
-            'xla_memory': memory.argument_size_in_bytes + memory.temp_size_in_bytes,
         }
+        self.run(1)
 
     def run(self, count: int) -> None:
         """See `turns.Workload.run`."""
@@ -112,32 +105,23 @@ def made_up_params(model: Any, image_size: int) -> Any:
     return jax.tree.map_with_path(value, shapes)
 
 
-def _optimizer(**changes: str) -> tuple[Any, Any]:
-    """The default optimizer and its schedule."""
-    config = common.get_defaults()
-    config.update(changes)
-    schedule = optim.create_learning_rate_schedule(
-        config.total_steps, config.base_lr, config.decay_type, config.warmup_steps
-    )
-    return optim.create_optimizer(config, schedule), schedule
+def described(setup: Mapping[str, Any]) -> tuple[Architecture, cost.Plan]:
+    """The model of a setup, and how it is trained."""
+    names = ('variant', 'model_config', 'num_classes', 'image_size')
+    options = dict(setup['options'])
+    options['accum_steps'] = int(options.get('accum_steps', 1))
+    plan = cost.Plan(setup['batch'], dtype=setup['dtype'], **options)
+    return Architecture(*(setup[name] for name in names)), plan
 
 
 class Ours(_Compiled):
     """Our training or prediction step, made by the same functions as a run's."""
 
     def _prepare(self, setup: Mapping[str, Any]) -> tuple[Any, ...]:
-        options = dict(setup['options'])
-        accum_steps = int(options.pop('accum_steps', 1))
-        if accum_steps < 1 or setup['batch'] % accum_steps:
-            raise UserError(f'batch {setup["batch"]} is not a multiple of accum_steps')
-        mesh = sharding.create_mesh(devices=jax.devices()[:1])
-        model = models.from_config(
-            setup['model_config'],
-            num_classes=setup['num_classes'],
-            dtype=jnp.dtype(setup['dtype']),
-            attention=options.pop('attention', 'auto'),
-            remat=options.pop('remat', ''),
-        )
+        of, plan = described(setup)
+        if plan.accum_steps < 1 or plan.batch % plan.accum_steps:
+            raise UserError(f'batch {plan.batch} is not a multiple of accum_steps')
+        model, tx, schedule, mesh = cost.training_parts(of, plan)
         params = self._make_up_params(model, setup)
         if not self._training:
             place = sharding.batch_sharding(mesh)
@@ -147,11 +131,10 @@ class Ours(_Compiled):
             self._state = sharding.put_tree(params, sharding.state_sharding(params, mesh))
             return steps.make_predict_step(model), self._state, next(self._batches)
         self._batches = batches.on_device(setup, lambda batch: sharding.put_batch(batch, mesh))
-        tx, schedule = _optimizer(**options)
         self._state = state_lib.create_state(params, tx, mesh)
         places = jax.tree.map(lambda leaf: leaf.sharding, self._state)
         step = steps.make_train_step(
-            model, tx, schedule, mesh, places, seed=0, accum_steps=accum_steps, flip=False
+            model, tx, schedule, mesh, places, seed=0, accum_steps=plan.accum_steps, flip=False
         )
         return step, self._state, next(self._batches)
 
@@ -241,7 +224,7 @@ class Original(_Compiled):
         batch = next(self._batches)
         if not self._training:
             return jax.jit(predict), self.params, *batch
-        tx, _ = _optimizer()
+        _, tx, _, _ = cost.training_parts(*described(setup))
         self._opt_state = jax.jit(tx.init)(self.params)
         self._key = jax.random.key(0)
         step = jax.jit(update, donate_argnums=0)

@@ -3,14 +3,14 @@
 Each try runs in a new process, so running out of memory ends only that process.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from benchmarks import turns
+from benchmarks import jax_workload, turns
 from benchmarks.contestants import Contestant
 from vit_jax.analysis import cost
-from vit_jax.analysis.architecture import Architecture
 from vit_jax.errors import UserError
 
 # The words and the ends of a process that had too little memory: XLA's and PyTorch's messages, the
@@ -69,6 +69,7 @@ def measure(
     Raises:
       UserError: there is no memory limit.
     """
+    needed = cost.inference_memory if cell['mode'] == 'inference' else cost.training_memory
     rows = []
     for contestant in people:
         facts: dict[str, Any] = {}
@@ -87,7 +88,9 @@ def measure(
         except turns.ContestantError as error:
             row['error'] = str(error)
         if limit := facts.get('memory_limit'):
-            row |= {'limit': limit, 'predicted': _predict(cell, contestant, facts)}
+            of, plan = jax_workload.described(contestant.setup(cell))
+            plan = dataclasses.replace(plan, platform=facts['platform'])
+            row |= {'limit': limit, 'predicted': cost.largest_batch(limit, needed, of, plan)}
         rows.append(row)
     return rows
 
@@ -108,14 +111,3 @@ def _try(module: str, setup: dict[str, Any], timeout: float, facts: dict[str, An
             raise
         return False
     return True
-
-
-def _predict(cell: Mapping[str, Any], contestant: Contestant, facts: Mapping[str, Any]) -> int:
-    """The formula's answer for our step."""
-    options: dict[str, Any] = dict(contestant.options)
-    options['accum_steps'] = int(options.get('accum_steps', 1))
-    plan = cost.Plan(batch=1, dtype=cell['dtype'], platform=facts['platform'], **options)
-    needed = cost.inference_memory if cell['mode'] == 'inference' else cost.training_memory
-    names = ('variant', 'model_config', 'num_classes', 'image_size')
-    of = Architecture(*(cell[name] for name in names))
-    return cost.largest_batch(facts['memory_limit'], needed, of, plan)

@@ -93,22 +93,28 @@ def check(
             'The head is all zeros, as in weights for fine-tuning only: all logits are 0 and prove '
             'nothing. The final features (pre_logits) are compared'
         )
-    ours, ours64 = (layers_of(opened.model, opened.params, t) for t in (np.float32, np.float64))
+    ours = [layers_of(opened.model, opened.params, t) for t in (np.float32, np.float64)]
     results = []
-    for title, make in _references(reference, opened, weights, folder):
-        title = f'{title}, PyTorch {torch.__version__}'
+    for name_of_reference, make in _references(reference, opened, weights, folder):
+        title = f'{name_of_reference}, PyTorch {torch.__version__}'
         say(f'\nReference: {title}')
         try:
-            theirs, theirs64 = (_runner(make, 'tanh', t) for t in (torch.float32, torch.float64))
+            theirs = [_runner(make, 'tanh', t) for t in (torch.float32, torch.float64)]
             erf = _runner(make, 'erf', torch.float32)
         except (KeyError, ValueError, RuntimeError) as e:
             raise UserError(f'{path}: {title} cannot be built with these weights: {e}') from e
-        rows, erf_differences = _compare(batches(), (ours, theirs, ours64, theirs64), erf)
+        rows, erf_differences = _compare(batches(), ours, theirs, erf)
         verdict = compare.parity_verdict(rows, zero_head=zero_head, tolerance=tolerance)
         erf_difference = erf_differences[verdict.output]
         for line in (_table(rows), _erf_line(verdict, erf_difference), verdict):
             say(line)
-        results.append(_result(title, verdict, rows, erf_difference))
+        results.append({
+            'name': title,
+            'passed': verdict.passed,
+            'verdict': dataclasses.asdict(verdict) | {'text': str(verdict)},
+            'rows': {key: row.to_dict() for key, row in rows.items()},
+            'erf_gelu': erf_difference.to_dict(),
+        })  # fmt: skip
     return {
         'model': str(path),
         'variant': name,
@@ -123,34 +129,20 @@ def check(
     }
 
 
-def _result(
-    title: str,
-    verdict: compare.Verdict,
-    rows: Mapping[str, compare.ParityRow],
-    erf: compare.Difference,
-) -> dict[str, Any]:
-    """The comparison with one reference, as JSON."""
-    return {
-        'name': title,
-        'passed': verdict.passed,
-        'verdict': dataclasses.asdict(verdict) | {'text': str(verdict)},
-        'rows': {key: row.to_dict() for key, row in rows.items()},
-        'erf_gelu': erf.to_dict(),
-    }
-
-
 def _compare(
-    batches: Iterator[np.ndarray], sides: Sequence[Run], erf: Run
+    batches: Iterator[np.ndarray], ours: Sequence[Run], theirs: Sequence[Run], erf: Run
 ) -> tuple[dict[str, compare.ParityRow], dict[str, compare.Difference]]:
-    """The rows of `sides` (ours, theirs, both in float64); and PyTorch with erf GELU from tanh."""
+    """The rows (each side in float32 and float64); and PyTorch with erf GELU from tanh."""
     rows: dict[str, compare.ParityRow] = {}
     differences = {key: compare.Difference() for key in ('logits', 'pre_logits')}
     for pixels in batches:
-        outputs = [side(pixels) for side in sides]
-        compare.add_parity(rows, *outputs)
+        mine, reference, mine64, reference64 = (
+            run(pixels) for run in (ours[0], theirs[0], ours[1], theirs[1])
+        )
+        compare.add_parity(rows, mine, reference, mine64, reference64)
         erf_outputs = erf(pixels)
         for key in differences.keys() & erf_outputs.keys():
-            differences[key].add(erf_outputs[key], outputs[1][key])
+            differences[key].add(erf_outputs[key], reference[key])
     return rows, differences
 
 

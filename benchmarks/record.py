@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -73,12 +74,14 @@ def run(args: argparse.Namespace, kind: Kind, measure: Callable[[], dict[str, An
         return
     if args.output and not pathlib.Path(args.output).absolute().parent.is_dir():
         raise UserError(f'the folder of {args.output} does not exist: make it first')
+    # Of absolute paths only the last part, which does not name the machine.
+    words = [pathlib.Path(a).name if os.path.isabs(a) else a for a in sys.argv[1:]]
     hardware = describe_hardware()  # before the contestants make it busy
     result = {
         'kind': kind.name,
         'format': kind.format,
         'date': datetime.date.today().isoformat(),
-        'command': _command(kind.script, sys.argv[1:]),
+        'command': ' '.join([f'python scripts/{kind.script}', *words]),
         'hardware': hardware,
         'versions': versions(),
     } | measure()
@@ -98,10 +101,9 @@ def run(args: argparse.Namespace, kind: Kind, measure: Callable[[], dict[str, An
 
 def _rows(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Everything that was measured, a dict for each contestant, with `error` if it failed."""
-    parts = [
-        result,
-        *(part for key in ('cells', 'largest', 'whole') for part in result.get(key, ())),
-    ]
+    parts = [result]
+    for key in ('cells', 'largest', 'whole'):
+        parts += result.get(key, ())
     return [row for part in parts for key in ('stages', 'results') for row in part.get(key, ())]
 
 
@@ -112,13 +114,11 @@ def say(text: str) -> None:
 
 def describe_hardware() -> dict[str, Any]:
     """Processor, cores that this process may use, memory, and how busy the machine is."""
-    name = platform.processor()
     cpuinfo = pathlib.Path('/proc/cpuinfo')
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        name = next((x.split(':', 1)[1].strip() for x in lines if x.startswith('model name')), name)
+    text = cpuinfo.read_text() if cpuinfo.exists() else ''
+    found = re.search(r'^model name\s*: (.*)$', text, re.MULTILINE)
     return {
-        'processor': name,
+        'processor': found[1] if found else platform.processor(),
         'cores': cores(),
         'memory_gib': round(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30, 1),
         'load_average': round(os.getloadavg()[0], 2),
@@ -201,9 +201,3 @@ def _render(results: Sequence[Mapping[str, Any]], kind: Kind, style: str) -> str
     return '\n'.join(
         tables.render(table, style) for result in results for table in kind.tables(result)
     )
-
-
-def _command(script: str, arguments: Sequence[str]) -> str:
-    """The command line, of absolute paths only the last part."""
-    words = [pathlib.Path(a).name if os.path.isabs(a) else a for a in arguments]
-    return ' '.join([f'python scripts/{script}', *words])

@@ -194,35 +194,33 @@ def _transformers(vit: Any, classifier: nn.Module | None) -> Recorded:
 
 def _transformers_state(weights: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
     """Published (or Linen) names to those of transformers 5."""
-    modules = [
-        ('embedding', 'vit.embeddings.patch_embeddings.projection'),
-        ('Transformer/encoder_norm', 'vit.layernorm'),
-        ('pre_logits', 'vit.pooler.dense'),
-        ('head', 'classifier'),
-    ]
-    block = r'Transformer/encoderblock_(\d+)/'
-    layer = r'vit.layers.\1.'
-    modules += [
-        (f'{block}LayerNorm_0', f'{layer}layernorm_before'),
-        (f'{block}LayerNorm_[12]', f'{layer}layernorm_after'),
-        (f'{block}MlpBlock_[03]/Dense_0', f'{layer}mlp.fc1'),
-        (f'{block}MlpBlock_[03]/Dense_1', f'{layer}mlp.fc2'),
-    ]
+    block, layer = r'Transformer/encoderblock_(\d+)/', r'vit.layers.\1.'
+    modules = {
+        'embedding': 'vit.embeddings.patch_embeddings.projection',
+        'Transformer/encoder_norm': 'vit.layernorm',
+        'pre_logits': 'vit.pooler.dense',
+        'head': 'classifier',
+        f'{block}LayerNorm_0': f'{layer}layernorm_before',
+        f'{block}LayerNorm_[12]': f'{layer}layernorm_after',
+        f'{block}MlpBlock_[03]/Dense_0': f'{layer}mlp.fc1',
+        f'{block}MlpBlock_[03]/Dense_1': f'{layer}mlp.fc2',
+    }
     for theirs, ours in (('query', 'q'), ('key', 'k'), ('value', 'v'), ('out', 'o')):
         attention = f'{block}MultiHeadDotProductAttention_[01]/{theirs}'
-        modules.append((attention, f'{layer}attention.{ours}_proj'))
+        modules[attention] = f'{layer}attention.{ours}_proj'
 
+    tokens = {
+        'cls': 'vit.embeddings.cls_token',
+        'Transformer/posembed_input/pos_embedding': 'vit.embeddings.position_embeddings',
+    }
     state = {}
     for name, array in weights.items():
         tensor = torch.from_numpy(np.ascontiguousarray(array))
-        if name == 'cls':
-            state['vit.embeddings.cls_token'] = tensor
-            continue
-        if name == 'Transformer/posembed_input/pos_embedding':
-            state['vit.embeddings.position_embeddings'] = tensor
+        if name in tokens:
+            state[tokens[name]] = tensor
             continue
         module, kind = name.rsplit('/', 1)
-        targets = [re.sub(p, t, module) for p, t in modules if re.fullmatch(p, module)]
+        targets = [re.sub(p, t, module) for p, t in modules.items() if re.fullmatch(p, module)]
         if not targets:
             raise ValueError(f'transformers has no place for {name}')
         if kind != 'kernel':

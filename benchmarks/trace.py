@@ -7,12 +7,12 @@ compiled program; the program's text says which part of the model each of them c
 import argparse
 import collections
 import contextlib
-import dataclasses
 import pathlib
 import re
 import tempfile
 import time
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,16 +36,15 @@ _ON_THE_WAY = 2
 _PRODUCT = re.compile(r'gemm|matmul|dot|conv|fmha', re.IGNORECASE)
 # Words of the modules that tell what is computed, beside matrix products; the first that fits.
 _WORK = (
-    (re.compile(r'Dropout|random_bits|threefry'), 'dropout'),
-    (re.compile(r'LayerNorm|encoder_norm|pre_head_layer_norm|GroupNorm|/gn'), 'layer norm'),
-    (re.compile(r'\bgelu\b'), 'GELU'),
-    (re.compile(r'/(query|key|value|out|embedding|head|Dense_\d+)/'), 'biases'),
-    (re.compile(r'Attention'), 'softmax'),
+    (r'Dropout|random_bits|threefry', 'dropout'),
+    (r'LayerNorm|encoder_norm|pre_head_layer_norm|GroupNorm|/gn', 'layer norm'),
+    (r'\bgelu\b', 'GELU'),
+    (r'/(query|key|value|out|embedding|head|Dense_\d+)/', 'biases'),
+    (r'Attention', 'softmax'),
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Operation:
+class Operation(NamedTuple):
     """An operation of a compiled program.
 
     Attributes:
@@ -63,33 +62,7 @@ class Operation:
     work: str = 'others'
 
 
-def operations(hlo: str) -> dict[str, Operation]:
-    """The operations of a compiled program, by their names in a trace.
-
-    Args:
-      hlo: its text, `compiled.as_text()`.
-    """
-    computations: dict[str, list[_Instruction]] = collections.defaultdict(list)
-    inside = ''
-    for line in hlo.splitlines():
-        match = _INSTRUCTION.match(line)
-        if match:
-            op_name, calls, target = (
-                found[1] if (found := pattern.search(line)) else ''
-                for pattern in (_OP_NAME, _CALLS, _TARGET)
-            )
-            computations[inside].append(_Instruction(match[1], match[2], op_name, calls, target))
-        elif header := _COMPUTATION.match(line):
-            inside = header[1]
-    return {
-        i.name: Operation(i.kind, part_of(i.op_name), _work(_fused(i, computations)))
-        for instructions in list(computations.values())
-        for i in instructions
-    }
-
-
-@dataclasses.dataclass(frozen=True)
-class _Instruction:
+class _Instruction(NamedTuple):
     """A line of a program: `calls` names the computation that it fuses."""
 
     name: str
@@ -99,12 +72,35 @@ class _Instruction:
     target: str
 
 
-def _fused(
-    instruction: _Instruction, computations: Mapping[str, list[_Instruction]]
-) -> list[_Instruction]:
-    """The instruction, or those that it consists of."""
-    inner = computations.get(instruction.calls, []) if instruction.calls else []
-    return [part for i in inner for part in _fused(i, computations)] or [instruction]
+def operations(hlo: str) -> dict[str, Operation]:
+    """The operations of a compiled program, by their names in a trace.
+
+    Args:
+      hlo: its text, `compiled.as_text()`.
+    """
+    computations: dict[str, list[_Instruction]] = {'': []}
+    inside = ''
+    for line in hlo.splitlines():
+        if match := _INSTRUCTION.match(line):
+            rest = (
+                found[1] if (found := pattern.search(line)) else ''
+                for pattern in (_OP_NAME, _CALLS, _TARGET)
+            )
+            computations[inside].append(_Instruction(match[1], match[2], *rest))
+        elif header := _COMPUTATION.match(line):
+            inside = header[1]
+            computations[inside] = []
+
+    def fused(instruction: _Instruction) -> list[_Instruction]:
+        """The instruction, or those that it consists of."""
+        inner = computations.get(instruction.calls, []) if instruction.calls else []
+        return [part for i in inner for part in fused(i)] or [instruction]
+
+    return {
+        i.name: Operation(i.kind, part_of(i.op_name), _work(fused(i)))
+        for instructions in computations.values()
+        for i in instructions
+    }
 
 
 def _work(instructions: list[_Instruction]) -> str:
@@ -121,7 +117,7 @@ def _work(instructions: list[_Instruction]) -> str:
 
 def _work_of_one(op_name: str) -> str:
     for words, work in _WORK:
-        if words.search(op_name):
+        if re.search(words, op_name):
             return work
     return 'optimizer and loss' if part_of(op_name).endswith(_REST) else 'others'
 
@@ -182,7 +178,7 @@ def read(folder: str, known: Mapping[str, Operation]) -> dict[str, tuple[float, 
             if plane.name.startswith('/device') and not line.name.startswith('Stream'):
                 continue
             for event in line.events:
-                name = _operation_of(event)
+                name = next((str(value) for key, value in event.stats if key == 'hlo_op'), '')
                 operation = known.get(name)
                 if operation and operation.kind not in _CONTAINERS:
                     seconds, count = found[name]
@@ -190,11 +186,6 @@ def read(folder: str, known: Mapping[str, Operation]) -> dict[str, tuple[float, 
     if not found:
         raise UserError('none of the operations of the step is in the trace')
     return dict(found)
-
-
-def _operation_of(event) -> str:
-    """The name of the operation of the program that an event shows; '' if it is none."""
-    return next((str(value) for key, value in event.stats if key == 'hlo_op'), '')
 
 
 def profile(args: argparse.Namespace) -> list[tables.Table]:
@@ -262,19 +253,10 @@ def _rank(
     for name, spent in times.items():
         sums[label[name]] += spent
     ranked = sorted(sums.items(), key=lambda item: -item[1][0])
-    rest = ranked[count:]
-    if rest:
-        ranked = [
-            *ranked[:count],
-            (f'{len(rest)} others', np.sum([spent for _, spent in rest], axis=0)),
-        ]
+    if rest := [spent for _, spent in ranked[count:]]:
+        ranked[count:] = [(f'{len(rest)} others', np.sum(rest, axis=0))]
     total = sum(seconds for seconds, _ in times.values())
     return [
-        (
-            name,
-            f'{1e3 * seconds / steps:.2f}',
-            f'{times_run / steps:.0f}',
-            f'{100 * seconds / total:.1f} %',
-        )
-        for name, (seconds, times_run) in ranked
+        (name, f'{1e3 * spent / steps:.2f}', f'{runs / steps:.0f}', f'{100 * spent / total:.1f} %')
+        for name, (spent, runs) in ranked
     ]

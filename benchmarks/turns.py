@@ -22,9 +22,6 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
-# Until here nothing was imported that takes time: what follows counts as the contestant's start.
-BEGAN = time.perf_counter()
-
 # Between two timings: threads of the one before may spin for a moment, waiting for more work.
 PAUSE = 0.25
 _ENDS_WITHIN = 10.0
@@ -103,8 +100,6 @@ class Child:
         self._timeout = timeout
         self._log = tempfile.TemporaryFile('w+', errors='replace')
         self._pipe, theirs = multiprocessing.Pipe()
-        # Not `python -m benchmarks.turns`: the contestant imports this module by its name, and both
-        # have to be one, with one `BEGAN`.
         code = 'import sys; from benchmarks import turns; sys.exit(turns.serve(*sys.argv[1:]))'
         start = time.perf_counter()
         with theirs:

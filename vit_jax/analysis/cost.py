@@ -8,9 +8,11 @@ does `compile_training` here.
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from configs import common
 from vit_jax import models, optim, sharding, state, steps, variants
@@ -217,19 +219,15 @@ def _per_image(of: Architecture, plan: Plan, batch: int) -> float:
     return plan.width * numbers + images * 12 * of.image_size**2
 
 
-def compile_training(of: Architecture, plan: Plan) -> tuple[int, float]:
-    """What XLA counts in the training step for one device of this machine; compiled, not run.
-
-    Returns:
-      Bytes (arguments, outputs and temporary memory, at one time), and floating-point operations,
-      0 where they are not counted; the body of a loop is counted once.
-    """
+def training_parts(
+    of: Architecture, plan: Plan
+) -> tuple[Any, optax.GradientTransformation, optax.Schedule, jax.sharding.Mesh]:
+    """The model, its default optimizer and schedule, and a mesh of one device of this machine."""
     config = common.get_defaults()
     config.update(optimizer=plan.optimizer, optim_dtype=plan.optim_dtype)
     schedule = optim.create_learning_rate_schedule(
         config.total_steps, config.base_lr, config.decay_type, config.warmup_steps
     )
-    tx = optim.create_optimizer(config, schedule)
     model = models.from_config(
         of.model_config,
         num_classes=of.num_classes,
@@ -238,6 +236,17 @@ def compile_training(of: Architecture, plan: Plan) -> tuple[int, float]:
         remat=plan.remat,
     )
     mesh = sharding.create_mesh(1, jax.devices()[:1])
+    return model, optim.create_optimizer(config, schedule), schedule, mesh
+
+
+def compile_training(of: Architecture, plan: Plan) -> tuple[int, float]:
+    """What XLA counts in the training step for one device of this machine; compiled, not run.
+
+    Returns:
+      Bytes (arguments, outputs and temporary memory, at one time), and floating-point operations,
+      0 where they are not counted; the body of a loop is counted once.
+    """
+    model, tx, schedule, mesh = training_parts(of, plan)
     abstract = state.abstract_state(model, tx, of.image_size, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     step = steps.make_train_step(model, tx, schedule, mesh, shardings, seed=0)
