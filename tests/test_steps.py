@@ -155,12 +155,14 @@ def set_chunk(monkeypatch, size):
     monkeypatch.setattr(cpu, 'attention', fresh)
 
 
-TOPOLOGIES = [(1, 1), (2, 1), (4, 1), (4, 4)]  # devices, fsdp
-
-
-@pytest.mark.parametrize('clip', [0.0, 0.3])
-@pytest.mark.parametrize('accum_steps', [1, 4])
-@pytest.mark.parametrize(('devices', 'fsdp'), TOPOLOGIES)
+@pytest.mark.parametrize(
+    ('devices', 'fsdp', 'accum_steps', 'clip'),
+    [
+        # Each pair of values once. Clipping would hide gradients that are too large by a factor.
+        (1, 1, 1, 0.3), (1, 1, 4, 0.0), (2, 1, 1, 0.0), (2, 1, 4, 0.3),
+        (4, 1, 1, 0.3), (4, 1, 4, 0.0), (4, 4, 1, 0.3), (4, 4, 4, 0.0),
+    ],
+)  # fmt: skip
 def test_five_steps_equal_float64(reference, monkeypatch, devices, fsdp, accum_steps, clip):
     monkeypatch.setattr(sharding, 'MIN_SIZE_TO_SHARD', 64)  # so that FSDP cuts this small model
     if clip:
