@@ -117,7 +117,7 @@ def _made_up(variant: str) -> model_folder.Model:
     config = dict(architecture.find(variant).model_config)
     model, names = models.from_config(config, num_classes=1000), labels.numbered(1000)
     params, source = made_up_params(model, 224), {'weights': 'made up'}
-    return model_folder.Model(model, params, config, 224, names, Preprocess(crop=224), source)
+    return model_folder.Model(model, params, config, names, Preprocess(crop=224), source)
 
 
 def _export(

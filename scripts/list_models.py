@@ -27,7 +27,8 @@ def main() -> int:
     args = parser.parse_args()
     cli.end_on_closed_pipe()
     rows = _variants() if args.variants else _checkpoints(args.addresses)
-    found = [row for row in rows[1:] if all(_has(row, word) for word in args.words)]
+    words = [word.lower() for word in args.words]
+    found = [row for row in rows[1:] if all(word in '\n'.join(row).lower() for word in words)]
     if not found:
         print(f'list_models.py: nothing has {" and ".join(args.words)}', file=sys.stderr)
         return 1
@@ -64,10 +65,6 @@ def _variants() -> list[tuple[str, ...]]:
         blocks = config['num_blocks'] if mixer else config['transformer']['num_layers']
         rows.append((name, str(variants.token_stride(config)), str(width), str(blocks)))
     return rows
-
-
-def _has(row: tuple[str, ...], word: str) -> bool:
-    return any(word.lower() in cell.lower() for cell in row)
 
 
 if __name__ == '__main__':

@@ -157,16 +157,15 @@ def tiny_model():
             lambda x: rng.normal(0, 0.5, x.shape).astype(np.float32), shapes['params']
         )
         model = model_folder.Model(
-            module, params, config, 16, tuple(class_names), Preprocess(crop=16), source or {}
+            module, params, config, tuple(class_names), Preprocess(crop=16), source or {}
         )
         if folder:
             model_folder.save(
                 folder,
                 params,
                 model_config=config,
-                image_size=16,
                 class_names=class_names,
-                preprocess=model.preprocess.to_dict(),
+                preprocess=model.preprocess,
                 source=model.source,
             )
         return model

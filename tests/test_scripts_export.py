@@ -43,9 +43,8 @@ def model(tmp_path_factory):
         folder,
         npz.open_file(FIXTURES / 'vit_token.checkpoint.npz').read(),
         model_config={k: v for k, v in config.items() if k != 'num_classes'},
-        image_size=32,
         class_names=NAMES,
-        preprocess=model_folder.Preprocess(crop=32).to_dict(),
+        preprocess=model_folder.Preprocess(crop=32),
         source={'dataset': 'flowers'},
     )
     return folder

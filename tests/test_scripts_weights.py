@@ -160,9 +160,8 @@ def test_inspect_checkpoint_of_a_model_folder(script, tmp_path):
         tmp_path / 'model',
         npz.open_file(FIXTURES / 'vit_token.checkpoint.npz').read(),
         model_config={k: v for k, v in config.items() if k != 'num_classes'},
-        image_size=32,
         class_names=names,
-        preprocess=model_folder.Preprocess(crop=32).to_dict(),
+        preprocess=model_folder.Preprocess(crop=32),
         source={},
     )
     status, out, _ = script('inspect_checkpoint', tmp_path / 'model', '--brief')

@@ -145,18 +145,13 @@ def atomic_file(path: Path, *, overwrite: bool = True) -> Iterator[pathlib.Path]
         with _in_words(path, path):
             yield path
         return
-    part = _beside(path, os.getpid(), 'part')
-    _remove_leftovers(path)
-    with _in_words(path, part):
-        try:
-            yield part
-            _flush(part)
-            if not overwrite and os.path.lexists(path):
-                raise UserError(f'{path} exists; remove it, or name another file')
-            os.replace(part, path)
-            _flush(path.parent)
-        finally:
-            _remove(part)
+    with _part_of(path) as part:
+        yield part
+        _flush(part)
+        if not overwrite and os.path.lexists(path):
+            raise UserError(f'{path} exists; remove it, or name another file')
+        os.replace(part, path)
+        _flush(path.parent)
 
 
 @contextlib.contextmanager
@@ -181,21 +176,16 @@ def atomic_folder(folder: Path, *, exists: str = 'refuse') -> Iterator[pathlib.P
             another file is let through.
     """
     folder = pathlib.Path(folder).absolute()
-    part = _beside(folder, os.getpid(), 'part')
     recover(folder)
-    _remove_leftovers(folder)
-    with _in_words(folder, part):
-        try:
-            part.mkdir(parents=True)
-            yield part
-            written = list(part.rglob('*'))
-            if not written:
-                return
-            for path in (*written, part):
-                _flush(path)
-            _put(part, folder, exists)
-        finally:
-            _remove(part)
+    with _part_of(folder) as part:
+        part.mkdir(parents=True)
+        yield part
+        written = list(part.rglob('*'))
+        if not written:
+            return
+        for path in (*written, part):
+            _flush(path)
+        _put(part, folder, exists)
 
 
 @contextlib.contextmanager
@@ -217,17 +207,12 @@ def atomic_group(path: Path, *, overwrite: bool = False) -> Iterator[pathlib.Pat
             file is let through.
     """
     path = pathlib.Path(path)
-    part = _beside(path, os.getpid(), 'part')
-    _remove_leftovers(path)
-    with _in_words(path, part):
-        try:
-            part.mkdir(parents=True)
-            yield part
-            for written in part.rglob('*'):
-                _flush(written)
-            _move(part, path, overwrite)
-        finally:
-            _remove(part)
+    with _part_of(path) as part:
+        part.mkdir(parents=True)
+        yield part
+        for written in part.rglob('*'):
+            _flush(written)
+        _move(part, path, overwrite)
 
 
 def recover(folder: Path) -> None:
@@ -259,6 +244,18 @@ def recover(folder: Path) -> None:
         if complete is new:
             _remove(old)
         return
+
+
+@contextlib.contextmanager
+def _part_of(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """The hidden name under which `path` is written; what has it in the end is removed."""
+    part = _beside(path, os.getpid(), 'part')
+    _remove_leftovers(path)
+    with _in_words(path, part):
+        try:
+            yield part
+        finally:
+            _remove(part)
 
 
 def _put(part: pathlib.Path, folder: pathlib.Path, exists: str) -> None:

@@ -35,7 +35,7 @@ from vit_jax.data.dataset import Selection
 from vit_jax.data.decode import BadImageError
 from vit_jax.data.loader import BatchLoader
 from vit_jax.data.preprocess import Preprocess
-from vit_jax.data.reader import ImageCache, OncePerKey, Reader
+from vit_jax.data.reader import ImageCache, Reader, once_per_key
 from vit_jax.errors import UserError
 from vit_jax.run import preemption, telemetry
 from vit_jax.run.clock import TrainingClock
@@ -87,7 +87,7 @@ class Loop:
         self._compile_s = compile_s
         self._eval_step = eval_step
         self._checkpoints = checkpoints
-        self._on_bad = OncePerKey(self._name_unreadable)
+        self._on_bad = once_per_key(self._name_unreadable)
         cache = None
         if run.config.cache:
             cache = ImageCache(int(run.config.cache * 2**30))

@@ -376,9 +376,8 @@ def _write_model_folder(run: loop.Run, params: Any, name: str, step: int) -> Non
         folder,
         jax.device_get(whole),
         model_config=config.model.to_dict(),
-        image_size=config.pp.crop,
         class_names=run.train.class_names,
-        preprocess=run.preprocess.to_dict(),
+        preprocess=run.preprocess,
         source={
             'weights': _weights_name(config),
             'dataset': config.dataset,

@@ -57,7 +57,7 @@ def made_up(family, attention='auto'):
     params = tree.unflatten([rng.normal(0, 0.5, leaf.shape).astype(np.float32) for leaf in leaves])
     pixels = rng.uniform(0, 255, (2, SIDE, SIDE, 3)).astype(np.float32)
     preprocess = Preprocess(crop=SIDE)
-    return model_folder.Model(module, params, config, SIDE, CLASSES, preprocess, {}), pixels
+    return model_folder.Model(module, params, config, CLASSES, preprocess, {}), pixels
 
 
 @functools.cache

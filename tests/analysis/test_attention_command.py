@@ -45,9 +45,8 @@ def save(path, config, side=16):
         path,
         params,
         model_config=config,
-        image_size=side,
         class_names=CLASSES,
-        preprocess=Preprocess(crop=side).to_dict(),
+        preprocess=Preprocess(crop=side),
         source={},
     )
     return path

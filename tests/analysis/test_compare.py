@@ -121,9 +121,8 @@ def test_unpooled_model_folder(check, tmp_path):
         tmp_path / 'model',
         npz.open_file(FIXTURES / 'vit_token_unpooled.checkpoint.npz').read(),
         model_config=model_config,
-        image_size=32,
         class_names=[str(i) for i in range(7)],
-        preprocess=model_folder.Preprocess(crop=32).to_dict(),
+        preprocess=model_folder.Preprocess(crop=32),
         source={},
     )
     result = check(tmp_path / 'model', tolerance=1e-5)

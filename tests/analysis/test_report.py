@@ -153,9 +153,8 @@ def make_model(folder, config=VIT, classes=CLASSES, scale=0.5):
         folder,
         params,
         model_config=config,
-        image_size=SIDE,
         class_names=classes,
-        preprocess=Preprocess(crop=SIDE).to_dict(),
+        preprocess=Preprocess(crop=SIDE),
         source={},
     )
 

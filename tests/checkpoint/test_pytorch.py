@@ -68,7 +68,7 @@ def _equal(a, b):
 def _write(folder, params, to, config=VIT, image_size=32, class_names=NAMES, drop=()):
     module = models.from_config(config, num_classes=len(class_names))
     preprocess = Preprocess(image_size)
-    model = model_folder.Model(module, params, config, image_size, class_names, preprocess, {})
+    model = model_folder.Model(module, params, config, class_names, preprocess, {})
     model, notes = export.drop_layers(model, drop)
     return notes + export.write(folder, model, to=to)
 
@@ -453,10 +453,10 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 
 
 def test_convert_script(tmp_path, run_script):
-    preprocess = model_folder.Preprocess(crop=32).to_dict()
+    preprocess = model_folder.Preprocess(crop=32)
     params = _params(VIT)
     model_folder.save(
-        tmp_path / 'model', params, model_config=VIT, image_size=32, class_names=NAMES,
+        tmp_path / 'model', params, model_config=VIT, class_names=NAMES,
         preprocess=preprocess, source={},
     )  # fmt: skip
     run = run_script('convert.py', tmp_path / 'model', tmp_path / 'tv', '--to', 'torchvision')

@@ -92,7 +92,7 @@ def test_every_bad_file_of_a_folder_is_reported_once(photos):
     split = sources.open_dataset(str(photos)).select('train')
     assert len(split) == 31 + len(BAD_FILES)
     errors = []
-    once = reader.OncePerKey(errors.append)
+    once = reader.once_per_key(errors.append)
     for _ in range(2):
         batches = list(eval_batches(split, PP, batch=16, on_bad=once, threads=2))
         assert sum(batch['readable'].sum() for batch in batches) == 31

@@ -259,7 +259,7 @@ def test_each_bad_key_is_reported_once(threads):
 
 def test_once_per_key_over_several_calls():
     errors = []
-    once = reader.OncePerKey(errors.append)
+    once = reader.once_per_key(errors.append)
     for _ in range(2):
         list(eval_batches(Squares(26, bad=BAD), PP, batch=5, on_bad=once))
     assert len(errors) == len(BAD)

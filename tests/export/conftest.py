@@ -93,7 +93,7 @@ def made_up_model(config: dict[str, Any], side: int, classes: int = 5) -> model_
     params = jax.tree_util.tree_map_with_path(leaf, shapes['params'])
     names = tuple(f'Blüte {i}' for i in range(classes))
     return model_folder.Model(
-        module, params, config, side, names, Preprocess(crop=side), {'dataset': 'made up'}
+        module, params, config, names, Preprocess(crop=side), {'dataset': 'made up'}
     )
 
 

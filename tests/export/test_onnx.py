@@ -88,7 +88,6 @@ def test_logits_are_the_original_releases(name):
         models.from_config(arguments, num_classes=classes),
         npz.open_file(CONFORMANCE / f'{name}.checkpoint.npz').read(),
         arguments,
-        config['image_size'],
         tuple(map(str, range(classes))),
         Preprocess(crop=config['image_size']),
         {},

@@ -82,9 +82,8 @@ def make(root: pathlib.Path) -> None:
         root / 'models' / 'model',
         tree,
         model_config=CONFIG,
-        image_size=SIZE,
         class_names=NAMES,
-        preprocess=Preprocess(crop=SIZE).to_dict(),
+        preprocess=Preprocess(crop=SIZE),
         source={'dataset': 'made up'},
     )
     model = model_folder.load(root / 'models' / 'model')

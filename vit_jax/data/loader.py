@@ -13,7 +13,7 @@ from vit_jax.data.batches import Batch, Buffers, in_order, reading_threads
 from vit_jax.data.dataset import Source
 from vit_jax.data.decode import BadImageError
 from vit_jax.data.preprocess import CropBox, Preprocess
-from vit_jax.data.reader import OnBad, OncePerKey, Reader, as_reader, default_threads
+from vit_jax.data.reader import OnBad, Reader, as_reader, default_threads, once_per_key
 from vit_jax.errors import UserError
 
 # Draws for a substitute of an unreadable image. Where half of a set is unreadable, one place in
@@ -50,7 +50,7 @@ class BatchLoader:
         process_index * b + 1, ... of each global batch, with b = batch / process_count.
       process_count: processes that share the work.
       on_bad: called with the error of each unreadable image that this process meets, once for each
-        key (an `OncePerKey` also once over several calls), from the threads that read, one at a
+        key (a `once_per_key` also once over several calls), from the threads that read, one at a
         time; what it raises ends the reading. None: the first such image is an error.
 
     Raises:
@@ -81,7 +81,7 @@ class BatchLoader:
         self._reader = as_reader(source)
         self._preprocess = preprocess
         self._exact = exact
-        self._on_bad = None if on_bad is None else OncePerKey(on_bad)
+        self._on_bad = None if on_bad is None else once_per_key(on_bad)
         shape = (size, preprocess.crop, preprocess.crop, 3)
         self._buffers = Buffers(shape, np.float32 if exact else np.uint8)
 

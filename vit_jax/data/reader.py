@@ -24,24 +24,17 @@ def default_threads() -> int:
     )
 
 
-class OncePerKey:
-    """Passes on the first error of each key, one at a time, whichever thread meets it.
+def once_per_key(on_bad: OnBad) -> OnBad:
+    """Passes on the first error of each key, one at a time, whichever thread meets it."""
+    lock, known = threading.Lock(), set()
 
-    Args:
-      on_bad: gets the errors.
-    """
+    def pass_on(error: BadImageError) -> None:
+        with lock:
+            if error.key not in known:
+                known.add(error.key)
+                on_bad(error)
 
-    def __init__(self, on_bad: OnBad):
-        self._on_bad = on_bad
-        self._lock = threading.Lock()
-        self._known: set[str] = set()
-
-    def __call__(self, error: BadImageError) -> None:
-        """Takes an error of any key."""
-        with self._lock:
-            if error.key not in self._known:
-                self._known.add(error.key)
-                self._on_bad(error)
+    return pass_on
 
 
 class ImageCache:

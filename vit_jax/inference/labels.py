@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from vit_jax.errors import UserError
 
@@ -134,7 +134,9 @@ def remap(data: Sequence[str], model: Sequence[str], what: str) -> tuple[int, ..
             'name; give different names with --labels FILE'
         )
     known = {name: i for i, name in enumerate(model)}
-    index = {_other_name().get(name, name): i for name, i in known.items()} | known
+    wordnet = dict(_imagenet1k())
+    other = wordnet | {name: wordnet_id for wordnet_id, name in wordnet.items()}
+    index = {other.get(name, name): i for name, i in known.items()} | known
     missing = [name for name in data if name not in index]
     if missing:
         shown = ', '.join(missing[:3]) + (', ...' if len(missing) > 3 else '')
@@ -155,13 +157,6 @@ def _imagenet1k() -> tuple[tuple[str, str], ...]:
     lines = file.read_text(encoding='utf-8').splitlines()
     pairs = [line.split(' ', 1) for line in lines if not line.startswith('#')]
     return tuple((wordnet_id, name) for wordnet_id, name in pairs)
-
-
-@functools.cache
-def _other_name() -> Mapping[str, str]:
-    """From WordNet ids to names of ImageNet-1k, and back."""
-    pairs = _imagenet1k()
-    return dict(pairs) | {name: wordnet_id for wordnet_id, name in pairs}
 
 
 def _from_json(text: str, path: str) -> tuple[str, ...]:

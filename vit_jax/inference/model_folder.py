@@ -56,7 +56,6 @@ class Model:
         params: nested dict of float32 NumPy arrays, on the host.
         model_config: the module's arguments without `num_classes` (plain dict; 'model_name' among
             them, None where no known variant has this architecture).
-        image_size: side of the (square) input, pixels.
         class_names: one per class, in label order; () for a model without a head.
         preprocess: from decoded images to pixels.
         source: where the model came from; any JSON.
@@ -65,10 +64,14 @@ class Model:
     model: nn.Module
     params: Mapping[str, Any]
     model_config: Mapping[str, Any]
-    image_size: int
     class_names: tuple[str, ...]
     preprocess: Preprocess
     source: Mapping[str, Any]
+
+    @property
+    def image_size(self) -> int:
+        """Side of the (square) input, pixels."""
+        return self.preprocess.crop
 
 
 def save(
@@ -76,9 +79,8 @@ def save(
     params: Mapping[str, Any],
     *,
     model_config: Mapping[str, Any],
-    image_size: int,
     class_names: Sequence[str],
-    preprocess: Mapping[str, Any],
+    preprocess: Preprocess,
     source: Mapping[str, Any],
 ) -> None:
     """Writes a model folder. It appears, complete and on disk, by a rename.
@@ -90,22 +92,19 @@ def save(
         params: nested dict with Linen names of NumPy or (fully addressable) JAX float arrays.
         model_config: arguments of `models.VisionTransformer`, a dict or ConfigDict; `num_classes`
             and how it is computed (dtype, attention, remat) are left out.
-        image_size: side of the input, pixels.
         class_names: names in label order.
-        preprocess: `Preprocess.to_dict()`; its crop is `image_size`.
+        preprocess: from decoded images to pixels; its crop is the size of the input.
         source: where the model came from (weights, dataset, steps, ...); anything that JSON has.
 
     Raises:
         UserError: `folder` is something else than a model folder, or cannot be written.
-        ValueError: the arguments do not agree with each other.
+        ValueError: not as many names as the head has classes.
     """
     folder = pathlib.Path(folder).absolute()
     files.recover(folder)
     num_classes = params['head']['bias'].shape[0] if 'head' in params else 0
     if len(class_names) != num_classes:
         raise ValueError(f'{len(class_names)} class names for a head of {num_classes} classes')
-    if preprocess['crop'] != image_size:
-        raise ValueError(f'image_size {image_size}, but preprocessing gives {preprocess["crop"]}')
     if folder.exists() and not (folder / MODEL_FILE).exists():
         raise UserError(
             f'{folder} exists and is not a model folder; name another place for the model'
@@ -122,8 +121,8 @@ def save(
                 'num_classes': num_classes,
                 'config': config,
             },
-            'image_size': image_size,
-            'preprocessing': _plain(preprocess),
+            'image_size': preprocess.crop,
+            'preprocessing': preprocess.to_dict(),
             'value_range': [-1, 1],
             'class_names': list(class_names),
             'source': _plain(source),
@@ -223,9 +222,12 @@ def _open_folder(folder: pathlib.Path) -> Model:
                 f'{len(class_names)} class_names, num_classes {num_classes} do not agree'
             )
         preprocess = Preprocess.from_dict(description['preprocessing'])
-        image_size = _checked_size(description['image_size'])
-        for side in (preprocess.crop, preprocess.resize or 1):
-            _checked_size(side)
+        image_size = description['image_size']
+        for side in (image_size, preprocess.crop, preprocess.resize or 1):
+            if type(side) is not int or not 1 <= side <= _MAX_IMAGE_SIZE:
+                raise ValueError(f'{side!r} is not the side of an image')
+        if image_size != preprocess.crop:
+            raise ValueError(f'image_size {image_size}, crop {preprocess.crop} do not agree')
         source, params_entry = dict(description['source']), description['params']
         if not _FILE_NAME.fullmatch(params_entry['file']):
             raise ValueError(f'params.file {params_entry["file"]!r} is not a plain file name')
@@ -247,7 +249,7 @@ def _open_folder(folder: pathlib.Path) -> Model:
         model = models.from_config(config, num_classes=num_classes)
     except (ValueError, TypeError) as e:
         raise UserError(f'{folder / MODEL_FILE}: no model can be built as described: {e}') from e
-    return Model(model, params, config, image_size, class_names, preprocess, source)
+    return Model(model, params, config, class_names, preprocess, source)
 
 
 def _checked_architecture(architecture: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
@@ -277,13 +279,6 @@ def _checked_architecture(architecture: Mapping[str, Any]) -> tuple[dict[str, An
     return config | {'patches': config['patches'] | {'size': size}}, num_classes
 
 
-def _checked_size(size: Any) -> int:
-    """A side of an image, pixels."""
-    if type(size) is not int or not 1 <= size <= _MAX_IMAGE_SIZE:
-        raise ValueError(f'{size!r} is not the side of an image')
-    return size
-
-
 def _from_weights(path: pathlib.Path, weights: formats.Weights, variant: str) -> Model:
     _log.info('%s', weights)
     config = infer.architecture(weights.params, str(path), variant=variant)
@@ -299,7 +294,6 @@ def _from_weights(path: pathlib.Path, weights: formats.Weights, variant: str) ->
         models.from_config(config, num_classes=num_classes),
         weights.params,
         config,
-        image_size,
         class_names,
         Preprocess(crop=image_size),
         source | ({'notes': list(weights.notes)} if weights.notes else {}),
@@ -326,11 +320,6 @@ def check(opened: Model) -> None:
     if report.initialised or report.ignored or report.resized:
         raise UserError(
             f'the weights do not agree with the architecture ({adapt.describe(init)}):\n{report}'
-        )
-    if opened.preprocess.crop != opened.image_size:
-        raise UserError(
-            f'{what}: image_size {opened.image_size} and preprocessing, which makes images of '
-            f'{opened.preprocess.crop}, do not agree'
         )
 
 
