@@ -454,8 +454,8 @@ def test_half_written_lines_are_left_out(workdir):
     with open(workdir / 'timing.jsonl', 'a') as file:
         file.write('{"step": 30, "data_wait": "x", "first_step_s": 1e999, "eta_s": true}\n')
     run = run_files.read(workdir)
-    assert run.last('data_wait', timing=True) == 0.5 and run.last('eta_s', timing=True) is None
-    assert np.isnan(run.last('first_step_s', timing=True))
+    assert run.last('data_wait') == 0.5 and run.last('eta_s') is None
+    assert np.isnan(run.last('first_step_s'))
 
 
 def test_run_that_has_only_begun(workdir):

@@ -53,11 +53,10 @@ class Chart:
 
 @dataclasses.dataclass(frozen=True)
 class _Curve:
-    """A metric in a chart: name, label in legends, which file has it, points or a line, factor."""
+    """A metric in a chart: name, label in legends, points or a line, factor."""
 
     name: str
     label: str = ''  # where it is the only one, the title says what it is
-    timing: bool = False
     points: bool = False
     scale: float = 1.0
 
@@ -78,9 +77,9 @@ _CHARTS: tuple[tuple[str, str, list[_Curve]], ...] = (
         ],
     ),
     ('Learning rate', 'learning rate', [_Curve('lr')]),
-    ('Training speed', 'images/s per device', [_Curve('img_sec_core_train', timing=True)]),
+    ('Training speed', 'images/s per device', [_Curve('img_sec_core_train')]),
     ('Norm of the gradient', 'norm, before clipping', [_Curve('gradient_norm')]),
-    ('Waiting for data', 'share of the time (%)', [_Curve('data_wait', timing=True, scale=100)]),
+    ('Waiting for data', 'share of the time (%)', [_Curve('data_wait', scale=100)]),
 )
 
 
@@ -167,7 +166,7 @@ def _chart(title: str, unit: str, lines: Sequence[_Curve], runs: Sequence[Run]) 
     axes = figure.subplots()
     for place, run in enumerate(runs):
         for number, curve in enumerate(lines):
-            steps, values = run.series(curve.name, timing=curve.timing)
+            steps, values = run.series(curve.name)
             if not np.isfinite(values).any():
                 continue
             steps, values, group = thin(steps, curve.scale * values)

@@ -46,7 +46,7 @@ def summary(runs: Sequence[Run]) -> Table:
         'Training loss, last batch': lambda run: _loss(run.last('train_loss')),
         'Training accuracy, last batch': lambda run: _share(run.last('accuracy_train')),
         'Training speed, median (images/s per device)': _speed,
-        'Compiling and first step': lambda run: _duration(run.last('first_step_s', timing=True)),
+        'Compiling and first step': lambda run: _duration(run.last('first_step_s')),
         'Time from first to last event': lambda run: _duration(run.wall_seconds()),
     }
     rows = [(name, *map(text, runs)) for name, text in texts.items()]
@@ -213,7 +213,7 @@ def _costs(run: Run) -> tuple[list[tuple[str, str]], list[str]]:
             rows.append((f'Memory of training, {part} (MiB per device)', shown))
     if not compiled:
         notes.append('No memory: events.jsonl does not tell what the compiled training step takes.')
-    peak = run.last('device_memory_peak', timing=True)
+    peak = run.last('device_memory_peak')
     if peak is not None and math.isfinite(peak):
         rows.append(('Memory of training, measured peak (MiB)', f'{peak / 2**20:,.1f}'))
     params = run.workdir / MODEL_FOLDER / 'params.npz'
@@ -258,7 +258,7 @@ def _best(run: Run) -> str:
 
 
 def _speeds(run: Run) -> list[float]:
-    _, values = run.series('img_sec_core_train', timing=True)
+    _, values = run.series('img_sec_core_train')
     return values[np.isfinite(values)].tolist()
 
 

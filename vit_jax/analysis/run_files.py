@@ -31,9 +31,8 @@ class Run:
     Attributes:
       workdir: the folder.
       name: what to call the run, the folder's name.
-      metrics: lines of `metrics.jsonl`: `step`, and numbers by name; a value that was not finite is
-        NaN.
-      timing: lines of `timing.jsonl`, likewise.
+      metrics: lines of `metrics.jsonl` and of `timing.jsonl` (which have no name in common):
+        `step`, and numbers by name; a value that was not finite is NaN.
       config: `config.json`; {} where it is missing, as the next two.
       data: `data.json`.
       versions: `versions.json`.
@@ -47,7 +46,6 @@ class Run:
     workdir: pathlib.Path
     name: str
     metrics: tuple[Mapping[str, float], ...]
-    timing: tuple[Mapping[str, float], ...]
     config: Mapping[str, Any]
     data: Mapping[str, Any]
     versions: Mapping[str, Any]
@@ -57,7 +55,7 @@ class Run:
     @property
     def steps(self) -> int:
         """The last step that has a line in the files; 0 if there is none."""
-        return max((int(row['step']) for row in (*self.metrics, *self.timing)), default=0)
+        return max((int(row['step']) for row in self.metrics), default=0)
 
     @property
     def total_steps(self) -> int | None:
@@ -89,25 +87,20 @@ class Run:
         """The events of these kinds; none where that is not known."""
         return [event for event in self.events or () if event['event'] in kinds]
 
-    def series(self, name: str, *, timing: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """The values of one metric, in the order of the steps.
-
-        Args:
-          name: such as `train_loss`.
-          timing: whether it is one of `timing.jsonl`.
+    def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """The values of one metric, such as `train_loss`, in the order of the steps.
 
         Returns:
           Steps, int64 [n], each once, and values, float64 [n], of which some may be NaN. Of a step
           that is there twice, the last line counts.
         """
-        rows = self.timing if timing else self.metrics
-        values = {int(row['step']): row[name] for row in rows if name in row}
+        values = {int(row['step']): row[name] for row in self.metrics if name in row}
         steps = sorted(values)
         return np.array(steps, np.int64), np.array([values[step] for step in steps], np.float64)
 
-    def last(self, name: str, *, timing: bool = False) -> float | None:
+    def last(self, name: str) -> float | None:
         """The last value of a metric; None if there is none."""
-        _, values = self.series(name, timing=timing)
+        _, values = self.series(name)
         return float(values[-1]) if len(values) else None
 
     def resumes(self) -> list[int]:
@@ -154,8 +147,10 @@ def read(workdir: str | os.PathLike[str]) -> Run:
     return Run(
         workdir=workdir,
         name=workdir.absolute().name or str(workdir),
-        metrics=_read_lines(workdir / telemetry.METRICS_FILE, notes),
-        timing=_read_lines(workdir / telemetry.TIMING_FILE, notes),
+        metrics=(
+            *_read_lines(workdir / telemetry.METRICS_FILE, notes),
+            *_read_lines(workdir / telemetry.TIMING_FILE, notes),
+        ),
         config=_read_object(workdir / run_info.CONFIG_FILE, notes),
         data=_read_object(workdir / resume.DATA_FILE, notes),
         versions=_read_object(workdir / run_info.VERSIONS_FILE, notes),
@@ -207,17 +202,17 @@ def _read_rows(
     return rows
 
 
-def _read_lines(path: pathlib.Path, notes: list[str]) -> tuple[Mapping[str, float], ...]:
+def _read_lines(path: pathlib.Path, notes: list[str]) -> list[Mapping[str, float]]:
     """The lines of a `.jsonl` file that have a step, with the values that are numbers."""
 
     def has_step(row: Any) -> bool:
         return type(row.get('step')) is int and 0 <= row['step'] < _LARGEST_STEP
 
-    return tuple(
+    return [
         {name: _number(value) for name, value in row.items() if _is_number(value)}
         | {'step': row['step']}
         for row in _read_rows(path, notes, has_step)
-    )
+    ]
 
 
 def _is_number(value: Any) -> bool:

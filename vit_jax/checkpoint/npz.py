@@ -9,7 +9,6 @@ other reader of these files (timm, for one) expects them. Scales and biases of G
 [1, 1, 1, channels] in the files and [channels] in the models.
 """
 
-import collections
 import io
 import math
 import os
@@ -17,7 +16,7 @@ import pathlib
 import re
 import stat
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import ml_dtypes
@@ -31,7 +30,6 @@ from vit_jax.errors import UserError
 
 # Names joined by '/': no absolute path, no '..', nothing empty, not nested without end.
 _KEY = re.compile(r'\w[\w.+-]*(?:/\w[\w.+-]*){0,31}')
-_NUMBERED = re.compile(r'(.*)_(\d+)')
 _GROUP_NORM = re.compile(r'(?:.*/)?(?:gn\d+|gn_root|gn_proj)/(?:scale|bias)')
 
 _MAX_HEADER = 10_000  # bytes of a .npy header, NumPy's own limit
@@ -45,6 +43,7 @@ _ENCODER_BLOCK = {
     'LayerNorm_1': 'LayerNorm_2',
     'MlpBlock_0': 'MlpBlock_3',
 }
+_TO_LINEN = {published: linen for linen, published in _ENCODER_BLOCK.items()}
 
 
 def open_file(path: str | os.PathLike[str]) -> Weights:
@@ -144,8 +143,8 @@ def save(path: str | os.PathLike[str], params: Mapping[str, Any]) -> None:
 def to_linen(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Renames modules from the published (pre-Linen) numbering to Linen's.
 
-    Among the children of one parent, those named `<class>_<number>` are taken in the order of their
-    numbers and numbered again from 0 for each class. A tree with Linen names comes back as it is.
+    Only the encoder blocks of a Vision Transformer (and of a text tower) differ; a tree with Linen
+    names comes back as it is.
 
     Args:
         tree: nested dict of arrays (any shapes).
@@ -153,24 +152,14 @@ def to_linen(tree: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         The same arrays in a new nested dict of plain dicts.
     """
-
-    def linen_names(children: Iterable[str]) -> dict[str, str]:
-        numbered = [(int(m[2]), m[1], m[0]) for m in map(_NUMBERED.fullmatch, children) if m]
-        counts: collections.Counter[str] = collections.Counter()
-        names = {}
-        for _, module, name in sorted(numbered):
-            names[name] = f'{module}_{counts[module]}'
-            counts[module] += 1
-        return names
-
-    return _rename(tree, linen_names)
+    linen_only = _ENCODER_BLOCK.keys() - _TO_LINEN.keys()
+    return _rename(tree, lambda names: _TO_LINEN if linen_only.isdisjoint(names) else {})
 
 
 def to_published(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Renames modules from Linen's numbering to the published one: the inverse of `to_linen`.
 
-    Only the encoder blocks of a Vision Transformer (and of a text tower) differ; a tree that has
-    the published names already comes back as it is.
+    A tree that has the published names already comes back as it is.
 
     Args:
         tree: nested dict of arrays (any shapes).
