@@ -49,7 +49,7 @@ class Run:
     config: Mapping[str, Any]
     data: Mapping[str, Any]
     versions: Mapping[str, Any]
-    events: tuple[Mapping[str, Any], ...] | None
+    events: Sequence[Mapping[str, Any]] | None
     notes: tuple[str, ...]
 
     @property
@@ -154,7 +154,13 @@ def read(workdir: str | os.PathLike[str]) -> Run:
         config=_read_object(workdir / run_info.CONFIG_FILE, notes),
         data=_read_object(workdir / resume.DATA_FILE, notes),
         versions=_read_object(workdir / run_info.VERSIONS_FILE, notes),
-        events=_read_events(workdir / telemetry.EVENTS_FILE, notes),
+        events=_read_rows(
+            workdir / telemetry.EVENTS_FILE,
+            notes,
+            lambda row: all(isinstance(row.get(name), str) for name in ('time', 'event', 'text')),
+            without=': whether the run was resumed or stopped, on which devices it ran, and which '
+            'images could not be read, is not known',
+        ),
         notes=tuple(notes),
     )
 
@@ -181,12 +187,15 @@ def _read_object(path: pathlib.Path, notes: list[str]) -> Mapping[str, Any]:
 
 
 def _read_rows(
-    path: pathlib.Path, notes: list[str], valid: Callable[[Any], bool]
-) -> list[Mapping[str, Any]]:
-    """The lines of a `.jsonl` file that are objects and valid; the others are counted in a note."""
+    path: pathlib.Path, notes: list[str], valid: Callable[[Any], bool], *, without: str = ''
+) -> Sequence[Mapping[str, Any]] | None:
+    """The lines of a `.jsonl` file that are objects and valid; the others are counted in a note.
+
+    Without the file None, and a note that says what is not known `without` it.
+    """
     if not path.exists():
-        notes.append(f'There is no {path.name}.')
-        return []
+        notes.append(f'There is no {path.name}{without}.')
+        return None
     try:
         lines = telemetry.read_lines(path)
     except OSError as error:
@@ -211,7 +220,7 @@ def _read_lines(path: pathlib.Path, notes: list[str]) -> list[Mapping[str, float
     return [
         {name: _number(value) for name, value in row.items() if _is_number(value)}
         | {'step': row['step']}
-        for row in _read_rows(path, notes, has_step)
+        for row in _read_rows(path, notes, has_step) or ()
     ]
 
 
@@ -224,16 +233,3 @@ def _number(value: float | None) -> float:
     if value is None or abs(value) > sys.float_info.max:
         return math.nan
     return float(value)
-
-
-def _read_events(path: pathlib.Path, notes: list[str]) -> tuple[Mapping[str, Any], ...] | None:
-    def is_event(row: Any) -> bool:
-        return all(isinstance(row.get(name), str) for name in ('time', 'event', 'text'))
-
-    if not path.exists():
-        notes.append(
-            f'There is no {path.name}: whether the run was resumed or stopped, on which devices it '
-            'ran, and which images could not be read, is not known.'
-        )
-        return None
-    return tuple(_read_rows(path, notes, is_event))

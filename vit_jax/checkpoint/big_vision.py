@@ -141,9 +141,8 @@ def _unstack(stacked: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:
         whole = functools.cache(functools.partial(np.asarray, array))  # read once for all layers
         stored = getattr(array, 'stored_dtype', 'float32')
         for index in range(array.shape[0]):
-            blocks[f'encoderblock_{index}', *name] = LazyArray(
-                array.shape[1:], lambda whole=whole, index=index: whole()[index], stored
-            )
+            read = functools.partial(lambda whole, index: whole()[index], whole, index)
+            blocks[f'encoderblock_{index}', *name] = LazyArray(array.shape[1:], read, stored)
     return traverse_util.unflatten_dict(blocks)
 
 
