@@ -1,10 +1,11 @@
-"""Checksums of the arrays of a training state, computed where the arrays are.
+"""Structure and checksums of a training state; checksums are computed where the arrays are.
 
 They do not depend on how the arrays are spread over devices.
 """
 
 import hashlib
 import json
+import pathlib
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax import sharding
+from vit_jax.errors import UserError
 
 
 def describe(state: Any) -> dict[str, list[Any]]:
@@ -33,6 +35,27 @@ def checksums(state: Any) -> dict[str, int]:
         if sharding.steps_ahead() == 0:
             jax.block_until_ready(sums[-1])
     return {name: int(s) for (name, _), s in zip(named, jax.device_get(sums), strict=True)}
+
+
+def check_structure(
+    path: pathlib.Path, saved: dict[str, list[Any]], expected: dict[str, list[Any]]
+) -> None:
+    """Raises `UserError` if what `describe` told of a saved state is not what is expected."""
+    old, new = (
+        {name: f'{dtype}{shape}' for name, (shape, dtype) in leaves.items()}
+        for leaves in (saved, expected)
+    )
+    names = [name for name in new | old if old.get(name) != new.get(name)]
+    if names:
+        shown = '; '.join(
+            f'{name}: saved {old.get(name, "nothing")}, expected {new.get(name, "nothing")}'
+            for name in names[:5]
+        )
+        raise UserError(
+            f'{path} was written with another model or optimizer than this config has: '
+            f'{len(names)} arrays differ ({shown}{"; ..." if len(names) > 5 else ""}). Use another '
+            'workdir, or the config that this one was started with'
+        )
 
 
 def compare(found: dict[str, int], expected: dict[str, int]) -> str:

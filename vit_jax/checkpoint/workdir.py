@@ -272,7 +272,7 @@ class Checkpoints:
         saved = metadata['custom_metadata'][_METADATA_KEY]
         if saved['digest'] != checksums.digest([saved['leaves'], saved['checksums']]):
             raise ValueError('its metadata do not match their own digest')
-        _check_structure(path, saved['leaves'], checksums.describe(abstract_state))
+        checksums.check_structure(path, saved['leaves'], checksums.describe(abstract_state))
         abstract_state = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), abstract_state
         )
@@ -323,25 +323,6 @@ def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
     if not folder.is_dir():
         return []
     return sorted(int(p.name) for p in folder.iterdir() if re.fullmatch(r'\d+', p.name))
-
-
-def _check_structure(path: pathlib.Path, saved: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Raises UserError if the checkpoint belongs to another model or optimizer."""
-
-    def text(leaf: list[Any] | None) -> str:
-        return 'nothing' if leaf is None else f'{leaf[1]}{leaf[0]}'
-
-    names = [n for n in {**expected, **saved} if saved.get(n) != expected.get(n)]
-    if names:
-        shown = '; '.join(
-            f'{n}: saved {text(saved.get(n))}, expected {text(expected.get(n))}' for n in names[:5]
-        )
-        raise UserError(
-            f'{path} was written with another model or optimizer than this config has: '
-            f'{len(names)} '
-            f'arrays differ ({shown}{"; ..." if len(names) > 5 else ""}). Use another workdir, or '
-            'the config that this one was started with'
-        )
 
 
 def _agreed(ok: bool) -> bool:
