@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from vit_jax import files, variants
-from vit_jax.checkpoint import big_vision, infer, key_tables, npz, tensors
+from vit_jax.checkpoint import adapt, big_vision, infer, key_tables, npz, tensors
 from vit_jax.checkpoint.arrays import Weights, derive
 from vit_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 # What PyTorch files do not tell: heads by width. All released models have these.
 _HEADS = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16}
@@ -51,8 +53,46 @@ def load(
         UserError: see `open_weights`; also for damaged arrays, NaN and infinity.
     """
     weights = open_weights(path, variant=variant, num_heads=num_heads, normalization=normalization)
-    logging.getLogger(__name__).info('%s', weights)
+    _log.info('%s', weights)
     return weights.read()
+
+
+def load_pretrained(
+    *,
+    pretrained_path: str | os.PathLike[str],
+    init_params: Mapping[str, Any],
+    model_config: Mapping[str, Any],
+    keep_head: bool = False,
+) -> Mapping[str, Any]:
+    """Loads a released checkpoint for fine-tuning, as the original release's function of this name.
+
+    The head is always newly initialised, also where the classes agree (`keep_head` keeps one that
+    fits), `pre_logits` is kept only if the model has it, position embeddings are resized. What was
+    loaded, resized, newly initialised and ignored is logged (INFO); `adapt.adapt` returns it.
+
+    Args:
+        pretrained_path: weights of any kind that `load` knows.
+        init_params: the model's newly initialised parameters (nested dict of arrays).
+        model_config: the model's config, a dict or ConfigDict; 'classifier' is read ('token' if it
+            is not there).
+        keep_head: take the checkpoint's head if it fits.
+
+    Returns:
+        Parameters with the structure, shapes and dtypes of `init_params`.
+
+    Raises:
+        UserError: the file cannot be read, or its arrays do not fit the model (all that do not are
+            listed).
+    """
+    params, report = adapt.adapt(
+        load(pretrained_path),
+        init_params,
+        classifier=model_config.get('classifier', 'token'),
+        keep_head=keep_head,
+        source=os.fspath(pretrained_path),
+    )
+    _log.info('%s', report)
+    return params
 
 
 def open_weights(
