@@ -8,15 +8,15 @@ Nothing in `vit_jax/` or `configs/` imports this package. Its commands are in sc
     profile_step.py       the parts of one step          trace.py
 
 How they measure: every contestant gets ready and waits; each round times all of them once, in
-rotated order, so that what disturbs one disturbs all (`turns.take_turns`). Contestants live in
-processes of their own (`child.py`), which `contestants.py` lists:
+rotated order, so that what disturbs one disturbs all (`turns.take_turns`). Each lives in its own
+process (`turns.Child`), which runs one of
 
-    jax_workload.py     ours, the original release's way (original.py), a matrix product
+    jax_workload.py     ours, the original release's way, a matrix product
     torch_workload.py   timm, transformers, torchvision, a matrix product
     input_stages.py     our input pipeline, torchvision's, tf.data
 
-`record.py` describes hardware and versions, writes and reads result files and puts tables into
-documents, for all commands alike. Results that documents show are in results/; docs/performance.md
-says what they mean. parity.py, torch_reference.py and torch_libraries.py are for
-scripts/check_parity.py.
+`contestants.py` lists those of benchmark.py. `record.py` describes hardware and versions, writes
+and reads result files and puts tables into documents, for all commands alike. Results that
+documents show are in results/; docs/performance.md explains them. parity.py, torch_reference.py and
+torch_libraries.py are for scripts/check_parity.py.
 """

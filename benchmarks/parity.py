@@ -95,26 +95,17 @@ def check(
         )
     ours = [layers_of(opened.model, opened.params, t) for t in (np.float32, np.float64)]
     results = []
-    for name_of_reference, make in _references(reference, opened, weights, folder):
-        title = f'{name_of_reference}, PyTorch {torch.__version__}'
+    for title, make in _references(reference, opened, weights, folder):
+        title = f'{title}, PyTorch {torch.__version__}'
         say(f'\nReference: {title}')
         try:
             theirs = [_runner(make, 'tanh', t) for t in (torch.float32, torch.float64)]
             erf = _runner(make, 'erf', torch.float32)
         except (KeyError, ValueError, RuntimeError) as e:
             raise UserError(f'{path}: {title} cannot be built with these weights: {e}') from e
-        rows, erf_differences = _compare(batches(), ours, theirs, erf)
+        rows, differences = _compare(batches(), ours, theirs, erf)
         verdict = compare.parity_verdict(rows, zero_head=zero_head, tolerance=tolerance)
-        erf_difference = erf_differences[verdict.output]
-        for line in (_table(rows), _erf_line(verdict, erf_difference), verdict):
-            say(line)
-        results.append({
-            'name': title,
-            'passed': verdict.passed,
-            'verdict': dataclasses.asdict(verdict) | {'text': str(verdict)},
-            'rows': {key: row.to_dict() for key, row in rows.items()},
-            'erf_gelu': erf_difference.to_dict(),
-        })  # fmt: skip
+        results.append(_report(title, rows, verdict, differences[verdict.output], say))
     return {
         'model': str(path),
         'variant': name,
@@ -126,6 +117,33 @@ def check(
         'zero_head': zero_head,
         'references': results,
         'passed': all(result['passed'] for result in results),
+    }
+
+
+def _report(
+    title: str,
+    rows: Mapping[str, compare.ParityRow],
+    verdict: compare.Verdict,
+    erf: compare.Difference,
+    say: Callable[[Any], None],
+) -> dict[str, Any]:
+    """Shows the comparison with one reference; returns it for JSON."""
+    times = ''
+    if verdict.passed and verdict.difference:
+        times = f', {erf.max / verdict.difference:.0f} times as much'
+    say(_table(rows))
+    say(
+        f"With PyTorch's default erf GELU instead of tanh, its {verdict.output} would differ by "
+        f'{erf.max:.1e} (mean {erf.mean:.1e}){times}; argmax agrees in {erf.agree} of '
+        f'{erf.vectors}'
+    )
+    say(verdict)
+    return {
+        'name': title,
+        'passed': verdict.passed,
+        'verdict': dataclasses.asdict(verdict) | {'text': str(verdict)},
+        'rows': {key: row.to_dict() for key, row in rows.items()},
+        'erf_gelu': erf.to_dict(),
     }
 
 
@@ -195,21 +213,19 @@ def _images(
     model: model_folder.Model, paths: Sequence[str], limit: int, batch: int
 ) -> tuple[Callable[[], Iterator[np.ndarray]], str]:
     """A function that gives batches of inputs, [B, size, size, 3] in [-1, 1], and their name."""
-    if paths:
-        found = predict.find_images(paths)[: limit or None]
-        count, what = len(found), f'images from {" ".join(paths)}'
-    else:
-        made_up = made_up_images(limit or 8, model.image_size)
-        count, what = len(made_up), 'made-up images'
+    found = predict.find_images(paths)[: limit or None] if paths else []
+    count = len(found) if paths else limit or 8
 
     def batches() -> Iterator[np.ndarray]:
-        if not paths:
-            yield from (made_up[first : first + batch] for first in range(0, count, batch))
+        if paths:
+            for data in eval_batches(predict.Images(found), model.preprocess, batch=batch):
+                yield normalize(data['image'][data['readable']])
             return
-        for data in eval_batches(predict.Images(found), model.preprocess, batch=batch):
-            yield normalize(data['image'][data['readable']])
+        made_up = made_up_images(count, model.image_size)
+        yield from (made_up[first : first + batch] for first in range(0, count, batch))
 
-    return batches, f'{count} {what}, {model.image_size} x {model.image_size} pixels'
+    kind = f'images from {" ".join(paths)}' if paths else 'made-up images'
+    return batches, f'{count} {kind}, {model.image_size} x {model.image_size} pixels'
 
 
 def _reference_weights(path: pathlib.Path, model: model_folder.Model) -> tuple[Outputs, str]:
@@ -227,9 +243,8 @@ def _is_transformers_folder(path: pathlib.Path) -> bool:
     """Whether transformers itself can load it for input in [-1, 1]: then it does."""
     if not (path / 'config.json').is_file():
         return False
-    processor = {}
-    if (path / 'preprocessor_config.json').is_file():
-        processor = files.read_json(path / 'preprocessor_config.json')
+    settings = path / 'preprocessor_config.json'
+    processor = files.read_json(settings) if settings.is_file() else {}
     half = [0.5] * 3
     is_half = processor.get('image_mean', half) == processor.get('image_std', half) == half
     return is_half and files.read_json(path / 'config.json').get('model_type') == 'vit'
@@ -265,11 +280,8 @@ def _references(
 
     found: list[tuple[str, Callable[..., torch.nn.Module]]] = []
     os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
-    if (
-        is_plain
-        and chosen in ('auto', 'transformers')
-        and (library := _library('transformers', chosen))
-    ):
+    library = _library('transformers', chosen) if is_plain else None
+    if library:
         make = functools.partial(torch_libraries.transformers_model, weights)
         if folder is not None:
             make = functools.partial(torch_libraries.transformers_folder, folder)
@@ -278,7 +290,7 @@ def _references(
         sizes = {'classifier': classifier, 'image_size': model.image_size}
         make_ours = functools.partial(torch_reference.build, weights, **sizes)
         found.append(('benchmarks/torch_reference.py', make_ours))
-    if timm_name and chosen in ('auto', 'timm') and (library := _library('timm', chosen)):
+    if timm_name and (library := _library('timm', chosen)):
         make_timm = functools.partial(
             torch_libraries.timm_model, timm_name, weights, model.image_size
         )
@@ -287,7 +299,9 @@ def _references(
 
 
 def _library(name: str, chosen: str) -> Any:
-    """The library, or None if it is not installed; an error if it was asked for by name."""
+    """The library, or None if it is not chosen or installed; an error if it was chosen by name."""
+    if chosen not in ('auto', name):
+        return None
     if importlib.util.find_spec(name) is None:
         if chosen == name:
             raise UserError(f'--reference: {name} is not installed: pip install {name}')
@@ -329,14 +343,3 @@ def _table(rows: Mapping[str, compare.ParityRow]) -> str:
             f'| {row.float64.max:9.1e}{mark}'
         )
     return '\n'.join(lines)
-
-
-def _erf_line(verdict: compare.Verdict, erf: compare.Difference) -> str:
-    times = ''
-    if verdict.passed and verdict.difference:
-        times = f', {erf.max / verdict.difference:.0f} times as much'
-    return (
-        f"With PyTorch's default erf GELU instead of tanh, its {verdict.output} would differ by "
-        f'{erf.max:.1e} (mean {erf.mean:.1e}){times}; argmax agrees in {erf.agree} of '
-        f'{erf.vectors}'
-    )
