@@ -184,8 +184,6 @@ def evaluate(
         if should_stop and should_stop():
             return None
     found = join(parts, len(source))
-    seconds = time.monotonic() - begin
+    speed = len(source) / (time.monotonic() - begin) / devices
     metrics = totals(found, len(source.class_names))
-    return {f'{name}_test': value for name, value in metrics.items()}, len(
-        source
-    ) / seconds / devices
+    return {f'{name}_test': value for name, value in metrics.items()}, speed
