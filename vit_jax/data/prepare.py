@@ -31,10 +31,7 @@ _ABANDONED_SECONDS = 3600
 def prepare(name: str, *, data_dir: str = '', manual_dir: str = '') -> pathlib.Path:
     """Prepares a set in this process; imports TensorFlow.
 
-    Args:
-      name: of the TFDS set: `tf_flowers`, `name/config` or `name:version`.
-      data_dir: where TFDS sets are; '' is TFDS's default.
-      manual_dir: where files that had to be downloaded by hand are, or ''.
+    It takes what `tfds_sets.prepare_in_child` takes, which runs it.
 
     Returns:
       The folder that holds the set as ArrayRecord.
