@@ -147,7 +147,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.peak_tflops is not None and not args.peak_tflops > 0:
         raise UserError(f'--peak_tflops {args.peak_tflops:g}: expected a number above 0')
     if args.device:
-        stated_peak(args.device, 'float32')
+        devices.get(args.device)  # refuses a name that is not in the table
 
 
 def _cells(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -210,7 +210,7 @@ def _peak(
     if args.peak_tflops:
         return {'flops': 1e12 * args.peak_tflops, 'source': 'as given'}
     if args.device:
-        return stated_peak(args.device, dtype)
+        return _peak_of(devices.get(args.device), dtype)
     facts = [row['facts'] for row in rows if 'facts' in row]
     gpus = [f['device'] for f in facts if f['platform'] == 'gpu']
     if gpus:
@@ -232,23 +232,13 @@ def published_peak(kind: str, dtype: str) -> dict[str, Any] | None:
     """The peak rate of an accelerator that calls itself `kind`, such as 'NVIDIA H200'.
 
     Returns:
-      See `stated_peak`; None for a device that is not in the table.
+      `flops` (per second) and `source`; None for a device that is not in the table.
     """
     plain = kind.lower().replace('nvidia', '').replace('geforce', '').replace(' ', '-').strip('-')
     # The longest name that fits: 'a100-40gb' rather than 'a100'.
     fitting = [n for n in devices.DEVICES if n in plain or n in plain.replace('-', '')]
-    return stated_peak(max(fitting, key=len), dtype) if fitting else None
+    return _peak_of(devices.get(max(fitting, key=len)), dtype) if fitting else None
 
 
-def stated_peak(name: str, dtype: str) -> dict[str, Any]:
-    """The peak rate of a device of `devices.DEVICES`: `flops` (per second) and `source`.
-
-    Args:
-      name: such as 'h200'.
-      dtype: 'float32' or 'bfloat16'.
-
-    Raises:
-      UserError: it is not in the table.
-    """
-    device = devices.get(name)
+def _peak_of(device: devices.Device, dtype: str) -> dict[str, Any]:
     return {'flops': 1e12 * device.peak(dtype), 'source': device.source}
