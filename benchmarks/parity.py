@@ -3,6 +3,7 @@
 The comparison of scripts/check_parity.py; `vit_jax.analysis.compare` has its limits.
 """
 
+import collections
 import dataclasses
 import difflib
 import functools
@@ -77,22 +78,18 @@ def check(
     elif _is_transformers_folder(path):
         folder, reader = path, "by transformers' own from_pretrained"
     zero_head = compare.zero_head(opened.params)
-    name = opened.model_config.get('model_name')
-    count = sum(leaf.size for leaf in jax.tree.leaves(opened.params))
-    say(
-        f'{name or "a model of no known variant"}, {count:,} parameters, {opened.image_size} px: '
-        f'{path}'
-    )
-    say(f'PyTorch reads the weights {reader}')
     batches, described = _images(opened, images, limit, batch)
-    say(described)
-    if perturb:
-        say(f'{perturb} is 1 % larger on the PyTorch side: the check should fail')
-    if zero_head:
-        say(
-            'The head is all zeros, as in weights for fine-tuning only: all logits are 0 and prove '
-            'nothing. The final features (pre_logits) are compared'
-        )
+    found = {
+        'model': str(path),
+        'variant': opened.model_config.get('model_name'),
+        'num_parameters': sum(leaf.size for leaf in jax.tree.leaves(opened.params)),
+        'image_size': opened.image_size,
+        'images': described,
+        'weights_read': reader,
+        'perturbed': perturb or None,
+        'zero_head': zero_head,
+    }
+    _introduce(found, say)
     ours = [layers_of(opened.model, opened.params, t) for t in (np.float32, np.float64)]
     results = []
     for title, make in _references(reference, opened, weights, folder):
@@ -103,21 +100,27 @@ def check(
             erf = _runner(make, 'erf', torch.float32)
         except (KeyError, ValueError, RuntimeError) as e:
             raise UserError(f'{path}: {title} cannot be built with these weights: {e}') from e
-        rows, differences = _compare(batches(), ours, theirs, erf)
+        rows, erf_rows = _compare(batches(), ours, theirs, erf)
         verdict = compare.parity_verdict(rows, zero_head=zero_head, tolerance=tolerance)
-        results.append(_report(title, rows, verdict, differences[verdict.output], say))
-    return {
-        'model': str(path),
-        'variant': name,
-        'num_parameters': count,
-        'image_size': opened.image_size,
-        'images': described,
-        'weights_read': reader,
-        'perturbed': perturb or None,
-        'zero_head': zero_head,
-        'references': results,
-        'passed': all(result['passed'] for result in results),
-    }
+        results.append(_report(title, rows, verdict, erf_rows[verdict.output], say))
+    return found | {'references': results, 'passed': all(r['passed'] for r in results)}
+
+
+def _introduce(found: Mapping[str, Any], say: Callable[[Any], None]) -> None:
+    """Says what is compared."""
+    say(
+        f'{found["variant"] or "a model of no known variant"}, {found["num_parameters"]:,} '
+        f'parameters, {found["image_size"]} px: {found["model"]}'
+    )
+    say(f'PyTorch reads the weights {found["weights_read"]}')
+    say(found['images'])
+    if found['perturbed']:
+        say(f'{found["perturbed"]} is 1 % larger on the PyTorch side: the check should fail')
+    if found['zero_head']:
+        say(
+            'The head is all zeros, as in weights for fine-tuning only: all logits are 0 and prove '
+            'nothing. The final features (pre_logits) are compared'
+        )
 
 
 def _report(
@@ -150,18 +153,16 @@ def _report(
 def _compare(
     batches: Iterator[np.ndarray], ours: Sequence[Run], theirs: Sequence[Run], erf: Run
 ) -> tuple[dict[str, compare.ParityRow], dict[str, compare.Difference]]:
-    """The rows (each side in float32 and float64); and PyTorch with erf GELU from tanh."""
-    rows: dict[str, compare.ParityRow] = {}
-    differences = {key: compare.Difference() for key in ('logits', 'pre_logits')}
+    """The rows of two sides, each in float32 and float64; and PyTorch with erf GELU from tanh."""
+    rows = collections.defaultdict[str, compare.ParityRow](compare.ParityRow)
+    erf_rows = collections.defaultdict[str, compare.Difference](compare.Difference)
     for pixels in batches:
-        mine, reference, mine64, reference64 = (
-            run(pixels) for run in (ours[0], theirs[0], ours[1], theirs[1])
-        )
-        compare.add_parity(rows, mine, reference, mine64, reference64)
-        erf_outputs = erf(pixels)
-        for key in differences.keys() & erf_outputs.keys():
-            differences[key].add(erf_outputs[key], reference[key])
-    return rows, differences
+        mine, mine64, other, other64, other_erf = (run(pixels) for run in (*ours, *theirs, erf))
+        for key, array in other.items():
+            rows[key].add(mine[key], array, mine64[key], other64[key])
+            if key in ('logits', 'pre_logits'):
+                erf_rows[key].add(other_erf[key], array)
+    return dict(rows), dict(erf_rows)
 
 
 def layers_of(model: Any, params: Mapping[str, Any], dtype: Any = np.float32) -> Run:

@@ -46,16 +46,13 @@ def _run(args: argparse.Namespace) -> str:
 
     of = architecture.find(args.variant, args.model, args.num_classes, args.image_size)
     if args.style == 'torchsummary':
-        found = summary.torchsummary(of.model_config, of.num_classes, of.image_size)
-        if args.format == 'csv':
-            return tables.render(summary.torch_csv(found), 'csv')
-        return tables.render(summary.torch_table(found, title=str(of)), args.format)
-    model = models.from_config(of.model_config, num_classes=of.num_classes)
-    layers = summary.layers(model, of.image_size)
-    if args.format == 'csv':
-        return tables.render(summary.csv_table(layers), 'csv')
-    indent = args.format == 'terminal'  # Markdown would swallow the spaces
-    table = summary.table(layers, title=str(of), expand=args.expand, indent=indent)
+        table = summary.torchsummary(
+            of.model_config, of.num_classes, of.image_size, title=str(of), style=args.format
+        )
+    else:
+        model = models.from_config(of.model_config, num_classes=of.num_classes)
+        layers = summary.layers(model, of.image_size)
+        table = summary.table(layers, title=str(of), style=args.format, expand=args.expand)
     return tables.render(table, args.format)
 
 

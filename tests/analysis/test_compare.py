@@ -325,11 +325,6 @@ def test_difference_over_batches_is_that_over_all():
         whole.add(a, b[:, :1])
 
 
-def test_missing_output_is_an_error():
-    with pytest.raises(ValueError, match='gives extra'):
-        compare.add_parity({}, {}, {'extra': np.ones(2)}, {}, {})
-
-
 def test_made_up_images(parity):
     images = parity.made_up_images(2, 33)
     assert images.shape == (2, 33, 33, 3) and images.dtype == np.float32

@@ -79,29 +79,35 @@ TORCHSUMMARY = {
 }
 
 
+def torchsummary(config, style='csv'):
+    return summary.torchsummary(config, 5, 224, title='x', style=style)
+
+
 @pytest.mark.parametrize('name', TORCHSUMMARY)
 def test_published_torchsummary_totals(name):
     passes, params, total, count, lines = TORCHSUMMARY[name]
     config = variants.get_config(name)
-    found = summary.torchsummary(config, 5, 224)
-    assert f'{found.input_mib:.2f}' == '0.57'
-    assert f'{found.passes_mib:.2f}' == passes
-    assert f'{found.params_mib:.2f}' == params
-    assert f'{found.total_mib:.2f}' == total
-    assert (found.parameters, len(found.layers)) == (count, lines)
-    left_out = sum(size for _, size in found.left_out)
-    assert count + left_out == counts.parameters(config, 5, 224)
+    found = torchsummary(config, 'terminal')
+    assert found.notes[:5] == (
+        f'Total params: {count:,}',
+        'Input size (MB): 0.57',
+        f'Forward/backward pass size (MB): {passes}',
+        f'Params size (MB): {params}',
+        f'Estimated Total Size (MB): {total}',
+    )
+    assert len(found.rows) == lines
+    assert f'the model has {counts.parameters(config, 5, 224):,} parameters' in found.notes[5]
 
 
 def test_torchsummary_lines():
-    found = summary.torchsummary(variants.get_config('ViT-B_16'), 5, 224)
-    lines = {name: (output, parameters) for name, output, parameters in found.layers}
-    assert lines['Conv2d-1'] == ((-1, 768, 14, 14), 590_592)
-    assert lines['Linear-6'] == ((-1, 197, 2304), 1_771_776)
-    assert lines['Dropout-7'] == ((-1, 12, 197, 197), 0)
-    assert lines['Block-196'] == ((-1, 197, 768), 0)
-    assert lines['Linear-199'] == ((-1, 5), 3845)
-    text = tables.render(summary.torch_table(found, title='x'), 'terminal')
+    config = variants.get_config('ViT-B_16')
+    lines = {name: (output, parameters) for name, output, parameters in torchsummary(config).rows}
+    assert lines['Conv2d-1'] == ('[-1,768,14,14]', '590592')
+    assert lines['Linear-6'] == ('[-1,197,2304]', '1771776')
+    assert lines['Dropout-7'] == ('[-1,12,197,197]', '0')
+    assert lines['Block-196'] == ('[-1,197,768]', '0')
+    assert lines['Linear-199'] == ('[-1,5]', '3845')
+    text = tables.render(torchsummary(config, 'terminal'), 'terminal')
     assert 'Total params: 85,650,437' in text
     assert 'class token (768), position embedding (151,296)' in text
     assert '85,802,501' in text
@@ -109,10 +115,10 @@ def test_torchsummary_lines():
 
 def test_torchsummary_with_a_representation_layer():
     config = small('ViT-Ti_16', representation_size=64)
-    found = summary.torchsummary(config, 5, 224)
-    assert [name.split('-')[0] for name, *_ in found.layers[-3:]] == ['Linear', 'Tanh', 'Linear']
-    left_out = sum(size for _, size in found.left_out)
-    assert found.parameters + left_out == counts.parameters(config, 5, 224)
+    rows = torchsummary(config).rows
+    assert [name.split('-')[0] for name, *_ in rows[-3:]] == ['Linear', 'Tanh', 'Linear']
+    total = f'{counts.parameters(config, 5, 224):,} parameters'
+    assert total in torchsummary(config, 'terminal').notes[5]
 
 
 @pytest.mark.parametrize('patch', [16, 32])
@@ -120,8 +126,7 @@ def test_torchsummary_tables_that_were_published(shared_dir, patch):
     path = shared_dir / 'reference' / f'torchsummary_b{patch}_5classes.csv'
     with open(path, newline='', encoding='utf-8') as f:
         published = list(csv.reader(f))
-    found = summary.torchsummary(variants.get_config(f'ViT-B_{patch}'), 5, 224)
-    text = tables.render(summary.torch_csv(found), 'csv')
+    text = tables.render(torchsummary(variants.get_config(f'ViT-B_{patch}')), 'csv')
     assert list(csv.reader(text.splitlines())) == published
 
 
@@ -137,7 +142,7 @@ def test_torchsummary_tables_that_were_published(shared_dir, patch):
 )
 def test_what_torchsummary_never_showed(name, why):
     with pytest.raises(UserError, match=f'{why}.*--style jax'):
-        summary.torchsummary(variants.get_config(name), 5, 224)
+        torchsummary(variants.get_config(name))
 
 
 def test_formats():

@@ -140,7 +140,7 @@ def test_onnx(case, tmp_path, name):
     assert [(r.output, r.batch) for r in report.rows] == [
         (o, b) for b in (1, 2, 7) for o in outputs
     ]
-    assert report.runtime.startswith('onnxruntime ')
+    assert report.facts['runtime'].startswith('onnxruntime ')
     assert not report.facts['imported_vit_jax']
     largest = max(r.difference.max for r in report.rows)
     assert (0 < largest < 1e-5) == (options.dtype == 'float32')

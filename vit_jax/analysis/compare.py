@@ -205,20 +205,6 @@ class ParityRow:
         }
 
 
-def add_parity(
-    rows: dict[str, ParityRow], ours: Outputs, theirs: Outputs, ours64: Outputs, theirs64: Outputs
-) -> None:
-    """Takes in a batch of all outputs that the other side has; the order of `rows` is its order.
-
-    Raises:
-        ValueError: the other side has an output that we do not have, or not of this shape.
-    """
-    for name, array in theirs.items():
-        if name not in ours:
-            raise ValueError(f'the reference gives {name}, which our model does not')
-        rows.setdefault(name, ParityRow()).add(ours[name], array, ours64[name], theirs64[name])
-
-
 @dataclasses.dataclass(frozen=True)
 class Verdict:
     """The result of a parity check.
@@ -252,7 +238,7 @@ def parity_verdict(
     """Decides by the logits, or, where there are none or they are all zero, by what the head reads.
 
     Args:
-        rows: see `add_parity`.
+        rows: of each output.
         zero_head: see `zero_head`.
         tolerance: the limit; by default 1e-4, or twice the distance of the other side's float32 run
             from its float64 run if that is more.
@@ -291,16 +277,9 @@ class ExportRow:
     def add(
         self, ours: np.ndarray, theirs: np.ndarray, keys: Sequence[str], logits: np.ndarray | None
     ) -> None:
-        """Takes in a batch.
+        """Takes in a batch of JAX's and the exported model's values, [b, ...], of one shape.
 
-        Args:
-            ours: JAX's, [b, ...].
-            theirs: the exported model's.
-            keys: names of the images, b.
-            logits: JAX's, where the output is one of `SCORES`.
-
-        Raises:
-            ValueError: the shapes are not the same.
+        `keys` are names of the images; `logits` JAX's, where the output is one of `SCORES`.
         """
         self.difference.add(theirs, ours, keys)
         if logits is None:

@@ -135,22 +135,37 @@ def products(jaxpr: Any) -> Iterator[tuple[tuple[str, ...], int]]:
 
 
 def table(
-    found: Sequence[Layer], *, title: str, expand: bool = False, indent: bool = True
+    found: Sequence[Layer], *, title: str, style: str = 'terminal', expand: bool = False
 ) -> tables.Table:
     """The layers as a table.
 
     Args:
       found: what `layers` gave.
       title: above the table.
+      style: one of `tables.FORMATS`. For a terminal, names are indented by what lies in what;
+        Markdown would swallow the spaces and gets whole paths. CSV is for programs: every layer (''
+        is the model), plain numbers.
       expand: every layer. Else those without parameters and products are left out, and of equal
         neighbours ('encoderblock_0', 'encoderblock_1', ...) the first is shown with what is in it,
         the others in one line.
-      indent: names, indented by what lies in what; else whole paths.
     """
+    if style == 'csv':
+        names = ('layer', 'type', 'output_shape', 'parameters', 'flops')
+        plain = [
+            (
+                '/'.join(layer.path),
+                layer.kind,
+                f'[{",".join(map(str, layer.output))}]' if layer.output else '',
+                str(layer.parameters),
+                str(layer.flops),
+            )
+            for layer in found
+        ]
+        return tables.Table('', names, plain)
     rows = []
     for layer in _brief(found) if not expand else found:
         name = '/'.join(layer.path) or 'model'
-        if indent:
+        if style == 'terminal':
             name = '  ' * len(layer.path) + name.split('/')[-1]
         batch = ('B',) if layer.kind != 'parameter' and layer.output else ()
         shape = ' x '.join(map(str, (*batch, *layer.output[len(batch) :])))
@@ -191,77 +206,64 @@ def _likeness(found: Sequence[Layer], root: Layer) -> tuple:
     return root.path[-1].rstrip('0123456789'), tuple(inside)
 
 
-def csv_table(found: Sequence[Layer]) -> tables.Table:
-    """Every layer for programs: layer ('' is the model), type, output_shape, parameters, flops."""
-    rows = [
-        (
-            '/'.join(layer.path),
-            layer.kind,
-            f'[{",".join(map(str, layer.output))}]' if layer.output else '',
-            str(layer.parameters),
-            str(layer.flops),
-        )
-        for layer in found
-    ]
-    return tables.Table('', ('layer', 'type', 'output_shape', 'parameters', 'flops'), rows)
-
-
-@dataclasses.dataclass(frozen=True)
-class TorchSummary:
-    """What torchsummary 1.5.1 prints for the PyTorch ViT that is known from tutorials.
-
-    Sizes are in MiB, which torchsummary calls MB.
-
-    Attributes:
-      layers: the lines of the table: name, output shape ([-1, channels, height, width] or
-        [-1, N, D]), parameters.
-      left_out: (name, parameters) of what the model has and the table has not.
-      input_mib: the image, float32.
-    """
-
-    layers: tuple[tuple[str, tuple[int, ...], int], ...]
-    left_out: tuple[tuple[str, int], ...]
-    input_mib: float
-
-    @property
-    def parameters(self) -> int:
-        """The total below the table."""
-        return sum(parameters for _, _, parameters in self.layers)
-
-    @property
-    def passes_mib(self) -> float:
-        """The "Forward/backward pass size": by convention the outputs of all lines twice."""
-        return sum(math.prod(output[1:]) for _, output, _ in self.layers) * 4 * 2 / 2**20
-
-    @property
-    def params_mib(self) -> float:
-        """The parameters that are counted, float32."""
-        return self.parameters * 4 / 2**20
-
-    @property
-    def total_mib(self) -> float:
-        """The "Estimated Total Size"."""
-        return self.input_mib + self.passes_mib + self.params_mib
-
-
 def torchsummary(
-    model_config: Mapping[str, Any], num_classes: int, image_size: int
-) -> TorchSummary:
-    """The table that torchsummary prints for a plain ViT.
+    model_config: Mapping[str, Any],
+    num_classes: int,
+    image_size: int,
+    *,
+    title: str,
+    style: str = 'terminal',
+) -> tables.Table:
+    """The table that torchsummary 1.5.1 prints for the plain PyTorch ViT known from tutorials.
 
-    It names the modules of the PyTorch implementation (WZMIAOMIAO's, after timm's): one matrix for
-    query, key and value, modules for dropout, GELU and identity. Parameters that belong to no
-    leaf module, class token and position embedding, are not in it.
+    It names the modules of that implementation (WZMIAOMIAO's, after timm's): one matrix for query,
+    key and value, modules for dropout, GELU and identity. Parameters that belong to no leaf module,
+    class token and position embedding, are not in it; the notes below say so. The "Forward/backward
+    pass size" is by convention twice the outputs of all lines; sizes are in MiB, which torchsummary
+    calls MB.
 
     Args:
       model_config: see `variants.get_config`.
       num_classes: C, at least 1.
       image_size: side of the images, pixels.
+      title: above the table.
+      style: one of `tables.FORMATS`; CSV is for programs: layer, output_shape ('[-1,197,768]'),
+        params, plain numbers.
 
     Raises:
       UserError: an architecture that this implementation does not have.
     """
     _check_plain(model_config, num_classes)
+    rows = _torch_rows(model_config, num_classes, image_size)
+    lines = [(f'{name}-{i}', (-1, *output), size) for i, (name, output, size) in enumerate(rows, 1)]
+    if style == 'csv':
+        plain = [(name, f'[{",".join(map(str, o))}]', str(size)) for name, o, size in lines]
+        return tables.Table('', ('layer', 'output_shape', 'params'), plain)
+    counted = sum(size for _, _, size in rows)
+    sizes = counts.sizes(model_config, image_size)
+    cls, positions = sizes.width, sizes.tokens * sizes.width
+    mib = 4 / 2**20  # of a float32 number
+    image = 3 * image_size**2 * mib
+    passes = 2 * sum(math.prod(output) for _, output, _ in rows) * mib
+    notes = (
+        f'Total params: {counted:,}',
+        f'Input size (MB): {image:.2f}',
+        f'Forward/backward pass size (MB): {passes:.2f}',
+        f'Params size (MB): {counted * mib:.2f}',
+        f'Estimated Total Size (MB): {image + passes + counted * mib:.2f}',
+        f'Not in this table: class token ({cls:,}), position embedding ({positions:,}). With them '
+        f'the model has {counted + cls + positions:,} parameters.',
+        'The pass size is a convention (every output twice, float32), not the memory of training: '
+        'see scripts/cost.py.',
+    )
+    cells = [(name, f'[{", ".join(map(str, o))}]', f'{size:,}') for name, o, size in lines]
+    return tables.Table(title, ('Layer (type)', 'Output Shape', 'Param #>'), cells, notes)
+
+
+def _torch_rows(
+    model_config: Mapping[str, Any], num_classes: int, image_size: int
+) -> list[tuple[str, tuple[int, ...], int]]:
+    """Class, output shape of an image, and parameters of each leaf module of the PyTorch ViT."""
     s = counts.sizes(model_config, image_size)
     d, m, t, n = s.width, s.hidden, s.tokens, s.patches
     side = math.isqrt(n)
@@ -283,7 +285,7 @@ def torchsummary(
         pooled = [('Linear', (features,), d * features + features), ('Tanh', (features,), 0)]
     else:
         pooled = [('Identity', (d,), 0)]
-    rows: list[tuple[str, tuple[int, ...], int]] = [
+    return [
         ('Conv2d', (d, side, side), 3 * patch * d + d),
         ('Identity', (n, d), 0),
         ('PatchEmbed', (n, d), 0),
@@ -293,14 +295,6 @@ def torchsummary(
         *pooled,
         ('Linear', (num_classes,), (features or d) * num_classes + num_classes),
     ]
-    return TorchSummary(
-        layers=tuple(
-            (f'{name}-{i}', (-1, *output), parameters)
-            for i, (name, output, parameters) in enumerate(rows, start=1)
-        ),
-        left_out=(('class token', d), ('position embedding', t * d)),
-        input_mib=3 * image_size**2 * 4 / 2**20,
-    )
 
 
 def _check_plain(model_config: Mapping[str, Any], num_classes: int) -> None:
@@ -321,33 +315,3 @@ def _check_plain(model_config: Mapping[str, Any], num_classes: int) -> None:
                 f'{name} is not in the PyTorch code that the torchsummary style shows ({reason}): '
                 'use --style jax'
             )
-
-
-def torch_table(summary: TorchSummary, *, title: str) -> tables.Table:
-    """Torchsummary's table and the lines below it, and what they leave out."""
-    rows = [
-        (name, f'[{", ".join(map(str, output))}]', f'{parameters:,}')
-        for name, output, parameters in summary.layers
-    ]
-    left_out = ', '.join(f'{name} ({count:,})' for name, count in summary.left_out)
-    total = summary.parameters + sum(count for _, count in summary.left_out)
-    notes = (
-        f'Total params: {summary.parameters:,}',
-        f'Input size (MB): {summary.input_mib:.2f}',
-        f'Forward/backward pass size (MB): {summary.passes_mib:.2f}',
-        f'Params size (MB): {summary.params_mib:.2f}',
-        f'Estimated Total Size (MB): {summary.total_mib:.2f}',
-        f'Not in this table: {left_out}. With them the model has {total:,} parameters.',
-        'The pass size is a convention (every output twice, float32), not the memory of training: '
-        'see scripts/cost.py.',
-    )
-    return tables.Table(title, ('Layer (type)', 'Output Shape', 'Param #>'), rows, notes)
-
-
-def torch_csv(summary: TorchSummary) -> tables.Table:
-    """Torchsummary's lines for programs: layer, output_shape ('[-1,197,768]'), params."""
-    rows = [
-        (name, f'[{",".join(map(str, output))}]', str(parameters))
-        for name, output, parameters in summary.layers
-    ]
-    return tables.Table('', ('layer', 'output_shape', 'params'), rows)

@@ -66,7 +66,10 @@ def build(model: model_folder.Model, options: Options = DEFAULT) -> onnx.ModelPr
         x = graph.softmax(values.logits, 'softmax') if options.probabilities else values.logits
         graph.output(x, outputs[0], (BATCH, params['head']['bias'].shape[0]))
     if options.features:
-        graph.output(values.features, 'features', (BATCH, _width(model)))
+        width = config['hidden_dim' if variants.is_mixer(config) else 'hidden_size']
+        if 'pre_logits' in params:
+            width = params['pre_logits']['bias'].shape[0]
+        graph.output(values.features, 'features', (BATCH, width))
     if options.attention:
         num_heads, tokens = config['transformer']['num_heads'], values.num_tokens
         shape = (BATCH, len(values.attention), num_heads, tokens, tokens)
@@ -75,15 +78,6 @@ def build(model: model_folder.Model, options: Options = DEFAULT) -> onnx.ModelPr
     proto = graph.model(str(config.get('model_name') or 'vit_jax'), vit_jax.__version__)
     helper.set_model_props(proto, _metadata(model, options, outputs[0]))
     return proto
-
-
-def _width(model: model_folder.Model) -> int:
-    """Of the features."""
-    if 'pre_logits' in model.params:
-        return model.params['pre_logits']['bias'].shape[0]
-    return model.model_config[
-        'hidden_dim' if variants.is_mixer(model.model_config) else 'hidden_size'
-    ]
 
 
 def _metadata(model: model_folder.Model, options: Options, output: str) -> dict[str, str]:

@@ -8,7 +8,7 @@ graph's type, normalisation and softmax always in float32.
 Operators: https://onnx.ai/onnx/operators/. Shapes: B batch, N tokens, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -130,12 +130,8 @@ class Graph:
     ) -> str:
         """Adds a node with one output and returns that; node and output are called `name`.
 
-        Args:
-            op_type: an operator of ONNX.
-            inputs: values.
-            name: path of the layer, such as 'Transformer/encoderblock_0/LayerNorm_0'.
-            elem_type: of the output; by default that of the first input.
-            **attributes: of the operator.
+        The name is the path of a layer ('Transformer/encoderblock_0/LayerNorm_0'). The output has
+        the type of the first input, if not `elem_type`; `attributes` are those of the operator.
         """
         if name in self._types:
             raise ValueError(f'two values have the name {name}')
@@ -164,10 +160,9 @@ class Graph:
 
     def split(self, x: str, axis: int, names: Sequence[str]) -> list[str]:
         """Equal parts along an axis, called `names`."""
-        attributes: dict[str, Any] = (
-            {'num_outputs': len(names)} if self.opset >= 18 else {}
-        )  # before: always equal
-        node = helper.make_node('Split', [x], names, name=f'{x}/split', axis=axis, **attributes)
+        # Older operators have no number of outputs: their parts are always equal.
+        count: dict[str, Any] = {'num_outputs': len(names)} if self.opset >= 18 else {}
+        node = helper.make_node('Split', [x], names, name=f'{x}/split', axis=axis, **count)
         self._nodes.append(node)
         self._types |= dict.fromkeys(names, self._types[x])
         return list(names)
@@ -254,19 +249,12 @@ class Graph:
     ) -> str:
         """Convolution of [B, F, h, w], in the graph's type.
 
-        Args:
-            x: the images or feature maps.
-            kernel: [height, width, F, output], of a Flax module.
-            name: of the layer.
-            bias: [output]; None for none.
-            strides: down and across.
-            pads: zeros added at the top, left, bottom and right.
+        `kernel` is a Flax module's, [height, width, F, output], `bias` [output]; `strides` go down
+        and across, `pads` are zeros added at the top, left, bottom and right.
         """
         kernel = np.asarray(kernel)
-        inputs = [
-            self.cast(x, self.compute),
-            self.weight(f'{name}/kernel', kernel.transpose(3, 2, 0, 1)),
-        ]
+        weight = self.weight(f'{name}/kernel', kernel.transpose(3, 2, 0, 1))
+        inputs = [self.cast(x, self.compute), weight]
         if bias is not None:
             inputs.append(self.weight(f'{name}/bias', bias))
         return self.op(
@@ -278,34 +266,30 @@ class Graph:
     def model(self, name: str, producer_version: str) -> onnx.ModelProto:
         """The finished model, with the shapes of all values written into it.
 
-        Args:
-            name: of the graph.
-            producer_version: version of vit_jax.
-
         Raises:
             onnx.shape_inference.InferenceError: the shapes do not fit each other, which is an error
                 in the graph's construction.
         """
         self._prune()
-        small = {name: a for name, a in self._constants.items() if a.nbytes <= _LARGE}
-        large = {name: a for name, a in self._constants.items() if a.nbytes > _LARGE}
+        # Shapes are inferred without the weights: protobuf does not take 2 GB at once.
+        large = {name: a.shape for name, a in self._constants.items() if a.nbytes > _LARGE}
+        small = {name: a for name, a in self._constants.items() if name not in large}
         made = {value for node in self._nodes for value in node.output}
+        made -= {output.name for output in self._outputs}
+
+        def described(shapes: Mapping[str, Sequence[int | str]]) -> list[onnx.ValueInfoProto]:
+            return [
+                helper.make_tensor_value_info(value, self._types[value], shape)
+                for value, shape in shapes.items()
+            ]
+
         graph = helper.make_graph(
             self._nodes,
             name,
-            # Shapes are inferred without the weights: protobuf does not take 2 GB at once.
-            self._inputs
-            + [
-                helper.make_tensor_value_info(name, self._types[name], array.shape)
-                for name, array in large.items()
-            ],
+            self._inputs + described(large),
             self._outputs,
             [numpy_helper.from_array(array, name) for name, array in small.items()],
-            value_info=[
-                helper.make_tensor_value_info(value, self._types[value], shape)
-                for value, shape in self._shapes.items()
-                if value in made - {output.name for output in self._outputs}
-            ],
+            value_info=described({n: s for n, s in self._shapes.items() if n in made}),
         )
         model = helper.make_model(
             graph,

@@ -79,7 +79,7 @@ def write(destination: str | os.PathLike[str], model: model_folder.Model, *, to:
     flat, config = npz.flatten(model.params), model.model_config
     describe = {'timm': _timm, 'huggingface': _hugging_face, 'torchvision': _torchvision}[to]
     try:
-        table, described = describe(flat, config, model.image_size, class_names)
+        table, described = describe(model, flat)
         named, lost = key_tables.from_params(flat, table)
         if lost:
             raise _UnsupportedError(f'it has no place for {adapt.shorten(lost, 6)}')
@@ -149,11 +149,9 @@ def _check_pooling(config: Mapping[str, Any], supported: Sequence[str]) -> None:
         raise _UnsupportedError(f'it has no mean pooling (classifier {classifier!r})')
 
 
-def _timm(
-    flat: Mapping[str, Any], config: Mapping[str, Any], image_size: int, names: Sequence[str]
-) -> tuple[str, dict[str, Any]]:
-    patch = config['patches']['size'][0]
-    arguments: dict[str, Any] = {'img_size': image_size}
+def _timm(model: model_folder.Model, flat: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    config, patch = model.model_config, model.model_config['patches']['size'][0]
+    arguments: dict[str, Any] = {'img_size': model.image_size}
     first_layer = 'patch_embed.proj'
     if variants.is_mixer(config):
         key = (patch, config['hidden_dim'], config['num_blocks'])
@@ -179,22 +177,22 @@ def _timm(
         }
         if pool == 'avg':  # the final LayerNorm comes before the mean here, not after it
             arguments |= {'class_token': False, 'global_pool': 'avg', 'fc_norm': False}
-    classes = flat['head/bias'].shape[0] if 'head/bias' in flat else 0
+    names = model_folder.own_class_names(model)
     described = {
         'architecture': architecture,
-        'num_classes': classes,
+        'num_classes': model.model.num_classes,
         'num_features': width,
         'global_pool': pool,
         'model_args': arguments,
         'pretrained_cfg': {
-            'input_size': [3, image_size, image_size],
+            'input_size': [3, model.image_size, model.image_size],
             'fixed_input_size': True,
             'interpolation': 'bilinear',
             'crop_pct': 1.0,
             'crop_mode': 'squash',
             'mean': [0.5] * 3,
             'std': [0.5] * 3,
-            'num_classes': classes,
+            'num_classes': model.model.num_classes,
             'first_conv': first_layer,
             'classifier': ['head', 'head_dist'] if 'dist' in flat else 'head',
             **({'label_names': list(names)} if names else {}),
@@ -224,21 +222,18 @@ def _timm_vit(flat: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, 
     return 'timm', f'vit_{name if name in _TIMM_VITS else "base_patch16"}_224'
 
 
-def _hugging_face(
-    flat: Mapping[str, Any], config: Mapping[str, Any], image_size: int, names: Sequence[str]
-) -> tuple[str, dict[str, Any]]:
+def _hugging_face(model: model_folder.Model, flat: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    config, classes, distilled = model.model_config, model.model.num_classes, 'dist' in flat
     _check_plain(config)
-    has_head, distilled = 'head/bias' in flat, 'dist' in flat
-    if has_head and 'pre_logits/kernel' in flat:
+    if classes and 'pre_logits/kernel' in flat:
         raise _UnsupportedError('its classifier has no pre_logits in front of the head')
-    if distilled and not has_head:
+    if distilled and not classes:
         raise _UnsupportedError('it loads a DeiT of two tokens with its heads only')
-    classes = flat['head/bias'].shape[0] if has_head else 0
-    labels = names or [f'LABEL_{i}' for i in range(classes)]
+    labels = model_folder.own_class_names(model) or [f'LABEL_{i}' for i in range(classes)]
     kind = 'DeiTForImageClassificationWithTeacher' if distilled else 'ViTForImageClassification'
     encoder = config['transformer']
     described = {
-        'architectures': [kind if has_head else 'ViTModel'],
+        'architectures': [kind if classes else 'ViTModel'],
         'model_type': 'deit' if distilled else 'vit',
         'hidden_size': config['hidden_size'],
         'num_hidden_layers': encoder['num_layers'],
@@ -249,7 +244,7 @@ def _hugging_face(
         'hidden_dropout_prob': 0.0,
         'attention_probs_dropout_prob': 0.0,
         'initializer_range': 0.02,
-        'image_size': image_size,
+        'image_size': model.image_size,
         'patch_size': config['patches']['size'][0],
         'num_channels': flat['embedding/kernel'].shape[2],
         'qkv_bias': True,
@@ -263,7 +258,7 @@ def _hugging_face(
     processor = {
         'image_processor_type': 'ViTImageProcessor',
         'do_resize': True,
-        'size': {'height': image_size, 'width': image_size},
+        'size': {'height': model.image_size, 'width': model.image_size},
         'resample': 2,
         'do_rescale': True,
         'rescale_factor': 1 / 255,
@@ -286,27 +281,27 @@ def _hugging_face_names(named: dict[str, Any], distilled: bool, has_head: bool) 
     return new
 
 
-def _torchvision(
-    flat: Mapping[str, Any], config: Mapping[str, Any], image_size: int, names: Sequence[str]
-) -> tuple[str, dict[str, Any]]:
+def _torchvision(model: model_folder.Model, flat: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    config = model.model_config
     _check_plain(config)
     if 'dist' in flat:
         raise _UnsupportedError('it has no distillation token (dist, head_dist)')
-    if 'head/bias' not in flat:
+    if not model.model.num_classes:
         raise _UnsupportedError('its VisionTransformer always has a head, and this model has none')
     encoder = config['transformer']
     arguments = {
-        'image_size': image_size,
+        'image_size': model.image_size,
         'patch_size': config['patches']['size'][0],
         'num_layers': encoder['num_layers'],
         'num_heads': encoder['num_heads'],
         'hidden_dim': config['hidden_size'],
         'mlp_dim': encoder['mlp_dim'],
-        'num_classes': flat['head/bias'].shape[0],
+        'num_classes': model.model.num_classes,
         'representation_size': (
             flat['pre_logits/bias'].shape[0] if 'pre_logits/bias' in flat else None
         ),
     }
+    names = model_folder.own_class_names(model)
     described = {
         'library': 'torchvision',
         'class': 'torchvision.models.VisionTransformer',

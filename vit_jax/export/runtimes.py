@@ -29,11 +29,7 @@ Run = Callable[[np.ndarray], Outputs]
 
 
 class NotInstalledError(Exception):
-    """A package that the runtime needs cannot be imported."""
-
-    def __init__(self, package: str, why: str):
-        super().__init__(package, why)
-        self.package, self.why = package, why
+    """A package that the runtime needs cannot be imported: its name, and why."""
 
 
 def main(folder: str) -> None:
@@ -49,7 +45,7 @@ def main(folder: str) -> None:
             outputs = run(np.array(images[first:end]))
             np.savez(place / f'outputs-{i}.npz', allow_pickle=False, **outputs)
     except NotInstalledError as e:
-        result: dict[str, Any] = {'missing': e.package, 'why': e.why}
+        result: dict[str, Any] = dict(zip(('missing', 'why'), e.args, strict=True))
     else:
         result = {
             **facts,

@@ -72,23 +72,24 @@ class Report:
         status: VERIFIED, FAILED or NOT_VERIFIED.
         dtype: of the exported model, whose limits hold.
         reasons: why it is not verified, or failed, a sentence each.
-        runtime: what ran it, with versions.
         images: what it ran on.
         rows: the comparisons.
-        own_form: what the library computes in its own form ('erf GELU'), or ''.
-        own: how far its logits are from JAX's with that.
-        facts: what else the runtime reported.
+        own: how far its logits are from JAX's where the library computes in its own form.
+        facts: what the runtime reported: `runtime` (what ran it, with versions), `own_form`, ...
     """
 
     status: str
     dtype: str
     reasons: list[str] = dataclasses.field(default_factory=list)
-    runtime: str = ''
     images: str = ''
     rows: list[compare.ExportRow] = dataclasses.field(default_factory=list)
-    own_form: str = ''
     own: compare.Difference = dataclasses.field(default_factory=compare.Difference)
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def own_form(self) -> str:
+        """What the library computes in its own form ('erf GELU'), or ''."""
+        return self.facts.get('own_form', '')
 
     def set(self, status: str, reason: str) -> None:
         """Notes that it is not verified, or failed, and why."""
@@ -101,7 +102,7 @@ class Report:
         return {
             'status': self.status,
             'reasons': self.reasons,
-            'runtime': self.runtime,
+            'runtime': self.facts.get('runtime', ''),
             'images': self.images,
             'dtype': self.dtype,
             'comparisons': [row.to_dict(self.dtype) for row in self.rows],
@@ -121,7 +122,7 @@ class Report:
     def print(self, console: rich.console.Console) -> None:
         """Prints it."""
         if self.rows:
-            console.print(f'Run by {self.runtime}')
+            console.print(f'Run by {self.facts["runtime"]}')
             console.print(f'on {self.images}; compared with JAX, exact float32\n')
             console.print(_table(self.rows, self.dtype))
             console.print(f'\nAsked for: {compare.LIMITS[self.dtype]}')
@@ -358,8 +359,6 @@ def _run(folder: pathlib.Path, format: str, report: Report) -> None:
         )
         return
     report.facts = result
-    report.runtime = result['runtime']
-    report.own_form = result.get('own_form', '')
 
 
 def _compare(

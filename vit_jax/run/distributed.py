@@ -29,7 +29,6 @@ def start(
     process_id: int = -1,
     *,
     heartbeat_timeout: int = HEARTBEAT_TIMEOUT,
-    start_timeout: int = START_TIMEOUT,
 ) -> None:
     """Joins the other processes, if there are any; to be called before anything runs on a device.
 
@@ -41,7 +40,6 @@ def start(
       num_processes: how many there are.
       process_id: index of this one, from 0.
       heartbeat_timeout: seconds after which a silent process counts as dead, which ends the others.
-      start_timeout: seconds to wait for the others at the start.
 
     Raises:
       UserError: some arguments but not all, impossible ones, or the others did not come.
@@ -71,7 +69,7 @@ def start(
     try:
         jax.distributed.initialize(
             heartbeat_timeout_seconds=heartbeat_timeout,
-            initialization_timeout=start_timeout,
+            initialization_timeout=START_TIMEOUT,
             **arguments,
         )
     except (RuntimeError, ValueError, OSError) as error:
