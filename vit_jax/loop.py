@@ -203,6 +203,8 @@ class Loop:
         # An implicit transfer would stall the device unnoticed; here it is an error.
         with jax.transfer_guard('disallow'):
             state, metrics = self._train_step(state, sharding.put_batch(inputs, self._run.mesh))
+            if not sharding.steps_ahead():  # two collectives at once mix up their messages on CPUs
+                jax.block_until_ready(metrics)
             everywhere = self._sum_over_processes(here)
         self._in_flight.append(_Step(step, batch['example'], metrics, everywhere))
         return state, metrics

@@ -161,7 +161,7 @@ def test_a_run_takes_what_was_said(tmp_path):
     """Within 10 % of the growth of this process, from before compiling to its end."""
     settings = {
         'model.patches.size': (8, 8), 'model.hidden_size': 192, 'model.transformer.mlp_dim': 768,
-        'model.transformer.num_heads': 3, 'pp.crop': 128, 'batch': 64, 'batch_eval': 60,
+        'model.transformer.num_heads': 3, 'pp.crop': 128, 'batch': 128, 'batch_eval': 60,
         'total_steps': 2, 'checkpoint_every': 1,
     }  # fmt: skip
     # Compiled as for a user, and not found in a cache.
