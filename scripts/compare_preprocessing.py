@@ -88,7 +88,7 @@ def _differences(side: int) -> dict:
     example = types.SimpleNamespace(**runpy.run_path(str(EXAMPLE)))
 
     def pillow_pixels(path):
-        with Image.open(path) as image:
+        with Image.open(path, formats=['JPEG', 'PNG', 'WEBP', 'BMP']) as image:
             return np.asarray(ImageOps.exif_transpose(image).convert('RGB'))
 
     def pillow_resize(image, size, method):
@@ -110,7 +110,7 @@ def _differences(side: int) -> dict:
     def recompressed(image):
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, 'JPEG', quality=75)
-        return np.asarray(Image.open(buffer))
+        return np.asarray(Image.open(buffer, formats=['JPEG']))
 
     mean, deviation = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], np.float32)
     bilinear, bicubic = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC

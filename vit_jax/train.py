@@ -144,8 +144,8 @@ def _set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> _Setup:
     tx = optim.create_optimizer(config, schedule)
     state = state_lib.abstract_state(model, tx, config.pp.crop, mesh)
     batch = steps.abstract_batch(config.batch, config.pp.crop, mesh, exact=config.pp.exact)
-    changed = []
-    if workdir_lib.saved_steps(workdir):
+    changed, resumes = [], bool(workdir_lib.saved_steps(workdir))
+    if resumes:
         changed = resume.check_config(workdir / run_info.CONFIG_FILE, config.to_dict())
         resume.check_data(workdir / resume.DATA_FILE, _describe(train, test))
     resources.check_cache(config)
@@ -153,7 +153,7 @@ def _set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> _Setup:
     need = resources.least_memory(config, state, batch)
     resources.check_memory(config, need, memory)
     resources.check_disk(workdir, state, config.keep_checkpoints)
-    if not workdir_lib.saved_steps(workdir):
+    if not resumes:
         _weights_path(config)  # missing ones are known, or downloaded, before minutes of compiling
     abstract = Checkpoint.of(state, replaced=state.skipped)
     return _Setup(mesh, train, test, model, schedule, tx, abstract, batch, memory, need, changed)

@@ -9,15 +9,12 @@ import atexit
 import json
 import multiprocessing
 import os
-import pathlib
 import runpy
 import signal
 import subprocess
 import sys
 import threading
 import traceback
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 _SERVER = multiprocessing.get_context('forkserver')
 _SERVER.set_forkserver_preload(
