@@ -158,6 +158,8 @@ def make_eval_step(
 
     def eval_step(params, batch: Batch) -> Metrics:
         logits: Any = model.apply({'params': params}, normalize(batch['image']), train=False)
+        # Computed once: XLA may round a logit that it computes again, for a comparison, otherwise.
+        logits = jax.lax.optimization_barrier(logits)
         told = {name: batch[name] for name in ('example', 'label', 'readable')}
         return told | evaluate.outcomes(logits.astype(jnp.float32), batch['label'])
 
