@@ -35,8 +35,9 @@ trap 'rm -f "$types"' EXIT
 "$venv/bin/mypy" >"$types" 2>&1 &  # its minute fits into the pauses of the tests
 checking=$!
 # Two workers: the suite is made for two cores. An argument of the same name overrides (-n 0: in
-# this process; -m '': slow tests, too).
-"$venv/bin/python" -m pytest -n 2 --durations=15 --dist loadfile --no-loadscope-reorder -m 'not slow' ${pytest[@]+"${pytest[@]}"} || status=$?
+# this process; -m '': slow tests, too). A worker that dies ends the run: the next would wait for ever.
+"$venv/bin/python" -m pytest -n 2 --max-worker-restart 0 --durations=15 --dist loadfile --no-loadscope-reorder \
+  -m 'not slow' ${pytest[@]+"${pytest[@]}"} || status=$?
 wait "$checking" || status=1
 cat "$types"
 exit "$status"

@@ -38,7 +38,7 @@ def pytest_configure(config):
         if sum(path.stat().st_size for path in folder.glob('*')) > 2**30:
             shutil.rmtree(folder)
         os.environ['JAX_COMPILATION_CACHE_DIR'] = str(folder)
-        os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
+        os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
     import jax
 
     # JAX has read the environment already if the conftest of a folder imported it before this one.
@@ -62,6 +62,14 @@ def pytest_collection_modifyitems(items):
             for item in items:
                 if item.get_closest_marker('gpu'):
                     item.add_marker(pytest.mark.skip(reason='needs an NVIDIA GPU: pytest -m gpu'))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    """Says how the process of a worker died: which signal killed it (-9: often for memory)."""
+    if error == 'Not properly terminated':
+        status = node.gateway._io.popen.wait(60)
+        print(f'\nThe process of worker {node.gateway.id} ended with status {status}')
 
 
 @pytest.fixture(scope='session')
