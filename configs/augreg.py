@@ -15,8 +15,8 @@ measured.
 
 import ml_collections
 
-from configs import common
 from vit_jax import variants
+from vit_jax.configs import common
 
 _MODELS = {
     name.replace('ViT-', '').replace('+', '_'): name

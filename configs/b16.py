@@ -9,6 +9,6 @@ decay from 0.01. Time and accuracy with these weights: not yet measured (they ca
 where this was written).
 """
 
-from configs import common
+from vit_jax.configs import common
 
 get_config = common.fine_tuning('ViT-B_16', 'imagenet21k/ViT-B_16.npz', base_lr=0.01)

@@ -8,6 +8,6 @@ classes. The original release's ImageNet-21k weights; the hidden layer and the h
 Schedule and other datasets as in configs/b16.py. Time and accuracy: not yet measured.
 """
 
-from configs import common
+from vit_jax.configs import common
 
 get_config = common.fine_tuning('ViT-B_16-mlp-head', 'imagenet21k/ViT-B_16.npz', base_lr=0.01)

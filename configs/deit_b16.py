@@ -9,6 +9,6 @@ nothing. Both heads are trained, and their mean is the answer; there is no teach
 Schedule and other datasets as in configs/b16.py. Time and accuracy: not yet measured.
 """
 
-from configs import common
+from vit_jax.configs import common
 
 get_config = common.fine_tuning('DeiT-B_16', '', base_lr=0.01)

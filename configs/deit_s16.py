@@ -6,6 +6,6 @@ configs/deit_b16.py says what FILE is and how both heads are trained. Schedule a
 in configs/b16.py. Time and accuracy: not yet measured.
 """
 
-from configs import common
+from vit_jax.configs import common
 
 get_config = common.fine_tuning('DeiT-S_16', '', base_lr=0.01)

@@ -9,7 +9,7 @@ see README, "Results".
 
 import ml_collections
 
-from configs import common
+from vit_jax.configs import common
 
 
 def get_config(dataset: str = 'digits') -> ml_collections.ConfigDict:

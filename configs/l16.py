@@ -5,6 +5,6 @@
 Schedule and other datasets as in configs/b16.py. Time and accuracy: not yet measured.
 """
 
-from configs import common
+from vit_jax.configs import common
 
 get_config = common.fine_tuning('ViT-L_16', 'imagenet21k/ViT-L_16.npz', base_lr=0.01)

@@ -7,7 +7,7 @@ A Mixer has weights for each token, which ties these to 224 px.
 Schedule and other datasets as in configs/b16.py. Time and accuracy: not yet measured.
 """
 
-from configs import common
+from vit_jax.configs import common
 
 get_config = common.fine_tuning(
     'Mixer-B_16', 'gs://mixer_models/imagenet21k/Mixer-B_16.npz', base_lr=0.01

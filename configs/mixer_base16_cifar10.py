@@ -9,8 +9,8 @@ README): 96.82 % from imagenet21k, 96.72 % from imagenet1k. With this code: not 
 
 import ml_collections
 
-from configs import common
 from vit_jax import variants
+from vit_jax.configs import common
 
 
 def get_config() -> ml_collections.ConfigDict:

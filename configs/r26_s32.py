@@ -5,7 +5,7 @@
 Schedule and other datasets as in configs/b16.py. Time and accuracy: not yet measured.
 """
 
-from configs import common
+from vit_jax.configs import common
 
 get_config = common.fine_tuning(
     'R26+ViT-S_32',

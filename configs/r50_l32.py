@@ -5,6 +5,6 @@
 Schedule and other datasets as in configs/b16.py. Time and accuracy: not yet measured.
 """
 
-from configs import common
+from vit_jax.configs import common
 
 get_config = common.fine_tuning('R50+ViT-L_32', 'imagenet21k/R50+ViT-L_32.npz', base_lr=0.01)

@@ -11,8 +11,8 @@ import re
 
 import ml_collections
 
-from configs import common
 from vit_jax import variants
+from vit_jax.configs import common
 
 
 def _spelling(name: str) -> str:

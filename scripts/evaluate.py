@@ -99,7 +99,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _open_source(args: argparse.Namespace, trained_on: Mapping[str, Any]):
     """The labelled images that are asked for, or those that the model's training held out."""
-    from configs import datasets
+    from vit_jax.configs import datasets
     from vit_jax.data import sources
     from vit_jax.errors import UserError
 

@@ -8,20 +8,20 @@ import jax
 import ml_collections
 import pytest
 
-from configs import common, datasets
 from vit_jax import config as config_lib
 from vit_jax import models, variants
+from vit_jax.configs import common, datasets
 from vit_jax.errors import UserError
 
 CONFIGS = sorted(p.stem for p in (pathlib.Path(__file__).parents[1] / 'configs').glob('*.py'))
-NOT_A_RUN = ('__init__', 'common', 'datasets')
+NOT_A_RUN = ('common', 'datasets')
 ARGUMENTS = {'vit': ('b16,cifar10',), 'augreg': ('R_Ti_16',)}
 FILES = [name for name in CONFIGS if name not in NOT_A_RUN]
 
 
 def load(name, *argument, **flags):
     """What `--config configs/NAME.py:ARGUMENT --config.KEY=VALUE` gives."""
-    config = importlib.import_module(f'configs.{name}').get_config(*argument)
+    config = importlib.import_module(f'vit_jax.configs.{name}').get_config(*argument)
     config.lock()
     for key, value in flags.items():
         config.update_from_flattened_dict({key.replace('__', '.'): value})
@@ -145,7 +145,7 @@ def test_precedence_default_preset_file_table_file_flag():
     assert load('b16', 'cifar10', total_steps=7, warmup_steps=1).total_steps == 7  # a flag
     assert load('b16', pp__crop=384).pp.crop == 384
     config = common.get_config()
-    config.model = importlib.import_module('configs.b16').get_config().model
+    config.model = importlib.import_module('vit_jax.configs.b16').get_config().model
     config.dataset = 'cifar10'
     table = ml_collections.ConfigDict({'total_steps': 8, 'warmup_steps': 2})
     config.dataset_presets.cifar10 = table
@@ -174,7 +174,7 @@ def test_a_warm_up_that_was_not_set_is_the_same_share_of_the_steps(name, changes
 
 
 def test_resolving_leaves_the_file_untouched_and_locks():
-    config = importlib.import_module('configs.b16').get_config()
+    config = importlib.import_module('vit_jax.configs.b16').get_config()
     resolved = config_lib.resolve(config)
     assert config.batch is None
     with pytest.raises(AttributeError):
@@ -290,7 +290,7 @@ def test_a_file_that_sets_no_knob_of_ours_is_told_so():
     config = common.get_config()
     with pytest.raises(UserError, match='has no model'):
         config_lib.resolve(config)
-    config.model = importlib.import_module('configs.b16').get_config().model
+    config.model = importlib.import_module('vit_jax.configs.b16').get_config().model
     config.learning_rate = 3
     with pytest.raises(UserError, match="'learning_rate', which is no knob"):
         config_lib.resolve(config)

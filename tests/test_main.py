@@ -24,12 +24,12 @@ def mistake(command, tmp_path):
 @pytest.mark.parametrize(
     ('words', 'message'),
     [
-        ([], 'no config file given: add --config configs/b16.py'),
-        (['--config'], 'no config file given'),
+        ([], 'no config given: add --config b16'),
+        (['--config'], 'no config given'),
         (['--config', 'configs/b61.py'], 'did you mean configs/b16.py?'),
-        (['--config', 'vit_jax/configs/b16.py'], 'did you mean configs/b16.py?'),
-        (['--config', 'nowhere/zzz.py'], 'configs has: augreg, b16, '),
-        (['--config', 'tests/fixtures/x.py'], 'there is none in tests/fixtures'),
+        (['--config', 'my/configs/b16.py'], 'did you mean configs/b16.py?'),
+        (['--config', 'nowhere/zzz.py'], 'ours are augreg, b16, '),
+        (['--config=vit_jax/configs/b16.py', '--lr=1'], '--config.base_lr'),  # as the original's
         (['--config', 'b61'], 'did you mean configs/b16.py?'),
         (['--config=b16:cifar10', '--config.batch=many'], '--config.batch=many'),
         (['--config', 'b16', '--lr=1'], 'it is called --config.base_lr here'),

@@ -11,9 +11,9 @@ import numpy as np
 import optax
 import pytest
 
-from configs import common
 from vit_jax import models, optim, sharding, steps
 from vit_jax import state as state_lib
+from vit_jax.configs import common
 from vit_jax.data import augment
 from vit_jax.models import cpu
 

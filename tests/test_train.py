@@ -9,12 +9,12 @@ import ml_collections
 import numpy as np
 import pytest
 
-from configs import digits
 from vit_jax import config as config_lib
 from vit_jax import loop, sharding, steps, train
 from vit_jax import state as state_lib
 from vit_jax.analysis import run_files
 from vit_jax.checkpoint import npz
+from vit_jax.configs import digits
 from vit_jax.data import sources
 from vit_jax.errors import UserError
 from vit_jax.inference import model_folder, predict

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import digits
 from vit_jax import config as config_lib
 from vit_jax import models, train
 from vit_jax.checkpoint import npz
+from vit_jax.configs import digits
 from vit_jax.errors import UserError
 from vit_jax.inference import model_folder
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import digits
 from vit_jax import config as config_lib
 from vit_jax import evaluate, loop, sharding, steps, train
 from vit_jax.analysis import run_files
 from vit_jax.checkpoint import workdir as workdir_lib
+from vit_jax.configs import digits
 from vit_jax.data import sources
 from vit_jax.errors import UserError
 from vit_jax.inference import model_folder

@@ -14,8 +14,8 @@ from typing import Any
 
 import ml_collections
 
-from configs import common, datasets
 from vit_jax import variants
+from vit_jax.configs import common, datasets
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.models.attention import ATTENTION_IMPLEMENTATIONS
@@ -194,7 +194,7 @@ def _overlay(target: ml_collections.ConfigDict, layer: Mapping[str, Any]) -> Non
             continue
         if key not in target:
             raise UserError(
-                f'the config sets {key!r}, which is no knob; configs/common.py lists them'
+                f'the config sets {key!r}, which is no knob; `vit_jax train --help` lists them'
             )
         if isinstance(value, Mapping | ml_collections.ConfigDict):
             _overlay(target[key], value)

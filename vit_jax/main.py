@@ -1,7 +1,7 @@
 """The command line: `python -m vit_jax.main --config configs/b16.py`.
 
-Fine-tunes the model of a config file and writes a model folder. Every knob (`configs/common.py`) is
-a flag: `--config.base_lr=0.003`, `--config.pp.crop=384`. Run again with the same --workdir, a run
+Fine-tunes the model of a config and writes a model folder. Every knob (`configs/common.py`) is a
+flag: `--config.base_lr=0.003`, `--config.pp.crop=384`. Run again with the same --workdir, a run
 goes on where it stopped.
 
 Several machines run the same command each; Slurm, Open MPI and Kubernetes tell them of each other,
@@ -27,7 +27,8 @@ from vit_jax.errors import UserError
 _CONFIG = config_flags.DEFINE_config_file(
     'config',
     None,
-    'Config file, with an argument if it takes one: configs/b16.py, configs/vit.py:b16,cifar10.',
+    'Config: one of ours by name, or a file; with an argument if it takes one. b16, '
+    'vit:b16,cifar10, my/config.py.',
 )
 _WORKDIR = flags.DEFINE_string(
     'workdir',
@@ -51,6 +52,7 @@ _HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
     lower_bound=1,
 )
 
+_CONFIGS = pathlib.Path(__file__).with_name('configs')  # in a checkout, a link to configs/
 _FLAGS = ('config', 'workdir', 'coordinator_address', 'num_processes', 'process_id',
           'heartbeat_timeout_seconds')  # fmt: skip
 
@@ -173,7 +175,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 def _help() -> str:
     """What --help prints: the first lines of this file, the flags, and every knob."""
-    from configs import common
+    from vit_jax.configs import common
 
     own = '\n'.join(f'  --{name}: {flags.FLAGS[name].help}' for name in _FLAGS)
     source = inspect.getsource(common.get_defaults).split('ml_collections.ConfigDict()\n', 1)[1]
@@ -183,7 +185,7 @@ def _help() -> str:
 
 
 def _with_config_file(argv: Sequence[str]) -> list[str]:
-    """The words with the config file's path in full: `--config b16` means `configs/b16.py`.
+    """The words with the config file's path: `--config b16` means ours of that name, anywhere.
 
     Raises:
       UserError: `--config` is missing or names no file.
@@ -195,28 +197,22 @@ def _with_config_file(argv: Sequence[str]) -> list[str]:
             spec = value if equals else ''.join(words[i + 1 : i + 2])
             place = i if equals else i + 1
     if not spec or spec.startswith('-'):
-        raise UserError(
-            'no config file given: add --config configs/b16.py (see the folder configs/)'
-        )
+        raise UserError('no config given: add --config b16, another name, or a file')
     if named := re.fullmatch(r'(\w+)(:.*)?', spec):
-        file = pathlib.Path('configs', f'{named[1]}.py')
+        file = _CONFIGS / f'{named[1]}.py'
         if file.is_file():
             spec = f'{file}{named[2] or ""}'
             words[place] = f'--config={spec}' if words[place].startswith('-') else spec
     path = pathlib.Path(re.sub(r'(\.py):.*$', r'\1', spec))
     if path.is_file() and path.suffix == '.py':
         return words
-    bare = path.parent == pathlib.Path()
-    folder = path.parent if path.parent.is_dir() and not bare else pathlib.Path('configs')
-    known = {p.stem: str(p) for p in sorted(folder.glob('*.py')) if p.stem != '__init__'}
+    names = sorted({file.stem for file in _CONFIGS.glob('*.py')} - {'common', 'datasets'})
+    known = {name: name for name in names}
+    for folder in (pathlib.Path('configs'), path.parent):
+        known |= {file.stem: str(file) for file in folder.glob('*.py')}
     near = difflib.get_close_matches(path.stem, known, n=1, cutoff=0.5)
-    if near:
-        hint = f'did you mean {known[near[0]]}?'
-    elif known:
-        hint = f'{folder} has: {", ".join(known)}'
-    else:
-        hint = f'there is none in {folder} (seen from {os.getcwd()})'
-    raise UserError(f'no config file {path}: {hint}')
+    hint = f'did you mean {known[near[0]]}?' if near else f'ours are {", ".join(names)}'
+    raise UserError(f'no config {spec} (seen from {os.getcwd()}): {hint}')
 
 
 def _unknown_flag(name: str) -> str:
@@ -234,14 +230,14 @@ def _unknown_flag(name: str) -> str:
 
 
 def _unknown_knob(name: str) -> str:
-    from configs import common
+    from vit_jax.configs import common
 
     knobs = [*_knobs(common.get_defaults())]
     short = name.removeprefix('config.')
     if short in _RETIRED:
         return f'this knob is not needed: {_RETIRED[short]}'
     near = difflib.get_close_matches(short, knobs, n=1, cutoff=0.5)
-    hint = f'did you mean --config.{near[0]}?' if near else 'configs/common.py lists them'
+    hint = f'did you mean --config.{near[0]}?' if near else '--help lists them'
     return f'there is no such knob; {_hint_from_elsewhere(short) or hint}'
 
 

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import common
 from vit_jax import models
 from vit_jax.analysis import (
     counts,
@@ -29,6 +28,7 @@ from vit_jax.analysis import (
     run_files,
 )
 from vit_jax.checkpoint import npz
+from vit_jax.configs import common
 from vit_jax.data import sources, tfds_sets
 from vit_jax.data.dataset import Selection
 from vit_jax.data.decode import decode

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from configs import augreg
 from vit_jax import models
 from vit_jax.checkpoint import adapt, catalog, download, npz
+from vit_jax.configs import augreg
 from vit_jax.errors import UserError
 
 MIB = 2**20

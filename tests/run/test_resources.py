@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import b16, digits
 from vit_jax import config as config_lib
 from vit_jax import optim, sharding, steps
 from vit_jax import state as state_lib
+from vit_jax.configs import b16, digits
 from vit_jax.errors import UserError
 from vit_jax.models import from_config
 from vit_jax.run import resources
@@ -137,7 +137,7 @@ import os, resource, sys
 from vit_jax import train
 from vit_jax import config as config_lib
 from vit_jax.run import resources
-from configs import digits
+from vit_jax.configs import digits
 config = digits.get_config()
 config.update_from_flattened_dict(dict(eval(sys.argv[1])))
 config.report, config.compile_cache = False, ''

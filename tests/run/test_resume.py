@@ -48,7 +48,7 @@ def test_other_settings_may_not_and_all_are_named(saved):
 
 
 def test_every_free_setting_is_a_knob():
-    from configs import common
+    from vit_jax.configs import common
 
     assert set(common.get_defaults()) >= resume.FREE
 

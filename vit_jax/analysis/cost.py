@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from configs import common
 from vit_jax import models, optim, sharding, state, steps, variants
 from vit_jax.analysis import counts
 from vit_jax.analysis.architecture import Architecture
+from vit_jax.configs import common
 from vit_jax.models.cpu import CHUNK
 from vit_jax.run import resources
 

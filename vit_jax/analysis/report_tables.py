@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from flax import traverse_util
 
-from configs import common
 from vit_jax.analysis.run_files import MODEL_FOLDER, Run
 from vit_jax.analysis.tables import Table
+from vit_jax.configs import common
 from vit_jax.errors import UserError
 from vit_jax.inference import metrics_report as classification_report
 from vit_jax.run.telemetry import format_duration, format_rate

@@ -15,8 +15,8 @@ from typing import Any
 import filelock
 from flax import traverse_util
 
-from configs import common
 from vit_jax import files
+from vit_jax.configs import common
 from vit_jax.errors import UserError
 
 LOCK_FILE = '.lock'
