@@ -252,7 +252,7 @@ def _is_transformers_folder(path: pathlib.Path) -> bool:
 
 
 def _perturb(weights: Outputs, name: str) -> Outputs:
-    # A file may number modules in the published way, while scripts/inspect_checkpoint.py shows
+    # A file may number modules in the published way, while vit_jax inspect_checkpoint shows
     # Linen's names.
     keys = flax.traverse_util.unflatten_dict({key: key for key in weights}, sep='/')
     name = npz.flatten(npz.to_linen(keys)).get(name, name)

@@ -111,7 +111,7 @@ def get_defaults() -> ml_collections.ConfigDict:
     config.keep_checkpoints = 2
     # Save and keep the step of the best test accuracy, too; it ends up in model_best/.
     config.keep_best = False
-    # Write report.html when the run is finished (`scripts/report.py WORKDIR` does it at any time).
+    # Write report.html when the run is finished (`vit_jax report WORKDIR` does it at any time).
     config.report = True
     # When loss or gradient is not finite: 'stop', or 'skip' the update and count it.
     config.nan_policy = 'stop'

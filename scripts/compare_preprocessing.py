@@ -27,7 +27,7 @@ BATCH = 20
 def main() -> int:
     """Runs the command line; returns the exit status."""
     parser = cli.make_parser(__doc__)
-    parser.add_argument('--model', required=True, help='as for scripts/predict.py')
+    parser.add_argument('--model', required=True, help='as for vit_jax predict')
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='file, folder or pattern')
     args = parser.parse_args()
     return cli.run(lambda: _run(args))

@@ -1,88 +1,11 @@
-"""Converts weights between libraries: from any format that is read to any that is written.
+"""`vit_jax convert` in a checkout, installed or not."""
 
-SRC is a model folder, a .npz, .safetensors or .pth file, a folder of Hugging Face or timm, or the
-name of a released checkpoint. DST is a .npz file or, for the other formats, a folder; it must not
-exist. Arrays are read and written one by one. What a format cannot express is refused by name.
-
-(This turns files into files, of any size, without running the model. For a model that is verified
-in the library it is for, and for ONNX and StableHLO: scripts/export.py.)
-
-Examples:
-    python scripts/convert.py runs/b16-tf_flowers/model flowers_hf --to huggingface
-    python scripts/convert.py ViT-B_16.npz b16_timm --to timm --drop pre_logits
-    python scripts/convert.py jx_vit_base_p16_224-80ecf9dd.pth ViT-B_16.npz --to npz
-"""
-
-import argparse
 import pathlib
 import sys
 
-# A checkout runs without being installed.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from vit_jax import cli
-
-TARGETS = ('npz', 'timm', 'huggingface', 'torchvision')
-NORMALIZATIONS = ('half', 'imagenet')
-
-
-def main() -> int:
-    """Runs the command line; returns the exit status, 1 if the conversion failed."""
-    parser = cli.make_parser(__doc__)
-    parser.add_argument('source', metavar='SRC', help='what to convert')
-    parser.add_argument('destination', metavar='DST', help='file (npz) or folder to write')
-    parser.add_argument('--to', required=True, choices=TARGETS, help='the format of DST')
-    parser.add_argument(
-        '--drop',
-        nargs='+',
-        default=[],
-        metavar='LAYER',
-        help='leave this layer out where DST has no place for it: pre_logits',
-    )
-    parser.add_argument(
-        '--variant',
-        default='',
-        help='architecture of SRC, such as ViT-B_16, where its arrays do not tell',
-    )
-    parser.add_argument(
-        '--normalization',
-        choices=NORMALIZATIONS,
-        help='input that SRC was trained with, where it does not tell: half (to [-1, 1], the '
-        'default), or imagenet (mean and standard deviation: DeiT, torchvision), which is folded '
-        'into the first layer',
-    )
-    args = parser.parse_args()
-    return cli.run(lambda: _convert(args))
-
-
-def _convert(args: argparse.Namespace) -> None:
-    # Not at the top: they take seconds, and --help should not.
-    from vit_jax.checkpoint import formats, npz
-    from vit_jax.export import pytorch
-    from vit_jax.inference import model_folder
-
-    normalization = {None: None, 'half': formats.HALF, 'imagenet': formats.IMAGENET}
-    model = model_folder.open_model(
-        args.source, variant=args.variant, normalization=normalization[args.normalization]
-    )
-    arrays = npz.flatten(model.params)
-    count = sum(array.size for array in arrays.values())
-    name = model.model_config.get('model_name') or 'a model of no known variant'
-    kind = model.source.get('format', 'vit_jax model folder')
-    print(
-        f'{model.source.get("file", args.source)}: {name}, {kind}, {len(arrays)} arrays, '
-        f'{count:,} parameters'
-    )
-    for note in model.source.get('notes', ()):
-        print(f'  {note}')
-    model_folder.check(model)
-    model, notes = pytorch.drop_layers(model, args.drop)
-    notes += pytorch.write(args.destination, model, to=args.to)
-    cli.end_on_closed_pipe()  # all is written
-    print(f'{args.destination}: written for {args.to}')
-    for note in notes:
-        print(f'  {note}')
-
+from vit_jax.commands.convert import main
 
 if __name__ == '__main__':
     sys.exit(main())

@@ -31,8 +31,8 @@ echo
 "$python" scripts/quickstart_picture.py "$workdir"
 images=("$workdir"/images/*.png)
 echo
-echo "Predicting: python scripts/predict.py --model $workdir/model --top_k 3 ${images[0]} ${images[1]}"
-"$python" scripts/predict.py --model "$workdir/model" --top_k 3 "${images[0]}" "${images[1]}"
+echo "Predicting: python -m vit_jax predict --model $workdir/model --top_k 3 ${images[0]} ${images[1]}"
+"$python" -m vit_jax predict --model "$workdir/model" --top_k 3 "${images[0]}" "${images[1]}"
 
 accuracy=$("$python" - "$workdir/metrics.jsonl" <<'PY'
 import json
@@ -49,7 +49,7 @@ cat <<END
 The model is in $workdir/model, the picture in $workdir/predictions.png.
 To try next, after 'source .venv/bin/activate':
 
-  python scripts/predict.py --model $workdir/model $workdir/images
+  python -m vit_jax predict --model $workdir/model $workdir/images
   python -m vit_jax.main --config configs/b16.py
   python -m vit_jax.main --config configs/b16.py --config.dataset=/path/to/your/photos
 

@@ -1,7 +1,6 @@
 """Pages of docs/: their blocks run and print what the page shows; the notebook runs."""
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -10,6 +9,8 @@ import re
 import sys
 
 import pytest
+
+from vit_jax import __main__
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = ROOT / 'docs' / 'how_a_vit_works.md'
@@ -94,13 +95,9 @@ def test_commands_of_the_page_print_what_it_shows(monkeypatch, capsys):
     for line, block in found:
         command, shown = block.split('\n', 1)
         words = command.split()
-        assert words[:2] == ['$', 'python'], f'{PAGE.name}, line {line}'
-        script = ROOT / words[2]
-        spec = importlib.util.spec_from_file_location(script.stem, script)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        monkeypatch.setattr(sys, 'argv', [script.name, *words[3:]])
-        assert module.main() == 0
+        assert words[:2] == ['$', 'vit_jax'], f'{PAGE.name}, line {line}'
+        monkeypatch.setattr(sys, 'argv', words[1:])
+        assert __main__.main() == 0
         printed = capsys.readouterr().out
         assert shows(shown, printed), f'{PAGE.name}, line {line}: {command} prints\n{printed}'
 

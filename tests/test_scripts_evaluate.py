@@ -1,4 +1,4 @@
-"""scripts/evaluate.py and what it is made of: metrics, pictures, tables."""
+"""vit_jax evaluate and what it is made of: metrics, pictures, tables."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""scripts/export.py: from a model to a verified file, and everything that leaves none."""
+"""vit_jax export: from a model to a verified file, and everything that leaves none."""
 
 import hashlib
 import importlib.util
@@ -11,6 +11,7 @@ import onnx
 import pytest
 
 from vit_jax.checkpoint import npz
+from vit_jax.commands import export
 from vit_jax.export import formats, options, verify
 from vit_jax.inference import model_folder
 
@@ -21,7 +22,7 @@ NAMES = ['daisy', 'rose', 'tulip', 'dandelion', 'sunflower', 'aster', 'lily']
 
 @pytest.fixture
 def script(monkeypatch, run_script):
-    """Runs scripts/export.py in this process: (exit status, standard output, standard error)."""
+    """Runs vit_jax export in this process: (exit status, standard output, standard error)."""
     for name in ('JAX_PLATFORMS', 'TF_CPP_MIN_LOG_LEVEL'):  # the script sets them if they are not
         monkeypatch.setenv(name, os.environ.get(name, '2'))
     handler = signal.getsignal(signal.SIGTERM)
@@ -229,8 +230,7 @@ def test_a_full_disk(script, model, out, monkeypatch):
 
 
 def test_help_names_every_format():
-    help_text = (ROOT / 'scripts' / 'export.py').read_text().split('"""')[1]
-    assert all(name in help_text for name in options.FORMATS)
+    assert all(name in export.__doc__ for name in options.FORMATS)
 
 
 @pytest.mark.skipif(bool(importlib.util.find_spec('tensorrt')), reason='TensorRT is installed')

@@ -1,4 +1,4 @@
-"""scripts/inspect_checkpoint.py and scripts/list_models.py, and what they look things up in."""
+"""vit_jax inspect_checkpoint and vit_jax list_models, and what they look things up in."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""What the commands in scripts/ have in common; imports nothing that takes time."""
+"""What the commands have in common; imports nothing that takes time."""
 
 import argparse
 import pathlib
@@ -9,13 +9,19 @@ from collections.abc import Callable
 from vit_jax.errors import UserError
 
 
+def program() -> str:
+    """The name of the command, as it was started: 'vit_jax predict', 'predict.py'."""
+    return pathlib.Path(sys.argv[0]).name
+
+
 def make_parser(doc: str) -> argparse.ArgumentParser:
     """A parser of a command line.
 
     Args:
-      doc: the docstring of the script, shown by --help as it is.
+      doc: the docstring of its module, shown by --help as it is.
     """
     return argparse.ArgumentParser(
+        prog=program(),
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -35,7 +41,7 @@ def add_model(parser: argparse.ArgumentParser, labels: str) -> None:
         metavar='MODEL',
         help='model folder (WORKDIR/model of a training run), exported .onnx file, or weights: '
         '.npz, .safetensors, .pth, folder of Hugging Face or timm, or a released name such as '
-        'imagenet21k/ViT-B_16 (scripts/list_models.py has them all)',
+        'imagenet21k/ViT-B_16 (vit_jax list_models has them all)',
     )
     parser.add_argument(
         '--variant', default='', help='architecture of weights, such as ViT-B_16, if not clear'
@@ -56,15 +62,14 @@ def run(work: Callable[[], int | None], *, failure: int = 1) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):  # not where a test has put another stream
             stream.reconfigure(errors='backslashreplace')  # names of files may be no text
-    name = pathlib.Path(sys.argv[0]).name
     try:
         return work() or 0
     except UserError as error:
         sys.stdout.flush()
-        print(f'{name}: {error}', file=sys.stderr)
+        print(f'{program()}: {error}', file=sys.stderr)
         return failure
     except KeyboardInterrupt:
-        print(f'{name}: interrupted', file=sys.stderr)
+        print(f'{program()}: interrupted', file=sys.stderr)
         return 128 + signal.SIGINT
 
 

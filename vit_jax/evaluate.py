@@ -1,6 +1,6 @@
 """Evaluation: what becomes of each labelled example, and accuracy and loss over all of them.
 
-Training, `scripts/evaluate.py` and the report count by the same rules, which stand here once. JAX
+Training, `vit_jax evaluate` and the report count by the same rules, which stand here once. JAX
 is not imported before `evaluate` needs it, so that ONNX files are evaluated without it.
 """
 

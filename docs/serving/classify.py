@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 
 class Classifier:
-    """An ONNX file written by scripts/export.py; its metadata tell all that is needed to use it."""
+    """An ONNX file written by vit_jax export; its metadata tell all that is needed to use it."""
 
     def __init__(self, path):
         self.session = onnxruntime.InferenceSession(path)

@@ -1,12 +1,12 @@
-"""Builds a TensorRT engine from an ONNX file of scripts/export.py.
+"""Builds a TensorRT engine from an ONNX file of vit_jax export.
 
 Needs an NVIDIA GPU and `pip install tensorrt onnx` (TensorRT 10 or 11), and nothing of vit_jax.
 
     python build_engine.py flowers16.onnx flowers16.engine --max-batch 64
 
 The network is strongly typed: every value has the type that the graph says, which for a float16
-file of scripts/export.py keeps LayerNorm and softmax in float32. So there is no precision flag
-here; choose with `scripts/export.py --dtype`. Beside the engine, <engine>.labels.txt gets the class
+file of vit_jax export keeps LayerNorm and softmax in float32. So there is no precision flag
+here; choose with `vit_jax export --dtype`. Beside the engine, <engine>.labels.txt gets the class
 names, a line each.
 """
 

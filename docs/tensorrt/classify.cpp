@@ -1,5 +1,5 @@
 // Says what is on a photo: the five most probable classes of a TensorRT engine made from an ONNX
-// file of scripts/export.py (with any of its options; docs/tensorrt.md shows how to build both).
+// file of vit_jax export (with any of its options; docs/tensorrt.md shows how to build both).
 //
 //     ./classify flowers.engine flowers.engine.labels.txt photo.jpg
 //

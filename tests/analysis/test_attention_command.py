@@ -1,4 +1,4 @@
-"""scripts/attention.py, as a user runs it."""
+"""vit_jax attention, as a user runs it."""
 
 import importlib.util
 import pathlib

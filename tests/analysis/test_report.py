@@ -581,7 +581,7 @@ def test_report_is_whole_or_absent(workdir, monkeypatch):
         report.write_at_end(workdir, lines.append)
     (line,) = lines
     assert line.startswith('WARNING: no report') and 'ZeroDivisionError' in line
-    assert '\n' not in line and f'scripts/report.py {workdir}' in line
+    assert '\n' not in line and f'vit_jax report {workdir}' in line
     assert (workdir / 'report.html').read_text() == 'older'
     with pytest.raises(UserError, match='cannot write'):
         report.write(workdir, workdir / 'nowhere' / 'x.html', images=0)

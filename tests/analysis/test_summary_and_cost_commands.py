@@ -1,4 +1,4 @@
-"""scripts/summary.py and scripts/cost.py, as a user runs them."""
+"""vit_jax summary and vit_jax cost, as a user runs them."""
 
 import csv
 import importlib.util

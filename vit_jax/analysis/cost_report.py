@@ -1,4 +1,4 @@
-"""The tables of scripts/cost.py."""
+"""The tables of vit_jax cost."""
 
 import dataclasses
 from collections.abc import Sequence

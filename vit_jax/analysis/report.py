@@ -77,7 +77,7 @@ def write_at_end(workdir: str | os.PathLike[str], say: Callable[[str], None]) ->
         reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
         say(
             f'WARNING: no report could be written ({reason}); the model is not affected. Try '
-            f'again: python scripts/report.py {workdir}'
+            f'again: vit_jax report {workdir}'
         )
     else:
         say(f'report: {path}')

@@ -200,7 +200,7 @@ def _costs(run: Run) -> tuple[list[tuple[str, str]], list[str]]:
         ('Images trained on', f'{images:,}'),
         ('Training so far (PFLOPs)', f'{2 * training * images / 1e15:,.4g}'),
     ]
-    notes = ['Parameters and FLOPs by formula (see scripts/cost.py), memory by the compiler.']
+    notes = ['Parameters and FLOPs by formula (see vit_jax cost), memory by the compiler.']
     speed = _speeds(run)
     if speed:
         rate = statistics.median(speed) * 2 * training / 1e12

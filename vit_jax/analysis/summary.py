@@ -254,7 +254,7 @@ def torchsummary(
         f'Not in this table: class token ({cls:,}), position embedding ({positions:,}). With them '
         f'the model has {counted + cls + positions:,} parameters.',
         'The pass size is a convention (every output twice, float32), not the memory of training: '
-        'see scripts/cost.py.',
+        'see vit_jax cost.',
     )
     cells = [(name, f'[{", ".join(map(str, o))}]', f'{size:,}') for name, o, size in lines]
     return tables.Table(title, ('Layer (type)', 'Output Shape', 'Param #>'), cells, notes)

@@ -1,7 +1,7 @@
 """Exported ONNX files as classifiers, by onnxruntime: neither JAX nor PyTorch is imported.
 
 What is needed beside the graph (class names, preprocessing, range of the input) is in the file's
-metadata, where `scripts/export.py` wrote it.
+metadata, where `vit_jax export` wrote it.
 """
 
 import json
@@ -113,7 +113,7 @@ def _read_metadata(session: Any, path: str) -> dict[str, Any]:
     if missing:
         raise UserError(
             f'{path} has no metadata {", ".join(missing)}, so its class names and preprocessing '
-            'are not known: it was not written by scripts/export.py. Export the model with it, or '
+            'are not known: it was not written by vit_jax export. Export the model with it, or '
             'use the file by a program of your own (docs/serving.md)'
         )
     if stamp != FORMAT:

@@ -1,0 +1,167 @@
+"""What `pip install .` puts into an environment, its command, and a user's project beside it."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+
+import pytest
+
+from vit_jax import __main__, commands
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope='module')
+def sources(tmp_path_factory):
+    """A copy of what is packed: building leaves files beside its sources."""
+    folder = tmp_path_factory.mktemp('sources')
+    for name in ('configs', 'vit_jax'):
+        shutil.copytree(
+            ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns('*.pyc')
+        )
+    for name in ('pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE'):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def environment(sources, tmp_path_factory):
+    """An environment that `pip install .` has filled; what the package needs is found here."""
+    folder = tmp_path_factory.mktemp('environment')
+    venv.create(folder, symlinks=True)
+    site = pathlib.Path(sysconfig.get_path('purelib', vars={'base': folder}))
+    (site / 'packages.pth').write_text(sysconfig.get_path('purelib') + '\n')
+    pip = [sys.executable, '-m', 'pip', '--python', folder / 'bin' / 'python', 'install']
+    offline = ['--no-deps', '--no-index', '--no-build-isolation', '--ignore-installed']
+    done = subprocess.run([*pip, *offline, sources], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture
+def run(environment, tmp_path):
+    """Runs a program of the environment in a folder that has nothing of ours."""
+
+    def run(program, *words, cwd=tmp_path, path=''):
+        env = {**os.environ, 'PYTHONPATH': str(path), 'JAX_PLATFORMS': 'cpu'}
+        return subprocess.run(
+            [environment / 'bin' / program, *words],
+            cwd=cwd,
+            env=env,
+            capture_output=True,
+            text=True,
+        )
+
+    return run
+
+
+def test_the_package_is_all_that_is_installed(environment):
+    site = pathlib.Path(sysconfig.get_path('purelib', vars={'base': environment}))
+    names = {path.name.partition('-')[0] for path in site.iterdir()}
+    assert names == {'vit_jax', 'packages.pth'}
+    files = {path.relative_to(ROOT) for path in ROOT.glob('vit_jax/**/*') if path.is_file()}
+    files |= {
+        pathlib.Path('vit_jax') / path.relative_to(ROOT) for path in ROOT.glob('configs/*.py')
+    }
+    packed = {path.relative_to(site) for path in site.glob('vit_jax/**/*') if path.is_file()}
+    assert {path for path in files ^ packed if path.suffix != '.pyc'} == set()
+    assert (site / 'vit_jax' / 'py.typed').is_file()
+
+
+def test_a_source_distribution_has_the_same_files(sources, tmp_path):
+    build = 'from setuptools import build_meta; import sys; build_meta.build_sdist(sys.argv[1])'
+    done = subprocess.run([sys.executable, '-c', build, tmp_path], cwd=sources, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    (archive,) = tmp_path.glob('*.tar.gz')
+    with tarfile.open(archive) as tar:
+        names = [member.name.partition('/')[2] for member in tar if member.isfile()]
+    assert {'vit_jax/py.typed', 'vit_jax/configs/b16.py', 'vit_jax/analysis/report.html.j2'} <= {
+        *names
+    }
+    assert not [name for name in names if name.startswith(('configs/', 'tests/'))]
+
+
+def test_the_command_lists_commands_without_jax(run):
+    done = run('vit_jax', '--help')
+    assert done.returncode == 0 and not done.stderr
+    for name in commands.NAMES:
+        assert f'\n  {name} ' in done.stdout
+    code = 'import sys; from vit_jax import __main__; __main__.main(); print(*sys.modules)'
+    done = run('python', '-c', code)
+    assert not {'jax', 'numpy', 'absl', 'ml_collections'} & set(done.stdout.split())
+
+
+def test_a_name_is_our_config_everywhere(run, tmp_path):
+    (tmp_path / 'configs').mkdir()
+    (tmp_path / 'configs' / '__init__.py').touch()
+    (tmp_path / 'configs' / 'mine.py').write_text('RATE = 0.5\n')
+    done = run('python', '-m', 'vit_jax', 'train', '--config', 'b16:digits', '--config.pp.crop=33')
+    assert done.stderr.startswith('error: config.pp.crop=33 is not a multiple of'), done.stderr
+
+
+def test_a_config_of_the_user_imports_ours_and_his(run, tmp_path):
+    (tmp_path / 'configs').mkdir()
+    (tmp_path / 'configs' / 'mine.py').write_text('RATE = 0.5\n')
+    (tmp_path / 'my.py').write_text(
+        'from configs import mine\n'
+        'from vit_jax.configs import common\n'
+        "get_config = common.fine_tuning('ViT-Ti_16', '', base_lr=mine.RATE)\n"
+    )
+    done = run('vit_jax', 'train', '--config', 'my.py', '--config.base_lrr=1')
+    assert 'did you mean --config.base_lr?' in done.stderr  # so the file was read
+    done = run('vit_jax', 'train', '--config', 'mine')
+    assert 'did you mean configs/mine.py?' in done.stderr
+
+
+@pytest.mark.parametrize('files', [('__init__', 'base'), ('base',)], ids=['package', 'namespace'])
+@pytest.mark.parametrize('path', ['', ROOT], ids=['wheel', 'checkout'])
+def test_a_package_configs_of_the_user_is_his(run, tmp_path, files, path):
+    (tmp_path / 'configs').mkdir()
+    for name in files:
+        (tmp_path / 'configs' / f'{name}.py').write_text('lr = 1e-3\n')
+    (tmp_path / 'train.py').write_text(
+        'from configs import base\n'
+        'from vit_jax import main\n'
+        'from vit_jax.configs import b16\n'
+        'print(base.lr, main.__file__, b16.get_config().model.model_name)\n'
+    )
+    done = run('python', 'train.py', path=path)
+    assert done.returncode == 0, done.stderr
+    lr, file, name = done.stdout.split()
+    assert (lr, name) == ('0.001', 'ViT-B_16')
+    assert pathlib.Path(file).is_relative_to(ROOT) == bool(path)
+
+
+def test_every_command_has_a_module_and_is_listed():
+    modules = {file.stem for file in (ROOT / 'vit_jax' / 'commands').glob('*.py')} - {'__init__'}
+    assert modules == set(commands.NAMES)
+
+
+@pytest.mark.parametrize(
+    ('word', 'hint'),
+    [
+        ('predcit', 'did you mean `vit_jax predict`?'),
+        ('eval', 'did you mean `vit_jax evaluate`?'),
+        ('list-models', 'did you mean `vit_jax list_models`?'),
+        ('--config', 'did you mean `vit_jax train`?'),
+        ('x', 'it has train, predict, '),
+    ],
+)
+def test_a_misspelt_command(monkeypatch, capsys, word, hint):
+    monkeypatch.setattr(sys, 'argv', ['vit_jax', word])
+    assert __main__.main() == 2
+    line = capsys.readouterr().err
+    assert hint in line and line.count('\n') == 1
+
+
+def test_the_command_runs_what_its_first_word_names(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['vit_jax', 'list_models', '--variants', 'DeiT-Ti'])
+    assert __main__.main() == 0 and 'DeiT-Ti_16' in capsys.readouterr().out
+    monkeypatch.setattr(sys, 'argv', ['vit_jax', 'list_models', 'B_17'])
+    assert __main__.main() == 1
+    assert capsys.readouterr().err == 'vit_jax list_models: nothing has B_17\n'

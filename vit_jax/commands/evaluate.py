@@ -1,0 +1,139 @@
+"""Measures a model on labelled images: accuracy, per class and overall, and calibration.
+
+Top-1 and top-5 accuracy, loss, precision and recall of each class, the confusion matrix and the
+calibration. Every image counts; one that cannot be read counts as wrong, is named at the end, and
+makes the exit status 1. Classes of model and data are matched by their names.
+
+Examples:
+    vit_jax evaluate --model runs/b16-tf_flowers/model --dataset tf_flowers
+    vit_jax evaluate --model flowers.onnx --dataset photos/ --output evaluation
+    vit_jax evaluate --model ViT-B_16.npz --labels imagenet1k --dataset imagenet2012
+"""
+
+import argparse
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from vit_jax import cli
+
+RESULT, CONFUSION, RELIABILITY = 'evaluation.json', 'confusion_matrix.png', 'reliability.png'
+
+
+def main() -> int:
+    """Runs the command line; returns the exit status, 1 if an image could not be read."""
+    args = _parser().parse_args()
+    return cli.run(lambda: _run(args))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser(__doc__)
+    add = parser.add_argument
+    cli.add_model(
+        parser,
+        "names of the model's classes: imagenet1k, a file (one per line, or JSON), or none "
+        "for numbers, in the order of the data. Default: the model's own",
+    )
+    add(
+        '--dataset',
+        default='',
+        help='name of a TFDS set, folder of CLASS/*.jpg or test/CLASS/*.jpg, or digits; default: '
+        'the one that the model was trained on',
+    )
+    add(
+        '--split',
+        default='',
+        help="such as test or train[90%%:]; default: the test images of the model's training, or "
+        'what training on that dataset would hold out',
+    )
+    add('--tfds_data_dir', default='', metavar='DIR', help='where TFDS sets are')
+    add('--batch', type=int, default=32, help='images at once (default: 32)')
+    add('--output', metavar='DIR', help=f'write {RESULT} and pictures to this new folder')
+    add('--overwrite', action='store_true', help='replace DIR, if it is of an earlier evaluation')
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    from rich import console
+
+    from vit_jax.inference import classifier, labels, metrics_report, output
+    from vit_jax.inference import metrics as metrics_lib
+
+    if args.output:
+        _check_output(pathlib.Path(args.output), args.overwrite)
+    model = classifier.open_classifier(args.model, variant=args.variant, labels=args.labels)
+    source = _open_source(args, model.source)
+    to_model = labels.remap(source.class_names, model.class_names, str(source))
+    if labels.numbered(len(model.class_names)) == model.class_names:
+        model.class_names = tuple(source.class_names)
+    with output.progress_bar(len(source)) as advance:
+        found, unreadable = metrics_lib.collect(
+            model, source, model_labels=to_model, batch=args.batch, advance=advance
+        )
+    metrics = metrics_lib.compute(found, model.class_names)
+    out = console.Console(highlight=False)
+    if not out.is_terminal:
+        out.width = 120  # A pipe has no width; 80 columns would fold long names of classes.
+    title = f'{args.model} on {source}'
+    out.print(metrics_report.tables(metrics, title=title))
+    if args.output:
+        described = {
+            'model': args.model,
+            'data': str(source),
+            'model_source': dict(model.source),
+            'labels_of_data_in_model': list(to_model),
+            **metrics.to_dict(),
+            'unreadable_images': [
+                {'image': error.key, 'error': error.reason} for error in unreadable
+            ],
+        }
+        _write(pathlib.Path(args.output), described, metrics, title)
+        print(f'written to {args.output}: {RESULT}, {CONFUSION}, {RELIABILITY}')
+    return output.report_unreadable(unreadable, len(source))
+
+
+def _open_source(args: argparse.Namespace, trained_on: Mapping[str, Any]):
+    """The labelled images that are asked for, or those that the model's training held out."""
+    from vit_jax.configs import datasets
+    from vit_jax.data import sources
+    from vit_jax.errors import UserError
+
+    known = trained_on.get('dataset', '')
+    name = args.dataset or known
+    if not name:
+        raise UserError('the model does not tell what it was trained on: name a --dataset')
+    dataset = sources.open_dataset(name, tfds_data_dir=args.tfds_data_dir)
+    own = trained_on.get('test', '') if name == known else ''
+    preset = datasets.get_preset(name).get('pp', {}).get('test', '')
+    return dataset.select(args.split or own or preset or dataset.default_specs()[1])
+
+
+def _check_output(folder: pathlib.Path, overwrite: bool) -> None:
+    from vit_jax.errors import UserError
+
+    if folder.exists():
+        if not overwrite:
+            raise UserError(f'--output {folder} exists; name another folder, or add --overwrite')
+        if not (folder / RESULT).is_file():
+            raise UserError(
+                f'--output {folder} is not an earlier evaluation (it has no {RESULT}), so it '
+                'stays; name another folder'
+            )
+    if not folder.absolute().parent.is_dir():
+        raise UserError(f'--output {folder}: there is no folder {folder.parent}; make it first')
+
+
+def _write(folder: pathlib.Path, described: Mapping[str, Any], metrics, title: str) -> None:
+    """Writes all files, or none; an earlier evaluation is replaced."""
+    from vit_jax import files
+    from vit_jax.inference import contact_sheet, metrics_report
+
+    with files.atomic_folder(folder, exists='replace') as part:
+        text = json.dumps(described, indent=1, ensure_ascii=False, allow_nan=False)
+        files.write_text(part / RESULT, text + '\n')
+        for name, draw in (
+            (CONFUSION, metrics_report.draw_confusion),
+            (RELIABILITY, metrics_report.draw_reliability),
+        ):
+            contact_sheet.save_figure(draw(metrics, title=title), part / name, dpi=120)

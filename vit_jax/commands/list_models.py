@@ -1,0 +1,63 @@
+"""Lists the released checkpoints: variant, size, resolution, classes, name, published accuracy.
+
+A name is what --config.pretrained takes. It is downloaded from https://storage.googleapis.com/ +
+vit_models/ + name (with the bucket in the name, as mixer_models/..., without vit_models/).
+
+Examples:
+    vit_jax list_models
+    vit_jax list_models B_16 imagenet21k        # those with both words
+    vit_jax list_models --variants              # the models themselves
+"""
+
+import sys
+
+from vit_jax import cli
+
+
+def main() -> int:
+    """Runs the command line; returns the exit status, 1 if nothing was found."""
+    parser = cli.make_parser(__doc__)
+    parser.add_argument('words', nargs='*', metavar='WORD', help='only what has all these words')
+    parser.add_argument('--addresses', action='store_true', help='print addresses for download')
+    parser.add_argument('--variants', action='store_true', help='list the models that are known')
+    args = parser.parse_args()
+    cli.end_on_closed_pipe()
+    rows = _variants() if args.variants else _checkpoints(args.addresses)
+    words = [word.lower() for word in args.words]
+    found = [row for row in rows[1:] if all(word in '\n'.join(row).lower() for word in words)]
+    if not found:
+        print(f'{cli.program()}: nothing has {" and ".join(args.words)}', file=sys.stderr)
+        return 1
+    widths = [max(len(row[i]) for row in [rows[0], *found]) for i in range(len(rows[0]))]
+    for row in [rows[0], *found]:
+        print(
+            '  '.join(f'{cell:{width}}' for cell, width in zip(row, widths, strict=True)).rstrip()
+        )
+    if not args.variants and any('~' in cell for row in found for cell in row):
+        print('~ size of the float32 weights; that of the file is not known')
+    return 0
+
+
+def _checkpoints(addresses: bool) -> list[tuple[str, ...]]:
+    from vit_jax.checkpoint import catalog
+
+    rows: list[tuple[str, ...]] = [
+        ('VARIANT', 'MIB', 'PIXELS', 'CLASSES', 'NAME', 'PUBLISHED ACCURACY')
+    ]
+    for c in catalog.CHECKPOINTS:
+        size = f'{"" if c.size_is_listed else "~"}{c.mib:.0f}'
+        name = f'{catalog.BASE_URL}/{c.address.removeprefix("gs://")}' if addresses else c.name
+        rows.append((c.variant, size, str(c.resolution), str(c.num_classes), name, c.accuracy))
+    return rows
+
+
+def _variants() -> list[tuple[str, ...]]:
+    from vit_jax import variants
+
+    rows: list[tuple[str, ...]] = [('VARIANT', 'PIXELS PER TOKEN', 'WIDTH', 'BLOCKS')]
+    for name, config in variants.VARIANTS.items():
+        mixer = variants.is_mixer(config)
+        width = config['hidden_dim' if mixer else 'hidden_size']
+        blocks = config['num_blocks'] if mixer else config['transformer']['num_layers']
+        rows.append((name, str(variants.token_stride(config)), str(width), str(blocks)))
+    return rows
