@@ -1,6 +1,9 @@
+import functools
 import pathlib
 import zipfile
 
+import flax
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -72,8 +75,9 @@ def test_load_matches_blocks_by_number_and_not_by_text(tmp_path):
     np.savez(
         tmp_path / 'a.npz',
         **{
-            f'Transformer/encoderblock_{i}/LayerNorm_2/bias': np.full(1, float(i))
+            f'Transformer/encoderblock_{i}/{module}/bias': np.full(1, float(i))
             for i in range(12)
+            for module in npz.to_published(_vit_params())['Transformer']['encoderblock_0']
         },
     )
     blocks = checkpoint.load(tmp_path / 'a.npz')['Transformer']
@@ -121,6 +125,83 @@ def test_load_returns_float32(tmp_path, dtype):
     loaded = checkpoint.load(tmp_path / 'a.npz')['x']
     np.testing.assert_array_equal(loaded, expected, strict=True)
     assert loaded.flags.c_contiguous
+
+
+def _parts():
+    """Parts of trees, and trees of others, whose names look like those of another layout."""
+    block = _vit_params()['Transformer']['encoderblock_0']
+    one = np.ones(2, np.float32)
+    vit = {
+        'embedding': {'kernel': np.ones((4, 4, 3, 4), np.float32)},
+        'Transformer': {'encoder_norm': {'scale': one}, 'encoderblock_0': block},
+    }
+    scanned = {'encoderblock': {'a': np.ones((3, 2), np.float32)}}
+    return {
+        'the last block': {'Transformer': {'encoderblock_11': block}, 'head': {'bias': one}},
+        'two layers': {'lora': {'encoderblock_6': {'a': one}, 'encoderblock_11': {'a': one}}},
+        'own numbers': {'stage_1': {'w': one}, 'stage_2': {'w': one}},
+        'second norms': {'Transformer': {'encoderblock_1': {'LayerNorm_2': {'bias': one}}}},
+        'block with a third norm': {'x': block | {'LayerNorm_2': {'bias': one}}},
+        'half of a block': {'x': {'LayerNorm_0': {'bias': one}, 'MlpBlock_3': {'w': one}}},
+        'embedding and norm only': vit | {'Transformer': {'encoder_norm': {'scale': one}}},
+        'ViT without positions': vit,
+        'positions at the top': vit | {'pos_embedding': np.ones((1, 9, 4), np.float32)},
+        'positions of another kind': vit | {'pos_embedding': {'x': one, 'y': one}},
+        'scanned blocks': {'Transformer': scanned},
+        'blocks not stacked': {'Transformer': {'encoderblock': {'a': one, 'b': np.float32(1)}}},
+        'attention pooling': {'MAPHead_0': {'probe': one}, 'head': {'bias': one}},
+        'two towers': {'img': vit, 'txt': {'head': {'bias': one}}, 't': np.float32(0.5)},
+        'beside an optimizer': {'opt': {'mu': one}, 'params': {'w': one}, 'step': np.float32(3)},
+        'names of collections': {'target': {'w': one}, 'params': one},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize('name', _parts())
+def test_parts_of_a_tree_come_back_with_their_names(name, tmp_path):
+    part = _parts()[name]
+    checkpoint.save(tmp_path / 'a.npz', part)
+    _assert_equal_trees(checkpoint.load(tmp_path / 'a.npz'), part)
+
+
+def test_variables_are_written_as_their_parameters(tmp_path):
+    params = _vit_params()
+    checkpoint.save(tmp_path / 'a.npz', params)
+    checkpoint.save(tmp_path / 'b.npz', flax.core.freeze({'params': params}))
+    assert (tmp_path / 'a.npz').read_bytes() == (tmp_path / 'b.npz').read_bytes()
+    assert not zipfile.ZipFile(tmp_path / 'a.npz').comment  # a whole model's file has no mark
+
+
+def test_scalars_are_arrays_without_axes(tmp_path):
+    checkpoint.save(tmp_path / 'a.npz', {'t': np.float32(3), 'u': jnp.float32(4), 'v': 0.5})
+    expected = {'t': np.array(3, np.float32), 'u': np.array(4, np.float32)}
+    _assert_equal_trees(
+        checkpoint.load(tmp_path / 'a.npz'), expected | {'v': np.array(0.5, np.float32)}
+    )
+
+
+@pytest.mark.parametrize(
+    ('tree', 'error', 'words'),
+    [
+        ({'w': [np.ones(2), np.ones(2)]}, TypeError, 'w is list; expected an array of floats'),
+        ({'a': {'step': 3}}, TypeError, 'a/step is int; expected'),
+        ({'step': np.int32(3)}, TypeError, 'step has type int32; expected'),
+        ({'w': None}, TypeError, 'w is NoneType; expected'),
+        ({'key': jax.random.key(0)}, TypeError, 'key has type key<fry>; expected'),
+        ({'w': np.ones(2, np.complex64)}, TypeError, 'w has type complex64'),
+        ({'w': jax.ShapeDtypeStruct((2,), np.float32)}, TypeError, 'w is ShapeDtypeStruct'),
+        ({'a': {}, 'w': np.ones(2)}, TypeError, 'a is an empty dict'),
+        ({}, TypeError, 'the tree is an empty dict'),
+        ({'a': {0: np.ones(2)}}, TypeError, 'a has the key 0; expected a text'),
+        ({'a/b': np.ones(2)}, UserError, "the tree has the key 'a/b'; expected a name"),
+        ({'w': np.ones((0, 2))}, UserError, r'w has shape \(0, 2\)'),
+        ({'w': np.array([1, np.nan, 1e300])}, UserError, r'w has 2 values \(of 3\) that are NaN'),
+        (functools.reduce(lambda t, _: {'a': t}, range(33), np.ones(1)), UserError, 'deeper'),
+    ],
+)  # fmt: skip
+def test_what_no_file_can_hold_is_refused(tree, error, words, tmp_path):
+    with pytest.raises(error, match=words):
+        checkpoint.save(tmp_path / 'a.npz', tree)
+    assert not list(tmp_path.iterdir())
 
 
 def _write(path: pathlib.Path, **arrays):

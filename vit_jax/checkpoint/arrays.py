@@ -134,7 +134,7 @@ def from_file(
             'float type. Save the model again with vit_jax.checkpoint.save, or download the file '
             'again'
         )
-    if len(shape) > _MAX_AXES or any(size < 1 for size in shape):
+    if not is_shape_of_weights(shape):
         raise UserError(
             f'{path}: cannot read the array {name[:200]!r} of shape {str(tuple(shape))[:80]}: no '
             'weights have this shape'
@@ -150,11 +150,7 @@ def from_file(
             raise
         except Exception as e:  # zipfile, safetensors and PyTorch raise nearly anything for damage
             raise UserError(f'{path}: cannot read the array {name!r}: {e}') from e
-        # A sum is one fast pass, and not finite if any element is not; it may overflow without
-        # that.
-        with np.errstate(all='ignore'):
-            suspicious = not np.isfinite(array.sum())
-        if suspicious and (bad := array.size - int(np.isfinite(array).sum())):
+        if bad := count_not_finite(array):
             raise UserError(
                 f'{path}: the array {name!r} has {bad:,} values (of {array.size:,}) that are NaN '
                 'or infinite. The training that wrote it diverged, or the file is damaged: take '
@@ -163,3 +159,17 @@ def from_file(
         return array
 
     return LazyArray(tuple(shape), read_checked, stored_dtype)
+
+
+def is_shape_of_weights(shape: Sequence[int]) -> bool:
+    """Whether weights may have this shape: not too many axes, and elements."""
+    return len(shape) <= _MAX_AXES and all(size >= 1 for size in shape)
+
+
+def count_not_finite(array: np.ndarray) -> int:
+    """How many elements of a float array are NaN or infinite."""
+    # A sum is one fast pass, and not finite if any element is not; it may overflow without that.
+    with np.errstate(all='ignore'):
+        if np.isfinite(array.sum()):
+            return 0
+    return array.size - int(np.isfinite(array).sum())

@@ -69,21 +69,25 @@ def to_vit(tree: Mapping[str, Any], path: pathlib.Path) -> tuple[dict[str, Any],
             f'{path} pools its tokens with attention (MAPHead_0), which no model here does. Use '
             'weights with a class token or mean pooling (big_vision: pool_type tok or gap)'
         )
-    transformer = dict(tree.get('Transformer', {}))
-    if 'encoderblock' in transformer:
-        stacked = transformer.pop('encoderblock')
+    transformer = dict(_group(tree, 'Transformer'))
+    if stacked := _group(transformer, 'encoderblock'):
+        del transformer['encoderblock']
         transformer |= _unstack(stacked, path)
         notes.append('layers stacked by scan were taken apart')
-    is_vit = 'encoder_norm' in transformer and 'embedding' in tree
-    position = tree.pop('pos_embedding', None) if is_vit else None
-    fixed = is_vit and 'cls' not in tree and 'posembed_input' not in transformer
-    if position is None and fixed:  # as its ViT-S/16 for ImageNet-1k
-        position = _sincos(tree['embedding']['kernel'])
+    kernel, position = _group(tree, 'embedding').get('kernel'), tree.get('pos_embedding')
+    is_vit = 'encoder_norm' in transformer and getattr(kernel, 'ndim', 0) == 4
+    if not is_vit or 'posembed_input' in transformer:
+        position = None
+    elif getattr(position, 'ndim', 0) == 3:
+        del tree['pos_embedding']
+        notes.append('position embeddings were moved to Transformer/posembed_input')
+    elif position is None and 'cls' not in tree:  # as its ViT-S/16 for ImageNet-1k
+        position = _sincos(kernel)
         notes.append(
             'it has no position embeddings: fixed sine-cosine ones, for 224 pixels, were made'
         )
-    elif position is not None:
-        notes.append('position embeddings were moved to Transformer/posembed_input')
+    else:
+        position = None
     if position is not None:
         if 'cls' in tree:
             position = derive(_with_class_token, position)
@@ -92,6 +96,12 @@ def to_vit(tree: Mapping[str, Any], path: pathlib.Path) -> tuple[dict[str, Any],
     if transformer:
         tree['Transformer'] = transformer
     return tree, notes
+
+
+def _group(tree: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The group of this name; empty if there is none, or an array has the name."""
+    group = tree.get(name)
+    return group if isinstance(group, Mapping) else {}
 
 
 def with_class_position(tree: dict[str, Any]) -> list[str]:

@@ -5,7 +5,8 @@ counter, whatever their class; Linen counts per class. So an encoder block of a 
 `LayerNorm_0`, `MultiHeadDotProductAttention_1`, `LayerNorm_2`, `MlpBlock_3` and the same block of a
 Linen model `LayerNorm_0`, `MultiHeadDotProductAttention_0`, `LayerNorm_1`, `MlpBlock_0`.
 `open_file` accepts both and returns Linen names; `save` writes the published ones, because every
-other reader of these files (timm, for one) expects them. Scales and biases of GroupNorm have shape
+other reader of these files (timm, for one) expects them. Only blocks that have all four modules are
+translated, so a part of a block keeps its names. Scales and biases of GroupNorm have shape
 [1, 1, 1, channels] in the files and [channels] in the models.
 """
 
@@ -16,7 +17,7 @@ import pathlib
 import re
 import stat
 import zipfile
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -25,16 +26,29 @@ from flax import traverse_util
 
 from vit_jax import files
 from vit_jax.checkpoint import big_vision
-from vit_jax.checkpoint.arrays import LazyArray, Weights, derive, from_file
+from vit_jax.checkpoint.arrays import (
+    LazyArray,
+    Weights,
+    count_not_finite,
+    derive,
+    from_file,
+    is_shape_of_weights,
+)
 from vit_jax.errors import UserError
 
 # Names joined by '/': no absolute path, no '..', nothing empty, not nested without end.
-_KEY = re.compile(r'\w[\w.+-]*(?:/\w[\w.+-]*){0,31}')
+_NAME = re.compile(r'\w[\w.+-]*')
+_MAX_DEPTH = 32
+_KEY = re.compile(rf'{_NAME.pattern}(?:/{_NAME.pattern}){{0,{_MAX_DEPTH - 1}}}')
 _GROUP_NORM = re.compile(r'(?:.*/)?(?:gn\d+|gn_root|gn_proj)/(?:scale|bias)')
 
 _MAX_HEADER = 10_000  # bytes of a .npy header, NumPy's own limit
 _MAX_EXPANSION = 32  # weights are noise: compressed files hold hardly more than their size
 _SMALL = 1 << 30
+
+# The comment of a zip file whose names would be taken for those of another layout: nothing is left
+# out of it or moved.
+_AS_NAMED = b'vit_jax: names as they are'
 
 # Linen -> published, for the one module whose numbers differ. The four are created in this order.
 _ENCODER_BLOCK = {
@@ -56,7 +70,8 @@ def open_file(path: str | os.PathLike[str]) -> Weights:
     Args:
         path: a `.npz` file: the published (pre-Linen) naming, Linen names, or big_vision's (see
             `big_vision.to_vit`), at the top or under one of `PREFIXES` (then all else in the file,
-            an optimizer's state or a text tower, is left out).
+            an optimizer's state or a text tower, is left out). What `save` wrote from names that
+            look like these without being a whole model has them again.
 
     Returns:
         The weights, Linen names; GroupNorm's are [channels]. float16, float64 and bfloat16 (which
@@ -72,7 +87,8 @@ def open_file(path: str | os.PathLike[str]) -> Weights:
         archive = zipfile.ZipFile(path)  # closed when the last array that reads from it is gone
         _check_sizes(archive.infolist(), path)
         members = {info.filename.removesuffix('.npy'): info for info in archive.infolist()}
-        prefix, left_out = big_vision.find_weights(list(members))
+        as_named = archive.comment == _AS_NAMED
+        prefix, left_out = ('', []) if as_named else big_vision.find_weights(list(members))
         flat = {
             name.removeprefix(prefix): _open_array(archive, info, path)
             for name, info in members.items()
@@ -84,11 +100,16 @@ def open_file(path: str | os.PathLike[str]) -> Weights:
         raise _unreadable(path, e) from e
     if not flat:
         raise UserError(f'{path} holds no arrays')
-    return from_flat(flat, path, prefix, left_out)
+    return from_flat(flat, path, prefix, left_out, as_named=as_named)
 
 
 def from_flat(
-    flat: Mapping[str, Any], path: pathlib.Path, prefix: str = '', left_out: Sequence[str] = ()
+    flat: Mapping[str, Any],
+    path: pathlib.Path,
+    prefix: str = '',
+    left_out: Sequence[str] = (),
+    *,
+    as_named: bool = False,
 ) -> Weights:
     """Gives arrays with keys such as 'head/bias' this package's names.
 
@@ -97,6 +118,7 @@ def from_flat(
         path: where they come from.
         prefix: what the keys began with, for the notes.
         left_out: keys of arrays of the file that are not weights, for the notes.
+        as_named: whether big_vision's layout is out of the question.
 
     Raises:
         UserError: a key is not a name, or the weights are of a kind that is not here.
@@ -106,7 +128,7 @@ def from_flat(
     published = any(
         'MultiHeadDotProductAttention_1' in key and '/encoderblock_0/' in key for key in flat
     )
-    tree, notes = big_vision.to_vit(tree, path)
+    tree, notes = (tree, []) if as_named else big_vision.to_vit(tree, path)
     kind = 'big_vision .npz' if notes else 'Google .npz' if published else '.npz'
     if prefix:
         notes.insert(0, f'the weights are those under {prefix}')
@@ -118,24 +140,33 @@ def from_flat(
 
 
 def save(path: str | os.PathLike[str], params: Mapping[str, Any]) -> None:
-    """Writes parameters as a `.npz` file in the published naming.
+    """Writes parameters, of a whole model or of any part of one, as a `.npz` file.
 
-    The file is uncompressed (as Google's are), appears under its name only when it is complete and
-    on disk, and is the same byte for byte for the same parameters. One array at a time is copied to
-    the host.
+    `load` gives the same tree back, as float32. In the file, whole blocks of an encoder have the
+    published names, which every reader of Google's files expects. The file is uncompressed (as
+    Google's are), appears under its name only when it is complete and on disk, and is the same byte
+    for byte for the same parameters. One array at a time is copied to the host.
 
     Args:
         path: the file to write; its folder must exist. An older file there is replaced.
-        params: nested dict with Linen (or published) names; leaves are NumPy or JAX arrays of a
-            float type. They are written as float32, the only type that the published format has;
-            GroupNorm's [channels] as [1, 1, 1, channels].
+        params: nested dict (or FrozenDict) with Linen (or published) names; leaves are NumPy or JAX
+            arrays of a float type, or Python floats. They are written as float32, the only type
+            that the published format has; GroupNorm's [channels] as [1, 1, 1, channels]. Of
+            variables, {'params': ...} and nothing else, the parameters are written.
 
     Raises:
-        UserError: the file cannot be written (no such folder, disk full, no permission).
-        TypeError: a leaf is not an array of floats.
+        UserError: the file cannot be written (no such folder, disk full, no permission); or `load`
+            would refuse it: a name with other characters than letters, digits, '_', '.', '+', '-',
+            an array without elements, NaN or infinity.
+        TypeError: a leaf is not an array of floats (a list, an integer, None), a key is no text, or
+            a dict is empty.
     """
-    flat = flatten(to_published(params))
+    if set(params) == {'params'} and isinstance(params['params'], Mapping):
+        params = params['params']
+    flat = dict(_leaves(to_published(params)))
     with files.atomic_file(path) as part, zipfile.ZipFile(part, 'w') as archive:
+        if _looks_like_another_layout(to_linen(params), pathlib.Path(path)):
+            archive.comment = _AS_NAMED
         for name in sorted(flat):
             _write_array(archive, name, flat[name])
 
@@ -144,7 +175,7 @@ def to_linen(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Renames modules from the published (pre-Linen) numbering to Linen's.
 
     Only the encoder blocks of a Vision Transformer (and of a text tower) differ; a tree with Linen
-    names comes back as it is.
+    names comes back as it is, and so does a part of a block.
 
     Args:
         tree: nested dict of arrays (any shapes).
@@ -152,8 +183,7 @@ def to_linen(tree: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         The same arrays in a new nested dict of plain dicts.
     """
-    linen_only = _ENCODER_BLOCK.keys() - _TO_LINEN.keys()
-    return _rename(tree, lambda names: _TO_LINEN if linen_only.isdisjoint(names) else {})
+    return _rename(tree, _TO_LINEN)
 
 
 def to_published(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,18 +197,56 @@ def to_published(tree: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         The same arrays in a new nested dict of plain dicts.
     """
-    return _rename(tree, lambda names: _ENCODER_BLOCK if names >= _ENCODER_BLOCK.keys() else {})
+    return _rename(tree, _ENCODER_BLOCK)
 
 
-def _rename(
-    tree: Mapping[str, Any], new_names: Callable[[Set[str]], Mapping[str, str]]
-) -> dict[str, Any]:
-    """Renames, in every group, the children that `new_names` of all their names has."""
-    names = new_names(tree.keys())
+def _rename(tree: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Renames the children of every group that has all old `names` and no new one."""
+    new = set(names.values()) - names.keys()
+    here = names if tree.keys() >= names.keys() and new.isdisjoint(tree) else {}
     return {
-        names.get(name, name): _rename(child, new_names) if isinstance(child, Mapping) else child
+        here.get(name, name): _rename(child, names) if isinstance(child, Mapping) else child
         for name, child in tree.items()
     }
+
+
+def _leaves(tree: Mapping[str, Any], group: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """Yields (name joined by '/', leaf) of what a file can hold, as `save` describes it."""
+    where = '/'.join(group) or 'the tree'
+    if not tree:
+        raise TypeError(f'{where} is an empty dict; a file holds arrays only: leave it out')
+    if len(group) == _MAX_DEPTH:
+        raise UserError(f'{where} is nested deeper than {_MAX_DEPTH} levels; save a part of it')
+    for key, child in tree.items():
+        if not isinstance(key, str):
+            raise TypeError(f'{where} has the key {key!r}; expected a text, a name')
+        if not _NAME.fullmatch(key):
+            raise UserError(
+                f"{where} has the key {key!r}; expected a name of letters, digits, '_', '.', '+', "
+                "'-'. Rename it"
+            )
+        path = (*group, key)
+        if isinstance(child, Mapping):
+            yield from _leaves(child, path)
+            continue
+        name, dtype = '/'.join(path), getattr(child, 'dtype', None)
+        if not hasattr(child, '__array__') and not isinstance(child, float):
+            raise TypeError(f'{name} is {type(child).__name__}; expected an array of floats')
+        if dtype is not None and dtype != ml_dtypes.bfloat16 and getattr(dtype, 'kind', '') != 'f':
+            raise TypeError(f'{name} has type {dtype}; expected an array of floats')
+        if not is_shape_of_weights(np.shape(child)):
+            raise UserError(f'{name} has shape {np.shape(child)}, which no weights have')
+        yield name, child
+
+
+def _looks_like_another_layout(tree: Mapping[str, Any], path: pathlib.Path) -> bool:
+    """Whether `open_file` would leave out, move or refuse some of these arrays."""
+    if big_vision.find_weights(list(flatten(tree))) != ('', []):
+        return True
+    try:
+        return bool(big_vision.to_vit(tree, path)[1])
+    except UserError:  # of a layout that is not read; under its own names it can be
+        return True
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -301,9 +369,13 @@ def _squeeze_group_norm(name: str, array: Any) -> Any:
 
 def _write_array(archive: zipfile.ZipFile, name: str, leaf: Any) -> None:
     array = np.asarray(leaf)
-    if array.dtype != ml_dtypes.bfloat16 and array.dtype.kind != 'f':
-        raise TypeError(f'{name} has type {array.dtype}; expected an array of floats')
-    array = np.ascontiguousarray(array, dtype=np.float32).reshape(array.shape)
+    with np.errstate(over='ignore'):  # what float32 cannot hold is infinite, and refused
+        array = np.ascontiguousarray(array, dtype=np.float32).reshape(array.shape)
+    if bad := count_not_finite(array):
+        raise UserError(
+            f'{name} has {bad:,} values (of {array.size:,}) that are NaN or infinite in float32; '
+            'such a file would not be loaded. Save an earlier state'
+        )
     if _GROUP_NORM.fullmatch(name) and array.ndim == 1:
         array = array.reshape(1, 1, 1, -1)
     # A fixed time stamp (the earliest that zip knows, ZipInfo's default) makes equal parameters
