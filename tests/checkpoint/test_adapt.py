@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vit_jax import checkpoint
-from vit_jax.checkpoint import adapt, npz, resize
+from vit_jax.checkpoint import adapt, infer, npz, resize
 from vit_jax.errors import UserError
 
 POSITIONS = 'Transformer/posembed_input/pos_embedding'
@@ -70,6 +70,7 @@ def test_new_head_even_if_classes_agree():
     )
     assert str(report).splitlines() == [
         f'file.npz: 4 arrays loaded ({report.num_parameters:,} parameters)',
+        '  grid of tokens: 4 x 4 (assumed square: model and checkpoint)',
         '  newly initialised: head/kernel, head/bias (a new head is trained)',
         '  ignored: head/kernel, head/bias (a new head is trained)',
     ]
@@ -198,6 +199,63 @@ def test_grids_that_are_not_square():
     assert back[POSITIONS].shape == (1, 17, 6)
 
 
+def test_the_report_names_the_grids_and_which_are_assumed():
+    square, large = _flat(grid=4), _flat(grid=6, fill=0)
+    _, report = _adapt(square, large)
+    assert (report.source_grid, report.grid) == ((4, 4), (6, 6))
+    assert report.assumed == ('model', 'checkpoint')
+    assert 'grid of tokens: 4 x 4 -> 6 x 6 (assumed square: model and checkpoint)' in str(report)
+    params, report = _adapt(square, large, grid=(3, 12))  # 36 tokens, as a square has
+    assert 'grid of tokens: 4 x 4 -> 3 x 12 (assumed square: checkpoint)' in str(report)
+    expected = resize.resize_position_embedding(square[POSITIONS][:, 1:], 36, grid=(3, 12))
+    np.testing.assert_array_equal(params[POSITIONS][:, 1:], expected)
+    _, report = _adapt(square, large, grid=(3, 12), source_grid=(2, 8))
+    assert str(report).splitlines()[2] == '  grid of tokens: 2 x 8 -> 3 x 12'
+    no_positions = {name: leaf for name, leaf in square.items() if name != POSITIONS}
+    _, report = _adapt(no_positions, no_positions, grid=(3, 12))
+    assert report.grid is None and 'grid' not in str(report)
+
+
+def test_as_many_tokens_in_another_grid():
+    square, model = _flat(grid=4), _flat(grid=4, fill=0)
+    with pytest.raises(UserError, match="16 positions, as many as the model's grid 2 x 8: is its"):
+        _adapt(square, model, grid=(2, 8))
+    params, report = _adapt(square, model, grid=(2, 8), source_grid=(4, 4))
+    assert report.methods[POSITIONS] == 'bilinear' and not report.assumed
+    assert not np.array_equal(params[POSITIONS], square[POSITIONS])
+    np.testing.assert_array_equal(params[POSITIONS][:, 0], square[POSITIONS][:, 0])
+    params, report = _adapt(square, model, grid=[2, 8], source_grid=[2, 8])
+    np.testing.assert_array_equal(params[POSITIONS], square[POSITIONS])
+    assert not report.resized
+    oblong = _flat() | {POSITIONS: np.ones((1, 13, 6), np.float32)}  # no square: the same images
+    for grids in ({}, {'grid': (3, 4)}, {'source_grid': (3, 4)}):
+        _, report = _adapt(oblong, oblong, **grids)
+        assert not report.resized
+        assert report.grid == report.source_grid == ((3, 4) if grids else None)
+    with pytest.raises(UserError, match='the model has 12 positions, which is not a grid of 5 x 2'):
+        _adapt(oblong, oblong, grid=(5, 2))
+    without = {name: leaf for name, leaf in oblong.items() if name != 'cls'}
+    without[POSITIONS] = oblong[POSITIONS][:, 1:]
+    params, _ = _adapt(oblong, without, 'gap')  # what grid it is does not matter
+    np.testing.assert_array_equal(params[POSITIONS], oblong[POSITIONS][:, 1:])
+
+
+def test_new_parameters_are_allowed_by_name():
+    flat = _flat()
+    new = {'Transformer/registers': np.ones((1, 4, 6)), 'Transformer/q/lora_a': np.ones(2)}
+    init = _flat(fill=0) | new
+    with pytest.raises(UserError, match=r'Transformer/registers: missing, expected \(1, 4, 6\)'):
+        _adapt(flat, init, allow_new=['*/lora_a'])
+    params, report = _adapt(flat, init, allow_new=['*/lora_a', 'Transformer/reg'])
+    for name in new:
+        assert report.initialised[name] == 'not in the checkpoint, as allow_new permits'
+        np.testing.assert_array_equal(params[name], new[name])
+    params, report = _adapt(flat | new, init, allow_new='Transformer/')  # taken where it is there
+    assert set(report.initialised) == {'head/kernel', 'head/bias'}
+    with pytest.raises(UserError, match="allow_new names 'registers', which the model does not"):
+        _adapt(flat, init, allow_new=['registers'])
+
+
 def test_class_token_to_mean_pooling_and_back():
     token, gap = _flat(grid=4), _flat(grid=4, cls=False)
     params, report = _adapt(token, {k: np.zeros_like(v) for k, v in gap.items()}, 'gap')
@@ -311,3 +369,33 @@ def test_load_pretrained_logs_the_report(tmp_path, caplog):
         pretrained_path=tmp_path / 'a.npz', init_params=init, model_config={}, keep_head=True
     )
     assert params['head']['kernel'].any()
+
+
+def test_load_pretrained_takes_the_size_of_images(tmp_path, caplog):
+    checkpoint.save(tmp_path / 'a.npz', _tree(_flat(grid=4)))
+
+    def load(init, **kwargs):
+        arguments = {'pretrained_path': tmp_path / 'a.npz', 'model_config': {}}
+        return checkpoint.load_pretrained(init_params=_tree(init), **arguments, **kwargs)
+
+    oblong = _flat(grid=6, fill=0)  # 36 tokens of 8 x 8 pixels
+    with caplog.at_level(logging.INFO, 'vit_jax.checkpoint'):
+        params = load(oblong, image_size=(24, 100))  # the last 4 columns make no patch
+    assert 'grid of tokens: 4 x 4 -> 3 x 12 (assumed square: checkpoint)' in caplog.text
+    jax.tree.map(np.testing.assert_array_equal, params, load(oblong, grid=(3, 12)))
+    jax.tree.map(np.testing.assert_array_equal, load(oblong), load(oblong, image_size=48))
+    with pytest.raises(UserError, match='the model has 36 positions, which is not a grid of 3 x 3'):
+        load(oblong, image_size=24)
+    with pytest.raises(UserError, match='say the same: give one'):
+        load(oblong, image_size=48, grid=(6, 6))
+    for size in (4, (48, 0), (48,), (48, 48, 3)):
+        with pytest.raises(UserError, match='image_size=.* should be .height, width. in pixels'):
+            load(oblong, image_size=size)
+    assert load(oblong | {'reg': np.ones(3)}, allow_new=['reg'])['reg'].all()
+    hybrid = {'conv_root/kernel': np.ones((7, 7, 3, 4)), 'embedding/kernel': np.ones((1, 1, 8, 6))}
+    hybrid |= {f'block{i}/unit1/conv1/kernel': np.ones((1, 1, 4, 4)) for i in (1, 2, 3)}
+    positions = {POSITIONS: np.ones((1, 10, 6))}
+    assert infer.token_grid(_tree(hybrid | positions), (33, 64)) == (3, 4)
+    assert infer.token_grid(_tree(hybrid), 64) is None
+    with pytest.raises(UserError, match='give grid=.rows, columns., not image_size'):
+        infer.token_grid(_tree(positions), 64)

@@ -5,6 +5,7 @@ that are missing, unknown or of another shape) is an error here.
 """
 
 import dataclasses
+import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ POSITION_EMBEDDING = 'Transformer/posembed_input/pos_embedding'
 _TOKENS = {'cls': 'class token', 'dist': 'distillation token'}
 
 Shape = tuple[int, ...]
+Grid = tuple[int, int]  # (rows, columns) of tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,10 @@ class Report:
         initialised: name -> why the model's own initial value was kept.
         ignored: name -> why the checkpoint's array was not used.
         methods: name of a resized array -> how that was done.
+        grid: (rows, columns) of the model's tokens, None where it has no position embeddings or
+            nothing tells.
+        source_grid: the same of the checkpoint.
+        assumed: which of the two ('model', 'checkpoint') nobody gave: it is taken for a square.
     """
 
     source: str
@@ -46,6 +52,9 @@ class Report:
     initialised: Mapping[str, str]
     ignored: Mapping[str, str]
     methods: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    grid: Grid | None = None
+    source_grid: Grid | None = None
+    assumed: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [
@@ -55,6 +64,10 @@ class Report:
         for name, (old, new) in self.resized.items():
             how = f' ({self.methods[name]})' if self.methods.get(name) else ''
             lines.append(f'  resized: {name} {old} -> {new}{how}')
+        if self.grid and self.source_grid:
+            grids = dict.fromkeys([_words(self.source_grid), _words(self.grid)])
+            guess = f' (assumed square: {" and ".join(self.assumed)})' if self.assumed else ''
+            lines.append(f'  grid of tokens: {" -> ".join(grids)}{guess}')
         for title, reasons in (('newly initialised', self.initialised), ('ignored', self.ignored)):
             for reason in dict.fromkeys(reasons.values()):
                 names = [name for name, why in reasons.items() if why == reason]
@@ -69,8 +82,9 @@ def adapt(
     classifier: str = 'token',
     keep_head: bool = False,
     source: str,
-    grid: tuple[int, int] | None = None,
-    source_grid: tuple[int, int] | None = None,
+    grid: Grid | None = None,
+    source_grid: Grid | None = None,
+    allow_new: Sequence[str] = (),
 ) -> tuple[Mapping[str, Any], Report]:
     """Fits the parameters of a checkpoint to a model.
 
@@ -83,6 +97,7 @@ def adapt(
       with zeros as its position embedding.
     - the first layer is resized to the model's patches (`resize_patch_embedding`) and given its
       number of channels (`adapt_channels`).
+    - what `allow_new` names is newly initialised where the checkpoint lacks it.
     - everything else must be there with the model's shape.
 
     Args:
@@ -93,19 +108,24 @@ def adapt(
         classifier: the model's, for the report.
         keep_head: take the checkpoint's head if shapes agree.
         source: name of the checkpoint for the report and for errors.
-        grid: (rows, columns) of the model's tokens where its images are not square.
+        grid: (rows, columns) of the model's tokens; default a square, as the report says.
         source_grid: the same of the checkpoint.
+        allow_new: what names of parameters that the checkpoint need not have begin with
+            ('Transformer/registers'); * stands for anything ('*/lora_a').
 
     Returns:
         (parameters, report): the structure, shapes and dtypes of `init_params`.
 
     Raises:
         UserError: an array is missing, unknown or wrongly shaped (all such arrays are listed), or
-            a position grid is not square and was not given.
+            a position grid is not square, or could be one or not, and was not given; or
+            `allow_new` names nothing that the model has.
     """
     found = npz.flatten(params)
     expected = npz.flatten(init_params)
     initialised, ignored = _not_shared(found, expected, classifier, keep_head)
+    initialised |= _allowed_new(found, expected, allow_new)
+    grid, source_grid, assumed = _grids(found, expected, grid, source_grid, source)
     same_tokens = all((name in found) == (name in expected) for name in _TOKENS)
     new: dict[str, Any] = {}
     resized: dict[str, tuple[Shape, Shape]] = {}
@@ -120,7 +140,8 @@ def adapt(
             continue
         array = found[name]
         shapes = tuple(array.shape), tuple(leaf.shape)
-        if shapes[0] != shapes[1] or (name == POSITION_EMBEDDING and not same_tokens):
+        same = same_tokens and grid == source_grid if name == POSITION_EMBEDDING else True
+        if shapes[0] != shapes[1] or not same:
             fitted = _fit(name, found, expected, (grid, source_grid), source)
             if fitted is None:
                 problems.append(f'{name}: has shape {shapes[0]}, expected {shapes[1]}')
@@ -137,7 +158,8 @@ def adapt(
         raise _misfit(source, problems, found, expected)
     loaded = tuple(name for name in expected if name not in initialised and name not in resized)
     count = sum(math.prod(expected[name].shape) for name in (*loaded, *resized))
-    report = Report(source, loaded, count, resized, initialised, ignored, methods)
+    grids = grid, source_grid, assumed
+    report = Report(source, loaded, count, resized, initialised, ignored, methods, *grids)
     tree = flax.traverse_util.unflatten_dict(new, sep='/')
     return flax.core.freeze(tree) if isinstance(init_params, flax.core.FrozenDict) else tree, report
 
@@ -222,6 +244,63 @@ def _not_shared(
     return initialised, ignored
 
 
+def _allowed_new(
+    found: Mapping[str, Any], expected: Mapping[str, Any], patterns: Sequence[str]
+) -> dict[str, str]:
+    """Parameters of the model that the checkpoint lacks and need not have, name -> reason."""
+    initialised: dict[str, str] = {}
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        names = [name for name in expected if fnmatch.fnmatchcase(name, f'{pattern}*')]
+        if not names:
+            raise UserError(
+                f'allow_new names {pattern!r}, which the model does not have; its parameters are '
+                f'{shorten(list(expected), 8)}'
+            )
+        new = [name for name in names if name not in found]
+        initialised |= dict.fromkeys(new, 'not in the checkpoint, as allow_new permits')
+    return initialised
+
+
+def _grids(
+    found: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    grid: Grid | None,
+    source_grid: Grid | None,
+    source: str,
+) -> tuple[Grid | None, Grid | None, tuple[str, ...]]:
+    """Grids of the model and of the checkpoint, and for which of them a square is assumed.
+
+    A grid that was not given is None if there is nothing to tell it from.
+    """
+    grid = (grid[0], grid[1]) if grid else None
+    source_grid = (source_grid[0], source_grid[1]) if source_grid else None
+    flats = expected, found
+    shapes = [flat[POSITION_EMBEDDING].shape for flat in flats if POSITION_EMBEDDING in flat]
+    if len(shapes) != 2 or any(len(shape) != 3 for shape in shapes):
+        return None, None, ()
+    count, old = (
+        shape[1] - sum(name in flat for name in _TOKENS)
+        for shape, flat in zip(shapes, flats, strict=True)
+    )
+    for given, positions, owner in ((grid, count, 'the model'), (source_grid, old, source)):
+        if given:
+            resize.grid_of(positions, given, owner, source)
+    if old == count and not resize.square(count):  # as many positions: the same images
+        grid, source_grid = grid or source_grid, source_grid or grid
+    if old == count and grid and not source_grid and grid != resize.square(count):
+        raise UserError(
+            f"{source} has {old} positions, as many as the model's grid {_words(grid)}: is its own "
+            'grid the same, or a square? Say source_grid=(rows, columns)'
+        )
+    assumed = [name for name, g in (('model', grid), ('checkpoint', source_grid)) if not g]
+    grid, source_grid = grid or resize.square(count), source_grid or resize.square(old)
+    return grid, source_grid, tuple(assumed)
+
+
+def _words(grid: Grid) -> str:
+    return f'{grid[0]} x {grid[1]}'
+
+
 def _why_no_fit(file_head: Mapping[str, Shape], model_head: Mapping[str, Shape]) -> str:
     if file_head.keys() != model_head.keys():
         return 'the head does not fit: only one of checkpoint and model has a hidden layer in it'
@@ -234,7 +313,7 @@ def _fit(
     name: str,
     found: Mapping[str, Any],
     expected: Mapping[str, Any],
-    grids: tuple[tuple[int, int] | None, tuple[int, int] | None],
+    grids: tuple[Grid | None, Grid | None],
     source: str,
 ) -> tuple[np.ndarray, str] | None:
     """The checkpoint's array in the model's shape and how that was done; None if it cannot be."""
@@ -263,23 +342,23 @@ def _fit(
 def _fit_positions(
     found: Mapping[str, Any],
     expected: Mapping[str, Any],
-    grids: tuple[tuple[int, int] | None, tuple[int, int] | None],
+    grids: tuple[Grid | None, Grid | None],
     source: str,
 ) -> tuple[np.ndarray, str]:
     """Position embeddings with the model's tokens in front of the model's grid."""
     array = np.asarray(found[POSITION_EMBEDDING])
     old = [name for name in _TOKENS if name in found]
     new = [name for name in _TOKENS if name in expected]
-    patches = resize.resize_position_embedding(
-        array[:, len(old) :],
-        expected[POSITION_EMBEDDING].shape[1] - len(new),
-        grid=grids[0],
-        source_grid=grids[1],
-        source=source,
-    )
+    patches = array[:, len(old) :]
+    count = expected[POSITION_EMBEDDING].shape[1] - len(new)
+    resized = patches.shape[1] != count or grids[0] != grids[1]
+    if resized:
+        patches = resize.resize_position_embedding(
+            patches, count, grid=grids[0], source_grid=grids[1], source=source
+        )
     zeros = np.zeros_like(array[:, :1])
     rows = [array[:, old.index(name)][:, None] if name in old else zeros for name in new]
-    how = ['bilinear'] if patches.shape[1] != array.shape[1] - len(old) else []
+    how = ['bilinear'] if resized else []
     how += [f'without the place of {_TOKENS[name]}' for name in old if name not in new]
     how += [f'zeros in the place of {_TOKENS[name]}' for name in new if name not in old]
     return np.concatenate([*rows, patches], axis=1), ', '.join(how)

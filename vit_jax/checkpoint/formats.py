@@ -63,12 +63,20 @@ def load_pretrained(
     init_params: Mapping[str, Any],
     model_config: Mapping[str, Any],
     keep_head: bool = False,
+    grid: adapt.Grid | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    source_grid: adapt.Grid | None = None,
+    allow_new: Sequence[str] = (),
 ) -> Mapping[str, Any]:
     """Loads a released checkpoint for fine-tuning, as the original release's function of this name.
 
     The head is always newly initialised, also where the classes agree (`keep_head` keeps one that
     fits), `pre_logits` is kept only if the model has it, position embeddings are resized. What was
-    loaded, resized, newly initialised and ignored is logged (INFO); `adapt.adapt` returns it.
+    loaded, resized, newly initialised and ignored, and which grids of tokens were assumed, is
+    logged (INFO); `adapt.adapt` returns it.
+
+    Parameters tell how many tokens a model has, not in how many rows: for images that are not
+    square give `image_size` or `grid`. Without, a square is assumed, and the report says so.
 
     Args:
         pretrained_path: weights of any kind that `load` knows.
@@ -76,20 +84,34 @@ def load_pretrained(
         model_config: the model's config, a dict or ConfigDict; 'classifier' is read ('token' if it
             is not there).
         keep_head: take the checkpoint's head if it fits.
+        grid: (rows, columns) of the model's tokens. Without effect where there are no position
+            embeddings (Mixers), as the other two.
+        image_size: the same, told as (height, width) of the model's images in pixels, or the side
+            of square ones.
+        source_grid: (rows, columns) of the checkpoint's tokens, where its images were not square.
+        allow_new: what names of parameters begin with that the checkpoint need not have, and that
+            keep their initial values ('Transformer/registers'); * stands for anything ('*/lora_a').
 
     Returns:
         Parameters with the structure, shapes and dtypes of `init_params`.
 
     Raises:
-        UserError: the file cannot be read, or its arrays do not fit the model (all that do not are
-            listed).
+        UserError: the file cannot be read, its arrays do not fit the model (all that do not are
+            listed), or the grid of tokens is not square and was not given.
     """
+    if image_size is not None:
+        if grid is not None:
+            raise UserError(f'grid={grid} and image_size={image_size} say the same: give one')
+        grid = infer.token_grid(init_params, image_size)
     params, report = adapt.adapt(
         load(pretrained_path),
         init_params,
         classifier=model_config.get('classifier', 'token'),
         keep_head=keep_head,
         source=os.fspath(pretrained_path),
+        grid=grid,
+        source_grid=source_grid,
+        allow_new=allow_new,
     )
     _log.info('%s', report)
     return params

@@ -83,6 +83,44 @@ def image_size(params: Mapping[str, Any], config: Mapping[str, Any], source: str
     return side * variants.token_stride(config)
 
 
+def token_grid(
+    params: Mapping[str, Any], image_size: int | tuple[int, int]
+) -> tuple[int, int] | None:
+    """(rows, columns) of the tokens that a ViT makes of images of this size.
+
+    Args:
+        params: nested dict with Linen names; leaves need a shape only.
+        image_size: (height, width) in pixels, or the side of a square.
+
+    Returns:
+        The grid; None if the parameters have no position embeddings.
+
+    Raises:
+        UserError: no such size, or the parameters have another first layer than the models here.
+    """
+    flat = flatten(params)
+    if POSITION_EMBEDDING not in flat:
+        return None
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    kernel = flat['embedding/kernel'].shape if 'embedding/kernel' in flat else ()
+    if len(kernel) != 4:
+        raise UserError(
+            'the size of the patches is unknown without embedding/kernel [height, width, channels, '
+            'hidden size]: give grid=(rows, columns), not image_size'
+        )
+    stride = 1
+    if 'conv_root/kernel' in flat:
+        stages = _count(flat, r'block(\d+)/.*')
+        stride = variants.resnet_stride([1] * stages)
+    grid = tuple(-(-side // stride) // patch for side, patch in zip(size, kernel[:2], strict=False))
+    if len(size) != 2 or min(grid) < 1:
+        raise UserError(
+            f'image_size={image_size} should be (height, width) in pixels or the side of a square, '
+            f'at least one patch of {stride * kernel[0]} x {stride * kernel[1]}'
+        )
+    return grid
+
+
 def _vit(flat: Mapping[str, Any]) -> dict[str, Any]:
     block = 'Transformer/encoderblock_0'
     kernel = flat['embedding/kernel']

@@ -37,8 +37,8 @@ def resize_position_embedding(
             the number of positions.
     """
     embedding = np.asarray(embedding)
-    rows, columns = _grid(embedding.shape[1], source_grid, source, source)
-    new_rows, new_columns = _grid(count, grid, 'the model', source)
+    rows, columns = grid_of(embedding.shape[1], source_grid, source, source)
+    new_rows, new_columns = grid_of(count, grid, 'the model', source)
     values = embedding[0].reshape(rows, columns, -1).astype(np.float64)
     # 'nearest': rounding must not bring the last position outside, where 'constant' has zeros.
     values = ndimage.zoom(
@@ -96,16 +96,24 @@ def adapt_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
     return repeated * kernel.dtype.type(old / channels)
 
 
-def _grid(count: int, grid: tuple[int, int] | None, owner: str, source: str) -> tuple[int, int]:
-    """(rows, columns) of `count` positions."""
-    if grid is None:
-        side = math.isqrt(max(count, 0))
-        grid = (side, side)
-    if grid[0] * grid[1] != count or count < 1:
-        shape = 'square grid' if grid[0] == grid[1] else f'grid of {grid[0]} x {grid[1]}'
+def square(count: int) -> tuple[int, int] | None:
+    """(rows, columns) of a square of `count` positions; None if there is no such square."""
+    side = math.isqrt(max(count, 0))
+    return (side, side) if side and side * side == count else None
+
+
+def grid_of(count: int, grid: tuple[int, int] | None, owner: str, source: str) -> tuple[int, int]:
+    """(rows, columns) of `count` positions: `grid` if it has as many, a square if it is None.
+
+    Raises:
+        UserError: neither, named with `owner`, whose positions they are, and the checkpoint.
+    """
+    found = grid or square(count)
+    if not found or found[0] * found[1] != count or count < 1:
+        shape = f'grid of {grid[0]} x {grid[1]}' if grid else 'square grid'
+        argument = 'source_grid' if owner == source else 'grid'
         raise UserError(
-            f'{source}: cannot resize the position embeddings: {owner} has {count} '
-            f'positions, which is not a {shape}. Use square images, or a checkpoint '
-            'with the same grid as the model, or say how many rows and columns there are'
+            f'{source}: cannot resize the position embeddings: {owner} has {count} positions, '
+            f'which is not a {shape}. Say {argument}=(rows, columns), or use square images'
         )
-    return grid
+    return found
