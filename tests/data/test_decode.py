@@ -1,5 +1,6 @@
 """Decoding: bit-equal to TensorFlow where it matters, and every odd file a person may have."""
 
+import concurrent.futures
 import hashlib
 import io
 import pathlib
@@ -106,9 +107,68 @@ def test_exif_orientation(picture, orientation, format):
 
 def test_pixels_pass_through(picture):
     assert decode(picture, key='x') is picture
-    for wrong in (picture.astype(np.float32), picture[..., 0], picture[:0]):
-        with pytest.raises(BadImageError, match='digits:train/3.*uint8'):
-            decode(wrong, key='digits:train/3')
+
+
+def test_arrays_become_what_their_files_become(picture):
+    """Grey, alpha, 16 bits: whether it comes as a PNG file, a PIL image or an array."""
+    grey, alpha = picture[..., 0], np.dstack([picture, picture[..., :1]])
+    deep = picture[..., 1].astype(np.uint16) * 257
+    for array in (grey, alpha, deep):
+        expected = decode(encode(array, 'PNG'), key='x')
+        assert expected.shape == picture.shape and expected.dtype == np.uint8
+        for image in (array, Image.fromarray(array)):
+            assert np.array_equal(decode(image, key='x'), expected)
+    assert np.array_equal(decode(grey[..., None], key='x'), decode(grey, key='x'))
+    assert np.array_equal(decode(np.moveaxis(picture, -1, 0), key='x'), picture)
+    floats = decode(picture / 255, key='x')
+    assert floats.dtype == np.float32
+    np.testing.assert_allclose(floats, picture, atol=1e-4)
+    np.testing.assert_allclose(
+        decode(grey.astype(np.float16) / 255, key='x')[..., 2], grey, atol=0.1
+    )
+
+
+def test_arrays_of_other_numbers_of_channels_stay_as_they_are():
+    for channels in (1, 2, 4, 13):
+        image = np.random.RandomState(0).randint(0, 256, (5, 6, channels)).astype(np.uint8)
+        assert np.array_equal(decode(image, key='x', channels=channels), image)
+        first = np.moveaxis(image, -1, 0) / np.float32(255)
+        np.testing.assert_allclose(decode(first, key='x', channels=channels), image, atol=1e-4)
+    with pytest.raises(BadImageError, match='13 channels has to be an array'):
+        decode(encode(np.zeros((4, 4), np.uint8), 'PNG'), key='x', channels=13)
+
+
+@pytest.mark.parametrize(
+    ('image', 'words'),
+    [
+        (np.zeros((5, 6, 7), np.uint8), r'\[height, width, 3\], got \[5, 6, 7\] \(channels=C'),
+        (np.zeros((0, 6, 3), np.uint8), r'got \[0, 6, 3\]'),
+        (np.zeros((2, 5, 6, 3), np.uint8), r'got \[2, 5, 6, 3\]'),
+        (np.full((5, 6, 3), 200.0), r'floats must be in \[0, 1\].* in \[200, 200\]'),
+        (np.full((5, 6, 3), -0.5), r'in \[-0.5, -0.5\]'),
+        (np.full((5, 6, 3), np.nan), 'nan'),
+        (np.full((5, 6, 3), 200), 'uint8, uint16 or floats.*got int64'),
+        (np.full((5, 6, 3), 200, np.uint16), '16 bits.*make it uint8'),
+    ],
+)
+def test_doubtful_arrays_are_refused(image, words):
+    with pytest.raises(BadImageError, match=f'digits:train/3: .*{words}'):
+        decode(image, key='digits:train/3')
+
+
+def test_a_pil_image_is_upright_unchanged_and_read_by_any_thread(picture, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(picture).save(tmp_path / 'turned.png', exif=exif)
+    palette = Image.fromarray(picture).quantize(16)
+    palette.save(tmp_path / 'palette.png', transparency=bytes(range(16)))
+    for name in ('turned.png', 'palette.png'):
+        expected = decode((tmp_path / name).read_bytes(), key='x', exif=True)
+        with Image.open(tmp_path / name) as image:  # not read before the threads do
+            with concurrent.futures.ThreadPoolExecutor(8) as pool:
+                found = list(pool.map(lambda i: decode(image, key='x', exif=True), range(16)))
+            assert all(np.array_equal(pixels, expected) for pixels in found)
+            assert ('transparency' in image.info) == (name == 'palette.png')
 
 
 def test_bad_files_are_named(picture):

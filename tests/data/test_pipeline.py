@@ -11,7 +11,7 @@ import pytest
 
 from vit_jax.data import loader, reader
 from vit_jax.data.batches import eval_batches
-from vit_jax.data.dataset import Example
+from vit_jax.data.dataset import CLASS_INDEX, Example
 from vit_jax.data.decode import BadImageError
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
@@ -24,6 +24,7 @@ class Squares:
 
     class_names = ('even', 'odd')
     exif = False
+    label_dtype = CLASS_INDEX
 
     def __init__(self, count, bad=()):
         self._images = np.random.RandomState(0).randint(0, 256, (count, 12, 10, 3)).astype(np.uint8)

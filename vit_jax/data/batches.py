@@ -12,8 +12,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from vit_jax.data.dataset import Source
-from vit_jax.data.decode import BadImageError, load_image
+from vit_jax.data.dataset import Label, Source
+from vit_jax.data.decode import BadImageError
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.data.reader import OnBad, Reader, as_reader, default_threads
 from vit_jax.errors import UserError
@@ -52,10 +52,12 @@ def eval_batches(
 
     Returns:
       An iterator over dicts with, for b = batch / process_count, rounded up:
-        image: float32 [b, crop, crop, 3] in [0, 255]. In the place of an image that cannot be read
-          is a copy of another one: it changes nothing, not even in int8 models, whose scales depend
-          on all images of a batch. Zeros in padding, and where none of the batch can be read.
-        label: int32 [b], 0 in padding, -1 where an unreadable record held the label, too;
+        image: float32 [b, crop, crop, channels] in [0, 255]. In the place of an image that cannot
+          be read is a copy of another one: it changes nothing, not even in int8 models, whose
+          scales depend on all images of a batch. Zeros in padding, and where none of the batch can
+          be read.
+        label: int32 [b], 0 in padding, -1 where an unreadable record held the label, too; of other
+          labels than classes float32 [b] or [b, ...];
         readable: bool [b], whether the image could be read; of padding, False;
         example: int32 [b], index in `source`, -1 in padding.
 
@@ -69,12 +71,12 @@ def eval_batches(
         raise UserError(f'batch is the number of images at once, at least 1; got {batch}')
     local = -(-batch // process_count)
     reader = as_reader(source)
-    buffers = Buffers((local, preprocess.crop, preprocess.crop, 3), np.float32)
+    buffers = Buffers((local, preprocess.crop, preprocess.crop, reader.channels), np.float32)
 
-    def read(index: int, out: np.ndarray) -> tuple[int, BadImageError | None]:
+    def read(index: int, out: np.ndarray) -> tuple[Label, BadImageError | None]:
         try:
             pixels, label = reader.read(index)
-            load_image(pixels, preprocess, out=out)
+            preprocess.evaluate(pixels, out)
             return label, None
         except BadImageError as error:
             return -1 if error.label is None else error.label, error
@@ -85,7 +87,7 @@ def eval_batches(
         tasks = [pool.submit(read, index, images[row]) for row, index in enumerate(indices)]
 
         def finish() -> Batch:
-            label, readable = np.zeros(local, np.int32), np.zeros(local, bool)
+            label, readable = np.zeros(local, reader.label_dtype), np.zeros(local, bool)
             for row, task in enumerate(tasks):
                 label[row], error = task.result()
                 readable[row] = error is None

@@ -11,11 +11,18 @@ import hashlib
 import itertools
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from vit_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Label = int | float | np.ndarray
+# Of labels that are indices of classes.
+CLASS_INDEX = np.dtype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,22 +30,26 @@ class Example:
     """One labelled image.
 
     Attributes:
-      image: an encoded file, or pixels: uint8 [height, width, 3] in [0, 255].
-      label: index in the source's `class_names`.
+      image: an encoded file, a PIL image, or pixels, see `decode.decode`.
+      label: index in the source's `class_names`; or a number, or a vector of numbers.
       key: what a person calls the image: its path, or dataset, split and index
         (`tf_flowers:train/17`).
     """
 
-    image: bytes | np.ndarray
-    label: int
+    image: 'bytes | np.ndarray | Image.Image'
+    label: Label
     key: str
 
 
 class Source(Protocol):
     """A finite sequence of examples, safe to read from several threads.
 
+    What has these two attributes, a length and `[]` is a source. `channels_of` and `label_dtype_of`
+    say what else it may have; `data.from_sequence` makes one of nearly anything.
+
     Attributes:
-      class_names: names of the classes, in the order of the labels.
+      class_names: names of the classes, in the order of the labels; in general, of what the model
+        gives for an image.
       exif: whether to turn images upright as their EXIF orientation says (photo folders).
     """
 
@@ -48,6 +59,38 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
+
+
+def channels_of(source: Source) -> int:
+    """Channels of the images: the source's `channels`, or 3, which all files are decoded to."""
+    return getattr(source, 'channels', 3)
+
+
+def label_dtype_of(source: Source) -> np.dtype:
+    """What labels are: the source's `label_dtype`, or what its first example says.
+
+    Returns:
+      int32 for indices of classes, float32 for numbers, a float32 subarray type for vectors, as
+      `np.dtype((np.float32, (5,)))`: an array of N such labels has shape [N, 5].
+    """
+    declared = getattr(source, 'label_dtype', None)
+    return label_dtype(source[0].label) if declared is None else declared
+
+
+def label_dtype(label: object) -> np.dtype:
+    """The type of labels like this one, see `label_dtype_of`.
+
+    Raises:
+      UserError: it is neither a number nor an array of numbers.
+    """
+    array = np.asarray(label)
+    if array.dtype.kind not in 'biuf':
+        raise UserError(
+            f'a label is the index of a class, a number or an array of numbers; got {label!r:.60}'
+        )
+    if not array.ndim and array.dtype.kind in 'biu':
+        return CLASS_INDEX
+    return np.dtype((np.float32, array.shape))
 
 
 class Split(Protocol):
@@ -71,12 +114,16 @@ class Dataset:
       class_names: in the order of the labels.
       exif: see `Source`.
       splits: the stored splits by name.
+      channels: see `channels_of`.
+      label_dtype: see `label_dtype_of`.
     """
 
     name: str
     class_names: tuple[str, ...]
     exif: bool
     splits: Mapping[str, Split]
+    channels: int = 3
+    label_dtype: np.dtype = CLASS_INDEX
 
     def select(self, spec: str) -> 'Selection':
         """Takes the examples that a split specification names.
@@ -120,12 +167,16 @@ class Selection:
     Attributes:
       class_names: see `Source`.
       exif: see `Source`.
+      channels: see `channels_of`.
+      label_dtype: see `label_dtype_of`.
       spec: the split specification.
     """
 
     def __init__(self, dataset: Dataset, spec: str, ranges: Sequence[tuple[str, int, int]]):
         self.class_names = dataset.class_names
         self.exif = dataset.exif
+        self.channels = dataset.channels
+        self.label_dtype = dataset.label_dtype
         self.spec = spec
         self._name = dataset.name
         self._ranges = tuple(ranges)
@@ -149,7 +200,7 @@ class Selection:
     def labels(self) -> np.ndarray | None:
         """Labels, int [examples], where they are known without reading; None where they are not.
 
-        Known are those of folders and digits; those of TFDS sets stand in the records.
+        Known are those of folders, digits and arrays; those of TFDS sets stand in the records.
         """
         parts = []
         for name, first, end in self._ranges:
@@ -174,17 +225,21 @@ class Selection:
 
     def overlap(self, other: 'Selection') -> int:
         """Number of stored examples of the same dataset that are in both, each counted once."""
-        if self._name != other._name:
-            return 0
         return sum(
-            len(np.intersect1d(self._indices(split), other._indices(split)))
-            for split in self._splits
+            len(np.intersect1d(self._indices(name), other._indices(name)))
+            for name, split in self._splits.items()
+            if other._splits.get(name) is split
         )
 
     def _indices(self, split: str) -> np.ndarray:
         """Of the examples of one stored split."""
         parts = [np.arange(first, end) for name, first, end in self._ranges if name == split]
         return np.concatenate([np.arange(0), *parts])
+
+
+def numbered(count: int) -> tuple[str, ...]:
+    """What classes without names are called: 'class 0', 'class 1', ..."""
+    return tuple(f'class {i}' for i in range(count))
 
 
 def check_class_names(names: Sequence[str], where: str) -> None:

@@ -1,20 +1,27 @@
-"""Encoded images to pixels, on the host.
+"""Images of every kind to pixels, on the host.
 
 JPEG is decoded with the inverse transform TensorFlow uses (libjpeg-turbo's "fast" one), so that the
 pixels are bit-equal to `tf.io.decode_jpeg` and the published accuracies hold; everything else (png,
-webp, bmp, ...) goes through Pillow.
+webp, bmp, ...) goes through Pillow. Arrays and PIL images become the same kind of pixels.
 """
 
+import contextlib
 import errno
 import io
 import os
 import stat
+import threading
+from typing import TYPE_CHECKING
 
 import numpy as np
 import simplejpeg
 
+from vit_jax.data.dataset import Label
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # Larger images are refused before memory for their pixels is asked for: a file of some kilobytes
 # can claim gigabytes. The value is the one above which Pillow warns of a decompression bomb.
@@ -27,6 +34,8 @@ _NOT_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 _EXIF_ORIENTATION = 0x0112
 _TURNED = (5, 6, 7, 8)  # orientations that swap height and width
+# A PIL image reads its file when it is first needed, which two threads must not do at once.
+_LOADING = threading.Lock()
 
 
 class BadImageError(UserError):
@@ -39,7 +48,7 @@ class BadImageError(UserError):
       label: of the example, where it is known.
     """
 
-    def __init__(self, key: str, reason: str, label: int | None = None):
+    def __init__(self, key: str, reason: str, label: Label | None = None):
         # A name may hold anything: line breaks, bytes that are not text.
         shown = key if key.isprintable() else ascii(key)
         super().__init__(f'cannot use image {shown}: {reason}')
@@ -88,35 +97,39 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
 
 
 def load_image(
-    image: str | os.PathLike[str] | bytes | np.ndarray,
+    image: 'str | os.PathLike[str] | bytes | np.ndarray | Image.Image',
     preprocess: Preprocess,
     *,
     key: str = '',
     exif: bool = True,
+    channels: int = 3,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """An image as the model sees it: the one place that joins decoding and preprocessing.
+    """An image as the model sees it: decoding and preprocessing in one.
 
     Args:
-      image: the path of a file, the content of one, or pixels (uint8 [height, width, 3]).
+      image: the path of a file, or what `decode` takes.
       preprocess: of the model; its `evaluate` is applied.
       key: as for `decode`; of a file its path.
       exif: as for `decode`.
-      out: float32 [crop, crop, 3], where to put the result; default new memory.
+      channels: as for `decode`.
+      out: float32 [crop, crop, channels], where to put the result; default new memory.
 
     Returns:
-      float32 [crop, crop, 3] in [0, 255]; `preprocess.normalize` gives the model's range.
+      float32 [crop, crop, channels] in [0, 255]; `preprocess.normalize` gives the model's range.
 
     Raises:
       BadImageError: as `read_file` and `decode`.
     """
-    if not isinstance(image, bytes | np.ndarray):
+    if isinstance(image, str | os.PathLike):
         key = os.fspath(image)
         image = read_file(key)
-    return preprocess.evaluate(decode(image, key=key, exif=exif), out)
+    return preprocess.evaluate(decode(image, key=key, exif=exif, channels=channels), out)
 
 
-def size_of_jpeg(image: bytes | np.ndarray, *, exif: bool = False) -> tuple[int, int] | None:
+def size_of_jpeg(
+    image: 'bytes | np.ndarray | Image.Image', *, exif: bool = False
+) -> tuple[int, int] | None:
     """Height and width of a JPEG file's picture, pixels, without decoding it.
 
     Args:
@@ -124,9 +137,10 @@ def size_of_jpeg(image: bytes | np.ndarray, *, exif: bool = False) -> tuple[int,
       exif: as for `decode`.
 
     Returns:
-      None for pixels, other formats, and files whose header cannot be read; `decode` tells.
+      None for what is no file, other formats, and files whose header cannot be read; `decode`
+      tells.
     """
-    if isinstance(image, np.ndarray) or image[:2] != b'\xff\xd8':
+    if not isinstance(image, bytes) or image[:2] != b'\xff\xd8':
         return None
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(image)
@@ -136,7 +150,12 @@ def size_of_jpeg(image: bytes | np.ndarray, *, exif: bool = False) -> tuple[int,
 
 
 def decode(
-    image: bytes | np.ndarray, *, key: str, exif: bool = False, reduction: int = 1
+    image: 'bytes | np.ndarray | Image.Image',
+    *,
+    key: str,
+    exif: bool = False,
+    reduction: int = 1,
+    channels: int = 3,
 ) -> np.ndarray:
     """Decodes one image to RGB.
 
@@ -146,35 +165,96 @@ def decode(
     decoder). Only the first frame of an animation is used.
 
     Args:
-      image: an encoded file (jpeg, png, webp, bmp or anything else that Pillow reads), or pixels
-        that were decoded already: uint8 [height, width, 3], returned as they are.
+      image: an encoded file (jpeg, png, webp, bmp or anything else that Pillow reads), a PIL image,
+        or an array, see `pixels_of`.
       key: what a person calls the image (its path, or `tf_flowers:train/17`), for the error
         message.
       exif: whether to turn the image upright as its EXIF orientation says. Photo folders need that;
         TFDS sets do not, because the original release ignores EXIF.
       reduction: 1, or 2, 4 or 8: a JPEG file comes out at so much smaller a size, sooner; other
         formats do not change.
+      channels: of the result; another number than 3 (RGB) only for arrays.
 
     Returns:
-      uint8 [height, width, 3] in [0, 255], RGB; of a JPEG file, height and width divided by
-      `reduction`, rounded up.
+      uint8 [height, width, channels] in [0, 255]; of an array of floats float32. Of a JPEG file,
+      height and width are divided by `reduction`, rounded up.
 
     Raises:
-      BadImageError: no image, an empty, truncated or corrupt one, or one of more than `MAX_PIXELS`
-        pixels.
+      BadImageError: no image, an empty, truncated or corrupt one, one of more than `MAX_PIXELS`
+        pixels, or an array that `pixels_of` refuses.
     """
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-            raise BadImageError(
-                key, f'pixels must be uint8 [height, width, 3], got {image.dtype} {image.shape}'
-            )
-        return image
+        return pixels_of(image, key=key, channels=channels)
+    if channels != 3:
+        raise BadImageError(key, f'an image of {channels} channels has to be an array')
+    if not isinstance(image, bytes):
+        return _from_pillow(image, key, exif, _LOADING)
     if not image:
         raise BadImageError(key, 'the file is empty')
     if image[:2] == b'\xff\xd8':
         pixels = _decode_jpeg(image, key, reduction)
         return _upright(pixels, _jpeg_orientation(image)) if exif else pixels
-    return _decode_other(image, key, exif)
+    from PIL import Image  # here, because sets of JPEG files do not need it
+
+    try:
+        # Not Image.open(formats=...): an unusual format that Pillow knows is welcome.
+        picture = Image.open(io.BytesIO(image))
+    except Exception as error:
+        raise _pillows(error, key) from error
+    return _from_pillow(picture, key, exif, contextlib.nullcontext())
+
+
+def pixels_of(image: np.ndarray, *, key: str, channels: int = 3) -> np.ndarray:
+    """An array as pixels.
+
+    What is done to files, see `decode`, is done to arrays: one channel becomes three equal ones, of
+    four the last (alpha) is dropped, if there are to be 3; of 16 bits the high byte stays. Floats
+    are in [0, 1]; what is outside is refused, since it may be anything.
+
+    Args:
+      image: [height, width, channels], or [height, width] for one channel, or [channels, height,
+        width] where nothing else can be meant; uint8, uint16, or floats in [0, 1].
+      key: as for `decode`.
+      channels: of the result.
+
+    Returns:
+      [height, width, channels] in [0, 255]: uint8, or float32 for floats, not rounded. RGB uint8 is
+      returned as it is.
+
+    Raises:
+      BadImageError: another shape, type or range of values.
+    """
+    known = (1, 3, 4) if channels == 3 else (channels,)
+    shape = image.shape
+    if image.ndim == 2:
+        image = image[..., None]
+    elif image.ndim == 3 and shape[2] not in known and shape[0] in known:
+        image = np.moveaxis(image, 0, -1)
+    if image.ndim != 3 or 0 in shape or image.shape[2] not in known:
+        more = ' (channels=C for images of C channels)' if channels == 3 else ''
+        raise BadImageError(
+            key, f'pixels must be [height, width, {channels}], got {list(shape)}{more}'
+        )
+    if image.shape[2] != channels:
+        image = np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image[..., :3]
+    if image.dtype == np.uint8:
+        return image
+    if image.dtype == np.uint16:
+        if 0 < image.max() < 256:
+            raise BadImageError(
+                key, 'as an image of 16 bits, of values up to 65535, it is black; make it uint8'
+            )
+        return (image >> 8).astype(np.uint8)
+    if image.dtype.kind != 'f':
+        raise BadImageError(
+            key, f'pixels must be uint8, uint16 or floats in [0, 1], got {image.dtype}'
+        )
+    low, high = image.min(), image.max()
+    if not 0 <= low <= high <= 1:  # so that NaN fails
+        raise BadImageError(
+            key, f'floats must be in [0, 1], where 1 is white, and these are in [{low:g}, {high:g}]'
+        )
+    return image.astype(np.float32) * np.float32(255)
 
 
 def _decode_jpeg(image: bytes, key: str, reduction: int) -> np.ndarray:
@@ -200,25 +280,34 @@ def _decode_jpeg(image: bytes, key: str, reduction: int) -> np.ndarray:
     raise BadImageError(key, f'not a complete JPEG file ({reason})')
 
 
-def _decode_other(image: bytes, key: str, exif: bool) -> np.ndarray:
-    # Here, because sets of JPEG files do not need it.
-    from PIL import Image, UnidentifiedImageError
-
+def _from_pillow(
+    picture: 'Image.Image',
+    key: str,
+    exif: bool,
+    lock: contextlib.AbstractContextManager,
+) -> np.ndarray:
     try:
-        # Not Image.open(formats=...): an unusual format that Pillow knows is welcome.
-        picture = Image.open(io.BytesIO(image))
         _check_size(picture.height, picture.width, key)
+        with lock:
+            picture.load()
         orientation = picture.getexif().get(_EXIF_ORIENTATION, 1) if exif else 1
         pixels = _to_rgb(picture)
-    except BadImageError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise BadImageError(key, f'more than {MAX_PIXELS:,} pixels') from None
-    except UnidentifiedImageError as error:  # whose text is the address of our buffer
-        raise BadImageError(key, 'not an image that can be read (no known format)') from error
-    except Exception as error:  # Pillow's decoders raise almost anything.
-        raise BadImageError(key, f'not an image that can be read ({error})') from error
+    except Exception as error:
+        raise _pillows(error, key) from error
     return _upright(pixels, orientation)
+
+
+def _pillows(error: Exception, key: str) -> BadImageError:
+    """What Pillow raised, as one error; its decoders raise almost anything."""
+    from PIL import Image, UnidentifiedImageError
+
+    if isinstance(error, BadImageError):
+        return error
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return BadImageError(key, f'more than {MAX_PIXELS:,} pixels')
+    if isinstance(error, UnidentifiedImageError):  # whose text is the address of our buffer
+        return BadImageError(key, 'not an image that can be read (no known format)')
+    return BadImageError(key, f'not an image that can be read ({error})')
 
 
 def _to_rgb(picture) -> np.ndarray:
@@ -228,7 +317,9 @@ def _to_rgb(picture) -> np.ndarray:
         return np.repeat((np.clip(grey, 0, 65535) >> 8).astype(np.uint8)[..., None], 3, axis=2)
     if picture.mode == 'F':
         raise ValueError('pixels are floating point numbers without a known range')
-    picture.info.pop('transparency', None)  # Else Pillow warns that palettes lose it.
+    if 'transparency' in picture.info:  # Pillow would warn that palettes lose it.
+        picture = picture.copy()
+        del picture.info['transparency']
     return np.array(picture if picture.mode == 'RGB' else picture.convert('RGB'))
 
 

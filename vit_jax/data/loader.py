@@ -10,7 +10,7 @@ import grain
 import numpy as np
 
 from vit_jax.data.batches import Batch, Buffers, in_order, reading_threads
-from vit_jax.data.dataset import Source
+from vit_jax.data.dataset import Label, Source
 from vit_jax.data.decode import BadImageError
 from vit_jax.data.preprocess import CropBox, Preprocess
 from vit_jax.data.reader import OnBad, Reader, as_reader, default_threads, once_per_key
@@ -19,7 +19,7 @@ from vit_jax.errors import UserError
 # Draws for a substitute of an unreadable image. Where half of a set is unreadable, one place in
 # 2**100 finds none.
 MAX_DRAWS = 100
-_COLUMNS = ('label', 'position', 'example', 'replaced')
+_COLUMNS = ('position', 'example', 'replaced')
 # Host memory for batches that wait for the device.
 MAX_BUFFER_BYTES = 8 << 30
 
@@ -82,7 +82,7 @@ class BatchLoader:
         self._preprocess = preprocess
         self._exact = exact
         self._on_bad = None if on_bad is None else once_per_key(on_bad)
-        shape = (size, preprocess.crop, preprocess.crop, 3)
+        shape = (size, preprocess.crop, preprocess.crop, self._reader.channels)
         self._buffers = Buffers(shape, np.float32 if exact else np.uint8)
 
     def from_step(self, start: int, *, threads: int | None = None) -> Generator[Batch]:
@@ -109,8 +109,8 @@ class BatchLoader:
 
         Returns:
           A dict with, for b = batch / process_count:
-            image: float32 [b, crop, crop, 3] in [0, 255], or uint8 if not `exact`;
-            label: int32 [b];
+            image: float32 [b, crop, crop, channels] in [0, 255], or uint8 if not `exact`;
+            label: int32 [b]; of other labels than classes float32 [b] or [b, ...];
             position: int32 [b], place in the global batch;
             example: int32 [b], index in `source`, of the substitute where there is one;
             replaced: int32 [b], 1 for a substitute, else 0.
@@ -121,6 +121,7 @@ class BatchLoader:
         """
         items = [self._items[step * self._batch + place] for place in self._places]
         out = {'image': self._buffers.take()}
+        out['label'] = np.zeros(len(items), self._reader.label_dtype)
         out |= {name: np.zeros(len(items), np.int32) for name in _COLUMNS}
         rng = np.random.Generator(np.random.Philox(0))
         for row, (position, index, key) in enumerate(items):
@@ -135,7 +136,7 @@ class BatchLoader:
             out['label'][row], out['position'][row], out['example'][row] = label, position, index
         return out
 
-    def _show(self, index: int, rng: np.random.Generator, out: np.ndarray) -> int:
+    def _show(self, index: int, rng: np.random.Generator, out: np.ndarray) -> Label:
         """Writes a random crop of an example, drawn by `rng`; returns the label."""
         if self._exact:
             pixels, label = self._reader.read(index)
@@ -158,7 +159,7 @@ class BatchLoader:
         error: BadImageError,
         on_bad: OnBad,
         out: np.ndarray,
-    ) -> tuple[int, int]:
+    ) -> tuple[int, Label]:
         """Index and label of an example that can be read, drawn by the key of the place."""
         # The same key as the crop's; the counter begins elsewhere, so the numbers are others.
         draw = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, 1]))

@@ -51,11 +51,11 @@ class CropBox(NamedTuple):
         return max(k for k in REDUCTIONS if k <= max(1, most))
 
     def part(self, image: np.ndarray) -> np.ndarray:
-        """The box, not yet resized, of [height, width, 3]."""
+        """The box, not yet resized, of [height, width, channels]."""
         return image[self.y : self.y + self.height, self.x : self.x + self.width]
 
     def cut(self, square: np.ndarray, crop: int) -> np.ndarray:
-        """The final crop, [crop, crop, 3], of the square."""
+        """The final crop, [crop, crop, channels], of the square."""
         return square[self.top : self.top + crop, self.left : self.left + crop]
 
 
@@ -96,12 +96,12 @@ class Preprocess:
         """A random crop of an image.
 
         Args:
-          image: uint8 [height, width, 3] in [0, 255].
+          image: uint8 or float32 [height, width, channels] in [0, 255].
           rng: where the crop comes from.
           out: where to put the result; default new memory.
 
         Returns:
-          float32 [crop, crop, 3] in [0, 255], not rounded to whole grey levels. Without
+          float32 [crop, crop, channels] in [0, 255], not rounded to whole grey levels. Without
           `inception_crop` and `resize` this is `evaluate(image)`.
         """
         return self.render(image, self.draw_box(image.shape[0], image.shape[1], rng), out)
@@ -125,17 +125,18 @@ class Preprocess:
         """The crop of an image, resized.
 
         Args:
-          image: uint8 [height, width, 3] in [0, 255].
+          image: uint8 or float32 [height, width, channels] in [0, 255].
           box: in an image of that size.
           out: where to put the result; default new memory.
 
         Returns:
-          float32 [crop, crop, 3] in [0, 255], not rounded to whole grey levels.
+          float32 [crop, crop, channels] in [0, 255], not rounded to whole grey levels.
         """
         part = box.part(image)
         if box.side == self.crop:
             return resize_bilinear(part, self.crop, out)
-        out = np.empty((self.crop, self.crop, 3), np.float32) if out is None else out
+        shape = (self.crop, self.crop, image.shape[2])
+        out = np.empty(shape, np.float32) if out is None else out
         out[...] = box.cut(resize_bilinear(part, box.side), self.crop)
         return out
 
@@ -145,10 +146,11 @@ class Preprocess:
         """`render` in whole grey levels, from an image that may have been reduced.
 
         Args:
-          image: uint8 [height / k, width / k, 3] in [0, 255], rounded up, k of `REDUCTIONS`.
+          image: uint8 or float32 [height / k, width / k, channels] in [0, 255], rounded up, k of
+            `REDUCTIONS`; float32 only whole.
           box: in the whole image.
           size: height and width of the whole image, pixels.
-          out: uint8 [crop, crop, 3], where to put the result.
+          out: uint8 [crop, crop, channels], where to put the result.
 
         Returns:
           `out`, in [0, 255]. Of a reduced image, pixels that straddle the edge of the box count in
@@ -156,6 +158,9 @@ class Preprocess:
         """
         import cv2
 
+        if image.dtype != np.uint8:
+            out[...] = np.rint(self.render(image, box))
+            return out
         if image.shape[:2] == size:
             direct = out if box.side == self.crop else None
             square = cv2.resize(
@@ -184,11 +189,11 @@ class Preprocess:
         """The whole image squashed to the model's square, whatever its aspect ratio.
 
         Args:
-          image: uint8 [height, width, 3] in [0, 255].
+          image: uint8 or float32 [height, width, channels] in [0, 255].
           out: where to put the result; default new memory.
 
         Returns:
-          float32 [crop, crop, 3] in [0, 255].
+          float32 [crop, crop, channels] in [0, 255].
         """
         return resize_bilinear(image, self.crop, out)
 
@@ -233,18 +238,19 @@ def resize_bilinear(image: np.ndarray, side: int, out: np.ndarray | None = None)
     OpenCV in float32 is within 0.01 grey levels of TensorFlow; in uint8 it would round each pixel.
 
     Args:
-      image: uint8 or float32 [height, width, 3] in [0, 255]; may be a slice of a larger one.
+      image: uint8 or float32 [height, width, channels] in [0, 255]; may be a slice of a larger one.
       side: height and width of the result, pixels.
-      out: float32 [side, side, 3] without gaps, where to put the result; default new memory.
+      out: float32 [side, side, channels] without gaps, where to put the result; default new memory.
 
     Returns:
-      float32 [side, side, 3] in [0, 255].
+      float32 [side, side, channels] in [0, 255].
     """
     import cv2  # Here, because it takes a tenth of a second to import.
 
     # Only the part that is wanted becomes float: four times the memory of a whole photo otherwise.
     image = image.astype(np.float32)
-    return cv2.resize(image, (side, side), dst=out, interpolation=cv2.INTER_LINEAR)
+    resized = cv2.resize(image, (side, side), dst=out, interpolation=cv2.INTER_LINEAR)
+    return resized if resized.ndim == 3 else resized[..., None]  # of a single channel
 
 
 def sample_inception_box(

@@ -1,5 +1,6 @@
 """The examples of a source as pixels, and a cache of them in memory."""
 
+import functools
 import os
 import threading
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from vit_jax.data import decode
-from vit_jax.data.dataset import Example, Source
+from vit_jax.data.dataset import Example, Label, Source, channels_of, label_dtype_of
 from vit_jax.data.decode import BadImageError
 
 # What Python needs to keep an image, beside its pixels. Bytes; 445 to 525 were measured.
@@ -77,14 +78,16 @@ class Reader:
     Attributes:
       class_names: see `Source`.
       exif: see `Source`.
+      channels: see `dataset.channels_of`.
     """
 
     def __init__(self, source: Source, cache: ImageCache | None = None):
         self.class_names = source.class_names
         self.exif = source.exif
+        self.channels = channels_of(source)
         self._source = source
         self._cache = cache
-        self._pixels: dict[tuple[int, int], tuple[np.ndarray, int]] = {}  # with the labels
+        self._pixels: dict[tuple[int, int], tuple[np.ndarray, Label]] = {}  # with the labels
         # Of the whole images, for `read_reduced`; None of other formats than JPEG.
         self._sizes: dict[int, tuple[int, int] | None] = {}
         self._lock = threading.Lock()
@@ -95,8 +98,13 @@ class Reader:
     def __getitem__(self, index: int) -> Example:
         return self._source[index]
 
-    def read(self, index: int) -> tuple[np.ndarray, int]:
-        """Pixels, uint8 [height, width, 3] in [0, 255], and label of an example.
+    @functools.cached_property
+    def label_dtype(self) -> np.dtype:
+        """See `dataset.label_dtype_of`."""
+        return label_dtype_of(self._source)
+
+    def read(self, index: int) -> tuple[np.ndarray, Label]:
+        """Pixels, as `decode.decode` gives them, and label of an example.
 
         Raises:
           BadImageError: the image cannot be read; its `label` is set where it is known.
@@ -105,7 +113,7 @@ class Reader:
 
     def read_reduced(
         self, index: int, reduction: Callable[[int, int], int]
-    ) -> tuple[np.ndarray, int, tuple[int, int]]:
+    ) -> tuple[np.ndarray, Label, tuple[int, int]]:
         """An example, decoded to a smaller size where its format has one.
 
         Args:
@@ -114,7 +122,7 @@ class Reader:
             `preprocess.REDUCTIONS`; called once.
 
         Returns:
-          Pixels, uint8, label, and height and width of the whole image.
+          Pixels and label as of `read`, and height and width of the whole image.
 
         Raises:
           BadImageError: as `read`.
@@ -134,7 +142,9 @@ class Reader:
             reduction(*size)
         return pixels, label, size
 
-    def _decode(self, index: int, divisor: int, example: Example | None) -> tuple[np.ndarray, int]:
+    def _decode(
+        self, index: int, divisor: int, example: Example | None
+    ) -> tuple[np.ndarray, Label]:
         """The pixels, kept or decoded to 1 / `divisor` of the size, and the label."""
         kept = self._pixels.get((index, divisor))
         if kept is not None:
@@ -142,13 +152,17 @@ class Reader:
         example = example or self._source[index]
         try:
             pixels = decode.decode(
-                example.image, key=example.key, exif=self.exif, reduction=divisor
+                example.image,
+                key=example.key,
+                exif=self.exif,
+                reduction=divisor,
+                channels=self.channels,
             )
         except BadImageError as error:
             error.label = example.label
             raise
         kept = pixels, example.label
-        if self._cache and isinstance(example.image, bytes):
+        if self._cache and not isinstance(example.image, np.ndarray):
             with self._lock:  # another thread may have been at the same image
                 if (index, divisor) not in self._pixels and self._cache.take(
                     pixels.nbytes + _OVERHEAD

@@ -9,6 +9,7 @@ import os
 import pathlib
 from collections.abc import Sequence
 
+from vit_jax.data.dataset import numbered
 from vit_jax.errors import UserError
 
 IMAGENET1K = 'imagenet1k'
@@ -24,11 +25,6 @@ def imagenet1k() -> tuple[str, ...]:
     twice: 'crane bird' beside 'crane', 'maillot tank suit' beside 'maillot'.
     """
     return tuple(name for _, name in _imagenet1k())
-
-
-def numbered(count: int) -> tuple[str, ...]:
-    """What the classes of a model without names are called: 'class 0', 'class 1', ..."""
-    return tuple(f'class {i}' for i in range(count))
 
 
 def choose(own: Sequence[str], labels: str, model: str) -> tuple[str, ...]:

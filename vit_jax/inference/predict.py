@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from vit_jax.data.dataset import Example
+from vit_jax.data.dataset import CLASS_INDEX, Example
 from vit_jax.data.decode import BadImageError, decode, read_file
 from vit_jax.data.folders import SUFFIXES, list_images
 from vit_jax.errors import UserError
@@ -36,6 +36,7 @@ class Images:
 
     class_names: tuple[str, ...] = ()
     exif = True
+    label_dtype = CLASS_INDEX
 
     def __init__(self, paths: Sequence[str]):
         self._paths = paths
