@@ -1,5 +1,6 @@
 """The training step: against float64 gradients and a NumPy update rule, on any topology."""
 
+import functools
 import math
 import re
 
@@ -51,10 +52,17 @@ def make_batches(batch=16, size=16, count=STEPS):
     ]
 
 
+made_params, made_steps = {}, {}
+
+
 def make_params(model, size=16):
-    rng = np.random.default_rng(1)
-    params = state_lib.init_params(model, size, seed=0)
-    return jax.tree.map(lambda p: p + 0.1 * rng.standard_normal(p.shape, np.float32), params)
+    if (key := (repr(model), size)) not in made_params:
+        rng = np.random.default_rng(1)
+        made_params[key] = jax.tree.map(
+            lambda p: np.asarray(p) + 0.1 * rng.standard_normal(p.shape, np.float32),
+            state_lib.init_params(model, size, seed=0),
+        )
+    return made_params[key]
 
 
 def run_steps(config, params, batches, *, devices, fsdp=1, model=None, flip=False, skip=False):
@@ -66,17 +74,22 @@ def run_steps(config, params, batches, *, devices, fsdp=1, model=None, flip=Fals
     )
     tx = optim.create_optimizer(config, schedule)
     state = state_lib.create_state(params, tx, mesh)
-    step = steps.make_train_step(
-        model,
-        tx,
-        schedule,
-        mesh,
-        sharding.state_sharding(state, mesh),
-        seed=config.seed,
-        accum_steps=config.accum_steps,
-        flip=flip,
-        skip_nonfinite=skip,
-    )
+    # All that a step depends on: the same one is traced and compiled once.
+    patched = (sharding.MIN_SIZE_TO_SHARD, cpu.CHUNK)
+    key = (repr(model), config.to_json(), devices, fsdp, flip, skip, patched)
+    if key not in made_steps:
+        made_steps[key] = steps.make_train_step(
+            model,
+            tx,
+            schedule,
+            mesh,
+            sharding.state_sharding(state, mesh),
+            seed=config.seed,
+            accum_steps=config.accum_steps,
+            flip=flip,
+            skip_nonfinite=skip,
+        )
+    step = made_steps[key]
     history = []
     for batch in batches:
         with jax.transfer_guard('disallow'):
@@ -248,20 +261,18 @@ def test_a_step_that_is_not_finite_is_told_and_can_be_skipped(
 
 def test_mirroring_is_the_same_on_any_topology():
     """Neither order nor number of devices matters, only the place in the global batch."""
-    images = jnp.asarray(make_batches()[0]['image'])
-    place = jnp.arange(16)
+    images = make_batches()[0]['image']
+    place = np.arange(16)
     key = augment.step_key(0, 3, augment.FLIP)
-    flipped = augment.random_flip(images, place, key)
+    random_flip = jax.jit(augment.random_flip)
+    flipped = np.asarray(random_flip(images, place, key))
     which = [not np.array_equal(a, b) for a, b in zip(flipped, images, strict=True)]
     for image, mirrored, changed in zip(images, flipped, which, strict=True):
         np.testing.assert_array_equal(mirrored, image[:, ::-1] if changed else image)
     assert 2 < sum(which) < 14
     order = np.random.default_rng(0).permutation(16)
-    np.testing.assert_array_equal(
-        augment.random_flip(images[order], place[order], key), flipped[order]
-    )
-    many = augment.random_flip(jnp.ones((4000, 1, 2, 1)) * jnp.arange(2)[None, None, :, None],
-                               jnp.arange(4000), key)  # fmt: skip
+    np.testing.assert_array_equal(random_flip(images[order], place[order], key), flipped[order])
+    many = random_flip(np.tile(np.float32([[0], [1]]), (4000, 1, 1, 1)), np.arange(4000), key)
     assert 0.47 < float(many[:, 0, 0, 0].mean()) < 0.53
     params = make_params(models.VisionTransformer(**MODEL))
     config = make_config(optim_dtype='float32')  # bfloat16 would round some values apart
@@ -330,19 +341,30 @@ def test_xla_knows_the_passes_that_are_left_out():
     assert compiled(options) == {'barriers': True, 'YNNPACK': True}
 
 
-def lowered_step(devices, accum_steps, fsdp=1, batch=64):
+SCHEDULE = optim.create_learning_rate_schedule(20, 0.5, 'cosine', 2)
+
+
+def abstract_state(devices, fsdp):
     model = models.VisionTransformer(**MODEL)
-    config = make_config(accum_steps=accum_steps)
     mesh = sharding.create_mesh(fsdp, jax.devices()[:devices])
-    schedule = optim.create_learning_rate_schedule(20, 0.5, 'cosine', 2)
-    tx = optim.create_optimizer(config, schedule)
-    abstract = state_lib.abstract_state(model, tx, 32, mesh)
+    tx = optim.create_optimizer(make_config(), SCHEDULE)
+    return model, mesh, tx, state_lib.abstract_state(model, tx, 32, mesh)
+
+
+def lowered_step(devices, accum_steps, fsdp=1, batch=64):
+    model, mesh, tx, abstract = abstract_state(devices, fsdp)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     step = steps.make_train_step(
-        model, tx, schedule, mesh, shardings, seed=0, accum_steps=accum_steps
+        model, tx, SCHEDULE, mesh, shardings, seed=0, accum_steps=accum_steps
     )
     data = steps.abstract_batch(batch, 32, mesh)
     return step.lower(abstract, data).compile(), abstract
+
+
+@pytest.fixture(scope='module')
+def alone():
+    """The program of one device, in the text of XLA."""
+    return lowered_step(1, 1)[0].as_text()
 
 
 def shapes_of(text, operation):
@@ -374,15 +396,14 @@ def products_of(text):
     ('devices', 'accum_steps', 'fsdp'), [(4, 1, 1), (4, 4, 1), (4, 1, 4), (4, 4, 4), (2, 4, 1)]
 )
 def test_each_device_does_its_share_and_no_image_is_gathered(
-    monkeypatch, devices, accum_steps, fsdp
+    monkeypatch, alone, devices, accum_steps, fsdp
 ):
     monkeypatch.setattr(sharding, 'MIN_SIZE_TO_SHARD', 2**12)
-    alone = lowered_step(1, 1)[0]
-    assert not shapes_of(alone.as_text(), 'all-reduce')
+    assert not shapes_of(alone, 'all-reduce')
     compiled, abstract = lowered_step(devices, accum_steps, fsdp)
     text = compiled.as_text()
     # The body of the loop over micro-batches is counted once, and runs accum_steps times.
-    share = products_of(text) * accum_steps / products_of(alone.as_text())
+    share = products_of(text) * accum_steps / products_of(alone)
     assert 1 <= share * devices < 1.01, share
 
     image_elements = 64 * 32 * 32 * 3
@@ -418,7 +439,7 @@ def test_attention_in_chunks_gathers_no_tokens(monkeypatch):
 
 def test_fsdp_holds_a_part_of_every_large_array(monkeypatch):
     monkeypatch.setattr(sharding, 'MIN_SIZE_TO_SHARD', 64)
-    _, abstract = lowered_step(4, 1, fsdp=4)
+    *_, abstract = abstract_state(4, fsdp=4)
     whole = sum(leaf.size for leaf in jax.tree.leaves(abstract))
     part = sum(
         int(np.prod(leaf.sharding.shard_shape(leaf.shape))) for leaf in jax.tree.leaves(abstract)
@@ -441,9 +462,8 @@ def test_evaluation_tells_what_became_of_each_example():
     }
     told = jax.device_get(step(params, sharding.put_batch(batch, mesh)))
     assert all(np.array_equal(told[name], batch[name]) for name in batch if name != 'image')
-    logits = model.apply(
-        {'params': jax.device_get(params)}, batch['image'] / 127.5 - 1, train=False
-    )
+    apply = jax.jit(functools.partial(model.apply, train=False))
+    logits = apply({'params': jax.device_get(params)}, batch['image'] / 127.5 - 1)
     logits = np.asarray(logits, np.float64)
     loss = np.log(np.exp(logits).sum(-1)) - logits[np.arange(16), batch['label']]
     order = np.argsort(-logits, axis=-1)
@@ -455,21 +475,26 @@ def test_evaluation_tells_what_became_of_each_example():
     assert np.array_equal(told['rank'], np.argmax(order == batch['label'][:, None], axis=-1))
 
 
+def first_update(tx, grads, params):
+    return jax.jit(lambda grads, params: tx.update(grads, tx.init(params), params)[0])(
+        grads, params
+    )
+
+
 def test_adamw_and_weight_decay_are_optax_on_kernels_only():
-    params = {'head': {'kernel': jnp.ones((2, 2)), 'bias': jnp.ones(2)}}
+    params = {'head': {'kernel': np.ones((2, 2), np.float32), 'bias': np.ones(2, np.float32)}}
     grads = jax.tree.map(lambda p: 0.1 * p, params)
     config = make_config(optimizer='adamw', weight_decay=0.1, optim_dtype='float32')
     tx = optim.create_optimizer(config, lambda _: 0.01)
-    updates, _ = tx.update(grads, tx.init(params), params)
-    plain = optax.adam(0.01)
-    expected, _ = plain.update(grads, plain.init(params), params)
+    updates = first_update(tx, grads, params)
+    expected = first_update(optax.adam(0.01), grads, params)
     np.testing.assert_allclose(updates['head']['bias'], expected['head']['bias'])
     np.testing.assert_allclose(
         updates['head']['kernel'], expected['head']['kernel'] - 0.01 * 0.1, rtol=1e-6
     )
     config = make_config(weight_decay=0.5, grad_norm_clip=0.0, optim_dtype='float32')
     tx = optim.create_optimizer(config, lambda _: 0.01)
-    updates, _ = tx.update(grads, tx.init(params), params)
+    updates = first_update(tx, grads, params)
     np.testing.assert_allclose(updates['head']['kernel'], -0.01 * (0.1 + 0.5), rtol=1e-6)
     np.testing.assert_allclose(updates['head']['bias'], -0.01 * 0.1, rtol=1e-6)
 
@@ -477,7 +502,7 @@ def test_adamw_and_weight_decay_are_optax_on_kernels_only():
 @pytest.mark.parametrize('decay_type', ['cosine', 'linear'])
 def test_schedule(decay_type):
     schedule = optim.create_learning_rate_schedule(100, 0.03, decay_type, 10)
-    rates = np.array([schedule(step) for step in range(101)])
+    rates = np.asarray(jax.jit(jax.vmap(schedule))(np.arange(101)))
     assert rates[0] == 0 and rates[5] == pytest.approx(0.015, rel=1e-5)
     assert rates[10] == pytest.approx(0.03)
     middle, end = (0.015, 0.0) if decay_type == 'cosine' else (0.015005, 1e-5)
