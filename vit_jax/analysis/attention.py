@@ -13,7 +13,6 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,7 +72,7 @@ def maps(model: model_folder.Model, pixels: np.ndarray) -> AttentionMaps:
     Raises:
       UserError: see `check`.
     """
-    return AttentionMaps(*map(np.asarray, _maps(_static(check(model)), model.params, pixels)))
+    return AttentionMaps(*map(np.asarray, _maps(check(model), model.params, pixels)))
 
 
 def relevance(model: model_folder.Model, pixels: np.ndarray, classes: np.ndarray) -> np.ndarray:
@@ -98,7 +97,7 @@ def relevance(model: model_folder.Model, pixels: np.ndarray, classes: np.ndarray
     Raises:
       UserError: see `check`; a model without head; a label that the model does not have.
     """
-    module = _static(check(model))
+    module = check(model)
     count = len(model.class_names)
     if not count:
         raise UserError('this model has no classification head, so there is no class to explain')
@@ -207,15 +206,6 @@ def special_tokens(model: models.VisionTransformer) -> int:
     if model.classifier == 'gap':
         return 0
     return 2 if model.distilled else 1
-
-
-def _static(model: models.VisionTransformer) -> models.VisionTransformer:
-    """The same module, hashable: equal architectures are compiled once."""
-    patches, transformer, resnet = (
-        value and flax.core.freeze(dict(value))
-        for value in (model.patches, model.transformer, model.resnet)
-    )
-    return model.clone(patches=patches, transformer=transformer, resnet=resnet)
 
 
 def _read(

@@ -26,20 +26,13 @@ def from_config(config: Mapping[str, Any], **overrides: Any) -> VisionTransforme
       ValueError: an attention implementation was given for a Mixer, which has no attention.
     """
     config = config.to_dict() if hasattr(config, 'to_dict') else config
-    arguments = {**_with_tuples(config), **overrides}
+    arguments = {**config, **overrides}
     if not variants.is_mixer(arguments):
         return VisionTransformer(**arguments)
     attention = arguments.pop('attention', 'auto')
     if attention != 'auto':
         raise ValueError(f'attention {attention!r}: an MLP-Mixer has no attention')
     return MlpMixer(**arguments)
-
-
-def _with_tuples(config: Any) -> Any:
-    """A config whose lists are tuples: JSON has no tuples, and equal models should be equal."""
-    if isinstance(config, Mapping):
-        return {key: _with_tuples(value) for key, value in config.items()}
-    return tuple(config) if isinstance(config, list) else config
 
 
 def get_model(name: str, **overrides: Any) -> VisionTransformer | MlpMixer:

@@ -4,9 +4,11 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.core
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 REMAT_POLICIES: Mapping[str, Callable | None] = {
     'full': None,  # keep nothing of a block but its input
@@ -18,9 +20,9 @@ REMAT_POLICIES: Mapping[str, Callable | None] = {
 def at_least_float32(dtype: Any) -> jnp.dtype:
     """What softmax, weight standardisation and logits are computed in.
 
-    float32 for all 16- and 32-bit types, float64 in a float64 model.
+    float32 for all other types, float64 in a float64 model.
     """
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(np.float64 if jnp.dtype(dtype) == np.float64 else np.float32)
 
 
 class MlpBlock(nn.Module):
@@ -76,6 +78,33 @@ def rematerialised(
     return nn.remat(block, static_argnums=static_argnums, policy=REMAT_POLICIES[remat])
 
 
+def hashable(value: Any) -> Any:
+    """A setting of a model as something that has a hash: mappings frozen, lists as tuples."""
+    if hasattr(value, 'to_dict'):  # a `ConfigDict`, which is no `Mapping`
+        value = value.to_dict()
+    if isinstance(value, Mapping):
+        return flax.core.FrozenDict({name: hashable(item) for name, item in value.items()})
+    return tuple(map(hashable, value)) if isinstance(value, list | tuple) else value
+
+
+def check_images(images: jax.Array) -> None:
+    """Checks what a model is given.
+
+    Raises:
+      ValueError: there is no batch axis, or the values are integers.
+    """
+    if images.ndim != 4:
+        raise ValueError(
+            f'images are [batch, height, width, channels], not {list(images.shape)}: '
+            'of a single one, give images[None]'
+        )
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(
+            f'images are floating-point numbers in [-1, 1], not {images.dtype}: give '
+            'images / 127.5 - 1, or use `steps.make_predict_step`, which takes pixels'
+        )
+
+
 def check_patches(patch: Sequence[int], image: Sequence[int], features: Sequence[int]) -> None:
     """Checks that a map of features is a whole number of patches.
 
@@ -97,7 +126,34 @@ def check_patches(patch: Sequence[int], image: Sequence[int], features: Sequence
 
 def patch_embedding(features: int, patch: tuple[int, int], *, name: str, dtype: Any) -> nn.Conv:
     """Cuts a map into patches and projects each: [B, h, w, C] to [B, h / P, w / P, features]."""
-    return nn.Conv(features, patch, strides=patch, padding='VALID', dtype=dtype, name=name)
+    return nn.Conv(
+        features,
+        patch,
+        strides=patch,
+        padding='VALID',
+        dtype=dtype,
+        conv_general_dilated=_project_patches,
+        name=name,
+    )
+
+
+def _project_patches(x, kernel, strides, padding, *, precision, **_):
+    """The convolution with strides as large as the kernel, as a product of matrices.
+
+    JAX cannot differentiate a convolution on a mesh with explicit axes.
+    """
+    batch, height, width, channels = x.shape
+    rows, columns = kernel.shape[:2]
+    # One axis at a time, which keeps the batch spread over explicit axes.
+    x = x.reshape(batch, height // rows, rows, width, channels)
+    x = x.reshape(batch, height // rows, rows, width // columns, columns, channels)
+    return jnp.einsum('bhpwqc,pqcd->bhwd', x, kernel, precision=precision)
+
+
+def as_tokens(x: jax.Array) -> jax.Array:
+    """A map [B, h, w, D] as tokens [B, h * w, D], row by row."""
+    batch, rows, columns, width = x.shape
+    return x.reshape(batch, rows * columns, width)  # -1 would not do for an empty batch
 
 
 def head(num_classes: int, *, name: str, dtype: Any, bias_init: float = 0.0) -> nn.Dense:

@@ -73,28 +73,35 @@ class MlpMixer(nn.Module):
     remat: str = ''
     cpu_training: bool = False
 
+    def __post_init__(self) -> None:
+        """Makes the module hashable, as Flax and `jax.jit` (`static_argnames`) want it."""
+        object.__setattr__(self, 'patches', layers.hashable(self.patches))
+        super().__post_init__()
+
     @nn.compact
     @cpu.switchable
     def __call__(self, inputs: jax.Array, *, train: bool) -> jax.Array:
         """Computes logits.
 
         Args:
-          inputs: [B, height, width, 3] in [-1, 1]; height and width are multiples of P, and N =
-            height * width / P^2 is what the parameters were made for.
+          inputs: floats [B, height, width, 3] in [-1, 1]; height and width are multiples of P, and
+            N = height * width / P^2 is what the parameters were made for.
           train: as for the other families; a Mixer has no dropout, so it changes nothing.
 
         Returns:
           Logits [B, C] float32. With num_classes=0 the features [B, D] in `dtype`.
 
         Raises:
-          ValueError: the image is not a whole number of patches, or unknown `remat`.
+          ValueError: the images are of another shape or type, or not a whole number of patches; or
+            unknown `remat`.
         """
         del train
+        layers.check_images(inputs)
         patch = tuple(self.patches['size'])
         layers.check_patches(patch, inputs.shape[1:3], inputs.shape[1:3])
         x = layers.patch_embedding(self.hidden_dim, patch, dtype=self.dtype, name='stem')(inputs)
         self.sow('intermediates', 'patch_embedding', x)  # [B, height / P, width / P, D]
-        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        x = layers.as_tokens(x)
 
         block = layers.rematerialised(MixerBlock, self.remat)
         for i in range(self.num_blocks):

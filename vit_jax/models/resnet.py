@@ -37,7 +37,7 @@ class StdConv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, h, w, F] to [B, ceil(h / stride), ceil(w / stride), features] of `dtype`."""
         shape = (*self.kernel_size, x.shape[-1], self.features)
-        kernel = self.param('kernel', nn.initializers.lecun_normal(), shape)
+        kernel = self.param('kernel', nn.initializers.lecun_normal(), shape, jnp.float32)
         kernel = kernel.astype(at_least_float32(self.dtype))
         kernel = kernel - kernel.mean(axis=(0, 1, 2), keepdims=True)
         kernel = kernel / (kernel.std(axis=(0, 1, 2), keepdims=True) + STANDARDISATION_EPSILON)

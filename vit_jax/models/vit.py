@@ -49,7 +49,8 @@ class AddPositionEmbs(nn.Module):
                 f'position embeddings are added to [batch, tokens, width], not to {inputs.shape}'
             )
         shape = (1, inputs.shape[1], inputs.shape[2])
-        embedding = self.param('pos_embedding', nn.initializers.normal(stddev=0.02), shape)
+        normal = nn.initializers.normal(stddev=0.02)
+        embedding = self.param('pos_embedding', normal, shape, jnp.float32)
         return inputs.astype(self.dtype) + embedding.astype(self.dtype)
 
 
@@ -200,13 +201,19 @@ class VisionTransformer(nn.Module):
     head_tokens_only: bool = False
     cpu_training: bool = False
 
+    def __post_init__(self) -> None:
+        """Makes the module hashable, as Flax and `jax.jit` (`static_argnames`) want it."""
+        for name in ('patches', 'transformer', 'resnet'):
+            object.__setattr__(self, name, layers.hashable(getattr(self, name)))
+        super().__post_init__()
+
     @nn.compact
     @cpu.switchable
     def __call__(self, inputs: jax.Array, *, train: bool) -> jax.Array:
         """Computes logits.
 
         Args:
-          inputs: [B, height, width, 3] in [-1, 1]; height and width are multiples of P (of a
+          inputs: floats [B, height, width, 3] in [-1, 1]; height and width are multiples of P (of a
             hybrid: those of the feature map are).
           train: whether dropout is active (then `apply` needs `rngs={'dropout': key}`).
 
@@ -216,18 +223,20 @@ class VisionTransformer(nn.Module):
           tokens' features.
 
         Raises:
-          ValueError: the image is not a whole number of patches, the classifier is unknown, or a
-            distilled model is given another classifier or head.
+          ValueError: the images are of another shape or type, or not a whole number of patches; the
+            classifier is unknown; or a distilled model is given another classifier or head.
         """
         self._check()
+        layers.check_images(inputs)
         x = self._embed(inputs.astype(self.dtype))
         names = ('cls', 'dist') if self.distilled else ('cls',)
         if self.classifier in ('token', 'token_unpooled'):
             shape = (1, 1, self.hidden_size)
-            learned = [self.param(name, nn.initializers.zeros, shape) for name in names]
+            zeros = nn.initializers.zeros
+            learned = [self.param(name, zeros, shape, jnp.float32) for name in names]
             tokens = jnp.concatenate(learned, axis=1).astype(self.dtype)
-            tokens = jnp.broadcast_to(tokens, (x.shape[0], *tokens.shape[1:]))
-            x = jnp.concatenate([tokens, x], axis=1)
+            # On explicit axes, the tokens have to be spread over devices as the images are.
+            x = jnp.concatenate([tokens + jnp.zeros_like(x[:, :1]), x], axis=1)
 
         x = self._create_encoder()(x, train=train)
         self.sow('intermediates', 'encoded', x)
@@ -283,7 +292,7 @@ class VisionTransformer(nn.Module):
         layers.check_patches(patch, images.shape[1:3], x.shape[1:3])
         x = layers.patch_embedding(self.hidden_size, patch, dtype=self.dtype, name='embedding')(x)
         self.sow('intermediates', 'patch_embedding', x)
-        return x.reshape(x.shape[0], -1, x.shape[-1])
+        return layers.as_tokens(x)
 
     def _classify(self, x: jax.Array, train: bool) -> jax.Array:
         """Features [B, D] (or [B, N, D]; of a distilled model [B, 2, D]) to logits."""
