@@ -1,5 +1,8 @@
 """Learning-rate schedule and optimizer of a run, from optax."""
 
+import inspect
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -79,6 +82,43 @@ def create_optimizer(
     return optax.chain(
         clip, decay, optax.sgd(schedule, momentum=config.momentum, accumulator_dtype=dtype)
     )
+
+
+def update(
+    tx: optax.GradientTransformation, grads: Any, state: optax.OptState, params: Any, **extra: Any
+) -> tuple[Any, optax.OptState]:
+    """`tx.update`, with those of the extra arguments that it takes.
+
+    `optax.with_extra_args_support` gives all or none, which `optax.contrib.sam` refuses.
+    """
+    parameters = inspect.signature(tx.update).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        extra = {name: value for name, value in extra.items() if name in parameters}
+    return tx.update(grads, state, params, **extra)
+
+
+def select(finite: jax.Array, new: Any, old: Any) -> Any:
+    """Parameters or an optimizer's state after a step: the new ones, or the old ones.
+
+    The counts of schedules go on in any case: the learning rate is a function of the number of
+    steps, and a schedule comes to its end.
+
+    Args:
+      finite: bool scalar, whether to take `new`.
+      new: a tree of arrays.
+      old: a tree of the same structure.
+    """
+
+    def choose(new: Any, old: Any) -> Any:
+        if isinstance(new, optax.InjectStatefulHyperparamsState):
+            return new._replace(inner_state=select(finite, new.inner_state, old.inner_state))
+        return new if _is_schedule(new) else jnp.where(finite, new, old)
+
+    return jax.tree.map(choose, new, old, is_leaf=_is_schedule)
+
+
+def _is_schedule(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByScheduleState | optax.InjectStatefulHyperparamsState)
 
 
 def _kernels(params):

@@ -57,22 +57,33 @@ class Checkpoint(TrainState):
         return TrainState(**values)
 
 
+def sides(image_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width of images of which one number, the side, is given, or both."""
+    return (image_size, image_size) if isinstance(image_size, int) else image_size
+
+
 def init_params(
-    model: nn.Module, image_size: int, seed: int, *, only: Collection[str] | None = None
+    model: nn.Module,
+    image_size: int | tuple[int, int],
+    seed: int,
+    *,
+    channels: int = 3,
+    only: Collection[str] | None = None,
 ) -> Mapping[str, Any]:
     """New parameters, float32, made on the host's CPU and equal on every machine.
 
     Args:
       model: a module of `vit_jax.models`.
-      image_size: side of the images, pixels.
+      image_size: side of the images, or their height and width, pixels.
       seed: of the initial values.
+      channels: of the images.
       only: names of those that are wanted, joined by '/' ('head/kernel'); they have the values that
         they have among all. The compiler leaves out the others, which saves seconds.
     """
 
     @jax.jit
     def init(key: jax.Array) -> Mapping[str, Any]:
-        images = jnp.zeros((1, image_size, image_size, 3))
+        images = jnp.zeros((1, *sides(image_size), channels), jnp.float32)
         params = model.init(key, images, train=False)['params']
         if only is None:
             return params
@@ -84,17 +95,29 @@ def init_params(
 
 
 def abstract_state(
-    model: nn.Module, tx: optax.GradientTransformation, image_size: int, mesh: Mesh
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    image_size: int | tuple[int, int],
+    mesh: Mesh,
+    *,
+    channels: int = 3,
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state, without computing anything.
+
+    Args:
+      model: a module of `vit_jax.models`.
+      tx: the optimizer.
+      image_size: side of the images, or their height and width, pixels.
+      mesh: of `sharding.create_mesh`.
+      channels: of the images.
 
     Returns:
       A `TrainState` of `jax.ShapeDtypeStruct`s.
     """
 
     def create() -> TrainState:
-        images = jnp.zeros((1, image_size, image_size, 3))
-        return _new_state(model.init(jax.random.key(0), images, train=False)['params'], tx)
+        images = jnp.zeros((1, *sides(image_size), channels), jnp.float32)
+        return new_state(model.init(jax.random.key(0), images, train=False)['params'], tx)
 
     shapes = jax.eval_shape(create)
     return jax.tree.map(
@@ -117,12 +140,13 @@ def create_state(
     params = sharding.put_tree(params, sharding.state_sharding(params, mesh))
 
     def create(params) -> TrainState:
-        return _new_state(params, tx)
+        return new_state(params, tx)
 
     shardings = sharding.state_sharding(jax.eval_shape(create, params), mesh)
     return jax.jit(create, out_shardings=shardings, donate_argnums=0)(params)
 
 
-def _new_state(params: Mapping[str, Any], tx: optax.GradientTransformation) -> TrainState:
+def new_state(params: Mapping[str, Any], tx: optax.GradientTransformation) -> TrainState:
+    """The state at step 0, of arrays as they are, as a pure function; see `create_state`."""
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, params, tx.init(params), skipped=zero)

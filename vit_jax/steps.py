@@ -1,4 +1,7 @@
-"""The pure, jitted functions of a run: one training step, one evaluation step, one prediction step.
+"""The steps of a run: one training step, one evaluation step, one prediction step.
+
+Each as a pure function (`train_step_fn`, `eval_step_fn`, `predict_step_fn`) and jitted
+(`make_train_step`, `make_eval_step`, `make_predict_step`).
 
 Accumulation. A device splits its own share of the batch into `accum_steps` micro-batches, one after
 the other, sums their gradients, and takes part in a single mean over devices at the end. Splitting
@@ -6,18 +9,23 @@ the *global* batch instead would make XLA gather all images on every device.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jax.extend.core import get_opaque_trace_state
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vit_jax import evaluate, models, sharding
+from vit_jax import evaluate, losses, models, optim, sharding
+from vit_jax import state as state_lib
 from vit_jax.data import augment
 from vit_jax.data.preprocess import normalize
+from vit_jax.errors import UserError
+from vit_jax.losses import Batch, Metrics
+from vit_jax.models.layers import at_least_float32
 from vit_jax.state import TrainState
 
 # Passes of XLA's CPU compiler that are left out (docs/performance.md). The first takes out
@@ -25,165 +33,236 @@ from vit_jax.state import TrainState
 # products go to Eigen instead of YNNPACK, which was faster for every model measured.
 _KEEPS_NO_BARRIERS, _PRODUCTS_BY_YNNPACK = 'cse_barrier_expander', 'dot-library-rewriter'
 
-Batch = Mapping[str, jax.Array]
-Metrics = dict[str, jax.Array]
+# What the training step tells by itself.
+OWN_METRICS = ('train_loss', 'gradient_norm', 'lr', 'finite', 'skipped')
 
 
-def make_train_step(
+def train_step_fn(
     model: nn.Module,
     tx: optax.GradientTransformation,
-    schedule: optax.Schedule,
-    mesh: Mesh,
-    state_shardings: TrainState,
+    schedule: optax.Schedule | None = None,
+    mesh: Mesh | None = None,
+    state_shardings: TrainState | None = None,
     *,
     seed: int,
     accum_steps: int = 1,
     flip: bool = True,
     skip_nonfinite: bool = False,
-) -> jax.stages.Wrapped:
-    """Builds the training step.
+    loss_fn: losses.LossFn | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Builds the training step, a pure function for programs of one's own.
 
     Args:
-      model: gives logits [B, C] float32 for images [B, height, width, 3] in [-1, 1].
-      tx: the optimizer.
+      model: gives logits for images [B, height, width, channels] in [-1, 1].
+      tx: the optimizer. One that wants them gets `value` (the loss), `grad` and `value_fn`, as
+        `optax.contrib.reduce_on_plateau`, `optax.polyak_sgd` and `optax.lbfgs` do.
       schedule: its learning rate, as a function of the number of updates done; for the metrics.
-      mesh: of `sharding.create_mesh`.
-      state_shardings: a `TrainState` of `NamedSharding`s, see `sharding.state_sharding`.
+      mesh: of `sharding.create_mesh`, over which the batch is spread; None for one device, or to
+        leave it to XLA.
+      state_shardings: a `TrainState` of `NamedSharding`s, see `sharding.state_sharding`; only a
+        mesh with `fsdp` needs it.
       seed: of mirroring and dropout.
       accum_steps: micro-batches per device; the batch is a multiple of devices * accum_steps.
       flip: whether to mirror half of the images.
       skip_nonfinite: whether a step whose loss or gradient is not finite leaves parameters and
-        optimizer as they were, and is counted in `state.skipped`. Else they get what comes out;
-        `finite` tells.
+        optimizer as they were, but for the counts of its schedules, and is counted in
+        `state.skipped`. Else they get what comes out; `finite` tells.
+      loss_fn: see `losses.LossFn`; None for `losses.softmax_cross_entropy`.
 
     Returns:
-      A jitted function (state, batch) -> (state, metrics). The state is donated. batch: see
-      `abstract_batch`. metrics, scalars over the whole batch: `train_loss` (mean cross-entropy),
-      `accuracy_train` (share in [0, 1]), `gradient_norm` (before clipping), `lr` (the learning rate
-      of this update), float32; `finite` (loss and gradient norm are), bool; `skipped`, the count of
-      the new state, int32.
+      A function (state, batch) -> (state, metrics). batch: `image` [B, height, width, channels],
+      values in [0, 255]; `label` and whatever else `loss_fn` reads, [B, ...]; `position`, int32
+      [B], the places in the batch, which decide what is mirrored (default 0, 1, ...). metrics,
+      scalars over the whole batch: `train_loss`; what `loss_fn` tells (by default `accuracy_train`,
+      share in [0, 1]); `gradient_norm` (before clipping); `lr` (the learning rate of this update;
+      without a schedule left out), float32; `finite` (loss and gradient norm are), bool; `skipped`,
+      the count of the new state, int32. It raises UserError if the batch cannot be cut into
+      micro-batches, or a metric of `loss_fn` is no scalar or has one of these names.
     """
-    model = models.for_training(model)
-    gradients = _sharded_gradients if mesh.shape['fsdp'] == 1 else _fsdp_gradients
+    loss_fn = loss_fn or losses.softmax_cross_entropy
+    param_shardings = state_shardings and state_shardings.params
 
-    def micro_batch(params, batch, key):
-        """Gradient of the mean loss of one micro-batch, and its mean loss and accuracy."""
-
-        def loss_fn(params):
-            logits = model.apply(
-                {'params': params}, normalize(batch['image']), train=True, rngs={'dropout': key}
-            )
-            return _cross_entropy(logits, batch['label']).mean(), logits
-
-        (loss, logits), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-        right = jnp.argmax(logits, axis=-1) == batch['label']
-        accuracy = jnp.mean(right, dtype=jnp.float32)
-        return grads, (loss, accuracy)
+    def loss_and_metrics(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        logits = model.apply(
+            {'params': params}, _model_input(batch['image']), train=True, rngs={'dropout': key}
+        )
+        loss, metrics = loss_fn(logits, batch, params)
+        _check_metrics(metrics)
+        return jax.tree.map(_as_float, (loss, metrics))
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if flip:
+            images = batch['image']
+            position = batch.get('position', jnp.arange(images.shape[0], dtype=jnp.int32))
             key = augment.step_key(seed, state.step, augment.FLIP)
-            mirrored = augment.random_flip(batch['image'], batch['position'], key)
-            batch = {**batch, 'image': mirrored}
+            batch = {**batch, 'image': augment.random_flip(images, position, key)}
         key = augment.step_key(seed, state.step, augment.DROPOUT)
-        grads, (loss, accuracy) = gradients(
-            micro_batch, state.params, batch, key, max(1, accum_steps), mesh, state_shardings.params
+
+        def mean(params: Any, *, gradient: bool) -> Any:
+            spread = (max(1, accum_steps), mesh, param_shardings)
+            return _mean(loss_and_metrics, params, batch, key, *spread, gradient=gradient)
+
+        (loss, metrics), grads = mean(state.params, gradient=True)
+        updates, opt_state = optim.update(
+            tx,
+            grads,
+            state.opt_state,
+            state.params,
+            value=loss,
+            grad=grads,
+            value_fn=lambda params: mean(params, gradient=False)[0][0],
         )
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         skipped = state.skipped
         if skip_nonfinite:
-            params, opt_state = jax.tree.map(
-                lambda new, old: jnp.where(finite, new, old),
-                (params, opt_state),
-                (state.params, state.opt_state),
-            )
-            skipped += ~finite
-        metrics = {
-            'train_loss': loss,
-            'accuracy_train': accuracy,
-            'gradient_norm': norm,
-            'lr': schedule(state.step),
-            'finite': finite,
-            'skipped': skipped,
-        }
+            params = optim.select(finite, params, state.params)
+            opt_state = optim.select(finite, opt_state, state.opt_state)
+            skipped += (~finite).astype(jnp.int32)
+        metrics |= {'train_loss': loss, 'gradient_norm': norm, 'finite': finite, 'skipped': skipped}
+        if schedule is not None:
+            metrics['lr'] = schedule(state.step)
         return TrainState(state.step + 1, params, opt_state, skipped), metrics
 
-    return jax.jit(
-        train_step,
+    return train_step
+
+
+def make_train_step(
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    schedule: optax.Schedule | None,
+    mesh: Mesh,
+    state_shardings: TrainState,
+    **options: Any,
+) -> jax.stages.Wrapped:
+    """Builds the training step, jitted: `train_step_fn`, whose arguments it takes.
+
+    On CPUs, the model takes the forms that train faster there, see `models.for_training`.
+
+    Returns:
+      What `train_step_fn` returns, jitted. The state is donated. It may be called inside other
+      programs (`jax.jit`, `jax.lax.scan`, `jax.vmap`), too.
+    """
+    model = models.for_training(model)
+    return _jit(
+        train_step_fn(model, tx, schedule, mesh, state_shardings, **options),
+        model,
         donate_argnums=0,
         in_shardings=(state_shardings, sharding.batch_sharding(mesh)),
         out_shardings=(state_shardings, sharding.replicated(mesh)),
-        compiler_options=_compiler_options(model),
     )
 
 
 def abstract_batch(
-    batch: int, image_size: int, mesh: Mesh, *, exact: bool = True
+    batch: int,
+    image_size: int | tuple[int, int],
+    mesh: Mesh,
+    *,
+    channels: int = 3,
+    exact: bool = True,
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and shardings of a training batch: what the training step takes.
 
     Args:
       batch: B, images over all devices.
-      image_size: side of the images, pixels.
+      image_size: side of the images, or their height and width, pixels.
       mesh: of `sharding.create_mesh`.
+      channels: of the images.
       exact: whether images are float32; else uint8.
 
     Returns:
-      `image` [B, height, width, 3], values in [0, 255]; `label`, `position` (place in the batch),
-      int32 [B]; each sharded on its first axis over all devices.
+      `image` [B, height, width, channels], values in [0, 255]; `label`, `position` (place in the
+      batch), int32 [B]; each sharded on its first axis over all devices.
     """
     column = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=sharding.batch_sharding(mesh))
     images = jax.ShapeDtypeStruct(
-        (batch, image_size, image_size, 3),
+        (batch, *state_lib.sides(image_size), channels),
         jnp.float32 if exact else jnp.uint8,
         sharding=column.sharding,
     )
     return {'image': images, 'label': column, 'position': column}
 
 
-def make_eval_step(
-    model: nn.Module, mesh: Mesh, params_shardings: Any
-) -> Callable[[Any, Batch], Metrics]:
-    """Builds the evaluation step.
+def eval_step_fn(model: nn.Module) -> Callable[[Any, Batch], Metrics]:
+    """Builds the evaluation step, a pure function for programs of one's own.
 
     Returns:
-      A jitted function (params, batch) -> what `evaluate.join` takes of a batch, whole on every
-      device: of each example what `evaluate.outcomes` says, and `example`, `label`, `readable` as
-      they came. batch: see `eval_batches`; `image` float32 [B, height, width, 3] in [0, 255].
+      A function (params, batch) -> what `evaluate.join` takes of a batch: of each example what
+      `evaluate.outcomes` says, and `example`, `label`, `readable` as they came. batch: see
+      `eval_batches`; `image` float32 [B, height, width, channels] in [0, 255].
     """
     model = models.for_inference(model)
 
-    def eval_step(params, batch: Batch) -> Metrics:
-        logits: Any = model.apply({'params': params}, normalize(batch['image']), train=False)
+    def eval_step(params: Any, batch: Batch) -> Metrics:
+        logits: Any = model.apply({'params': params}, _model_input(batch['image']), train=False)
         # Computed once: XLA may round a logit that it computes again, for a comparison, otherwise.
         logits = jax.lax.optimization_barrier(logits)
         told = {name: batch[name] for name in ('example', 'label', 'readable')}
         return told | evaluate.outcomes(logits.astype(jnp.float32), batch['label'])
 
-    return jax.jit(
-        eval_step,
+    return eval_step
+
+
+def make_eval_step(model: nn.Module, mesh: Mesh, params_shardings: Any) -> jax.stages.Wrapped:
+    """Builds the evaluation step, jitted: `eval_step_fn`; results are whole on every device."""
+    return _jit(
+        eval_step_fn(model),
+        model,
         in_shardings=(params_shardings, sharding.batch_sharding(mesh)),
         out_shardings=sharding.replicated(mesh),
-        compiler_options=_compiler_options(model),
     )
 
 
-def make_predict_step(model: nn.Module) -> Callable[[Any, jax.typing.ArrayLike], jax.Array]:
-    """Builds the prediction step.
+def predict_step_fn(model: nn.Module) -> Callable[[Any, jax.Array], jax.Array]:
+    """Builds the prediction step, a pure function for programs of one's own.
 
     Returns:
-      A jitted function (params, pixels [B, height, width, 3] in [0, 255]) -> logits [B, C] float32.
+      A function (params, pixels [B, height, width, channels] in [0, 255]) -> logits [B, C] float32.
     """
     model = models.for_inference(model)
 
     def predict_step(params: Any, pixels: jax.Array) -> jax.Array:
-        logits: Any = model.apply({'params': params}, normalize(pixels), train=False)
+        logits: Any = model.apply({'params': params}, _model_input(pixels), train=False)
         return logits
 
-    return jax.jit(predict_step, compiler_options=_compiler_options(model))
+    return predict_step
+
+
+def make_predict_step(model: nn.Module) -> jax.stages.Wrapped:
+    """Builds the prediction step, jitted: `predict_step_fn`."""
+    return _jit(predict_step_fn(model), model)
+
+
+class _Program:
+    """A jitted function with compiler options, which also may be called inside other programs.
+
+    There, JAX refuses compiler options, and so they are left out.
+    """
+
+    def __init__(
+        self, function: Callable, compiler_options: dict[str, str], **options: Any
+    ) -> None:
+        self._alone = jax.jit(function, compiler_options=compiler_options, **options)
+        self._inside = jax.jit(function, **options)
+        self.trace, self.lower = self._alone.trace, self._alone.lower
+        functools.update_wrapper(self, function)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        alone = get_opaque_trace_state() == _OUTSIDE
+        return (self._alone if alone else self._inside)(*args, **kwargs)
+
+
+with jax.core.eval_context():
+    _OUTSIDE = get_opaque_trace_state()  # of any transformation
+
+
+def _jit(function: Callable, model: nn.Module, **options: Any) -> jax.stages.Wrapped:
+    """`jax.jit`, on CPUs with what makes `model` faster there."""
+    compiler_options = _compiler_options(model)
+    if compiler_options is None:
+        return jax.jit(function, **options)
+    return _Program(function, compiler_options, **options)
 
 
 def _compiler_options(model: nn.Module) -> dict[str, str] | None:
@@ -195,44 +274,75 @@ def _compiler_options(model: nn.Module) -> dict[str, str] | None:
     return {'xla_disable_hlo_passes': ','.join(left_out)}
 
 
-def _cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
-    """[B] float32, from logits [B, C] and labels [B]."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), label)
+def _model_input(pixels: jax.Array) -> jax.Array:
+    """Pixels in [0, 255] to [-1, 1], at least float32."""
+    return normalize(_as_float(pixels))
 
 
-def _accumulate(micro_batch, params, batches, key, accum_steps, constrain=lambda grads: grads):
-    """Mean gradients and metrics over micro-batches `batches` [accum_steps, b, ...].
+def _as_float(x: jax.Array) -> jax.Array:
+    return jnp.asarray(x, at_least_float32(jnp.result_type(x)))
 
-    `micro_batch` gives gradients like `params`, and two float32 scalars.
+
+def _check_metrics(metrics: Metrics) -> None:
+    for name, value in metrics.items():
+        if jnp.shape(value):
+            raise UserError(
+                f'loss_fn: metric {name!r} has shape {jnp.shape(value)}; metrics are scalars'
+            )
+        if name in OWN_METRICS:
+            raise UserError(
+                f'loss_fn: a metric cannot be called {name!r}: the step has one of this name'
+            )
+
+
+def _mean(loss_fn, params, batch, key, accum_steps, mesh, param_shardings, *, gradient):
+    """Means over the batch of what `loss_fn` gives: ((loss, metrics), gradients or None).
+
+    `loss_fn` is (params, batch, key) -> (loss, metrics), all scalars, means over a micro-batch.
     """
-    if accum_steps == 1:
-        grads, metrics = micro_batch(
-            params, jax.tree.map(lambda x: x[0], batches), jax.random.fold_in(key, 0)
+    count, parts = batch['image'].shape[0], accum_steps * (mesh.size if mesh else 1)
+    if count % parts:
+        devices = f'{mesh.size} devices x ' if mesh else ''
+        raise UserError(
+            f'a batch of {count} is not a multiple of {devices}{accum_steps} micro-batches: '
+            'set batch or accum_steps'
         )
-        return constrain(grads), metrics
+    accumulate = functools.partial(_accumulate, loss_fn, gradient)
+    if mesh is not None and mesh.shape['fsdp'] > 1:
+        return _fsdp(accumulate, params, batch, key, accum_steps, mesh, param_shardings)
+    return _data_parallel(accumulate, params, batch, key, accum_steps, mesh)
+
+
+def _accumulate(loss_fn, gradient, params, batches, key, constrain=lambda grads: grads):
+    """`_mean` over micro-batches `batches` [accum_steps, b, ...], one after the other."""
+    evaluate_one = jax.value_and_grad(loss_fn, has_aux=True) if gradient else loss_fn
+
+    def of_one(index, batch):
+        told = evaluate_one(params, batch, jax.random.fold_in(key, index))
+        return told if gradient else (told, None)
+
+    accum_steps = batches['image'].shape[0]
+    if accum_steps == 1:
+        scalars, grads = of_one(0, jax.tree.map(lambda x: x[0], batches))
+        return scalars, constrain(grads)
 
     def body(total, item):
-        index, batch = item
-        grads, metrics = micro_batch(params, batch, jax.random.fold_in(key, index))
-        grads, metrics = jax.tree.map(jnp.add, total, (grads, metrics))
-        return (constrain(grads), metrics), None
+        scalars, grads = of_one(*item)
+        return constrain(jax.tree.map(jnp.add, total, grads)), scalars
 
-    grads = constrain(jax.tree.map(jnp.zeros_like, params))
-    # Made from `key`, so that under shard_map it varies over devices as the sums that replace it
-    # do.
-    zero = 0.0 * jax.random.uniform(key, dtype=jnp.float32)
-    total, _ = jax.lax.scan(body, (grads, (zero, zero)), (jnp.arange(accum_steps), batches))
-    return jax.tree.map(lambda x: x / accum_steps, total)
+    zeros = constrain(jax.tree.map(jnp.zeros_like, params)) if gradient else None
+    total, scalars = jax.lax.scan(body, zeros, (jnp.arange(accum_steps), batches))
+    return jax.tree.map(jnp.mean, scalars), jax.tree.map(lambda x: x / accum_steps, total)
 
 
-def _sharded_gradients(micro_batch, params, batch, key, accum_steps, mesh, _):
-    """Data parallel: each device works on its share alone; one mean over devices at the end."""
+def _data_parallel(accumulate, params, batch, key, accum_steps, mesh):
+    """Each device works on its share alone; one mean over devices at the end."""
 
     def share(params, batch, key):
         batches = jax.tree.map(lambda x: x.reshape(accum_steps, -1, *x.shape[1:]), batch)
-        return _accumulate(micro_batch, params, batches, key, accum_steps)
+        return accumulate(params, batches, key)
 
-    if mesh.size == 1:  # a mean over one device is a copy of all gradients
+    if mesh is None or mesh.size == 1:  # a mean over one device is a copy of all gradients
         return share(params, batch, jax.random.fold_in(key, 0))
     axes = sharding.BATCH_AXES
 
@@ -252,7 +362,7 @@ def _sharded_gradients(micro_batch, params, batch, key, accum_steps, mesh, _):
     return local(params, batch, key)
 
 
-def _fsdp_gradients(micro_batch, params, batch, key, accum_steps, mesh, param_shardings):
+def _fsdp(accumulate, params, batch, key, accum_steps, mesh, param_shardings):
     """Fully sharded: XLA gathers parameters and scatters gradients, once per micro-batch."""
 
     def split(x):
@@ -262,11 +372,7 @@ def _fsdp_gradients(micro_batch, params, batch, key, accum_steps, mesh, param_sh
         spec = PartitionSpec(None, sharding.BATCH_AXES)
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
-    return _accumulate(
-        micro_batch,
-        params,
-        jax.tree.map(split, batch),
-        key,
-        accum_steps,
-        lambda grads: jax.lax.with_sharding_constraint(grads, param_shardings),
-    )
+    def constrain(grads):
+        return grads and jax.lax.with_sharding_constraint(grads, param_shardings)
+
+    return accumulate(params, jax.tree.map(split, batch), key, constrain)
