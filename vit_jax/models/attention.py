@@ -21,6 +21,7 @@ def dot_product_attention(
     key: jax.Array,
     value: jax.Array,
     transform: Callable[[jax.Array], jax.Array] = lambda weights: weights,
+    mask: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(query key^T / sqrt(K)) value, of each head.
 
@@ -34,6 +35,7 @@ def dot_product_attention(
       value: [B, N, H, K] of the same type.
       transform: applied to the weights [B, H, Q, N], at least float32, each row of which sums
         to 1.
+      mask: bool [B, N], which tokens there are to look at; None for all.
 
     Returns:
       [B, Q, H, K] of the same type.
@@ -41,7 +43,10 @@ def dot_product_attention(
     dtype = query.dtype
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
     logits = jnp.einsum('bhqk,bhnk->bhqn', query * query.shape[-1] ** -0.5, key)
-    weights = transform(jax.nn.softmax(logits.astype(at_least_float32(dtype)), axis=-1))
+    logits = logits.astype(at_least_float32(dtype))
+    if mask is not None:  # not -inf, which gives NaN where there is no token at all
+        logits = jnp.where(mask[:, None, None], logits, jnp.finfo(logits.dtype).min)
+    weights = transform(jax.nn.softmax(logits, axis=-1))
     return jnp.einsum('bhqn,bhnk->bhqk', weights.astype(dtype), value).swapaxes(1, 2)
 
 
@@ -70,7 +75,12 @@ class MultiHeadDotProductAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, inputs: jax.Array, *, deterministic: bool, queries: int | None = None
+        self,
+        inputs: jax.Array,
+        *,
+        deterministic: bool,
+        queries: int | None = None,
+        mask: jax.Array | None = None,
     ) -> jax.Array:
         """Lets the first tokens look at all.
 
@@ -78,6 +88,7 @@ class MultiHeadDotProductAttention(nn.Module):
           inputs: tokens [B, N, D].
           deterministic: no dropout.
           queries: Q, how many tokens, from the first, are computed; None for all.
+          mask: bool [B, N], which tokens are looked at; None for all.
 
         Returns:
           Tokens [B, Q, D].
@@ -93,11 +104,17 @@ class MultiHeadDotProductAttention(nn.Module):
         key = dense(heads, name='key')(inputs)
         value = dense(heads, name='value')(inputs)
         dropout_rate = 0.0 if deterministic else self.dropout_rate
-        x = self.attend(query, key, value, dropout_rate=dropout_rate)
+        x = self.attend(query, key, value, dropout_rate=dropout_rate, mask=mask)
         return dense(width, axis=(-2, -1), name='out')(x)
 
     def attend(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, *, dropout_rate: float
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        *,
+        dropout_rate: float,
+        mask: jax.Array | None,
     ) -> jax.Array:
         """[B, Q, H, K], [B, N, H, K], [B, N, H, K] to [B, Q, H, K]."""
         if self.implementation not in ATTENTION_IMPLEMENTATIONS:
@@ -114,7 +131,11 @@ class MultiHeadDotProductAttention(nn.Module):
                 raise ValueError(
                     "attention 'cudnn' runs on NVIDIA GPUs, in 16-bit types: use 'auto' or 'xla'"
                 )
-            return jax.nn.dot_product_attention(query, key, value, implementation='cudnn')
+            if mask is not None:
+                mask = mask[:, None, None]
+            return jax.nn.dot_product_attention(
+                query, key, value, mask=mask, implementation='cudnn'
+            )
 
         def record_and_drop(weights: jax.Array) -> jax.Array:
             if self.has_variable('attention_offsets', 'weights'):
@@ -125,4 +146,4 @@ class MultiHeadDotProductAttention(nn.Module):
                 weights = nn.Dropout(dropout_rate)(weights, deterministic=False)
             return weights
 
-        return dot_product_attention(query, key, value, record_and_drop)
+        return dot_product_attention(query, key, value, record_and_drop, mask)

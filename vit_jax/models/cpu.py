@@ -57,7 +57,8 @@ def _applies(module: nn.Module, options: dict[str, Any]) -> bool:
     if isinstance(module, nn.Dense):
         return module.dot_general is None  # the head sets the type of its output by one
     if isinstance(module, MultiHeadDotProductAttention):
-        return module.implementation == 'auto' and not options['dropout_rate']
+        plain = not options['dropout_rate'] and options['mask'] is None
+        return module.implementation == 'auto' and plain
     if isinstance(module, MlpBlock):
         return options.get('deterministic', True) or not module.dropout_rate
     return True

@@ -66,8 +66,13 @@ class Encoder1DBlock(nn.Module):
     outputs: int | None = None
 
     @nn.compact
-    def __call__(self, inputs: jax.Array, deterministic: bool) -> jax.Array:
-        """Tokens [B, N, D] in, tokens [B, N, D] out, or of them the first `outputs`."""
+    def __call__(
+        self, inputs: jax.Array, deterministic: bool, mask: jax.Array | None = None
+    ) -> jax.Array:
+        """Tokens [B, N, D] in, tokens [B, N, D] out, or of them the first `outputs`.
+
+        `mask`, bool [B, N], says which tokens are looked at.
+        """
         norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
         x = norm(name='LayerNorm_0')(inputs)
         x = MultiHeadDotProductAttention(
@@ -76,7 +81,7 @@ class Encoder1DBlock(nn.Module):
             dtype=self.dtype,
             implementation=self.attention,
             name='MultiHeadDotProductAttention_0',
-        )(x, deterministic=deterministic, queries=self.outputs)
+        )(x, deterministic=deterministic, queries=self.outputs, mask=mask)
         x = nn.Dropout(self.dropout_rate)(x, deterministic=deterministic)
         self.sow('intermediates', 'self_attention', x)
         x = x + inputs[:, : self.outputs]
@@ -118,12 +123,15 @@ class Encoder(nn.Module):
     outputs: int | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
         """Tokens [B, N, D] to normalised tokens.
 
         Args:
           x: tokens [B, N, D].
           train: whether dropout is active.
+          mask: bool [B, N], which tokens there are, where sequences of several lengths are padded
+            to N; None for all. The others change nothing of these; what comes out in their places
+            has no meaning.
 
         Returns:
           [B, outputs or N, D].
@@ -144,7 +152,7 @@ class Encoder(nn.Module):
                 attention=self.attention,
                 outputs=self.outputs if layer == self.num_layers - 1 else None,
                 name=f'encoderblock_{layer}',
-            )(x, not train)
+            )(x, not train, mask)
         return nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name='encoder_norm')(x)
 
 
@@ -206,6 +214,13 @@ class VisionTransformer(nn.Module):
         for name in ('patches', 'transformer', 'resnet'):
             object.__setattr__(self, name, layers.hashable(getattr(self, name)))
         super().__post_init__()
+
+    @property
+    def prefix_tokens(self) -> int:
+        """How many tokens stand in front of the patches: class and distillation token."""
+        if self.classifier not in ('token', 'token_unpooled'):
+            return 0
+        return 2 if self.distilled else 1
 
     @nn.compact
     @cpu.switchable

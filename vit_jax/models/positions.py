@@ -1,0 +1,86 @@
+"""Position embeddings for images of another size than a model was trained with."""
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vit_jax import variants
+from vit_jax.models import layers
+from vit_jax.models.vit import VisionTransformer
+
+
+def for_image_size(
+    model: VisionTransformer,
+    params: Mapping[str, Any],
+    image_size: tuple[int, int],
+    *,
+    grid: tuple[int, int] | None = None,
+) -> dict[str, Any]:
+    """Parameters for images of another size: position embeddings are resized, bilinearly.
+
+    With the corners aligned, as `checkpoint.load_pretrained` does. A pure function of `params`,
+    differentiable, for use inside `jax.jit`:
+
+        params = models.for_image_size(model, params, images.shape[1:3])
+        logits = model.apply({'params': params}, images, train=False)
+
+    Args:
+      model: its module.
+      params: of the model, in JAX or NumPy.
+      image_size: height and width, pixels; a whole number of patches.
+      grid: rows and columns of the position embeddings in `params`; None for a square.
+
+    Returns:
+      A tree of the same leaves, but for the position embeddings [1, N, D] of that size.
+
+    Raises:
+      ValueError: the model has no position embeddings, their number does not fit `grid`, or the
+        image is not a whole number of patches.
+    """
+    if not isinstance(model, VisionTransformer) or 'posembed_input' not in params['Transformer']:
+        raise ValueError('the model has no position embeddings that could be resized')
+    embedding = jnp.asarray(params['Transformer']['posembed_input']['pos_embedding'])
+    prefix = model.prefix_tokens
+    count = embedding.shape[1] - prefix
+    grid = grid or (math.isqrt(count),) * 2
+    if grid[0] * grid[1] != count:
+        raise ValueError(
+            f'{count} position embeddings of patches are not a grid of {grid[0]} x {grid[1]}: '
+            'say grid=(rows, columns)'
+        )
+    wide = layers.at_least_float32(embedding.dtype)
+    rows, columns = map(_interpolation, grid, _patch_grid(model, image_size))
+    patches = jnp.einsum(
+        'yr,xc,rcd->yxd',
+        jnp.asarray(rows, wide),
+        jnp.asarray(columns, wide),
+        embedding[0, prefix:].reshape(*grid, -1).astype(wide),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    patches = layers.as_tokens(patches[None]).astype(embedding.dtype)
+    embedding = jnp.concatenate([embedding[:, :prefix], patches], axis=1)
+    encoder = {**params['Transformer'], 'posembed_input': {'pos_embedding': embedding}}
+    return {**params, 'Transformer': encoder}
+
+
+def _patch_grid(model: VisionTransformer, image_size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of patches."""
+    features = image_size
+    if model.resnet is not None:
+        stride = variants.resnet_stride(model.resnet['num_layers'])
+        features = tuple(-(-side // stride) for side in image_size)
+    patch = model.patches['size']
+    layers.check_patches(patch, image_size, features)
+    return features[0] // patch[0], features[1] // patch[1]
+
+
+@functools.lru_cache
+def _interpolation(old: int, new: int) -> np.ndarray:
+    """[new, old] float64: linear interpolation, the first and last positions aligned."""
+    place = np.arange(new) * ((old - 1) / (new - 1) if new > 1 else 0)
+    return np.maximum(0, 1 - np.abs(place[:, None] - np.arange(old)[None]))
