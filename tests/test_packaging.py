@@ -1,5 +1,6 @@
 """What `pip install .` puts into an environment, its command, and a user's project beside it."""
 
+import json
 import os
 import pathlib
 import shutil
@@ -135,6 +136,95 @@ def test_a_package_configs_of_the_user_is_his(run, tmp_path, files, path):
     lr, file, name = done.stdout.split()
     assert (lr, name) == ('0.001', 'ViT-B_16')
     assert pathlib.Path(file).is_relative_to(ROOT) == bool(path)
+
+
+CORE = """
+import importlib, json, pkgutil, sys, time
+import numpy as np
+from PIL import Image
+
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] in sys.argv[2:]:
+            raise ModuleNotFoundError(f'No module named {name!r}', name=name)
+
+
+def resident():
+    with open('/proc/self/statm') as file:
+        return int(file.read().split()[1]) * 4096
+
+
+sys.meta_path.insert(0, Absent())
+import jax, flax.linen, optax
+modules, before, taken = set(sys.modules), resident(), []
+for _ in range(3):  # the first may have to compile them
+    start = time.process_time()
+    import vit_jax.models
+    taken.append(time.process_time() - start)
+    added, memory = set(sys.modules) - modules, resident() - before
+    for name in added:
+        del sys.modules[name]
+seconds, names = min(taken), {name.partition('.')[0] for name in added}
+import vit_jax.models
+
+from vit_jax.errors import MissingPackageError
+missing = {}
+
+
+def ask(name, work):
+    try:
+        work()
+    except MissingPackageError as error:
+        missing[name] = str(error)
+
+
+for module in pkgutil.walk_packages(vit_jax.__path__, 'vit_jax.'):
+    if not module.name.endswith('__main__'):
+        ask(module.name, lambda: importlib.import_module(module.name))
+from vit_jax import model_folder, predict
+from vit_jax.data import sources
+from vit_jax.inference import classifier, contact_sheet
+Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save('photo.jpg')
+((_, probabilities),) = predict.predict(model_folder.load(sys.argv[1]), ['photo.jpg'])
+ask('digits', lambda: sources.open_dataset('digits'))
+ask('tfds', lambda: sources.open_dataset('tf_flowers'))
+ask('onnx', lambda: classifier.open_classifier('photo.onnx'))
+ask('picture', lambda: contact_sheet.save('x.png', [('photo.jpg', probabilities)], 'ab', title=''))
+total = float(probabilities.sum())
+print(json.dumps([sorted(names), seconds, memory, total, missing]))
+"""
+
+
+def test_without_extras_everything_imports_and_photos_are_predicted(tmp_path, tiny_model):
+    """And vit_jax.models is small: what it adds to jax, flax and optax is ml_collections."""
+    tiny_model(['a', 'b'], folder=tmp_path / 'model')
+    (tmp_path / 'photo.onnx').touch()
+    absent = ['grain', 'matplotlib', 'onnx', 'onnxruntime', 'sklearn', 'tensorboard']
+    absent += ['tensorflow', 'tensorflow_datasets']
+    done = subprocess.run(
+        [sys.executable, '-c', CORE, tmp_path / 'model', *absent],
+        cwd=tmp_path,
+        env={**os.environ, 'JAX_NUM_CPU_DEVICES': '1'},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    names, seconds, memory, total, missing = json.loads(done.stdout)
+    assert names == ['ml_collections', 'vit_jax']
+    assert memory < 5e6 and seconds < 0.15, (memory, seconds)  # 2.5 MB, 0.03 to 0.05 s
+    assert total == pytest.approx(1)
+    extras = {name: line.split("'vit_jax[")[1].split(']')[0] for name, line in missing.items()}
+    graphs = ('onnx', 'onnx_graph', 'onnx_models', 'onnx_quantize')
+    assert extras == {
+        **{f'vit_jax.export.{name}': 'export' for name in graphs},
+        'digits': 'train',
+        'tfds': 'train',
+        'onnx': 'export',
+        'picture': 'report',
+    }
+    assert "onnxruntime is not installed: pip install 'vit_jax[export]'" in missing['onnx']
+    assert not [line for line in missing.values() if '\n' in line]
 
 
 def test_every_command_has_a_module_and_is_listed():

@@ -18,7 +18,15 @@ import traceback
 
 _SERVER = multiprocessing.get_context('forkserver')
 _SERVER.set_forkserver_preload(
-    ['forked', 'vit_jax.train', 'vit_jax.inference.predict', 'vit_jax.inference.metrics', 'cv2']
+    [
+        'forked',
+        'vit_jax.train',
+        'vit_jax.inference.predict',
+        'vit_jax.inference.metrics',
+        'cv2',
+        'grain',
+        'tensorboard.summary.writer.record_writer',
+    ]
 )
 
 

@@ -82,7 +82,7 @@ def change_metadata(path, **changes):
     'changes, message',
     [
         ({'class_names': None, 'layout': None}, 'has no metadata class_names, layout, so'),
-        ({'vit_jax__format': None}, r'no metadata vit_jax\.format.* not written by scripts/export'),
+        ({'vit_jax__format': None}, r'no metadata vit_jax\.format.* not written by vit_jax export'),
         ({'vit_jax__format': '2'}, 'metadata of format 2, this vit_jax reads 1: update'),
         ({'class_names': '[', }, 'is damaged'),
         ({'preprocessing': '{"crop": 16, "new": 1}'}, 'preprocessing settings must be among'),
@@ -115,7 +115,7 @@ def test_files_that_are_no_model(tmp_path, path):
 def test_without_onnxruntime_it_says_what_to_install(model, path, monkeypatch):
     onnx.save(onnx.build(model), path)
     monkeypatch.setitem(sys.modules, 'onnxruntime', None)
-    with pytest.raises(UserError, match='pip install onnxruntime'):
+    with pytest.raises(UserError, match=r"pip install 'vit_jax\[export\]'"):
         classifier.open_classifier(path)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from vit_jax import models, variants
 from vit_jax.data.preprocess import normalize
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, extra
 from vit_jax.inference import model_folder
 
 _EXACT = jax.lax.Precision.HIGHEST  # products of attention matrices, also where TF32 is the default
@@ -183,7 +183,9 @@ def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
       ValueError: other shapes, or numbers that are not finite.
     """
     import cv2
-    import matplotlib
+
+    with extra('report'):
+        import matplotlib
 
     heat = np.asarray(heat, np.float32)
     image = np.asarray(image, np.float32)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vit_jax.analysis import attention
+from vit_jax.errors import extra
+from vit_jax.inference import contact_sheet
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,7 +48,8 @@ def class_token(
       heads: which to draw, from 0.
       title: of the figure.
     """
-    import matplotlib
+    with extra('report'):
+        import matplotlib
 
     down, across = ('layer (0 is nearest to the image)', layers), ('head', heads)
     if len(heads) > len(layers):
@@ -98,7 +101,8 @@ def overlays(
       title: of the figure.
       unit: what the numbers of the maps are, for the colour bars.
     """
-    import matplotlib
+    with extra('report'):
+        import matplotlib
 
     small = shrink(image)
     height, width = (size / 120 for size in small.shape[:2])
@@ -204,9 +208,7 @@ def positions(similarity: np.ndarray, *, title: str) -> 'Figure':
 
 def _figure(width: float, height: float, title: str, **style: float) -> 'Figure':
     """An empty figure, in inches."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout='constrained')
+    figure = contact_sheet.new_figure(width, height)
     figure.suptitle(title, parse_math=False, **style)
     return figure
 

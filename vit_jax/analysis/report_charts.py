@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vit_jax.analysis.run_files import Run
+from vit_jax.errors import extra
 from vit_jax.inference import contact_sheet
 
 if TYPE_CHECKING:
@@ -100,8 +101,6 @@ def class_balance(class_names: Sequence[str], counts: dict[str, np.ndarray]) -> 
       class_names: C names, in label order.
       counts: for each split, 'training' and 'test', int [C].
     """
-    from matplotlib.figure import Figure
-
     labels, note = np.arange(len(class_names)), ''
     if len(labels) > MAX_CLASSES:
         half = MAX_CLASSES // 2
@@ -109,7 +108,7 @@ def class_balance(class_names: Sequence[str], counts: dict[str, np.ndarray]) -> 
         labels = np.concatenate([order[:half], order[-half:]])
         note = f'the {half} largest and {half} smallest of {len(order):,} classes'
     names = [contact_sheet.shorten(class_names[label], 24) for label in labels.tolist()]
-    figure = Figure(figsize=(5.6, 1.3 + 0.22 * len(labels)), layout='constrained')
+    figure = contact_sheet.new_figure(5.6, 1.3 + 0.22 * len(labels))
     panels = figure.subplots(1, len(counts), sharey=True, squeeze=False)[0]
     for panel, color, (split, values) in zip(panels, _SERIES, counts.items(), strict=False):
         panel.barh(range(len(labels)), values[labels], color=color)
@@ -125,7 +124,8 @@ def class_balance(class_names: Sequence[str], counts: dict[str, np.ndarray]) -> 
 
 def themed() -> AbstractContextManager[None]:
     """Makes the figures that are drawn inside use the stand-in colours."""
-    import matplotlib
+    with extra('report'):
+        import matplotlib
 
     return matplotlib.rc_context(fname=pathlib.Path(__file__).with_name('report.mplstyle'))
 
@@ -158,11 +158,9 @@ def to_svg(figure: 'Figure', name: str) -> str:
 
 
 def _chart(title: str, unit: str, lines: Sequence[_Curve], runs: Sequence[Run]) -> Chart | None:
-    from matplotlib.figure import Figure
-
     single, several = len(runs) == 1, len(lines) > 1
     legend, longest = [], 1
-    figure = Figure(figsize=(5.0, 3.0), layout='constrained')
+    figure = contact_sheet.new_figure(5.0, 3.0)
     axes = figure.subplots()
     for place, run in enumerate(runs):
         for number, curve in enumerate(lines):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, extra
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -286,7 +286,8 @@ def stratified_order(labels: np.ndarray, *, seed: int = 0) -> np.ndarray:
 
 def _parse_split(spec: str, lengths: dict[str, int], dataset: str) -> list[tuple[str, int, int]]:
     """A split specification as [(split name, first, end)], by TFDS's own parser and rounding."""
-    from tensorflow_datasets.core import splits  # Does not import TensorFlow; half a second.
+    with extra('train'):
+        from tensorflow_datasets.core import splits  # Not TensorFlow; half a second.
 
     infos = {
         name: splits.SplitInfo(name=name, shard_lengths=[n], num_bytes=0)

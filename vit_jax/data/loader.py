@@ -5,8 +5,8 @@ import functools
 import itertools
 import os
 from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING
 
-import grain
 import numpy as np
 
 from vit_jax.data.batches import Batch, Buffers, in_order, reading_threads
@@ -14,7 +14,10 @@ from vit_jax.data.dataset import Label, Source
 from vit_jax.data.decode import BadImageError
 from vit_jax.data.preprocess import CropBox, Preprocess
 from vit_jax.data.reader import OnBad, Reader, as_reader, default_threads, once_per_key
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, extra
+
+if TYPE_CHECKING:
+    import grain
 
 # Draws for a substitute of an unreadable image. Where half of a set is unreadable, one place in
 # 2**100 finds none.
@@ -178,8 +181,10 @@ class BatchLoader:
         ) from error
 
 
-def _shuffled_items(examples: int, batch: int, seed: int) -> grain.MapDataset:
+def _shuffled_items(examples: int, batch: int, seed: int) -> 'grain.MapDataset':
     """An endless sequence of `Item`s, those of batch s at s * batch, s * batch + 1, ..."""
+    with extra('train'):
+        import grain
 
     def place(index: int, example: int) -> tuple[int, int]:
         return index % batch, example

@@ -9,7 +9,7 @@ import numpy as np
 from vit_jax import files
 from vit_jax.data import folders, tfds_sets
 from vit_jax.data.dataset import Dataset, Example, Selection, stratified_order
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, extra
 
 
 def open_sources(
@@ -101,7 +101,8 @@ class _Pixels:
 @functools.cache
 def _open_digits() -> Dataset:
     """1,797 handwritten digits of 8 x 8 pixels that come with scikit-learn, in stratified order."""
-    from sklearn import datasets
+    with extra('train'):
+        from sklearn import datasets
 
     digits = datasets.load_digits()
     order = stratified_order(digits.target)

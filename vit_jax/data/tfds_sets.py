@@ -21,7 +21,7 @@ from vit_jax import files
 from vit_jax.data import tfds_metadata
 from vit_jax.data.dataset import Dataset, Example
 from vit_jax.data.decode import BadImageError
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, extra
 
 _DESCRIPTION = tfds_metadata.DESCRIPTION
 
@@ -96,13 +96,20 @@ def _how_it_ended(code: int) -> str:
     return f'its process ended with code {code}; its last lines are above'
 
 
+def _tfds() -> Any:
+    """TensorFlow Datasets, which is imported, in a second, when a set of it is asked for."""
+    with extra('train'):
+        import tensorflow_datasets as tfds
+    return tfds
+
+
 def find_builder(name: str, data_dir: str) -> Any:
     """The `tfds.core.DatasetBuilder` of a set that is prepared or that TFDS knows how to prepare.
 
     Raises:
       UserError: neither is so; names the nearest names.
     """
-    import tensorflow_datasets as tfds
+    tfds = _tfds()
 
     expanded = str(files.expand(data_dir)) if data_dir else None
     stem = tfds_metadata.parse_name(name)
@@ -129,7 +136,7 @@ def find_builder(name: str, data_dir: str) -> Any:
 
 
 def _unknown(name: str, data_dir: str | None) -> str:
-    import tensorflow_datasets as tfds
+    tfds = _tfds()
 
     shown = name if name.isprintable() else ascii(name)
     text = f'dataset {shown} is neither a folder (seen from {pathlib.Path.cwd()}) nor'
@@ -153,7 +160,7 @@ def check_features(name: str, features: Any) -> None:
     Raises:
       UserError: says which features the set has.
     """
-    import tensorflow_datasets as tfds
+    tfds = _tfds()
 
     fields = dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {}
     if not (
@@ -169,7 +176,7 @@ def check_features(name: str, features: Any) -> None:
 
 def array_record_folder(builder: Any) -> pathlib.Path | None:
     """The folder that holds a set as ArrayRecord: its own or the converted one; None if none."""
-    import tensorflow_datasets as tfds
+    tfds = _tfds()
 
     own, converted = pathlib.Path(builder.data_path), converted_folder(builder)
     wanted = tfds.core.FileFormat.ARRAY_RECORD
@@ -185,7 +192,7 @@ def converted_folder(builder: Any) -> pathlib.Path:
 
 
 def _open_prepared(name: str, folder: pathlib.Path) -> Dataset:
-    import tensorflow_datasets as tfds
+    tfds = _tfds()
 
     tfds_metadata.check_folder(folder)
     with tfds_metadata.reading(folder / _DESCRIPTION):
@@ -247,7 +254,7 @@ class _Records:
 
     @functools.cached_property
     def _opened(self) -> tuple[Any, Any, dict[str, Any]]:
-        import tensorflow_datasets as tfds
+        tfds = _tfds()
 
         with tfds_metadata.reading(pathlib.Path(self.folder, _DESCRIPTION)):
             builder = tfds.builder_from_directory(self.folder)

@@ -15,7 +15,7 @@ import rich.console
 import vit_jax
 from vit_jax import files
 from vit_jax.errors import UserError
-from vit_jax.export import onnx, onnx_quantize, pytorch, stablehlo, verify
+from vit_jax.export import pytorch, stablehlo, verify
 from vit_jax.export.options import DEFAULT, REPORT_SUFFIX, Options, check
 from vit_jax.inference import model_folder
 
@@ -97,6 +97,8 @@ def write(path: pathlib.Path, model: model_folder.Model, name: str, options: Opt
         return []
     if name != 'onnx':
         return pytorch.write(path, model, to=name)
+    from vit_jax.export import onnx, onnx_quantize  # need packages that no other format needs
+
     proto = onnx.build(model, options)
     if options.dtype != 'int8':
         onnx.save(proto, path)

@@ -13,18 +13,19 @@ import os
 import pathlib
 from typing import IO, Any
 
-import onnx
-from google.protobuf.message import Message
-from onnx import external_data_helper, helper
-
 import vit_jax
 from vit_jax import files, variants
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, extra
 from vit_jax.export import onnx_models, verify
 from vit_jax.export.onnx_graph import BATCH, FLOAT16, FLOAT32, UINT8, Graph
 from vit_jax.export.options import DEFAULT, Options
 from vit_jax.inference import model_folder
 from vit_jax.inference import onnx as inference_onnx
+
+with extra('export'):
+    import onnx
+    from google.protobuf.message import Message
+    from onnx import external_data_helper, helper
 
 # A protobuf message is smaller than 2 GiB; 64 MiB are left for what is not weights.
 EXTERNAL_DATA_ABOVE = 2**31 - 2**26

@@ -12,10 +12,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper, numpy_helper
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, extra
+
+with extra('export'):
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
 
 FLOAT16, FLOAT32 = TensorProto.FLOAT16, TensorProto.FLOAT
 INT64, UINT8 = TensorProto.INT64, TensorProto.UINT8

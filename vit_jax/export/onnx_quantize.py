@@ -4,12 +4,13 @@ import os
 import pathlib
 import tempfile
 
-import onnx
-from onnx import helper
-
 from vit_jax import files
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, extra
 from vit_jax.export import onnx as onnx_export
+
+with extra('export'):
+    import onnx
+    from onnx import helper
 
 
 def quantize_dynamic(proto: onnx.ModelProto, path: str | os.PathLike[str]) -> int:
@@ -41,8 +42,9 @@ def quantize_dynamic(proto: onnx.ModelProto, path: str | os.PathLike[str]) -> in
         raise UserError(
             f'the graph is {properties["dtype"]}: int8 is made from a float32 graph; build one'
         )
-    from onnxruntime import quantization  # Here, because it takes a second to import.
-    from onnxruntime.quantization import shape_inference
+    with extra('export'):  # Here, because it takes a second to import.
+        from onnxruntime import quantization
+        from onnxruntime.quantization import shape_inference
 
     path = pathlib.Path(path)
     with (

@@ -38,7 +38,7 @@ from vit_jax.analysis import compare
 from vit_jax.data.batches import eval_batches
 from vit_jax.data.dataset import Example, Source
 from vit_jax.data.preprocess import Preprocess, normalize
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, extra
 from vit_jax.export.options import DEFAULT, FORMATS, Options
 from vit_jax.inference import model_folder, predict
 
@@ -240,7 +240,8 @@ def images_for(paths: Sequence[str] = ()) -> Images:
         UserError: a path that does not exist, or a folder without images.
     """
     if not paths:
-        import sklearn.datasets  # here, because it takes a second to import
+        with extra('export'):
+            import sklearn.datasets  # here, because it takes a second to import
 
         found = sklearn.datasets.load_sample_images()
         names = [pathlib.Path(name).name for name in found.filenames]

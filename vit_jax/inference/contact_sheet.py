@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vit_jax.errors import extra
 from vit_jax.inference import predict
 
 if TYPE_CHECKING:
@@ -36,11 +37,9 @@ def save(
       class_names: in label order.
       title: of the sheet.
     """
-    from matplotlib.figure import Figure
-
     columns = min(len(predictions), max(3, math.ceil(math.sqrt(1.5 * len(predictions)))))
     rows = math.ceil(len(predictions) / columns)
-    figure = Figure(figsize=(max(5, 2.1 * columns), 2.9 * rows + 0.6), layout='constrained')
+    figure = new_figure(max(5, 2.1 * columns), 2.9 * rows + 0.6)
     # parse_math: a $ in a name of a file or class is a $.
     figure.suptitle(title, fontsize=11, parse_math=False)
     for place, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
@@ -49,6 +48,14 @@ def save(
             _draw(axes, *predictions[place], class_names)
     # tight: the captions of the last row, too.
     save_figure(figure, path, dpi=100, bbox_inches='tight', pad_inches=0.15)
+
+
+def new_figure(width: float, height: float) -> 'Figure':
+    """An empty figure of matplotlib, in inches."""
+    with extra('report'):
+        from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout='constrained')
 
 
 def save_figure(figure: 'Figure', path: str | os.PathLike[str], **options: Any) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from vit_jax.data.dataset import Source
 from vit_jax.data.decode import BadImageError
+from vit_jax.errors import extra
 from vit_jax.evaluate import Outcomes, join, outcomes, totals
 from vit_jax.inference.classifier import Classifier, classify
 
@@ -159,7 +160,8 @@ def compute(found: Outcomes, class_names: Sequence[str]) -> Metrics:
     Raises:
       UserError: there is not one image that could be read.
     """
-    from sklearn import metrics
+    with extra('report'):
+        from sklearn import metrics
 
     readable = found.readable
     overall = totals(found, len(class_names))

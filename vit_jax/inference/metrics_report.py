@@ -81,14 +81,12 @@ def draw_confusion(metrics: Metrics, *, title: str) -> 'Figure':
       metrics: of `metrics.compute`.
       title: first line of the picture.
     """
-    from matplotlib.figure import Figure
-
     chosen, note = _choose(metrics)
     counts = metrics.confusion[np.ix_(chosen, chosen)]
     total = metrics.confusion[chosen].sum(axis=1, keepdims=True)
     shares = counts / np.maximum(total, 1)
     side = max(4.5, 0.42 * len(chosen) + 2.5)
-    figure = Figure(figsize=(side + 1, side), layout='constrained')
+    figure = contact_sheet.new_figure(side + 1, side)
     axes = figure.subplots()
     picture = axes.imshow(shares, cmap='Blues', vmin=0, vmax=1)
     names = [contact_sheet.shorten(metrics.class_names[i], 24) for i in chosen]
@@ -113,12 +111,10 @@ def draw_reliability(metrics: Metrics, *, title: str) -> 'Figure':
       metrics: of `metrics.compute`.
       title: first line of the picture.
     """
-    from matplotlib.figure import Figure
-
     calibration = metrics.calibration
     bins = len(calibration.count)
     left = np.arange(bins) / bins
-    figure = Figure(figsize=(5.5, 6.5), layout='constrained')
+    figure = contact_sheet.new_figure(5.5, 6.5)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     style = dict(width=0.95 / bins, align='edge')
     upper.bar(

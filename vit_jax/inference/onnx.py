@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.data.preprocess import Preprocess
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, extra
 
 FORMAT = '1'
 INPUT = 'image'
@@ -78,12 +78,8 @@ class OnnxClassifier:
 def _open_session(path: pathlib.Path, threads: int | None) -> Any:
     if not path.is_file():
         raise UserError(f'there is no ONNX file {path}')
-    try:
+    with extra('export'):
         import onnxruntime
-    except ImportError as error:
-        raise UserError(
-            f'{path} needs onnxruntime, which is not installed here: pip install onnxruntime'
-        ) from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # Errors only: it would warn of every GPU that is not there.
     # Threads that wait for work must not spin: decoding needs the processors.

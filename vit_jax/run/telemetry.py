@@ -26,10 +26,9 @@ import rich.console
 import rich.live
 import rich.progress_bar
 import rich.table
-from tensorboard.compat.proto import event_pb2, summary_pb2
-from tensorboard.summary.writer.record_writer import RecordWriter
 
 from vit_jax import files
+from vit_jax.errors import extra
 
 METRICS_FILE = 'metrics.jsonl'
 TIMING_FILE = 'timing.jsonl'
@@ -246,6 +245,10 @@ class _EventFile:
     """A TensorBoard event file: framed `Event` records, of which the first names the format."""
 
     def __init__(self, workdir: pathlib.Path, start_step: int):
+        with extra('train'):
+            from tensorboard.compat.proto import event_pb2, summary_pb2
+            from tensorboard.summary.writer.record_writer import RecordWriter
+        self._Event, self._Summary = event_pb2.Event, summary_pb2.Summary
         # TensorBoard reads the files of a folder in the order of their names. Nanoseconds, because
         # a run that is restarted at once must not write into the file of the one before.
         name = f'events.out.tfevents.{time.time_ns():020d}.{socket.gethostname()}.{os.getpid()}'
@@ -258,16 +261,15 @@ class _EventFile:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         scalars = [
-            summary_pb2.Summary.Value(tag=tag, simple_value=float(value))
-            for tag, value in values.items()
+            self._Summary.Value(tag=tag, simple_value=float(value)) for tag, value in values.items()
         ]
-        self._add(step=step, summary=summary_pb2.Summary(value=scalars))
+        self._add(step=step, summary=self._Summary(value=scalars))
 
     def close(self) -> None:
         self._file.close()
 
     def _add(self, **fields: Any) -> None:
-        self._writer.write(event_pb2.Event(wall_time=time.time(), **fields).SerializeToString())
+        self._writer.write(self._Event(wall_time=time.time(), **fields).SerializeToString())
         self._writer.flush()
 
 
