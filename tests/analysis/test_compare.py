@@ -231,6 +231,7 @@ def test_full_size(check, tmp_path, name):
 
 
 def test_command_line(run_script, tmp_path):
+    pytest.importorskip('torch', reason='PyTorch is not installed (requirements-test.txt)')
     model = FIXTURES / 'vit_token.checkpoint.npz'
     result = run_script('check_parity.py', '--model', model, '--json', '--perturb', 'cls')
     assert result.returncode == 1, result.stderr
@@ -243,6 +244,7 @@ def test_command_line(run_script, tmp_path):
 
 
 def test_images_that_cannot_be_read_are_one_line(run_script, tmp_path, monkeypatch):
+    pytest.importorskip('torch', reason='PyTorch is not installed (requirements-test.txt)')
     monkeypatch.setattr(decode, 'MAX_BYTES', 1000)
     os.mkfifo(tmp_path / 'pipe.jpg')  # would block
     (tmp_path / 'large.jpg').write_bytes(bytes(1001))
