@@ -4,6 +4,7 @@ import gc
 import json
 import logging
 import os
+import pathlib
 import shutil
 import socket
 import subprocess
@@ -101,6 +102,30 @@ def test_saved_on_one_device_restored_on_four(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         _, state = checkpoints.restore_latest(_abstract(_state(0)))
     _assert_equal(state, _state(1))
+
+
+def test_orbax_alone_reads_a_checkpoint_as_the_docs_say(tmp_path, monkeypatch):
+    import orbax.checkpoint
+    from orbax.checkpoint import v1
+
+    _saved(tmp_path / 'runs' / 'x', 500)
+    monkeypatch.chdir(tmp_path)
+    page = (pathlib.Path(__file__).parents[2] / 'docs' / 'weights.md').read_text(encoding='utf-8')
+    (code,) = [part for part in page.split('```python\n') if 'ocp.load' in part.partition('```')[0]]
+    names = {}
+    exec(code.partition('```')[0], names)
+    path, state, expected = names['path'], names['state'], _state(500)
+    read = [state, names['wanted'] | {'params': names['params']}]
+    with pytest.warns(UserWarning, match='Sharding info not provided'):
+        read.append(v1.load(path))
+        read.append(orbax.checkpoint.StandardCheckpointer().restore(path / 'state'))
+    for tree in read:
+        for name in ('kernel', 'bias', 'key'):
+            np.testing.assert_array_equal(_data(tree['params'][name]), _data(expected.params[name]))
+    assert names['wanted']['step'] is ... and state['step'] == 500
+    np.testing.assert_array_equal(state['momentum'][0], expected.momentum[0])
+    assert isinstance(state['momentum'][0], np.ndarray)
+    assert 'checksums' in v1.metadata(path).custom_metadata['vit_jax']
 
 
 def test_no_checkpoint_yet(tmp_path):

@@ -139,6 +139,53 @@ def test_save_refuses_what_does_not_agree(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ['file', 'photos']
 
 
+def _changed(**arrays):
+    """The parameters with these arrays, names joined by '/'; without those that are None."""
+    flat = npz.flatten(_params()) | arrays
+    kept = {name: leaf for name, leaf in flat.items() if leaf is not None}
+    return npz.nest(kept, pathlib.Path('made up'))
+
+
+@pytest.mark.parametrize(
+    ('params', 'changes', 'words'),
+    [
+        ({'reg': np.ones((1, 4, 8), np.float32)}, {}, 'reg: unknown to the model'),
+        ({'cls': None}, {}, '(?s)the weights do not agree.*cls .the checkpoint has no class token'),
+        ({'head/bias': None}, {}, 'the weights do not agree'),
+        ({'embedding/bias': np.ones(9, np.float32)}, {}, r'has shape \(9,\), expected \(8,\)'),
+        (
+            {'embedding/kernel': np.ones((4, 4, 4, 8), np.float32)}, {},
+            r'takes images of 4 channels \(embedding/kernel \(4, 4, 4, 8\)\); images are read',
+        ),
+        (
+            {'embedding/kernel': np.ones((4, 4, 1, 8), np.float32)}, {},
+            'takes images of 1 channels .* checkpoint.save',
+        ),
+        ({'head/bias': np.array([0, np.nan, 0], np.float32)}, {}, 'head/bias has 1 values .* NaN'),
+        (
+            {}, {'preprocess': Preprocess(crop=16)},
+            r'has position embeddings \(1, 10, 8\), the model has \(1, 17, 8\) for images of 16',
+        ),
+        ({}, {'preprocess': Preprocess(crop=13)}, 'no model can be built as described'),
+        ({}, {'preprocess': Preprocess(crop=40_000)}, 'not the side of an image'),
+        ({}, {'class_names': (1, 2, 3)}, 'class_names should be texts'),
+        ({}, {'model_config': CONFIG | {'unknown': 3}}, 'no model can be built as described'),
+        ({}, {'model_config': {}}, "could not be loaded if it were written: 'patches'"),
+    ],
+)  # fmt: skip
+def test_save_refuses_what_load_would_refuse(tmp_path, params, changes, words):
+    with pytest.raises(UserError, match=words):
+        _save(tmp_path / 'm', _changed(**params), **changes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_a_head(tmp_path):
+    params = {name: leaf for name, leaf in _params().items() if name != 'head'}
+    loaded = model_folder.load(_save(tmp_path / 'm', params, class_names=()))
+    assert loaded.class_names == () and loaded.model.num_classes == 0
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+
+
 def test_damaged_folders(tmp_path):
     with pytest.raises(UserError, match='no such checkpoint file'):
         model_folder.load(tmp_path / 'none')

@@ -102,7 +102,7 @@ def token_grid(
     if POSITION_EMBEDDING not in flat:
         return None
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    kernel = flat['embedding/kernel'].shape if 'embedding/kernel' in flat else ()
+    kernel: tuple[int, ...] = getattr(flat.get('embedding/kernel'), 'shape', ())
     if len(kernel) != 4:
         raise UserError(
             'the size of the patches is unknown without embedding/kernel [height, width, channels, '

@@ -9,6 +9,7 @@ Predicting, evaluating and exporting take such a folder, or weights alone, of an
 import dataclasses
 import hashlib
 import importlib.metadata
+import json
 import logging
 import os
 import pathlib
@@ -43,6 +44,9 @@ _FILE_NAME = re.compile(r'\w[\w.+-]{0,199}', re.A)  # beside model.json, no path
 
 # How a model is computed, not what it is: left to whoever loads it.
 _EXECUTION_KEYS = ('dtype', 'attention', 'remat')
+
+# What reading a description raises that is damaged, or somebody else's.
+_BAD_DESCRIPTION = (UserError, ValueError, KeyError, TypeError, AttributeError, OverflowError)
 
 _log = logging.getLogger(__name__)
 
@@ -97,12 +101,15 @@ def save(
         source: where the model came from (weights, dataset, steps, ...); anything that JSON has.
 
     Raises:
-        UserError: `folder` is something else than a model folder, or cannot be written.
+        UserError: `folder` is something else than a model folder, or cannot be written; or `load`
+            would refuse it: the parameters are not those of `model_config` (other shapes, arrays
+            that it does not have), take other than 3 channels, or are not finite.
         ValueError: not as many names as the head has classes.
+        TypeError: a parameter is not an array of floats, or something else is not for JSON.
     """
     folder = pathlib.Path(folder).absolute()
     files.recover(folder)
-    num_classes = params['head']['bias'].shape[0] if 'head' in params else 0
+    num_classes = _num_classes(params)
     if len(class_names) != num_classes:
         raise ValueError(f'{len(class_names)} class names for a head of {num_classes} classes')
     if folder.exists() and not (folder / MODEL_FILE).exists():
@@ -111,24 +118,30 @@ def save(
         )
     config = {k: v for k, v in _plain(model_config).items() if k not in _EXECUTION_KEYS}
     config.pop('num_classes', None)
+    description = {
+        'format': FORMAT,
+        'format_version': FORMAT_VERSION,
+        'architecture': {
+            'variant': config.get('model_name'),
+            'num_classes': num_classes,
+            'config': config,
+        },
+        'image_size': preprocess.crop,
+        'preprocessing': preprocess.to_dict(),
+        'value_range': [-1, 1],
+        'class_names': list(class_names),
+        'source': _plain(source),
+        'versions': _versions(),
+    }
+    as_read = json.loads(json.dumps(description))
+    try:
+        opened = _described(as_read, params)
+    except _BAD_DESCRIPTION as e:
+        raise UserError(f'{folder} could not be loaded if it were written: {e}') from e
+    _check(opened, f'what would be saved as {folder}')
     with files.atomic_folder(folder, exists='replace') as part:
         npz.save(part / PARAMS_FILE, params)
-        description = {
-            'format': FORMAT,
-            'format_version': FORMAT_VERSION,
-            'architecture': {
-                'variant': config.get('model_name'),
-                'num_classes': num_classes,
-                'config': config,
-            },
-            'image_size': preprocess.crop,
-            'preprocessing': preprocess.to_dict(),
-            'value_range': [-1, 1],
-            'class_names': list(class_names),
-            'source': _plain(source),
-            'versions': _versions(),
-            'params': {'file': PARAMS_FILE, 'sha256': _sha256(part / PARAMS_FILE)},
-        }
+        description['params'] = {'file': PARAMS_FILE, 'sha256': _sha256(part / PARAMS_FILE)}
         files.write_json(part / MODEL_FILE, description)
 
 
@@ -212,27 +225,12 @@ def _open_folder(folder: pathlib.Path) -> Model:
             f'{FORMAT_VERSION}): update vit_jax'
         )
     try:
-        architecture = description['architecture']
-        config, num_classes = _checked_architecture(architecture)
-        class_names = tuple(description['class_names'])
-        if not all(isinstance(name, str) for name in class_names):
-            raise TypeError('class_names should be texts')
-        if len(class_names) != num_classes:
-            raise ValueError(
-                f'{len(class_names)} class_names, num_classes {num_classes} do not agree'
-            )
-        preprocess = Preprocess.from_dict(description['preprocessing'])
-        image_size = description['image_size']
-        for side in (image_size, preprocess.crop, preprocess.resize or 1):
-            if type(side) is not int or not 1 <= side <= _MAX_IMAGE_SIZE:
-                raise ValueError(f'{side!r} is not the side of an image')
-        if image_size != preprocess.crop:
-            raise ValueError(f'image_size {image_size}, crop {preprocess.crop} do not agree')
-        source, params_entry = dict(description['source']), description['params']
+        params_entry = description['params']
         if not _FILE_NAME.fullmatch(params_entry['file']):
             raise ValueError(f'params.file {params_entry["file"]!r} is not a plain file name')
         params_path, sha256 = folder / params_entry['file'], params_entry['sha256']
-    except (UserError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
+        opened = _described(description, {})
+    except _BAD_DESCRIPTION as e:
         reason = ascii(str(e))[1:200]
         raise UserError(
             f'{folder / MODEL_FILE} is damaged ({type(e).__name__}: {reason}); copy it again'
@@ -244,11 +242,33 @@ def _open_folder(folder: pathlib.Path) -> Model:
             f'{params_path} is not the file that {MODEL_FILE} describes (its SHA-256 differs): it '
             'is damaged, or was exchanged. Copy the folder again'
         )
-    params = npz.open_file(params_path).params
+    return dataclasses.replace(opened, params=npz.open_file(params_path).params)
+
+
+def _described(description: Mapping[str, Any], params: Mapping[str, Any]) -> Model:
+    """The model that the contents of a model.json describe, with these parameters.
+
+    Raises:
+        _BAD_DESCRIPTION: of whatever kind, something is missing, or not what it should be.
+    """
+    config, num_classes = _checked_architecture(description['architecture'])
+    class_names = tuple(description['class_names'])
+    if not all(isinstance(name, str) for name in class_names):
+        raise TypeError('class_names should be texts')
+    if len(class_names) != num_classes:
+        raise ValueError(f'{len(class_names)} class_names, num_classes {num_classes} do not agree')
+    preprocess = Preprocess.from_dict(description['preprocessing'])
+    image_size = description['image_size']
+    for side in (image_size, preprocess.crop, preprocess.resize or 1):
+        if type(side) is not int or not 1 <= side <= _MAX_IMAGE_SIZE:
+            raise ValueError(f'{side!r} is not the side of an image')
+    if image_size != preprocess.crop:
+        raise ValueError(f'image_size {image_size}, crop {preprocess.crop} do not agree')
+    source = dict(description['source'])
     try:
         model = models.from_config(config, num_classes=num_classes)
     except (ValueError, TypeError) as e:
-        raise UserError(f'{folder / MODEL_FILE}: no model can be built as described: {e}') from e
+        raise UserError(f'no model can be built as described: {e}') from e
     return Model(model, params, config, class_names, preprocess, source)
 
 
@@ -283,9 +303,7 @@ def _from_weights(path: pathlib.Path, weights: formats.Weights, variant: str) ->
     _log.info('%s', weights)
     config = infer.architecture(weights.params, str(path), variant=variant)
     image_size = infer.image_size(weights.params, config, str(path))
-    # From either array of the head: `check` names the other if it is missing.
-    head = npz.flatten({'head': weights.params.get('head', {})})
-    num_classes = next((array.shape[-1] for array in head.values()), 0)
+    num_classes = _num_classes(weights.params)
     class_names = weights.class_names
     if len(class_names) != num_classes:
         class_names = labels.numbered(num_classes)
@@ -300,13 +318,23 @@ def _from_weights(path: pathlib.Path, weights: formats.Weights, variant: str) ->
     )
 
 
+def _num_classes(params: Mapping[str, Any]) -> int:
+    """From either array of the head: `check` names the other if it is missing. 0 without a head."""
+    head = npz.flatten({'head': params.get('head', {})})
+    return next((array.shape[-1] for array in head.values()), 0)
+
+
 def check(opened: Model) -> None:
     """Raises `UserError` if the shapes of the parameters do not fit the architecture.
 
     Args:
         opened: what `open_model` gave; nothing is read.
     """
-    what = str(opened.source.get('file', 'the model folder'))
+    _check(opened, str(opened.source.get('file', 'the model folder')))
+
+
+def _check(opened: Model, what: str) -> None:
+    """`check` of a model that messages call `what`."""
     image = jax.ShapeDtypeStruct((1, opened.image_size, opened.image_size, 3), np.float32)
     try:
         init = jax.eval_shape(
@@ -315,8 +343,25 @@ def check(opened: Model) -> None:
     except (ValueError, TypeError, ArithmeticError, AssertionError) as e:
         raise UserError(f'{what}: no model can be built as described: {e}') from e
     shapes = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), dict(opened.params))
+    found, expected = npz.flatten(shapes), npz.flatten(init)
+    shape, needed = (
+        getattr(flat.get(adapt.POSITION_EMBEDDING), 'shape', ()) for flat in (found, expected)
+    )
+    if shape and shape[-1:] == needed[-1:]:  # nothing is resized here: the same, or an error
+        if shape != needed:
+            raise UserError(
+                f'{what} has position embeddings {shape}, the model has {needed} for images of '
+                f'{opened.image_size} pixels. Use the size that the weights were trained at'
+            )
+        del found[adapt.POSITION_EMBEDDING], expected[adapt.POSITION_EMBEDDING]
     classifier = opened.model_config.get('classifier', '')
-    _, report = adapt.adapt(shapes, init, classifier=classifier, keep_head=True, source=what)
+    _, report = adapt.adapt(found, expected, classifier=classifier, keep_head=True, source=what)
+    for name, (shape, fitted) in report.resized.items():
+        if shape[:2] == fitted[:2] and shape[3:] == fitted[3:]:
+            raise UserError(
+                f'{what} takes images of {shape[2]} channels ({name} {shape}); images are read '
+                'with 3. Keep its parameters with checkpoint.save and prepare its input yourself'
+            )
     if report.initialised or report.ignored or report.resized:
         raise UserError(
             f'the weights do not agree with the architecture ({adapt.describe(init)}):\n{report}'
