@@ -91,7 +91,7 @@ def test_all_but_the_heads_of_a_checkpoint_is_where_fine_tuning_starts(family, t
     ten, three = (models.from_config(config.model, num_classes=classes) for classes in (10, 3))
     params = random_params(ten)
     npz.save(tmp_path / 'weights.npz', params)
-    start, origin = train._initial_params(config, three, shapes_of(three))
+    start, origin = train.initial_params(config, three, shapes_of(three))
     assert start.keys() == params.keys()
     for name in start.keys() - NEW_WHEN_FINE_TUNED[family]:
         jax.tree.map(np.testing.assert_array_equal, start[name], params[name])
@@ -108,7 +108,7 @@ def test_weights_of_a_plain_vit_start_a_distilled_one_and_one_with_an_mlp_head(t
     for family in ('distilled', 'mlp_head'):
         config = make_config(family, pretrained=str(tmp_path / 'vit.npz'))
         model = models.from_config(config.model, num_classes=10)
-        start, _ = train._initial_params(config, model, shapes_of(model))
+        start, _ = train.initial_params(config, model, shapes_of(model))
         block = 'encoderblock_0'
         jax.tree.map(
             np.testing.assert_array_equal,
@@ -127,4 +127,4 @@ def test_a_mixer_does_not_take_weights_of_another_size(tmp_path):
     npz.save(tmp_path / 'mixer.npz', random_params(model))
     larger = make_config('mixer', **{'pretrained': str(tmp_path / 'mixer.npz'), 'pp.crop': 32})
     with pytest.raises(UserError, match='token_mixing'):
-        train._initial_params(larger, model, shapes_of(model, 32))
+        train.initial_params(larger, model, shapes_of(model, 32))

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
 
+# How the columns are called that hold loss and metrics of a loss of one's own.
+OWN = 'own/'
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Outcomes:
     """What became of each of N examples, in the order of their source.
@@ -79,9 +83,25 @@ def join(parts: Sequence[Mapping[str, np.ndarray]], count: int) -> Outcomes:
     """The outcomes of a whole source from those of its batches.
 
     Args:
+      parts: as for `columns`, the others being the fields of `Outcomes`.
+      count: as for `columns`.
+
+    Raises:
+      RuntimeError: as `columns`.
+    """
+    return Outcomes(**columns(parts, count))
+
+
+def columns(parts: Sequence[Mapping[str, np.ndarray]], count: int) -> dict[str, np.ndarray]:
+    """What is told of the examples of a whole source, from what is told of its batches.
+
+    Args:
       parts: of each batch `example` (its index in the source, -1 for padding, which is left out)
-        and the fields of `Outcomes`.
+        and other columns.
       count: of examples in the source.
+
+    Returns:
+      The other columns, [count, ...], in the order of the source.
 
     Raises:
       RuntimeError: not every example is there exactly once.
@@ -91,7 +111,7 @@ def join(parts: Sequence[Mapping[str, np.ndarray]], count: int) -> Outcomes:
     order = np.argsort(example, kind='stable')[np.count_nonzero(example < 0) :]
     if not np.array_equal(example[order], np.arange(count)):
         raise RuntimeError(f'evaluated {len(order)} examples instead of each of {count} once')
-    return Outcomes(**{name: values[order] for name, values in joined.items()})
+    return {name: values[order] for name, values in joined.items()}
 
 
 def totals(found: Outcomes, classes: int) -> dict[str, float]:
@@ -110,17 +130,44 @@ def totals(found: Outcomes, classes: int) -> dict[str, float]:
       UserError: not one image can be read.
     """
     readable = found.readable
-    if not readable.any():
-        raise UserError(f'not one of the {len(readable):,} images to evaluate on can be read')
+    _check_readable(readable)
     result = {
         'accuracy': float(found.right.mean()),
         'loss': -float(found.log_probability[readable].mean(dtype=np.float64)),
     }
     if classes > 5:
         result['accuracy_top5'] = float((readable & (found.rank < 5)).mean())
-    if not readable.all():
-        result['unreadable'] = int((~readable).sum())
-    return result
+    return result | _unreadable(readable)
+
+
+def own_totals(values: Mapping[str, np.ndarray], readable: np.ndarray) -> dict[str, float]:
+    """Loss and metrics of a loss of one's own, `OWN`: means over the readable examples, in float64.
+
+    Args:
+      values: float [N] of each, by the name of its column.
+      readable: bool [N].
+
+    Returns:
+      As `totals`: the means by name, and `unreadable`.
+
+    Raises:
+      UserError: not one image can be read.
+    """
+    _check_readable(readable)
+    means = {
+        name.removeprefix(OWN): float(column[readable].mean(dtype=np.float64))
+        for name, column in values.items()
+    }
+    return means | _unreadable(readable)
+
+
+def _check_readable(readable: np.ndarray) -> None:
+    if not readable.any():
+        raise UserError(f'not one of the {len(readable):,} images to evaluate on can be read')
+
+
+def _unreadable(readable: np.ndarray) -> dict[str, float]:
+    return {} if readable.all() else {'unreadable': int((~readable).sum())}
 
 
 def evaluate(
@@ -137,6 +184,9 @@ def evaluate(
 ) -> tuple[dict[str, float], float] | None:
     """Loss and accuracy of a model that is being trained, over all examples of a source.
 
+    With a loss of one's own, the means of what it says of each example alone: the loss, and its
+    metrics; accuracy only where labels are classes.
+
     With several processes each of them calls this, reads its share, and gets the same result.
 
     Args:
@@ -152,8 +202,8 @@ def evaluate(
       should_stop: asked after each batch; once it says so, the evaluation ends without a result.
 
     Returns:
-      The `totals`, `accuracy_test` and so on; and the speed, images per second and device. None if
-      `should_stop` ended it.
+      The `totals` and `own_totals`, `accuracy_test` and so on; and the speed, images per second and
+      device. None if `should_stop` ended it.
 
     Raises:
       BadImageError: without `on_bad`, an image that cannot be read.
@@ -183,7 +233,10 @@ def evaluate(
         parts.append(part)
         if should_stop and should_stop():
             return None
-    found = join(parts, len(source))
+    found = columns(parts, len(source))
     speed = len(source) / (time.monotonic() - begin) / devices
-    metrics = totals(found, len(source.class_names))
+    own = {name: found.pop(name) for name in list(found) if name.startswith(OWN)}
+    metrics = totals(Outcomes(**found), len(source.class_names)) if 'rank' in found else {}
+    if own:
+        metrics |= own_totals(own, found['readable'])
     return {f'{name}_test': value for name, value in metrics.items()}, speed

@@ -9,6 +9,8 @@ What it does in which order:
     5. every `eval_every` steps: evaluate on the whole test set, write metrics
     6. every `checkpoint_every` steps, and when the run is to stop: save, asynchronously
 
+After 3, 5 and 6, before the first step and after the last, `run.callbacks` are called.
+
 Metrics of a step are written before its checkpoint, so a resumed run has neither a gap nor a line
 twice; and no state is saved before its step, and all before it, are known to be finite.
 """
@@ -21,7 +23,7 @@ import itertools
 import pathlib
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -31,13 +33,15 @@ from jax.sharding import Mesh
 
 from vit_jax import evaluate, sharding
 from vit_jax.checkpoint import workdir as workdir_lib
-from vit_jax.data.dataset import Selection
+from vit_jax.data.dataset import CLASS_INDEX, Selection
 from vit_jax.data.decode import BadImageError
 from vit_jax.data.loader import BatchLoader
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.data.reader import ImageCache, Reader, once_per_key
+from vit_jax.data.stream import BatchStream
 from vit_jax.errors import UserError
 from vit_jax.run import preemption, telemetry
+from vit_jax.run.callbacks import Callbacks
 from vit_jax.run.clock import TrainingClock
 from vit_jax.state import Checkpoint, TrainState
 
@@ -52,10 +56,16 @@ class Run:
     config: ml_collections.ConfigDict
     workdir: pathlib.Path
     mesh: Mesh
-    train: Selection
+    train: Selection | BatchStream
     test: Selection
     preprocess: Preprocess
     log: telemetry.Telemetry
+    callbacks: Callbacks
+
+    @property
+    def judged_by(self) -> str:
+        """The metric of the test set that says which step is the best."""
+        return 'accuracy_test' if self.test.label_dtype == CLASS_INDEX else 'loss_test'
 
     @property
     def threads(self) -> int | None:
@@ -91,29 +101,48 @@ class Loop:
         cache = None
         if run.config.cache:
             cache = ImageCache(int(run.config.cache * 2**30))
-        self._train_images = Reader(run.train, cache)
+        self._train_images = run.train
+        if isinstance(run.train, Selection):
+            self._train_images = Reader(run.train, cache)
         self._test_images = Reader(run.test, cache)
         self._signals = preemption.StopSignals()
         self._sum_over_processes = sharding.make_sum_over_processes(run.mesh)
         self._in_flight: collections.deque[_Step] = collections.deque()
-        self._accuracies: dict[int, float] = {}  # of the test set, by step
+        self._scores: dict[int, float] = {}  # `run.judged_by` by step
         self._replaced = 0  # unreadable examples of the steps that are settled
         self._skipped_in_a_row = 0
         self._stopping = False
 
     def best(self) -> int | None:
-        """The first step of the best test accuracy; None if that is not asked for."""
-        if not (self._run.config.keep_best and self._accuracies):
+        """The first step of the best test accuracy (or loss); None if that is not asked for."""
+        if not (self._run.config.keep_best and self._scores):
             return None
-        return max(self._accuracies, key=self._accuracies.__getitem__)
+        best = max if self._run.judged_by == 'accuracy_test' else min
+        return best(self._scores, key=self._scores.__getitem__)
 
     @contextlib.contextmanager
     def reading(self, start: int) -> Iterator[Iterator[dict[str, np.ndarray]]]:
         """Reads the batches of steps start + 1, ... ahead; the first one from now on."""
-        run, config = self._run, self._run.config
-        if start >= config.total_steps:
+        if start >= self._run.config.total_steps:
             yield iter(())
             return
+        with (
+            contextlib.closing(self._batches(start)) as batches,
+            concurrent.futures.ThreadPoolExecutor(1) as thread,
+        ):
+            first = thread.submit(next, batches)
+            yield itertools.chain((future.result() for future in (first,)), batches)
+
+    def _batches(self, start: int) -> Generator[dict[str, np.ndarray]]:
+        run, config = self._run, self._run.config
+        if isinstance(self._train_images, BatchStream):
+            return self._train_images.from_step(
+                start,
+                batch=config.batch // jax.process_count(),
+                crop=config.pp.crop,
+                exact=config.pp.exact,
+                process_index=jax.process_index(),
+            )
         loader = BatchLoader(
             self._train_images,
             run.preprocess,
@@ -124,12 +153,7 @@ class Loop:
             process_count=jax.process_count(),
             on_bad=self._on_bad,
         )
-        with (
-            contextlib.closing(loader.from_step(start, threads=run.threads)) as batches,
-            concurrent.futures.ThreadPoolExecutor(1) as thread,
-        ):
-            first = thread.submit(next, batches)
-            yield itertools.chain((future.result() for future in (first,)), batches)
+        return loader.from_step(start, threads=run.threads)
 
     def run_steps(
         self, first: Checkpoint, start: int, batches: Iterator[dict[str, np.ndarray]]
@@ -152,14 +176,15 @@ class Loop:
         config, log, run = self._run.config, self._run.log, self._run
         state, self._replaced = first.state(), int(first.replaced)
         del first
-        self._accuracies = telemetry.read_metric(run.workdir, 'accuracy_test', up_to=start)
+        self._scores = telemetry.read_metric(run.workdir, run.judged_by, up_to=start)
         best = self.best()
         if best is not None:
             self._checkpoints.protect(best)
         with self._signals:
-            if start and self._is_due(start, config.eval_every) and start not in self._accuracies:
+            if start and self._is_due(start, config.eval_every) and start not in self._scores:
                 self._evaluate(start, state)  # it was stopped before, or while, it did
                 self._leave_if_stopping(start)
+            run.callbacks('on_start', start, state, {})
             clock = TrainingClock()
             for step in range(start + 1, config.total_steps + 1):
                 with clock.waiting():
@@ -176,10 +201,14 @@ class Loop:
                 self._settle(0 if show or assess or save else sharding.steps_ahead())
                 if self._stopping:
                     self._settle(0)
+                told = run.callbacks('on_step', step, state, metrics)
 
                 if show:
                     values = {name: v.item() for name, v in jax.device_get(metrics).items()}
-                    log.metrics(step, **_for_the_log(values, self._replaced, config))
+                    told = _for_the_log(values, self._replaced, config) | told
+                if told:
+                    log.metrics(step, **told)
+                if show:
                     _report_progress(run, step, values, clock)
                     self._check_unreadable('train', self._replaced, step * config.batch)
 
@@ -191,7 +220,9 @@ class Loop:
                     with clock.paused():
                         replaced = count_array(self._replaced, run.mesh)
                         self._checkpoints.save(step, Checkpoint.of(state, replaced))
+                        run.callbacks('on_checkpoint', step, state, {})
                 self._leave_if_stopping(step)
+        run.callbacks('on_end', config.total_steps, state, {})
         return state
 
     def _dispatch(
@@ -278,19 +309,16 @@ class Loop:
             self._stopping = True
             return False
         metrics, speed = result
+        metrics |= run.callbacks('on_eval', step, state, metrics)
         run.log.metrics(step, **metrics)
         run.log.timing(step, img_sec_core_test=speed)
-        top5 = ''
-        if 'accuracy_top5_test' in metrics:
-            top5 = f', top-5 {100 * metrics["accuracy_top5_test"]:.2f} %'
         run.log.info(
-            f'step {step:,}: test accuracy {100 * metrics["accuracy_test"]:.2f} %{top5}, '
-            f'loss {metrics["loss_test"]:.4f} ({len(run.test):,} images)',
+            f'step {step:,}: test {_in_words(metrics)} ({len(run.test):,} images)',
             'evaluated',
             step=step,
         )
         self._check_unreadable('test', metrics.get('unreadable_test', 0), len(run.test))
-        self._accuracies[step] = metrics['accuracy_test']
+        self._scores[step] = metrics[run.judged_by]
         if self.best() == before:
             return False
         self._checkpoints.protect(step)
@@ -302,7 +330,9 @@ class Loop:
     def _check_unreadable(self, split: str, count: float, seen: int) -> None:
         """Raises if more images than `max_unreadable` allows cannot be read."""
         run = self._run
-        examples = len(run.train if split == 'train' else run.test)
+        if not count:
+            return
+        examples = len(self._train_images if split == 'train' else run.test)
         # Of the first pass, the whole set is the measure: one bad image in the first batch is none.
         if count > run.config.max_unreadable * max(seen, examples):
             raise UserError(
@@ -348,14 +378,22 @@ def _for_the_log(
     values: dict[str, Any], replaced: int, config: ml_collections.ConfigDict
 ) -> dict[str, Any]:
     """What of a step's metrics goes to metrics.jsonl: counts only where there is something."""
-    learned = {
-        name: values[name] for name in ('train_loss', 'accuracy_train', 'gradient_norm', 'lr')
-    }
+    learned = {name: values[name] for name in values if name not in ('finite', 'skipped')}
     if config.nan_policy == 'skip':
         learned['skipped_steps'] = values['skipped']
     if replaced:
         learned['replaced_images'] = replaced
     return learned
+
+
+def _in_words(metrics: dict[str, float]) -> str:
+    """Accuracy, if there is one, and whatever else was measured on the test set."""
+    rest, parts = dict(metrics), []
+    rest.pop('unreadable_test', None)  # is told on its own
+    for name, words in (('accuracy_test', 'accuracy'), ('accuracy_top5_test', 'top-5')):
+        if name in rest:
+            parts.append(f'{words} {100 * rest.pop(name):.2f} %')
+    return ', '.join(parts + [f'{name.removesuffix("_test")} {rest[name]:.4f}' for name in rest])
 
 
 def _report_progress(run: Run, step: int, values: dict[str, float], clock: TrainingClock) -> None:
@@ -377,6 +415,5 @@ def _report_progress(run: Run, step: int, values: dict[str, float], clock: Train
             eta_s=speed['eta_s'],
             **memory,
         )
-    run.log.progress(
-        step, loss=values['train_loss'], accuracy=values['accuracy_train'], lr=values['lr'], **speed
-    )
+    shown = {'accuracy': values.get('accuracy_train'), 'lr': values.get('lr')}
+    run.log.progress(step, loss=values['train_loss'], **shown, **speed)

@@ -184,13 +184,21 @@ def abstract_batch(
     return {'image': images, 'label': column, 'position': column}
 
 
-def eval_step_fn(model: nn.Module) -> Callable[[Any, Batch], Metrics]:
+def eval_step_fn(
+    model: nn.Module, loss_fn: losses.LossFn | None = None
+) -> Callable[[Any, Batch], Metrics]:
     """Builds the evaluation step, a pure function for programs of one's own.
 
+    Args:
+      model: see `train_step_fn`.
+      loss_fn: of training, if it is one's own; None where the classes are all that counts.
+
     Returns:
-      A function (params, batch) -> what `evaluate.join` takes of a batch: of each example what
-      `evaluate.outcomes` says, and `example`, `label`, `readable` as they came. batch: see
-      `eval_batches`; `image` float32 [B, height, width, channels] in [0, 255].
+      A function (params, batch) -> what `evaluate.columns` takes of a batch: of each example
+      `example` and `readable` as they came; where `label` is a class, that and what
+      `evaluate.outcomes` says; with `loss_fn` what that says of the example alone, see
+      `evaluate.OWN`. batch: see `eval_batches`; `image` float32 [B, height, width, channels] in
+      [0, 255].
     """
     model = models.for_inference(model)
 
@@ -198,16 +206,37 @@ def eval_step_fn(model: nn.Module) -> Callable[[Any, Batch], Metrics]:
         logits: Any = model.apply({'params': params}, _model_input(batch['image']), train=False)
         # Computed once: XLA may round a logit that it computes again, for a comparison, otherwise.
         logits = jax.lax.optimization_barrier(logits)
-        told = {name: batch[name] for name in ('example', 'label', 'readable')}
-        return told | evaluate.outcomes(logits.astype(jnp.float32), batch['label'])
+        told = {name: batch[name] for name in ('example', 'readable')}
+        label = batch['label']
+        if label.ndim == 1 and jnp.issubdtype(label.dtype, jnp.integer):
+            told |= {'label': label, **evaluate.outcomes(logits.astype(jnp.float32), label)}
+        if loss_fn is not None:
+            told |= _of_each(loss_fn, logits, batch, params)
+        return told
 
     return eval_step
 
 
-def make_eval_step(model: nn.Module, mesh: Mesh, params_shardings: Any) -> jax.stages.Wrapped:
+def _of_each(loss_fn: losses.LossFn, logits: Any, batch: Batch, params: Any) -> Metrics:
+    """Loss and metrics of each example alone, [B] float32."""
+
+    def of_one(logits: jax.Array, image: jax.Array, label: jax.Array) -> Metrics:
+        one = {'image': image[None], 'label': label[None]}
+        loss, metrics = loss_fn(logits[None], one, params)
+        _check_metrics(metrics)
+        names = {name.removesuffix('_train'): value for name, value in metrics.items()}
+        return {f'{evaluate.OWN}{name}': value for name, value in {**names, 'loss': loss}.items()}
+
+    told = jax.vmap(of_one)(logits, batch['image'], batch['label'])
+    return jax.tree.map(lambda value: value.astype(jnp.float32), told)
+
+
+def make_eval_step(
+    model: nn.Module, mesh: Mesh, params_shardings: Any, loss_fn: losses.LossFn | None = None
+) -> jax.stages.Wrapped:
     """Builds the evaluation step, jitted: `eval_step_fn`; results are whole on every device."""
     return _jit(
-        eval_step_fn(model),
+        eval_step_fn(model, loss_fn),
         model,
         in_shardings=(params_shardings, sharding.batch_sharding(mesh)),
         out_shardings=sharding.replicated(mesh),

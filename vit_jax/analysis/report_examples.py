@@ -102,6 +102,8 @@ def open_data(run: Run) -> tuple[Selection, Selection]:
             raise TypeError('dataset and splits should be texts')
     except (KeyError, TypeError) as error:
         raise UserError(f'config.json or data.json is damaged ({error!r})') from error
+    if not dataset:
+        raise UserError('the run was given its data by a program, not by name')
     if dataset != 'digits' and not files.expand(dataset).exists():
         _check_prepared(dataset, data_dir)
     opened = sources.open_dataset(dataset, tfds_data_dir=data_dir)

@@ -121,8 +121,10 @@ def check_data(saved: pathlib.Path, data: Mapping[str, Any]) -> None:
     """
     changed = _differences(_read(saved, 'which examples this run began with'), _flatten(data))
     if changed:
+        parts = sorted({'loss_fn', 'tx', 'model'} & changed.keys())
+        what = f'of the caller, {" and ".join(parts)}' if parts else 'the dataset'
         raise UserError(
-            f'the dataset is another than when the run in {saved.parent} began '
+            f'{what} is another than when the run in {saved.parent} began '
             f'({"; ".join(changed.values())}). Put it back as it was, or use another --workdir'
         )
 

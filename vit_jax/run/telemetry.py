@@ -126,8 +126,8 @@ class Telemetry:
         step: int,
         *,
         loss: float,
-        accuracy: float,
-        lr: float,
+        accuracy: float | None,
+        lr: float | None,
         images_per_sec: float = math.nan,
         data_wait: float = math.nan,
         eta_s: float = math.nan,
@@ -140,18 +140,20 @@ class Telemetry:
         Args:
           step: number of training steps done.
           loss: training loss of the latest step.
-          accuracy: share of the latest training batch that was classified correctly, in [0, 1].
-          lr: learning rate.
+          accuracy: share of the latest training batch that was classified correctly, in [0, 1];
+            None if nothing is classified.
+          lr: learning rate; None if it is not known.
           images_per_sec: training speed, images per second over all devices; NaN for none yet.
           data_wait: share of the time spent waiting for data, in [0, 1].
           eta_s: time left, in seconds.
         """
         if not self._enabled:
             return
-        line = (
-            f'step {step:,}/{self._total_steps:,}  loss {loss:.4f}  '
-            f'accuracy {100 * accuracy:.1f} %  lr {lr:.3g}'
-        )
+        line = f'step {step:,}/{self._total_steps:,}  loss {loss:.4f}'
+        if accuracy is not None:
+            line += f'  accuracy {100 * accuracy:.1f} %'
+        if lr is not None:
+            line += f'  lr {lr:.3g}'
         now = time.monotonic()
         due = now - self._last_plain >= PLAIN_INTERVAL or step >= self._total_steps
         if math.isnan(images_per_sec):

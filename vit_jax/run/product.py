@@ -1,0 +1,96 @@
+"""The product of a run: its model folders."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh
+
+from vit_jax import models, sharding
+from vit_jax.data.preprocess import Preprocess
+from vit_jax.errors import UserError
+from vit_jax.inference import model_folder
+
+MODEL_FOLDER = 'model'
+BEST_MODEL_FOLDER = 'model_best'
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """What model folders of a run have in common.
+
+    Attributes:
+      workdir: of the run.
+      mesh: that the parameters are spread over.
+      architecture: what describes the model, see `model_folder.save`.
+      class_names: see `model_folder.save`.
+      preprocess: see `model_folder.save`.
+      source: where the model comes from, but for the steps.
+    """
+
+    workdir: pathlib.Path
+    mesh: Mesh
+    architecture: Mapping[str, Any]
+    class_names: tuple[str, ...]
+    preprocess: Preprocess
+    source: Mapping[str, Any]
+
+    def write(self, params: Any, name: str, step: int) -> pathlib.Path:
+        """Writes weights, architecture, preprocessing and class names; all processes call it.
+
+        Args:
+          params: on the devices.
+          name: of the folder in the workdir.
+          step: that the parameters are of.
+
+        Returns:
+          The folder.
+        """
+        # Gathered on every device first, for the case that each holds a part only.
+        whole = jax.jit(lambda params: params, out_shardings=sharding.replicated(self.mesh))(params)
+        folder = self.workdir / name
+        if jax.process_index() == 0:
+            model_folder.save(
+                folder,
+                jax.device_get(whole),
+                model_config=self.architecture,
+                class_names=self.class_names,
+                preprocess=self.preprocess,
+                source={**self.source, 'steps': step},
+            )
+        return folder
+
+
+def architecture_of(model: nn.Module, channels: int) -> dict[str, Any]:
+    """What `model.json` says of a module, from which it can be made again.
+
+    Args:
+      model: any module.
+      channels: of its input.
+
+    Raises:
+      UserError: a model folder cannot hold it; says why.
+    """
+    if type(model) not in (models.VisionTransformer, models.MlpMixer):
+        raise UserError(
+            f'the model is a {type(model).__name__}, and a model folder describes a '
+            'VisionTransformer or an MlpMixer of vit_jax.models'
+        )
+    if channels != 3:
+        raise UserError(f'images have {channels} channels, and those of a model folder have 3')
+    told = {}
+    for field in dataclasses.fields(model):
+        value = getattr(model, field.name)
+        described = field.init and field.name not in ('parent', 'name', 'dtype')
+        if described and not (value is field.default or value == field.default):
+            told[field.name] = dict(value) if isinstance(value, Mapping) else value
+    for name, value in told.items():
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise UserError(f'the model has {name}={value!r}, which has no JSON form') from error
+    return told

@@ -1,0 +1,258 @@
+"""What a run is made of: devices, data, model, optimizer, and the weights to start from.
+
+All of it is described, and refused where it does not fit, before anything is computed.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from flax import traverse_util
+from jax.sharding import Mesh
+
+from vit_jax import checkpoint, losses, models, optim, sharding, steps
+from vit_jax import config as config_lib
+from vit_jax import state as state_lib
+from vit_jax.checkpoint import adapt, catalog
+from vit_jax.checkpoint import workdir as workdir_lib
+from vit_jax.data import open_sources, own
+from vit_jax.data.dataset import CLASS_INDEX, Selection, Source
+from vit_jax.data.stream import BatchStream
+from vit_jax.errors import UserError
+from vit_jax.run import product, resources, resume, run_info
+from vit_jax.state import Checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What of a run is the caller's own, see `train_and_evaluate`; None: what the config says."""
+
+    sources: tuple[Source | BatchStream, Source] | None = None
+    loss_fn: losses.LossFn | None = None
+    tx: optax.GradientTransformation | None = None
+    model: nn.Module | None = None
+
+
+@dataclasses.dataclass
+class Setup:
+    """What is made of the config before anything is computed."""
+
+    mesh: Mesh
+    train: Selection | BatchStream
+    test: Selection
+    parts: Parts
+    model: nn.Module
+    architecture: Mapping[str, Any]  # what a model folder says of it
+    no_folder: str  # why there cannot be one; '' where there can
+    loss_fn: losses.LossFn | None  # None for the usual one of classes
+    schedule: optax.Schedule | None
+    tx: optax.GradientTransformation
+    abstract: Checkpoint  # shapes, dtypes and shardings of what is saved
+    batch: dict[str, jax.ShapeDtypeStruct]  # those of a training batch
+    memory: int  # bytes that the device had before anything was compiled
+    need: resources.Memory  # what it takes at least; later, what the compiled step takes
+    data: dict[str, Any]  # for data.json
+    changed: list[str]  # settings that are others than when the run began
+
+
+def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Parts) -> Setup:
+    """Opens the data and describes the model; everything that can be refused early is."""
+    platform = jax.default_backend()
+    config_lib.check_devices(config, jax.device_count(), platform)
+    mesh = sharding.create_mesh(config.fsdp)
+    train, test = _open(config, parts)
+    model, architecture, no_folder = parts.model, config.model.to_dict(), ''
+    if model is None:
+        model = models.from_config(
+            config.model,
+            num_classes=len(train.class_names),
+            dtype=jnp.dtype(config_lib.compute_dtype(config, platform)),
+            attention=config.attention,
+            remat=config.remat,
+        )
+    if parts.model is not None or train.channels != 3:
+        try:
+            architecture = product.architecture_of(model, train.channels)
+        except UserError as error:
+            no_folder = str(error)
+    loss_fn = parts.loss_fn
+    if loss_fn is None and train.label_dtype != CLASS_INDEX:
+        loss_fn = losses.softmax_cross_entropy
+    schedule, tx = None, parts.tx
+    if tx is None:
+        schedule = optim.create_learning_rate_schedule(
+            config.total_steps, config.base_lr, config.decay_type, config.warmup_steps
+        )
+        tx = optim.create_optimizer(config, schedule)
+    state = state_lib.abstract_state(model, tx, config.pp.crop, mesh, channels=train.channels)
+    batch = steps.abstract_batch(
+        config.batch, config.pp.crop, mesh, channels=train.channels, exact=config.pp.exact
+    )
+    label = train.label_dtype
+    batch['label'] = jax.ShapeDtypeStruct(
+        (config.batch, *label.shape), label.base, sharding=batch['label'].sharding
+    )
+    if loss_fn is not None:  # what fails in evaluation is known before a step is done
+        image = jax.ShapeDtypeStruct((1, *batch['image'].shape[1:]), jnp.float32)
+        one = {
+            'image': image,
+            'label': jax.ShapeDtypeStruct((1, *label.shape), label.base),
+            'example': jax.ShapeDtypeStruct((1,), jnp.int32),
+            'readable': jax.ShapeDtypeStruct((1,), jnp.bool_),
+        }
+        jax.eval_shape(steps.eval_step_fn(model, loss_fn), state.params, one)
+    data = _describe(train, test, parts, state)
+    changed, resumes = [], bool(workdir_lib.saved_steps(workdir))
+    if resumes:
+        changed = resume.check_config(workdir / run_info.CONFIG_FILE, config.to_dict())
+        resume.check_data(workdir / resume.DATA_FILE, data)
+    resources.check_cache(config)
+    memory = resources.memory_of(jax.local_devices()[0])
+    need = resources.least_memory(config, state, batch)
+    resources.check_memory(config, need, memory)
+    resources.check_disk(workdir, state, config.keep_checkpoints)
+    if not resumes:
+        weights_path(config)  # missing ones are known, or downloaded, before minutes of compiling
+    abstract = Checkpoint.of(state, replaced=state.skipped)
+    return Setup(
+        mesh=mesh,
+        train=train,
+        test=test,
+        parts=parts,
+        model=model,
+        architecture=architecture,
+        no_folder=no_folder,
+        loss_fn=loss_fn,
+        schedule=schedule,
+        tx=tx,
+        abstract=abstract,
+        batch=batch,
+        memory=memory,
+        need=need,
+        data=data,
+        changed=changed,
+    )
+
+
+def _open(
+    config: ml_collections.ConfigDict, parts: Parts
+) -> tuple[Selection | BatchStream, Selection]:
+    """The training and the test examples."""
+    if parts.sources is None:
+        return open_sources(
+            config.dataset,
+            train_split=config.pp.train,
+            test_split=config.pp.test,
+            tfds_data_dir=config.tfds_data_dir,
+            tfds_manual_dir=config.tfds_manual_dir,
+        )
+    train, test = parts.sources
+    if not isinstance(train, BatchStream):
+        train = own.as_selection(train, 'sources[0]')
+    test = own.as_selection(test, 'sources[1]')
+    for name in ('class_names', 'channels', 'label_dtype'):
+        of_train, of_test = getattr(train, name), getattr(test, name)
+        if of_train != of_test:
+            raise UserError(
+                f'{name} of training and test examples differ: {of_train!s:.100} and '
+                f'{of_test!s:.100}; give both the same'
+            )
+    return train, test
+
+
+def _describe(
+    train: Selection | BatchStream, test: Selection, parts: Parts, state: state_lib.TrainState
+) -> dict[str, Any]:
+    """What the examples and the caller's own parts are, for the next run in the workdir to compare.
+
+    Of functions there is a name, of model and optimizer what shapes the state.
+    """
+    told: dict[str, Any] = {'class_names': list(train.class_names)}
+    for name, source in (('train', train), ('test', test)):
+        examples = len(source) if isinstance(source, Selection) else None
+        told[name] = {
+            'split': source.spec,
+            'examples': examples,
+            'fingerprint': source.fingerprint(),
+        }
+    if parts.loss_fn is not None:
+        told['loss_fn'] = _function_name(parts.loss_fn)
+    if parts.model is not None:
+        told['model'] = f'{type(parts.model).__name__} {_digest(state.params)}'
+    if parts.tx is not None:
+        told['tx'] = _digest(state.opt_state)
+    return told
+
+
+def _function_name(function: Any) -> str:
+    """Its name; of a `functools.partial` the arguments, too."""
+    if not isinstance(function, functools.partial):
+        return getattr(function, '__qualname__', type(function).__name__)
+    given = [repr(value) for value in function.args]
+    given += [f'{name}={value!r}' for name, value in function.keywords.items()]
+    return f'{_function_name(function.func)}({", ".join(given)})'
+
+
+def _digest(shapes: Any) -> str:
+    """Tells trees of different names, shapes or types from each other."""
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    text = '\n'.join(f'{jax.tree_util.keystr(p)} {x.shape} {x.dtype}' for p, x in leaves)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def initial_params(
+    config: ml_collections.ConfigDict,
+    model: nn.Module,
+    shapes: Mapping[str, Any],
+    channels: int = 3,
+) -> tuple[Mapping[str, Any], str]:
+    """Parameters of these shapes to start from, on the host, and where they come from."""
+    init = functools.partial(
+        state_lib.init_params, model, config.pp.crop, config.seed, channels=channels
+    )
+    path = weights_path(config)
+    if path is None:
+        params = jax.device_get(init())
+        return params, 'new weights (no pretrained ones were asked for)'
+    # PyTorch's files do not tell the number of heads; the model does.
+    weights = checkpoint.open_weights(
+        path, num_heads=config.model.get('transformer', {}).get('num_heads', 0)
+    )
+    params, report = adapt.adapt(
+        weights.params,
+        shapes,
+        classifier=config.model.get('classifier', 'gap'),
+        keep_head=config.keep_head,
+        source=f'{path} ({weights.format})',
+    )
+    if report.initialised:
+        new = jax.device_get(init(only=report.initialised))
+        flat = traverse_util.flatten_dict(params) | traverse_util.flatten_dict(new)
+        params = traverse_util.unflatten_dict(flat)
+    return params, '\n  '.join([str(report), *weights.notes])
+
+
+def weights_path(config: ml_collections.ConfigDict) -> pathlib.Path | None:
+    """The file that the config names, downloaded if need be; None for no weights."""
+    if config.pretrained:
+        return catalog.resolve(config.pretrained)
+    if config.model_or_filename:
+        return catalog.resolve_augreg(
+            config.model_or_filename, pretrained_dir=config.pretrained_dir
+        )
+    if config.pretrained_dir:
+        return catalog.resolve(f'{config.pretrained_dir.rstrip("/")}/{config.model.model_name}.npz')
+    return None
+
+
+def weights_name(config: ml_collections.ConfigDict) -> str:
+    """The weights as the config names them; '' for none."""
+    return next((config[key] for key in config_lib.WEIGHT_KEYS if config[key]), '')
