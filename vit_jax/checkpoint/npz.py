@@ -29,7 +29,6 @@ from vit_jax.checkpoint import big_vision
 from vit_jax.checkpoint.arrays import (
     LazyArray,
     Weights,
-    count_not_finite,
     derive,
     from_file,
     is_shape_of_weights,
@@ -157,7 +156,7 @@ def save(path: str | os.PathLike[str], params: Mapping[str, Any]) -> None:
     Raises:
         UserError: the file cannot be written (no such folder, disk full, no permission); or `load`
             would refuse it: a name with other characters than letters, digits, '_', '.', '+', '-',
-            an array without elements, NaN or infinity.
+            an array without elements. (NaN and infinity are written, and refused by `load`.)
         TypeError: a leaf is not an array of floats (a list, an integer, None), a key is no text, or
             a dict is empty.
     """
@@ -369,13 +368,7 @@ def _squeeze_group_norm(name: str, array: Any) -> Any:
 
 def _write_array(archive: zipfile.ZipFile, name: str, leaf: Any) -> None:
     array = np.asarray(leaf)
-    with np.errstate(over='ignore'):  # what float32 cannot hold is infinite, and refused
-        array = np.ascontiguousarray(array, dtype=np.float32).reshape(array.shape)
-    if bad := count_not_finite(array):
-        raise UserError(
-            f'{name} has {bad:,} values (of {array.size:,}) that are NaN or infinite in float32; '
-            'such a file would not be loaded. Save an earlier state'
-        )
+    array = np.ascontiguousarray(array, dtype=np.float32).reshape(array.shape)
     if _GROUP_NORM.fullmatch(name) and array.ndim == 1:
         array = array.reshape(1, 1, 1, -1)
     # A fixed time stamp (the earliest that zip knows, ZipInfo's default) makes equal parameters

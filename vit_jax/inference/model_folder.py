@@ -26,6 +26,7 @@ import numpy as np
 import vit_jax
 from vit_jax import files, models
 from vit_jax.checkpoint import adapt, catalog, formats, infer, npz
+from vit_jax.checkpoint.arrays import count_not_finite
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.inference import labels
@@ -139,6 +140,12 @@ def save(
     except _BAD_DESCRIPTION as e:
         raise UserError(f'{folder} could not be loaded if it were written: {e}') from e
     _check(opened, f'what would be saved as {folder}')
+    for name, leaf in npz.flatten(params).items():
+        if bad := count_not_finite(np.asarray(leaf)):
+            raise UserError(
+                f'{name} has {bad:,} values (of {leaf.size:,}) that are NaN or infinite; '
+                f'{folder} could not be loaded. Save an earlier state'
+            )
     with files.atomic_folder(folder, exists='replace') as part:
         npz.save(part / PARAMS_FILE, params)
         description['params'] = {'file': PARAMS_FILE, 'sha256': _sha256(part / PARAMS_FILE)}
