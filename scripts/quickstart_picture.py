@@ -30,7 +30,7 @@ def save_test_images(workdir: pathlib.Path) -> list[tuple[str, str]]:
     folder = workdir / 'images'
     folder.mkdir(exist_ok=True)
     saved = []
-    labels = [source[index].label for index in range(len(source))]
+    labels = [int(source[index].label) for index in range(len(source))]
     for label, index in zip(*np.unique(labels, return_index=True), strict=True):
         name = source.class_names[label]
         path = folder / f'{name}_test_{index:04d}.png'

@@ -101,9 +101,9 @@ class Loop:
         cache = None
         if run.config.cache:
             cache = ImageCache(int(run.config.cache * 2**30))
-        self._train_images = run.train
-        if isinstance(run.train, Selection):
-            self._train_images = Reader(run.train, cache)
+        self._train_images: Reader | BatchStream = (
+            run.train if isinstance(run.train, BatchStream) else Reader(run.train, cache)
+        )
         self._test_images = Reader(run.test, cache)
         self._signals = preemption.StopSignals()
         self._sum_over_processes = sharding.make_sum_over_processes(run.mesh)
@@ -330,9 +330,10 @@ class Loop:
     def _check_unreadable(self, split: str, count: float, seen: int) -> None:
         """Raises if more images than `max_unreadable` allows cannot be read."""
         run = self._run
-        if not count:
+        images = self._train_images if split == 'train' else self._test_images
+        if isinstance(images, BatchStream):  # reads no images
             return
-        examples = len(self._train_images if split == 'train' else run.test)
+        examples = len(images)
         # Of the first pass, the whole set is the measure: one bad image in the first batch is none.
         if count > run.config.max_unreadable * max(seen, examples):
             raise UserError(
@@ -415,5 +416,10 @@ def _report_progress(run: Run, step: int, values: dict[str, float], clock: Train
             eta_s=speed['eta_s'],
             **memory,
         )
-    shown = {'accuracy': values.get('accuracy_train'), 'lr': values.get('lr')}
-    run.log.progress(step, loss=values['train_loss'], **shown, **speed)
+    run.log.progress(
+        step,
+        loss=values['train_loss'],
+        accuracy=values.get('accuracy_train'),
+        lr=values.get('lr'),
+        **speed,
+    )

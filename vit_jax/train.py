@@ -23,6 +23,7 @@ from vit_jax import state as state_lib
 from vit_jax.checkpoint import workdir as workdir_lib
 from vit_jax.data.dataset import Selection, Source
 from vit_jax.data.stream import BatchStream
+from vit_jax.errors import UserError
 from vit_jax.run import distributed, product, resources, resume, run_info, telemetry
 from vit_jax.run.callbacks import Callbacks
 from vit_jax.run.setup import Parts, Setup, initial_params, set_up, weights_name
@@ -269,10 +270,7 @@ def _write_model_folders(
     """Writes the product of the run, and the best of it where that was asked for and is another."""
     config, last = run.config, run.config.total_steps
     if setup.no_folder:
-        run.log.info(
-            f'WARNING: no model folder: {setup.no_folder}. The parameters are in the checkpoint of '
-            f'step {last:,} in {run.workdir}'
-        )
+        _say_no_folder(run, setup.no_folder, last)
         return
     made = product.Product(
         run.workdir,
@@ -289,7 +287,13 @@ def _write_model_folders(
     )
 
     def write(params: Any, name: str, step: int) -> None:
-        folder = made.write(params, name, step)
+        try:
+            folder = made.write(params, name, step)
+        except UserError as error:
+            if setup.parts.model is None:
+                raise
+            _say_no_folder(run, str(error), step)
+            return
         of = f' (step {step:,})' if name != product.MODEL_FOLDER else ''
         run.log.info(f'model folder: {folder}{of}', 'saved_model', step=step)
 
@@ -303,3 +307,11 @@ def _write_model_folders(
         else:
             write(better.params, product.BEST_MODEL_FOLDER, best)
     write(params, product.MODEL_FOLDER, last)
+
+
+def _say_no_folder(run: loop.Run, reason: str, step: int) -> None:
+    """Of a model of one's own, of which a folder cannot hold every one."""
+    run.log.info(
+        f'WARNING: no model folder: {reason}. The parameters are in the checkpoint of step '
+        f'{step:,} in {run.workdir}'
+    )

@@ -246,7 +246,7 @@ def _check_prepared(name: str, data_dir: str) -> None:
 
 def _label(source: Selection, index: int) -> int:
     try:
-        return source[int(index)].label
+        return int(source[int(index)].label)
     except UserError:  # a damaged record
         return -1
 
