@@ -137,14 +137,18 @@ def patch_embedding(features: int, patch: tuple[int, int], *, name: str, dtype: 
     )
 
 
-def _project_patches(x, kernel, strides, padding, *, precision, **_):
-    """The convolution with strides as large as the kernel, as a product of matrices.
+def _project_patches(x, kernel, strides, padding, *, precision, **options):
+    """The convolution; where images are spread over explicit axes, as a product of matrices.
 
-    JAX cannot differentiate a convolution on a mesh with explicit axes.
+    JAX differentiates no convolution there. Else it is a fifth faster on CPUs.
     """
+    if not any(jax.typeof(x).sharding.spec):  # which tells of explicit axes only
+        return jax.lax.conv_general_dilated(
+            x, kernel, strides, padding, precision=precision, **options
+        )
     batch, height, width, channels = x.shape
     rows, columns = kernel.shape[:2]
-    # One axis at a time, which keeps the batch spread over explicit axes.
+    # One axis at a time, which keeps the batch spread.
     x = x.reshape(batch, height // rows, rows, width, channels)
     x = x.reshape(batch, height // rows, rows, width // columns, columns, channels)
     return jnp.einsum('bhpwqc,pqcd->bhwd', x, kernel, precision=precision)
