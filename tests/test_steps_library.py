@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from vit_jax import losses, models, sharding, steps
+from vit_jax import losses, models, optim, sharding, steps
 from vit_jax import state as state_lib
 from vit_jax.errors import UserError
 
@@ -327,26 +327,30 @@ def test_after_a_skipped_step_the_logged_rate_is_the_one_applied(injected):
 
 
 def test_strict_promotion_of_types_and_ranks():
-    tx = optax.sgd(optax.constant_schedule(0.1), momentum=0.9)
+    schedule = optim.create_learning_rate_schedule(20, 0.1, 'cosine', 2)
+    tx = optax.sgd(schedule, momentum=0.9)
     model = models.VisionTransformer(CLASSES, **VIT)
     state = state_lib.abstract_state(model, tx, 16, sharding.create_mesh())
     batch = make_batch(image=np.zeros((8, 16, 16, 3), np.uint8))
     told = {'example': np.arange(8), 'readable': np.ones(8, bool)}
     with jax.numpy_dtype_promotion('strict'), jax.numpy_rank_promotion('raise'):
-        train = steps.train_step_fn(model, tx, seed=0, accum_steps=2, skip_nonfinite=True)
+        train = steps.train_step_fn(model, tx, schedule, seed=0, accum_steps=2, skip_nonfinite=True)
         jax.eval_shape(train, state, batch)
         jax.eval_shape(steps.eval_step_fn(model), state.params, batch | told)
         jax.eval_shape(steps.predict_step_fn(model), state.params, batch['image'])
 
 
-@pytest.mark.parametrize('accum_steps', [1, 2])
-def test_a_float32_model_stays_float32_under_x64(accum_steps):
+@pytest.mark.parametrize(('dtype', 'accum_steps'), [('float32', 1), ('float32', 2), ('float64', 2)])
+def test_types_under_x64(dtype, accum_steps):
+    """A float32 model stays float32; parameters are that in any case."""
     with jax.enable_x64(True):
         model, tx = models.VisionTransformer(CLASSES, **VIT), optax.sgd(0.1, momentum=0.9)
+        model = model.clone(dtype=jnp.dtype(dtype))
         state = state_lib.abstract_state(model, tx, 16, sharding.create_mesh())
         batch = make_batch(image=np.zeros((8, 16, 16, 3), np.float32))
         step = steps.train_step_fn(model, tx, seed=0, accum_steps=accum_steps)
         new, metrics = jax.eval_shape(step, state, batch)
     types = {str(leaf.dtype) for leaf in jax.tree.leaves((state, new))}
     assert types == {'float32', 'int32'}
-    assert {str(x.dtype) for x in metrics.values()} == {'float32', 'int32', 'bool'}
+    assert metrics['train_loss'].dtype == dtype
+    assert {str(x.dtype) for x in metrics.values()} == {'float32', 'int32', 'bool', dtype}

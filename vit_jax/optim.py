@@ -37,6 +37,7 @@ def create_learning_rate_schedule(
         raise ValueError(f'warmup_steps {warmup_steps} is not in [0, total_steps {total_steps})')
 
     def schedule(step: jax.Array) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
         progress = jnp.clip((step - warmup_steps) / float(total_steps - warmup_steps), 0.0, 1.0)
         if decay_type == 'linear':
             lr = linear_end + (base - linear_end) * (1.0 - progress)
