@@ -149,7 +149,9 @@ class OriginalBlock(vit.Encoder1DBlock):
     """The block with Flax's own attention: tokens as [B, N, H, K], softmax over [B, H, N, N]."""
 
     @nn.compact
-    def __call__(self, inputs: jax.Array, deterministic: bool) -> jax.Array:
+    def __call__(  # type: ignore[override]  # it takes no mask
+        self, inputs: jax.Array, deterministic: bool
+    ) -> jax.Array:
         """Tokens [B, N, D] in, tokens [B, N, D] out."""
         x = nn.LayerNorm(epsilon=1e-6, name='LayerNorm_0')(inputs)
         x = nn.MultiHeadDotProductAttention(
@@ -170,7 +172,7 @@ class OriginalEncoder(vit.Encoder):
     """The encoder of such blocks, in float32 throughout; same parameter tree and same logits."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:  # type: ignore[override]
         """Tokens [B, N, D] in, normalised tokens [B, N, D] out."""
         if self.add_position_embedding:
             x = vit.AddPositionEmbs(name='posembed_input')(x)

@@ -83,9 +83,8 @@ def train_step_fn(
     param_shardings = state_shardings and state_shardings.params
 
     def loss_and_metrics(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        logits = model.apply(
-            {'params': params}, _model_input(batch['image']), train=True, rngs={'dropout': key}
-        )
+        images, rngs = _model_input(batch['image']), {'dropout': key}
+        logits: Any = model.apply({'params': params}, images, train=True, rngs=rngs)
         loss, metrics = loss_fn(logits, batch, params)
         _check_metrics(metrics)
         return jax.tree.map(_as_float, (loss, metrics))

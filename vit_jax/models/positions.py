@@ -70,13 +70,11 @@ def for_image_size(
 
 def _patch_grid(model: VisionTransformer, image_size: tuple[int, int]) -> tuple[int, int]:
     """Rows and columns of patches."""
-    features = image_size
-    if model.resnet is not None:
-        stride = variants.resnet_stride(model.resnet['num_layers'])
-        features = tuple(-(-side // stride) for side in image_size)
+    stride = 1 if model.resnet is None else variants.resnet_stride(model.resnet['num_layers'])
+    rows, columns = (-(-side // stride) for side in image_size)
     patch = model.patches['size']
-    layers.check_patches(patch, image_size, features)
-    return features[0] // patch[0], features[1] // patch[1]
+    layers.check_patches(patch, image_size, (rows, columns))
+    return rows // patch[0], columns // patch[1]
 
 
 @functools.lru_cache
