@@ -22,11 +22,14 @@ def pytest_configure(config):
     if 'gpu' not in config.getoption('markexpr'):
         os.environ['JAX_PLATFORMS'] = 'cpu'
         os.environ['JAX_NUM_CPU_DEVICES'] = '4'
-        # LLVM's optimisation takes a third of the time of compiling, and few tests run for long.
-        # Virtual devices wait for each other; on a busy machine for longer than the usual 40 s.
+        # LLVM's optimisation takes a third of the time of compiling, and few tests run for long;
+        # XLA's newer code for fused operations takes two thirds of the rest (without a meaning in
+        # JAX 0.12). Virtual devices wait for each other; on a busy machine for longer than 40 s.
         # Flags that are set already win: the last of a name counts.
         os.environ['XLA_FLAGS'] = (
             '--xla_backend_optimization_level=0 '
+            '--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters=true '
+            '--xla_cpu_parallel_codegen_split_count=1 '
             '--xla_cpu_collective_call_terminate_timeout_seconds=600 '
             + os.environ.get('XLA_FLAGS', '')
         ).strip()
@@ -53,8 +56,22 @@ def pytest_configure(config):
     jax.config.update('jax_default_matmul_precision', 'highest')
 
 
+# Files that take half a minute or more, in the order in which they are given to the workers.
+LONG = (
+    'test_scripts.py', 'test_kill.py', 'test_several_processes.py', 'test_steps.py',
+    'test_docs.py', 'test_resources.py', 'test_train.py', 'test_train_faults.py',
+    'test_train_families.py', 'test_preemption.py', 'test_vit.py', 'test_cost.py',
+    'test_compare.py', 'test_families.py', 'test_cpu.py', 'test_verify.py', 'test_report.py',
+    'test_telemetry.py', 'test_attention.py', 'test_prepare.py', 'test_main.py', 'test_fuzz.py',
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(items):
-    """Skips what needs a GPU where there is none, saying so."""
+    """Long files come first, so that no worker is left alone with one at the end. Skips what needs
+    a GPU where there is none, saying so.
+    """
+    place = {name: index for index, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
     if any(item.get_closest_marker('gpu') for item in items):
         import jax
 

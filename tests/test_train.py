@@ -23,7 +23,7 @@ from vit_jax.run import resume
 TINY = {'mlp_dim': 32, 'num_heads': 2, 'num_layers': 1, 'dropout_rate': 0.0}
 
 
-def make_config(tmp_path, **changes) -> ml_collections.ConfigDict:
+def make_config(**changes) -> ml_collections.ConfigDict:
     """Digits with a model that compiles in a moment; 12 steps on 4 devices."""
     config = digits.get_config()
     config.report = False
@@ -32,7 +32,6 @@ def make_config(tmp_path, **changes) -> ml_collections.ConfigDict:
     config.pp.crop, config.pp.resize, config.model.patches.size = 16, 18, (8, 8)
     config.batch, config.batch_eval, config.total_steps, config.warmup_steps = 32, 100, 12, 2
     config.progress_every, config.eval_every, config.checkpoint_every = 2, 6, 6
-    config.compile_cache = str(tmp_path / 'jax')
     config.update_from_flattened_dict(changes)
     return config_lib.resolve(config)
 
@@ -45,7 +44,7 @@ def lines(workdir, name='metrics.jsonl'):
 def finished(tmp_path_factory):
     """One run from start to end, whose output several tests look at."""
     tmp_path = tmp_path_factory.mktemp('run')
-    config = make_config(tmp_path, report=True)
+    config = make_config(report=True)
     params = train.train_and_evaluate(config, tmp_path / 'run')
     return config, tmp_path / 'run', jax.device_get(params)
 
@@ -119,7 +118,7 @@ def test_a_finished_run_started_again_does_nothing(finished, capsys):
 def test_more_steps_for_a_finished_run_are_refused_with_what_to_do(finished, tmp_path):
     _, workdir, _ = finished
     with pytest.raises(UserError) as error:
-        train.train_and_evaluate(make_config(tmp_path, total_steps=24), workdir)
+        train.train_and_evaluate(make_config(total_steps=24), workdir)
     text = str(error.value)
     assert 'total_steps: 12 -> 24' in text and 'learning rate' in text
     assert f'--config.pretrained={workdir / "model"} --config.keep_head=True' in text
@@ -130,7 +129,7 @@ def test_more_steps_for_a_finished_run_are_refused_with_what_to_do(finished, tmp
         'pretrained': str(workdir / 'model'),
         'keep_head': True,
     }
-    train.train_and_evaluate(make_config(tmp_path, **changes), tmp_path / 'further')
+    train.train_and_evaluate(make_config(**changes), tmp_path / 'further')
     first, last = (lines(folder)[-1] for folder in (tmp_path / 'further', workdir))
     assert first['accuracy_test'] > last['accuracy_test'] - 0.1
 
@@ -145,7 +144,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(finished, tmp_path, m
         if step == 10:
             raise KeyboardInterrupt
 
-    config = make_config(tmp_path)
+    config = make_config()
     with monkeypatch.context() as patch:
         patch.setattr(loop, '_report_progress', stop_at_ten)
         with pytest.raises(KeyboardInterrupt):
@@ -175,7 +174,7 @@ def test_own_arrays_train_as_the_dataset_they_are_from(finished, tmp_path):
 
 def test_threads_and_cache_change_nothing(finished, tmp_path):
     _, whole, params = finished
-    config = make_config(tmp_path, data_threads=1, cache=0.01)
+    config = make_config(data_threads=1, cache=0.01)
     found = jax.device_get(train.train_and_evaluate(config, tmp_path / 'run'))
     jax.tree.map(np.testing.assert_array_equal, found, params)
     assert (tmp_path / 'run/metrics.jsonl').read_bytes() == (whole / 'metrics.jsonl').read_bytes()
@@ -192,7 +191,7 @@ def test_training_on_approximate_pixels(finished, tmp_path, monkeypatch):
 
     monkeypatch.setattr(sharding, 'put_batch', put)
     workdir = tmp_path / 'run'
-    train.train_and_evaluate(make_config(tmp_path, **{'pp.exact': False}), workdir)
+    train.train_and_evaluate(make_config(**{'pp.exact': False}), workdir)
     assert seen == {('position', 'uint8'), ('readable', 'float32')}
     losses, exact = (
         [line['train_loss'] for line in lines(folder) if 'train_loss' in line]
@@ -240,7 +239,7 @@ def test_nothing_compiles_after_the_first_step_and_evaluation(tmp_path, monkeypa
     logger.addHandler(handler)
     try:
         with jax.log_compiles():
-            config = make_config(tmp_path, eval_every=4, checkpoint_every=100)
+            config = make_config(eval_every=4, checkpoint_every=100)
             train.train_and_evaluate(config, tmp_path / 'run')
     finally:
         logger.removeHandler(handler)
@@ -255,7 +254,6 @@ def test_nothing_compiles_after_the_first_step_and_evaluation(tmp_path, monkeypa
 def test_loss_goes_down_on_real_photos(shared_dir, tmp_path):
     """Folders with their own train/ and test/, a preprocessed size, and the ViT of the digits."""
     config = make_config(
-        tmp_path,
         **{
             'dataset': str(shared_dir / 'data/flowers_folder'),
             'pp.resize': 0,
@@ -291,7 +289,7 @@ except SystemExit as stop:
     assert not stop.code, stop.code
 print(sorted({{m.split('.')[0] for m in sys.modules}} & {{'tensorflow', 'torch', 'keras'}}))
 """
-    result = command('-c', code, env={'XLA_FLAGS': '--xla_backend_optimization_level=0'})
+    result = command('-c', code)
     assert result.stdout.strip().splitlines()[-1] == '[]', result.stdout + result.stderr
     assert pathlib.Path(tmp_path / 'run/model/model.json').exists()
 
@@ -300,7 +298,6 @@ def test_weights_are_fitted_and_accounted_for(tmp_path, finished):
     """Another number of classes, another image size, from a file of the released naming."""
     _, workdir, _ = finished
     config = make_config(
-        tmp_path,
         **{'pretrained': str(workdir / 'model/params.npz'), 'pp.crop': 24, 'pp.resize': 0},
     )
     model = train.models.from_config(config.model, num_classes=3)
@@ -318,7 +315,7 @@ def test_weights_are_fitted_and_accounted_for(tmp_path, finished):
 
 
 def test_overlapping_splits_are_said(tmp_path):
-    config = make_config(tmp_path, **{'pp.train': 'train[:90%]', 'total_steps': 3})
+    config = make_config(**{'pp.train': 'train[:90%]', 'total_steps': 3})
     train.train_and_evaluate(config, tmp_path / 'run')
     log = (tmp_path / 'run/train.log').read_text()
     assert 'WARNING: 179 of the 359 test images are trained on as well' in log
@@ -328,7 +325,7 @@ def test_fully_sharded_training_is_one_config_line(finished, tmp_path, monkeypat
     """The same model as data parallel, and a whole one in the model folder."""
     _, workdir, params = finished
     monkeypatch.setattr(sharding, 'MIN_SIZE_TO_SHARD', 64)
-    config = make_config(tmp_path, fsdp=-1, total_steps=6)
+    config = make_config(fsdp=-1, total_steps=6)
     ours = train.train_and_evaluate(config, tmp_path / 'run')
     kernel = ours['Transformer']['encoderblock_0']['MlpBlock_0']['Dense_0']['kernel']
     assert kernel.addressable_shards[0].data.size == kernel.size // 4
@@ -341,7 +338,7 @@ def test_fully_sharded_training_is_one_config_line(finished, tmp_path, monkeypat
 
 @pytest.mark.gpu
 def test_a_run_on_a_gpu_computes_in_bfloat16_and_learns(tmp_path):
-    config = make_config(tmp_path, total_steps=300, warmup_steps=30, eval_every=300)
+    config = make_config(total_steps=300, warmup_steps=30, eval_every=300)
     train.train_and_evaluate(config, tmp_path / 'run')
     assert ', bfloat16, ' in (tmp_path / 'run/train.log').read_text()
     assert lines(tmp_path / 'run')[-1]['accuracy_test'] > 0.5

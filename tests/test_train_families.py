@@ -53,7 +53,7 @@ def make_config(family, **changes):
     config.pp.crop, config.pp.resize = 16, 0
     config.batch, config.batch_eval, config.total_steps, config.warmup_steps = 64, 360, 24, 3
     config.progress_every, config.eval_every, config.checkpoint_every = 4, 24, 24
-    config.base_lr, config.compile_cache = 0.01, ''
+    config.base_lr = 0.01
     config.update_from_flattened_dict(changes)
     return config_lib.resolve(config)
 

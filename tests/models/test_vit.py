@@ -99,6 +99,12 @@ def compute(model, params, images, **options):
     return apply(params, images)
 
 
+def look_inside(model, params, images, **options):
+    """The same with intermediates."""
+    inside = jax.jit(lambda p, x: models.apply_with_intermediates(model, p, x, **options))
+    return inside(params, images)
+
+
 def abstract_params(model, size=224):
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)['params']
@@ -178,29 +184,32 @@ def test_real_weights_give_the_originals_logits(shared_dir):
 def test_initial_values_are_the_originals():
     """The distributions, and the attention kernels exactly those of Flax's own module."""
     tokens = jnp.zeros((1, 5, 32))
-    ours = attention.MultiHeadDotProductAttention(num_heads=4)
-    theirs = nn.MultiHeadDotProductAttention(
+    ours_module = attention.MultiHeadDotProductAttention(num_heads=4)
+    theirs_module = nn.MultiHeadDotProductAttention(
         num_heads=4, kernel_init=nn.initializers.xavier_uniform()
     )
     key = jax.random.key(3)
-    ours = ours.init(key, tokens, deterministic=True)['params']
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs.init(key, tokens)['params'])
+    ours = jax.jit(lambda key: ours_module.init(key, tokens, deterministic=True)['params'])
+    theirs = jax.jit(lambda key: theirs_module.init(key, tokens)['params'])
+    jax.tree.map(np.testing.assert_array_equal, ours(key), theirs(key))
 
     model = models.VisionTransformer(**TINY, head_bias_init=-3.0)
-    params = model.init(key, jnp.zeros((1, 64, 64, 3)), train=False)['params']
+    images = jnp.zeros((1, 64, 64, 3))
+    init = jax.jit(lambda key: model.init(key, images, train=False)['params'])
+    params = jax.device_get(init(key))
     assert not params['head']['kernel'].any() and not params['cls'].any()
     np.testing.assert_array_equal(params['head']['bias'], np.full(7, -3, np.float32))
     embedding = params['Transformer']['posembed_input']['pos_embedding']
     assert 0.018 < float(embedding.std()) < 0.022
     mlp_bias = params['Transformer']['encoderblock_0']['MlpBlock_0']['Dense_0']['bias']
-    assert 0 < float(jnp.abs(mlp_bias).max()) < 1e-5
+    assert 0 < np.abs(mlp_bias).max() < 1e-5
 
 
 @pytest.mark.parametrize('remat', ['dots', 'full'])
 def test_rematerialisation_changes_memory_not_results(remat):
     images = random_images(4, 32, 32, 3)
-    plain = models.VisionTransformer(**TINY)
-    params = random_params(plain, images)
+    model = models.VisionTransformer(**TINY)
+    params = random_params(model, images)
 
     def gradients(model):
         def loss(params):
@@ -208,15 +217,16 @@ def test_rematerialisation_changes_memory_not_results(remat):
 
         return jax.jit(jax.grad(loss))
 
+    plain = gradients(model)
     saving = gradients(models.VisionTransformer(**TINY, remat=remat))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-        gradients(plain)(params),
+        plain(params),
         saving(params),
     )
     barriers = [
         function.lower(params).as_text().count('optimization_barrier')
-        for function in (gradients(plain), saving)
+        for function in (plain, saving)
     ]
     assert barriers[1] - barriers[0] == TINY['transformer']['num_layers']
 
@@ -237,8 +247,9 @@ def test_the_last_block_computes_only_what_is_read_if_asked_to(distilled):
 
     with jax.enable_x64(True):  # float32 differs by rounding, by how much depends on the processor
         wide = jax.tree.map(np.float64, params)
-        results = [program(model).compile()(wide) for model in (part, whole)]
-        flops = [program(model).cost_analysis()['flops'] for model in (part, whole)]
+        programs = [program(model) for model in (part, whole)]
+        results = [program.compile()(wide) for program in programs]
+        flops = [program.cost_analysis()['flops'] for program in programs]
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(results))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12 * largest), *results
@@ -280,13 +291,7 @@ def test_all_intermediates_without_touching_the_code():
     model = models.VisionTransformer(**TINY, representation_size=24)
     images = random_images(2, 32, 32, 3)
     params = random_params(model, images)
-    look_inside = jax.jit(
-        lambda p, x, weights: models.apply_with_intermediates(
-            model, p, x, attention_weights=weights
-        ),
-        static_argnums=2,
-    )
-    logits, out = look_inside(params, images, True)
+    logits, out = look_inside(model, params, images, attention_weights=True)
     np.testing.assert_allclose(logits, compute(model, params, images), atol=1e-6)
     shapes = {name: value.shape for name, value in out.items()}
     for block in ('Transformer/encoderblock_0', 'Transformer/encoderblock_1'):
@@ -306,7 +311,7 @@ def test_all_intermediates_without_touching_the_code():
     )
     halves = [out[f'Transformer/encoderblock_0/{half}'] for half in ('self_attention', 'mlp')]
     np.testing.assert_allclose(before + halves[0] + halves[1], after, atol=1e-5)
-    _, plain = jax.eval_shape(lambda: look_inside(params, images, False))
+    _, plain = jax.eval_shape(lambda: models.apply_with_intermediates(model, params, images))
     assert not [name for name in plain if 'attention_weights' in name]
 
 
@@ -315,8 +320,8 @@ def test_attention_weights_are_there_whatever_the_implementation():
     model = models.VisionTransformer(**TINY)
     params = random_params(model, images)
     cudnn = models.VisionTransformer(**TINY, attention='cudnn')
-    _, ours = models.apply_with_intermediates(model, params, images, attention_weights=True)
-    _, theirs = models.apply_with_intermediates(cudnn, params, images, attention_weights=True)
+    _, ours = look_inside(model, params, images, attention_weights=True)
+    _, theirs = look_inside(cudnn, params, images, attention_weights=True)
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
@@ -343,12 +348,14 @@ def test_dropout_is_active_in_training_only():
         model = models.VisionTransformer(**case)
         params = random_params(model, images)
 
-        def train(seed, model=model, params=params):
-            rngs = {'dropout': jax.random.key(seed)}
-            return compute(model, params, images, train=True, rngs=rngs)
+        @jax.jit
+        def train(key, model=model, params=params):
+            rngs = {'dropout': key}
+            return model.apply({'params': params}, images, train=True, rngs=rngs)
 
-        assert jnp.array_equal(train(0), train(0))
-        assert not jnp.allclose(train(0), train(1))
+        first, again, other = (np.asarray(train(jax.random.key(seed))) for seed in (0, 0, 1))
+        assert np.array_equal(first, again)
+        assert not np.allclose(first, other)
         plain = compute(models.VisionTransformer(**TINY), params, images)
         np.testing.assert_array_equal(compute(model, params, images), plain)
 
