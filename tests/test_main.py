@@ -62,6 +62,7 @@ def test_help_is_quick_and_helpful(command):
     result = command(*MAIN, '--help', fresh=True)
     assert result.returncode == 0 and not result.stderr
     assert '--workdir' in result.stdout
+    assert '  augreg, b16, b16_mlp_head,' in result.stdout
     for knob in ('--config.base_lr=0.03', '--config.pp.crop=224', '# Mirror half of the training'):
         assert knob in result.stdout
 

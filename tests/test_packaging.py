@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import venv
 import pytest
 
 from vit_jax import __main__, commands
+from vit_jax import config as config_lib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -117,6 +119,15 @@ def test_a_config_of_the_user_imports_ours_and_his(run, tmp_path):
     assert 'did you mean --config.base_lr?' in done.stderr  # so the file was read
     done = run('vit_jax', 'train', '--config', 'mine')
     assert 'did you mean configs/mine.py?' in done.stderr
+
+
+def test_the_config_of_the_page():
+    block = re.search(r'```python\n(.*?)```', (ROOT / 'docs/install.md').read_text(), re.DOTALL)[1]
+    namespace = {}
+    exec(block, namespace)
+    config = config_lib.resolve(namespace['get_config']())
+    assert (config.dataset, config.pp.crop, config.total_steps) == ('/my/photos', 384, 2000)
+    assert config.model.model_name == 'ViT-B_16'
 
 
 @pytest.mark.parametrize('files', [('__init__', 'base'), ('base',)], ids=['package', 'namespace'])

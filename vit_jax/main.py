@@ -1,4 +1,4 @@
-"""The command line: `python -m vit_jax.main --config configs/b16.py`.
+"""`vit_jax train --config b16`, or `python -m vit_jax.main --config configs/b16.py`.
 
 Fine-tunes the model of a config and writes a model folder. Every knob (`configs/common.py`) is a
 flag: `--config.base_lr=0.003`, `--config.pp.crop=384`. Run again with the same --workdir, a run
@@ -17,6 +17,7 @@ import re
 import signal
 import sys
 import tempfile
+import textwrap
 from collections.abc import Sequence
 
 from absl import app, flags, logging
@@ -181,7 +182,14 @@ def _help() -> str:
     source = inspect.getsource(common.get_defaults).split('ml_collections.ConfigDict()\n', 1)[1]
     knobs = [line.strip() for line in source.splitlines() if 'ConfigDict()' not in line]
     knobs = [re.sub(r'^config\.(\S+) = ', r'  --config.\1=', line) for line in knobs[:-1]]
-    return f'{__doc__}\nFlags:\n{own}\n\nKnobs, with their defaults:\n' + '\n'.join(knobs)
+    configs = textwrap.fill(', '.join(_names()), 98, initial_indent='  ', subsequent_indent='  ')
+    shown = f'{__doc__}\nFlags:\n{own}\n\nConfigs, by name:\n{configs}\n'
+    return f'{shown}\nKnobs, with their defaults:\n' + '\n'.join(knobs)
+
+
+def _names() -> list[str]:
+    """Our configs."""
+    return sorted({file.stem for file in _CONFIGS.glob('*.py')} - {'common', 'datasets'})
 
 
 def _with_config_file(argv: Sequence[str]) -> list[str]:
@@ -206,12 +214,11 @@ def _with_config_file(argv: Sequence[str]) -> list[str]:
     path = pathlib.Path(re.sub(r'(\.py):.*$', r'\1', spec))
     if path.is_file() and path.suffix == '.py':
         return words
-    names = sorted({file.stem for file in _CONFIGS.glob('*.py')} - {'common', 'datasets'})
-    known = {name: name for name in names}
+    known = {name: name for name in _names()}
     for folder in (pathlib.Path('configs'), path.parent):
         known |= {file.stem: str(file) for file in folder.glob('*.py')}
     near = difflib.get_close_matches(path.stem, known, n=1, cutoff=0.5)
-    hint = f'did you mean {known[near[0]]}?' if near else f'ours are {", ".join(names)}'
+    hint = f'did you mean {known[near[0]]}?' if near else f'ours are {", ".join(_names())}'
     raise UserError(f'no config {spec} (seen from {os.getcwd()}): {hint}')
 
 
