@@ -10,10 +10,11 @@ import optax
 import pytest
 
 from vit_jax import config as config_lib
-from vit_jax import data, losses, train
+from vit_jax import data, losses, models, train
 from vit_jax.configs import digits
 from vit_jax.errors import UserError
 from vit_jax.inference import model_folder
+from vit_jax.run import product
 
 RNG = np.random.RandomState(0)
 PIXELS = RNG.randint(0, 256, (40, 20, 24, 3)).astype(np.uint8)
@@ -190,20 +191,24 @@ def test_own_model_with_13_channels_real_targets_and_batches_of_an_iterator(tmp_
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
-def test_own_vision_transformer_becomes_a_model_folder(tmp_path):
-    from vit_jax import models
-
+def test_own_vision_transformer_becomes_a_model_folder_if_its_outputs_have_names(tmp_path):
     model = models.VisionTransformer(
         num_classes=3, patches={'size': (8, 8)}, hidden_size=8, classifier='gap',
         transformer={'num_layers': 1, 'num_heads': 2, 'mlp_dim': 8, 'dropout_rate': 0.0},
     )  # fmt: skip
-    config = make_config(total_steps=2, warmup_steps=0)
-    sources = several_labels()
+    config, workdir = make_config(total_steps=2, warmup_steps=0), tmp_path / 'run'
     own = {'loss_fn': losses.sigmoid_cross_entropy, 'model': model}
-    params = train.train_and_evaluate(config, tmp_path / 'run', sources=sources, **own)
-    loaded = model_folder.load(tmp_path / 'run/model')
-    assert loaded.model == model
+    params = train.train_and_evaluate(config, workdir, sources=several_labels(), **own)
+    loaded = model_folder.load(workdir / 'model')
+    assert loaded.model == model and loaded.class_names == ('cat', 'dog', 'cow')
     jax.tree.map(np.testing.assert_array_equal, dict(loaded.params), jax.device_get(dict(params)))
+    for other, names, channels, words in (
+        (model, 2, 3, 'has 3 outputs, and there are 2 names'),
+        (model, 3, 13, 'images have 13 channels'),
+        (model.clone(encoder=Linear), 3, 3, 'encoder=.*has no JSON form'),
+    ):
+        with pytest.raises(UserError, match=words):
+            product.architecture_of(other, channels, names)
 
 
 @pytest.mark.parametrize(

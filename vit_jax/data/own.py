@@ -91,7 +91,8 @@ def from_sequence(
     Args:
       items: N images; without `labels`, pairs (image, label) or dicts of both, as datasets of
         PyTorch and Hugging Face give them. Several threads call `items[i]` at once.
-      labels: of N examples: integers [N], floats [N], or vectors [N, C].
+      labels: of N examples: integers [N], floats [N], or vectors [N, C]. (`losses.squared_error`
+        compares a label with the C outputs of the model: of one number, give [N, 1].)
       class_names: as many as classes, or as the model has outputs. Default: those that `items`
         tells (`.classes` of torchvision, `.features` of Hugging Face); else 'class 0', 'class 1',
         ... up to the largest index or the length of a vector; 'value' for real numbers.

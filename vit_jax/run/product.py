@@ -65,12 +65,13 @@ class Product:
         return folder
 
 
-def architecture_of(model: nn.Module, channels: int) -> dict[str, Any]:
+def architecture_of(model: nn.Module, channels: int, names: int) -> dict[str, Any]:
     """What `model.json` says of a module, from which it can be made again.
 
     Args:
       model: any module.
       channels: of its input.
+      names: how many names of classes there are.
 
     Raises:
       UserError: a model folder cannot hold it; says why.
@@ -82,6 +83,8 @@ def architecture_of(model: nn.Module, channels: int) -> dict[str, Any]:
         )
     if channels != 3:
         raise UserError(f'images have {channels} channels, and those of a model folder have 3')
+    if model.num_classes != names:
+        raise UserError(f'the model has {model.num_classes} outputs, and there are {names} names')
     told = {}
     for field in dataclasses.fields(model):
         value = getattr(model, field.name)

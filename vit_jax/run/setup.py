@@ -80,7 +80,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
         )
     if parts.model is not None or train.channels != 3:
         try:
-            architecture = product.architecture_of(model, train.channels)
+            architecture = product.architecture_of(model, train.channels, len(train.class_names))
         except UserError as error:
             no_folder = str(error)
     loss_fn = parts.loss_fn
