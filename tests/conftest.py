@@ -62,7 +62,8 @@ LONG = (
     'test_docs.py', 'test_resources.py', 'test_train.py', 'test_train_faults.py',
     'test_train_families.py', 'test_preemption.py', 'test_vit.py', 'test_cost.py',
     'test_compare.py', 'test_families.py', 'test_cpu.py', 'test_verify.py', 'test_report.py',
-    'test_telemetry.py', 'test_attention.py', 'test_prepare.py', 'test_main.py', 'test_fuzz.py',
+    'test_train_own.py', 'test_steps_library.py', 'test_telemetry.py', 'test_attention.py',
+    'test_prepare.py', 'test_main.py', 'test_fuzz.py',
 )  # fmt: skip
 
 
