@@ -8,22 +8,36 @@ import pathlib
 import re
 import sys
 
+import jax
+import numpy as np
 import pytest
+from PIL import Image
 
 from vit_jax import __main__
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = ROOT / 'docs' / 'how_a_vit_works.md'
-NOTEBOOK = ROOT / 'docs' / 'tour.ipynb'
 PAGES = [ROOT / 'README.md', *sorted(ROOT.glob('docs/*.md'))]
 
-# What the test of the notebook asks it at the end.
-MEASURED = """
+NOTEBOOKS = [('tour.ipynb', 4), ('research.ipynb', 3)]  # with how many pictures
+
+# What the tests ask the notebooks at the end.
+TOUR_TELLS = """
 print(json.dumps({
     'accuracy': accuracy,
     'logits': float(abs(maps.logits).max()),
     'difference': float(difference),
     'attention': float(maps.class_token.sum(axis=(-1, -2)).max()),
+}))
+"""
+RESEARCH_TELLS = """
+import json
+print(json.dumps({
+    'accuracy': accuracy,
+    'worst': float(each.min()),
+    'together': together,
+    'near': abs(true[0] - linearised[0]),
+    'far': abs(true[-1] - linearised[-1]),
 }))
 """
 
@@ -88,6 +102,31 @@ def test_python_of_the_page_prints_what_it_shows():
     assert ran == PAGE.read_text().count('```python')
 
 
+def test_python_of_readme_and_of_the_library_page_runs(tiny_model, tmp_path, monkeypatch):
+    from vit_jax import checkpoint, models, variants
+
+    monkeypatch.chdir(tmp_path)
+    small = variants.get_config('ViT-Ti_16').to_dict()  # twelve layers take a minute to compile
+    small |= {'hidden_size': 24}
+    small['transformer'] |= {'num_layers': 1, 'mlp_dim': 32}
+    monkeypatch.setitem(variants.VARIANTS, 'ViT-Ti_16', small)
+    names = [str(digit) for digit in range(10)]
+    tiny_model(names, folder=tmp_path / 'runs' / 'quickstart' / 'model')
+    folder = tmp_path / 'runs' / 'quickstart' / 'images'
+    folder.mkdir()
+    Image.fromarray(np.full((8, 8, 3), 90, np.uint8)).save(folder / '0_test_0001.png')
+    model = models.get_model('ViT-Ti_16', num_classes=10)
+    images = np.zeros([1, 224, 224, 3], np.float32)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+    params = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.01, np.float32), shapes['params'])
+    checkpoint.save('ViT-Ti_16.npz', params)
+    for page, count in ((ROOT / 'README.md', 1), (ROOT / 'docs' / 'library.md', 5)):
+        printed = [text for _, text, _ in run_blocks(page)]
+        assert len(printed) == page.read_text().count('```python') == count
+        assert printed[0].startswith('runs/quickstart/images/0_test_0001.png')
+    assert (tmp_path / 'runs' / 'arrays' / 'model' / 'params.npz').exists()
+
+
 def test_commands_of_the_page_print_what_it_shows(monkeypatch, capsys):
     """In this process: starting JAX for each would take most of the time."""
     found = list(blocks(PAGE.read_text(), 'console'))
@@ -104,8 +143,6 @@ def test_commands_of_the_page_print_what_it_shows(monkeypatch, capsys):
 
 def test_unfold_of_pytorch_orders_a_patch_as_the_page_says():
     torch = pytest.importorskip('torch', reason='PyTorch is not installed')
-    import jax
-    import numpy as np
 
     images = np.random.default_rng(0).normal(size=[2, 8, 12, 3]).astype(np.float32)
     unfold = torch.nn.functional.unfold
@@ -127,34 +164,56 @@ def test_links_of_the_pages_lead_to_files(page):
     assert not missing
 
 
-@pytest.fixture
-def notebook():
-    nbformat = pytest.importorskip('nbformat', reason='nbformat is not installed')
-    return nbformat.read(NOTEBOOK, as_version=4)
-
-
-def test_notebook_is_small_and_shows_results(notebook):
-    assert NOTEBOOK.stat().st_size < 300_000
-    cells = [cell for cell in notebook.cells if cell.cell_type == 'code']
+@pytest.mark.parametrize(('name', 'pictures'), NOTEBOOKS)
+def test_notebooks_are_small_and_show_results(name, pictures):
+    path = ROOT / 'docs' / name
+    assert path.stat().st_size < 300_000
+    cells = [cell for cell in read_notebook(path).cells if cell.cell_type == 'code']
     outputs = [output for cell in cells for output in cell.outputs]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert not [output for output in outputs if output.output_type == 'error']
-    assert sum('image/png' in output.get('data', {}) for output in outputs) == 4
+    assert sum('image/png' in output.get('data', {}) for output in outputs) == pictures
 
 
-def test_notebook_runs(notebook, tmp_path, monkeypatch):
-    nbclient = pytest.importorskip('nbclient', reason='nbclient is not installed')
-    from nbformat.v4 import new_code_cell
-
-    notebook.cells.append(new_code_cell(MEASURED))
-    for name in ('IPYTHONDIR', 'JUPYTER_RUNTIME_DIR', 'TMPDIR'):
-        monkeypatch.setenv(name, str(tmp_path))
-    client = nbclient.NotebookClient(
-        notebook, timeout=600, kernel_name='python3', resources={'metadata': {'path': str(ROOT)}}
-    )
-    client.execute(env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '1'})
-    measured = json.loads(notebook.cells[-1].outputs[0].text)
+def test_tour_runs(run_notebook):
+    measured = run_notebook('tour.ipynb', TOUR_TELLS)
     assert measured['accuracy'] > 0.8  # measured: 0.94; a guess is right in 0.1
     assert measured['logits'] > 1
     assert measured['difference'] < 1e-4
     assert measured['attention'] <= 1 + 1e-5
+
+
+def test_research_runs(run_notebook):
+    measured = run_notebook('research.ipynb', RESEARCH_TELLS)
+    assert measured['accuracy'] > 0.8  # measured: 0.94
+    assert measured['together'] > measured['worst']
+    assert measured['near'] < 1e-3 < measured['far']  # a small step is linear, a large one is not
+
+
+def read_notebook(path):
+    nbformat = pytest.importorskip('nbformat', reason='nbformat is not installed')
+    return nbformat.read(path, as_version=4)
+
+
+@pytest.fixture
+def run_notebook(tmp_path, monkeypatch):
+    """Runs a notebook and one more cell, and returns what that printed as JSON."""
+
+    def run(name, cell):
+        nbclient = pytest.importorskip('nbclient', reason='nbclient is not installed')
+        from nbformat.v4 import new_code_cell
+
+        notebook = read_notebook(ROOT / 'docs' / name)
+        notebook.cells.append(new_code_cell(cell))
+        for variable in ('IPYTHONDIR', 'JUPYTER_RUNTIME_DIR', 'TMPDIR'):
+            monkeypatch.setenv(variable, str(tmp_path))
+        client = nbclient.NotebookClient(
+            notebook,
+            timeout=600,
+            kernel_name='python3',
+            resources={'metadata': {'path': str(ROOT)}},
+        )
+        client.execute(env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '1'})
+        return json.loads(notebook.cells[-1].outputs[0].text)
+
+    return run

@@ -9,7 +9,9 @@ __version__ = '0.1.0'
 
 
 def __getattr__(name: str):
-    """`from vit_jax import model_folder` and `predict`, imported when they are asked for."""
-    if name in ('model_folder', 'predict'):
-        return importlib.import_module(f'vit_jax.inference.{name}')
+    """`model_folder`, and `predict(model, files)`, imported when they are asked for."""
+    if name == 'model_folder':
+        return importlib.import_module('vit_jax.inference.model_folder')
+    if name == 'predict':
+        return importlib.import_module('vit_jax.inference.predict').predict
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

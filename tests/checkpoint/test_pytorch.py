@@ -1,6 +1,5 @@
 """Weights to and from PyTorch libraries, with their real models where they are installed."""
 
-import functools
 import json
 import pathlib
 
@@ -47,13 +46,9 @@ def _images(size=32):
     return np.random.default_rng(1).uniform(-1, 1, (3, size, size, 3)).astype(np.float32)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _apply(model, params, images):
-    return model.apply({'params': params}, images, train=False)
-
-
 def _logits(config, params, images, classes=7):
-    return np.asarray(_apply(models.from_config(config, num_classes=classes), params, images))
+    model = models.from_config(config, num_classes=classes)
+    return np.asarray(model.apply({'params': params}, images, train=False))
 
 
 def _torch_logits(model, images):
@@ -149,7 +144,7 @@ def test_hugging_faces_own_files_are_read(tmp_path, transformers, shards):
     assert (len(list((tmp_path / 'hf').glob('*.safetensors'))) > 1) == shards
     loaded = model_folder.load(tmp_path / 'hf')
     assert loaded.class_names[0] == 'class 0'  # LABEL_0 is no name
-    logits = _apply(loaded.model, loaded.params, _images())
+    logits = loaded.model.apply({'params': loaded.params}, _images(), train=False)
     np.testing.assert_allclose(logits, _torch_logits(model, _images()), rtol=0, atol=1e-5)
     # The names in memory are those of version 5; the files have the old ones.
     torch.save(model.state_dict(), tmp_path / 'v5.pth')
@@ -172,7 +167,7 @@ def test_another_normalisation_is_folded_in(tmp_path, transformers):
     loaded = model_folder.load(tmp_path / 'hf')
     assert 'folded into embedding' in str(loaded.source['notes'])
     theirs = ((_images() + 1) / 2 - mean[None, None, None]) / std[None, None, None]
-    logits = _apply(loaded.model, loaded.params, _images())
+    logits = loaded.model.apply({'params': loaded.params}, _images(), train=False)
     np.testing.assert_allclose(logits, _logits(config, params, theirs), rtol=0, atol=2e-5)
 
 
