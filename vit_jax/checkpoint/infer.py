@@ -118,7 +118,7 @@ def token_grid(
             f'image_size={image_size} should be (height, width) in pixels or the side of a square, '
             f'at least one patch of {stride * kernel[0]} x {stride * kernel[1]}'
         )
-    return grid
+    return grid[0], grid[1]
 
 
 def _vit(flat: Mapping[str, Any]) -> dict[str, Any]:
