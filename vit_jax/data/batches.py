@@ -87,9 +87,10 @@ def eval_batches(
         tasks = [pool.submit(read, index, images[row]) for row, index in enumerate(indices)]
 
         def finish() -> Batch:
+            found = [task.result() for task in tasks]
             label, readable = np.zeros(local, reader.label_dtype), np.zeros(local, bool)
-            for row, task in enumerate(tasks):
-                label[row], error = task.result()
+            for row, (known, error) in enumerate(found):
+                label[row] = known
                 readable[row] = error is None
                 if error is not None:
                     if on_bad is None:

@@ -66,15 +66,28 @@ def channels_of(source: Source) -> int:
     return getattr(source, 'channels', 3)
 
 
-def label_dtype_of(source: Source) -> np.dtype:
-    """What labels are: the source's `label_dtype`, or what its first example says.
+def label_dtype_of(source: Source, label: Label | None = None) -> np.dtype:
+    """What labels are: the source's `label_dtype`, or what its first example says that can be read.
+
+    Args:
+      source: the examples.
+      label: of one of them, so that none need be read.
 
     Returns:
       int32 for indices of classes, float32 for numbers, a float32 subarray type for vectors, as
       `np.dtype((np.float32, (5,)))`: an array of N such labels has shape [N, 5].
     """
     declared = getattr(source, 'label_dtype', None)
-    return label_dtype(source[0].label) if declared is None else declared
+    if declared is not None:
+        return declared
+    for index in range(len(source)):
+        if label is not None:
+            break
+        try:
+            label = source[index].label
+        except UserError as error:  # an image that cannot be read may still have a label
+            label = getattr(error, 'label', None)
+    return CLASS_INDEX if label is None else label_dtype(label)
 
 
 def label_dtype(label: object) -> np.dtype:

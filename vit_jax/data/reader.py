@@ -1,6 +1,5 @@
 """The examples of a source as pixels, and a cache of them in memory."""
 
-import functools
 import os
 import threading
 from collections.abc import Callable
@@ -90,6 +89,7 @@ class Reader:
         self._pixels: dict[tuple[int, int], tuple[np.ndarray, Label]] = {}  # with the labels
         # Of the whole images, for `read_reduced`; None of other formats than JPEG.
         self._sizes: dict[int, tuple[int, int] | None] = {}
+        self._label_dtype: np.dtype | None = None
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -98,10 +98,12 @@ class Reader:
     def __getitem__(self, index: int) -> Example:
         return self._source[index]
 
-    @functools.cached_property
+    @property
     def label_dtype(self) -> np.dtype:
         """See `dataset.label_dtype_of`."""
-        return label_dtype_of(self._source)
+        if self._label_dtype is None:
+            self._label_dtype = label_dtype_of(self._source)
+        return self._label_dtype
 
     def read(self, index: int) -> tuple[np.ndarray, Label]:
         """Pixels, as `decode.decode` gives them, and label of an example.
@@ -150,6 +152,8 @@ class Reader:
         if kept is not None:
             return kept
         example = example or self._source[index]
+        if self._label_dtype is None:
+            self._label_dtype = label_dtype_of(self._source, example.label)
         try:
             pixels = decode.decode(
                 example.image,
