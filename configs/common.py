@@ -93,6 +93,8 @@ def get_defaults() -> ml_collections.ConfigDict:
     config.attention = 'auto'
     # Recompute activations to save memory: 'dots', 'full', or empty for not at all.
     config.remat = ''
+    # Compile one encoder block and loop over it: sooner compiled, but more memory. No Mixers.
+    config.scan_layers = False
     # Devices that share one copy of parameters and optimizer state. 1: data parallel; -1: all.
     config.fsdp = 1
     # Same bits in every run, on GPU too, at some speed: XLA's deterministic operations.

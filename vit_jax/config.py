@@ -254,6 +254,11 @@ def _check_mixer(config: ml_collections.ConfigDict) -> None:
             f'config.attention={config.attention!r}: {config.model.model_name} is an MLP-Mixer, '
             'which has no attention; leave it out'
         )
+    if config.scan_layers:
+        raise UserError(
+            f'config.scan_layers=True: {config.model.model_name} is an MLP-Mixer, whose blocks are '
+            'not looped over; leave it out'
+        )
     # Other files may be made for another size; reading them tells.
     weights = config.pretrained or config.pretrained_dir
     released = re.match(r'(gs://|https://storage.googleapis.com/)?mixer_models/', weights)

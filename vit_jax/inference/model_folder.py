@@ -44,7 +44,7 @@ _MAX_IMAGE_SIZE = 32_768
 _FILE_NAME = re.compile(r'\w[\w.+-]{0,199}', re.A)  # beside model.json, no path
 
 # How a model is computed, not what it is: left to whoever loads it.
-_EXECUTION_KEYS = ('dtype', 'attention', 'remat')
+_EXECUTION_KEYS = ('dtype', 'attention', 'remat', 'scan_layers')
 
 # What reading a description raises that is damaged, or somebody else's.
 _BAD_DESCRIPTION = (UserError, ValueError, KeyError, TypeError, AttributeError, OverflowError)

@@ -17,13 +17,14 @@ def from_config(config: Mapping[str, Any], **overrides: Any) -> VisionTransforme
       config: the keys of `variants.get_config`, as a `ConfigDict` or any mapping, also one that
         has been through JSON.
       **overrides: further or other arguments of the module, such as `num_classes`, `dtype`,
-        `attention` (which a Mixer does not have: 'auto' is accepted, another is an error).
+        `attention` and `scan_layers` (which a Mixer does not have: the defaults, 'auto' and False,
+        are accepted, others are errors).
 
     Returns:
       The module, unbound: `model.init`, `model.apply`.
 
     Raises:
-      ValueError: an attention implementation was given for a Mixer, which has no attention.
+      ValueError: an attention implementation or `scan_layers` was given for a Mixer.
     """
     config = config.to_dict() if hasattr(config, 'to_dict') else config
     arguments = {**config, **overrides}
@@ -32,6 +33,8 @@ def from_config(config: Mapping[str, Any], **overrides: Any) -> VisionTransforme
     attention = arguments.pop('attention', 'auto')
     if attention != 'auto':
         raise ValueError(f'attention {attention!r}: an MLP-Mixer has no attention')
+    if arguments.pop('scan_layers', False):
+        raise ValueError('scan_layers: an MLP-Mixer does not have it')
     return MlpMixer(**arguments)
 
 

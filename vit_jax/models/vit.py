@@ -109,6 +109,8 @@ class Encoder(nn.Module):
         more work.
       outputs: how many tokens, from the first, the last block computes; None for all. It leaves out
         what nothing depends on: of Ti/16 to B/16, with 12 blocks, 7 % of the work.
+      scan_layers: trace and compile one block for all but the last, over which `jax.lax.scan`
+        loops; parameters, and what can be read out, stay the same. Dropout draws other masks.
     """
 
     num_layers: int
@@ -121,6 +123,7 @@ class Encoder(nn.Module):
     attention: str = 'auto'
     remat: str = ''
     outputs: int | None = None
+    scan_layers: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
@@ -141,23 +144,59 @@ class Encoder(nn.Module):
             self.sow('intermediates', 'with_position_embedding', x)
         x = nn.Dropout(self.dropout_rate)(x, deterministic=not train)
 
-        block = layers.rematerialised(Encoder1DBlock, self.remat, static_argnums=(2,))
-        for layer in range(self.num_layers):
-            x = block(
-                mlp_dim=self.mlp_dim,
-                num_heads=self.num_heads,
-                dtype=self.dtype,
-                dropout_rate=self.dropout_rate,
-                attention_dropout_rate=self.attention_dropout_rate,
-                attention=self.attention,
-                outputs=self.outputs if layer == self.num_layers - 1 else None,
-                name=f'encoderblock_{layer}',
-            )(x, not train, mask)
+        block = functools.partial(
+            layers.rematerialised(Encoder1DBlock, self.remat, static_argnums=(2,)),
+            mlp_dim=self.mlp_dim,
+            num_heads=self.num_heads,
+            dtype=self.dtype,
+            dropout_rate=self.dropout_rate,
+            attention_dropout_rate=self.attention_dropout_rate,
+            attention=self.attention,
+        )
+        last = self.num_layers - 1
+        names = [f'encoderblock_{layer}' for layer in range(self.num_layers)]
+        if self.scan_layers and last > 1 and not self.is_initializing():
+            x = self._scan(block(parent=None), names[:last], x, not train, mask)
+            names = names[last:]
+        for name in names:
+            outputs = self.outputs if name == f'encoderblock_{last}' else None
+            x = block(outputs=outputs, name=name)(x, not train, mask)
         return nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name='encoder_norm')(x)
+
+    def _scan(
+        self,
+        block: nn.Module,
+        names: list[str],
+        x: jax.Array,
+        deterministic: bool,
+        mask: jax.Array | None,
+    ) -> jax.Array:
+        """Blocks of these names, one after the other, as a loop over their stacked variables."""
+        layers_of = [
+            {kind: tree[name] for kind, tree in self.variables.items() if name in tree}
+            for name in names
+        ]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers_of)
+        keys = None
+        if self.has_rng('dropout'):
+            keys = jax.random.split(self.make_rng('dropout'), len(names))
+        sown = list(filter(self.is_mutable_collection, ('intermediates', 'attention_weights')))
+
+        def body(x, layer):
+            variables, key = layer
+            rngs = None if key is None else {'dropout': key}
+            return block.apply(variables, x, deterministic, mask, rngs=rngs, mutable=sown)
+
+        x, state = jax.lax.scan(body, x, (stacked, keys))
+        for kind, tree in state.items():
+            for index, name in enumerate(names):
+                part = jax.tree.map(lambda leaf, index=index: leaf[index], tree)
+                self.put_variable(kind, name, part)
+        return x
 
 
 class VisionTransformer(nn.Module):
-    """Vision Transformer with the original release's arguments, and seven of our own at the end.
+    """Vision Transformer with the original release's arguments, and eight of our own at the end.
 
     A plain ViT; a hybrid (`resnet`), whose patches are cut from the features of a ResNet; or a
     DeiT (`distilled`).
@@ -175,7 +214,7 @@ class VisionTransformer(nn.Module):
         patch tokens), 'token_unpooled' (class token and all patch tokens).
       head_bias_init: initial value of the head's bias.
       encoder: the encoder's class. One of your own gets `transformer`, and of `dtype`, `attention`,
-        `remat` and `outputs` (see `Encoder`) those that are attributes of it.
+        `remat`, `scan_layers` and `outputs` (see `Encoder`) those that are attributes of it.
       model_name: the variant's name; not used in the computation.
       distilled: a second token `dist` beside the class token and a second head, `head_dist`, that
         reads it, as in DeiT (https://arxiv.org/abs/2012.12877). The logits are the mean of both
@@ -185,6 +224,7 @@ class VisionTransformer(nn.Module):
       dtype: type of activations and matrix products, float32 or bfloat16; parameters stay float32.
       attention: see `MultiHeadDotProductAttention.implementation`.
       remat: see `Encoder.remat`.
+      scan_layers: see `Encoder.scan_layers`.
       head_tokens_only: leave out, in the last block, all tokens but those that the head reads (with
         classifier 'token': class and distillation token), see `Encoder.outputs`. The logits are the
         same.
@@ -206,6 +246,7 @@ class VisionTransformer(nn.Module):
     dtype: Any = jnp.float32
     attention: str = 'auto'
     remat: str = ''
+    scan_layers: bool = False
     head_tokens_only: bool = False
     cpu_training: bool = False
 
@@ -274,7 +315,8 @@ class VisionTransformer(nn.Module):
         return self._classify(x, train)
 
     def _create_encoder(self) -> nn.Module:
-        ours = {'dtype': self.dtype, 'attention': self.attention, 'remat': self.remat}
+        names = ('dtype', 'attention', 'remat', 'scan_layers')
+        ours = {name: getattr(self, name) for name in names}
         known = {field.name for field in dataclasses.fields(self.encoder)}
         for name, value in ours.items():
             if name not in known and value != getattr(VisionTransformer, name):

@@ -31,7 +31,7 @@ FREE = frozenset({
     'batch_eval', 'progress_every', 'eval_every', 'checkpoint_every',
     'keep_checkpoints', 'keep_best', 'report', 'nan_policy', 'check_memory',
     # How it is computed.
-    'compile_cache', 'deterministic', 'attention', 'remat', 'fsdp',
+    'compile_cache', 'deterministic', 'attention', 'remat', 'scan_layers', 'fsdp',
 })  # fmt: skip
 
 

@@ -77,6 +77,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
             dtype=jnp.dtype(config_lib.compute_dtype(config, platform)),
             attention=config.attention,
             remat=config.remat,
+            scan_layers=config.scan_layers,
         )
     if parts.model is not None or train.channels != 3:
         try:
