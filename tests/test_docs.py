@@ -187,7 +187,7 @@ def test_research_runs(run_notebook):
     measured = run_notebook('research.ipynb', RESEARCH_TELLS)
     assert measured['accuracy'] > 0.8  # measured: 0.94
     assert measured['together'] > measured['worst']
-    assert measured['near'] < 1e-3 < measured['far']  # a small step is linear, a large one is not
+    assert measured['near'] < 0.01 and measured['far'] > 0.5  # only a small step is linear
 
 
 def read_notebook(path):

@@ -197,7 +197,7 @@ from vit_jax import model_folder, predict
 from vit_jax.data import sources
 from vit_jax.inference import classifier, contact_sheet
 Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save('photo.jpg')
-((_, probabilities),) = predict.predict(model_folder.load(sys.argv[1]), ['photo.jpg'])
+((_, probabilities),) = predict(model_folder.load(sys.argv[1]), ['photo.jpg'])
 ask('digits', lambda: sources.open_dataset('digits'))
 ask('tfds', lambda: sources.open_dataset('tf_flowers'))
 ask('onnx', lambda: classifier.open_classifier('photo.onnx'))

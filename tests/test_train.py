@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vit_jax import config as config_lib
-from vit_jax import data, loop, sharding, steps, train
+from vit_jax import data, loop, models, sharding, steps, train
 from vit_jax import state as state_lib
 from vit_jax.analysis import run_files
 from vit_jax.checkpoint import npz
@@ -18,7 +18,7 @@ from vit_jax.configs import digits
 from vit_jax.data import sources
 from vit_jax.errors import UserError
 from vit_jax.inference import model_folder, predict
-from vit_jax.run import resume
+from vit_jax.run import resume, setup
 
 TINY = {'mlp_dim': 32, 'num_heads': 2, 'num_layers': 1, 'dropout_rate': 0.0}
 
@@ -166,7 +166,7 @@ def test_own_arrays_train_as_the_dataset_they_are_from(finished, tmp_path):
         examples = [named[i] for i in range(len(named))]
         images, labels = [e.image for e in examples], [e.label for e in examples]
         given.append(data.from_arrays(images, labels, named.class_names))
-    config = make_config(tmp_path)
+    config = make_config()
     found = train.train_and_evaluate(config, tmp_path / 'run', sources=tuple(given))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), params)
     assert (tmp_path / 'run/metrics.jsonl').read_bytes() == (whole / 'metrics.jsonl').read_bytes()
@@ -300,9 +300,9 @@ def test_weights_are_fitted_and_accounted_for(tmp_path, finished):
     config = make_config(
         **{'pretrained': str(workdir / 'model/params.npz'), 'pp.crop': 24, 'pp.resize': 0},
     )
-    model = train.models.from_config(config.model, num_classes=3)
+    model = models.from_config(config.model, num_classes=3)
     abstract = jax.eval_shape(lambda: state_lib.init_params(model, 24, 0))
-    params, origin = train.initial_params(config, model, abstract)
+    params, origin = setup.initial_params(config, model, abstract)
     assert 'resized: Transformer/posembed_input/pos_embedding (1, 4, 16) -> (1, 9, 16)' in origin
     assert 'newly initialised: head' in origin
     assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, abstract)

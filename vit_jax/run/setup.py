@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from vit_jax import checkpoint, losses, models, optim, sharding, steps
 from vit_jax import config as config_lib
 from vit_jax import state as state_lib
-from vit_jax.checkpoint import adapt, catalog
+from vit_jax.checkpoint import adapt, catalog, infer
 from vit_jax.checkpoint import workdir as workdir_lib
 from vit_jax.data import open_sources, own
 from vit_jax.data.dataset import CLASS_INDEX, Selection, Source
@@ -227,9 +227,11 @@ def initial_params(
     weights = checkpoint.open_weights(
         path, num_heads=config.model.get('transformer', {}).get('num_heads', 0)
     )
+    ours = isinstance(model, models.VisionTransformer)
     params, report = adapt.adapt(
         weights.params,
         shapes,
+        grid=infer.token_grid(shapes, config.pp.crop) if ours else None,
         classifier=config.model.get('classifier', 'gap'),
         keep_head=config.keep_head,
         source=f'{path} ({weights.format})',
