@@ -44,7 +44,7 @@ def softmax_cross_entropy(
       UserError: labels of another shape.
     """
     del params
-    label, logits = batch['label'], _wide(logits)
+    label, logits = batch['label'], at_least_float(logits)
     if jnp.issubdtype(label.dtype, jnp.integer):
         _check_shape(label, logits.shape[:-1])
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()
@@ -71,7 +71,7 @@ def sigmoid_cross_entropy(
       UserError: labels of another shape.
     """
     del params
-    label, logits = batch['label'], _wide(logits)
+    label, logits = batch['label'], at_least_float(logits)
     _check_shape(label, logits.shape)
     losses = optax.sigmoid_binary_cross_entropy(logits, label.astype(logits.dtype))
     return losses.sum(axis=-1).mean(), {}
@@ -92,13 +92,14 @@ def squared_error(logits: jax.Array, batch: Batch, params: Any) -> tuple[jax.Arr
       UserError: targets of another shape.
     """
     del params
-    target, outputs = batch['label'], _wide(logits)
+    target, outputs = batch['label'], at_least_float(logits)
     _check_shape(target, outputs.shape)
     return jnp.mean((outputs - target.astype(outputs.dtype)) ** 2), {}
 
 
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(at_least_float32(x.dtype))
+def at_least_float(x: Any) -> jax.Array:
+    """`x` as floats of at least 32 bits."""
+    return jnp.asarray(x, at_least_float32(jnp.result_type(x)))
 
 
 def _check_shape(label: jax.Array, expected: tuple[int, ...]) -> None:

@@ -25,7 +25,6 @@ from vit_jax.data import augment
 from vit_jax.data.preprocess import normalize
 from vit_jax.errors import UserError
 from vit_jax.losses import Batch, Metrics
-from vit_jax.models.layers import at_least_float32
 from vit_jax.state import TrainState
 
 # Passes of XLA's CPU compiler that are left out (docs/performance.md). The first takes out
@@ -87,7 +86,7 @@ def train_step_fn(
         logits: Any = model.apply({'params': params}, images, train=True, rngs=rngs)
         loss, metrics = loss_fn(logits, batch, params)
         _check_metrics(metrics)
-        return jax.tree.map(_as_float, (loss, metrics))
+        return jax.tree.map(losses.at_least_float, (loss, metrics))
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if flip:
@@ -304,11 +303,7 @@ def _compiler_options(model: nn.Module) -> dict[str, str] | None:
 
 def _model_input(pixels: jax.Array) -> jax.Array:
     """Pixels in [0, 255] to [-1, 1], at least float32."""
-    return normalize(_as_float(pixels))
-
-
-def _as_float(x: jax.Array) -> jax.Array:
-    return jnp.asarray(x, at_least_float32(jnp.result_type(x)))
+    return normalize(losses.at_least_float(pixels))
 
 
 def _check_metrics(metrics: Metrics) -> None:
