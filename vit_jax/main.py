@@ -24,6 +24,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from vit_jax.errors import UserError
+from vit_jax.run import preemption
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config',
@@ -101,7 +102,7 @@ def main(argv: Sequence[str]) -> None:
 
     from vit_jax import config as config_lib
     from vit_jax import train
-    from vit_jax.run import distributed, preemption
+    from vit_jax.run import distributed
 
     config = config_lib.resolve(
         _CONFIG.value, config_flags.get_override_values(flags.FLAGS['config'])
@@ -135,6 +136,7 @@ def main(argv: Sequence[str]) -> None:
 
 def run() -> None:
     """The entry point: parses flags, runs `main`, turns the user's mistakes into one line each."""
+    preemption.keep_interrupts()
     try:
         argv = _parse(sys.argv)
         logging.set_verbosity(logging.WARNING)  # absl shows what any library calls INFO

@@ -1,9 +1,12 @@
 """SIGTERM and Ctrl-C: the step is finished and saved, and the run goes on where it was."""
 
 import signal
+import sys
 
 import processes
 import pytest
+
+from vit_jax.run import preemption
 
 
 @pytest.fixture(scope='module')
@@ -57,3 +60,17 @@ def test_a_signal_before_the_first_step_is_no_traceback(whole, tmp_path):
     run.signal(signal.SIGINT)
     assert run.wait() == 130
     assert 'Traceback' not in run.output, run.output
+
+
+def test_an_interrupt_that_python_drops_is_kept(monkeypatch, capsys):
+    class Interrupted:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(preemption.StopSignals, 'dropped', 0)
+    monkeypatch.setattr(sys, 'unraisablehook', sys.unraisablehook)
+    preemption.keep_interrupts()
+    Interrupted()
+    with preemption.StopSignals() as signals:
+        assert signals.received == signal.SIGINT
+    assert capsys.readouterr().err == ''

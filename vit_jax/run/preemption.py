@@ -5,6 +5,7 @@ once.
 """
 
 import signal
+import sys
 import types
 from typing import Self
 
@@ -22,6 +23,24 @@ class PreemptedError(Exception):
         self.signum = signum
 
 
+def keep_interrupts() -> None:
+    """From now on no Ctrl-C is lost; called once, at the start of a program.
+
+    Python drops an exception that is raised in a destructor or in a callback of the garbage
+    collector, and JAX has such a callback. A KeyboardInterrupt that is dropped is kept for the
+    `StopSignals` that are made later: the run stops at its first step.
+    """
+    report = sys.unraisablehook
+
+    def hook(dropped: sys.UnraisableHookArgs) -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            StopSignals.dropped = signal.SIGINT
+        else:
+            report(dropped)
+
+    sys.unraisablehook = hook
+
+
 class StopSignals:
     """Takes note of SIGTERM and SIGINT while the context lasts. For the main thread only.
 
@@ -30,12 +49,14 @@ class StopSignals:
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    dropped = 0  # see `keep_interrupts`
 
     def __init__(self):
         self.received = 0
         self._before = {}
 
     def __enter__(self) -> Self:
+        self.received = self.dropped
         for signum in self.SIGNALS:
             self._before[signum] = signal.signal(signum, self._note)
         return self
