@@ -32,7 +32,7 @@ def keep_interrupts() -> None:
     """
     report = sys.unraisablehook
 
-    def hook(dropped: sys.UnraisableHookArgs) -> None:
+    def hook(dropped: 'sys.UnraisableHookArgs') -> None:
         if issubclass(dropped.exc_type, KeyboardInterrupt):
             StopSignals.dropped = signal.SIGINT
         else:
