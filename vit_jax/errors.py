@@ -1,7 +1,40 @@
 """The exceptions that are shown to the user as a plain line instead of a traceback."""
 
 import contextlib
+import unicodedata
 from collections.abc import Iterator
+
+# Part of words and emoji in many languages; str.isprintable() is false for them.
+_JOINERS = '\u200c\u200d'
+
+
+def printable(text: object) -> str:
+    r"""A text from elsewhere (a name, a server's answer) that is safe to show, on one line.
+
+    Control characters, line breaks, escape sequences, marks that change the direction of what
+    follows, and bytes that are not text are shown as Python writes them: `\x1b`, `\n`,
+    `\u202e`. The only place that does it: for terminals, files, pictures and errors.
+
+    Args:
+      text: anything; what is no text is shown as `str` does.
+    """
+    text = str(text)
+    if text.isprintable():
+        return text
+    return ''.join(
+        char
+        if char.isprintable() or char in _JOINERS or unicodedata.category(char) == 'Zs'
+        else char.encode('unicode_escape').decode()
+        for char in text
+    )
+
+
+def printable_lines(text: object) -> str:
+    """Like `printable`, but line breaks stay before lines that are indented, as ours are.
+
+    So a name that holds a line break cannot begin a line of its own.
+    """
+    return '\n  '.join(printable(line) for line in str(text).split('\n  '))
 
 
 class UserError(Exception):
@@ -9,8 +42,12 @@ class UserError(Exception):
 
     The message says what was wrong, what was expected and what to do. The command lines print it as
     one line and exit with a non-zero code; any other exception is a bug of this package and keeps
-    its traceback.
+    its traceback. Further lines begin with two spaces; whatever else in it is not for a terminal is
+    escaped, as it holds names and texts from elsewhere.
     """
+
+    def __str__(self) -> str:
+        return printable_lines(super().__str__())
 
 
 class MissingPackageError(UserError, ModuleNotFoundError):

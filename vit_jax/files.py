@@ -12,12 +12,14 @@ import pathlib
 import re
 import shutil
 import stat
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 from vit_jax.errors import UserError
 
 MAX_JSON_BYTES = 64 << 20
+MAX_JSON_DEPTH = 100
 
 Path = str | os.PathLike[str]
 
@@ -33,9 +35,8 @@ def expand(path: Path) -> pathlib.Path:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             expanded.stat()  # fails where whatever is done with it would fail
     except (RuntimeError, ValueError, OSError) as error:
-        shown = os.fspath(path)
-        shown = shown if shown.isprintable() else ascii(shown)
-        raise UserError(f'{shown[:300]} is not a path that can be used ({error})') from error
+        shown = os.fspath(path)[:300]
+        raise UserError(f'{shown} is not a path that can be used ({error})') from error
     return expanded
 
 
@@ -68,14 +69,31 @@ def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """
     text = read_text(path, max_bytes=max_bytes)
     try:
-        content = json.loads(text)
-    except RecursionError as error:
-        raise UserError(f'cannot read {path}: its JSON is nested too deeply') from error
+        content = parse_json(text)
     except ValueError as error:
         raise UserError(f'cannot read {path}: it is not JSON ({error})') from error
     if not isinstance(content, dict):
         raise UserError(f'{path} should hold a JSON object, and holds a {type(content).__name__}')
     return content
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value that a JSON text holds; the only place that reads JSON from elsewhere.
+
+    Raises:
+        ValueError: it is not JSON, nested more than `MAX_JSON_DEPTH` deep, or has a number of so
+            many digits that no float holds it.
+    """
+    try:
+        content = json.loads(text, parse_int=_parse_int)
+    except RecursionError as error:
+        raise ValueError('nested too deeply') from error
+    level = [content]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [child for node in level for child in _children(node)]
+        if not level:
+            return content
+    raise ValueError('nested too deeply')
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
@@ -244,6 +262,18 @@ def recover(folder: Path) -> None:
         if complete is new:
             _remove(old)
         return
+
+
+def _parse_int(digits: str) -> int:
+    if len(digits) > sys.float_info.max_10_exp:
+        raise ValueError(f'a number of {len(digits):,} digits')
+    return int(digits)
+
+
+def _children(node: Any) -> list[Any]:
+    """The objects and lists in an object or list."""
+    values = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    return [value for value in values if isinstance(value, dict | list)]
 
 
 @contextlib.contextmanager

@@ -84,10 +84,22 @@ def change_metadata(path, **changes):
         ({'class_names': None, 'layout': None}, 'has no metadata class_names, layout, so'),
         ({'vit_jax__format': None}, r'no metadata vit_jax\.format.* not written by vit_jax export'),
         ({'vit_jax__format': '2'}, 'metadata of format 2, this vit_jax reads 1: update'),
-        ({'class_names': '[', }, 'is damaged'),
+        ({'class_names': '['}, 'the metadata of .* cannot be used: Expecting value'),
         ({'preprocessing': '{"crop": 16, "new": 1}'}, 'preprocessing settings must be among'),
-        ({'value_range': '[1, -1]'}, 'contradicts itself'),
-        ({'preprocessing': '{"crop": 32}'}, 'contradicts itself'),
+        ({'value_range': '[1, -1]'}, 'value_range 1, -1 is not from black to white'),
+        ({'preprocessing': '{"crop": 32}'}, 'image_size 16, crop 32 do not agree'),
+        ({'class_names': '[' * 50_000}, 'cannot be used: nested too deeply'),
+        ({'class_names': '[' * 200 + ']' * 200}, 'cannot be used: nested too deeply'),
+        ({'class_names': '[1, 2, 3]'}, r'class_names\[0\] is 1, expected a text'),
+        ({'preprocessing': '{"crop": 16.0}'}, 'preprocessing.crop is 16.0, expected a whole'),
+        ({'preprocessing': '{"crop": 16, "resize": "x"}'}, "resize is 'x', expected a whole"),
+        ({'preprocessing': '[]'}, 'preprocessing is a list, expected an object'),
+        ({'value_range': '[0, 1e999]'}, r'value_range\[1\] is inf, expected'),
+        ({'value_range': '["0", "1"]'}, r"value_range\[0\] is '0', expected a number"),
+        ({'image_size': '60000', 'preprocessing': '{"crop": 60000}'}, 'image_size is 60000'),
+        ({'image_size': '9' * 5000}, 'a number of 5,000 digits'),
+        ({'source': '7'}, 'source is 7, expected an object'),
+        ({'layout': 'NHCW'}, "layout is 'NHCW', expected NHWC or NCHW"),
         ({'class_names': '[]', 'output': 'features'}, 'without classification head'),
         ({'class_names': '["a", "b"]'}, r"metadata says logits: \['batch', 2\]"),
         ({'layout': 'NCHW'}, r"metadata says image: \['batch', 3, 16, 16\]"),
@@ -99,6 +111,33 @@ def test_metadata_that_is_missing_or_wrong(model, path, changes, message):
     change_metadata(path, **changes)
     with pytest.raises(UserError, match=message):
         classifier.open_classifier(path)
+
+
+def set_batch(path, size):
+    proto = onnx_lib.load(path)
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = size
+    onnx_lib.save(proto, path)
+
+
+def test_a_fixed_batch_is_refused_before_an_image_is_read(model, path):
+    onnx.save(onnx.build(model), path)
+    set_batch(path, 4)
+    with pytest.raises(UserError, match='takes 4 images at once and no other number'):
+        classifier.open_classifier(path)
+
+
+def test_graphs_that_fail_or_give_something_else(model, path, monkeypatch):
+    onnx.save(onnx.build(model), path)
+    opened = classifier.open_classifier(path)
+    with pytest.raises(UserError, match='model.onnx cannot be computed: '):
+        opened.logits(np.zeros((1, 9, 9, 3), np.float32))
+
+    class Session:
+        run = staticmethod(lambda outputs, inputs: [np.zeros((7, 3), np.float32)])
+
+    opened._session = Session
+    with pytest.raises(UserError, match=r'gives float32 \[7, 3\] for 2 images, not a score'):
+        opened.logits(np.zeros((2, 16, 16, 3), np.float32))
 
 
 def test_files_that_are_no_model(tmp_path, path):

@@ -264,6 +264,20 @@ def test_place_of_an_unreadable_image_is_taken_by_another_of_the_batch():
     np.testing.assert_array_equal(model.seen[0].mean(axis=(1, 2, 3)), [1, 1, 1, 3])
 
 
+@pytest.mark.parametrize('score', [np.nan, np.inf, -np.inf])
+def test_scores_that_are_not_finite_are_an_error_that_names_the_image(score):
+    class Breaks(Mean):
+        def logits(self, pixels):
+            logits = super().logits(pixels)
+            logits[logits[:, 1] == 3, 0] = score
+            return logits
+
+    with pytest.raises(UserError, match='scores that are NaN or infinite for 3'):
+        list(classify(Breaks(), Grey(5), batch=2, on_bad=None))
+    # What stands in the place of an unreadable image does not count.
+    assert len(list(classify(Breaks(), Grey(4, bad=(2, 3)), batch=2, on_bad=[].append))) == 2
+
+
 def test_next_batches_are_read_while_one_is_computed():
     reading_second = threading.Event()
 

@@ -1,7 +1,6 @@
 """One way in for every kind of weights: recognises what it is given and says so."""
 
 import dataclasses
-import json
 import logging
 import os
 import pathlib
@@ -283,11 +282,11 @@ def _from_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
     """What `export` put into the header of a safetensors file."""
     try:
         known = {
-            key: json.loads(metadata[key])
+            key: files.parse_json(metadata[key])
             for key in ('num_heads', 'image_size', 'class_names')
             if key in metadata
         }
-    except (ValueError, RecursionError):  # another writer's idea of these words
+    except ValueError:  # another writer's idea of these words
         return {}
     names = known.get('class_names', [])
     numbers = known.get('num_heads', 0), known.get('image_size', 0)

@@ -14,7 +14,6 @@ checkpoint that it still lists. Here a folder is renamed first (`trash-<step>`),
 import contextlib
 import errno
 import gc
-import json
 import logging
 import os
 import pathlib
@@ -29,6 +28,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from vit_jax import files
 from vit_jax.checkpoint import checksums
 from vit_jax.errors import UserError
 
@@ -268,7 +268,7 @@ class Checkpoints:
 
         path = self._folder / str(step)
         # Read as JSON: Orbax's reader takes a damaged file for an empty one.
-        metadata = json.loads((path / '_CHECKPOINT_METADATA').read_text())
+        metadata = files.parse_json((path / '_CHECKPOINT_METADATA').read_bytes())
         saved = metadata['custom_metadata'][_METADATA_KEY]
         if saved['digest'] != checksums.digest([saved['leaves'], saved['checksums']]):
             raise ValueError('its metadata do not match their own digest')

@@ -6,7 +6,6 @@ files wherever a name leads, and makes lists as long as a number says.
 """
 
 import contextlib
-import json
 import pathlib
 import re
 import stat
@@ -61,8 +60,7 @@ def check_below(folder: pathlib.Path) -> None:
             for path in sorted(folder.glob(f'{level}/{file}')):
                 _check_size(path)
                 if file == _FEATURES:
-                    with contextlib.suppress(ValueError, RecursionError):
-                        _check_classes(json.loads(path.read_text(encoding='utf-8')), path)
+                    _check_classes(files.read_json(path), path)
                 if file == DESCRIPTION:
                     _check_files(path.parent)
 

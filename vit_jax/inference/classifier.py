@@ -132,7 +132,7 @@ def classify(
       classes]; those of unreadable images have no meaning.
 
     Raises:
-      UserError: `batch` less than 1.
+      UserError: `batch` less than 1; or scores of an image that are not finite.
     """
     batches = eval_batches(
         source, classifier.preprocess, batch=min(batch, len(source)), on_bad=on_bad
@@ -142,7 +142,14 @@ def classify(
         count = np.count_nonzero(padded['example'] >= 0)
         data = {name: values[:count] for name, values in padded.items()}
         logits = classifier.logits(data['image'])
-        return lambda: (data, np.asarray(logits))
+        return lambda: (data, checked(data, np.asarray(logits)))
+
+    def checked(data: Batch, logits: np.ndarray) -> np.ndarray:
+        wrong = data['readable'] & ~np.isfinite(logits).all(axis=-1)
+        if wrong.any():
+            key = source[int(data['example'][wrong.argmax()])].key
+            raise UserError(f'the model gives scores that are NaN or infinite for {key}')
+        return logits
 
     return in_order(start, batches, ahead=1)
 

@@ -3,12 +3,12 @@
 import difflib
 import functools
 import importlib.resources
-import json
 import logging
 import os
 import pathlib
 from collections.abc import Sequence
 
+from vit_jax import files
 from vit_jax.data.dataset import numbered
 from vit_jax.errors import UserError
 
@@ -157,7 +157,7 @@ def _imagenet1k() -> tuple[tuple[str, str], ...]:
 
 def _from_json(text: str, path: str) -> tuple[str, ...]:
     try:
-        found = json.loads(text)
+        found = files.parse_json(text)
         if isinstance(found, dict):
             if all(isinstance(value, int) for value in found.values()):  # {"daisy": 0}
                 found = {value: key for key, value in found.items()}

@@ -29,18 +29,13 @@ from vit_jax.checkpoint import adapt, catalog, formats, infer, npz
 from vit_jax.checkpoint.arrays import count_not_finite
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
-from vit_jax.inference import labels
+from vit_jax.inference import description, labels
 
 FORMAT = 'vit_jax model'
 FORMAT_VERSION = 1
 PARAMS_FILE = 'params.npz'
 MODEL_FILE = 'model.json'
 
-# Larger than any real model; a description from elsewhere must not choose how long building takes.
-_MAX_LAYERS = 1000
-_MAX_WIDTH = 10_000_000
-_MAX_STAGES = 100
-_MAX_IMAGE_SIZE = 32_768
 _FILE_NAME = re.compile(r'\w[\w.+-]{0,199}', re.A)  # beside model.json, no path
 
 # How a model is computed, not what it is: left to whoever loads it.
@@ -119,7 +114,7 @@ def save(
         )
     config = {k: v for k, v in _plain(model_config).items() if k not in _EXECUTION_KEYS}
     config.pop('num_classes', None)
-    description = {
+    described = {
         'format': FORMAT,
         'format_version': FORMAT_VERSION,
         'architecture': {
@@ -134,9 +129,9 @@ def save(
         'source': _plain(source),
         'versions': _versions(),
     }
-    as_read = json.loads(json.dumps(description))
+    text = json.dumps(described)
     try:
-        opened = _described(as_read, params)
+        opened = _described(files.parse_json(text), params)
     except _BAD_DESCRIPTION as e:
         raise UserError(f'{folder} could not be loaded if it were written: {e}') from e
     _check(opened, f'what would be saved as {folder}')
@@ -148,8 +143,8 @@ def save(
             )
     with files.atomic_folder(folder, exists='replace') as part:
         npz.save(part / PARAMS_FILE, params)
-        description['params'] = {'file': PARAMS_FILE, 'sha256': _sha256(part / PARAMS_FILE)}
-        files.write_json(part / MODEL_FILE, description)
+        described['params'] = {'file': PARAMS_FILE, 'sha256': _sha256(part / PARAMS_FILE)}
+        files.write_json(part / MODEL_FILE, described)
 
 
 def load(path: str | os.PathLike[str], *, variant: str = '') -> Model:
@@ -220,27 +215,27 @@ def _open_folder(folder: pathlib.Path) -> Model:
         hint = f'; did you mean {inside}?' if (inside / MODEL_FILE).is_file() else ''
         raise UserError(f'{folder} is not a model folder: it has no {MODEL_FILE}{hint}')
     try:
-        description = files.read_json(folder / MODEL_FILE)
+        found = files.read_json(folder / MODEL_FILE)
     except UserError as e:
         raise UserError(f'{folder / MODEL_FILE} is damaged, copy the folder again: {e}') from e
-    if description.get('format') != FORMAT:
+    if found.get('format') != FORMAT:
         raise UserError(f'{folder / MODEL_FILE} does not describe a model of vit_jax')
-    version = description.get('format_version')
+    version = found.get('format_version')
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise UserError(
             f'{folder} was written by a newer vit_jax (format {version}, this one reads up to '
             f'{FORMAT_VERSION}): update vit_jax'
         )
     try:
-        params_entry = description['params']
+        params_entry = found['params']
         if not _FILE_NAME.fullmatch(params_entry['file']):
             raise ValueError(f'params.file {params_entry["file"]!r} is not a plain file name')
         params_path, sha256 = folder / params_entry['file'], params_entry['sha256']
-        opened = _described(description, {})
+        opened = _described(found, {})
     except _BAD_DESCRIPTION as e:
-        reason = ascii(str(e))[1:200]
+        kind = '' if isinstance(e, UserError) else f'{type(e).__name__}: '
         raise UserError(
-            f'{folder / MODEL_FILE} is damaged ({type(e).__name__}: {reason}); copy it again'
+            f'{folder / MODEL_FILE} is damaged ({kind}{str(e)[:200]}); copy it again'
         ) from e
     if not params_path.is_file():
         raise UserError(f'{folder} has no {params_path.name}; copy the folder again')
@@ -252,58 +247,22 @@ def _open_folder(folder: pathlib.Path) -> Model:
     return dataclasses.replace(opened, params=npz.open_file(params_path).params)
 
 
-def _described(description: Mapping[str, Any], params: Mapping[str, Any]) -> Model:
+def _described(found: Mapping[str, Any], params: Mapping[str, Any]) -> Model:
     """The model that the contents of a model.json describe, with these parameters.
 
     Raises:
         _BAD_DESCRIPTION: of whatever kind, something is missing, or not what it should be.
     """
-    config, num_classes = _checked_architecture(description['architecture'])
-    class_names = tuple(description['class_names'])
-    if not all(isinstance(name, str) for name in class_names):
-        raise TypeError('class_names should be texts')
-    if len(class_names) != num_classes:
-        raise ValueError(f'{len(class_names)} class_names, num_classes {num_classes} do not agree')
-    preprocess = Preprocess.from_dict(description['preprocessing'])
-    image_size = description['image_size']
-    for side in (image_size, preprocess.crop, preprocess.resize or 1):
-        if type(side) is not int or not 1 <= side <= _MAX_IMAGE_SIZE:
-            raise ValueError(f'{side!r} is not the side of an image')
-    if image_size != preprocess.crop:
-        raise ValueError(f'image_size {image_size}, crop {preprocess.crop} do not agree')
-    source = dict(description['source'])
+    config, num_classes = description.architecture(found['architecture'])
+    described = description.read(description.Description, found)
+    names = described.class_names
+    if len(names) != num_classes:
+        raise ValueError(f'{len(names)} class_names, num_classes {num_classes} do not agree')
     try:
         model = models.from_config(config, num_classes=num_classes)
     except (ValueError, TypeError) as e:
         raise UserError(f'no model can be built as described: {e}') from e
-    return Model(model, params, config, class_names, preprocess, source)
-
-
-def _checked_architecture(architecture: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
-    """(arguments of the module, number of classes), numbers in the range of real models.
-
-    Raises:
-        ValueError, TypeError, KeyError: anything else; a number of a million layers would be built.
-    """
-    config, num_classes = architecture['config'], architecture['num_classes']
-    if not isinstance(config, dict):
-        raise TypeError(f'config is {type(config).__name__}, expected an object')
-    for name, value in npz.flatten(config).items():
-        values = value if isinstance(value, list) else [value]
-        if len(values) > _MAX_STAGES:
-            raise ValueError(f'{name} has {len(values)} values')
-        for number in values:
-            largest = _MAX_LAYERS if name.endswith('num_layers') else _MAX_WIDTH
-            if isinstance(number, int | float) and not 0 <= number <= largest:  # so that NaN fails
-                raise ValueError(f'{name} is {number}')
-            if not isinstance(number, int | float | str | None):
-                raise TypeError(f'{name} is {type(number).__name__}')
-    if type(num_classes) is not int or not 0 <= num_classes <= _MAX_WIDTH:
-        raise ValueError(f'num_classes is {num_classes!r}')
-    size = tuple(config['patches']['size'])
-    if len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
-        raise ValueError(f'patches.size is {size}')
-    return config | {'patches': config['patches'] | {'size': size}}, num_classes
+    return Model(model, params, config, names, described.preprocessing, described.source)
 
 
 def _from_weights(path: pathlib.Path, weights: formats.Weights, variant: str) -> Model:

@@ -4,22 +4,36 @@ What is needed beside the graph (class names, preprocessing, range of the input)
 metadata, where `vit_jax export` wrote it.
 """
 
-import json
+import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from vit_jax.data.preprocess import Preprocess
+from vit_jax import files
 from vit_jax.errors import UserError, extra
+from vit_jax.inference import description
 
 FORMAT = '1'
 INPUT = 'image'
 OUTPUTS = ('logits', 'probabilities')
 LAYOUTS = ('NHWC', 'NCHW')
 _KEYS = ('class_names', 'image_size', 'layout', 'value_range', 'preprocessing', 'output')
+
+
+@dataclasses.dataclass(frozen=True)
+class Metadata(description.Description):
+    """What a file's metadata say.
+
+    Attributes:
+      layout: of the input, one of `LAYOUTS`.
+      output: whether the graph gives logits or probabilities.
+    """
+
+    layout: Literal['NHWC', 'NCHW']
+    output: Literal['logits', 'probabilities']
 
 
 class OnnxClassifier:
@@ -43,13 +57,13 @@ class OnnxClassifier:
         self._path = os.fspath(path)
         self._session = _open_session(pathlib.Path(path), threads)
         described = _read_metadata(self._session, self._path)
-        self.class_names: tuple[str, ...] = tuple(described['class_names'])
-        self.preprocess = Preprocess.from_dict(described['preprocessing'])
-        self.source: Mapping[str, Any] = described['source']
-        self._output: str = described['output']
-        self._channels_first = described['layout'] == 'NCHW'
+        self.class_names = described.class_names
+        self.preprocess = described.preprocessing
+        self.source: Mapping[str, Any] = described.source
+        self._output = described.output
+        self._channels_first = described.layout == 'NCHW'
         self._bytes = self._session.get_inputs()[0].type == 'tensor(uint8)'
-        low, high = described['value_range']
+        low, high = described.value_range
         self._scale, self._shift = np.float32((high - low) / 255), np.float32(low)
 
     def logits(self, pixels: np.ndarray) -> np.ndarray:
@@ -62,6 +76,9 @@ class OnnxClassifier:
         Returns:
           float32 [B, classes]; for a file that gives probabilities their logarithm, which is the
           logits less a constant for each image.
+
+        Raises:
+          UserError: the graph cannot be computed, or gives something else.
         """
         if self._bytes:
             pixels = np.rint(pixels).astype(np.uint8)
@@ -69,7 +86,15 @@ class OnnxClassifier:
             pixels = pixels * self._scale + self._shift
         if self._channels_first:
             pixels = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
-        (scores,) = self._session.run([self._output], {INPUT: pixels})
+        try:
+            (scores,) = self._session.run([self._output], {INPUT: pixels})
+        except Exception as error:  # of a dozen kinds, as when it is opened
+            raise UserError(f'{self._path} cannot be computed: {_first_line(error)}') from error
+        if scores.dtype.kind != 'f' or scores.shape != (len(pixels), len(self.class_names)):
+            raise UserError(
+                f'{self._path} gives {scores.dtype} {list(scores.shape)} for {len(pixels)} images, '
+                f'not a score for each of its {len(self.class_names)} classes'
+            )
         if self._output == 'probabilities':
             scores = np.log(np.maximum(scores, np.finfo(np.float32).tiny))
         return scores
@@ -93,11 +118,15 @@ def _open_session(path: pathlib.Path, threads: int | None) -> Any:
         return onnxruntime.InferenceSession(path, options, providers=providers)
     except Exception as error:  # onnxruntime raises a dozen kinds for a file it cannot use.
         raise UserError(
-            f'{path} cannot be opened as an ONNX model: {str(error).splitlines()[0][:300]}'
+            f'{path} cannot be opened as an ONNX model: {_first_line(error)}'
         ) from error
 
 
-def _read_metadata(session: Any, path: str) -> dict[str, Any]:
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition('\n')[0][:300] or type(error).__name__
+
+
+def _read_metadata(session: Any, path: str) -> Metadata:
     """The metadata, parsed, after a check that it describes the graph.
 
     Raises:
@@ -117,39 +146,34 @@ def _read_metadata(session: Any, path: str) -> dict[str, Any]:
             f'{path} has metadata of format {stamp}, this vit_jax reads {FORMAT}: update vit_jax'
         )
     try:
-        described = {key: metadata[key] for key in ('layout', 'output')}
-        described['image_size'] = int(metadata['image_size'])
-        for key in ('class_names', 'value_range', 'preprocessing'):
-            described[key] = json.loads(metadata[key])
-        described['source'] = json.loads(metadata.get('source', '{}'))
-        low, high = described['value_range']
-        consistent = (
-            float(low) < float(high)
-            and described['layout'] in LAYOUTS
-            and described['output'] in OUTPUTS
-            and described['preprocessing']['crop'] == described['image_size']
-        )
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f'the metadata of {path} is damaged: {error}; export it again') from error
-    if not described['class_names']:
-        raise UserError(f'{path} is a model without classification head: it gives no probabilities')
-    if not consistent:
-        raise UserError(f'the metadata of {path} contradicts itself; export it again')
+        found = {key: metadata[key] for key in ('layout', 'output')}
+        for key in ('class_names', 'image_size', 'value_range', 'preprocessing', 'source'):
+            found[key] = files.parse_json(metadata.get(key, '{}'))
+        if not found['class_names']:
+            raise UserError('it is a model without classification head, with no probabilities')
+        described = description.read(Metadata, found)
+    except (ValueError, UserError) as error:
+        raise UserError(f'the metadata of {path} cannot be used: {error}') from error
     _check_graph(session, described, path)
     return described
 
 
-def _check_graph(session: Any, described: Mapping[str, Any], path: str) -> None:
-    inputs = {node.name: node.shape for node in session.get_inputs()}
-    outputs = {node.name: node.shape for node in session.get_outputs()}
-    side = described['image_size']
-    shape = [side, side, 3] if described['layout'] == 'NHWC' else [3, side, side]
-    classes = len(described['class_names'])
+def _check_graph(session: Any, described: Metadata, path: str) -> None:
+    inputs, outputs = (
+        {node.name: node.shape if node.type.startswith('tensor(') else node.type for node in nodes}
+        for nodes in (session.get_inputs(), session.get_outputs())
+    )
+    side, output = described.image_size, described.output
+    shape = [side, side, 3] if described.layout == 'NHWC' else [3, side, side]
+    classes = len(described.class_names)
     if list(inputs) != [INPUT] or not _fits(inputs[INPUT], shape):
         raise UserError(f'{path} takes {inputs}, its metadata says {INPUT}: {["batch", *shape]}')
-    if not _fits(outputs.get(described['output'], []), [classes]):
+    if not _fits(outputs.get(output, []), [classes]):
+        raise UserError(f"{path} gives {outputs}, its metadata says {output}: ['batch', {classes}]")
+    if isinstance(batch := inputs[INPUT][0], int):
         raise UserError(
-            f"{path} gives {outputs}, its metadata says {described['output']}: ['batch', {classes}]"
+            f'{path} takes {batch} images at once and no other number; export it again, with an '
+            'open first dimension'
         )
 
 

@@ -312,8 +312,8 @@ def read_lines(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
     rows = []
     for line in lines:
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
+            row = files.parse_json(line)
+        except ValueError:
             row = None
         rows.append((line, row if isinstance(row, dict) else {}))
     return rows
