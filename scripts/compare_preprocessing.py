@@ -83,13 +83,14 @@ def _differences(side: int) -> dict:
     import numpy as np
     from PIL import Image, ImageOps
 
+    from vit_jax.data import decode, image_files
     from vit_jax.data.preprocess import resize_bilinear
 
     example = types.SimpleNamespace(**runpy.run_path(str(EXAMPLE)))
 
     def pillow_pixels(path):
-        with Image.open(path, formats=['JPEG', 'PNG', 'WEBP', 'BMP']) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert('RGB'))
+        image = image_files.open_image(decode.read_file(path))
+        return np.asarray(ImageOps.exif_transpose(image).convert('RGB'))
 
     def pillow_resize(image, size, method):
         return np.asarray(Image.fromarray(image).resize(size, method), np.float32)

@@ -40,7 +40,7 @@ class Classifier:
 
 def read_image(path, side):
     """An image as the model was trained to see it: float32 [side, side, 3], RGB, 0 to 255."""
-    with Image.open(path) as image:
+    with Image.open(path, formats=['JPEG', 'PNG', 'WEBP', 'BMP']) as image:
         upright = ImageOps.exif_transpose(image)  # as people see it, whatever the camera stored
         return resize(np.asarray(upright.convert('RGB')), side)
 

@@ -5,9 +5,7 @@ pixels are bit-equal to `tf.io.decode_jpeg` and the published accuracies hold; e
 webp, bmp, ...) goes through Pillow. Arrays and PIL images become the same kind of pixels.
 """
 
-import contextlib
 import errno
-import io
 import os
 import stat
 import threading
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import simplejpeg
 
+from vit_jax.data import image_files
 from vit_jax.data.dataset import Label
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
@@ -165,8 +164,8 @@ def decode(
     decoder). Only the first frame of an animation is used.
 
     Args:
-      image: an encoded file (jpeg, png, webp, bmp or anything else that Pillow reads), a PIL image,
-        or an array, see `pixels_of`.
+      image: an encoded file of a format in `image_files.FORMATS`, a PIL image, or an array, see
+        `pixels_of`.
       key: what a person calls the image (its path, or `tf_flowers:train/17`), for the error
         message.
       exif: whether to turn the image upright as its EXIF orientation says. Photo folders need that;
@@ -188,20 +187,17 @@ def decode(
     if channels != 3:
         raise BadImageError(key, f'an image of {channels} channels has to be an array')
     if not isinstance(image, bytes):
-        return _from_pillow(image, key, exif, _LOADING)
+        return _from_pillow(image, key, exif, ours=False)
     if not image:
         raise BadImageError(key, 'the file is empty')
     if image[:2] == b'\xff\xd8':
         pixels = _decode_jpeg(image, key, reduction)
         return _upright(pixels, _jpeg_orientation(image)) if exif else pixels
-    from PIL import Image  # here, because sets of JPEG files do not need it
-
     try:
-        # Not Image.open(formats=...): an unusual format that Pillow knows is welcome.
-        picture = Image.open(io.BytesIO(image))
+        picture = image_files.open_image(image)
     except Exception as error:
         raise _pillows(error, key) from error
-    return _from_pillow(picture, key, exif, contextlib.nullcontext())
+    return _from_pillow(picture, key, exif, ours=True)
 
 
 def pixels_of(image: np.ndarray, *, key: str, channels: int = 3) -> np.ndarray:
@@ -262,6 +258,8 @@ def _decode_jpeg(image: bytes, key: str, reduction: int) -> np.ndarray:
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(image)
         _check_size(height, width, key)
+        if image_files.has_too_many_scans(image, height * width):
+            raise BadImageError(key, 'it has more scans than any picture needs')
         if reduction > 1:
             scale = {'min_height': -(-height // reduction), 'min_width': -(-width // reduction)}
         return simplejpeg.decode_jpeg(image, 'RGB', fastdct=True, **scale)
@@ -280,17 +278,16 @@ def _decode_jpeg(image: bytes, key: str, reduction: int) -> np.ndarray:
     raise BadImageError(key, f'not a complete JPEG file ({reason})')
 
 
-def _from_pillow(
-    picture: 'Image.Image',
-    key: str,
-    exif: bool,
-    lock: contextlib.AbstractContextManager,
-) -> np.ndarray:
+def _from_pillow(picture: 'Image.Image', key: str, exif: bool, *, ours: bool) -> np.ndarray:
     try:
         _check_size(picture.height, picture.width, key)
-        with lock:
+        if ours:
             picture.load()
-        orientation = picture.getexif().get(_EXIF_ORIENTATION, 1) if exif else 1
+        else:  # opened elsewhere
+            with _LOADING:
+                image_files.check_picture(picture)
+                picture.load()
+        orientation = image_files.exif_of(picture).get(_EXIF_ORIENTATION, 1) if exif else 1
         pixels = _to_rgb(picture)
     except Exception as error:
         raise _pillows(error, key) from error
@@ -299,14 +296,12 @@ def _from_pillow(
 
 def _pillows(error: Exception, key: str) -> BadImageError:
     """What Pillow raised, as one error; its decoders raise almost anything."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     if isinstance(error, BadImageError):
         return error
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return BadImageError(key, f'more than {MAX_PIXELS:,} pixels')
-    if isinstance(error, UnidentifiedImageError):  # whose text is the address of our buffer
-        return BadImageError(key, 'not an image that can be read (no known format)')
     return BadImageError(key, f'not an image that can be read ({error})')
 
 
@@ -330,34 +325,12 @@ def _check_size(height: int, width: int, key: str) -> None:
 
 def _jpeg_orientation(image: bytes) -> int:
     """EXIF orientation (1 to 8) of a JPEG file; 1, upright, if there is none."""
-    if not _has_exif(image):  # Saves Pillow's parsing for the many files without it.
+    if not image_files.has_exif(image):  # Saves Pillow's parsing for the many files without it.
         return 1
-    from PIL import Image
-
     try:
-        return Image.open(io.BytesIO(image)).getexif().get(_EXIF_ORIENTATION, 1)
+        return image_files.exif_of(image_files.open_image(image)).get(_EXIF_ORIENTATION, 1)
     except Exception:  # Damaged metadata of a picture that did decode: as it is stored.
         return 1
-
-
-def _has_exif(image: bytes) -> bool:
-    """Whether a JPEG file may have EXIF data before its picture.
-
-    Walks over the segments (ITU T.81, section B.1.1): a search through the first 64 kB took six
-    times as long, with Python's lock held.
-    """
-    place = 2
-    while image[place : place + 1] == b'\xff':
-        marker = image[place + 1 : place + 2]
-        if marker == b'\xff':  # padding
-            place += 1
-            continue
-        if marker == b'\xda':  # the picture begins
-            return False
-        if marker == b'\xe1' and image[place + 4 : place + 9] == b'Exif\x00':
-            return True
-        place += 2 + int.from_bytes(image[place + 2 : place + 4], 'big')
-    return False  # stray bytes: decoding fails as well
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:

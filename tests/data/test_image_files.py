@@ -1,0 +1,216 @@
+"""Images made to harm: what may be opened, and what is refused before it takes memory or time."""
+
+import gzip
+import io
+import pathlib
+import re
+import resource
+import struct
+import subprocess
+import time
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vit_jax.data.decode import BadImageError, decode
+
+SHARED = pathlib.Path(__file__).parents[3] / 'shared' / 'cases' / 'hostile'
+MIB = 1 << 20
+SMALL = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
+
+
+def encode(image, format, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def refused(data: bytes, words: str, exif: bool = False) -> None:
+    """It ends in one error, within half a second and 40 MiB."""
+    decode(encode(SMALL, 'PNG'), key='first')  # imports what there is to import
+    with open('/proc/self/clear_refs', 'w') as file:
+        file.write('5')  # the peak begins anew
+    before, start = status('VmRSS'), time.process_time()
+    with pytest.raises(BadImageError, match=words) as caught:
+        decode(data, key='x', exif=exif)
+    assert time.process_time() - start < 0.5
+    assert status('VmHWM') - before < 40 * MIB
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 300
+
+
+def status(name: str) -> int:
+    text = pathlib.Path('/proc/self/status').read_text()
+    return int(re.search(rf'{name}:\s+(\d+) kB', text)[1]) << 10
+
+
+@pytest.mark.parametrize('start', [b'%!PS-Adobe-3.0 EPSF-3.0', b'\xc5\xd0\xd3\xc6\x20\0\0\0'])
+def test_no_image_starts_a_program(start, monkeypatch):
+    """Pillow gives PostScript, whatever the file is called, to Ghostscript."""
+    monkeypatch.setattr(subprocess, 'check_call', lambda *_, **__: pytest.fail('it was started'))
+    monkeypatch.setattr(subprocess, 'run', lambda *_, **__: pytest.fail('it was started'))
+    drawing = b'\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n'
+    refused(start + drawing, 'no known format')
+    eps = Image.open(io.BytesIO(b'%!PS-Adobe-3.0 EPSF-3.0' + drawing))
+    with pytest.raises(BadImageError, match='EPS files are not read'):
+        decode(eps, key='opened elsewhere')
+
+
+OTHERS = {
+    'fits': b'SIMPLE  =                    T'.ljust(80)
+    + b'BITPIX  =                    8'.ljust(80),
+    'gzip': gzip.compress(bytes(1000)),
+    'qoi': b'qoif' + struct.pack('>IIBB', 5000, 5000, 3, 0) + bytes(30),
+    'xpm': b'/* XPM */\nstatic char *x[] = {"9 9 1 1",',
+    'psd': b'8BPS\0\1' + bytes(50),
+    'dds': b'DDS ' + bytes(200),
+    'xv': b'P7 332\n#END_OF_COMMENTS\n8 8 255\n' + bytes(64),
+}
+
+
+@pytest.mark.parametrize('name', OTHERS)
+def test_formats_that_are_not_read(name):
+    refused(OTHERS[name], 'not an image that can be read')
+
+
+@pytest.mark.parametrize('format', ['AVIF', 'BMP', 'GIF', 'ICO', 'JPEG2000', 'PPM', 'TIFF', 'WEBP'])
+def test_formats_that_are_read(format):
+    big = SMALL.resize((64, 64))
+    data = encode(big, format)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert('RGB'))
+    assert np.array_equal(decode(data, key='x'), expected)
+
+
+def tiff(tags, body=b'', order='<') -> bytes:
+    """A file of one directory; tags are {tag: (type, count, value or bytes)}."""
+    start, texts, entries = 14 + 12 * len(tags), b'', b''
+    for tag, (kind, count, value) in sorted(tags.items()):
+        entries += struct.pack(f'{order}HHI', tag, kind, count)
+        if isinstance(value, bytes):
+            entries += struct.pack(f'{order}I', start + len(texts))
+            texts += value
+        elif kind == 3:
+            entries += struct.pack(f'{order}HH', value, 0)
+        else:
+            entries += struct.pack(f'{order}I', value)
+    mark = b'II*\0' if order == '<' else b'MM\0*'
+    return mark + struct.pack(f'{order}IH', 8, len(tags)) + entries + bytes(4) + texts + body
+
+
+GREY = {
+    256: (4, 1, 64), 257: (4, 1, 64), 258: (3, 1, 8), 259: (3, 1, 1), 262: (3, 1, 1),
+    277: (3, 1, 1),
+}  # fmt: skip
+STRIPS = {273: (4, 1, 8), 278: (4, 1, 64), 279: (4, 1, 4096)}
+
+
+@pytest.mark.parametrize('order', '<>')
+@pytest.mark.parametrize('compression', [1, 4, 8])
+def test_tiles_of_a_tiff_larger_than_the_picture(order, compression):
+    tiles = {322: (4, 1, 65520), 323: (4, 1, 65520), 324: (4, 1, 8), 325: (4, 1, 90)}
+    data = tiff(GREY | tiles | {259: (3, 1, compression)}, bytes(100), order)
+    refused(data, 'its tiles are 65520 x 65520')
+
+
+def test_tags_of_a_tiff():
+    many = {282: (5, 100_000, bytes(800_000))}
+    refused(tiff(GREY | STRIPS | many), 'its tags hold')
+    refused(tiff(GREY | STRIPS | {273: (4, 99_000, bytes(396_000))}), 'its tags hold')
+    refused(tiff(GREY | STRIPS | {700: (1, 9 * MIB, bytes(9 * MIB))}), 'beside the picture')
+    assert decode(tiff(GREY | STRIPS, bytes(4096)), key='x').shape == (64, 64, 3)
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+
+
+def png(*chunks: bytes) -> bytes:
+    header, *rest = re.split(b'(?=....IDAT)', encode(SMALL, 'PNG'), maxsplit=1, flags=re.S)
+    return header + b''.join(chunks) + b''.join(rest)
+
+
+def test_what_a_png_holds_beside_the_picture():
+    text = zlib.compress(bytes(MIB))
+    refused(png(*[chunk(b'zTXt', b'%d\0\0' % i + text) for i in range(60)]), '9 compressed texts')
+    refused(png(*[chunk(b'iTXt', b'%d\0\1\0\0\0' % i + text) for i in range(60)]), '9 compressed')
+    refused(png(chunk(b'iTXt', b'a\0\0\0\0\0' + bytes(9 * MIB))), 'beside the picture')
+    refused(png(*[chunk(b'IDAT', b'')] * 60_000), 'more chunks')
+    orientation = struct.pack('<4sIHHHII', b'II*\0', 8, 1, 0x112, 5, 40_000, 26) + bytes(4)
+    refused(png(chunk(b'eXIf', orientation + bytes(320_000))), 'EXIF data have', exif=True)
+    # What editors write is read.
+    texts = [chunk(b'iTXt', b'Comment\0\0\0\0\0' + b'x' * 1000)] * 20
+    assert np.array_equal(decode(png(*texts), key='x'), np.asarray(SMALL))
+
+
+def segment(marker: int, data: bytes) -> bytes:
+    return bytes([0xFF, marker]) + struct.pack('>H', len(data) + 2) + data
+
+
+def jpeg_of_scans(scans: int, side: int = 2000, between: bytes = b'') -> bytes:
+    """Progressive and arithmetic-coded, where a scan without any data is a right one."""
+    first = segment(0xDA, bytes([1, 1, 0, 0, 0, 0]))
+    more = segment(0xDA, bytes([1, 1, 0, 1, 63, 0])) + between
+    frame = segment(0xCA, struct.pack('>BHHB', 8, side, side, 1) + bytes([1, 0x11, 0]))
+    table = segment(0xDB, bytes(1) + bytes([1] * 64))
+    return b'\xff\xd8' + table + frame + first + more * scans + b'\xff\xd9'
+
+
+def test_scans_of_a_jpeg_are_counted_first():
+    refused(jpeg_of_scans(5000), 'more scans than any picture needs')
+    refused(jpeg_of_scans(200, between=segment(0xFE, b'\xff\xd9')), 'more scans')
+    refused(jpeg_of_scans(30, side=9000), 'more scans')
+    opened = Image.open(io.BytesIO(jpeg_of_scans(5000)))
+    with pytest.raises(BadImageError, match='more scans'):
+        decode(opened, key='opened elsewhere')
+
+
+def test_jpegs_of_few_scans_with_a_film_behind_are_read():
+    assert decode(jpeg_of_scans(20, side=64), key='x').shape == (64, 64, 3)
+    photo = encode(SMALL.resize((64, 64)), 'JPEG', progressive=True)
+    assert photo.count(b'\xff\xda') > 3
+    pixels = decode(photo, key='x')
+    assert np.array_equal(decode(photo + b'\xff\xda\0\4ab' * 5000, key='x'), pixels)
+
+
+def test_jpeg_2000():
+    data = encode(Image.new('RGB', (1024, 1024)), 'JPEG2000', no_jp2=True)
+    coding = data.index(b'\xff\x52')
+    # Precincts of one pixel: memory is taken for each.
+    style = bytearray(data[coding + 4 : coding + 14])
+    style[0] |= 1
+    small = segment(0x52, bytes(style) + bytes([0x11] + [0] * style[5]))
+    refused(data[:coding] + small + data[coding + 14 :], 'precincts')
+    style[0], style[6:8] = 0, b'\0\0'  # code blocks of 4 x 4
+    refused(data[:coding] + segment(0x52, bytes(style)) + data[coding + 14 :], 'blocks')
+    refused(data[:24] + struct.pack('>II', 8, 8) + data[32:], 'its tiles are 8 x 8')
+
+
+def bmp_rle(width: int, height: int) -> bytes:
+    sizes = struct.pack('<IiiHHIIiiII', 40, width, height, 1, 8, 1, 0, 0, 0, 256, 0)
+    start = 14 + len(sizes) + 1024
+    return b'BM' + struct.pack('<IHHI', 0, 0, 0, start) + sizes + bytes(range(256)) * 4
+
+
+PYTHON = {
+    'bmp': bmp_rle(5000, 5000) + b'\1\5' * 2_500_000,
+    'ppm': b'P6\n5000 5000\n254\n' + bytes(7_500_000),
+    'plain': b'P3\n5000 5000\n255\n' + b'1 ' * 2_500_000,
+    'comments': b'P3\n8 8\n255\n' + b'#\n' * 100_000 + b'1 ' * 192,
+    'header': b'P6\n#' + b'x' * MIB + b'\n8 8\n255\n' + bytes(192),
+    'gif': encode(SMALL.convert('P'), 'GIF')[:13] + bytes(768) + b'!\xfe' + b'\1x' * 90_000,
+    'icon': b'\0\0\1\0\1\0' + struct.pack('<BBBBHHII', 16, 16, 0, 0, 1, 32, 99, 22)
+    + b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>II5B', 9000, 9000, 8, 2, 0, 0, 0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', PYTHON)
+def test_what_pillow_reads_in_python_is_limited(name):
+    refused(PYTHON[name], 'takes long|comments|header|more blocks|an icon of 9000 x 9000')
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason='the cases are not here')
+@pytest.mark.parametrize('name', ['eps.jpg', 'tile_small.tiff', 'fits_gz_empty.jpg'])
+def test_cases(name):
+    refused((SHARED / name).read_bytes(), 'not an image that can be read')
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_nsignals == 0

@@ -1,0 +1,380 @@
+"""Which image files are opened, and what is looked at before a decoder sees them.
+
+The only place that opens images with Pillow. Pillow goes by the content, whatever the name, and
+some of its formats start a program (PostScript), read other files, or compute pixels in Python.
+Only `FORMATS` are opened. A header of some bytes can make a decoder take memory or time that has
+nothing to do with the size of the picture: a tile, a scan, a comment. Those are counted first.
+
+Everything here raises `ValueError`, whose text says what is wrong with the file.
+"""
+
+import io
+import re
+import struct
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+FORMATS = ('AVIF', 'BMP', 'GIF', 'ICO', 'JPEG', 'JPEG2000', 'PNG', 'PPM', 'TIFF', 'WEBP')
+
+_MIB = 1 << 20
+_JPEG = b'\xff\xd8'
+_PNG = b'\x89PNG\r\n\x1a\n'
+_JPEG_2000 = b'\xff\x4f\xff\x51'  # its first two markers
+
+# Scans of a JPEG file, each of which passes over all pixels. Encoders write up to 20.
+_MAX_SCANS = 24
+_SCAN_PIXELS = 24 * 25_000_000  # more scans are read where the picture is small
+_MOST_SCANS = 100
+_MAX_SEGMENTS = 50_000
+
+# Text, profiles, EXIF and other data beside the picture, where the picture is small.
+_MAX_METADATA = 8 * _MIB
+_MAX_COMPRESSED_TEXTS = 8  # each unpacks to a MiB at most, which Pillow sees to
+_MAX_EXIF = 256 << 10
+_MAX_COMMENTS = 1000
+_MAX_PPM_HEADER = 4096
+
+# TIFF: type -> (bytes, code of struct where it is a whole number).
+_TIFF_TYPES = {
+    1: (1, 'B'), 2: (1, ''), 3: (2, 'H'), 4: (4, 'I'), 5: (8, ''), 6: (1, 'b'), 7: (1, ''),
+    8: (2, 'h'), 9: (4, 'i'), 10: (8, ''), 11: (4, ''), 12: (8, ''), 13: (4, 'I'),
+    16: (8, 'Q'), 17: (8, 'q'),
+}  # fmt: skip
+_WIDTH, _HEIGHT, _TILE_WIDTH, _TILE_HEIGHT = 256, 257, 322, 323
+_TIFF_PARTS = (273, 324)  # where strips and tiles begin
+_TIFF_DIRECTORIES = (34665, 34853, 40965)  # of EXIF
+_MAX_PARTS = 65_536
+_MAX_TAGS = 4096  # libtiff's own limit
+
+# What Pillow decodes in Python, some tenths of a microsecond each.
+_PYTHON_DECODERS = ('bmp_rle', 'ppm', 'ppm_plain')
+_MAX_PYTHON_PIXELS = _MIB
+_MAX_PYTHON_BYTES = 8 * _MIB
+
+
+def open_image(data: bytes) -> 'Image.Image':
+    """Opens an image file; its pixels are not decoded yet.
+
+    Args:
+      data: the file.
+
+    Raises:
+      ValueError: it is of no format in `FORMATS`, or claims what no picture of its size needs.
+      Exception: nearly any, of Pillow, for damage.
+    """
+    from PIL import Image  # here, because sets of JPEG files do not need it
+
+    check(data)
+    try:
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.UnidentifiedImageError:  # whose text is the address of our buffer
+        raise ValueError(f'no known format; read are {", ".join(FORMATS)}') from None
+    _check_opened(picture, len(data))
+    return picture
+
+
+def check_picture(picture: 'Image.Image') -> None:
+    """Checks a PIL image that somebody else opened, before its pixels are decoded.
+
+    Args:
+      picture: which may be one that was never a file; then there is nothing to check.
+
+    Raises:
+      ValueError: as `open_image`.
+    """
+    file = getattr(picture, 'fp', None)
+    if not getattr(picture, 'tile', None) or file is None:
+        return  # decoded already
+    if picture.format not in (*FORMATS, 'MPO'):  # a JPEG file with several pictures
+        raise ValueError(f'{picture.format} files are not read, only {", ".join(FORMATS)}')
+    place = file.tell()
+    file.seek(0)
+    data = file.read()
+    file.seek(place)
+    check(data)
+    if data.startswith(_JPEG) and has_too_many_scans(data, picture.width * picture.height):
+        raise ValueError('it has more scans than any picture needs')
+    _check_opened(picture, len(data))
+
+
+def check(data: bytes) -> None:
+    """Checks an image file, by its content, before it is opened.
+
+    Raises:
+      ValueError: as `open_image`.
+    """
+    for start, check_format in _CHECKS.items():
+        if data.startswith(start):
+            check_format(data)
+
+
+def exif_of(picture: 'Image.Image') -> 'Image.Exif':
+    """The EXIF data of an opened image.
+
+    Raises:
+      ValueError: they are larger than a file needs, and would take many times as much.
+    """
+    size = len(picture.info.get('exif') or b'')
+    if size > _MAX_EXIF:
+        raise ValueError(f'its EXIF data have {size:,} bytes, more than {_MAX_EXIF:,}')
+    return picture.getexif()
+
+
+def has_exif(data: bytes) -> bool:
+    """Whether a JPEG file may have EXIF data before its picture."""
+    return _jpeg_start(data)[0]
+
+
+def has_too_many_scans(data: bytes, pixels: int) -> bool:
+    """Whether the decoder of a JPEG file would pass over its pixels more often than any needs.
+
+    Args:
+      data: the file.
+      pixels: height times width.
+    """
+    if _jpeg_start(data)[1]:
+        return False
+    limit = max(_MAX_SCANS, min(_MOST_SCANS, _SCAN_PIXELS // max(pixels, 1)))
+    # What looks like the start of a scan may be in data that follow the picture, a film perhaps.
+    return len(re.findall(b'\xff\xda', data)) > limit and _count_scans(data, limit) > limit
+
+
+def _jpeg_start(data: bytes) -> tuple[bool, bool]:
+    """(whether there may be EXIF data, whether one scan is all that a decoder reads).
+
+    Walks over the segments (ITU T.81, section B.1.1): a search through the first 64 kB took six
+    times as long, with Python's lock held.
+    """
+    place, components, has_exif = 2, 0, False
+    try:
+        for _ in range(_MAX_SEGMENTS):
+            if data[place] != 0xFF:
+                break
+            marker = data[place + 1]
+            if marker == 0xFF:  # padding
+                place += 1
+                continue
+            if marker == 0xDA:  # the picture begins
+                return has_exif, data[place + 4] == components
+            if marker in (0xC0, 0xC1):  # sequential, unlike the others
+                components = data[place + 9]
+            elif marker == 0xE1 and data[place + 4 : place + 9] == b'Exif\x00':
+                has_exif = True
+            place += 2 + (data[place + 2] << 8) + data[place + 3]
+    except IndexError:
+        pass
+    return has_exif, False  # stray bytes
+
+
+def _count_scans(data: bytes, limit: int) -> int:
+    """How many scans come before the end of the picture, or more than `limit`."""
+    next_marker = re.compile(b'\xff[^\x00\xff\xd0-\xd7]')
+    place, scans = 2, 0
+    for _ in range(_MAX_SEGMENTS):
+        found = next_marker.search(data, place)
+        if found is None or found[0] == b'\xff\xd9' or scans > limit:
+            return scans
+        scans += found[0] == b'\xff\xda'
+        place = found.end() + int.from_bytes(data[found.end() : found.end() + 2], 'big')
+    return limit + 1
+
+
+def _check_opened(picture: 'Image.Image', size: int) -> None:
+    """Limits what Pillow decodes in Python."""
+    pixels = picture.width * picture.height
+    if any(tile[0] in _PYTHON_DECODERS for tile in getattr(picture, 'tile', ())) and (
+        pixels > _MAX_PYTHON_PIXELS or size > _MAX_PYTHON_BYTES
+    ):
+        raise ValueError(
+            f'{picture.width} x {picture.height} is more than this kind of {picture.format} is '
+            'read for, because that takes long: save it as PNG'
+        )
+
+
+def _check_metadata(size: int, pixels: int) -> None:
+    if size > _MAX_METADATA + 2 * pixels:
+        raise ValueError(f'it has {size:,} bytes of data beside the picture')
+
+
+def _check_png(data: bytes) -> None:
+    """PNG (https://www.w3.org/TR/png-3/): counts chunks, and what is no part of the picture."""
+    place, metadata, compressed = 8, 0, 0
+    pixels = int.from_bytes(data[16:20], 'big') * int.from_bytes(data[20:24], 'big')
+    # Encoders write chunks of kilobytes.
+    for _ in range(_MAX_SEGMENTS + len(data) // 4096):
+        kind, size = data[place + 4 : place + 8], int.from_bytes(data[place : place + 4], 'big')
+        if len(kind) < 4 or kind == b'IEND':
+            return
+        if kind not in (b'IDAT', b'fdAT'):
+            metadata += min(size, len(data))
+            _check_metadata(metadata, pixels)
+        if kind in (b'zTXt', b'iCCP') or (
+            kind == b'iTXt' and data[data.find(b'\0', place + 8) + 1] == 1
+        ):
+            compressed += 1
+        if compressed > _MAX_COMPRESSED_TEXTS + pixels // _MIB:
+            raise ValueError(f'it has {compressed} compressed texts')
+        place += 12 + size
+    raise ValueError('it has more chunks than any encoder writes')
+
+
+def _check_tiff(data: bytes) -> None:
+    """TIFF 6.0 and BigTIFF: the size of tiles, and how much the tags of the first picture hold."""
+    if data.startswith(b'MM\0+'):
+        raise ValueError('BigTIFF files of this byte order are not read')
+    sides: dict[int, int] = {}
+    parts = numbers = texts = 0
+    for tag, kind, length, value in _tiff_tags(data):
+        if tag in (_WIDTH, _HEIGHT):
+            sides.setdefault(tag, value)  # the first one counts
+        elif tag in (_TILE_WIDTH, _TILE_HEIGHT):
+            sides[tag] = max(value, sides.get(tag, 0))
+        if tag in _TIFF_PARTS:
+            parts = max(parts, length)
+        if kind in (1, 2, 7):
+            texts += length
+        else:
+            numbers += 8 * length if kind in (5, 10) else length
+    pixels = sides.get(_WIDTH, 0) * sides.get(_HEIGHT, 0)
+    if parts > _MAX_PARTS + pixels // 256 or numbers > 2 * _MAX_PARTS + pixels // 64:
+        raise ValueError(f'its tags hold {numbers:,} numbers')
+    if sides.get(_TILE_WIDTH, 0) * sides.get(_TILE_HEIGHT, 0) > _MIB + 2 * pixels:
+        raise ValueError(f'its tiles are {sides[_TILE_WIDTH]} x {sides[_TILE_HEIGHT]}')
+    _check_metadata(texts, 4 * pixels)
+
+
+def _tiff_tags(data: bytes) -> Iterator[tuple[int, int, int, int]]:
+    """(tag, type, length, value) of each tag of the first directory and of those of EXIF in it.
+
+    The value is 0 where it is not one whole number. What is cut off, or claims more than the file
+    has, is left out, as Pillow does.
+    """
+    order, big = '<' if data.startswith(b'II') else '>', data[2:3] == b'+'
+    count_code, entry, value_at, size = ('Q', 'HHQ', 12, 20) if big else ('H', 'HHI', 8, 12)
+    try:
+        directories = [struct.unpack_from(order + entry[-1], data, 8 if big else 4)[0]]
+        for directory in directories:
+            (count,) = struct.unpack_from(order + count_code, data, directory)
+            if count > _MAX_TAGS:
+                raise ValueError(f'it has {count:,} tags')
+            first = directory + struct.calcsize(count_code)
+            for place in range(first, first + count * size, size):
+                tag, kind, length = struct.unpack_from(order + entry, data, place)
+                unit, code = _TIFF_TYPES.get(kind, (0, ''))
+                value = 0
+                if length == 1 and code:
+                    (value,) = struct.unpack_from(order + code, data, place + value_at)
+                if unit * length <= len(data):
+                    yield tag, kind, length, value
+                if tag in _TIFF_DIRECTORIES and len(directories) <= len(_TIFF_DIRECTORIES):
+                    directories.append(value)
+    except (struct.error, OverflowError):
+        return
+
+
+def _check_gif(data: bytes) -> None:
+    """GIF: the blocks before the first picture, which Pillow reads one by one."""
+    place = 13 + (3 << ((data[10] & 7) + 1) if len(data) > 10 and data[10] & 0x80 else 0)
+    for _ in range(_MAX_SEGMENTS):
+        kind = data[place : place + 1]
+        if kind == b',' or place >= len(data):
+            return
+        if kind != b'!':
+            place += 1
+            continue
+        place += 2
+        for _ in range(_MAX_SEGMENTS):
+            size = data[place] if place < len(data) else 0
+            place += 1 + size
+            if not size:
+                break
+        _check_metadata(place, 0)
+    raise ValueError('it has more blocks before its first picture than any encoder writes')
+
+
+def _check_ppm(data: bytes) -> None:
+    """PPM: its header is read byte by byte, and comments are cut out one by one."""
+    from PIL import PpmImagePlugin
+
+    if data[1:2] in b'123' and data.count(b'#') > _MAX_COMMENTS:
+        raise ValueError(f'it has more than {_MAX_COMMENTS} comments')
+    if data[1:2] in b'0123456fy':
+        PpmImagePlugin.PpmImageFile(io.BytesIO(data[:_MAX_PPM_HEADER]))  # fails where that ends
+
+
+def _check_ico(data: bytes) -> None:
+    """ICO: Pillow decodes its largest picture at once, whatever size that has."""
+    count = int.from_bytes(data[4:6], 'little')
+    for number in range(count):
+        entry = data[6 + 16 * number : 22 + 16 * number]
+        if len(entry) < 16:
+            return
+        (place,) = struct.unpack('<I', entry[12:])
+        head = data[place : place + 24]
+        if head.startswith(_PNG):
+            width, height = struct.unpack('>II', head[16:24].ljust(8, b'\0'))
+            _check_png(data[place:])
+        else:
+            width, height = struct.unpack('<ii', head[4:12].ljust(8, b'\0'))
+        if abs(width * height) > 2 * _MIB:
+            raise ValueError(f'it holds an icon of {width} x {abs(height)}')
+
+
+def _check_jpeg_2000(data: bytes) -> None:
+    """JPEG 2000 (ITU T.800, annex A): tiles and precincts, for each of which memory is taken."""
+    for start in (found.end() for found in re.finditer(_JPEG_2000, data)):
+        if start + 36 > len(data):
+            return
+        width, height, left, top, tile_width, tile_height = struct.unpack_from(
+            '>6I', data, start + 4
+        )
+        pixels = max(width - left, 0) * max(height - top, 0)
+        if pixels > (_MAX_PARTS // 16 + pixels // 4096) * tile[0] * tile[1]:
+            raise ValueError(f'its tiles are {tile[0]} x {tile[1]}')
+        if len(data) > 16 * _MIB + pixels * 3 // 4:  # a second takes 7 MB
+            raise ValueError(f'it has {len(data):,} bytes, which take too long')
+        for coding in _jpeg_2000_codings(data, start - 2):
+            levels, width, height, _, _, *precincts = coding
+            blocks = pixels / 2 ** ((width & 15) + (height & 15) + 4)
+            precincts = sum(
+                pixels / 4 ** (levels - level) / 2 ** ((size & 15) + (size >> 4))
+                for level, size in enumerate(precincts[: levels + 1])
+            )
+            if max(blocks / 4, precincts) > _MAX_PARTS / 16 + pixels / 1024:
+                raise ValueError(f'it has {blocks:,.0f} blocks in {precincts:,.0f} precincts')
+
+
+def _jpeg_2000_codings(data: bytes, place: int) -> Iterator[bytes]:
+    """What the headers of a codestream and its tiles say of the coding, from the levels on."""
+    many_components = data[place + 38 : place + 40] > b'\1\0'
+    tile = -1  # where the tile begins
+    for _ in range(_MAX_SEGMENTS):
+        marker, size = data[place : place + 2], int.from_bytes(data[place + 2 : place + 4], 'big')
+        if marker == b'\xff\x90':
+            tile = place
+        elif marker == b'\xff\x93' and tile >= 0:  # the tile's data
+            place = tile
+            size = int.from_bytes(data[tile + 6 : tile + 10], 'big') - 2
+            tile = -1
+        elif marker == b'\xff\x52':
+            yield data[place + 9 : place + 2 + size].ljust(5, b'\xff')
+        elif marker == b'\xff\x53':
+            yield data[place + 6 + many_components : place + 2 + size].ljust(5, b'\xff')
+        if size < 2 or place >= len(data):
+            return
+        place += 2 + size
+    raise ValueError(f'it has more than {_MAX_SEGMENTS:,} tiles and markers')
+
+
+_CHECKS = {
+    _PNG: _check_png,
+    b'GIF8': _check_gif,
+    b'P': _check_ppm,
+    b'\0\0\1\0': _check_ico,
+    _JPEG_2000: _check_jpeg_2000,
+    b'\0\0\0\x0cjP  ': _check_jpeg_2000,
+    **dict.fromkeys((b'II*\0', b'II+\0', b'MM\0*', b'MM*\0', b'MM\0+'), _check_tiff),
+}
