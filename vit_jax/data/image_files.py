@@ -328,10 +328,8 @@ def _check_jpeg_2000(data: bytes) -> None:
     for start in (found.end() for found in re.finditer(_JPEG_2000, data)):
         if start + 36 > len(data):
             return
-        width, height, left, top, tile_width, tile_height = struct.unpack_from(
-            '>6I', data, start + 4
-        )
-        pixels = max(width - left, 0) * max(height - top, 0)
+        right, bottom, left, top, *tile = struct.unpack_from('>6I', data, start + 4)
+        pixels = max(right - left, 0) * max(bottom - top, 0)
         if pixels > (_MAX_PARTS // 16 + pixels // 4096) * tile[0] * tile[1]:
             raise ValueError(f'its tiles are {tile[0]} x {tile[1]}')
         if len(data) > 16 * _MIB + pixels * 3 // 4:  # a second takes 7 MB
