@@ -3,15 +3,19 @@
 import io
 import json
 import os
+import pathlib
 import pickle
 import struct
+import warnings
 import zipfile
 
 import numpy as np
 import pytest
 
-from vit_jax.checkpoint import catalog, formats, npz, tensors
+from vit_jax.checkpoint import archives, catalog, formats, npz, tensors
 from vit_jax.errors import UserError
+
+SHARED = pathlib.Path(__file__).parents[3] / 'shared' / 'cases' / 'hostile'
 
 
 def refused(path, words):
@@ -123,6 +127,84 @@ def test_tensors_larger_than_their_file(tmp_path):
     sparse = torch.sparse_coo_tensor([[0], [0]], [1.0], (9, 9), check_invariants=True)
     torch.save({'a': sparse}, tmp_path / 'sparse.pth')
     refused(tmp_path / 'sparse.pth', 'expected plain tensors')
+
+
+def rewritten(path, change=lambda info, data: data, method=zipfile.ZIP_STORED):
+    """The members of a zip file written anew."""
+    with zipfile.ZipFile(path) as archive:
+        members = [(info, archive.read(info)) for info in archive.infolist()]
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, 'w', method) as archive:
+        for info, data in members:
+            archive.writestr(info.filename, change(info, data))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize('name', ['a.pth', 'a.safetensors', 'a.npz', 'a.bin', 'a'])
+def test_compressed_members_of_a_pytorch_file(tmp_path, name):
+    """PyTorch unpacks them before anyone can ask how large they are."""
+    torch = pytest.importorskip('torch')
+    torch.save({'patch_embed.proj.weight': torch.zeros(8, 3, 40, 400)}, tmp_path / 'plain.pth')
+    packed = rewritten(tmp_path / 'plain.pth', method=zipfile.ZIP_DEFLATED)
+    (tmp_path / name).write_bytes(packed)
+    assert torch.load(tmp_path / 'plain.pth')  # which is a file as PyTorch writes it
+    refused(tmp_path / name, 'is compressed')
+
+
+@pytest.mark.parametrize('name', ['a.pth', 'a.safetensors', 'a.npz', 'a'])
+@pytest.mark.parametrize('behind', [b'x', bytes(30), bytes(70_000), b'PK\5\6' + bytes(18)])
+def test_bytes_after_the_end_of_an_archive(tmp_path, name, behind):
+    """zipfile then finds no archive, or another one than PyTorch."""
+    torch = pytest.importorskip('torch')
+    torch.save({'a': torch.zeros(4)}, tmp_path / 'plain.pth')
+    packed = rewritten(tmp_path / 'plain.pth', method=zipfile.ZIP_DEFLATED)
+    (tmp_path / name).write_bytes(packed + behind)
+    refused(tmp_path / name, 'goes on after the end|contents|cannot be read|no list')
+
+
+def test_an_archive_of_two_ends(tmp_path):
+    """The longer record of the end leads readers to one list, the shorter one to another."""
+    torch = pytest.importorskip('torch')
+    torch.save({'a': torch.zeros(4)}, tmp_path / 'a.pth')
+    data = (tmp_path / 'a.pth').read_bytes()
+    assert data[-98:-94] == b'PK\6\6' and data[-42:-38] == b'PK\6\7'
+    elsewhere = data[:-34] + struct.pack('<Q', 0) + data[-26:]
+    (tmp_path / 'b.pth').write_bytes(elsewhere)
+    refused(tmp_path / 'b.pth', 'two ends')
+    before = write_zip(tmp_path / 'c.npz', {'a.npy': npy((1,), values=bytes(4))})
+    before.write_bytes(b'PK\3\4' + before.read_bytes())
+    refused(before, 'not where its list says')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(archives, '_MAX_DIRECTORY', 100)
+        refused(tmp_path / 'a.pth', 'the list of its contents has')
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+def test_pickles_of_many_objects(tmp_path, zipped):
+    """A byte each in the file, and a hundred in memory."""
+    torch = pytest.importorskip('torch')
+    path, lists = tmp_path / 'a.pth', b'\x80\x02(' + b']' * 1_100_000
+    if zipped:
+        write_zip(path, {'a/DATA.PKL': lists + b'l.', 'a/version': b'3\n'})
+    else:
+        torch.save({'a': 1}, path, _use_new_zipfile_serialization=False)
+        content = path.read_bytes()
+        start = content.index(b'\x80\x02}q\x00X\x01\0\0\0a')
+        path.write_bytes(content[:start] + lists + b'l.' + content[start:])
+    refused(path, 'more than 1,000,000 steps')
+
+
+def test_tensors_of_other_kinds_are_named(tmp_path):
+    torch = pytest.importorskip('torch')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # that nested tensors are young
+        nested = torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(4, 3)])
+        quantised = torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8)
+    for words, tensor in (('a nested tensor', nested), ('a quantised tensor', quantised)):
+        torch.save({'head.weight': tensor}, tmp_path / 'a.pth')
+        refused(tmp_path / 'a.pth', f"'head.weight' is stored as {words}")
+    if SHARED.is_dir():
+        refused(SHARED / 'nested.pth', 'a nested tensor')
 
 
 @pytest.mark.parametrize(

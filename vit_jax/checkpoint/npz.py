@@ -25,7 +25,7 @@ import numpy as np
 from flax import traverse_util
 
 from vit_jax import files
-from vit_jax.checkpoint import big_vision
+from vit_jax.checkpoint import archives, big_vision
 from vit_jax.checkpoint.arrays import (
     LazyArray,
     Weights,
@@ -43,7 +43,7 @@ _GROUP_NORM = re.compile(r'(?:.*/)?(?:gn\d+|gn_root|gn_proj)/(?:scale|bias)')
 
 _MAX_HEADER = 10_000  # bytes of a .npy header, NumPy's own limit
 _MAX_EXPANSION = 32  # weights are noise: compressed files hold hardly more than their size
-_SMALL = 1 << 30
+_SMALL = 64 << 20
 
 # The comment of a zip file whose names would be taken for those of another layout: nothing is left
 # out of it or moved.
@@ -83,7 +83,7 @@ def open_file(path: str | os.PathLike[str]) -> Weights:
     path = pathlib.Path(path)
     check_exists(path)
     try:
-        archive = zipfile.ZipFile(path)  # closed when the last array that reads from it is gone
+        archive = archives.open_zip(path)  # closed when the last array that reads from it is gone
         _check_sizes(archive.infolist(), path)
         members = {info.filename.removesuffix('.npy'): info for info in archive.infolist()}
         as_named = archive.comment == _AS_NAMED

@@ -4,23 +4,30 @@ Such a file is a pickle: PyTorch reads it, with `weights_only`, which builds ten
 else, so no code of the file runs.
 """
 
+import contextlib
 import functools
+import io
+import itertools
 import mmap
 import pathlib
+import pickletools
+import struct
 import warnings
-import zipfile
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from vit_jax import files
+from vit_jax.checkpoint import archives
 from vit_jax.checkpoint.arrays import LazyArray, from_file
 from vit_jax.errors import UserError
 
 # Python objects that PyTorch makes of any file and that can take memory without end: a byte array
 # as long as a number says, and text encoded again and again. No weights need them.
 _BOMBS = (b'bytearray', b'_codecs')
+# Steps of the pickles in a file, each of which may make an object; a tensor takes about 40.
+_MAX_STEPS = 1_000_000
+_PICKLES = 5  # of the older format: magic number, version, machine, content, names of storages
 # Of what a file's tensors may take when read: some share one stored array (tied weights), not many.
 _MAX_EXPANSION = 8
 # Where training scripts keep the state dict in their checkpoints; averaged weights first.
@@ -50,9 +57,11 @@ def open_file(path: pathlib.Path) -> dict[str, LazyArray]:
                 f'{path}: the entry {name!r} is a {type(tensor).__name__}, not a tensor; expected '
                 'a state dict'
             )
-        if tensor.layout != torch.strided or tensor.device.type != 'cpu':
+        what = 'a nested tensor' if tensor.is_nested else str(tensor.layout)
+        if what != 'torch.strided' or tensor.is_quantized or tensor.device.type != 'cpu':
+            what = 'a quantised tensor' if tensor.is_quantized else what
             raise UserError(
-                f'{path}: the tensor {name!r} is stored as {tensor.layout} on {tensor.device}; '
+                f'{path}: the tensor {str(name)[:200]!r} is stored as {what} on {tensor.device}; '
                 'expected plain tensors'
             )
     if sum(t.numel() * t.element_size() for t in content.values()) > (
@@ -86,7 +95,7 @@ def _load_state_dict(path: pathlib.Path) -> Mapping[Any, Any]:
         with warnings.catch_warnings():
             # It warns of odd or old pickles, which end in an error below or do not matter.
             warnings.simplefilter('ignore')
-            if is_zip(path) and path.suffix != '.safetensors':
+            if archives.is_zip(path) and path.suffix != '.safetensors':
                 content = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
             else:  # by its name PyTorch would take a renamed file for what it is not
                 with open(path, 'rb') as f:
@@ -108,43 +117,44 @@ def _load_state_dict(path: pathlib.Path) -> Mapping[Any, Any]:
 
 
 def _refuse_bombs(path: pathlib.Path) -> None:
-    """Refuses what PyTorch would make of a pickle before anyone can look at it.
-
-    Its unpickler knows the names of Python objects only as plain text, so looking for the text is
-    enough.
-    """
+    """Refuses what PyTorch would make of a file before anyone can look at it."""
     try:
-        if is_zip(path):
-            with zipfile.ZipFile(path) as archive:
-                pickles = [info for info in archive.infolist() if info.filename.endswith('.pkl')]
-                if sum(info.file_size for info in pickles) > files.MAX_JSON_BYTES:
-                    raise UserError(
-                        f'{path}: its pickle has more than {files.MAX_JSON_BYTES:,} bytes'
-                    )
-                found = any(bomb in archive.read(info) for info in pickles for bomb in _BOMBS)
+        if archives.is_zip(path):
+            with archives.open_zip(path) as archive:
+                members = archive.infolist()
+                archives.check_stored(members, path)
+                for info in members:
+                    if info.filename.lower().endswith('.pkl'):  # in any case, as for PyTorch
+                        data = archive.read(info)
+                        _check_pickles(data, io.BytesIO(data), path)
         elif path.stat().st_size:
             with (
                 open(path, 'rb') as file,
                 mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view,
             ):
-                found = any(view.find(bomb) >= 0 for bomb in _BOMBS)
-        else:
-            found = False
+                _check_pickles(view, view, path)
     except (MemoryError, UserError):
         raise
     except Exception as e:  # whatever zipfile raises for damage
         raise UserError(f'{path} is damaged ({e}): download it again') from e
-    if found:
+
+
+def _check_pickles(data: bytes | mmap.mmap, file: BinaryIO | mmap.mmap, path: pathlib.Path) -> None:
+    """Looks at the first pickles of a file without executing them.
+
+    PyTorch's unpickler knows the names of Python objects only as plain text, so looking for the
+    text is enough.
+    """
+    if any(data.find(bomb) >= 0 for bomb in _BOMBS):
         raise UserError(
             f'{path} has other Python objects than tensors in it (bytes), which could take all '
             'memory. Save the state dict alone (torch.save(model.state_dict(), ...)), or use '
             '.safetensors'
         )
-
-
-def is_zip(path: pathlib.Path) -> bool:
-    """Whether a file is a zip archive, perhaps a damaged one."""
-    try:
-        return zipfile.is_zipfile(path)
-    except zipfile.BadZipFile:  # one in several parts
-        return True
+    with contextlib.suppress(ValueError, struct.error):  # damage, which PyTorch will name
+        pickles = itertools.chain.from_iterable(pickletools.genops(file) for _ in range(_PICKLES))
+        if sum(1 for _ in itertools.islice(pickles, _MAX_STEPS + 1)) > _MAX_STEPS:
+            raise UserError(
+                f'{path}: its pickle has more than {_MAX_STEPS:,} steps, which could take all '
+                'memory. Save the state dict alone (torch.save(model.state_dict(), ...))'
+            )

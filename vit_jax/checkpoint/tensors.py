@@ -7,14 +7,13 @@ import functools
 import json
 import pathlib
 import re
-import zipfile
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from vit_jax import files
-from vit_jax.checkpoint import pytorch
+from vit_jax.checkpoint import archives, pytorch
 from vit_jax.checkpoint.arrays import LazyArray, from_file
 from vit_jax.errors import UserError
 
@@ -61,15 +60,15 @@ def kind(path: pathlib.Path) -> str:
     Args:
         path: an existing file, whatever its name.
     """
-    if pytorch.is_zip(path):
+    if archives.is_zip(path):
         try:
-            with zipfile.ZipFile(path) as archive:
+            with archives.open_zip(path) as archive:
                 names = archive.namelist()
         except MemoryError:
             raise
         except Exception:  # zipfile raises nearly anything for damage; reading it will name it
             return 'pickle' if path.suffix in _PICKLES else 'npz'
-        return 'pickle' if any(name.endswith('data.pkl') for name in names) else 'npz'
+        return 'pickle' if any(name.lower().endswith('data.pkl') for name in names) else 'npz'
     try:
         with open(path, 'rb') as f:
             start = f.read(10)
