@@ -24,7 +24,7 @@ import torch
 from benchmarks import torch_libraries, torch_reference
 from vit_jax import files, models
 from vit_jax.analysis import compare
-from vit_jax.checkpoint import npz
+from vit_jax.checkpoint import library_configs, npz
 from vit_jax.data.batches import eval_batches
 from vit_jax.data.preprocess import normalize
 from vit_jax.errors import UserError
@@ -72,11 +72,11 @@ def check(
     if not path.exists():  # a released name, whose file was downloaded
         path = pathlib.Path(opened.source['file'])
     weights, reader = _reference_weights(path, opened)
-    folder = None
+    library = '' if perturb else _library_of(path)
     if perturb:
         weights = _perturb(weights, perturb)
-    elif _is_transformers_folder(path):
-        folder, reader = path, "by transformers' own from_pretrained"
+    elif library and reference in ('auto', library):
+        reader = f'by {library} itself, with the settings in {path / "config.json"}'
     zero_head = compare.zero_head(opened.params)
     batches, described = _images(opened, images, limit, batch)
     found = {
@@ -92,17 +92,23 @@ def check(
     _introduce(found, say)
     ours = [layers_of(opened.model, opened.params, t) for t in (np.float32, np.float64)]
     results = []
-    for title, make in _references(reference, opened, weights, folder):
+    if library and reference in ('auto', library):
+        references = [_of_folder(library, path)]
+    else:
+        references = _references(reference, opened, weights)
+    for title, make in references:
         title = f'{title}, PyTorch {torch.__version__}'
         say(f'\nReference: {title}')
         try:
-            theirs = [_runner(make, 'tanh', t) for t in (torch.float32, torch.float64)]
-            erf = _runner(make, 'erf', torch.float32)
-        except (KeyError, ValueError, RuntimeError) as e:
+            theirs = [_runner(make(), t) for t in (torch.float32, torch.float64)]
+            erf = None
+            if isinstance(make, functools.partial) and make.keywords.get('act') == 'gelu_tanh':
+                erf = _runner(make(act='gelu'), torch.float32)
+        except (KeyError, ValueError, RuntimeError, OSError) as e:
             raise UserError(f'{path}: {title} cannot be built with these weights: {e}') from e
         rows, erf_rows = _compare(batches(), ours, theirs, erf)
         verdict = compare.parity_verdict(rows, zero_head=zero_head, tolerance=tolerance)
-        results.append(_report(title, rows, verdict, erf_rows[verdict.output], say))
+        results.append(_report(title, rows, verdict, erf_rows.get(verdict.output), say))
     return found | {'references': results, 'passed': all(r['passed'] for r in results)}
 
 
@@ -127,41 +133,44 @@ def _report(
     title: str,
     rows: Mapping[str, compare.ParityRow],
     verdict: compare.Verdict,
-    erf: compare.Difference,
+    erf: compare.Difference | None,
     say: Callable[[Any], None],
 ) -> dict[str, Any]:
     """Shows the comparison with one reference; returns it for JSON."""
-    times = ''
-    if verdict.passed and verdict.difference:
-        times = f', {erf.max / verdict.difference:.0f} times as much'
     say(_table(rows))
-    say(
-        f"With PyTorch's default erf GELU instead of tanh, its {verdict.output} would differ by "
-        f'{erf.max:.1e} (mean {erf.mean:.1e}){times}; argmax agrees in {erf.agree} of '
-        f'{erf.vectors}'
-    )
+    if erf is not None:
+        times = ''
+        if verdict.passed and verdict.difference:
+            times = f', {erf.max / verdict.difference:.0f} times as much'
+        say(
+            f"With PyTorch's default erf GELU instead of tanh, its {verdict.output} would differ "
+            f'by {erf.max:.1e} (mean {erf.mean:.1e}){times}; argmax agrees in {erf.agree} of '
+            f'{erf.vectors}'
+        )
     say(verdict)
     return {
         'name': title,
         'passed': verdict.passed,
         'verdict': dataclasses.asdict(verdict) | {'text': str(verdict)},
         'rows': {key: row.to_dict() for key, row in rows.items()},
-        'erf_gelu': erf.to_dict(),
+        'erf_gelu': erf and erf.to_dict(),
     }
 
 
 def _compare(
-    batches: Iterator[np.ndarray], ours: Sequence[Run], theirs: Sequence[Run], erf: Run
+    batches: Iterator[np.ndarray], ours: Sequence[Run], theirs: Sequence[Run], erf: Run | None
 ) -> tuple[dict[str, compare.ParityRow], dict[str, compare.Difference]]:
     """The rows of two sides, each in float32 and float64; and PyTorch with erf GELU from tanh."""
     rows = collections.defaultdict[str, compare.ParityRow](compare.ParityRow)
     erf_rows = collections.defaultdict[str, compare.Difference](compare.Difference)
     for pixels in batches:
-        mine, mine64, other, other64, other_erf = (run(pixels) for run in (*ours, *theirs, erf))
+        mine, mine64, other, other64 = (run(pixels) for run in (*ours, *theirs))
         for key, array in other.items():
             rows[key].add(mine[key], array, mine64[key], other64[key])
-            if key in ('logits', 'pre_logits'):
-                erf_rows[key].add(other_erf[key], array)
+        if erf is not None:
+            for key, array in erf(pixels).items():
+                if key in ('logits', 'pre_logits'):
+                    erf_rows[key].add(array, other[key])
     return dict(rows), dict(erf_rows)
 
 
@@ -240,15 +249,12 @@ def _reference_weights(path: pathlib.Path, model: model_folder.Model) -> tuple[O
     return weights, 'as vit_jax read them (only the computation is compared, not the reading)'
 
 
-def _is_transformers_folder(path: pathlib.Path) -> bool:
-    """Whether transformers itself can load it for input in [-1, 1]: then it does."""
-    if not (path / 'config.json').is_file():
-        return False
-    settings = path / 'preprocessor_config.json'
-    processor = files.read_json(settings) if settings.is_file() else {}
-    half = [0.5] * 3
-    is_half = processor.get('image_mean', half) == processor.get('image_std', half) == half
-    return is_half and files.read_json(path / 'config.json').get('model_type') == 'vit'
+def _library_of(path: pathlib.Path) -> str:
+    """The library whose folder it is, and which so runs it: 'transformers', 'timm' or ''."""
+    if not (path / 'config.json').is_file() or (path / model_folder.MODEL_FILE).is_file():
+        return ''
+    config = files.read_json(path / 'config.json')
+    return 'timm' if 'architecture' in config else 'transformers' if 'model_type' in config else ''
 
 
 def _perturb(weights: Outputs, name: str) -> Outputs:
@@ -265,16 +271,21 @@ def _perturb(weights: Outputs, name: str) -> Outputs:
 
 
 def _references(
-    chosen: str, model: model_folder.Model, weights: Outputs, folder: pathlib.Path | None
+    chosen: str, model: model_folder.Model, weights: Outputs
 ) -> list[tuple[str, Callable[..., torch.nn.Module]]]:
-    """(name, what makes it, given the form of GELU) of each implementation to compare with."""
+    """(name, what makes it) of each implementation to compare with, of weights alone.
+
+    They are told what our model was told: activation, epsilon and pooling.
+    """
     classifier = model.model_config.get('classifier', '')
-    special = ('conv_root/kernel', 'dist', 'head_hidden/kernel')
+    settings = {name: getattr(model.model, name) for name in ('act', 'layer_norm_eps')}
+    pooler = {'representation_act': getattr(model.model, 'representation_act', 'tanh')}
+    special = ('conv_root/kernel', 'dist', 'head_hidden/kernel', 'fc_norm/scale')
     is_plain = classifier == 'token' and not any(name in weights for name in special)
     if chosen == 'transformers' and not is_plain:
         raise UserError('--reference: transformers has only Vision Transformers with a class token')
     timm_name = torch_libraries.timm_name(model.model_config.get('model_name') or '')
-    if 'pre_logits/bias' in weights:
+    if 'pre_logits/bias' in weights or settings['layer_norm_eps'] != 1e-6:
         timm_name = ''
     if chosen == 'timm' and not timm_name:
         raise UserError('--reference: timm has no such model')
@@ -283,20 +294,38 @@ def _references(
     os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
     library = _library('transformers', chosen) if is_plain else None
     if library:
-        make = functools.partial(torch_libraries.transformers_model, weights)
-        if folder is not None:
-            make = functools.partial(torch_libraries.transformers_folder, folder)
+        make = functools.partial(torch_libraries.transformers_model, weights, **settings, **pooler)
         found.append((f'ViT of transformers {library.__version__}', make))
     elif chosen in ('auto', 'torch_reference'):
         sizes = {'classifier': classifier, 'image_size': model.image_size}
-        make_ours = functools.partial(torch_reference.build, weights, **sizes)
+        make_ours = functools.partial(torch_reference.build, weights, **sizes, **settings, **pooler)
         found.append(('benchmarks/torch_reference.py', make_ours))
     if timm_name and (library := _library('timm', chosen)):
         make_timm = functools.partial(
-            torch_libraries.timm_model, timm_name, weights, model.image_size
+            torch_libraries.timm_model, timm_name, weights, model.image_size, act=settings['act']
         )
         found.append((f'{timm_name} of timm {library.__version__}', make_timm))
     return found
+
+
+def _of_folder(name: str, folder: pathlib.Path) -> tuple[str, Callable[..., torch.nn.Module]]:
+    """The library whose folder it is, and what loads the model: for input in [-1, 1]."""
+    library = _library(name, name)
+    load = {
+        'transformers': torch_libraries.transformers_folder,
+        'timm': torch_libraries.timm_folder,
+    }[name]
+    normalization = library_configs.read(folder).get('normalization', library_configs.HALF)
+    mean, std = (torch.tensor(values, dtype=torch.float64) for values in normalization)
+
+    def make() -> torch.nn.Module:
+        model = load(folder)
+        model.register_forward_pre_hook(
+            lambda _module, inputs: (((inputs[0].double() + 1) / 2 - mean) / std).to(inputs[0]),
+        )
+        return model
+
+    return f'{name} {library.__version__}', make
 
 
 def _library(name: str, chosen: str) -> Any:
@@ -316,8 +345,8 @@ def _library(name: str, chosen: str) -> Any:
         return None
 
 
-def _runner(make: Callable[..., torch.nn.Module], gelu: str, dtype: torch.dtype) -> Run:
-    module = make(gelu=gelu).to(dtype)
+def _runner(module: torch.nn.Module, dtype: torch.dtype) -> Run:
+    module = module.to(dtype)
 
     def run(images: np.ndarray) -> Outputs:
         with torch.inference_mode():

@@ -4,6 +4,7 @@ Like torch_reference.py this reads the published names by its own code, not by v
 models take and return the same: images [B, height, width, 3] in [-1, 1] to a dict of outputs.
 """
 
+import json
 import os
 import re
 import tempfile
@@ -14,9 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-# The names of the forms of GELU in each library.
-_TRANSFORMERS_GELU = {'tanh': 'gelu_pytorch_tanh', 'erf': 'gelu'}
-_TIMM_GELU = {'tanh': 'gelu_tanh', 'erf': 'gelu'}
+# Where transformers has another name for an activation function; timm has the same ones.
+_TRANSFORMERS_ACTIVATIONS = {'gelu_tanh': 'gelu_pytorch_tanh'}
 
 # Our variant -> timm's model. (timm has Mixers, too, but does not read their published files.)
 _TIMM_SIZES = {'Ti': 'tiny', 'S': 'small', 'B': 'base', 'L': 'large', 'H': 'huge'}
@@ -28,14 +28,22 @@ _TIMM_OTHERS = {
 }
 
 
-def transformers_model(weights: Mapping[str, np.ndarray], gelu: str) -> 'Recorded':
+def transformers_model(
+    weights: Mapping[str, np.ndarray],
+    *,
+    act: str,
+    layer_norm_eps: float,
+    representation_act: str = 'tanh',
+) -> 'Recorded':
     """The ViT of transformers that the shapes of the weights describe, with these weights.
 
     Args:
         weights: name (published or Linen) -> float32 array, of a ViT with class token; not copied.
             `pre_logits` is the pooler of transformers' `ViTModel`; its class for classification
             leaves that out.
-        gelu: 'tanh' or 'erf', the default of transformers.
+        act: activation function, one of `torch_reference.ACTIVATIONS`.
+        layer_norm_eps: epsilon of LayerNorm.
+        representation_act: activation function of the pooler.
 
     Returns:
         The model.
@@ -56,8 +64,9 @@ def transformers_model(weights: Mapping[str, np.ndarray], gelu: str) -> 'Recorde
         intermediate_size=next(
             a.shape[0] for n, a in weights.items() if n.endswith('/Dense_0/bias')
         ),
-        hidden_act=_TRANSFORMERS_GELU[gelu],
-        layer_norm_eps=1e-6,
+        hidden_act=_TRANSFORMERS_ACTIVATIONS.get(act, act),
+        pooler_act=_TRANSFORMERS_ACTIVATIONS.get(representation_act, representation_act),
+        layer_norm_eps=layer_norm_eps,
         image_size=round(positions**0.5) * patch,
         patch_size=patch,
         pooler_output_size=len(weights['pre_logits/bias']) if pooled else None,
@@ -71,38 +80,79 @@ def transformers_model(weights: Mapping[str, np.ndarray], gelu: str) -> 'Recorde
     return recorded.requires_grad_(False)
 
 
-def transformers_folder(folder: str | os.PathLike[str], gelu: str) -> 'Recorded':
-    """The ViT of a Hugging Face folder, loaded by transformers itself.
+def transformers_folder(folder: str | os.PathLike[str]) -> 'Recorded':
+    """The model of a Hugging Face folder, as transformers itself loads it, with all settings.
 
-    Args:
-        folder: with config.json and weights.
-        gelu: 'tanh' or 'erf', whatever config.json says; the epsilon of LayerNorm becomes 1e-6.
-
-    Returns:
-        The model.
+    The class is the one that config.json names.
 
     Raises:
-        ValueError: transformers misses an array of its model, or does not expect one.
+        ValueError: transformers misses an array of its model, or finds one of another shape.
     """
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    loaded: Any = transformers.ViTForImageClassification.from_pretrained(
-        folder,
-        hidden_act=_TRANSFORMERS_GELU[gelu],
-        layer_norm_eps=1e-6,
-        local_files_only=True,
-        output_loading_info=True,
-    )
-    model, info = loaded
-    for what in ('missing_keys', 'unexpected_keys', 'mismatched_keys'):
-        if info[what]:
-            raise ValueError(f'from_pretrained reports {what}: {sorted(map(str, info[what]))}')
-    return _transformers(model.vit, model.classifier)
+    with open(os.path.join(folder, 'config.json'), encoding='utf-8') as file:
+        (name,) = json.load(file)['architectures']
+
+    def load(**options: Any) -> tuple[Any, list[str]]:
+        model, info = getattr(transformers, name).from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, **options
+        )
+        return model, [*map(str, info['missing_keys']), *map(str, info['mismatched_keys'])]
+
+    model, missing = load()
+    if missing and all('pooler' in key for key in missing):  # the folder has none
+        model, missing = load(add_pooling_layer=False)
+    if missing:
+        raise ValueError(f'from_pretrained misses arrays of these shapes: {sorted(missing)}')
+    heads = [
+        module
+        for name, module in model.named_modules()
+        if name in ('classifier', 'cls_classifier', 'distillation_classifier')
+    ]
+
+    def compute(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        read: list[torch.Tensor] = []
+        handles = [
+            head.register_forward_pre_hook(lambda _module, inputs: read.append(inputs[0]))
+            for head in heads
+        ]
+        result = model(pixel_values=images)
+        for handle in handles:
+            handle.remove()
+        if heads:
+            features = read[0] if len(read) == 1 else torch.stack(read, dim=1)
+            return {'pre_logits': features, 'logits': result.logits}
+        features = result.pooler_output
+        return {'pre_logits': result.last_hidden_state[:, 0] if features is None else features}
+
+    return Recorded(model, _parts(model), compute)
+
+
+def timm_folder(folder: str | os.PathLike[str]) -> 'Recorded':
+    """The model of a timm folder, as timm itself loads it."""
+    import timm
+
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True)
+
+    def compute(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = model.forward_features(images)
+        outputs = {'logits': model.forward_head(x)} if model.num_classes else {}
+        if 'distilled' not in type(model).__name__.lower():
+            outputs = {'pre_logits': model.forward_head(x, pre_logits=True)} | outputs
+        return outputs
+
+    return Recorded(model, _parts(model), compute)
+
+
+def _parts(model: nn.Module) -> list[nn.Module]:
+    """Its modules that give the tokens of the patches, and those after each block."""
+    pattern = re.compile(r'(?:.*\.)?(?:patch_embed(?:dings)?|stem|(?:layers?|blocks)\.\d+)')
+    return [module for name, module in model.named_modules() if pattern.fullmatch(name)]
 
 
 def timm_model(
-    name: str, weights: Mapping[str, np.ndarray], image_size: int, gelu: str
+    name: str, weights: Mapping[str, np.ndarray], image_size: int, *, act: str
 ) -> 'Recorded':
     """A timm model with weights that timm itself reads from a `.npz` file of published names.
 
@@ -110,14 +160,12 @@ def timm_model(
         name: of the model in timm, see `timm_name`.
         weights: name (published) -> float32 array. timm has no `pre_logits`.
         image_size: height and width, pixels.
-        gelu: 'tanh' or 'erf', timm's default.
+        act: activation function, one of `torch_reference.ACTIVATIONS`.
     """
     import timm
 
     classes = len(weights['head/bias']) if 'head/bias' in weights else 0
-    model = timm.create_model(
-        name, num_classes=classes, img_size=image_size, act_layer=_TIMM_GELU[gelu]
-    )
+    model = timm.create_model(name, num_classes=classes, img_size=image_size, act_layer=act)
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, 'weights.npz')
         np.savez(path, allow_pickle=False, **weights)
@@ -136,7 +184,7 @@ class Recorded(nn.Module):
 
     Args:
         model: the model, with all its weights.
-        parts: its modules that give the patch embedding and the tokens after each block.
+        parts: its modules that give the patch embedding and the tokens after each block, in order.
         compute: images [B, 3, height, width] -> 'pre_logits' and, if there is a head, 'logits'.
     """
 

@@ -17,17 +17,23 @@ block, 'encoderblock_0' or 'MixerBlock_0' [B, N, D], 'pre_logits' (what the head
 
 import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LAYER_NORM_EPSILON = 1e-6
 GROUP_NORM_EPSILON = 1e-6
 STANDARDISATION_EPSILON = 1e-5  # added to the standard deviation
-GELU_FORMS = {'tanh': 'tanh', 'erf': 'none'}  # our name -> the argument of torch's gelu
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    'gelu_tanh': lambda x: F.gelu(x, approximate='tanh'),
+    'gelu': F.gelu,
+    'quick_gelu': lambda x: x * torch.sigmoid(1.702 * x),
+    'relu': F.relu,
+    'silu': F.silu,
+    'tanh': torch.tanh,
+}
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -55,15 +61,24 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def build(
-    weights: Mapping[str, np.ndarray], *, classifier: str, image_size: int, gelu: str = 'tanh'
+    weights: Mapping[str, np.ndarray],
+    *,
+    classifier: str,
+    image_size: int,
+    act: str = 'gelu_tanh',
+    layer_norm_eps: float = 1e-6,
+    representation_act: str = 'tanh',
 ) -> 'Reference':
     """The model that the names and shapes of the weights describe, with these weights.
 
     Args:
         weights: name -> float32 array; not copied.
-        classifier: of a Vision Transformer: 'token', 'gap', 'unpooled' or 'token_unpooled'.
+        classifier: of a Vision Transformer: 'token', 'gap', 'max', 'avgmax' (mean, maximum, and the
+            mean of both, of the patch tokens), 'unpooled' or 'token_unpooled'.
         image_size: height and width of its images, pixels; it is tried on a black one.
-        gelu: 'tanh', as the weights were trained, or 'erf', PyTorch's default.
+        act: activation function of the MLPs, a name in `ACTIVATIONS`.
+        layer_norm_eps: epsilon of LayerNorm.
+        representation_act: activation function of `pre_logits`.
 
     Returns:
         A module in evaluation mode: images to a dict of outputs, see the top of this file.
@@ -72,7 +87,8 @@ def build(
         KeyError: an array is missing.
         ValueError, RuntimeError: an array belongs to no part of the model, or does not fit.
     """
-    model = Reference(weights, classifier, GELU_FORMS[gelu])
+    acts = ACTIVATIONS[act], ACTIVATIONS[representation_act]
+    model = Reference(weights, classifier, acts, layer_norm_eps)
     with torch.inference_mode():
         model(torch.zeros(1, image_size, image_size, 3))
     if unused := weights.keys() - model.used:
@@ -86,16 +102,23 @@ class Reference(nn.Module):
     Args:
         weights: see `build`.
         classifier: see `build`.
-        gelu: an argument of torch's gelu.
+        acts: activation functions of the MLPs and of `pre_logits`.
+        epsilon: of LayerNorm.
     """
 
-    def __init__(self, weights: Mapping[str, np.ndarray], classifier: str, gelu: str):
+    def __init__(
+        self,
+        weights: Mapping[str, np.ndarray],
+        classifier: str,
+        acts: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]],
+        epsilon: float,
+    ):
         super().__init__()
         tensors = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in weights.items()}
         self.weights = nn.ParameterDict(
             {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
         )
-        self.classifier, self.gelu = classifier, gelu
+        self.classifier, self.acts, self.epsilon = classifier, acts, epsilon
         self.used: set[str] = set()
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -111,7 +134,7 @@ class Reference(nn.Module):
             outputs['resnet'] = x.permute(0, 2, 3, 1)
         x = outputs['patch_embedding'] = self.patches(x, 'embedding')
         tokens = [name for name in ('cls', 'dist') if name in self.weights]
-        if bool(tokens) != (self.classifier in ('token', 'token_unpooled')):
+        if self.classifier in ('token', 'token_unpooled') and not tokens:
             raise ValueError(
                 f'classifier {self.classifier!r}, but the weights have tokens {tokens}'
             )
@@ -121,16 +144,24 @@ class Reference(nn.Module):
             if not self.has(name := f'Transformer/encoderblock_{i}'):
                 break
             x = outputs[f'encoderblock_{i}'] = self.encoder_block(x, name)
-        x = self.layer_norm(x, 'Transformer/encoder_norm')
+        if self.has('Transformer/encoder_norm'):
+            x = self.layer_norm(x, 'Transformer/encoder_norm')
         distilled = 'dist' in tokens
+        patches = x[:, len(tokens) :]
         if distilled:
             x = x[:, :2]
         elif self.classifier == 'token':
             x = x[:, 0]
         elif self.classifier == 'gap':
-            x = x.mean(dim=1)
+            x = patches.mean(dim=1)
+        elif self.classifier == 'max':
+            x = patches.amax(dim=1)
+        elif self.classifier == 'avgmax':
+            x = (patches.mean(dim=1) + patches.amax(dim=1)) / 2
+        if self.has('fc_norm'):
+            x = self.layer_norm(x, 'fc_norm')
         if self.has('pre_logits'):
-            x = torch.tanh(self.linear(x, 'pre_logits'))
+            x = self.acts[1](self.linear(x, 'pre_logits'))
         outputs['pre_logits'] = x
         if self.has('head_hidden'):
             x = torch.relu(self.linear(x, 'head_hidden'))
@@ -175,8 +206,8 @@ class Reference(nn.Module):
         return self.linear((weights @ v).transpose(1, 2).flatten(2), f'{name}/out', inputs=2)
 
     def mlp(self, x: Tensor, name: str) -> Tensor:
-        """Dense, GELU, dense, over the last axis."""
-        x = F.gelu(self.linear(x, f'{name}/Dense_0'), approximate=self.gelu)
+        """Dense, activation, dense, over the last axis."""
+        x = self.acts[0](self.linear(x, f'{name}/Dense_0'))
         return self.linear(x, f'{name}/Dense_1')
 
     def linear(self, x: Tensor, name: str, inputs: int = 1) -> Tensor:
@@ -187,7 +218,7 @@ class Reference(nn.Module):
     def layer_norm(self, x: Tensor, name: str) -> Tensor:
         """Over the last axis."""
         scale, bias = self.get(f'{name}/scale'), self.get(f'{name}/bias')
-        return F.layer_norm(x, scale.shape, scale, bias, LAYER_NORM_EPSILON)
+        return F.layer_norm(x, scale.shape, scale, bias, self.epsilon)
 
     def patches(self, x: Tensor, name: str) -> Tensor:
         """Images to [B, N, D]: a convolution, kernel [height, width, input, D], without overlap."""

@@ -272,7 +272,7 @@ def _check_mixer(config: ml_collections.ConfigDict) -> None:
 
 def _check_vit(config: ml_collections.ConfigDict) -> None:
     model = config.model
-    if model.classifier not in ('token', 'gap'):
+    if 'unpooled' in model.classifier:
         raise UserError(
             f'config.model.classifier={model.classifier!r} gives one output per '
             "token; train with 'token' or 'gap'"

@@ -133,6 +133,20 @@ def is_mixer(config: Mapping[str, Any]) -> bool:
     return 'num_blocks' in config
 
 
+def prefix_tokens(config: Mapping[str, Any]) -> int:
+    """How many tokens stand in front of the patches of a ViT: class and distillation token.
+
+    Args:
+      config: an architecture, see `get_config`; a Mixer's has none.
+    """
+    if is_mixer(config):
+        return 0
+    has_class_token = config.get('class_token')
+    if has_class_token is None:
+        has_class_token = config.get('classifier', 'token') in ('token', 'token_unpooled')
+    return int(has_class_token) * (2 if config.get('distilled') else 1)
+
+
 def token_stride(config: Mapping[str, Any]) -> int:
     """Pixels between neighbouring tokens: the patch size, for hybrids times the ResNet's stride.
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vit_jax import checkpoint, models, variants
-from vit_jax.checkpoint import formats, npz
+from vit_jax.checkpoint import formats, library_configs, npz
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.export import pytorch as export
@@ -171,11 +171,166 @@ def test_another_normalisation_is_folded_in(tmp_path, transformers):
     np.testing.assert_allclose(logits, _logits(config, params, theirs), rtol=0, atol=2e-5)
 
 
-def test_the_erf_form_of_gelu_is_pointed_out(tmp_path):
+def _change(folder, **settings):
+    """Changes settings of a config.json."""
+    config = json.loads((folder / 'config.json').read_text())
+    (folder / 'config.json').write_text(json.dumps(config | settings))
+
+
+def _our_logits(path, **kwargs):
+    loaded = model_folder.load(path, **kwargs)
+    return np.asarray(loaded.model.apply({'params': loaded.params}, _images(), train=False))
+
+
+@pytest.mark.parametrize(
+    'settings',
+    [
+        {'hidden_act': 'gelu'},
+        {'hidden_act': 'gelu_new'},
+        {'hidden_act': 'relu', 'layer_norm_eps': 0.1},
+        {'hidden_act': 'quick_gelu', 'num_attention_heads': 8},
+        {'hidden_act': 'silu'},
+    ],
+    ids=str,
+)
+def test_hugging_face_settings_are_computed_as_stated(tmp_path, transformers, settings):
+    params = _params(VIT)
+    _write(tmp_path / 'hf', params, 'huggingface')
+    plain = _our_logits(tmp_path / 'hf')
+    _change(tmp_path / 'hf', **settings)
+    model = transformers.ViTForImageClassification.from_pretrained(tmp_path / 'hf')
+    expected = _torch_logits(model, _images())
+    logits = _our_logits(tmp_path / 'hf')
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
+    if settings != {'hidden_act': 'gelu_new'}:  # which is the tanh form
+        assert np.abs(logits - plain).max() > 1e-4
+
+    # And so written, to Hugging Face and to a model folder.
+    loaded = model_folder.load(tmp_path / 'hf')
+    export.write(tmp_path / 'again', loaded, to='huggingface')
+    np.testing.assert_array_equal(_our_logits(tmp_path / 'again'), logits)
+    np.testing.assert_array_equal(_our_logits(tmp_path / 'again/model.safetensors'), logits)
+    model_folder.save(
+        tmp_path / 'model',
+        loaded.params,
+        model_config=loaded.model_config,
+        class_names=loaded.class_names,
+        preprocess=loaded.preprocess,
+        source={},
+    )
+    np.testing.assert_array_equal(_our_logits(tmp_path / 'model'), logits)
+
+
+def test_the_activation_of_hugging_faces_pooler(tmp_path, transformers):
+    torch = pytest.importorskip('torch')
+    config = VIT | {'representation_size': 24}
+    _write(tmp_path / 'hf', _params(config, 0), 'huggingface', config, class_names=())
+    _change(tmp_path / 'hf', pooler_act='relu')
+    model = transformers.ViTModel.from_pretrained(tmp_path / 'hf').eval()
+    with torch.no_grad():
+        found = model(torch.from_numpy(_images().transpose(0, 3, 1, 2).copy()))
+    features = _our_logits(tmp_path / 'hf')
+    np.testing.assert_allclose(features, found.pooler_output, rtol=0, atol=1e-5)
+    assert features.min() == 0
+
+
+@pytest.mark.parametrize(
+    'settings, message',
+    [
+        ({'hidden_act': 'mish'}, "hidden_act 'mish'; known: gelu, "),
+        ({'pooler_act': 'linear'}, "pooler_act 'linear'"),
+        ({'model_type': 'clap'}, "model_type 'clap'; known: vit, "),
+        ({'layer_norm_eps': 'small'}, 'is damaged'),
+    ],
+)
+def test_hugging_face_settings_that_no_model_here_computes(tmp_path, settings, message):
     _write(tmp_path / 'hf', _params(VIT), 'huggingface')
-    text = (tmp_path / 'hf' / 'config.json').read_text()
-    (tmp_path / 'hf' / 'config.json').write_text(text.replace('gelu_pytorch_tanh', 'gelu'))
-    assert 'erf' in str(formats.open_weights(tmp_path / 'hf'))
+    _change(tmp_path / 'hf', **settings)
+    with pytest.raises(UserError, match=message):
+        model_folder.load(tmp_path / 'hf')
+
+
+TIMM_SETTINGS = {
+    'relu': VIT | {'act': 'relu'},
+    'gelu': VIT | {'act': 'gelu'},
+    'gap with class token': VIT | {'classifier': 'gap', 'class_token': True, 'fc_norm': True},
+    'max': VIT | {'classifier': 'max', 'fc_norm': True},
+    'avgmax': VIT | {'classifier': 'avgmax', 'class_token': True, 'act': 'silu'},
+}
+
+
+@pytest.mark.parametrize('case', TIMM_SETTINGS)
+def test_timm_settings_are_computed_as_stated(tmp_path, case):
+    config = TIMM_SETTINGS[case]
+    params = _params(config)
+    _write(tmp_path / 'timm', params, 'timm', config)
+    loaded = model_folder.load(tmp_path / 'timm')
+    assert loaded.model_config == config
+    logits = _our_logits(tmp_path / 'timm')
+    np.testing.assert_array_equal(logits, _logits(config, params, _images()))
+    timm = pytest.importorskip('timm')
+    model = timm.create_model(f'local-dir:{tmp_path / "timm"}', pretrained=True)
+    np.testing.assert_allclose(_torch_logits(model, _images()), logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    'architecture, arguments, told',
+    [
+        ('vit_base_patch16_224', {}, (12, 'gelu', 1e-6, 'token', True, False)),
+        ('vit_base_patch16_gap_224', {}, (16, 'gelu', 1e-6, 'gap', False, False)),
+        ('vit_base_patch16_224.augreg', {'global_pool': 'avg'}, (12, 'gelu', 1e-6, 'gap', True, 1)),
+        ('eva_large_patch14_196', {'fc_norm': False}, (16, 'gelu', 1e-6, 'gap', True, False)),
+        (
+            'vit_giantopt_patch16_siglip_gap_256',
+            {'num_heads': 8},
+            (8, 'gelu_tanh', 1e-6, 'gap', False, False),
+        ),
+    ],
+)
+def test_an_architecture_of_timm_has_settings_of_its_own(tmp_path, architecture, arguments, told):
+    config = {'architecture': architecture, 'model_args': arguments, 'pretrained_cfg': {}}
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    known = library_configs.read(tmp_path)
+    names = ('act', 'layer_norm_eps', 'classifier', 'class_token', 'fc_norm')
+    assert (known['num_heads'], *(known['settings'][name] for name in names)) == told
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        ({'act_layer': 'mish'}, "activation 'mish'"),
+        ({'global_pool': 'prr'}, "global_pool='prr'"),
+        ({'qk_norm': True}, 'qk_norm=True, which no model here computes'),
+        ({'norm_layer': 'rmsnorm'}, "norm_layer='rmsnorm'"),
+        ({'rope_theta': 3}, 'rope_theta=3, which is not known here'),
+    ],
+)
+def test_settings_of_timm_that_no_model_here_computes(tmp_path, arguments, message):
+    _write(tmp_path / 'timm', _params(VIT), 'timm')
+    stated = json.loads((tmp_path / 'timm/config.json').read_text())['model_args']
+    _change(tmp_path / 'timm', model_args=stated | arguments)
+    with pytest.raises(UserError, match=message):
+        model_folder.load(tmp_path / 'timm')
+
+
+def test_what_a_bare_file_does_not_tell_is_assumed_aloud(tmp_path):
+    torch = pytest.importorskip('torch')
+    params = _params(VIT | {'representation_size': 24})
+    state = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in _timm_names(params).items()}
+    torch.save(state, tmp_path / 'timm.pth')
+    weights = formats.open_weights(tmp_path / 'timm.pth', num_heads=4)
+    assert dict(weights.settings) == {'act': 'gelu', 'layer_norm_eps': 1e-6}
+    assert 'activation gelu and LayerNorm epsilon 1e-06 are assumed' in str(weights)
+
+
+@pytest.mark.parametrize('to', ['timm', 'torchvision'])
+def test_a_library_with_one_epsilon(tmp_path, to):
+    config = VIT | {'act': 'gelu', 'layer_norm_eps': 1e-12}
+    notes = _write(tmp_path / 'small', _params(config), to, config)
+    assert 'LayerNorm epsilon is 1e-6 there, 1e-12 here' in ' '.join(notes)
+    config['layer_norm_eps'] = 0.01
+    with pytest.raises(UserError, match='layer_norm_eps is 1e-6, not 0.01'):
+        _write(tmp_path / 'large', _params(config), to, config)
 
 
 TIMM_CASES = {

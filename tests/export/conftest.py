@@ -35,6 +35,13 @@ CONFIGS = {
     'gap_pre_logits': (_VIT | {'classifier': 'gap', 'representation_size': 20}, 32),
     'mlp_head': (_VIT | {'mlp_head': True}, 32),
     'distilled': (_VIT | {'distilled': True}, 32),
+    'gelu': (_VIT | {'act': 'gelu', 'representation_size': 20, 'representation_act': 'relu'}, 32),
+    'avgmax': (
+        _VIT
+        | {'classifier': 'avgmax', 'class_token': True, 'fc_norm': True}
+        | {'act': 'quick_gelu', 'layer_norm_eps': 0.01},
+        32,
+    ),
     'no_position_embedding': (
         _VIT | {'transformer': _ENCODER | {'add_position_embedding': False}},
         32,

@@ -27,6 +27,8 @@ FAMILIES = (
     'gap_pre_logits',
     'mlp_head',
     'distilled',
+    'gelu',
+    'avgmax',
     'no_position_embedding',
     'hybrid_root',
     'hybrid_stages',
@@ -34,7 +36,7 @@ FAMILIES = (
 )
 # Opset 17 spells GELU, sums and splits in another way: once in each kind of graph.
 OPSETS = [(name, 20) for name in FAMILIES] + [
-    (name, 17) for name in ('gap_pre_logits', 'distilled', 'hybrid_stages', 'mixer')
+    (name, 17) for name in ('gap_pre_logits', 'distilled', 'gelu', 'hybrid_stages', 'mixer')
 ]
 BATCHES = (1, 2, 7)
 FLOAT32_ATOL = 1e-5  # for logits of unit scale

@@ -23,13 +23,14 @@ MODELS = {
         'classifier': 'gap', 'mlp_head': True, 'remat': 'dots',
         'transformer': {**ENCODER, 'attention_dropout_rate': 0.3},
     },
+    'relu': VIT | {'act': 'relu', 'layer_norm_eps': 0.01, 'classifier': 'max', 'fc_norm': True},
     'hybrid': VIT | {
         'patches': {'size': (1, 1)}, 'resnet': {'num_layers': [1], 'width_factor': 0.5},
         'remat': 'full',
     },
     'mixer': {
         'patches': {'size': (8, 8)}, 'hidden_dim': 16, 'num_blocks': 1, 'tokens_mlp_dim': 24,
-        'channels_mlp_dim': 32,
+        'channels_mlp_dim': 32, 'act': 'gelu', 'layer_norm_eps': 0.01,
     },
 }  # fmt: skip
 
@@ -157,7 +158,7 @@ def test_attention_in_chunks_equals_attention_at_once(monkeypatch, batch, chunk,
 def test_layer_norm_in_bfloat16_computes_in_float32():
     x = jnp.asarray(np.random.default_rng(0).normal(100, 1, (4, 64)), jnp.bfloat16)
     scale, bias = jnp.ones(64), jnp.zeros(64)
-    y, back = jax.vjp(cpu.layer_norm, x, scale, bias)
+    y, back = jax.vjp(cpu.layer_norm(1e-6), x, scale, bias)
     assert y.dtype == jnp.float32
     wide = np.float64(x)
     expected = (wide - wide.mean(1, keepdims=True)) / np.sqrt(wide.var(1, keepdims=True) + 1e-6)
@@ -171,6 +172,6 @@ def test_layer_norm_of_equal_values_is_the_bias():
     """Their variance is 0, or by rounding below: neither NaN nor infinity."""
     x = jnp.full((2, 16), 1234.567, jnp.float32)
     scale, bias = jnp.ones(16), jnp.arange(16, dtype=jnp.float32)
-    y, back = jax.vjp(lambda x: cpu.layer_norm(x, scale, bias), x)
+    y, back = jax.vjp(lambda x: cpu.layer_norm(1e-6)(x, scale, bias), x)
     assert np.abs(y - bias[None]).max() < 0.2  # of the mean, the last digit times 1 / sqrt(epsilon)
     assert np.isfinite(back(y)[0]).all()

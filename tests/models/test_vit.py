@@ -391,3 +391,38 @@ def test_cudnn_attention_equals_xla_on_a_gpu():
     ours = compute(model, params, images)
     theirs = compute(cudnn, params, images)
     assert jnp.abs(ours - theirs).max() < 0.05 * jnp.abs(ours).max()
+
+
+@pytest.mark.parametrize('classifier', ['gap', 'max', 'avgmax'])
+def test_pooling_of_the_patches_leaves_the_class_token_out(classifier):
+    sizes = dict(mlp_dim=16, num_heads=2, num_layers=1, dropout_rate=0.0)
+    arguments = dict(patches={'size': (8, 8)}, hidden_size=8, transformer=sizes, class_token=True)
+    model = models.VisionTransformer(
+        num_classes=0, classifier=classifier, fc_norm=True, **arguments
+    )
+    assert model.prefix_tokens == 1
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 24, 3)), jnp.float32)
+    params = model.init(jax.random.key(0), images, train=False)['params']
+    assert 'cls' in params and 'fc_norm' in params and 'encoder_norm' not in params['Transformer']
+    features, found = models.apply_with_intermediates(model, params, images)
+    patches = found['encoded'][:, 1:]
+    assert patches.shape == (2, 6, 8)
+    mean, largest = patches.mean(axis=1), patches.max(axis=1)
+    pooled = {'gap': mean, 'max': largest, 'avgmax': (mean + largest) / 2}[classifier]
+    pooled = pooled - pooled.mean(axis=1, keepdims=True)
+    expected = pooled / np.sqrt((pooled**2).mean(axis=1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(features, expected, atol=1e-5)
+
+
+def test_unknown_settings_are_errors():
+    sizes = dict(mlp_dim=16, num_heads=2, num_layers=1)
+    images = jnp.zeros((1, 8, 8, 3))
+    for wrong, message in (
+        ({'act': 'gelu_erf'}, "unknown activation 'gelu_erf': one of gelu_tanh, gelu, "),
+        ({'class_token': False}, "classifier 'token' reads a class token"),
+    ):
+        model = models.VisionTransformer(
+            2, patches={'size': (8, 8)}, hidden_size=8, transformer=sizes, **wrong
+        )
+        with pytest.raises(ValueError, match=message):
+            model.init(jax.random.key(0), images, train=False)

@@ -33,7 +33,7 @@ class AttentionMaps:
     Attributes:
       class_token: [B, L, H, h, w] share of the class token's attention that goes to each patch, in
         [0, 1]; the rest of it goes to the class token itself (and the distillation token). Of a
-        model without class token (classifier 'gap') the mean over all patches as queries.
+        model that pools its patches (classifier 'gap') the mean over all patches as queries.
       rollout: [B, h, w] attention rollout, see `rollout`, from the class token to each patch; of a
         model without class token from the mean of the tokens, which is what its head reads.
       mean_distance: [B, L, H] pixels of the model's input, see `mean_distance`.
@@ -237,9 +237,10 @@ def _maps(model, params, pixels):
     logits, layers, patches = _read(model, params, pixels)
     grid = patches.shape[1:3]
     tokens = layers[0].shape[-1]
-    start = _mean_of(slice(1) if model.prefix_tokens else slice(None), tokens)
-    # A query's row of attention, or the mean of all; a sum of products would round.
-    rows = [(layer[:, :, 0] if model.prefix_tokens else layer.mean(axis=2)) for layer in layers]
+    by_class_token, first = model.classifier == 'token', model.prefix_tokens
+    start = _mean_of(slice(1) if by_class_token else slice(first, None), tokens)
+    # A query's row of attention, or the mean of the patches'; a sum of products would round.
+    rows = [(x[:, :, 0] if by_class_token else x[:, :, first:].mean(axis=2)) for x in layers]
     hybrid = model.resnet and variants.resnet_stride(model.resnet['num_layers'])
     stride = tuple(float(side * (hybrid or 1)) for side in model.patches['size'])
     return (
@@ -260,7 +261,9 @@ def _relevance(model, params, pixels, classes):
     grid = patches.shape[1:3]
     zeros = {_name(i): jnp.zeros(x.shape, x.dtype) for i, x in enumerate(shapes)}
     logits, pull_back, layers = jax.vjp(forward, zeros, has_aux=True)
-    read = slice(model.prefix_tokens or None)  # The tokens that the head reads; all for gap.
+    # The tokens that the head reads.
+    first = model.prefix_tokens
+    read = slice(first) if model.classifier == 'token' else slice(first, None)
     start = _mean_of(read, layers[0].shape[-1])
 
     def of_class(labels):  # [B] -> [B, h, w]

@@ -267,7 +267,7 @@ def _draw_image(
     folder.mkdir()
     image = pictures.shrink(image)
     title = f'{contact_sheet.shorten(predict.printable(pathlib.PurePath(path).name), 36)} · {title}'
-    cls = attention.check(model).prefix_tokens > 0
+    cls = attention.check(model).classifier == 'token'
     arrays: dict[str, Any] = {'path': predict.printable(path), 'class_names': model.class_names}
     if probabilities is not None:
         arrays['probabilities'] = probabilities

@@ -118,7 +118,7 @@ def sizes(model_config: Mapping[str, Any], image_size: int) -> Sizes:
         )
     transformer = model_config['transformer']
     return Sizes(
-        patches + _extra_tokens(model_config),
+        patches + variants.prefix_tokens(model_config),
         patches,
         model_config['hidden_size'],
         transformer['mlp_dim'],
@@ -209,7 +209,7 @@ def unused_macs(
     if variants.is_mixer(model_config) or model_config.get('classifier', 'token') != 'token':
         return 0
     s = sizes(model_config, image_size)
-    left_out = s.tokens - _extra_tokens(model_config)
+    left_out = s.tokens - variants.prefix_tokens(model_config)
     products = 2 * left_out * s.tokens * s.width
     last = left_out * s.width * s.hidden
     macs = left_out * 2 * s.width**2 + products + 2 * last
@@ -246,12 +246,6 @@ def convolutions(model_config: Mapping[str, Any], image_size: int) -> list[list[
     return groups
 
 
-def _extra_tokens(model_config: Mapping[str, Any]) -> int:
-    if model_config.get('classifier', 'token') not in ('token', 'token_unpooled'):
-        return 0
-    return 2 if model_config.get('distilled') else 1
-
-
 def _vit(
     config: Mapping[str, Any], s: Sizes, num_classes: int, image_size: int
 ) -> tuple[Part, ...]:
@@ -265,7 +259,7 @@ def _vit(
         channels = group[-1].kernel[-1]
     patch = (*config['patches']['size'], channels)
     found.append(Part('patch embedding', ((*patch, d), (d,)), s.patches * math.prod(patch) * d))
-    extra = _extra_tokens(config)
+    extra = variants.prefix_tokens(config)
     if extra:
         name = 'class and distillation token' if extra == 2 else 'class token'
         found.append(Part(name, ((1, 1, d),) * extra))

@@ -89,6 +89,7 @@ class Weights:
         notes: what had to be done or is to be known, one sentence each.
         class_names: in label order, () where the file does not tell.
         image_size: side of the input in pixels, 0 where only the arrays can tell.
+        settings: arguments of the model that the arrays do not tell, such as `act`.
     """
 
     path: str
@@ -97,6 +98,7 @@ class Weights:
     notes: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
     image_size: int = 0
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         return '\n  '.join([f'{self.path}: {self.format} weights', *self.notes])

@@ -10,24 +10,25 @@ from typing import Any
 import numpy as np
 
 from vit_jax import files, variants
-from vit_jax.checkpoint import adapt, big_vision, infer, key_tables, npz, tensors
+from vit_jax.checkpoint import (
+    adapt,
+    big_vision,
+    infer,
+    key_tables,
+    library_configs,
+    npz,
+    tensors,
+)
 from vit_jax.checkpoint.arrays import Weights, derive
+from vit_jax.checkpoint.library_configs import DEFAULTS, HALF, IMAGENET, Normalization
 from vit_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
 
+__all__ = ['HALF', 'IMAGENET', 'Normalization', 'load', 'load_pretrained', 'open_weights']
+
 # What PyTorch files do not tell: heads by width. All released models have these.
 _HEADS = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16}
-
-# (mean, standard deviation) of the red, green and blue that a model takes, in units of white.
-Normalization = tuple[Sequence[float], Sequence[float]]
-HALF: Normalization = ((0.5,) * 3, (0.5,) * 3)  # -> [-1, 1], what all models here take
-IMAGENET: Normalization = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
-_ERF_NOTE = (
-    'it was trained with the erf form of GELU and this package computes the tanh form: logits '
-    'differ by about 1e-3'
-)
 
 
 def load(
@@ -155,7 +156,7 @@ def open_weights(
                 f'{path} is a folder without config.json; expected a checkpoint file, or a folder '
                 'of Hugging Face or timm'
             )
-        config = _read_config(path)
+        config = library_configs.read(path)
         paths = tensors.find_in_folder(path)
     else:
         npz.check_exists(path)
@@ -167,7 +168,7 @@ def open_weights(
     for file in paths:
         arrays, metadata = tensors.open_tensors(file)
         found |= arrays
-    config = _from_metadata(metadata) | config
+    config = library_configs.from_metadata(metadata) | config
     weights = _recognise(path, found, variant, num_heads or config.pop('num_heads', 0), config)
     return _normalize(weights, normalization or config.get('normalization') or HALF)
 
@@ -192,16 +193,21 @@ def _recognise(
     flat, notes = key_tables.to_params(found, library, heads, path)
     tree = npz.nest(flat, path)
     notes += big_vision.with_class_position(tree)
-    activation = config.get('activation', '')
-    if activation and 'tanh' not in activation:
-        notes.append(_ERF_NOTE)
+    settings = config.get('settings')
+    if settings is None:
+        settings = next(DEFAULTS[name] for name in DEFAULTS if library.startswith(name))
+        notes.append(
+            f'activation {settings["act"]} and LayerNorm epsilon {settings["layer_norm_eps"]:g} '
+            f'are assumed, the defaults of {library}: a file without configuration does not tell'
+        )
     if library == 'torchvision' and 'normalization' not in config:
         notes.append(
             "taken as made for input in [-1, 1]; torchvision's own weights are not: give them "
             'normalization=IMAGENET'
         )
     names = tuple(config.get('class_names', ()))
-    return Weights(str(path), library, tree, tuple(notes), names, config.get('image_size', 0))
+    image_size = config.get('image_size', 0)
+    return Weights(str(path), library, tree, tuple(notes), names, image_size, settings)
 
 
 def _heads(path: pathlib.Path, library: str, found: Mapping[str, Any], variant: str) -> int:
@@ -218,85 +224,6 @@ def _heads(path: pathlib.Path, library: str, found: Mapping[str, Any], variant: 
             'variant (--variant), one of ' + ', '.join(variants.VARIANTS)
         )
     return heads
-
-
-def _read_config(folder: pathlib.Path) -> dict[str, Any]:
-    """What config.json of a Hugging Face or timm folder tells, in this package's words."""
-    config = files.read_json(folder / 'config.json')
-    try:
-        if 'architecture' in config:
-            return _timm_config(config)
-        if config.get('library') == 'torchvision':  # what `export` writes
-            return _torchvision_config(config)
-        return _hugging_face_config(folder, config)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as e:
-        raise UserError(f'{folder / "config.json"} is damaged ({type(e).__name__}: {e})') from e
-
-
-def _timm_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    pretrained = config.get('pretrained_cfg', config)
-    arguments = config.get('model_args') or {}
-    known: dict[str, Any] = {'activation': str(arguments.get('act_layer') or 'gelu')}
-    if 'num_heads' in arguments:
-        known['num_heads'] = int(arguments['num_heads'])
-    names = config.get('label_names') or pretrained.get('label_names')
-    if names:
-        known['class_names'] = [str(name) for name in names]
-    if size := pretrained.get('input_size'):
-        known['image_size'] = int(size[-1])
-    if pretrained.get('mean') and pretrained.get('std'):
-        known['normalization'] = (tuple(pretrained['mean']), tuple(pretrained['std']))
-    return known
-
-
-def _torchvision_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    arguments = config.get('arguments') or {}
-    return {
-        'num_heads': int(arguments.get('num_heads', 0)),
-        'image_size': int(arguments.get('image_size', 0)),
-        'class_names': [str(name) for name in config.get('class_names', ())],
-        'normalization': (tuple(config['mean']), tuple(config['std'])),
-    }
-
-
-def _hugging_face_config(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    known: dict[str, Any] = {'activation': str(config.get('hidden_act', 'gelu'))}
-    if 'num_attention_heads' in config:
-        known['num_heads'] = int(config['num_attention_heads'])
-    labels = {int(index): str(name) for index, name in (config.get('id2label') or {}).items()}
-    if labels and labels != {index: f'LABEL_{index}' for index in range(len(labels))}:
-        known['class_names'] = [labels[index] for index in sorted(labels)]
-    if isinstance(config.get('image_size'), int):
-        known['image_size'] = config['image_size']
-    if (folder / 'preprocessor_config.json').is_file():
-        processor = files.read_json(folder / 'preprocessor_config.json')
-        if not processor.get('do_normalize', True):
-            known['normalization'] = ((0.0,) * 3, (1.0,) * 3)
-        elif 'image_mean' in processor and 'image_std' in processor:
-            mean, deviation = processor['image_mean'], processor['image_std']
-            known['normalization'] = (tuple(mean), tuple(deviation))
-    return known
-
-
-def _from_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What `export` put into the header of a safetensors file."""
-    try:
-        known = {
-            key: files.parse_json(metadata[key])
-            for key in ('num_heads', 'image_size', 'class_names')
-            if key in metadata
-        }
-    except ValueError:  # another writer's idea of these words
-        return {}
-    names = known.get('class_names', [])
-    numbers = known.get('num_heads', 0), known.get('image_size', 0)
-    if not known or not isinstance(names, list) or not all(isinstance(n, int) for n in numbers):
-        return {}
-    return known | {
-        'class_names': [str(name) for name in names],
-        'normalization': HALF,
-        'activation': 'tanh',
-    }
 
 
 def _normalize(weights: Weights, normalization: Normalization) -> Weights:

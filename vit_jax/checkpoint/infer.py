@@ -6,26 +6,34 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from vit_jax import variants
+from vit_jax import models, variants
 from vit_jax.checkpoint.adapt import POSITION_EMBEDDING, describe
 from vit_jax.checkpoint.npz import flatten
 from vit_jax.errors import UserError
 
+_EVERY_MODEL = ('act', 'layer_norm_eps')  # arguments that name no architecture
 _NO_DROPOUT = {'attention_dropout_rate': 0.0, 'dropout_rate': 0.0}
 
 
-def architecture(params: Mapping[str, Any], source: str, *, variant: str = '') -> dict[str, Any]:
+def architecture(
+    params: Mapping[str, Any],
+    source: str,
+    *,
+    variant: str = '',
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """The arguments of the module that parameters belong to.
 
     Args:
         params: nested dict with Linen names; leaves need a shape only.
         source: name of the checkpoint, for errors.
         variant: name from `models.variants.VARIANTS` to take instead of the one the shapes tell.
+        settings: arguments of the module that the arrays do not tell, see `Weights.settings`.
 
     Returns:
         Plain dict with the keys of `variants.get_config`; 'model_name' is None where no variant has
-        these sizes. What shapes cannot tell is as the released models have it: pooling ('token' or
-        'gap'), no dropout.
+        these sizes. What neither shapes nor `settings` tell is as the released models have it:
+        pooling ('token' or 'gap'), no dropout.
 
     Raises:
         UserError: the parameters belong to no model of this package, or there is no such variant.
@@ -41,14 +49,16 @@ def architecture(params: Mapping[str, Any], source: str, *, variant: str = '') -
         ) from e
     if asked and variants.is_mixer(asked) != variants.is_mixer(config):
         raise UserError(f'{source} does not fit the model {variant}: it holds {describe(flat)}')
+    stated = _not_default(settings or {}, config)
+    config |= {name: value for name, value in stated.items() if name not in _EVERY_MODEL}
     sizes = _sizes(config)
     found = asked or next((v for v in variants.VARIANTS.values() if _sizes(v) == sizes), None)
     if found is None:
-        return config
+        return config | stated
     found = copy.deepcopy(dict(found))
     if 'representation_size' in found:  # a Mixer has none
         found['representation_size'] = config['representation_size']
-    return found
+    return found | stated
 
 
 def find_variant(name: str) -> Mapping[str, Any]:
@@ -134,7 +144,7 @@ def _vit(flat: Mapping[str, Any]) -> dict[str, Any]:
             'num_layers': _count(flat, r'Transformer/encoderblock_(\d+)/.*'),
             **_NO_DROPOUT,
         },
-        'classifier': 'token' if 'cls' in flat else 'gap',
+        'classifier': 'gap' if 'fc_norm/scale' in flat or 'cls' not in flat else 'token',
         'representation_size': None,
     }
     flat[POSITION_EMBEDDING].shape[1]  # every ViT here has it: missing, it is named as the others
@@ -149,6 +159,8 @@ def _vit(flat: Mapping[str, Any]) -> dict[str, Any]:
             ),
             'width_factor': int(width_factor) if width_factor >= 1 else width_factor,
         }
+    config |= {'fc_norm': True} if 'fc_norm/scale' in flat else {}
+    config |= {'class_token': True} if config['classifier'] != 'token' and 'cls' in flat else {}
     config |= {'distilled': True} if 'dist' in flat else {}
     config |= {'mlp_head': True} if 'head_hidden/kernel' in flat else {}
     return config
@@ -164,6 +176,21 @@ def _mixer(flat: Mapping[str, Any]) -> dict[str, Any]:
         'tokens_mlp_dim': flat['MixerBlock_0/token_mixing/Dense_0/kernel'].shape[1],
         'channels_mlp_dim': flat['MixerBlock_0/channel_mixing/Dense_0/kernel'].shape[1],
     }
+
+
+def _not_default(settings: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Those settings that the module needs to be told."""
+    if variants.is_mixer(config):
+        settings = {name: settings[name] for name in _EVERY_MODEL if name in settings}
+        return {name: v for name, v in settings.items() if v != getattr(models.MlpMixer, name)}
+    told = dict(settings)
+    classifier = told.pop('classifier', config['classifier'])
+    if told.get('class_token') == (classifier == 'token'):
+        told['class_token'] = None  # follows from the classifier
+    told = {name: v for name, v in told.items() if v != getattr(models.VisionTransformer, name)}
+    if config['representation_size'] is None:
+        told.pop('representation_act', None)
+    return told | ({} if classifier == config['classifier'] else {'classifier': classifier})
 
 
 def _count(names: Iterable[str], pattern: str) -> int:

@@ -131,7 +131,9 @@ def inspect(path: str | os.PathLike[str], *, variant: str = '') -> Inspection:
     if os.path.isfile(path / 'model.json'):  # False, too, for a path that no file can have
         return _inspect_model_folder(path, variant)
     weights = formats.open_weights(path, variant=variant)
-    config = infer.architecture(weights.params, str(path), variant=variant)
+    config = infer.architecture(
+        weights.params, str(path), variant=variant, settings=weights.settings
+    )
     try:
         image_size = weights.image_size or infer.image_size(weights.params, config, str(path))
     except UserError:  # not square

@@ -55,12 +55,13 @@ def build(model: model_folder.Model, options: Options = DEFAULT) -> onnx.ModelPr
     outputs = options.outputs(model.model.num_classes)
     verify.check_outputs(model.model, outputs)
     classifier = config.get('classifier', 'token')
-    if not variants.is_mixer(config) and classifier not in ('token', 'gap'):
+    if not variants.is_mixer(config) and 'unpooled' in classifier:
         raise UserError(
             f'a model with classifier {classifier!r} gives scores for each token, not for each '
-            "image: only 'token' and 'gap' can be exported to ONNX"
+            'image: it cannot be exported to ONNX'
         )
-    graph = Graph(options.opset, FLOAT16 if options.dtype == 'float16' else FLOAT32)
+    settings = {name: config[name] for name in ('act', 'layer_norm_eps') if name in config}
+    graph = Graph(options.opset, FLOAT16 if options.dtype == 'float16' else FLOAT32, **settings)
     image = _image(graph, side, options)
     values = onnx_models.build(graph, image, params, config, side, attention=options.attention)
     if values.logits:

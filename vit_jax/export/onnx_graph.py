@@ -31,8 +31,6 @@ ROWS = 'rows'  # tokens of all images, where they lie one below the other: [B * 
 # Versioning.html): a newer one would shut out runtimes that know the opset.
 IR_VERSIONS = {17: 8, 20: 9}
 
-LAYER_NORM_EPSILON = 1e-6
-
 # What is larger is kept out of the copy on which shapes are inferred, bytes.
 _LARGE = 1024
 
@@ -43,11 +41,16 @@ class Graph:
     Attributes:
         opset: version of the operators, a key of `IR_VERSIONS`.
         compute: type of matrix products and convolutions and of their weights, FLOAT32 or FLOAT16.
+        act: activation function of the MLPs, a name in `models.layers.ACTIVATIONS`.
+        layer_norm_eps: what LayerNorm adds to the variance.
     """
 
-    def __init__(self, opset: int, compute: int):
+    def __init__(
+        self, opset: int, compute: int, act: str = 'gelu_tanh', layer_norm_eps: float = 1e-6
+    ):
         self.opset = opset
         self.compute = compute
+        self.act, self.layer_norm_eps = act, layer_norm_eps
         self._nodes: list[onnx.NodeProto] = []
         self._constants: dict[str, np.ndarray] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -179,10 +182,17 @@ class Graph:
 
     def mean(self, x: str, axis: int, name: str) -> str:
         """The mean over one axis, which is removed, in float32."""
+        return self._reduce('ReduceMean', x, axis, name)
+
+    def max(self, x: str, axis: int, name: str) -> str:
+        """The maximum over one axis, which is removed, in float32."""
+        return self._reduce('ReduceMax', x, axis, name)
+
+    def _reduce(self, op_type: str, x: str, axis: int, name: str) -> str:
         x = self.cast(x, FLOAT32)
         if self.opset < 18:
-            return self.op('ReduceMean', [x], name, axes=[axis], keepdims=0)
-        return self.op('ReduceMean', [x, self.integers([axis])], name, keepdims=0)
+            return self.op(op_type, [x], name, axes=[axis], keepdims=0)
+        return self.op(op_type, [x, self.integers([axis])], name, keepdims=0)
 
     # Layers
 
@@ -191,7 +201,7 @@ class Graph:
         scale = self.weight(f'{name}/scale', params['scale'], FLOAT32)
         bias = self.weight(f'{name}/bias', params['bias'], FLOAT32)
         inputs = [self.cast(x, FLOAT32), scale, bias]
-        return self.op('LayerNormalization', inputs, name, axis=-1, epsilon=LAYER_NORM_EPSILON)
+        return self.op('LayerNormalization', inputs, name, axis=-1, epsilon=self.layer_norm_eps)
 
     def dense(self, x: str, params: Any, name: str) -> str:
         """Rows [R, D] to rows [R, F]: one Gemm; `params` has kernel [D, F] and bias [F]."""
@@ -207,27 +217,48 @@ class Graph:
         """Softmax over the last axis, in float32."""
         return self.op('Softmax', [self.cast(x, FLOAT32)], name, axis=-1)
 
-    def gelu(self, x: str, name: str) -> str:
-        """GELU in its tanh form (https://arxiv.org/abs/1606.08415).
+    def activation(self, x: str, act: str, name: str) -> str:
+        """A function of `models.layers.ACTIVATIONS`."""
+        if act.startswith('gelu'):
+            return self._gelu(x, act, name)
+        if act in ('relu', 'tanh'):
+            return self.op(act.title(), [x], name)
+        x = scaled = self.cast(x, FLOAT32)  # x sigmoid(x), or x sigmoid(1.702 x)
+        if act == 'quick_gelu':
+            scaled = self.op('Mul', [x, self.scalar(1.702)], f'{name}/scaled')
+        y = self.op('Sigmoid', [scaled], f'{name}/sigmoid')
+        return self.op('Mul', [x, y], name)
 
-        One node from opset 20 on; before, spelled x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))
-        and in float32, because 1 + tanh cancels.
+    def _gelu(self, x: str, act: str, name: str) -> str:
+        """GELU (https://arxiv.org/abs/1606.08415), exact or in its tanh form.
+
+        One node from opset 20 on; before, spelled x / 2 (1 + erf(x / sqrt(2))), or with
+        tanh(sqrt(2 / pi) (x + 0.044715 x^3)), and in float32, because 1 + tanh cancels.
         """
         if self.opset >= 20:
-            return self.op('Gelu', [x], name, approximate='tanh')
+            approximate = 'tanh' if act == 'gelu_tanh' else 'none'
+            return self.op('Gelu', [x], name, approximate=approximate)
         x = self.cast(x, FLOAT32)
+        if act == 'gelu':
+            y = self.op('Mul', [x, self.scalar(float(np.sqrt(0.5)))], f'{name}/scaled')
+            y = self.op('Erf', [y], f'{name}/erf')
+        else:
+            y = self._tanh_of_gelu(x, name)
+        y = self.op('Add', [y, self.scalar(1.0)], f'{name}/plus_1')
+        y = self.op('Mul', [x, y], f'{name}/doubled')
+        return self.op('Mul', [y, self.scalar(0.5)], name)
+
+    def _tanh_of_gelu(self, x: str, name: str) -> str:
         y = self.op('Pow', [x, self.scalar(3.0)], f'{name}/cube')
         y = self.op('Mul', [y, self.scalar(0.044715)], f'{name}/cube_scaled')
         y = self.op('Add', [x, y], f'{name}/inner')
         y = self.op('Mul', [y, self.scalar(float(np.sqrt(2 / np.pi)))], f'{name}/inner_scaled')
-        y = self.op('Tanh', [y], f'{name}/tanh')
-        y = self.op('Add', [y, self.scalar(1.0)], f'{name}/tanh_plus_1')
-        y = self.op('Mul', [x, y], f'{name}/doubled')
-        return self.op('Mul', [y, self.scalar(0.5)], name)
+        return self.op('Tanh', [y], f'{name}/tanh')
 
     def mlp(self, x: str, params: Any, name: str) -> str:
-        """Two dense layers with GELU between them, on rows [R, D]."""
-        x = self.gelu(self.dense(x, params['Dense_0'], f'{name}/Dense_0'), f'{name}/gelu')
+        """Two dense layers with the graph's activation between them, on rows [R, D]."""
+        x = self.dense(x, params['Dense_0'], f'{name}/Dense_0')
+        x = self.activation(x, self.act, f'{name}/{self.act}')
         return self.dense(x, params['Dense_1'], f'{name}/Dense_1')
 
     def patches(

@@ -61,36 +61,52 @@ def build(
         graph: where to.
         image: [B, 3, side, side] in [-1, 1].
         params: of `models.VisionTransformer` or `models.MlpMixer`.
-        config: its arguments; the classifier is 'token' or 'gap'.
+        config: its arguments; the classifier is not an unpooled one.
         side: of the image, pixels.
         attention: whether the attention weights are needed. If not, the last block of a model that
             reads only its class token computes no other.
     """
     if variants.is_mixer(config):
         return _mixer(graph, image, params, config, side)
-    front: tuple[str, ...] = ('cls', 'dist') if config.get('distilled') else ('cls',)
-    if config.get('classifier', 'token') != 'token':
-        front = ()
+    front = ('cls', 'dist')[: variants.prefix_tokens(config)]
+    classifier = config.get('classifier', 'token')
     x, num_tokens = _embed(graph, image, params, config, side, front)
     sizes = _Sizes(num_tokens, config['transformer']['num_heads'], config['hidden_size'])
     num_layers = config['transformer']['num_layers']
     weights, read = [], 0
     for layer in range(num_layers):
         name = f'Transformer/encoderblock_{layer}'
-        if layer == num_layers - 1 and not attention:
+        if layer == num_layers - 1 and not attention and classifier == 'token':
             read = len(front)
         x, w = _block(graph, x, params['Transformer'][f'encoderblock_{layer}'], sizes, name, read)
         weights.append(w)
-    if front and not read:
+    if classifier == 'token' and not read:
         x = _front(graph, x, sizes, len(front), 'tokens')
 
-    x = graph.layer_norm(x, params['Transformer']['encoder_norm'], 'Transformer/encoder_norm')
+    if not config.get('fc_norm'):
+        x = graph.layer_norm(x, params['Transformer']['encoder_norm'], 'Transformer/encoder_norm')
+    if classifier != 'token':
+        x = graph.reshape(x, (BATCH, num_tokens, sizes.width), 'tokens')
+        x = _pool(graph, x, classifier, range(len(front), num_tokens))
+    if config.get('fc_norm'):
+        x = graph.layer_norm(x, params['fc_norm'], 'fc_norm')
     if config.get('distilled'):
         return Values(*_classify_distilled(graph, x, params), num_tokens, weights)
-    if not front:
-        x = graph.reshape(x, (BATCH, num_tokens, sizes.width), 'tokens')
-        x = graph.mean(x, 1, 'mean_of_tokens')
-    return Values(*_classify(graph, x, params), num_tokens, weights)
+    act = config.get('representation_act', 'tanh')
+    return Values(*_classify(graph, x, params, act), num_tokens, weights)
+
+
+def _pool(graph: Graph, x: str, classifier: str, patches: range) -> str:
+    """Tokens [B, N, D] to the mean, the maximum, or the mean of both, of the patches, [B, D]."""
+    if patches.start:
+        x = graph.op('Gather', [x, graph.integers(patches)], 'tokens/patches', axis=1)
+    if classifier == 'max':
+        return graph.max(x, 1, 'maximum_of_tokens')
+    mean = graph.mean(x, 1, 'mean_of_tokens')
+    if classifier == 'gap':
+        return mean
+    both = graph.add(mean, graph.max(x, 1, 'maximum_of_tokens'), 'mean_and_maximum')
+    return graph.op('Mul', [both, graph.scalar(0.5)], 'mean_of_both')
 
 
 def _mixer(graph: Graph, image: str, params: _Tree, config: _Tree, side: int) -> Values:
@@ -125,7 +141,7 @@ def _token_mixing(graph: Graph, x: str, params: _Tree, name: str) -> str:
         x = graph.matmul(kernel, x, f'{name}/{layer}/product')
         x = graph.op('Add', [x, bias], f'{name}/{layer}')
         if layer == 'Dense_0':
-            x = graph.gelu(x, f'{name}/gelu')
+            x = graph.activation(x, graph.act, f'{name}/{graph.act}')
             x = graph.cast(x, graph.compute)
     return x
 
@@ -246,12 +262,11 @@ def _projections(params: _Tree, names: Sequence[str], sizes: _Sizes) -> dict[str
     return {'kernel': np.concatenate(kernels, axis=1), 'bias': np.concatenate(biases)}
 
 
-def _classify(graph: Graph, x: str, params: _Tree) -> tuple[str, str | None]:
+def _classify(graph: Graph, x: str, params: _Tree, act: str = 'tanh') -> tuple[str, str | None]:
     """Normalised class token, or mean of the tokens, [B, D], to features and logits."""
     if 'pre_logits' in params:
-        x = graph.op(
-            'Tanh', [graph.dense(x, params['pre_logits'], 'pre_logits')], 'pre_logits/tanh'
-        )
+        x = graph.dense(x, params['pre_logits'], 'pre_logits')
+        x = graph.activation(x, act, f'pre_logits/{act}')
     features = x
     if 'head_hidden' in params:
         x = graph.dense(x, params['head_hidden'], 'head_hidden')

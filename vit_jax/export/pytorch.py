@@ -1,8 +1,8 @@
 """Writes models for other libraries: timm, Hugging Face transformers, torchvision.
 
 Each gets a folder: `model.safetensors`, the configuration that makes the library compute what this
-package computes (tanh GELU, LayerNorm epsilon 1e-6, input in [-1, 1]), and a page that says how to
-load it and what differs. What a library has no place for is refused by name.
+package computes (activation, epsilon of LayerNorm, pooling, input in [-1, 1]), and a page that says
+how to load it and what differs. What a library has no place for is refused by name.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vit_jax import files, models, variants
-from vit_jax.checkpoint import adapt, key_tables, npz, tensors
+from vit_jax.checkpoint import adapt, key_tables, library_configs, npz, tensors
 from vit_jax.errors import UserError
 from vit_jax.inference import model_folder
 
@@ -23,6 +23,7 @@ PAGES = {'timm': 'README.md', 'huggingface': 'README.md', 'torchvision': 'NOTE.m
 DROPPABLE = ('pre_logits',)
 
 _SIZE_WORDS = {192: 'tiny', 384: 'small', 768: 'base', 1024: 'large', 1280: 'huge'}
+_TIMM_POOLING = {'token': 'token', 'gap': 'avg', 'max': 'max', 'avgmax': 'avgmax'}
 _TIMM_VITS = {
     *('tiny_patch16', 'small_patch8', 'small_patch16', 'small_patch32', 'base_patch8'),
     *('base_patch16', 'base_patch32', 'large_patch16', 'large_patch32', 'huge_patch14'),
@@ -90,7 +91,10 @@ def write(destination: str | os.PathLike[str], model: model_folder.Model, *, to:
         ) from why
     if to == 'huggingface':
         named = _hugging_face_names(named, 'dist' in flat, 'head/bias' in flat)
-    metadata = {'image_size': json.dumps(model.image_size)}
+    metadata = {
+        'image_size': json.dumps(model.image_size),
+        'settings': json.dumps(_settings(config)),
+    }
     if 'transformer' in config:
         metadata['num_heads'] = json.dumps(config['transformer']['num_heads'])
     if class_names:
@@ -140,21 +144,31 @@ def drop_layers(
     return dataclasses.replace(model, model=module, params=params, model_config=config), notes
 
 
-def _check_pooling(config: Mapping[str, Any], supported: Sequence[str]) -> None:
-    """Refuses unpooled models, and mean pooling where the library has only the class token."""
-    classifier = config.get('classifier', 'gap')
-    if 'unpooled' in classifier:
-        raise _UnsupportedError(f'it has no classifier {classifier!r}')
-    if classifier not in supported:
-        raise _UnsupportedError(f'it has no mean pooling (classifier {classifier!r})')
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a model that its arrays do not tell, with their defaults."""
+    names = ('act', 'layer_norm_eps')
+    if not variants.is_mixer(config):
+        names += ('classifier', 'class_token', 'fc_norm', 'representation_act')
+    module = models.MlpMixer if variants.is_mixer(config) else models.VisionTransformer
+    return {name: config.get(name, getattr(module, name)) for name in names}
+
+
+def _check_epsilon(settings: Mapping[str, Any]) -> None:
+    """Refuses what a library's fixed epsilon, 1e-6, would change by more than rounding."""
+    if settings['layer_norm_eps'] > 1e-5:
+        raise _UnsupportedError(f'its layer_norm_eps is 1e-6, not {settings["layer_norm_eps"]:g}')
 
 
 def _timm(model: model_folder.Model, flat: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     config, patch = model.model_config, model.model_config['patches']['size'][0]
+    settings = _settings(config)
+    _check_epsilon(settings)
     arguments: dict[str, Any] = {'img_size': model.image_size}
     first_layer = 'patch_embed.proj'
     if variants.is_mixer(config):
         key = (patch, config['hidden_dim'], config['num_blocks'])
+        if settings['act'] not in ('gelu', 'gelu_tanh'):
+            raise _UnsupportedError(f'its Mixer has the activation gelu, not {settings["act"]}')
         if key not in _TIMM_MIXERS:
             raise _UnsupportedError(f'it has no Mixer of patch {key[0]}, width {key[1]}')
         table, architecture, width, pool = 'timm Mixer', _TIMM_MIXERS[key], key[1], 'avg'
@@ -163,20 +177,25 @@ def _timm(model: model_folder.Model, flat: Mapping[str, Any]) -> tuple[str, dict
         ]
         first_layer = 'stem.proj'
     else:
-        _check_pooling(config, ('token', 'gap'))
+        if settings['classifier'] not in _TIMM_POOLING:
+            raise _UnsupportedError(f'it has no classifier {settings["classifier"]!r}')
         table, architecture = _timm_vit(flat, config)
         encoder, width = config['transformer'], config['hidden_size']
-        pool = 'token' if config['classifier'] == 'token' else 'avg'
+        pool = _TIMM_POOLING[settings['classifier']]
         arguments |= {
             'patch_size': patch,
             'embed_dim': width,
             'depth': encoder['num_layers'],
             'num_heads': encoder['num_heads'],
             'mlp_ratio': encoder['mlp_dim'] / width,
-            'act_layer': 'gelu_tanh',
+            'act_layer': settings['act'],
         }
-        if pool == 'avg':  # the final LayerNorm comes before the mean here, not after it
-            arguments |= {'class_token': False, 'global_pool': 'avg', 'fc_norm': False}
+        if pool != 'token' or settings['fc_norm']:
+            arguments |= {
+                'class_token': bool(variants.prefix_tokens(config)),
+                'global_pool': pool,
+                'fc_norm': settings['fc_norm'],
+            }
     names = model_folder.own_class_names(model)
     described = {
         'architecture': architecture,
@@ -231,7 +250,7 @@ def _hugging_face(model: model_folder.Model, flat: Mapping[str, Any]) -> tuple[s
         raise _UnsupportedError('it loads a DeiT of two tokens with its heads only')
     labels = model_folder.own_class_names(model) or [f'LABEL_{i}' for i in range(classes)]
     kind = 'DeiTForImageClassificationWithTeacher' if distilled else 'ViTForImageClassification'
-    encoder = config['transformer']
+    encoder, settings = config['transformer'], _settings(config)
     described = {
         'architectures': [kind if classes else 'ViTModel'],
         'model_type': 'deit' if distilled else 'vit',
@@ -239,8 +258,8 @@ def _hugging_face(model: model_folder.Model, flat: Mapping[str, Any]) -> tuple[s
         'num_hidden_layers': encoder['num_layers'],
         'num_attention_heads': encoder['num_heads'],
         'intermediate_size': encoder['mlp_dim'],
-        'hidden_act': 'gelu_pytorch_tanh',
-        'layer_norm_eps': 1e-6,
+        'hidden_act': library_configs.TO_HUGGING_FACE[settings['act']],
+        'layer_norm_eps': settings['layer_norm_eps'],
         'hidden_dropout_prob': 0.0,
         'attention_probs_dropout_prob': 0.0,
         'initializer_range': 0.02,
@@ -254,7 +273,7 @@ def _hugging_face(model: model_folder.Model, flat: Mapping[str, Any]) -> tuple[s
     }
     if 'pre_logits/bias' in flat:
         described['pooler_output_size'] = flat['pre_logits/bias'].shape[0]
-        described['pooler_act'] = 'tanh'
+        described['pooler_act'] = library_configs.TO_HUGGING_FACE[settings['representation_act']]
     processor = {
         'image_processor_type': 'ViTImageProcessor',
         'do_resize': True,
@@ -301,6 +320,11 @@ def _torchvision(model: model_folder.Model, flat: Mapping[str, Any]) -> tuple[st
             flat['pre_logits/bias'].shape[0] if 'pre_logits/bias' in flat else None
         ),
     }
+    settings = _settings(config)
+    _check_epsilon(settings)
+    for name, takes in (('act', ('gelu', 'gelu_tanh')), ('representation_act', ('tanh',))):
+        if settings[name] not in takes:
+            raise _UnsupportedError(f'its {name} is {takes[0]}, not {settings[name]}')
     names = model_folder.own_class_names(model)
     described = {
         'library': 'torchvision',
@@ -308,6 +332,7 @@ def _torchvision(model: model_folder.Model, flat: Mapping[str, Any]) -> tuple[st
         'arguments': arguments,
         'mean': [0.5] * 3,
         'std': [0.5] * 3,
+        'settings': {name: settings[name] for name in ('act', 'layer_norm_eps')},
         **({'class_names': list(names)} if names else {}),
     }
     return 'torchvision', {'config.json': described}
@@ -319,7 +344,10 @@ def _check_plain(config: Mapping[str, Any]) -> None:
         raise _UnsupportedError('it has no MLP-Mixer')
     if config.get('resnet') is not None:
         raise _UnsupportedError('it has no hybrid with this ResNet (conv_root, gn_root, ...)')
-    _check_pooling(config, ('token',))
+    settings = _settings(config)
+    if settings['classifier'] != 'token' or settings['fc_norm']:
+        pooling = 'fc_norm' if settings['fc_norm'] else f'classifier {settings["classifier"]!r}'
+        raise _UnsupportedError(f'it has no mean pooling, max pooling or fc_norm ({pooling})')
 
 
 def _page(to: str, config: Mapping[str, Any], image_size: int, described: Mapping[str, Any]) -> str:
@@ -339,13 +367,16 @@ def _page(to: str, config: Mapping[str, Any], image_size: int, described: Mappin
         mixer=variants.is_mixer(config),
         hybrid='resnet' in config,
         model_class=described['config.json'].get('architectures', [''])[0],
+        **_settings(config),
     )
 
 
 def _warnings(to: str, config: Mapping[str, Any]) -> list[str]:
     """What the user should know about an export, a sentence each."""
     notes = []
-    if to == 'torchvision' or (to == 'timm' and variants.is_mixer(config)):
+    settings = _settings(config)
+    one_form = to == 'torchvision' or (to == 'timm' and variants.is_mixer(config))
+    if one_form and settings['act'] == 'gelu_tanh':
         notes.append(
             'this class computes GELU in its erf form, which changes logits by 1e-3 to 2e-2; '
             f'{PAGES[to]} in the folder says how to set the tanh form'
@@ -355,6 +386,8 @@ def _warnings(to: str, config: Mapping[str, Any]) -> list[str]:
             'timm standardises convolution weights with another epsilon: logits differ by about '
             '1e-5 to 1e-4'
         )
+    if to != 'huggingface' and settings['layer_norm_eps'] != 1e-6:
+        notes.append(f'LayerNorm epsilon is 1e-6 there, {settings["layer_norm_eps"]:g} here')
     if to == 'torchvision':
         notes.append('input is [-1, 1]: mean and standard deviation 0.5, not those of ImageNet')
     else:

@@ -123,7 +123,8 @@ def _timm(request: Mapping[str, Any]) -> tuple[Run, dict[str, Any]]:
         for module in model.modules()
         if type(module).__name__.startswith('StdConv2d')
     ]
-    if 'mlp_tokens' in str(model):
+    act = request['model_config'].get('act', 'gelu_tanh')
+    if 'mlp_tokens' in str(model) and act == 'gelu_tanh':
         # timm has no argument for it; README.md in the folder sets it like this.
         tanh = torch.nn.GELU(approximate='tanh')
         mlps = [mlp for block in model.blocks for mlp in (block.mlp_tokens, block.mlp_channels)]
@@ -189,6 +190,8 @@ def _torchvision_model(request: Mapping[str, Any]) -> tuple[Run, dict[str, Any]]
     model = torchvision.models.VisionTransformer(**description['arguments'])
     model.load_state_dict(load_file(folder / 'model.safetensors'))
     gelus = [module for module in model.modules() if isinstance(module, torch.nn.GELU)]
+    if description['settings']['act'] != 'gelu_tanh':
+        gelus = []
     forms = [_Form('erf GELU', gelu, 'approximate', gelu.approximate, 'tanh') for gelu in gelus]
     features: list[Any] = []
     model.heads.head.register_forward_pre_hook(lambda _module, inputs: features.append(inputs[0]))

@@ -267,7 +267,9 @@ def _described(found: Mapping[str, Any], params: Mapping[str, Any]) -> Model:
 
 def _from_weights(path: pathlib.Path, weights: formats.Weights, variant: str) -> Model:
     _log.info('%s', weights)
-    config = infer.architecture(weights.params, str(path), variant=variant)
+    config = infer.architecture(
+        weights.params, str(path), variant=variant, settings=weights.settings
+    )
     image_size = infer.image_size(weights.params, config, str(path))
     num_classes = _num_classes(weights.params)
     class_names = weights.class_names

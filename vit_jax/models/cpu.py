@@ -21,8 +21,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vit_jax.models import layers
 from vit_jax.models.attention import MultiHeadDotProductAttention, dot_product_attention
-from vit_jax.models.layers import MlpBlock
 
 # Most attention weights of a chunk: 2 MB in float32. Found with ViT-B/16 at batch 8 (465,708 an
 # image).
@@ -59,7 +59,7 @@ def _applies(module: nn.Module, options: dict[str, Any]) -> bool:
     if isinstance(module, MultiHeadDotProductAttention):
         plain = not options['dropout_rate'] and options['mask'] is None
         return module.implementation == 'auto' and plain
-    if isinstance(module, MlpBlock):
+    if isinstance(module, layers.MlpBlock):
         return options.get('deterministic', True) or not module.dropout_rate
     return True
 
@@ -101,13 +101,15 @@ affine = _by_platform(_own_affine, _affine)
 
 
 # The scopes are for profiles (`benchmarks.trace`).
-@jax.named_scope('gelu')
-def _gelu(x):
-    return nn.gelu(x, approximate=True)
+def _activation(act, x):
+    with jax.named_scope('gelu'):
+        return layers.activation(act)(x)
 
 
 @jax.named_scope('gelu')
-def _gelu_backward(x, grad):
+def _activation_backward(act, x, grad):
+    if act != 'gelu_tanh':
+        return jax.vjp(layers.activation(act), x)[1](grad)
     # x (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), of which only x is kept.
     a, b = math.sqrt(2 / math.pi), math.sqrt(2 / math.pi) * 0.044715
     square = x * x
@@ -115,44 +117,53 @@ def _gelu_backward(x, grad):
     return (grad * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * (a + 3 * b * square)),)
 
 
-_own_gelu = jax.custom_vjp(_gelu)
-_own_gelu.defvjp(lambda x: (_gelu(x), x), _gelu_backward)
-gelu = _by_platform(_own_gelu, _gelu)
+@functools.cache
+def activation(act: str) -> Callable:
+    """The function of a name in `layers.ACTIVATIONS`, of which only the argument is kept."""
+    plain = functools.partial(_activation, act)
+    own = jax.custom_vjp(plain)
+    own.defvjp(lambda x: (plain(x), x), functools.partial(_activation_backward, act))
+    return _by_platform(own, plain)
 
 
-def _gelu_affine(x, kernel, bias):
-    return _affine(_gelu(x), kernel, bias)
+def _activation_affine(act, x, kernel, bias):
+    return _affine(_activation(act, x), kernel, bias)
 
 
-def _gelu_affine_backward(kept, grad):
-    # What GELU gave is computed again: that takes no more time than getting memory for it, a fifth
-    # of a training step's temporary memory. Not before there is a gradient; otherwise XLA would
-    # merge it with the forward pass.
+def _activation_affine_backward(act, kept, grad):
+    # What the activation gave is computed again: that takes no more time than getting memory for
+    # it, a fifth of a training step's temporary memory. Not before there is a gradient; otherwise
+    # XLA would merge it with the forward pass.
     x, grad = jax.lax.optimization_barrier((kept[0], grad))
-    y_grad, kernel_grad, bias_grad = _affine_backward((_gelu(x), kept[1]), grad)
-    return *_gelu_backward(x, y_grad), kernel_grad, bias_grad
+    y_grad, kernel_grad, bias_grad = _affine_backward((_activation(act, x), kept[1]), grad)
+    return *_activation_backward(act, x, y_grad), kernel_grad, bias_grad
 
 
-_own_gelu_affine = jax.custom_vjp(_gelu_affine)
-_own_gelu_affine.defvjp(
-    lambda x, kernel, bias: (_gelu_affine(x, kernel, bias), (x, kernel)), _gelu_affine_backward
-)
-gelu_affine = _by_platform(_own_gelu_affine, _gelu_affine)
+@functools.cache
+def activation_affine(act: str) -> Callable:
+    """`affine` of what the function `act` gives."""
+    plain = functools.partial(_activation_affine, act)
+    own = jax.custom_vjp(plain)
+    own.defvjp(
+        lambda x, kernel, bias: (plain(x, kernel, bias), (x, kernel)),
+        functools.partial(_activation_affine_backward, act),
+    )
+    return _by_platform(own, plain)
 
 
-def _layer_norm(x, scale, bias):
+def _layer_norm(epsilon, x, scale, bias):
     """[B, D], [D], [D] to [B, D] in the type of `scale` and `bias`, which is at least float32.
 
     Mean and variance as `nn.LayerNorm` computes them, in one pass.
     """
-    return _layer_norm_forward(x, scale, bias)[0]
+    return _layer_norm_forward(epsilon, x, scale, bias)[0]
 
 
-def _layer_norm_forward(x, scale, bias):
+def _layer_norm_forward(epsilon, x, scale, bias):
     wide = x.astype(scale.dtype)
     mean = wide.mean(axis=1, keepdims=True)
     variance = (wide * wide).mean(axis=1, keepdims=True) - mean * mean
-    factor = jax.lax.rsqrt(jnp.maximum(0.0, variance) + 1e-6)  # rounding may make it negative
+    factor = jax.lax.rsqrt(jnp.maximum(0.0, variance) + epsilon)  # rounding may make it negative
     return (wide - mean) * (factor * scale[None]) + bias[None], (x, mean, factor, scale)
 
 
@@ -165,9 +176,13 @@ def _layer_norm_backward(kept, grad):
     return (factor * inner).astype(x.dtype), _sum_rows(grad * normed), _sum_rows(grad)
 
 
-_own_layer_norm = jax.custom_vjp(_layer_norm)
-_own_layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
-layer_norm = _by_platform(_own_layer_norm, _layer_norm)
+@functools.cache
+def layer_norm(epsilon: float) -> Callable:
+    """`nn.LayerNorm` of rows with this epsilon."""
+    plain = functools.partial(_layer_norm, epsilon)
+    own = jax.custom_vjp(plain)
+    own.defvjp(functools.partial(_layer_norm_forward, epsilon), _layer_norm_backward)
+    return _by_platform(own, plain)
 
 
 def _chunked_forward(*arrays):
@@ -247,12 +262,12 @@ def _call_patches(module: Any, params: Any, x: jax.Array) -> jax.Array:
 def _call_layer_norm(module: Any, params: Any, x: jax.Array) -> jax.Array:
     wide = jnp.promote_types(module.dtype, jnp.float32)
     scale, bias = (params[name].astype(wide) for name in ('scale', 'bias'))
-    y = layer_norm(x.reshape(-1, x.shape[-1]), scale, bias)
+    y = layer_norm(module.epsilon)(x.reshape(-1, x.shape[-1]), scale, bias)
     return y.astype(module.dtype).reshape(x.shape)
 
 
-def _call_mlp(module: MlpBlock, params: Any, x: jax.Array) -> jax.Array:
-    for name, product in (('Dense_0', affine), ('Dense_1', gelu_affine)):
+def _call_mlp(module: layers.MlpBlock, params: Any, x: jax.Array) -> jax.Array:
+    for name, product in (('Dense_0', affine), ('Dense_1', activation_affine(module.act))):
         with jax.named_scope(name):
             x = _call_dense(module, params[name], x, product)
     return x
@@ -263,7 +278,7 @@ _FORMS: dict[tuple[type[nn.Module], str], Callable[..., jax.Array]] = {
     (nn.Dense, '__call__'): _call_dense,
     (nn.DenseGeneral, '__call__'): _call_dense,
     (nn.LayerNorm, '__call__'): _call_layer_norm,
-    (MlpBlock, '__call__'): _call_mlp,
-    (MlpBlock, 'gelu'): lambda module, params, x: gelu(x),
+    (layers.MlpBlock, '__call__'): _call_mlp,
+    (layers.MlpBlock, 'activation'): lambda module, params, x: activation(module.act)(x),
     (MultiHeadDotProductAttention, 'attend'): lambda module, params, *arrays: attention(*arrays),
 }

@@ -10,6 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# The activation functions, by the names that timm gives them.
+ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+    'gelu_tanh': functools.partial(nn.gelu, approximate=True),  # https://arxiv.org/abs/1606.08415
+    'gelu': functools.partial(nn.gelu, approximate=False),  # exact, with erf
+    'quick_gelu': lambda x: x * nn.sigmoid(1.702 * x),  # of OpenAI's CLIP
+    'relu': nn.relu,
+    'silu': nn.silu,
+    'tanh': nn.tanh,
+}
+
 REMAT_POLICIES: Mapping[str, Callable | None] = {
     'full': None,  # keep nothing of a block but its input
     # Keep what matrix products with parameters gave.
@@ -25,13 +35,21 @@ def at_least_float32(dtype: Any) -> jnp.dtype:
     return jnp.dtype(np.float64 if jnp.dtype(dtype) == np.float64 else np.float32)
 
 
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    """The function of a name in `ACTIVATIONS`; `ValueError` for another name."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f'unknown activation {name!r}: one of {", ".join(ACTIVATIONS)}')
+    return ACTIVATIONS[name]
+
+
 class MlpBlock(nn.Module):
-    """Two dense layers with GELU (tanh form) between them; as many outputs as inputs.
+    """Two dense layers with an activation function between them; as many outputs as inputs.
 
     Attributes:
       mlp_dim: width of the hidden layer.
       dropout_rate: dropout after each of the two layers.
       dtype: type of the matrix products.
+      act: the activation function, a name in `ACTIVATIONS`.
       kernel_init: of both kernels [inputs, outputs].
       bias_init: of both biases [outputs].
     """
@@ -39,6 +57,7 @@ class MlpBlock(nn.Module):
     mlp_dim: int
     dropout_rate: float = 0.0
     dtype: Any = jnp.float32
+    act: str = 'gelu_tanh'
     kernel_init: Callable[..., jax.Array] = nn.initializers.xavier_uniform()
     bias_init: Callable[..., jax.Array] = nn.initializers.normal(stddev=1e-6)
 
@@ -48,14 +67,14 @@ class MlpBlock(nn.Module):
         dense = functools.partial(
             nn.Dense, dtype=self.dtype, kernel_init=self.kernel_init, bias_init=self.bias_init
         )
-        x = self.gelu(dense(self.mlp_dim, name='Dense_0')(inputs))
+        x = self.activation(dense(self.mlp_dim, name='Dense_0')(inputs))
         x = nn.Dropout(self.dropout_rate, name='Dropout_0')(x, deterministic=deterministic)
         x = dense(inputs.shape[-1], name='Dense_1')(x)
         return nn.Dropout(self.dropout_rate, name='Dropout_1')(x, deterministic=deterministic)
 
-    def gelu(self, x: jax.Array) -> jax.Array:
-        """The tanh form of GELU (https://arxiv.org/abs/1606.08415), [..., M] to [..., M]."""
-        return nn.gelu(x, approximate=True)
+    def activation(self, x: jax.Array) -> jax.Array:
+        """[..., M] to [..., M]."""
+        return activation(self.act)(x)
 
 
 def rematerialised(

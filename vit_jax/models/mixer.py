@@ -22,14 +22,17 @@ class MixerBlock(nn.Module):
     tokens_mlp_dim: int
     channels_mlp_dim: int
     dtype: Any = jnp.float32
+    act: str = 'gelu_tanh'
+    layer_norm_eps: float = 1e-6
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Tokens [B, N, D] in, tokens [B, N, D] out."""
-        norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
+        norm = functools.partial(nn.LayerNorm, epsilon=self.layer_norm_eps, dtype=self.dtype)
         mlp = functools.partial(
             layers.MlpBlock,
             dtype=self.dtype,
+            act=self.act,
             kernel_init=nn.initializers.lecun_normal(),
             bias_init=nn.initializers.zeros,
         )
@@ -47,7 +50,7 @@ class MixerBlock(nn.Module):
 
 
 class MlpMixer(nn.Module):
-    """MLP-Mixer with the original release's arguments, and three of our own at the end.
+    """MLP-Mixer with the original release's arguments, and five of our own at the end.
 
     Attributes:
       patches: mapping with `size`, (P, P).
@@ -59,6 +62,8 @@ class MlpMixer(nn.Module):
       model_name: the variant's name; not used in the computation.
       dtype: type of activations and matrix products, float32 or bfloat16; parameters stay float32.
       remat: recompute activations of the blocks, see `layers.REMAT_POLICIES`; '' keeps them.
+      act: activation function of the MLPs, a name in `layers.ACTIVATIONS`.
+      layer_norm_eps: what LayerNorm adds to the variance.
       cpu_training: on a CPU, compute forms of the layers that train faster, see `models.cpu`.
     """
 
@@ -71,6 +76,8 @@ class MlpMixer(nn.Module):
     model_name: str | None = None
     dtype: Any = jnp.float32
     remat: str = ''
+    act: str = 'gelu_tanh'
+    layer_norm_eps: float = 1e-6
     cpu_training: bool = False
 
     def __post_init__(self) -> None:
@@ -103,12 +110,17 @@ class MlpMixer(nn.Module):
         self.sow('intermediates', 'patch_embedding', x)  # [B, height / P, width / P, D]
         x = layers.as_tokens(x)
 
-        block = layers.rematerialised(MixerBlock, self.remat)
+        block = functools.partial(
+            layers.rematerialised(MixerBlock, self.remat),
+            self.tokens_mlp_dim,
+            self.channels_mlp_dim,
+            self.dtype,
+            act=self.act,
+            layer_norm_eps=self.layer_norm_eps,
+        )
         for i in range(self.num_blocks):
-            x = block(
-                self.tokens_mlp_dim, self.channels_mlp_dim, self.dtype, name=f'MixerBlock_{i}'
-            )(x)
-        x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name='pre_head_layer_norm')(x)
+            x = block(name=f'MixerBlock_{i}')(x)
+        x = nn.LayerNorm(self.layer_norm_eps, dtype=self.dtype, name='pre_head_layer_norm')(x)
         self.sow('intermediates', 'encoded', x)
         x = jnp.mean(x, axis=1)
         self.sow('intermediates', 'features', x)

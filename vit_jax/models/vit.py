@@ -1,8 +1,8 @@
 """The Vision Transformer of "An Image is Worth 16x16 Words" (https://arxiv.org/abs/2010.11929).
 
 Module and parameter names are those of the released checkpoints, so a `.npz` of the original
-release is this module's parameter tree. Numerics are the release's as well: tanh-form GELU,
-LayerNorm epsilon 1e-6, zero-initialised head.
+release is this module's parameter tree. Numerics are the release's as well, unless arguments say
+something else: tanh-form GELU, LayerNorm epsilon 1e-6, zero-initialised head.
 
 Shapes in comments and docstrings:
     B batch    N tokens    D width (hidden_size)    H heads    K head size (D / H)    P patch size
@@ -21,10 +21,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vit_jax import variants
 from vit_jax.models import cpu, layers, resnet
 from vit_jax.models.attention import MultiHeadDotProductAttention
 
-CLASSIFIERS = ('token', 'gap', 'unpooled', 'token_unpooled')
+CLASSIFIERS = ('token', 'gap', 'max', 'avgmax', 'unpooled', 'token_unpooled')
 
 
 class IdentityLayer(nn.Module):
@@ -64,6 +65,8 @@ class Encoder1DBlock(nn.Module):
     attention_dropout_rate: float = 0.1
     attention: str = 'auto'
     outputs: int | None = None
+    act: str = 'gelu_tanh'
+    layer_norm_eps: float = 1e-6
 
     @nn.compact
     def __call__(
@@ -73,7 +76,7 @@ class Encoder1DBlock(nn.Module):
 
         `mask`, bool [B, N], says which tokens are looked at.
         """
-        norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
+        norm = functools.partial(nn.LayerNorm, epsilon=self.layer_norm_eps, dtype=self.dtype)
         x = norm(name='LayerNorm_0')(inputs)
         x = MultiHeadDotProductAttention(
             num_heads=self.num_heads,
@@ -86,7 +89,9 @@ class Encoder1DBlock(nn.Module):
         self.sow('intermediates', 'self_attention', x)
         x = x + inputs[:, : self.outputs]
 
-        mlp = layers.MlpBlock(self.mlp_dim, self.dropout_rate, self.dtype, name='MlpBlock_0')
+        mlp = layers.MlpBlock(
+            self.mlp_dim, self.dropout_rate, self.dtype, self.act, name='MlpBlock_0'
+        )
         y = mlp(norm(name='LayerNorm_1')(x), deterministic=deterministic)
         self.sow('intermediates', 'mlp', y)
         x = x + y
@@ -111,6 +116,9 @@ class Encoder(nn.Module):
         what nothing depends on: of Ti/16 to B/16, with 12 blocks, 7 % of the work.
       scan_layers: trace and compile one block for all but the last, over which `jax.lax.scan`
         loops; parameters, and what can be read out, stay the same. Dropout draws other masks.
+      act: activation function of the MLPs, a name in `layers.ACTIVATIONS`.
+      layer_norm_eps: what LayerNorm adds to the variance.
+      final_norm: whether there is a final LayerNorm.
     """
 
     num_layers: int
@@ -124,6 +132,9 @@ class Encoder(nn.Module):
     remat: str = ''
     outputs: int | None = None
     scan_layers: bool = False
+    act: str = 'gelu_tanh'
+    layer_norm_eps: float = 1e-6
+    final_norm: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
@@ -152,6 +163,8 @@ class Encoder(nn.Module):
             dropout_rate=self.dropout_rate,
             attention_dropout_rate=self.attention_dropout_rate,
             attention=self.attention,
+            act=self.act,
+            layer_norm_eps=self.layer_norm_eps,
         )
         last = self.num_layers - 1
         names = [f'encoderblock_{layer}' for layer in range(self.num_layers)]
@@ -161,7 +174,9 @@ class Encoder(nn.Module):
         for name in names:
             outputs = self.outputs if name == f'encoderblock_{last}' else None
             x = block(outputs=outputs, name=name)(x, not train, mask)
-        return nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name='encoder_norm')(x)
+        if not self.final_norm:
+            return x
+        return nn.LayerNorm(self.layer_norm_eps, dtype=self.dtype, name='encoder_norm')(x)
 
     def _scan(
         self,
@@ -196,7 +211,7 @@ class Encoder(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Vision Transformer with the original release's arguments, and eight of our own at the end.
+    """Vision Transformer with the original release's arguments, and others of our own at the end.
 
     A plain ViT; a hybrid (`resnet`), whose patches are cut from the features of a ResNet; or a
     DeiT (`distilled`).
@@ -210,11 +225,13 @@ class VisionTransformer(nn.Module):
       resnet: mapping with `num_layers` (residual units in each stage; none for the root alone) and
         `width_factor`, see `resnet.backbone`; None for a plain ViT.
       representation_size: width of the `pre_logits` layer (dense + tanh); None for none.
-      classifier: 'token' (class token), 'gap' (mean of all tokens, no class token), 'unpooled' (all
-        patch tokens), 'token_unpooled' (class token and all patch tokens).
+      classifier: what the head reads: 'token' (class token), 'gap' (mean of all patch tokens),
+        'max' (their maximum), 'avgmax' (the mean of both), 'unpooled' (all patch tokens),
+        'token_unpooled' (class token and all patch tokens).
       head_bias_init: initial value of the head's bias.
       encoder: the encoder's class. One of your own gets `transformer`, and of `dtype`, `attention`,
-        `remat`, `scan_layers` and `outputs` (see `Encoder`) those that are attributes of it.
+        `remat`, `scan_layers`, `act`, `layer_norm_eps`, `final_norm` and `outputs` (see `Encoder`)
+        those that are attributes of it.
       model_name: the variant's name; not used in the computation.
       distilled: a second token `dist` beside the class token and a second head, `head_dist`, that
         reads it, as in DeiT (https://arxiv.org/abs/2012.12877). The logits are the mean of both
@@ -229,6 +246,11 @@ class VisionTransformer(nn.Module):
         classifier 'token': class and distillation token), see `Encoder.outputs`. The logits are the
         same.
       cpu_training: on a CPU, compute forms of the layers that train faster, see `models.cpu`.
+      act: activation function of the MLPs, a name in `layers.ACTIVATIONS`.
+      layer_norm_eps: what LayerNorm adds to the variance.
+      class_token: whether there is a class token; None for those classifiers only that read it.
+      fc_norm: a LayerNorm of what the head reads, in place of the encoder's final one.
+      representation_act: activation function of the `pre_logits` layer.
     """
 
     num_classes: int
@@ -249,6 +271,11 @@ class VisionTransformer(nn.Module):
     scan_layers: bool = False
     head_tokens_only: bool = False
     cpu_training: bool = False
+    act: str = 'gelu_tanh'
+    layer_norm_eps: float = 1e-6
+    class_token: bool | None = None
+    fc_norm: bool = False
+    representation_act: str = 'tanh'
 
     def __post_init__(self) -> None:
         """Makes the module hashable, as Flax and `jax.jit` (`static_argnames`) want it."""
@@ -259,9 +286,8 @@ class VisionTransformer(nn.Module):
     @property
     def prefix_tokens(self) -> int:
         """How many tokens stand in front of the patches: class and distillation token."""
-        if self.classifier not in ('token', 'token_unpooled'):
-            return 0
-        return 2 if self.distilled else 1
+        names = ('classifier', 'class_token', 'distilled')
+        return variants.prefix_tokens({name: getattr(self, name) for name in names})
 
     @nn.compact
     @cpu.switchable
@@ -285,8 +311,8 @@ class VisionTransformer(nn.Module):
         self._check()
         layers.check_images(inputs)
         x = self._embed(inputs.astype(self.dtype))
-        names = ('cls', 'dist') if self.distilled else ('cls',)
-        if self.classifier in ('token', 'token_unpooled'):
+        if self.prefix_tokens:
+            names = ('cls', 'dist')[: self.prefix_tokens]
             shape = (1, 1, self.hidden_size)
             zeros = nn.initializers.zeros
             learned = [self.param(name, zeros, shape, jnp.float32) for name in names]
@@ -297,15 +323,12 @@ class VisionTransformer(nn.Module):
         x = self._create_encoder()(x, train=train)
         self.sow('intermediates', 'encoded', x)
 
-        if self.distilled:
-            x = x[:, :2]
-        elif self.classifier == 'token':
-            x = x[:, 0]
-        elif self.classifier == 'gap':
-            x = jnp.mean(x, axis=1)
-
+        x = self._pool(x)
+        if self.fc_norm:
+            x = nn.LayerNorm(self.layer_norm_eps, dtype=self.dtype, name='fc_norm')(x)
         if self.representation_size is not None:
-            x = nn.tanh(nn.Dense(self.representation_size, dtype=self.dtype, name='pre_logits')(x))
+            x = nn.Dense(self.representation_size, dtype=self.dtype, name='pre_logits')(x)
+            x = layers.activation(self.representation_act)(x)
         else:
             x = IdentityLayer(name='pre_logits')(x)
         self.sow('intermediates', 'features', x)  # `pre_logits` is the layer's own name
@@ -315,18 +338,37 @@ class VisionTransformer(nn.Module):
         return self._classify(x, train)
 
     def _create_encoder(self) -> nn.Module:
-        names = ('dtype', 'attention', 'remat', 'scan_layers')
-        ours = {name: getattr(self, name) for name in names}
+        names = ('dtype', 'attention', 'remat', 'scan_layers', 'act', 'layer_norm_eps')
+        ours = {name: getattr(self, name) for name in names} | {'final_norm': not self.fc_norm}
         known = {field.name for field in dataclasses.fields(self.encoder)}
         for name, value in ours.items():
-            if name not in known and value != getattr(VisionTransformer, name):
+            if name not in known and value != getattr(Encoder, name):
                 raise ValueError(f'{name}={value!r}: {self.encoder.__name__} has no such attribute')
         if self.head_tokens_only and self.classifier == 'token':
             ours['outputs'] = 2 if self.distilled else 1
         ours = {name: value for name, value in ours.items() if name in known}
         return self.encoder(name='Transformer', **self.transformer, **ours)
 
+    def _pool(self, x: jax.Array) -> jax.Array:
+        """Encoded tokens [B, N, D] to what the head reads, see `classifier`."""
+        if self.distilled:
+            return x[:, :2]
+        if self.classifier == 'token':
+            return x[:, 0]
+        if self.classifier == 'token_unpooled':
+            return x
+        x = x[:, self.prefix_tokens :]
+        if self.classifier == 'gap':
+            return jnp.mean(x, axis=1)
+        if self.classifier == 'max':
+            return jnp.max(x, axis=1)
+        return (jnp.mean(x, axis=1) + jnp.max(x, axis=1)) / 2 if self.classifier == 'avgmax' else x
+
     def _check(self) -> None:
+        if self.class_token is False and self.classifier in ('token', 'token_unpooled'):
+            raise ValueError(
+                f'classifier {self.classifier!r} reads a class token: class_token=False'
+            )
         if self.classifier not in CLASSIFIERS:
             raise ValueError(
                 f'unknown classifier {self.classifier!r}: one of {", ".join(CLASSIFIERS)}'

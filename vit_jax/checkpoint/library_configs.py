@@ -1,0 +1,230 @@
+"""What the config.json of a folder of timm, Hugging Face or torchvision says of a model.
+
+Everything that changes what is computed is taken over, in this package's words, or refused by name.
+`timm_models.csv` has the arguments that an architecture of timm 1.0.31 sets by itself; those of
+`model_args` in config.json come on top.
+"""
+
+import csv
+import functools
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vit_jax import files
+from vit_jax.errors import UserError
+
+# (mean, standard deviation) of the red, green and blue that a model takes, in units of white.
+Normalization = tuple[Sequence[float], Sequence[float]]
+HALF: Normalization = ((0.5,) * 3, (0.5,) * 3)  # -> [-1, 1], what all models here take
+IMAGENET: Normalization = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+# What a library computes unless it is told otherwise.
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    'timm': {'act': 'gelu', 'layer_norm_eps': 1e-6},
+    'Hugging Face': {'act': 'gelu', 'layer_norm_eps': 1e-12},
+    'torchvision': {'act': 'gelu', 'layer_norm_eps': 1e-6},
+}
+
+# Their names of activation functions -> those of `models.layers.ACTIVATIONS`.
+_TIMM_ACTIVATIONS = {
+    **{name: name for name in ('gelu', 'gelu_tanh', 'quick_gelu', 'relu', 'silu', 'tanh')},
+    'swish': 'silu',
+}
+_HUGGING_FACE_ACTIVATIONS = {
+    **dict.fromkeys(('gelu', 'gelu_python'), 'gelu'),
+    **dict.fromkeys(('gelu_new', 'gelu_fast', 'gelu_pytorch_tanh'), 'gelu_tanh'),
+    **dict.fromkeys(('gelu_python_tanh', 'gelu_accurate'), 'gelu_tanh'),
+    **{name: name for name in ('quick_gelu', 'relu', 'silu', 'tanh')},
+    'swish': 'silu',
+}
+# Our names, for export.
+TO_HUGGING_FACE = {'gelu_tanh': 'gelu_pytorch_tanh'} | {
+    name: name for name in ('gelu', 'quick_gelu', 'relu', 'silu', 'tanh')
+}
+# Types of Hugging Face's that are this ViT -> the epsilon of their configuration.
+_HUGGING_FACE_TYPES = {'vit': 1e-12, 'deit': 1e-12, 'vit_msn': 1e-6}
+
+_POOLING = {'token': 'token', 'avg': 'gap', 'max': 'max', 'avgmax': 'avgmax'}
+# Arguments of timm's models that change no result of a trained model, or that the arrays tell.
+_TIMM_FREE = {
+    *('img_size', 'patch_size', 'in_chans', 'num_classes', 'embed_dim', 'depth', 'mlp_ratio'),
+    *('dynamic_img_size', 'dynamic_img_pad', 'drop_rate', 'pos_drop_rate', 'patch_drop_rate'),
+    *('proj_drop_rate', 'attn_drop_rate', 'drop_path_rate', 'weight_init', 'fix_init', 'distilled'),
+    *('qkv_bias', 'num_blocks', 'stem_norm', 'nlhb', 'pretrained_cfg', 'features_only'),
+}
+# The values of others that this package computes, beside those that `_timm_settings` reads.
+_TIMM_KNOWN: Mapping[str, Sequence[Any]] = {
+    'qk_norm': (False,),
+    'scale_attn_norm': (False,),
+    'scale_mlp_norm': (False,),
+    'proj_bias': (True,),
+    'init_values': (None,),
+    'pos_embed': ('learn',),
+    'no_embed_class': (False,),
+    'reg_tokens': (0,),
+    'pre_norm': (False,),
+    'final_norm': (True,),
+    'pool_include_prefix': (False,),
+    'norm_layer': (None, '', 'layernorm'),
+    'embed_norm_layer': (None, ''),
+    'stem_norm': (False,),
+}
+
+
+_TIMM_READ = ('act_layer', 'global_pool', 'class_token', 'fc_norm', 'num_heads')
+
+
+def read(folder: pathlib.Path) -> dict[str, Any]:
+    """What config.json (and preprocessor_config.json) of a folder tell.
+
+    Args:
+        folder: of Hugging Face or timm, or one that `export` wrote for torchvision.
+
+    Returns:
+        Those of these that are told: `num_heads`; `settings`, arguments of the model that its
+        arrays do not tell; `class_names`; `image_size`; `normalization`.
+
+    Raises:
+        UserError: damaged, or a setting that no model here computes.
+    """
+    config = files.read_json(folder / 'config.json')
+    try:
+        if 'architecture' in config:
+            return _timm(folder, config)
+        if config.get('library') == 'torchvision':  # what `export` writes
+            return _torchvision(config)
+        return _hugging_face(folder, config)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as e:
+        raise UserError(f'{folder / "config.json"} is damaged ({type(e).__name__}: {e})') from e
+
+
+def from_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What `export` put into the header of a safetensors file; {} for another writer's."""
+    try:
+        known = {
+            key: files.parse_json(metadata[key])
+            for key in ('num_heads', 'image_size', 'class_names', 'settings')
+            if key in metadata
+        }
+    except ValueError:  # another writer's idea of these words
+        return {}
+    names, settings = known.get('class_names', []), known.setdefault('settings', {})
+    numbers = known.get('num_heads', 0), known.get('image_size', 0)
+    if 'image_size' not in known or not isinstance(names, list) or not isinstance(settings, dict):
+        return {}
+    if not all(isinstance(n, int) for n in numbers):
+        return {}
+    known['settings'] = {'act': 'gelu_tanh', 'layer_norm_eps': 1e-6} | settings
+    return known | {'class_names': [str(name) for name in names], 'normalization': HALF}
+
+
+@functools.cache
+def _timm_models() -> dict[str, dict[str, Any]]:
+    with open(pathlib.Path(__file__).with_name('timm_models.csv'), encoding='utf-8') as file:
+        return {row['architecture']: json.loads(row['arguments']) for row in csv.DictReader(file)}
+
+
+def _timm(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    pretrained = config.get('pretrained_cfg', config)
+    architecture = str(config['architecture']).split('.')[0]
+    stated = config.get('model_args') or {}
+    arguments = {**_timm_models().get(architecture, {}), **stated}
+    known: dict[str, Any] = {'settings': _timm_settings(folder, architecture, arguments)}
+    if 'num_heads' in arguments:
+        known['num_heads'] = int(arguments['num_heads'])
+    names = config.get('label_names') or pretrained.get('label_names')
+    if names:
+        known['class_names'] = [str(name) for name in names]
+    if size := pretrained.get('input_size'):
+        known['image_size'] = int(size[-1])
+    if pretrained.get('mean') and pretrained.get('std'):
+        known['normalization'] = (tuple(pretrained['mean']), tuple(pretrained['std']))
+    return known
+
+
+def _timm_settings(
+    folder: pathlib.Path, architecture: str, arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    place = f'{folder / "config.json"}: {architecture} of timm'
+    for name, value in arguments.items():
+        if name == 'norm_layer' and isinstance(value, dict) and value.get('name') == 'LayerNorm':
+            continue
+        if name in _TIMM_KNOWN and value not in _TIMM_KNOWN[name]:
+            raise UserError(f'{place} has {name}={value!r}, which no model here computes')
+        if name not in {*_TIMM_KNOWN, *_TIMM_FREE, *_TIMM_READ}:
+            raise UserError(f'{place} has the argument {name}={value!r}, which is not known here')
+    act = str(arguments.get('act_layer') or 'gelu').lower()
+    if act not in _TIMM_ACTIVATIONS:
+        raise UserError(
+            f'{place} has the activation {act!r}; known: {", ".join(_TIMM_ACTIVATIONS)}'
+        )
+    settings = {**DEFAULTS['timm'], 'act': _TIMM_ACTIVATIONS[act]}
+    norm = arguments.get('norm_layer')
+    if isinstance(norm, dict):  # an architecture's own
+        settings['layer_norm_eps'] = norm['eps']
+    if architecture.startswith('mixer'):
+        return settings
+    pooling = arguments.get('global_pool', 'token')
+    if pooling not in _POOLING:
+        raise UserError(f'{place} has global_pool={pooling!r}; known: {", ".join(_POOLING)}')
+    fc_norm = arguments.get('fc_norm')
+    settings['classifier'] = _POOLING[pooling]
+    settings['class_token'] = bool(arguments.get('class_token', True))
+    settings['fc_norm'] = pooling != 'token' if fc_norm is None else bool(fc_norm)
+    return settings
+
+
+def _torchvision(config: Mapping[str, Any]) -> dict[str, Any]:
+    arguments = config.get('arguments') or {}
+    return {
+        'num_heads': int(arguments.get('num_heads', 0)),
+        'image_size': int(arguments.get('image_size', 0)),
+        'class_names': [str(name) for name in config.get('class_names', ())],
+        'normalization': (tuple(config['mean']), tuple(config['std'])),
+        # What is not there was not written, because it was these.
+        'settings': {'act': 'gelu_tanh', 'layer_norm_eps': 1e-6, **config.get('settings', {})},
+    }
+
+
+def _hugging_face(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    kind = config.get('model_type', 'vit')
+    if kind not in _HUGGING_FACE_TYPES:
+        raise UserError(
+            f'{folder / "config.json"} has the model_type {kind!r}; known: '
+            f'{", ".join(_HUGGING_FACE_TYPES)}'
+        )
+    known: dict[str, Any] = {
+        'settings': {
+            'act': _hugging_face_activation(folder, config, 'hidden_act', 'gelu'),
+            'layer_norm_eps': float(config.get('layer_norm_eps', _HUGGING_FACE_TYPES[kind])),
+            'representation_act': _hugging_face_activation(folder, config, 'pooler_act', 'tanh'),
+        },
+        'num_heads': int(config.get('num_attention_heads', 12)),
+    }
+    labels = {int(index): str(name) for index, name in (config.get('id2label') or {}).items()}
+    if labels and labels != {index: f'LABEL_{index}' for index in range(len(labels))}:
+        known['class_names'] = [labels[index] for index in sorted(labels)]
+    if isinstance(config.get('image_size'), int):
+        known['image_size'] = config['image_size']
+    if (folder / 'preprocessor_config.json').is_file():
+        processor = files.read_json(folder / 'preprocessor_config.json')
+        if not processor.get('do_normalize', True):
+            known['normalization'] = ((0.0,) * 3, (1.0,) * 3)
+        elif 'image_mean' in processor and 'image_std' in processor:
+            mean, deviation = processor['image_mean'], processor['image_std']
+            known['normalization'] = (tuple(mean), tuple(deviation))
+    return known
+
+
+def _hugging_face_activation(
+    folder: pathlib.Path, config: Mapping[str, Any], name: str, default: str
+) -> str:
+    act = config.get(name) or default
+    if not isinstance(act, str) or act not in _HUGGING_FACE_ACTIVATIONS:
+        raise UserError(
+            f'{folder / "config.json"} has {name} {str(act)[:100]!r}; known: '
+            f'{", ".join(_HUGGING_FACE_ACTIVATIONS)}'
+        )
+    return _HUGGING_FACE_ACTIVATIONS[act]
