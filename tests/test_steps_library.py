@@ -154,6 +154,14 @@ def softmax(x):
     return np.exp(x) / np.exp(x).sum(axis=-1, keepdims=True)
 
 
+def test_an_evaluation_batch_of_images_and_labels_is_enough(mesh):
+    params, batch = make_params(), make_batch()
+    shardings = sharding.state_sharding(params, mesh)
+    told = steps.make_eval_step(Linear(), mesh, shardings)(params, batch)
+    right = logits_of(params, batch).argmax(-1) == batch['label']
+    np.testing.assert_array_equal(np.asarray(told['rank']) == 0, right)
+
+
 def test_targets_of_each_kind():
     """Each loss beside its formula in NumPy, through the step."""
     rng = np.random.default_rng(2)

@@ -193,7 +193,7 @@ def eval_step_fn(
 
     Returns:
       A function (params, batch) -> what `evaluate.columns` takes of a batch: of each example
-      `example` and `readable` as they came; where `label` is a class, that and what
+      `example` and `readable` if they came; where `label` is a class, that and what
       `evaluate.outcomes` says; with `loss_fn` what that says of the example alone, see
       `evaluate.OWN`. batch: see `eval_batches`; `image` float32 [B, height, width, channels] in
       [0, 255].
@@ -204,7 +204,7 @@ def eval_step_fn(
         logits: Any = model.apply({'params': params}, _model_input(batch['image']), train=False)
         # Computed once: XLA may round a logit that it computes again, for a comparison, otherwise.
         logits = jax.lax.optimization_barrier(logits)
-        told = {name: batch[name] for name in ('example', 'readable')}
+        told = {name: batch[name] for name in ('example', 'readable') if name in batch}
         label = batch['label']
         if label.ndim == 1 and jnp.issubdtype(label.dtype, jnp.integer):
             told |= {'label': label, **evaluate.outcomes(logits.astype(jnp.float32), label)}
