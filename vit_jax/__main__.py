@@ -10,11 +10,15 @@ import importlib
 import sys
 
 import vit_jax
-from vit_jax import commands
+from vit_jax import cli, commands
 
 
-def main() -> int | None:
+def main() -> int:
     """Runs the command that the first word names; returns the exit status."""
+    return cli.run(_run)
+
+
+def _run() -> int | None:
     first, *rest = sys.argv[1:] or ['--help']
     if first in ('-h', '--help'):
         print(_help())

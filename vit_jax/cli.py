@@ -6,7 +6,15 @@ import signal
 import sys
 from collections.abc import Callable
 
+from vit_jax import streams
 from vit_jax.errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    """Prints help where a failure to print it is noticed, not when the process ends."""
+
+    def _print_message(self, message, file=None):
+        print(message, end='', file=file or sys.stderr, flush=True)
 
 
 def program() -> str:
@@ -20,7 +28,8 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     Args:
       doc: the docstring of its module, shown by --help as it is.
     """
-    return argparse.ArgumentParser(
+    streams.guard(go_on=False)
+    return _Parser(
         prog=program(),
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -49,34 +58,28 @@ def add_model(parser: argparse.ArgumentParser, labels: str) -> None:
     parser.add_argument('--labels', default='', metavar='NAMES', help=labels)
 
 
-def run(work: Callable[[], int | None], *, failure: int = 1) -> int:
+def run(work: Callable[[], int | None], *, failure: int = 1, go_on: bool = False) -> int:
     """Runs a command; the user's mistakes become one line on standard error.
 
     Args:
       work: does it, and returns the exit status (None for 0).
       failure: exit status after a `UserError`.
+      go_on: what happens when nobody takes what is printed any more, see `streams.guard`.
 
     Returns:
       The exit status; 130 after Ctrl-C.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, 'reconfigure'):  # not where a test has put another stream
-            stream.reconfigure(errors='backslashreplace')  # names of files may be no text
+    streams.guard(go_on=go_on)
     try:
-        return work() or 0
-    except UserError as error:
+        status = work() or 0
         sys.stdout.flush()
-        print(f'{program()}: {error}', file=sys.stderr)
-        return failure
+        return status
+    except UserError as error:
+        reason, status = str(error), failure
+    except MemoryError as error:
+        reason, status = f'not enough memory ({error or "no more is given"})', failure
     except KeyboardInterrupt:
-        print(f'{program()}: interrupted', file=sys.stderr)
-        return 128 + signal.SIGINT
-
-
-def end_on_closed_pipe() -> None:
-    """Lets `command | head` end the command, quietly, once `head` has enough.
-
-    Not for a command that has files to complete.
-    """
-    if hasattr(signal, 'SIGPIPE'):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        reason, status = 'interrupted', 128 + signal.SIGINT
+    sys.stdout.flush()
+    print(f'{program()}: {reason}', file=sys.stderr)
+    return status

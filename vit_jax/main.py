@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from vit_jax import streams
 from vit_jax.errors import UserError
 from vit_jax.run import preemption
 
@@ -136,6 +137,7 @@ def main(argv: Sequence[str]) -> None:
 
 def run() -> None:
     """The entry point: parses flags, runs `main`, turns the user's mistakes into one line each."""
+    streams.guard(go_on=True)
     preemption.keep_interrupts()
     try:
         argv = _parse(sys.argv)

@@ -30,8 +30,7 @@ SHOWN_CLASSES = 2
 def main() -> int:
     """Runs the command line; returns the exit status, 1 if an image could not be read."""
     args = _parser().parse_args()
-    cli.end_on_closed_pipe()
-    return cli.run(lambda: _run(args))
+    return cli.run(lambda: _run(args), go_on=True)
 
 
 def _parser() -> argparse.ArgumentParser:

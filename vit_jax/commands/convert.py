@@ -47,7 +47,7 @@ def main() -> int:
         'into the first layer',
     )
     args = parser.parse_args()
-    return cli.run(lambda: _convert(args))
+    return cli.run(lambda: _convert(args), go_on=True)
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -73,7 +73,6 @@ def _convert(args: argparse.Namespace) -> None:
     model_folder.check(model)
     model, notes = pytorch.drop_layers(model, args.drop)
     notes += pytorch.write(args.destination, model, to=args.to)
-    cli.end_on_closed_pipe()  # all is written
     print(f'{args.destination}: written for {args.to}')
     for note in notes:
         print(f'  {note}')

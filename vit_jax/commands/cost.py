@@ -26,7 +26,6 @@ def main() -> int:
         parser.error('give one of --variant, --model and --all')
     if args.xla and args.all:
         parser.error('--xla goes with one model, not with --all')
-    cli.end_on_closed_pipe()
     return cli.run(lambda: _run(args))
 
 

@@ -24,7 +24,7 @@ RESULT, CONFUSION, RELIABILITY = 'evaluation.json', 'confusion_matrix.png', 'rel
 def main() -> int:
     """Runs the command line; returns the exit status, 1 if an image could not be read."""
     args = _parser().parse_args()
-    return cli.run(lambda: _run(args))
+    return cli.run(lambda: _run(args), go_on=bool(args.output))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -53,7 +53,7 @@ def main() -> int:
             print(f'{cli.program()}: interrupted; {args.output} {left}', file=sys.stderr)
             return interrupt.args[0] if interrupt.args else 128 + signal.SIGINT
 
-    return cli.run(work)
+    return cli.run(work, go_on=True)
 
 
 def _export(args: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ Examples:
     vit_jax inspect_checkpoint runs/flowers/model --brief
 """
 
+import argparse
 import sys
 
 from vit_jax import cli
@@ -20,8 +21,10 @@ def main() -> int:
     parser.add_argument('--variant', default='', help='architecture, where the arrays do not tell')
     parser.add_argument('--brief', action='store_true', help='leave out the table of arrays')
     args = parser.parse_args()
-    cli.end_on_closed_pipe()
+    return cli.run(lambda: _inspect(args))
 
+
+def _inspect(args: argparse.Namespace) -> int:
     # Not at the top: they take seconds, and --help should not.
     from vit_jax.checkpoint import inspection
     from vit_jax.errors import UserError

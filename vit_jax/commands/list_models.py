@@ -9,6 +9,7 @@ Examples:
     vit_jax list_models --variants              # the models themselves
 """
 
+import argparse
 import sys
 
 from vit_jax import cli
@@ -21,7 +22,10 @@ def main() -> int:
     parser.add_argument('--addresses', action='store_true', help='print addresses for download')
     parser.add_argument('--variants', action='store_true', help='list the models that are known')
     args = parser.parse_args()
-    cli.end_on_closed_pipe()
+    return cli.run(lambda: _list(args))
+
+
+def _list(args: argparse.Namespace) -> int:
     rows = _variants() if args.variants else _checkpoints(args.addresses)
     words = [word.lower() for word in args.words]
     found = [row for row in rows[1:] if all(word in '\n'.join(row).lower() for word in words)]

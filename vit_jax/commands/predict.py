@@ -26,7 +26,6 @@ BEST = 5
 def main() -> int:
     """Runs the command line; returns the exit status, 1 if an image could not be read."""
     args = _parser().parse_args()
-    cli.end_on_closed_pipe()
     return cli.run(lambda: _run(args))
 
 

@@ -18,7 +18,7 @@ from vit_jax import cli
 def main() -> int:
     """Runs the command line; returns the exit status, 1 if no report could be written."""
     args = _parser().parse_args()
-    return cli.run(lambda: _run(args))
+    return cli.run(lambda: _run(args), go_on=True)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -31,7 +31,6 @@ def main() -> int:
     parser.add_argument('--format', choices=FORMATS, default='terminal', help='default: terminal')
     parser.add_argument('--expand', action='store_true', help='every layer of every block')
     args = parser.parse_args()
-    cli.end_on_closed_pipe()
     return cli.run(lambda: print(_run(args), end=''))
 
 

@@ -21,7 +21,7 @@ import sys
 import time
 from typing import Any
 
-from vit_jax import files
+from vit_jax import files, streams
 from vit_jax.data import tfds_sets
 from vit_jax.errors import UserError
 
@@ -205,6 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument('--error_file', default='', help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    streams.guard(go_on=True)
     logging.getLogger('urllib3').setLevel(logging.ERROR)  # It reports every attempt to download.
     try:
         folder = prepare(options.dataset, data_dir=options.data_dir, manual_dir=options.manual_dir)

@@ -193,7 +193,10 @@ def _expand(path: str | os.PathLike[str]) -> list[str]:
 
 
 def _from_stdin(stdin: BinaryIO) -> list[str]:
-    content = stdin.read()
+    try:
+        content = stdin.read()
+    except OSError as error:
+        raise UserError(f'standard input cannot be read ({error.strerror})') from error
     if _is_image(content):
         image = PipedImage(STDIN)
         image.content = content
