@@ -154,8 +154,8 @@ def softmax(x):
     return np.exp(x) / np.exp(x).sum(axis=-1, keepdims=True)
 
 
-def test_an_evaluation_batch_of_images_and_labels_is_enough(mesh):
-    params, batch = make_params(), make_batch()
+def test_an_evaluation_batch_of_images_and_labels_is_enough():
+    params, batch, mesh = make_params(), make_batch(), sharding.create_mesh(1, jax.devices()[:1])
     shardings = sharding.state_sharding(params, mesh)
     told = steps.make_eval_step(Linear(), mesh, shardings)(params, batch)
     right = logits_of(params, batch).argmax(-1) == batch['label']
