@@ -1,5 +1,7 @@
 """What a run may find changed in its workdir, and who may use it."""
 
+import errno
+import fcntl
 import json
 import os
 import pathlib
@@ -66,6 +68,19 @@ def test_one_run_at_a_time(tmp_path):
             with resume.locked(tmp_path / 'run'):
                 pass
     with resume.locked(tmp_path / 'run'):
+        pass
+
+
+@pytest.mark.parametrize('code', [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_folder_that_cannot_be_locked_is_not_another_run(tmp_path, monkeypatch, code):
+    def no_lock(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, 'flock', no_lock)
+    with (
+        pytest.raises(UserError, match='cannot be locked.*use another --workdir'),
+        resume.locked(tmp_path / 'run'),
+    ):
         pass
 
 

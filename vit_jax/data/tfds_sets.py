@@ -12,8 +12,6 @@ import os
 import pathlib
 import re
 import signal
-import subprocess
-import sys
 import tempfile
 from typing import Any
 
@@ -22,6 +20,7 @@ from vit_jax.data import tfds_metadata
 from vit_jax.data.dataset import Dataset, Example
 from vit_jax.data.decode import BadImageError
 from vit_jax.errors import UserError, extra
+from vit_jax.run import child
 
 _DESCRIPTION = tfds_metadata.DESCRIPTION
 
@@ -75,9 +74,9 @@ def prepare_in_child(name: str, *, data_dir: str = '', manual_dir: str = '') -> 
     }
     with tempfile.TemporaryDirectory() as folder:
         result = pathlib.Path(folder) / 'error'
-        command = [sys.executable, '-m', 'vit_jax.data.prepare', '--dataset', name]
-        command += ['--data_dir', data_dir, '--manual_dir', manual_dir, '--error_file', str(result)]
-        code = subprocess.run(command, env=environment, check=False).returncode
+        command = ['-m', 'vit_jax.data.prepare', '--dataset', name, '--error_file', str(result)]
+        command += ['--data_dir', data_dir, '--manual_dir', manual_dir]
+        code = child.run(command, env=environment).returncode
         if code:
             reason = result.read_text() if result.exists() else _how_it_ended(code)
             raise UserError(f'dataset {name} could not be prepared: {reason}')

@@ -21,7 +21,6 @@ import json
 import os
 import pathlib
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -41,6 +40,7 @@ from vit_jax.data.preprocess import Preprocess, normalize
 from vit_jax.errors import UserError, extra
 from vit_jax.export.options import DEFAULT, FORMATS, Options
 from vit_jax.inference import model_folder, predict
+from vit_jax.run import child
 
 VERIFIED, FAILED, NOT_VERIFIED = 'verified', 'failed', 'not verified'
 
@@ -336,8 +336,8 @@ def _run(folder: pathlib.Path, format: str, report: Report) -> None:
     env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'HF_HUB_OFFLINE': '1'}
     if format == 'npz':
         env['PYTHONPATH'] = os.pathsep.join(filter(None, [str(_ROOT), env.get('PYTHONPATH')]))
-    done = subprocess.run(
-        [sys.executable, '-P', _CHILD, folder],
+    done = child.run(
+        [str(_CHILD), str(folder)],
         env=env,
         stdin=subprocess.DEVNULL,
         capture_output=True,

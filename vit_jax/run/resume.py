@@ -5,6 +5,7 @@ A resumed run equals an uninterrupted one only if neither the settings nor the e
 
 import contextlib
 import datetime
+import errno
 import json
 import os
 import pathlib
@@ -47,7 +48,8 @@ def locked(workdir: str | os.PathLike[str]) -> Iterator[None]:
     workdir = pathlib.Path(workdir).absolute()
     made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
     file = workdir / LOCK_FILE
-    lock = filelock.FileLock(file)
+    # Not a file whose existence is the lock: one that a killed process left would lock for ever.
+    lock = filelock.FileLock(file, fallback_to_soft=False)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
@@ -58,8 +60,11 @@ def locked(workdir: str | os.PathLike[str]) -> Iterator[None]:
             'stop it, or use another --workdir'
         ) from error
     except OSError as error:
+        what = 'written'
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            what = 'locked, so that two runs could mix in it'
         raise UserError(
-            f'the workdir {workdir} cannot be written ({error.strerror}): use another --workdir'
+            f'the workdir {workdir} cannot be {what} ({error.strerror}): use another --workdir'
         ) from error
     try:
         now = datetime.datetime.now().isoformat(sep=' ', timespec='seconds')

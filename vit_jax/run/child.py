@@ -1,0 +1,52 @@
+"""Python programs that are run in a child process, and end when the process that started them does.
+
+As a program it is that child: it imports nothing of this package, and neither does what it runs
+have to.
+"""
+
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+_LOOK_SECONDS = 0.2
+
+
+def run(arguments: Sequence[str], **options: Any) -> subprocess.CompletedProcess:
+    """Runs a Python program and waits for it.
+
+    A process that is killed cannot end its children. So the child looks for its parent itself, and
+    is gone within a second of it.
+
+    Args:
+      arguments: a file and its arguments, or '-m', a module and its arguments.
+      **options: of `subprocess.run`.
+    """
+    command = [sys.executable, '-P', __file__, str(os.getpid()), *arguments]
+    return subprocess.run(command, check=False, **options)
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_LOOK_SECONDS)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _main() -> None:
+    _, parent, *arguments = sys.argv
+    threading.Thread(target=_watch, args=(int(parent),), daemon=True).start()
+    if arguments[0] == '-m':
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name='__main__', alter_sys=True)
+    else:
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name='__main__')
+
+
+if __name__ == '__main__':
+    _main()
