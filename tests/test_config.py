@@ -40,7 +40,7 @@ def leaves(config, prefix=''):
 def test_every_config_file_resolves_to_a_model(name):
     config = load(name, *ARGUMENTS.get(name, ()))
     unset = {key for key, value in leaves(config) if value is None}
-    assert unset <= {'model.representation_size'}
+    assert unset <= {'model.representation_size', 'model.act', 'model.layer_norm_eps'}
     model = models.from_config(config.model, num_classes=5)
     images = jax.ShapeDtypeStruct((1, config.pp.crop, config.pp.crop, 3), 'float32')
     jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)

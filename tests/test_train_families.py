@@ -9,10 +9,13 @@ import pytest
 
 from vit_jax import config as config_lib
 from vit_jax import models, train
-from vit_jax.checkpoint import npz
+from vit_jax.checkpoint import infer, npz
 from vit_jax.configs import digits
+from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
+from vit_jax.export import pytorch as export_pytorch
 from vit_jax.inference import model_folder
+from vit_jax.run import setup
 
 VIT = {
     'patches': {'size': (8, 8)},
@@ -128,3 +131,48 @@ def test_a_mixer_does_not_take_weights_of_another_size(tmp_path):
     larger = make_config('mixer', **{'pretrained': str(tmp_path / 'mixer.npz'), 'pp.crop': 32})
     with pytest.raises(UserError, match='token_mixing'):
         train.initial_params(larger, model, shapes_of(model, 32))
+
+
+def test_fine_tuning_starts_from_the_function_that_the_weights_were_trained_with(tmp_path, capsys):
+    settings = {'act': 'relu', 'layer_norm_eps': 0.01}
+    described = {'model_name': None, **VIT, **settings}
+    model = models.from_config(described, num_classes=3)
+    trained = model_folder.Model(
+        model, random_params(model), described, ('a', 'b', 'c'), Preprocess(16), {}
+    )
+    export_pytorch.write(tmp_path / 'hf', trained, to='huggingface')
+    model_folder.save(
+        tmp_path / 'model',
+        trained.params,
+        model_config=described,
+        class_names=trained.class_names,
+        preprocess=trained.preprocess,
+        source={},
+    )
+    short = {'total_steps': 1, 'warmup_steps': 0, 'eval_every': 1, 'checkpoint_every': 1}
+    for name in ('hf', 'model'):
+        config = make_config('mlp_head', pretrained=str(tmp_path / name), **short)
+        train.train_and_evaluate(config, tmp_path / 'run' / name)
+        made = model_folder.load(tmp_path / 'run' / name / 'model')
+        assert {key: getattr(made.model, key) for key in settings} == settings
+        assert settings.items() <= made.model_config.items()
+        assert settings.items() <= infer.settings(made.model_config, made.params).items()
+
+    # The run knows it, when the weights are gone; and its own config may say something else.
+    config = make_config('mlp_head', pretrained=str(tmp_path / 'hf'), **short)
+    (tmp_path / 'run/hf/model').rename(tmp_path / 'moved')
+    (tmp_path / 'hf').rename(tmp_path / 'gone')
+    train.train_and_evaluate(config, tmp_path / 'run/hf')
+    assert model_folder.load(tmp_path / 'run/hf/model').model.act == 'relu'
+
+    config = make_config('mlp_head', pretrained=str(tmp_path / 'model'))
+    with config.unlocked():
+        config.model.act = 'gelu'
+    made = models.from_config(config.model, num_classes=10)
+    _, text = setup.initial_params(config, made, shapes_of(made))
+    assert 'trained with act relu, and this run computes gelu' in text
+
+    config = make_config('mlp_head', pretrained=str(tmp_path / 'gone'))
+    config.model.transformer.num_heads = 4
+    with pytest.raises(UserError, match='gone states 2 attention heads, and not 4'):
+        train.train_and_evaluate(config, tmp_path / 'other')

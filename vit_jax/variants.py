@@ -114,7 +114,8 @@ def get_config(name: str) -> ml_collections.ConfigDict:
       attention_dropout_rate, dropout_rate}, classifier, representation_size (an int that may be
       set, or None); resnet.{num_layers, width_factor}, distilled, mlp_head only for the variants
       that are about these. Mixer: model_name, patches.size, hidden_dim, num_blocks, tokens_mlp_dim,
-      channels_mlp_dim.
+      channels_mlp_dim. Both: act, layer_norm_eps, None for what the weights were trained with, or
+      the released models' where there are none.
 
     Raises:
       ValueError: no such variant; the message names the nearest.
@@ -125,6 +126,9 @@ def get_config(name: str) -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict(VARIANTS[name])
     if not is_mixer(config) and config.representation_size is None:
         config.representation_size = ml_collections.config_dict.placeholder(int)
+    for name, kind in (('act', str), ('layer_norm_eps', float)):
+        if name not in config:
+            config[name] = ml_collections.config_dict.placeholder(kind)
     return config
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax import files, variants
+from vit_jax import files
 from vit_jax.checkpoint import (
     adapt,
     big_vision,
@@ -27,8 +27,13 @@ _log = logging.getLogger(__name__)
 
 __all__ = ['HALF', 'IMAGENET', 'Normalization', 'load', 'load_pretrained', 'open_weights']
 
-# What PyTorch files do not tell: heads by width. All released models have these.
-_HEADS = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16}
+# What PyTorch files do not tell: heads by width. Nearly all models have these.
+_HEADS = {
+    **{width: width // 64 for width in (128, 192, 256, 320, 384, 512, 640, 768, 832, 896, 1024)},
+    **dict.fromkeys((1152, 1280, 1408, 1664), 16),
+    1536: 24,
+    4096: 32,
+}
 
 
 def load(
@@ -137,7 +142,7 @@ def open_weights(
         path: file or folder.
         variant: name from `models.variants.VARIANTS`, for the number of heads where neither file
             nor width tells it.
-        num_heads: the same as a number.
+        num_heads: the same as a number. Where the file tells it, another one is an error.
         normalization: (mean, standard deviation) of red, green and blue that the model was trained
             with, in [0, 1], where no configuration tells: `IMAGENET` for DeiT and torchvision's own
             weights. Default: what the folder says, else `HALF`.
@@ -169,7 +174,7 @@ def open_weights(
         arrays, metadata = tensors.open_tensors(file)
         found |= arrays
     config = library_configs.from_metadata(metadata) | config
-    weights = _recognise(path, found, variant, num_heads or config.pop('num_heads', 0), config)
+    weights = _recognise(path, found, variant, num_heads, config)
     return _normalize(weights, normalization or config.get('normalization') or HALF)
 
 
@@ -189,8 +194,9 @@ def _recognise(
             f'{path} is of no known kind: {len(found)} tensors ({some}, ...). Known: Google and '
             'big_vision .npz; ViT, hybrid, Mixer and DeiT of timm, Hugging Face and torchvision'
         )
-    heads = num_heads or _heads(path, library, found, variant)
+    heads, guess = _heads(path, library, found, variant, num_heads, config.get('num_heads', 0))
     flat, notes = key_tables.to_params(found, library, heads, path)
+    notes += guess
     tree = npz.nest(flat, path)
     notes += big_vision.with_class_position(tree)
     settings = config.get('settings')
@@ -210,20 +216,44 @@ def _recognise(
     return Weights(str(path), library, tree, tuple(notes), names, image_size, settings)
 
 
-def _heads(path: pathlib.Path, library: str, found: Mapping[str, Any], variant: str) -> int:
-    if variant:
-        return infer.find_variant(variant).get('transformer', {}).get('num_heads', 0)
+def _heads(
+    path: pathlib.Path,
+    library: str,
+    found: Mapping[str, Any],
+    variant: str,
+    num_heads: int,
+    stated: int,
+) -> tuple[int, list[str]]:
+    """The number of heads, which the shapes of PyTorch's tensors do not tell; and what was guessed.
+
+    Args:
+        path: see `_recognise`, as the next three.
+        library: which has a table of names.
+        found: the tensors.
+        variant: name of a variant, or ''.
+        num_heads: what the caller says, or 0.
+        stated: what the file or its configuration says, or 0.
+    """
     if library == 'timm Mixer':
-        return 0
+        return 0, []
+    named = infer.find_variant(variant).get('transformer', {}).get('num_heads', 0) if variant else 0
+    asked = num_heads or named
+    if stated:
+        if asked not in (0, stated):
+            raise UserError(f'{path} states {stated} attention heads, and not {asked}')
+        return stated, []
+    if asked:
+        return asked, [f'{asked} heads, as asked for: files of this kind do not tell']
     widths = {array.shape[-1] for name, array in found.items() if name.endswith('cls_token')}
     widths |= {array.shape[-1] for name, array in found.items() if 'pos' in name}
-    heads = _HEADS.get(widths.pop() if widths else 0, 0)
-    if not heads:
+    width = widths.pop() if widths else 0
+    if width not in _HEADS:
         raise UserError(
-            f'{path}: {library} weights do not tell the number of attention heads; name the model: '
-            'variant (--variant), one of ' + ', '.join(variants.VARIANTS)
+            f'{path}: {library} weights do not tell the number of attention heads, and no known '
+            f'model is {width} wide: say it (num_heads, --num_heads)'
         )
-    return heads
+    heads = _HEADS[width]
+    return heads, [f'{heads} heads assumed: files of this kind do not tell; --num_heads']
 
 
 def _normalize(weights: Weights, normalization: Normalization) -> Weights:

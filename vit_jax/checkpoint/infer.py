@@ -1,17 +1,28 @@
 """Tells the architecture of a model from the shapes of its parameters."""
 
 import copy
+import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+import flax.linen as nn
 
 from vit_jax import models, variants
 from vit_jax.checkpoint.adapt import POSITION_EMBEDDING, describe
 from vit_jax.checkpoint.npz import flatten
 from vit_jax.errors import UserError
 
-_EVERY_MODEL = ('act', 'layer_norm_eps')  # arguments that name no architecture
+EVERY_MODEL = ('act', 'layer_norm_eps')  # arguments that name no architecture
+# Arguments that the arrays tell, and what is no part of an architecture.
+_SHAPES = {
+    *('model_name', 'num_classes', 'patches', 'transformer', 'hidden_size', 'resnet'),
+    *('representation_size', 'head_bias_init', 'encoder', 'num_blocks', 'hidden_dim'),
+    *('tokens_mlp_dim', 'channels_mlp_dim', 'parent', 'name', 'dtype', 'attention', 'remat'),
+    *('scan_layers', 'head_tokens_only', 'cpu_training'),
+}
 _NO_DROPOUT = {'attention_dropout_rate': 0.0, 'dropout_rate': 0.0}
 
 
@@ -49,8 +60,8 @@ def architecture(
         ) from e
     if asked and variants.is_mixer(asked) != variants.is_mixer(config):
         raise UserError(f'{source} does not fit the model {variant}: it holds {describe(flat)}')
-    stated = _not_default(settings or {}, config)
-    config |= {name: value for name, value in stated.items() if name not in _EVERY_MODEL}
+    stated = _not_default(settings or {}, config, source)
+    config |= {name: value for name, value in stated.items() if name not in EVERY_MODEL}
     sizes = _sizes(config)
     found = asked or next((v for v in variants.VARIANTS.values() if _sizes(v) == sizes), None)
     if found is None:
@@ -59,6 +70,29 @@ def architecture(
     if 'representation_size' in found:  # a Mixer has none
         found['representation_size'] = config['representation_size']
     return found | stated
+
+
+def settings(config: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a module that its arrays do not tell, where they are not the default.
+
+    Args:
+        config: the arguments, see `variants.get_config`.
+        params: its parameters; leaves need a shape only.
+    """
+    try:
+        told = architecture(params, '')
+    except UserError:  # an encoder of another kind
+        told = {}
+    default = functools.partial(getattr, _module(config))
+    return {
+        name: value
+        for name, value in config.items()
+        if name not in _SHAPES and value is not None and value != told.get(name, default(name))
+    }
+
+
+def _module(config: Mapping[str, Any]) -> type[nn.Module]:
+    return models.MlpMixer if variants.is_mixer(config) else models.VisionTransformer
 
 
 def find_variant(name: str) -> Mapping[str, Any]:
@@ -178,11 +212,16 @@ def _mixer(flat: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _not_default(settings: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+def _not_default(
+    settings: Mapping[str, Any], config: Mapping[str, Any], source: str
+) -> dict[str, Any]:
     """Those settings that the module needs to be told."""
     if variants.is_mixer(config):
-        settings = {name: settings[name] for name in _EVERY_MODEL if name in settings}
+        settings = {name: settings[name] for name in EVERY_MODEL if name in settings}
         return {name: v for name, v in settings.items() if v != getattr(models.MlpMixer, name)}
+    known = {field.name for field in dataclasses.fields(models.VisionTransformer)}
+    if unknown := [name for name in settings if name not in known or name in _SHAPES]:
+        raise UserError(f'{source} states {unknown[0]!r}, which is no setting of a model here')
     told = dict(settings)
     classifier = told.pop('classifier', config['classifier'])
     if told.get('class_token') == (classifier == 'token'):

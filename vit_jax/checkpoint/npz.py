@@ -10,7 +10,9 @@ translated, so a part of a block keeps its names. Scales and biases of GroupNorm
 [1, 1, 1, channels] in the files and [channels] in the models.
 """
 
+import dataclasses
 import io
+import json
 import math
 import os
 import pathlib
@@ -48,6 +50,7 @@ _SMALL = 64 << 20
 # The comment of a zip file whose names would be taken for those of another layout: nothing is left
 # out of it or moved.
 _AS_NAMED = b'vit_jax: names as they are'
+_SETTINGS = b'vit_jax settings: '  # in the comment, too: JSON
 
 # Linen -> published, for the one module whose numbers differ. The four are created in this order.
 _ENCODER_BLOCK = {
@@ -86,7 +89,7 @@ def open_file(path: str | os.PathLike[str]) -> Weights:
         archive = archives.open_zip(path)  # closed when the last array that reads from it is gone
         _check_sizes(archive.infolist(), path)
         members = {info.filename.removesuffix('.npy'): info for info in archive.infolist()}
-        as_named = archive.comment == _AS_NAMED
+        as_named, settings = _read_comment(archive.comment, path)
         prefix, left_out = ('', []) if as_named else big_vision.find_weights(list(members))
         flat = {
             name.removeprefix(prefix): _open_array(archive, info, path)
@@ -99,7 +102,8 @@ def open_file(path: str | os.PathLike[str]) -> Weights:
         raise _unreadable(path, e) from e
     if not flat:
         raise UserError(f'{path} holds no arrays')
-    return from_flat(flat, path, prefix, left_out, as_named=as_named)
+    weights = from_flat(flat, path, prefix, left_out, as_named=as_named)
+    return dataclasses.replace(weights, settings=settings)
 
 
 def from_flat(
@@ -138,7 +142,23 @@ def from_flat(
     return Weights(str(path), kind, tree, tuple(notes))
 
 
-def save(path: str | os.PathLike[str], params: Mapping[str, Any]) -> None:
+def _read_comment(comment: bytes, path: pathlib.Path) -> tuple[bool, dict[str, Any]]:
+    """What `save` wrote into the comment of the archive: (as named, settings)."""
+    as_named = comment.startswith(_AS_NAMED)
+    text = comment.removeprefix(_AS_NAMED)
+    if not text.startswith(_SETTINGS):
+        return as_named, {}
+    settings = files.parse_json(text.removeprefix(_SETTINGS).decode())
+    if not isinstance(settings, dict):
+        raise ValueError('its settings are no object')
+    return as_named, settings
+
+
+def save(
+    path: str | os.PathLike[str],
+    params: Mapping[str, Any],
+    settings: Mapping[str, Any] | None = None,
+) -> None:
     """Writes parameters, of a whole model or of any part of one, as a `.npz` file.
 
     `load` gives the same tree back, as float32. In the file, whole blocks of an encoder have the
@@ -152,6 +172,8 @@ def save(path: str | os.PathLike[str], params: Mapping[str, Any]) -> None:
             arrays of a float type, or Python floats. They are written as float32, the only type
             that the published format has; GroupNorm's [channels] as [1, 1, 1, channels]. Of
             variables, {'params': ...} and nothing else, the parameters are written.
+        settings: arguments of the model that neither its arrays tell nor are the released models'
+            (`infer.settings`); they go into the comment of the zip archive.
 
     Raises:
         UserError: the file cannot be written (no such folder, disk full, no permission); or `load`
@@ -166,6 +188,8 @@ def save(path: str | os.PathLike[str], params: Mapping[str, Any]) -> None:
     with files.atomic_file(path) as part, zipfile.ZipFile(part, 'w') as archive:
         if _looks_like_another_layout(to_linen(params), pathlib.Path(path)):
             archive.comment = _AS_NAMED
+        if settings:
+            archive.comment += _SETTINGS + json.dumps(settings, sort_keys=True).encode()
         for name in sorted(flat):
             _write_array(archive, name, flat[name])
 

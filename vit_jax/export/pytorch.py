@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vit_jax import files, models, variants
-from vit_jax.checkpoint import adapt, key_tables, library_configs, npz, tensors
+from vit_jax.checkpoint import adapt, infer, key_tables, library_configs, npz, tensors
 from vit_jax.errors import UserError
 from vit_jax.inference import model_folder
 
@@ -73,7 +73,7 @@ def write(destination: str | os.PathLike[str], model: model_folder.Model, *, to:
         raise UserError(f'{destination} exists; remove it, or name another place')
     class_names = model_folder.own_class_names(model)
     if to == 'npz':
-        npz.save(destination, model.params)
+        npz.save(destination, model.params, infer.settings(model.model_config, model.params))
         return ['a .npz file has no place for class names: keep them elsewhere'] * bool(class_names)
     if destination.suffix in ('.safetensors', '.pth', '.pt', '.npz'):
         raise UserError(f'--to {to} writes a folder; {destination} looks like the name of a file')

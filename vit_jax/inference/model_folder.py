@@ -142,7 +142,7 @@ def save(
                 f'{folder} could not be loaded. Save an earlier state'
             )
     with files.atomic_folder(folder, exists='replace') as part:
-        npz.save(part / PARAMS_FILE, params)
+        npz.save(part / PARAMS_FILE, params, infer.settings(config, params))
         described['params'] = {'file': PARAMS_FILE, 'sha256': _sha256(part / PARAMS_FILE)}
         files.write_json(part / MODEL_FILE, described)
 

@@ -28,6 +28,9 @@ def from_config(config: Mapping[str, Any], **overrides: Any) -> VisionTransforme
     """
     config = config.to_dict() if hasattr(config, 'to_dict') else config
     arguments = {**config, **overrides}
+    for name in ('act', 'layer_norm_eps'):  # None: not decided, so that the default counts
+        if arguments.get(name, '') is None:
+            del arguments[name]
     if not variants.is_mixer(arguments):
         return VisionTransformer(**arguments)
     attention = arguments.pop('attention', 'auto')

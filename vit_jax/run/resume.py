@@ -93,8 +93,9 @@ def check_config(saved: pathlib.Path, config: Mapping[str, Any]) -> list[str]:
       UserError: settings changed that must not (`FREE` lists those that may), or the file is
         missing or damaged.
     """
-    before, now = _read(saved, 'the settings this run began with'), _flatten(config)
+    before, now = read_config(saved), _flatten(config)
     defaults = _flatten(common.get_defaults().to_dict())
+    defaults |= {'model.act': 'gelu_tanh', 'model.layer_norm_eps': 1e-6}
     before.pop('data_processes', None)  # a knob of earlier versions that changed no result
     # Knobs that are newer than the run: without them, it did what their defaults do.
     changed = _differences({n: defaults[n] for n in now if n in defaults} | before, now)
@@ -112,6 +113,15 @@ def check_config(saved: pathlib.Path, config: Mapping[str, Any]) -> list[str]:
             f'between: {", ".join(sorted(FREE))}'
         )
     return list(changed.values())
+
+
+def read_config(saved: pathlib.Path) -> dict[str, Any]:
+    """The settings that a run began with, by dotted names, from its `config.json`.
+
+    Raises:
+      UserError: the file is missing or damaged.
+    """
+    return _read(saved, 'the settings this run began with')
 
 
 def check_data(saved: pathlib.Path, data: Mapping[str, Any]) -> None:

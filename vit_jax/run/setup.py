@@ -69,7 +69,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
     config_lib.check_devices(config, jax.device_count(), platform)
     mesh = sharding.create_mesh(config.fsdp)
     train, test = _open(config, parts)
-    model, architecture, no_folder = parts.model, config.model.to_dict(), ''
+    model, no_folder = parts.model, ''
     if model is None:
         model = models.from_config(
             config.model,
@@ -79,11 +79,6 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
             remat=config.remat,
             scan_layers=config.scan_layers,
         )
-    if parts.model is not None or train.channels != 3:
-        try:
-            architecture = product.architecture_of(model, train.channels, len(train.class_names))
-        except UserError as error:
-            no_folder = str(error)
     loss_fn = parts.loss_fn
     if loss_fn is None and train.label_dtype != CLASS_INDEX:
         loss_fn = losses.softmax_cross_entropy
@@ -113,6 +108,8 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
     data = _describe(train, test, parts, state)
     changed, resumes = [], bool(workdir_lib.saved_steps(workdir))
     if resumes:
+        before = resume.read_config(workdir / run_info.CONFIG_FILE)
+        _settle(config, {name: before.get(f'model.{name}') for name in infer.EVERY_MODEL})
         changed = resume.check_config(workdir / run_info.CONFIG_FILE, config.to_dict())
         resume.check_data(workdir / resume.DATA_FILE, data)
     resources.check_cache(config)
@@ -120,8 +117,17 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
     need = resources.least_memory(config, state, batch)
     resources.check_memory(config, need, memory)
     resources.check_disk(workdir, state, config.keep_checkpoints)
-    if not resumes:
-        weights_path(config)  # missing ones are known, or downloaded, before minutes of compiling
+    if not resumes:  # missing weights are known, or downloaded, before minutes of compiling
+        path = weights_path(config)
+        _settle(config, _open_weights(config, path).settings if path else {})
+    architecture = config.model.to_dict()
+    if parts.model is None:
+        model = model.clone(**{name: architecture[name] for name in infer.EVERY_MODEL})
+    if parts.model is not None or train.channels != 3:
+        try:
+            architecture = product.architecture_of(model, train.channels, len(train.class_names))
+        except UserError as error:
+            no_folder = str(error)
     abstract = Checkpoint.of(state, replaced=state.skipped)
     return Setup(
         mesh=mesh,
@@ -141,6 +147,19 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
         data=data,
         changed=changed,
     )
+
+
+def _settle(config: ml_collections.ConfigDict, told: Mapping[str, Any]) -> None:
+    """Fills in activation and epsilon, where the config does not say: from the weights, or the run.
+
+    What neither says is as the released models have it.
+    """
+    with config.unlocked():
+        for name in infer.EVERY_MODEL:
+            if config.model.get(name) is None:
+                found = told.get(name)
+                default = getattr(models.VisionTransformer, name)
+                config.model[name] = default if found is None else found
 
 
 def _open(
@@ -223,10 +242,7 @@ def initial_params(
     if path is None:
         params = jax.device_get(init())
         return params, 'new weights (no pretrained ones were asked for)'
-    # PyTorch's files do not tell the number of heads; the model does.
-    weights = checkpoint.open_weights(
-        path, num_heads=config.model.get('transformer', {}).get('num_heads', 0)
-    )
+    weights = _open_weights(config, path)
     ours = isinstance(model, models.VisionTransformer)
     params, report = adapt.adapt(
         weights.params,
@@ -240,7 +256,19 @@ def initial_params(
         new = jax.device_get(init(only=report.initialised))
         flat = traverse_util.flatten_dict(params) | traverse_util.flatten_dict(new)
         params = traverse_util.unflatten_dict(flat)
-    return params, '\n  '.join([str(report), *weights.notes])
+    other = [
+        f'the weights were trained with {name} {told}, and this run computes {ours}'
+        for name, told in weights.settings.items()
+        if name in (*infer.EVERY_MODEL, 'classifier')
+        and (ours := getattr(model, name, told)) != told
+    ]
+    return params, '\n  '.join([str(report), *weights.notes, *other])
+
+
+def _open_weights(config: ml_collections.ConfigDict, path: pathlib.Path) -> checkpoint.Weights:
+    # PyTorch's files do not tell the number of heads; the model does.
+    num_heads = config.model.get('transformer', {}).get('num_heads', 0)
+    return checkpoint.open_weights(path, num_heads=num_heads)
 
 
 def weights_path(config: ml_collections.ConfigDict) -> pathlib.Path | None:
