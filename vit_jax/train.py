@@ -15,13 +15,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import ml_collections
+import numpy as np
 import optax
 
 from vit_jax import config as config_lib
 from vit_jax import loop, losses, steps
 from vit_jax import state as state_lib
 from vit_jax.checkpoint import workdir as workdir_lib
-from vit_jax.data.dataset import Selection, Source
+from vit_jax.data.dataset import Selection, Source, coverage_notes
 from vit_jax.data.stream import BatchStream
 from vit_jax.errors import UserError
 from vit_jax.run import distributed, product, resources, resume, run_info, telemetry
@@ -237,6 +238,8 @@ def _introduce(run: loop.Run, setup: Setup) -> None:
             f'WARNING: {common:,} of the {len(run.test):,} test images are trained on as well: '
             'set both --config.pp.train and --config.pp.test'
         )
+    for note in _coverage_notes(run):
+        log.info(f'WARNING: {note}')
     if processes > 1:
         log.info(
             f'{processes} processes: when one ends too early, so do the others; the same '
@@ -250,6 +253,15 @@ def _introduce(run: loop.Run, setup: Setup) -> None:
     if setup.changed:
         log.info(f'settings that changed since this run began: {"; ".join(setup.changed)}')
     log.info(f'workdir: {run.workdir}')
+
+
+def _coverage_notes(run: loop.Run) -> tuple[str, ...]:
+    """See `dataset.coverage_notes`; nothing where labels are not known without reading."""
+    known = [s.labels() for s in (run.train, run.test) if isinstance(s, Selection)]
+    if len(known) < 2 or any(labels is None for labels in known):
+        return ()
+    names = run.train.class_names
+    return coverage_notes(names, *(np.bincount(labels, minlength=len(names)) for labels in known))
 
 
 def _say_finished(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:

@@ -1,5 +1,6 @@
 """Datasets: what is found, how it is sliced, and what is said about input that cannot be used."""
 
+import hashlib
 import io
 import logging
 import os
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vit_jax.data import sources
-from vit_jax.data.dataset import stratified_order
+from vit_jax.data.dataset import coverage_notes, held_out, stratified_order
 from vit_jax.data.decode import BadImageError, decode
 from vit_jax.errors import UserError
 
@@ -194,6 +195,54 @@ def test_stratified_order(labels, percent):
         total = (labels == label).sum()
         # Never further from its share than one example per class.
         assert abs((first == label).sum() - total * len(first) / len(labels)) <= len(set(labels))
+
+
+def test_the_order_of_sets_without_small_classes_stays():
+    labels = np.repeat(np.arange(5), (10, 13, 29, 11, 50))
+    order = stratified_order(labels).astype('<i8')
+    assert hashlib.sha256(order.tobytes()).hexdigest()[:16] == '0712b73866ea8f6b'
+
+
+@pytest.mark.parametrize('counts', [[2] * 30, [5] * 30, [8] * 30, [4, 200], [1] * 30 + [40, 3, 2]])
+def test_each_class_of_two_and_more_is_held_out(tmp_path, counts):
+    """And each is trained on."""
+    counts = np.array(counts)
+    write(tmp_path, *[f'c{c:02}/{i}.png' for c, count in enumerate(counts) for i in range(count)])
+    train, test = sources.open_sources(str(tmp_path))
+    trained, tested = (np.bincount(s.labels(), minlength=len(counts)) for s in (train, test))
+    assert (trained + tested == counts).all() and trained.all()
+    assert ((tested > 0) == (counts > 1)).all()
+    assert len(test) <= max(counts.sum() / 10, (counts > 1).sum()) + 1
+    notes = coverage_notes(train.class_names, trained, tested)
+    assert len(notes) == (1 in counts)
+    if notes:
+        assert 'of 33 classes, 30 with a single image' in notes[0]
+
+
+@given(st.lists(st.integers(1, 25), min_size=1, max_size=30).filter(lambda c: max(c) > 1))
+@settings(deadline=None, max_examples=100)
+def test_held_out(counts):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    labels = labels[stratified_order(labels)]
+    trained, tested = labels[: -held_out(labels)], labels[-held_out(labels) :]
+    assert set(trained.tolist()) == set(range(len(counts)))
+    assert set(tested.tolist()) == {label for label, count in enumerate(counts) if count > 1}
+
+
+def test_classes_of_one_image_leave_nothing_to_hold_out(tmp_path):
+    write(tmp_path, 'a/1.png', 'b/1.png', 'c/1.png')
+    with pytest.raises(UserError, match='no class of .* has two images.*--config.pp.test=train'):
+        sources.open_sources(str(tmp_path))
+
+
+def test_classes_that_are_not_covered_are_named():
+    names = tuple('abcdefgh')
+    notes = coverage_notes(names, np.array([0, 1, 2, 3, 3, 3, 3, 3]), np.array([1] + [0] * 7))
+    assert notes == (
+        'of 8 classes, 1 with no training images: a',
+        'of 8 classes, 1 with a single image, which is trained on, not tested: b',
+        'of 8 classes, 6 with no test images: c, d, e, f, g, ...',
+    )
 
 
 def test_splits_are_tfds_splits(photos):

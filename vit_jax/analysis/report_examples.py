@@ -11,7 +11,7 @@ from vit_jax import files
 from vit_jax.analysis import attention, counts
 from vit_jax.analysis.run_files import MODEL_FOLDER, Run
 from vit_jax.data import sources
-from vit_jax.data.dataset import Example, Selection, Source
+from vit_jax.data.dataset import Example, Selection, Source, coverage_notes
 from vit_jax.data.decode import decode, load_image
 from vit_jax.errors import UserError
 from vit_jax.inference import labels, model_folder
@@ -119,15 +119,17 @@ def class_balance(
     """Counts the images of each class; where labels have to be read, in a sample.
 
     Returns:
-      int64 [C] for 'training' and 'test'; and notes on what was counted, where not all was.
+      int64 [C] for 'training' and 'test'; and notes on what was counted, where not all was, and on
+      classes that are missing.
     """
-    found, notes = {}, []
+    found, notes, complete = {}, [], True
     for split, source in (('training', train), ('test', test)):
         known = source.labels()
         if known is None:
             indices = sample(len(source), MAX_IMAGES)
             known = np.array([_label(source, index) for index in indices])
             if len(indices) < len(source):
+                complete = False
                 notes.append(
                     f'Of the {len(source):,} {split} images a fixed random sample of '
                     f'{len(indices):,} was counted.'
@@ -136,6 +138,8 @@ def class_balance(
                 notes.append(f'{(known < 0).sum():,} records could not be read.')
             known = known[known >= 0]
         found[split] = np.bincount(known, minlength=len(source.class_names))
+    if complete:
+        notes += [f'{note}.' for note in coverage_notes(train.class_names, *found.values())]
     return found, tuple(notes)
 
 

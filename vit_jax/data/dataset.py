@@ -20,6 +20,9 @@ from vit_jax.errors import UserError, extra
 if TYPE_CHECKING:
     from PIL import Image
 
+# The last tenth of `stratified_order` has an image of each class, if all classes have so many.
+_SMALL_CLASS = 10
+
 Label = int | float | np.ndarray
 # Of labels that are indices of classes.
 CLASS_INDEX = np.dtype(np.int32)
@@ -160,13 +163,27 @@ class Dataset:
     def default_specs(self) -> tuple[str, str]:
         """The specifications of training and test examples to use when the user gives none.
 
-        The `test` split if there is one, else `validation`, else the last tenth of `train`.
+        The `test` split if there is one, else `validation`, else the last tenth of `train`, and
+        more where that lacks a class of two images or more (`held_out`).
+
+        Raises:
+          UserError: no class has two images.
         """
         for name in ('test', 'validation'):
             if name in self.splits and 'train' in self.splits:
                 return 'train', name
         first = 'train' if 'train' in self.splits else next(iter(self.splits))
-        return f'{first}[:90%]', f'{first}[90%:]'
+        labels = getattr(self.splits[first], 'labels', None)
+        if labels is None or np.unique(labels, return_counts=True)[1].min() >= _SMALL_CLASS:
+            return f'{first}[:90%]', f'{first}[90%:]'
+        count = held_out(labels)
+        if not count:
+            raise UserError(
+                f'no class of {self.name} has two images, so that none can be held out to test on. '
+                f'Add images, or give both --config.pp.train={first} and --config.pp.test={first}, '
+                'which tests on what was trained on'
+            )
+        return f'{first}[:-{count}]', f'{first}[-{count}:]'
 
 
 class Selection:
@@ -250,6 +267,29 @@ class Selection:
         return np.concatenate([np.arange(0), *parts])
 
 
+def coverage_notes(
+    class_names: Sequence[str], train: np.ndarray, test: np.ndarray
+) -> tuple[str, ...]:
+    """Sentences on classes that a model never sees in training, or is never tested on.
+
+    Args:
+      class_names: C names, in label order.
+      train: int [C], training images of each class.
+      test: int [C], test images.
+    """
+    notes = []
+    for missing, what in (
+        (train == 0, 'no training images'),
+        ((train == 1) & (test == 0), 'a single image, which is trained on, not tested'),
+        ((train > 1) & (test == 0), 'no test images'),
+    ):
+        names = [class_names[label] for label in np.flatnonzero(missing)]
+        if names:
+            shown = ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')
+            notes.append(f'of {len(class_names):,} classes, {len(names):,} with {what}: {shown}')
+    return tuple(notes)
+
+
 def numbered(count: int) -> tuple[str, ...]:
     """What classes without names are called: 'class 0', 'class 1', ..."""
     return tuple(f'class {i}' for i in range(count))
@@ -277,7 +317,9 @@ def stratified_order(labels: np.ndarray, *, seed: int = 0) -> np.ndarray:
     """A fixed shuffled order in which every slice holds each class in proportion.
 
     Each class is shuffled by itself; then the r-th of the n examples of a class gets the place (r +
-    0.5) / n, and all are sorted by it. The order of an example depends on its own class alone.
+    0.5) / n, and all are sorted by it. The last example of a small class, of 2 to 9, gets the place
+    0.95, as that of 10, so that the last tenth has it; and where there are small classes, equal
+    places are in random order, not in that of the classes.
 
     Args:
       labels: int [examples].
@@ -287,14 +329,37 @@ def stratified_order(labels: np.ndarray, *, seed: int = 0) -> np.ndarray:
       int [examples], a permutation of the indices.
     """
     labels = np.asarray(labels)
-    place = np.empty(len(labels))
-    for label in np.unique(labels):
+    place, tie = np.empty(len(labels)), np.zeros(len(labels), np.uint64)
+    counts = np.unique(labels, return_counts=True)
+    for label, count in zip(*counts, strict=True):
         members = np.flatnonzero(labels == label)
         # Raw bits, because NumPy may change what `permutation` makes of them, and a later version
         # must not move test images into the training set.
-        rank = np.argsort(np.argsort(np.random.PCG64([seed, int(label)]).random_raw(len(members))))
-        place[members] = (rank + 0.5) / len(members)
-    return np.argsort(place, kind='stable')
+        raw = np.random.PCG64([seed, int(label)]).random_raw(count)
+        rank = np.argsort(np.argsort(raw))
+        place[members] = (rank + 0.5) / count
+        if 1 < count < _SMALL_CLASS:
+            place[members[rank == count - 1]] = 1 - 0.5 / _SMALL_CLASS
+        tie[members] = raw
+    if len(labels) and counts[1].min() >= _SMALL_CLASS:
+        tie[:] = 0  # as ever
+    return np.lexsort((tie, place))
+
+
+def held_out(labels: np.ndarray) -> int:
+    """How many examples at the end of `stratified_order` to test on.
+
+    A tenth of those whose class has two or more, and as many more as it takes to have one of each
+    such class.
+
+    Args:
+      labels: int [examples], in that order.
+    """
+    last = {label: place for place, label in enumerate(labels.tolist())}
+    counts = np.bincount(labels)
+    several = [place for label, place in last.items() if counts[label] > 1]
+    tenth = round(sum(counts[counts > 1]) / 10)
+    return max([tenth, *(len(labels) - place for place in several)])
 
 
 def _parse_split(spec: str, lengths: dict[str, int], dataset: str) -> list[tuple[str, int, int]]:
