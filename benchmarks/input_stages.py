@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from benchmarks import turns
-from vit_jax.data import decode, loader, preprocess, reader
+from vit_jax.data import decode, inception_crop, loader, preprocess, reader
 from vit_jax.data.dataset import Example
 from vit_jax.inference import predict
 
@@ -186,7 +186,7 @@ def _torchvision(setup: Mapping[str, Any]) -> tuple[Stages, Stream]:
         return ImageOps.exif_transpose(Image.open(io.BytesIO(image))).convert('RGB')
 
     def crop(image: Any) -> Any:
-        y, x, height, width = preprocess.sample_inception_box(image.height, image.width, rng)
+        y, x, height, width = inception_crop.sample_inception_box(image.height, image.width, rng)
         return functional.crop(image, y, x, height, width)
 
     def resize(image: Any) -> Any:  # float32 tensor [3, S, S] in [0, 1]
@@ -234,7 +234,7 @@ def _tensorflow(setup: Mapping[str, Any]) -> tuple[Stages, Stream]:
         begin, size, _ = tf.image.sample_distorted_bounding_box(
             tf.shape(image),
             tf.zeros([0, 0, 4], tf.float32),
-            area_range=(preprocess.MIN_AREA, preprocess.MAX_AREA),
+            area_range=(inception_crop.MIN_AREA, inception_crop.MAX_AREA),
             min_object_covered=0,
             use_image_if_no_bounding_boxes=True,
         )

@@ -26,6 +26,7 @@ from vit_jax import files, models
 from vit_jax.analysis import compare
 from vit_jax.checkpoint import library_configs, npz
 from vit_jax.data.batches import eval_batches
+from vit_jax.data.normalization import HALF, Normalization
 from vit_jax.data.preprocess import normalize
 from vit_jax.errors import UserError
 from vit_jax.inference import model_folder, predict
@@ -46,6 +47,8 @@ def check(
     reference: str = 'auto',
     perturb: str = '',
     batch: int = 4,
+    normalization: Normalization | None = None,
+    pixels: Mapping[str, Any] | None = None,
     say: Callable[[Any], None] = print,
 ) -> dict[str, Any]:
     """Compares a model with PyTorch.
@@ -59,6 +62,8 @@ def check(
         reference: 'transformers', 'torch_reference', 'timm', or 'auto'.
         perturb: array that is 1 % larger on the PyTorch side, so that the check fails.
         batch: images at once.
+        normalization: see `model_folder.load`.
+        pixels: see `model_folder.load`.
         say: shows a line to the user.
 
     Returns:
@@ -67,7 +72,7 @@ def check(
     Raises:
         UserError: no comparison was possible.
     """
-    opened = model_folder.load(model, variant=variant)
+    opened = model_folder.load(model, variant=variant, normalization=normalization, pixels=pixels)
     path = files.expand(model)
     if not path.exists():  # a released name, whose file was downloaded
         path = pathlib.Path(opened.source['file'])
@@ -315,7 +320,7 @@ def _of_folder(name: str, folder: pathlib.Path) -> tuple[str, Callable[..., torc
         'transformers': torch_libraries.transformers_folder,
         'timm': torch_libraries.timm_folder,
     }[name]
-    normalization = library_configs.read(folder).get('normalization', library_configs.HALF)
+    normalization = library_configs.read(folder)['input'].normalization or HALF
     mean, std = (torch.tensor(values, dtype=torch.float64) for values in normalization)
 
     def make() -> torch.nn.Module:

@@ -31,12 +31,21 @@ def get_defaults() -> ml_collections.ConfigDict:
     # Splits to train and evaluate on, in TFDS's notation ('train[:90%]'). Empty: the dataset's own.
     config.pp.train = ''
     config.pp.test = ''
-    # Side of the images that the model sees, pixels.
-    config.pp.crop = 224
+    # What the model sees, pixels: the side of a square, or (height, width).
+    config.pp.crop = config_dict.FieldReference(224, field_type=object)
     # Train on random crops of 5 to 100 % of the area. Off: on the whole image.
     config.pp.inception_crop = True
-    # With inception_crop off: squash to this side, then crop at random. 0: squash straight to crop.
-    config.pp.resize = 0
+    # Resize to this side, or (height, width), before the crop: with inception_crop off, and in
+    # evaluation with another pp.eval than 'squash'. 0: straight to crop.
+    config.pp.resize = config_dict.FieldReference(0, field_type=object)
+    # What evaluation and prediction see. 'squash': the whole image, whatever its aspect ratio, as
+    # the original. 'resize_crop': the centre of the image with its short side at pp.resize, as timm
+    # and Hugging Face. 'squash_crop': the centre of the image squashed to pp.resize.
+    config.pp.eval = 'squash'
+    # How evaluation resizes: 'bilinear', 'bicubic', 'nearest', 'lanczos', 'box' or 'hamming'.
+    config.pp.interpolation = 'bilinear'
+    # Evaluation resizes, and decodes JPEG, as Pillow does, and so timm and Hugging Face.
+    config.pp.antialias = False
     # Mirror half of the training images.
     config.pp.flip = True
     # Pixels of training images to the bit as the original's. Off: JPEG files are decoded to a
@@ -163,7 +172,7 @@ def _unset(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         {
             key: _unset(value)
             if isinstance(value, ml_collections.ConfigDict)
-            else config_dict.placeholder(type(value))
+            else config_dict.placeholder(config.get_type(key))
             for key, value in config.items()
         }
     )

@@ -50,9 +50,12 @@ def _check(args: argparse.Namespace) -> int:
     from benchmarks import parity  # takes seconds, and --help should not
 
     options = vars(args)
+    of_input = cli.input_of(args)
+    for name in ('normalization', 'eval', 'resize', 'interpolation', 'antialias'):
+        del options[name]
     as_json = options.pop('json')
     say = functools.partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
-    result = parity.check(**options, say=say)
+    result = parity.check(**options, **of_input, say=say)
     if as_json:
         print(json.dumps(result, indent=1))
     return 0 if result['passed'] else 1
@@ -65,6 +68,7 @@ def _parse() -> argparse.Namespace:
     add('--images', nargs='+', default=[], metavar='DIR', help='images (default: 8 made-up ones)')
     add('--limit', type=int, default=0, metavar='N', help='use the first N images (default: all)')
     add('--variant', default='', help='architecture of a file, where its arrays do not tell')
+    cli.add_input(parser)
     add('--tolerance', type=float, metavar='X', help='how far logits may differ')
     add(
         '--reference',

@@ -35,10 +35,17 @@ def main() -> int:
 
 def _run(args: argparse.Namespace) -> None:
     # Not at the top: they take time, and --help should not.
+    from vit_jax.data.preprocess import Preprocess
+    from vit_jax.errors import UserError
     from vit_jax.inference import classifier, predict
 
     images = predict.find_images(args.images)
     model = classifier.open_classifier(args.model, labels='none')
+    if model.preprocess.describe() != Preprocess(model.preprocess.size[0]).describe():
+        raise UserError(
+            f'{args.model} sees {model.preprocess.describe()}; this compares with squares that are '
+            'squashed without antialiasing'
+        )
     _compare(model, images)
 
 
@@ -84,7 +91,7 @@ def _differences(side: int) -> dict:
     from PIL import Image, ImageOps
 
     from vit_jax.data import decode, image_files
-    from vit_jax.data.preprocess import resize_bilinear
+    from vit_jax.data.resample import resize_bilinear
 
     example = types.SimpleNamespace(**runpy.run_path(str(EXAMPLE)))
 
@@ -120,9 +127,10 @@ def _differences(side: int) -> dict:
         return resize_bilinear(image, side)
 
     return {
-        '`docs/serving/classify.py`': (lambda path, _: example.read_image(path, side), True),
+        '`docs/serving/classify.py`': (
+            lambda path, _: example.read_image(path, {'crop': side}), True),
         'its resize alone, on the same decoded pixels': (
-            lambda _, image: example.resize(image, side), True),
+            lambda _, image: example.resize(image, (side, side)), True),
         "JPEG decoded with libjpeg's accurate transform (Pillow's default)": (
             lambda path, _: squash(pillow_pixels(path)), True),
         'pixels rounded to whole grey levels (uint8)': (

@@ -1,5 +1,6 @@
 """docs/serving.md and its example, and scripts/compare_preprocessing.py."""
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -11,7 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.data.preprocess import resize_bilinear
+from vit_jax.data.decode import load_image
+from vit_jax.data.normalization import IMAGENET
+from vit_jax.data.resample import resize_bilinear
+from vit_jax.errors import UserError
 from vit_jax.export import onnx
 from vit_jax.export.options import Options
 from vit_jax.inference import classifier, labels, predict
@@ -65,7 +69,7 @@ def test_the_page_shows_the_example_as_it_is():
 @pytest.mark.parametrize('height, width', [(333, 500), (16, 24), (7, 5), (24, 24), (1, 1)])
 def test_resize_of_the_example_is_that_of_training(example, height, width):
     image = np.random.default_rng(2).integers(0, 255, (height, width, 3), np.uint8)
-    found = example.resize(image, 24)
+    found = example.resize(image, (24, 24))
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, resize_bilinear(image, 24), atol=1e-3)
 
@@ -83,6 +87,31 @@ def test_the_example_says_what_predict_says(example, model, photos, tmp_path, op
     assert probabilities.shape == (4, 5) and np.ptp(expected, axis=0).max() > 0.01
     np.testing.assert_allclose(probabilities[:3], expected[:3], atol=1e-5)
     np.testing.assert_allclose(probabilities[3], expected[3], atol=0.02)  # Pillow's JPEG decoder
+
+
+@pytest.mark.parametrize(
+    'pixels',
+    [
+        {'eval': 'resize_crop', 'resize': 29, 'interpolation': 'bicubic', 'antialias': True},
+        {'eval': 'squash_crop', 'resize': 29, 'antialias': True},
+        {'eval': 'resize_crop', 'resize': 27},
+    ],
+)
+def test_the_example_has_other_forms_of_evaluation(example, model, photos, tmp_path, pixels):
+    model = dataclasses.replace(model, preprocess=model.preprocess.but(pixels))
+    onnx.save(onnx.build(model), tmp_path / 'model.onnx')
+    opened = classifier.open_classifier(tmp_path / 'model.onnx')
+    assert opened.preprocess == model.preprocess
+    settings = example.Classifier(str(tmp_path / 'model.onnx')).preprocessing
+    for photo in photos[:3]:
+        found = example.read_image(photo, settings)
+        ours = load_image(photo, opened.preprocess)
+        np.testing.assert_allclose(found, ours, atol=1e-2)
+    # And what was exported can be opened in yet another form.
+    other = classifier.open_classifier(tmp_path / 'model.onnx', pixels={'eval': 'squash'})
+    assert other.preprocess.eval == 'squash'
+    with pytest.raises(UserError, match='no --normalization'):
+        classifier.open_classifier(tmp_path / 'model.onnx', normalization=IMAGENET)
 
 
 def test_the_example_needs_three_packages(model, photos, tmp_path):

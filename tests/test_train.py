@@ -17,6 +17,7 @@ from vit_jax.checkpoint import npz
 from vit_jax.configs import digits
 from vit_jax.data import sources
 from vit_jax.errors import UserError
+from vit_jax.export import pytorch
 from vit_jax.inference import model_folder, predict
 from vit_jax.run import resume, setup
 
@@ -312,6 +313,32 @@ def test_weights_are_fitted_and_accounted_for(tmp_path, finished):
     jax.tree.map(
         np.testing.assert_array_equal, some, {'embedding': {'kernel': whole['embedding']['kernel']}}
     )
+
+
+def test_pixels_that_weights_were_made_for_are_said(tmp_path, finished):
+    _, workdir, _ = finished
+    opened = model_folder.load(
+        workdir / 'model', pixels={'eval': 'resize_crop', 'resize': 18, 'interpolation': 'bicubic',
+                                   'antialias': True}
+    )  # fmt: skip
+    pytorch.write(tmp_path / 'timm', opened, to='timm')
+    knobs = {'pretrained': str(tmp_path / 'timm'), 'pp.crop': 24, 'pp.resize': 0}
+    config = make_config(**knobs)
+    model = models.from_config(config.model, num_classes=10)
+    abstract = jax.eval_shape(lambda: state_lib.init_params(model, 24, 0))
+    _, origin = setup.initial_params(config, model, abstract)
+    flags = (
+        '--config.pp.eval=resize_crop --config.pp.resize=27 --config.pp.interpolation=bicubic '
+        '--config.pp.antialias=True'
+    )
+    assert origin.endswith(
+        'short side 27, bicubic, antialiased, centre crop 24; this run evaluates the whole image '
+        f'squashed to 24, bilinear, not antialiased. For theirs: {flags}'
+    )
+    theirs = dict(flag.removeprefix('--config.').split('=') for flag in flags.split())
+    theirs |= {'pp.resize': 27, 'pp.antialias': True}
+    _, origin = setup.initial_params(make_config(**knobs | theirs), model, abstract)
+    assert 'made for other pixels' not in origin
 
 
 def test_overlapping_splits_are_said(tmp_path):

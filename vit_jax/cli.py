@@ -5,6 +5,7 @@ import pathlib
 import signal
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from vit_jax import streams
 from vit_jax.errors import UserError
@@ -38,7 +39,9 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
 
 
 def add_model(parser: argparse.ArgumentParser, labels: str) -> None:
-    """Adds the options that `classifier.open_classifier` takes: --model, --variant, --labels.
+    """Adds the options that `classifier.open_classifier` takes.
+
+    They are --model, --variant, --labels, and those of `add_input`.
 
     Args:
       parser: of the command.
@@ -56,6 +59,56 @@ def add_model(parser: argparse.ArgumentParser, labels: str) -> None:
         '--variant', default='', help='architecture of weights, such as ViT-B_16, if not clear'
     )
     parser.add_argument('--labels', default='', metavar='NAMES', help=labels)
+    add_input(parser)
+
+
+def add_input(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say what input a model takes; `input_of` reads them."""
+    add = parser.add_argument_group(
+        'input of the model', 'where its files do not tell, or to try another'
+    ).add_argument
+    add(
+        '--normalization',
+        default='',
+        metavar='NAME',
+        help='input that weights were trained with: half (to [-1, 1]), imagenet, clip, or mean and '
+        'standard deviation of each channel of [0, 1], as 0.5,0.5,0.5/0.2,0.2,0.2; it is folded '
+        'into the first layer',
+    )
+    add(
+        '--eval',
+        default='',
+        metavar='FORM',
+        help='what is seen of an image: squash (all of it, squashed), resize_crop (its centre, '
+        'once the short side is --resize), squash_crop (its centre, once squashed to --resize)',
+    )
+    add('--resize', type=int, default=0, metavar='PIXELS', help='see --eval')
+    add(
+        '--interpolation',
+        default='',
+        metavar='NAME',
+        help='bilinear, bicubic, nearest, lanczos, box or hamming',
+    )
+    add(
+        '--antialias',
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help='resize (and decode) as Pillow does, and so timm and Hugging Face',
+    )
+
+
+def input_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_input` asked for: the arguments `normalization` and `pixels` of opening a model."""
+    from vit_jax.data import normalization
+
+    given = {name: getattr(args, name) for name in ('eval', 'resize', 'interpolation')}
+    pixels = {name: value for name, value in given.items() if value}
+    if args.antialias is not None:
+        pixels['antialias'] = args.antialias
+    return {
+        'normalization': normalization.parse(args.normalization),
+        'pixels': pixels,
+    }
 
 
 def run(work: Callable[[], int | None], *, failure: int = 1, go_on: bool = False) -> int:

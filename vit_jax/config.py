@@ -81,7 +81,8 @@ def resolve(
     if resolved.total_steps != warm_up_of:  # set without a warm-up of its own
         resolved.warmup_steps = resolved.warmup_steps * resolved.total_steps // warm_up_of
     resolved.dataset = dataset
-    if config.pp.inception_crop is None and resolved.pp.resize:
+    squash = resolved.pp.eval == 'squash'
+    if config.pp.inception_crop is None and resolved.pp.resize and squash:
         resolved.pp.inception_crop = (
             False  # `pp.resize` alone asks for "resize, then crop at random"
         )
@@ -113,7 +114,12 @@ def choose_weights(config: ml_collections.ConfigDict, flags: Iterable[str] = ())
 def preprocess_of(config: ml_collections.ConfigDict) -> Preprocess:
     """The preprocessing that a resolved config asks for."""
     return Preprocess(
-        crop=config.pp.crop, resize=config.pp.resize, inception_crop=config.pp.inception_crop
+        crop=config.pp.crop,
+        resize=config.pp.resize,
+        inception_crop=config.pp.inception_crop,
+        eval=config.pp.eval,
+        interpolation=config.pp.interpolation,
+        antialias=config.pp.antialias,
     )
 
 
@@ -217,11 +223,12 @@ def _check(config: ml_collections.ConfigDict) -> None:
             f'config.total_steps={config.total_steps}: '
             f'use --config.warmup_steps={config.total_steps // 10}, or more steps'
         )
-    if config.pp.resize and config.pp.inception_crop:
+    if config.pp.resize and config.pp.inception_crop and config.pp.eval == 'squash':
         raise UserError(
             f'config.pp.resize={config.pp.resize} has no effect with '
             'config.pp.inception_crop=True: drop one of them '
-            '(pp.resize alone means: resize, then crop at random)'
+            '(pp.resize alone means: resize, then crop at random), or evaluate with '
+            "config.pp.eval='resize_crop'"
         )
     preprocess_of(config)
     _check_model(config)

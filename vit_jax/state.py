@@ -12,6 +12,7 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from vit_jax import sharding
+from vit_jax.variants import sides
 
 
 @flax.struct.dataclass
@@ -55,11 +56,6 @@ class Checkpoint(TrainState):
         values = dict(vars(self))
         del values['replaced']
         return TrainState(**values)
-
-
-def sides(image_size: int | tuple[int, int]) -> tuple[int, int]:
-    """Height and width of images of which one number, the side, is given, or both."""
-    return (image_size, image_size) if isinstance(image_size, int) else image_size
 
 
 def init_params(

@@ -20,12 +20,12 @@ from jax.extend.core import get_opaque_trace_state
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vit_jax import evaluate, losses, models, optim, sharding
-from vit_jax import state as state_lib
 from vit_jax.data import augment
 from vit_jax.data.preprocess import normalize
 from vit_jax.errors import UserError
 from vit_jax.losses import Batch, Metrics
 from vit_jax.state import TrainState
+from vit_jax.variants import sides
 
 # Passes of XLA's CPU compiler that are left out (docs/performance.md). The first takes out
 # optimization barriers, and with them all that rematerialisation saves. Without the second, matrix
@@ -175,7 +175,7 @@ def abstract_batch(
     """
     column = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=sharding.batch_sharding(mesh))
     images = jax.ShapeDtypeStruct(
-        (batch, *state_lib.sides(image_size), channels),
+        (batch, *sides(image_size), channels),
         jnp.float32 if exact else jnp.uint8,
         sharding=column.sharding,
     )

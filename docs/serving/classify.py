@@ -19,7 +19,7 @@ class Classifier:
         self.session = onnxruntime.InferenceSession(path)
         metadata = self.session.get_modelmeta().custom_metadata_map
         self.class_names = json.loads(metadata['class_names'])
-        self.side = int(metadata['image_size'])
+        self.preprocessing = json.loads(metadata['preprocessing'])
         self.low, self.high = json.loads(metadata['value_range'])
         self.layout = metadata['layout']
         self.output = metadata['output']  # 'logits' or 'probabilities'
@@ -27,7 +27,8 @@ class Classifier:
 
     def __call__(self, paths):
         """Probabilities, [images, classes], of image files; one batch, of any size."""
-        pixels = np.stack([read_image(path, self.side) for path in paths])  # [N, S, S, 3], 0 to 255
+        # [images, height, width, 3], 0 to 255
+        pixels = np.stack([read_image(path, self.preprocessing) for path in paths])
         if self.takes_bytes:
             pixels = np.rint(pixels).astype(np.uint8)
         else:
@@ -38,28 +39,51 @@ class Classifier:
         return softmax(scores) if self.output == 'logits' else scores
 
 
-def read_image(path, side):
-    """An image as the model was trained to see it: float32 [side, side, 3], RGB, 0 to 255."""
+def read_image(path, settings):
+    """An image as the model was evaluated on: float32 [height, width, 3], RGB, 0 to 255."""
     with Image.open(path, formats=['JPEG', 'PNG', 'WEBP', 'BMP']) as image:
-        upright = ImageOps.exif_transpose(image)  # as people see it, whatever the camera stored
-        return resize(np.asarray(upright.convert('RGB')), side)
+        # As people see it, whatever the camera stored.
+        image = ImageOps.exif_transpose(image).convert('RGB')
+    crop, form = _pair(settings['crop']), settings.get('eval', 'squash')
+    whole = crop if form == 'squash' else _pair(settings.get('resize') or settings['crop'])
+    if form == 'resize_crop':  # keeps the proportions
+        scale = max(whole[0] / image.height, whole[1] / image.width)
+        whole = tuple(
+            max(least, int(side * scale + 1e-6))
+            for least, side in zip(whole, (image.height, image.width), strict=True)
+        )
+    interpolation = settings.get('interpolation', 'bilinear')
+    if settings.get('antialias'):
+        filter_ = Image.Resampling[interpolation.upper()]
+        pixels = np.asarray(image.resize(whole[::-1], filter_), np.float32)
+    elif interpolation == 'bilinear':
+        pixels = resize(np.asarray(image), whole)
+    else:
+        raise SystemExit(f'{interpolation} without antialiasing is not in this example')
+    half = round if settings.get('centre') == 'half_even' else int
+    top, left = (half((a - b) / 2) for a, b in zip(whole, crop, strict=True))
+    return pixels[top : top + crop[0], left : left + crop[1]]
 
 
-def resize(image, side):
-    """Squashes [height, width, 3] to a square: bilinear, without antialiasing, not rounded.
+def _pair(size):
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def resize(image, size):
+    """Squashes [height, width, 3] to (height, width): bilinear, not antialiased, not rounded.
 
     Pillow's own resize would average over more pixels when it makes an image smaller.
     """
-    top, bottom, down = _neighbours(image.shape[0], side)
-    left, right, across = _neighbours(image.shape[1], side)
+    top, bottom, down = _neighbours(image.shape[0], size[0])
+    left, right, across = _neighbours(image.shape[1], size[1])
     down, across = down[:, None, None], across[:, None]
     rows = image[top].astype(np.float32) * (1 - down) + image[bottom].astype(np.float32) * down
     return rows[:, left] * (1 - across) + rows[:, right] * across
 
 
-def _neighbours(length, side):
+def _neighbours(length, new):
     """For each new pixel the two old ones around its centre, and the weight of the second."""
-    centre = np.clip((np.arange(side) + 0.5) * (length / side) - 0.5, 0, length - 1)
+    centre = np.clip((np.arange(new) + 0.5) * (length / new) - 0.5, 0, length - 1)
     first = centre.astype(int)
     return first, np.minimum(first + 1, length - 1), (centre - first).astype(np.float32)
 

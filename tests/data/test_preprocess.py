@@ -12,13 +12,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from vit_jax.data.decode import decode
-from vit_jax.data.preprocess import (
-    CropBox,
-    Preprocess,
-    normalize,
-    resize_bilinear,
-    sample_inception_box,
-)
+from vit_jax.data.inception_crop import sample_inception_box
+from vit_jax.data.preprocess import CropBox, Preprocess, normalize
+from vit_jax.data.resample import resize_bilinear
 from vit_jax.errors import UserError
 
 FIXTURES = pathlib.Path(__file__).parents[1] / 'fixtures' / 'data'
@@ -187,7 +183,7 @@ def test_reductions_leave_enough_pixels():
         (448, 500, 224, 2), (447, 500, 224, 1), (10, 10, 224, 1), (900, 896, 224, 4),
         (5000, 1791, 224, 4), (5000, 1792, 224, 8), (9000, 9000, 224, 8),
     ):  # fmt: skip
-        assert CropBox(3, 4, height, width, side).reduction() == expected
+        assert CropBox(3, 4, height, width, (side, side)).reduction() == expected
 
 
 def test_normalize_numpy_and_jax():
@@ -209,6 +205,51 @@ def test_settings_are_checked_and_kept():
         Preprocess(crop=0)
     with pytest.raises(UserError, match='sharpen'):
         Preprocess.from_dict({'crop': 1, 'sharpen': True})
+
+
+@pytest.mark.parametrize('form', ['resize_crop', 'squash_crop'])
+def test_training_without_inception_crop_sees_what_evaluation_sees_elsewhere(form):
+    image = np.random.RandomState(0).randint(0, 256, (50, 70, 3)).astype(np.uint8)
+    pp = Preprocess((20, 24), 26, inception_crop=False, eval=form)
+    whole = resize_bilinear(image, (26, 36) if form == 'resize_crop' else 26)
+    rng, seen = np.random.default_rng(0), set()
+    for _ in range(40):
+        box = pp.draw_box(50, 70, rng)
+        seen.add((box.top, box.left))
+        part = pp.render(image, box)
+        expected = whole[box.top : box.top + 20, box.left : box.left + 24]
+        np.testing.assert_array_equal(part, expected)
+        out = np.empty((20, 24, 3), np.uint8)
+        assert np.abs(pp.render_uint8(image, box, (50, 70), out) - part).max() <= 1
+    assert len(seen) > 15
+    top, left = 3, (whole.shape[1] - 24) // 2
+    np.testing.assert_array_equal(pp.evaluate(image), whole[top : top + 20, left : left + 24])
+
+
+def test_long_images_take_no_more_memory():
+    image = np.full((1, 300_000, 3), 9, np.uint8)  # whole, at short side 64: 3.7 GB
+    for options in ({}, {'antialias': True}):
+        pp = Preprocess(48, 64, inception_crop=False, eval='resize_crop', **options)
+        assert (pp.evaluate(image) == 9).all()
+        assert (pp.train(image, np.random.default_rng(0)) == 9).all()
+
+
+def test_another_size_keeps_the_proportions():
+    pp = Preprocess(224, 256, eval='resize_crop')
+    assert pp.at(448) == Preprocess(448, 512, eval='resize_crop')
+    assert pp.at((112, 224)).resize == (128, 256)
+    assert Preprocess(224).at((32, 48)) == Preprocess((32, 48))
+    assert Preprocess((32, 32), [40, 40], inception_crop=False).to_dict() == {
+        'crop': 32, 'resize': 40, 'inception_crop': False
+    }  # fmt: skip
+    wide = Preprocess((32, 48), antialias=True)
+    assert Preprocess.from_dict(wide.to_dict()) == wide and wide.size == (32, 48)
+    for wrong in (
+        {'crop': (1, 2, 3)}, {'crop': '224'}, {'crop': 2.0}, {'crop': 8, 'eval': 'centre'},
+        {'crop': 8, 'interpolation': 'lanczos'}, {'crop': 8, 'resize': 7, 'eval': 'resize_crop'},
+    ):  # fmt: skip
+        with pytest.raises(UserError, match='pp.(crop|eval|interpolation|resize)'):
+            Preprocess(**wrong)
 
 
 def test_full_size_photos_are_decoded_and_resized_as_by_tensorflow(shared_dir):

@@ -556,7 +556,7 @@ def test_many_classes_show_the_best(main, model, images, monkeypatch):
         },
         class_names=labels.numbered(1000),
     )
-    monkeypatch.setattr(model_folder, 'load', lambda path, variant='': wide)
+    monkeypatch.setattr(model_folder, 'load', lambda path, **kwargs: wide)
     status, out, err = main('--model', 'x.npz', images / 'single.png')
     assert status == 0
     assert err.splitlines()[-1] == (

@@ -180,7 +180,7 @@ def write(
             taken = {ARRAYS}
             for path in images:
                 try:
-                    image = predict.read_image(path)
+                    image = predict.read_image(path, accurate=model.preprocess.accurate)
                 except BadImageError as error:
                     unreadable.append(error)
                 else:

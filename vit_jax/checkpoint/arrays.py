@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
+from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 
 _MAX_AXES = 8
@@ -88,8 +89,10 @@ class Weights:
         params: nested dict with Linen names; leaves are `LazyArray`.
         notes: what had to be done or is to be known, one sentence each.
         class_names: in label order, () where the file does not tell.
-        image_size: side of the input in pixels, 0 where only the arrays can tell.
+        image_size: side or (height, width) of the input in pixels, 0 where only the arrays tell.
         settings: arguments of the model that the arrays do not tell, such as `act`.
+        preprocess: from decoded images to pixels, as the file tells; None where it does not.
+        refused: how it says that images become pixels, where that is not computed here.
     """
 
     path: str
@@ -97,8 +100,10 @@ class Weights:
     params: Mapping[str, Any]
     notes: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
-    image_size: int = 0
+    image_size: int | tuple[int, int] = 0
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    preprocess: Preprocess | None = None
+    refused: str = ''
 
     def __str__(self) -> str:
         return '\n  '.join([f'{self.path}: {self.format} weights', *self.notes])

@@ -16,11 +16,14 @@ from vit_jax.checkpoint import (
     infer,
     key_tables,
     library_configs,
+    model_input,
     npz,
     tensors,
 )
 from vit_jax.checkpoint.arrays import Weights, derive
-from vit_jax.checkpoint.library_configs import DEFAULTS, HALF, IMAGENET, Normalization
+from vit_jax.checkpoint.library_configs import DEFAULTS
+from vit_jax.checkpoint.model_input import ModelInput
+from vit_jax.data.normalization import HALF, IMAGENET, Normalization
 from vit_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -34,6 +37,12 @@ _HEADS = {
     1536: 24,
     4096: 32,
 }
+
+_NO_INPUT_NOTE = (
+    'taken as made for input in [-1, 1] and whole images, squashed: a file without configuration '
+    "does not tell. DeiT's, DINO's, MAE's and torchvision's own weights are made for ImageNet's "
+    'mean and deviation: --normalization imagenet (normalization=IMAGENET)'
+)
 
 
 def load(
@@ -173,9 +182,23 @@ def open_weights(
     for file in paths:
         arrays, metadata = tensors.open_tensors(file)
         found |= arrays
-    config = library_configs.from_metadata(metadata) | config
+    ours = library_configs.from_metadata(metadata)
+    config = {**ours, **config}
+    if ours and config['input'] != ours['input']:
+        config['input'] = model_input.exact(config['input'], ours['input'])
     weights = _recognise(path, found, variant, num_heads, config)
-    return _normalize(weights, normalization or config.get('normalization') or HALF)
+    told = config.get('input', ModelInput())
+    notes = told.notes
+    if not (normalization or told.normalization or '/' in next(iter(found))):
+        notes = (*notes, _NO_INPUT_NOTE)
+    weights = dataclasses.replace(
+        weights,
+        image_size=told.image_size,
+        preprocess=told.preprocess,
+        refused=told.refused,
+        notes=(*weights.notes, *notes),
+    )
+    return _normalize(weights, normalization or told.normalization or HALF)
 
 
 def _recognise(
@@ -206,14 +229,8 @@ def _recognise(
             f'activation {settings["act"]} and LayerNorm epsilon {settings["layer_norm_eps"]:g} '
             f'are assumed, the defaults of {library}: a file without configuration does not tell'
         )
-    if library == 'torchvision' and 'normalization' not in config:
-        notes.append(
-            "taken as made for input in [-1, 1]; torchvision's own weights are not: give them "
-            'normalization=IMAGENET'
-        )
     names = tuple(config.get('class_names', ()))
-    image_size = config.get('image_size', 0)
-    return Weights(str(path), library, tree, tuple(notes), names, image_size, settings)
+    return Weights(str(path), library, tree, tuple(notes), names, settings=settings)
 
 
 def _heads(

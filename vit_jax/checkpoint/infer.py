@@ -102,29 +102,48 @@ def find_variant(name: str) -> Mapping[str, Any]:
     return variants.VARIANTS[name]
 
 
-def image_size(params: Mapping[str, Any], config: Mapping[str, Any], source: str) -> int:
-    """Side of the (square) input in pixels, from the grid of positions.
+def image_size(
+    params: Mapping[str, Any],
+    config: Mapping[str, Any],
+    source: str,
+    stated: int | tuple[int, int] = 0,
+) -> int | tuple[int, int]:
+    """Size of the input in pixels, from the grid of positions.
 
     Args:
         params: nested dict with Linen names; leaves need a shape only.
         config: what `architecture` gave.
         source: name of the checkpoint, for errors.
+        stated: side or (height, width) that its configuration tells; 0 if it does not.
+
+    Returns:
+        The side of square images, or (height, width).
 
     Raises:
-        UserError: the grid is not square.
+        UserError: the configuration tells another number of positions, or does not tell and they
+            are no square grid.
     """
     flat = flatten(params)
     if variants.is_mixer(config):
         tokens = flat['MixerBlock_0/token_mixing/Dense_0/kernel'].shape[0]
     else:
         tokens = flat[POSITION_EMBEDDING].shape[1] - ('cls' in flat) - ('dist' in flat)
+    stride = variants.token_stride(config)
+    if stated:
+        height, width = variants.sides(stated)
+        if height % stride or width % stride or height * width != tokens * stride**2:
+            raise UserError(
+                f'{source}: its configuration tells images of {height} x {width} pixels, so '
+                f'{height / stride:g} x {width / stride:g} tokens, and it has {tokens} positions'
+            )
+        return stated
     side = math.isqrt(max(tokens, 0))
     if side < 1 or side * side != tokens:
         raise UserError(
-            f'{source}: its {tokens} positions are not a square grid, and this package only has '
-            'models of square images'
+            f'{source}: its {tokens} positions are not a square grid, and nothing tells the size '
+            'of its images: config.json of its folder does'
         )
-    return side * variants.token_stride(config)
+    return side * stride
 
 
 def token_grid(

@@ -13,12 +13,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vit_jax import files
+from vit_jax.checkpoint import model_input
+from vit_jax.data.normalization import HALF
+from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
-
-# (mean, standard deviation) of the red, green and blue that a model takes, in units of white.
-Normalization = tuple[Sequence[float], Sequence[float]]
-HALF: Normalization = ((0.5,) * 3, (0.5,) * 3)  # -> [-1, 1], what all models here take
-IMAGENET: Normalization = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 # What a library computes unless it is told otherwise.
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -84,7 +82,7 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
 
     Returns:
         Those of these that are told: `num_heads`; `settings`, arguments of the model that its
-        arrays do not tell; `class_names`; `image_size`; `normalization`.
+        arrays do not tell; `class_names`; `input`, a `ModelInput`.
 
     Raises:
         UserError: damaged, or a setting that no model here computes.
@@ -105,19 +103,23 @@ def from_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         known = {
             key: files.parse_json(metadata[key])
-            for key in ('num_heads', 'image_size', 'class_names', 'settings')
+            for key in ('num_heads', 'image_size', 'class_names', 'settings', 'preprocessing')
             if key in metadata
         }
-    except ValueError:  # another writer's idea of these words
-        return {}
-    names, settings = known.get('class_names', []), known.setdefault('settings', {})
-    numbers = known.get('num_heads', 0), known.get('image_size', 0)
-    if 'image_size' not in known or not isinstance(names, list) or not isinstance(settings, dict):
-        return {}
-    if not all(isinstance(n, int) for n in numbers):
+        names, settings = known.get('class_names', []), known.setdefault('settings', {})
+        told = known.pop('preprocessing', {'crop': known.pop('image_size', 0)})
+        if not isinstance(names, list) or not isinstance(settings, dict):
+            return {}
+        if type(known.get('num_heads', 0)) is not int:
+            return {}
+        preprocess = Preprocess.from_dict(told)
+    except (ValueError, TypeError, UserError):  # another writer's idea of these words
         return {}
     known['settings'] = {'act': 'gelu_tanh', 'layer_norm_eps': 1e-6} | settings
-    return known | {'class_names': [str(name) for name in names], 'normalization': HALF}
+    return known | {
+        'class_names': [str(name) for name in names],
+        'input': model_input.ModelInput(preprocess.crop, HALF, preprocess),
+    }
 
 
 @functools.cache
@@ -137,11 +139,7 @@ def _timm(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:
     names = config.get('label_names') or pretrained.get('label_names')
     if names:
         known['class_names'] = [str(name) for name in names]
-    if size := pretrained.get('input_size'):
-        known['image_size'] = int(size[-1])
-    if pretrained.get('mean') and pretrained.get('std'):
-        known['normalization'] = (tuple(pretrained['mean']), tuple(pretrained['std']))
-    return known
+    return known | {'input': model_input.of_timm(config)}
 
 
 def _timm_settings(
@@ -180,9 +178,8 @@ def _torchvision(config: Mapping[str, Any]) -> dict[str, Any]:
     arguments = config.get('arguments') or {}
     return {
         'num_heads': int(arguments.get('num_heads', 0)),
-        'image_size': int(arguments.get('image_size', 0)),
         'class_names': [str(name) for name in config.get('class_names', ())],
-        'normalization': (tuple(config['mean']), tuple(config['std'])),
+        'input': model_input.of_torchvision(config),
         # What is not there was not written, because it was these.
         'settings': {'act': 'gelu_tanh', 'layer_norm_eps': 1e-6, **config.get('settings', {})},
     }
@@ -206,16 +203,7 @@ def _hugging_face(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, 
     labels = {int(index): str(name) for index, name in (config.get('id2label') or {}).items()}
     if labels and labels != {index: f'LABEL_{index}' for index in range(len(labels))}:
         known['class_names'] = [labels[index] for index in sorted(labels)]
-    if isinstance(config.get('image_size'), int):
-        known['image_size'] = config['image_size']
-    if (folder / 'preprocessor_config.json').is_file():
-        processor = files.read_json(folder / 'preprocessor_config.json')
-        if not processor.get('do_normalize', True):
-            known['normalization'] = ((0.0,) * 3, (1.0,) * 3)
-        elif 'image_mean' in processor and 'image_std' in processor:
-            mean, deviation = processor['image_mean'], processor['image_std']
-            known['normalization'] = (tuple(mean), tuple(deviation))
-    return known
+    return known | {'input': model_input.of_hugging_face(folder, config)}
 
 
 def _hugging_face_activation(

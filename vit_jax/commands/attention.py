@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument(
         '--top_k', type=int, metavar='K', help='relevance of the K most probable (default: 3)'
     )
+    cli.add_input(parser)
     add('images', nargs='*', metavar='IMAGE', help='file, folder, pattern, or - for standard input')
     return parser
 
@@ -92,7 +93,7 @@ def _run(args: argparse.Namespace) -> int:
         raise UserError(f'--what {args.what} is about the model alone; give no images')
     if args.model.lower().endswith('.onnx'):
         raise UserError(f'{args.model} is an ONNX file; give the model folder or the weights')
-    model = model_folder.load(args.model, variant=args.variant)
+    model = model_folder.load(args.model, variant=args.variant, **cli.input_of(args))
     names = labels.choose(model.class_names, args.labels, args.model)
     model = dataclasses.replace(model, class_names=names)
     attention.check(model)

@@ -18,7 +18,6 @@ import argparse
 from vit_jax import cli
 
 TARGETS = ('npz', 'timm', 'huggingface', 'torchvision')
-NORMALIZATIONS = ('half', 'imagenet')
 
 
 def main() -> int:
@@ -39,27 +38,18 @@ def main() -> int:
         default='',
         help='architecture of SRC, such as ViT-B_16, where its arrays do not tell',
     )
-    parser.add_argument(
-        '--normalization',
-        choices=NORMALIZATIONS,
-        help='input that SRC was trained with, where it does not tell: half (to [-1, 1], the '
-        'default), or imagenet (mean and standard deviation: DeiT, torchvision), which is folded '
-        'into the first layer',
-    )
+    cli.add_input(parser)
     args = parser.parse_args()
     return cli.run(lambda: _convert(args), go_on=True)
 
 
 def _convert(args: argparse.Namespace) -> None:
     # Not at the top: they take seconds, and --help should not.
-    from vit_jax.checkpoint import formats, npz
+    from vit_jax.checkpoint import npz
     from vit_jax.export import pytorch
     from vit_jax.inference import model_folder
 
-    normalization = {None: None, 'half': formats.HALF, 'imagenet': formats.IMAGENET}
-    model = model_folder.open_model(
-        args.source, variant=args.variant, normalization=normalization[args.normalization]
-    )
+    model = model_folder.open_model(args.source, variant=args.variant, **cli.input_of(args))
     arrays = npz.flatten(model.params)
     count = sum(array.size for array in arrays.values())
     name = model.model_config.get('model_name') or 'a model of no known variant'

@@ -62,7 +62,9 @@ def _run(args: argparse.Namespace) -> int:
 
     if args.output:
         _check_output(pathlib.Path(args.output), args.overwrite)
-    model = classifier.open_classifier(args.model, variant=args.variant, labels=args.labels)
+    model = classifier.open_classifier(
+        args.model, variant=args.variant, labels=args.labels, **cli.input_of(args)
+    )
     source = _open_source(args, model.source)
     to_model = labels.remap(source.class_names, model.class_names, str(source))
     if labels.numbered(len(model.class_names)) == model.class_names:

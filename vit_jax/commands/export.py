@@ -70,7 +70,7 @@ def _export(args: argparse.Namespace) -> int:
     width = max(100, shutil.get_terminal_size().columns)  # the table needs 90
     console = rich.console.Console(highlight=False, soft_wrap=True, width=width)
     report = formats.export(
-        model_folder.load(args.model, variant=args.variant),
+        model_folder.load(args.model, variant=args.variant, **cli.input_of(args)),
         args.output,
         format=args.format,
         options=chosen,
@@ -97,6 +97,7 @@ def _parse() -> argparse.Namespace:
         help='run the exported model and compare it with JAX (default: yes)',
     )
     add('--images', nargs='+', default=(), metavar='PATH', help='images and folders to verify on')
+    cli.add_input(parser)
     graph = parser.add_argument_group('onnx and stablehlo')
     add = graph.add_argument
     add('--layout', choices=options.LAYOUTS, help='of the input (default: NHWC)')

@@ -70,7 +70,9 @@ def _run(args: argparse.Namespace) -> int:
         if path:
             files.check_output(path, overwrite=args.overwrite, flag=flag)
     images = predict.find_images(args.images, stdin=sys.stdin.buffer)
-    model = classifier.open_classifier(args.model, variant=args.variant, labels=args.labels)
+    model = classifier.open_classifier(
+        args.model, variant=args.variant, labels=args.labels, **cli.input_of(args)
+    )
     top_k, threshold = _how_many(args, len(model.class_names))
     unreadable: list[BadImageError] = []
     drawn: list[tuple[str, Any]] = []  # paths and probabilities

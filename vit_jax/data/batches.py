@@ -52,10 +52,10 @@ def eval_batches(
 
     Returns:
       An iterator over dicts with, for b = batch / process_count, rounded up:
-        image: float32 [b, crop, crop, channels] in [0, 255]. In the place of an image that cannot
-          be read is a copy of another one: it changes nothing, not even in int8 models, whose
-          scales depend on all images of a batch. Zeros in padding, and where none of the batch can
-          be read.
+        image: float32 [b, *preprocess.size, channels] in [0, 255]. In the place of an image that
+          cannot be read is a copy of another one: it changes nothing, not even in int8 models,
+          whose scales depend on all images of a batch. Zeros in padding, and where none of the
+          batch can be read.
         label: int32 [b], 0 in padding, -1 where an unreadable record held the label, too; of other
           labels than classes float32 [b] or [b, ...];
         readable: bool [b], whether the image could be read; of padding, False;
@@ -71,11 +71,11 @@ def eval_batches(
         raise UserError(f'batch is the number of images at once, at least 1; got {batch}')
     local = -(-batch // process_count)
     reader = as_reader(source)
-    buffers = Buffers((local, preprocess.crop, preprocess.crop, reader.channels), np.float32)
+    buffers = Buffers((local, *preprocess.size, reader.channels), np.float32)
 
     def read(index: int, out: np.ndarray) -> tuple[Label, BadImageError | None]:
         try:
-            pixels, label = reader.read(index)
+            pixels, label = reader.read(index, accurate=preprocess.accurate)
             preprocess.evaluate(pixels, out)
             return label, None
         except BadImageError as error:

@@ -1,8 +1,9 @@
 """Images of every kind to pixels, on the host.
 
 JPEG is decoded with the inverse transform TensorFlow uses (libjpeg-turbo's "fast" one), so that the
-pixels are bit-equal to `tf.io.decode_jpeg` and the published accuracies hold; everything else (png,
-webp, bmp, ...) goes through Pillow. Arrays and PIL images become the same kind of pixels.
+pixels are bit-equal to `tf.io.decode_jpeg` and the published accuracies hold, or with the accurate
+one, as by Pillow, for models that see the world that way; everything else (png, webp, bmp, ...)
+goes through Pillow. Arrays and PIL images become the same kind of pixels.
 """
 
 import errno
@@ -112,10 +113,11 @@ def load_image(
       key: as for `decode`; of a file its path.
       exif: as for `decode`.
       channels: as for `decode`.
-      out: float32 [crop, crop, channels], where to put the result; default new memory.
+      out: float32 [*preprocess.size, channels], where to put the result; default new memory.
 
     Returns:
-      float32 [crop, crop, channels] in [0, 255]; `preprocess.normalize` gives the model's range.
+      float32 [*preprocess.size, channels] in [0, 255]; `preprocess.normalize` gives the range of
+      the model.
 
     Raises:
       BadImageError: as `read_file` and `decode`.
@@ -123,7 +125,8 @@ def load_image(
     if isinstance(image, str | os.PathLike):
         key = os.fspath(image)
         image = read_file(key)
-    return preprocess.evaluate(decode(image, key=key, exif=exif, channels=channels), out)
+    pixels = decode(image, key=key, exif=exif, channels=channels, accurate=preprocess.accurate)
+    return preprocess.evaluate(pixels, out)
 
 
 def size_of_jpeg(
@@ -155,6 +158,7 @@ def decode(
     exif: bool = False,
     reduction: int = 1,
     channels: int = 3,
+    accurate: bool = False,
 ) -> np.ndarray:
     """Decodes one image to RGB.
 
@@ -173,6 +177,8 @@ def decode(
       reduction: 1, or 2, 4 or 8: a JPEG file comes out at so much smaller a size, sooner; other
         formats do not change.
       channels: of the result; another number than 3 (RGB) only for arrays.
+      accurate: JPEG by libjpeg's accurate inverse transform, which Pillow has, and not by the fast
+        one, which TensorFlow has: up to 20 grey levels apart at single pixels.
 
     Returns:
       uint8 [height, width, channels] in [0, 255]; of an array of floats float32. Of a JPEG file,
@@ -191,7 +197,7 @@ def decode(
     if not image:
         raise BadImageError(key, 'the file is empty')
     if image[:2] == b'\xff\xd8':
-        pixels = _decode_jpeg(image, key, reduction)
+        pixels = _decode_jpeg(image, key, reduction, fast=not accurate)
         return _upright(pixels, _jpeg_orientation(image)) if exif else pixels
     try:
         picture = image_files.open_image(image)
@@ -253,16 +259,16 @@ def pixels_of(image: np.ndarray, *, key: str, channels: int = 3) -> np.ndarray:
     return image.astype(np.float32) * np.float32(255)
 
 
-def _decode_jpeg(image: bytes, key: str, reduction: int) -> np.ndarray:
-    scale: dict[str, int] = {}
+def _decode_jpeg(image: bytes, key: str, reduction: int, fast: bool) -> np.ndarray:
+    options: dict[str, int] = {'fastdct': fast}
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(image)
         _check_size(height, width, key)
         if image_files.has_too_many_scans(image, height * width):
             raise BadImageError(key, 'it has more scans than any picture needs')
         if reduction > 1:
-            scale = {'min_height': -(-height // reduction), 'min_width': -(-width // reduction)}
-        return simplejpeg.decode_jpeg(image, 'RGB', fastdct=True, **scale)
+            options |= {'min_height': -(-height // reduction), 'min_width': -(-width // reduction)}
+        return simplejpeg.decode_jpeg(image, 'RGB', **options)
     except ValueError as error:
         reason = str(error)
     try:
@@ -270,9 +276,9 @@ def _decode_jpeg(image: bytes, key: str, reduction: int) -> np.ndarray:
         # markers are common in photos from the web), except where pixels are missing: a file that
         # only lacks its end marker is clean once it has one, a file cut inside the picture is not.
         if 'Premature end' in reason:
-            return simplejpeg.decode_jpeg(image + b'\xff\xd9', 'RGB', fastdct=True, **scale)
+            return simplejpeg.decode_jpeg(image + b'\xff\xd9', 'RGB', **options)
         if 'Corrupt JPEG data' in reason and 'premature end' not in reason:
-            return simplejpeg.decode_jpeg(image, 'RGB', fastdct=True, strict=False, **scale)
+            return simplejpeg.decode_jpeg(image, 'RGB', strict=False, **options)
     except ValueError as error:
         reason = f'{reason}; {error}'
     raise BadImageError(key, f'not a complete JPEG file ({reason})')

@@ -85,7 +85,7 @@ class BatchLoader:
         self._preprocess = preprocess
         self._exact = exact
         self._on_bad = None if on_bad is None else once_per_key(on_bad)
-        shape = (size, preprocess.crop, preprocess.crop, self._reader.channels)
+        shape = (size, *preprocess.size, self._reader.channels)
         self._buffers = Buffers(shape, np.float32 if exact else np.uint8)
 
     def from_step(self, start: int, *, threads: int | None = None) -> Generator[Batch]:
@@ -112,7 +112,7 @@ class BatchLoader:
 
         Returns:
           A dict with, for b = batch / process_count:
-            image: float32 [b, crop, crop, channels] in [0, 255], or uint8 if not `exact`;
+            image: float32 [b, *preprocess.size, channels] in [0, 255], or uint8 if not `exact`;
             label: int32 [b]; of other labels than classes float32 [b] or [b, ...];
             position: int32 [b], place in the global batch;
             example: int32 [b], index in `source`, of the substitute where there is one;

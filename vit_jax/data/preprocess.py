@@ -5,23 +5,28 @@ all use it, and it is stored with the model, so they cannot drift apart.
 """
 
 import dataclasses
-import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from vit_jax.data import resample
+from vit_jax.data.inception_crop import sample_inception_box
 from vit_jax.errors import UserError
+from vit_jax.variants import sides
 
-# tf.image.sample_distorted_bounding_box as the original calls it: shares of the area from its code,
-# the rest TensorFlow's defaults (aspect: width / height, the largest excluded).
-MIN_AREA, MAX_AREA = 0.05, 1.0
-MIN_ASPECT, MAX_ASPECT = 0.75, 1.33
-TRIES = 100
+# Of an image that keeps its aspect ratio, the middle part that is no longer than this is resized.
+MAX_ASPECT_SEEN = 100
+# What evaluation sees, see `Preprocess.eval`.
+EVALS = ('squash', 'squash_crop', 'resize_crop')
+_CHOICES = {
+    'eval': EVALS,
+    'interpolation': resample.INTERPOLATIONS,
+    'centre': ('down', 'half_even'),
+}
 
 # Divisors of height and width by which JPEG files can be decoded to smaller images quickly.
 REDUCTIONS = (1, 2, 4, 8)
-
-_F32 = np.float32
 
 
 class CropBox(NamedTuple):
@@ -32,8 +37,8 @@ class CropBox(NamedTuple):
       x: first column.
       height: of the box, pixels.
       width: of the box, pixels.
-      side: of the square that the box is resized to, pixels.
-      top: first row of the final crop in that square.
+      size: height and width that the box is resized to, pixels.
+      top: first row of the final crop in that.
       left: first column.
     """
 
@@ -41,22 +46,22 @@ class CropBox(NamedTuple):
     x: int
     height: int
     width: int
-    side: int
+    size: tuple[int, int]
     top: int = 0
     left: int = 0
 
     def reduction(self) -> int:
         """By how much (1, 2, 4 or 8) the image may be reduced before, and have enough pixels."""
-        most = min(self.height, self.width) // self.side
+        most = min(self.height // self.size[0], self.width // self.size[1])
         return max(k for k in REDUCTIONS if k <= max(1, most))
 
     def part(self, image: np.ndarray) -> np.ndarray:
         """The box, not yet resized, of [height, width, channels]."""
         return image[self.y : self.y + self.height, self.x : self.x + self.width]
 
-    def cut(self, square: np.ndarray, crop: int) -> np.ndarray:
-        """The final crop, [crop, crop, channels], of the square."""
-        return square[self.top : self.top + crop, self.left : self.left + crop]
+    def cut(self, resized: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """The final crop, [*size, channels], of the box that was resized."""
+        return resized[self.top : self.top + size[0], self.left : self.left + size[1]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,31 +69,61 @@ class Preprocess:
     """How an image becomes the input of a model.
 
     Attributes:
-      crop: side of the square the model sees, pixels.
-      resize: 0, or with `inception_crop=False` the side of the square to which training images are
-        squashed before a random crop of `crop` x `crop` is taken from it (the original's earlier
-        `resize 448, crop 384`); at least `crop`.
+      crop: what the model sees, pixels: the side of a square, or (height, width).
+      resize: what an image is resized to before `crop` is cut out of it, pixels: a side, or
+        (height, width), at least `crop`. 0: straight to `crop`. Evaluation with 'squash' does
+        without it, as the original release (`resize 448, crop 384`), and so does `inception_crop`.
       inception_crop: whether training takes a random crop of 5 to 100 % of the area and of varying
-        aspect ratio (Szegedy et al., https://arxiv.org/abs/1409.4842), resized to `crop` x `crop`.
+        aspect ratio (Szegedy et al., https://arxiv.org/abs/1409.4842), resized to `crop`.
+      eval: what evaluation sees, one of `EVALS`. 'squash': the whole image, squashed to `crop`.
+        'squash_crop': the centre of the whole image squashed to `resize`. 'resize_crop': the centre
+        of the image that keeps its aspect ratio and just covers `resize`. Without
+        `inception_crop` it is the same in training, but for a random place instead of the centre.
+      interpolation: of evaluation, one of `resample.INTERPOLATIONS`.
+      antialias: whether evaluation resizes as Pillow does, see `resample.resize`.
+      centre: how half a pixel beside the centre crop is rounded: 'down' (Hugging Face), or
+        'half_even' (torchvision, and so timm).
 
     Raises:
-      UserError: sizes that do not fit each other.
+      UserError: settings that do not exist, or do not fit each other.
     """
 
-    crop: int
-    resize: int = 0
+    crop: int | tuple[int, int]
+    resize: int | tuple[int, int] = 0
     inception_crop: bool = True
+    eval: str = 'squash'
+    interpolation: str = 'bilinear'
+    antialias: bool = False
+    centre: str = 'down'
 
     def __post_init__(self):
-        if self.crop < 1:
+        for name in ('crop', 'resize'):
+            object.__setattr__(self, name, _size(getattr(self, name), name))
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                words = ', '.join(repr(choice) for choice in choices)
+                raise UserError(f'pp.{name}={getattr(self, name)!r} is not one of {words}')
+        if self.resize and (self.eval != 'squash' or not self.inception_crop):
+            if any(a < b for a, b in zip(sides(self.resize), self.size, strict=True)):
+                raise UserError(
+                    f'pp.resize={self.resize} must be 0 (off) or at least pp.crop={self.crop}, '
+                    'which is cut from it'
+                )
+        if not self.antialias and not resample.can_alias(self.interpolation):
             raise UserError(
-                f"pp.crop is the side of the model's input in pixels, at least 1; got {self.crop}"
+                f'pp.interpolation={self.interpolation!r} is always antialiased: set '
+                "pp.antialias=True, or use 'bilinear' or 'bicubic'"
             )
-        if self.resize < 0 or (not self.inception_crop and 0 < self.resize < self.crop):
-            raise UserError(
-                f'pp.resize={self.resize} must be 0 (off) or at least pp.crop={self.crop}, '
-                'which is cut from it'
-            )
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of what the model sees, pixels."""
+        return sides(self.crop)
+
+    @property
+    def accurate(self) -> bool:
+        """Whether evaluation decodes JPEG files as Pillow does, too, see `decode.decode`."""
+        return self.antialias
 
     def train(
         self, image: np.ndarray, rng: np.random.Generator, out: np.ndarray | None = None
@@ -101,8 +136,9 @@ class Preprocess:
           out: where to put the result; default new memory.
 
         Returns:
-          float32 [crop, crop, channels] in [0, 255], not rounded to whole grey levels. Without
-          `inception_crop` and `resize` this is `evaluate(image)`.
+          float32 [*size, channels] in [0, 255], not rounded to whole grey levels. Without
+          `inception_crop` and `resize` it is the whole image, squashed, as `evaluate` has it by
+          default.
         """
         return self.render(image, self.draw_box(image.shape[0], image.shape[1], rng), out)
 
@@ -115,11 +151,15 @@ class Preprocess:
           rng: where the randomness comes from.
         """
         if self.inception_crop:
-            return CropBox(*sample_inception_box(height, width, rng), self.crop)
-        if not self.resize:
-            return CropBox(0, 0, height, width, self.crop)
-        top, left = rng.integers(self.resize - self.crop + 1, size=2)
-        return CropBox(0, 0, height, width, self.resize, int(top), int(left))
+            return CropBox(*sample_inception_box(height, width, rng), self.size)
+        whole = self._whole(height, width)
+        if whole.size == self.size:
+            return whole
+        top, left = (
+            int(rng.integers(all_ - part + 1))
+            for all_, part in zip(whole.size, self.size, strict=True)
+        )
+        return whole._replace(top=top, left=left)
 
     def render(self, image: np.ndarray, box: CropBox, out: np.ndarray | None = None) -> np.ndarray:
         """The crop of an image, resized.
@@ -130,15 +170,12 @@ class Preprocess:
           out: where to put the result; default new memory.
 
         Returns:
-          float32 [crop, crop, channels] in [0, 255], not rounded to whole grey levels.
+          float32 [*size, channels] in [0, 255], not rounded to whole grey levels.
         """
         part = box.part(image)
-        if box.side == self.crop:
-            return resize_bilinear(part, self.crop, out)
-        shape = (self.crop, self.crop, image.shape[2])
-        out = np.empty(shape, np.float32) if out is None else out
-        out[...] = box.cut(resize_bilinear(part, box.side), self.crop)
-        return out
+        if box.size == self.size:
+            return resample.resize_bilinear(part, self.size, out)
+        return _put(box.cut(resample.resize_bilinear(part, box.size), self.size), out)
 
     def render_uint8(
         self, image: np.ndarray, box: CropBox, size: tuple[int, int], out: np.ndarray
@@ -150,7 +187,7 @@ class Preprocess:
             `REDUCTIONS`; float32 only whole.
           box: in the whole image.
           size: height and width of the whole image, pixels.
-          out: uint8 [crop, crop, channels], where to put the result.
+          out: uint8 [*size, channels], where to put the result.
 
         Returns:
           `out`, in [0, 255]. Of a reduced image, pixels that straddle the edge of the box count in
@@ -162,23 +199,23 @@ class Preprocess:
             out[...] = np.rint(self.render(image, box))
             return out
         if image.shape[:2] == size:
-            direct = out if box.side == self.crop else None
-            square = cv2.resize(
-                box.part(image), (box.side, box.side), dst=direct, interpolation=cv2.INTER_LINEAR
+            direct = out if box.size == self.size else None
+            resized = cv2.resize(
+                box.part(image), box.size[::-1], dst=direct, interpolation=cv2.INTER_LINEAR
             )
             if direct is None:
-                out[...] = box.cut(square, self.crop)
+                out[...] = box.cut(resized.reshape(*box.size, -1), self.size)
             return out
         # The last row and column of a reduced image may stand for less than k of the whole one.
         k = next(k for k in REDUCTIONS if max(image.shape[:2]) == -(-max(size) // k))
         # From a pixel of the output to a place in the image; pixel centres are at one half.
-        across, down = box.width / box.side / k, box.height / box.side / k
+        across, down = box.width / box.size[1] / k, box.height / box.size[0] / k
         left = box.x / k + across * (box.left + 0.5) - 0.5
         top = box.y / k + down * (box.top + 0.5) - 0.5
         cv2.warpAffine(
             image,
             np.array([[across, 0, left], [0, down, top]]),
-            (self.crop, self.crop),
+            self.size[::-1],
             dst=out,
             flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
             borderMode=cv2.BORDER_REPLICATE,
@@ -186,20 +223,93 @@ class Preprocess:
         return out
 
     def evaluate(self, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """The whole image squashed to the model's square, whatever its aspect ratio.
+        """What evaluation sees of an image, see `eval`; the same in every call.
 
         Args:
           image: uint8 or float32 [height, width, channels] in [0, 255].
-          out: where to put the result; default new memory.
+          out: float32 [*size, channels] without gaps, where to put the result; default new memory.
 
         Returns:
-          float32 [crop, crop, channels] in [0, 255].
+          float32 [*size, channels] in [0, 255].
         """
-        return resize_bilinear(image, self.crop, out)
+        if self.eval == 'squash' and (self.interpolation, self.antialias) == ('bilinear', False):
+            return resample.resize_bilinear(image, self.size, out)
+        how = {'interpolation': self.interpolation, 'antialias': self.antialias}
+        if self.eval == 'squash':
+            return _put(resample.resize(image, self.size, **how), out)
+        whole = self._whole(*image.shape[:2])
+        top, left = (self._half(a - b) for a, b in zip(whole.size, self.size, strict=True))
+        resized = resample.resize(whole.part(image), whole.size, **how)
+        return _put(whole._replace(top=top, left=left).cut(resized, self.size), out)
+
+    def _whole(self, height: int, width: int) -> CropBox:
+        """An image that is resized and then cropped, before the crop."""
+        target = sides(self.resize or self.crop)
+        if self.eval != 'resize_crop':
+            return CropBox(0, 0, height, width, target)
+        # Nothing beyond is seen; resized, it could be of any size.
+        most = MAX_ASPECT_SEEN * min(height, width)
+        y, x = max(0, height - most) // 2, max(0, width - most) // 2
+        height, width = min(height, most), min(width, most)
+        if target[0] == target[1]:  # as torchvision and Hugging Face: the long side rounds down
+            long = int(target[0] * max(height, width) / min(height, width))
+            size = (target[0], long) if height <= width else (long, target[0])
+        else:  # as timm, ResizeKeepRatio
+            ratio = min(height / target[0], width / target[1])
+            size = max(target[0], round(height / ratio)), max(target[1], round(width / ratio))
+        return CropBox(y, x, height, width, size)
+
+    def _half(self, pixels: int) -> int:
+        return pixels // 2 if self.centre == 'down' else round(pixels / 2)
+
+    def at(self, crop: int | tuple[int, int]) -> 'Preprocess':
+        """The same for a model of another size: `resize` grows with `crop`.
+
+        Args:
+          crop: side or (height, width) of what that model sees, pixels.
+        """
+        scales = [new / old for new, old in zip(sides(crop), self.size, strict=True)]
+        resize = [round(a * b) for a, b in zip(sides(self.resize), scales, strict=True)]
+        return dataclasses.replace(self, crop=crop, resize=tuple(resize))
+
+    def but(self, changes: Mapping[str, Any]) -> 'Preprocess':
+        """The same with other settings of evaluation.
+
+        Args:
+          changes: of `eval`, `resize`, `interpolation`, `antialias`.
+
+        Raises:
+          UserError: they do not fit, or have no effect.
+        """
+        new = dataclasses.replace(self, **changes)
+        if changes.get('resize') and new.eval == 'squash':
+            raise UserError(
+                f'--resize {in_words(new.resize)} has no effect on images that are squashed: add '
+                '--eval resize_crop, or --eval squash_crop'
+            )
+        return new
+
+    def describe(self) -> str:
+        """What evaluation sees, in words: 'short side 256, bicubic, ..., centre crop 224'."""
+        crop, resize = (in_words(size) for size in (self.crop, self.resize or self.crop))
+        how = self.interpolation + (', antialiased' if self.antialias else ', not antialiased')
+        if self.eval == 'squash':
+            return f'the whole image squashed to {crop}, {how}'
+        what = 'squashed to' if self.eval == 'squash_crop' else 'short side'
+        if self.eval == 'resize_crop' and isinstance(self.resize, tuple):
+            what = 'scaled to cover'
+        return f'{what} {resize}, {how}, centre crop {crop}'
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as a JSON object; `from_dict` is its inverse."""
-        return dataclasses.asdict(self)
+        """The settings as a JSON object; `from_dict` is its inverse.
+
+        Those of evaluation only where they are not the defaults, so that earlier versions read it.
+        """
+        settings = dataclasses.asdict(self)
+        for field in dataclasses.fields(self)[3:]:
+            if settings[field.name] == field.default:
+                del settings[field.name]
+        return settings
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> 'Preprocess':
@@ -232,89 +342,26 @@ def normalize(pixels: Any) -> Any:
     return (pixels - np.float32(127.5)) / np.float32(127.5)
 
 
-def resize_bilinear(image: np.ndarray, side: int, out: np.ndarray | None = None) -> np.ndarray:
-    """`tf.image.resize(image, (side, side))`: bilinear, pixel centres at one half, no antialiasing.
-
-    OpenCV in float32 is within 0.01 grey levels of TensorFlow; in uint8 it would round each pixel.
-
-    Args:
-      image: uint8 or float32 [height, width, channels] in [0, 255]; may be a slice of a larger one.
-      side: height and width of the result, pixels.
-      out: float32 [side, side, channels] without gaps, where to put the result; default new memory.
-
-    Returns:
-      float32 [side, side, channels] in [0, 255].
-    """
-    import cv2  # Here, because it takes a tenth of a second to import.
-
-    # Only the part that is wanted becomes float: four times the memory of a whole photo otherwise.
-    image = image.astype(np.float32)
-    resized = cv2.resize(image, (side, side), dst=out, interpolation=cv2.INTER_LINEAR)
-    return resized if resized.ndim == 3 else resized[..., None]  # of a single channel
+def in_words(size: int | tuple[int, int]) -> str:
+    """'224', or '32 x 128' (height x width)."""
+    return str(size) if isinstance(size, int) else f'{size[0]} x {size[1]}'
 
 
-def sample_inception_box(
-    height: int, width: int, rng: np.random.Generator
-) -> tuple[int, int, int, int]:
-    """Draws the box of an inception crop by TensorFlow's rule.
-
-    The distribution of `tf.image.sample_distorted_bounding_box` with `min_object_covered=0` and no
-    bounding boxes, including its rounding (float32, half to even), which matters for small images,
-    and its habit of never drawing the last possible position. It is another distribution than
-    torchvision's: the aspect ratio is uniform (not log-uniform), then the height uniform among
-    those that the area allows (not the area). Source: TensorFlow,
-    core/kernels/image/sample_distorted_bounding_box_op.cc.
-
-    Args:
-      height: of the image, pixels, at least 1.
-      width: of the image, pixels, at least 1.
-      rng: where the randomness comes from.
-
-    Returns:
-      (y, x, box_height, box_width), pixels; the box lies inside the image. The whole image if none
-      of `TRIES` boxes fits.
-    """
-    area = _F32(width) * _F32(height)
-    bounds = _F32(MIN_AREA) * area, _F32(MAX_AREA) * area
-    for _ in range(TRIES):
-        aspect = rng.random(dtype=_F32) * (_F32(MAX_ASPECT) - _F32(MIN_ASPECT)) + _F32(MIN_ASPECT)
-        size = _sample_size(height, width, aspect, bounds, rng)
-        if size is not None:
-            box_height, box_width = size
-            y = int(rng.integers(height - box_height)) if box_height < height else 0
-            x = int(rng.integers(width - box_width)) if box_width < width else 0
-            return y, x, box_height, box_width
-    return 0, 0, height, width
+def _size(size: Any, name: str) -> int | tuple[int, int]:
+    """A side or (height, width), in the one form that each size has: an int for squares."""
+    pair = tuple(size) if isinstance(size, tuple | list) else (size, size)
+    least = 1 if name == 'crop' else 0
+    if len(pair) != 2 or not all(type(side) is int and side >= least for side in pair):
+        what = "the model's input" if name == 'crop' else 'the image that the crop is cut from'
+        raise UserError(
+            f'pp.{name} is the side of {what} in pixels, or its (height, width), at least {least}; '
+            f'got {size!r}'
+        )
+    return pair[0] if pair[0] == pair[1] else pair
 
 
-def _sample_size(
-    height: int,
-    width: int,
-    aspect: np.float32,
-    bounds: tuple[np.float32, np.float32],
-    rng: np.random.Generator,
-) -> tuple[int, int] | None:
-    """Height and width of a box of this aspect ratio and an area in `bounds`; None if it fails."""
-    # Python's round is half to even, as lrintf; products and roots stay in float32 until they are
-    # rounded.
-    lowest = round(float(np.sqrt(bounds[0] / aspect)))
-    highest = round(float(np.sqrt(bounds[1] / aspect)))
-    if round(float(_F32(highest) * aspect)) > width:
-        highest = math.floor((_F32(width) + _F32(0.5) - _F32(1e-7)) / aspect)
-        if round(float(_F32(highest) * aspect)) > width:
-            highest -= 1
-    highest = min(highest, height)
-    lowest = min(lowest, highest)
-    box_height = lowest
-    if lowest < highest:
-        box_height += int(rng.integers(highest - lowest + 1))
-    box_width = round(float(_F32(box_height) * aspect))
-    if _F32(box_height * box_width) < bounds[0]:
-        box_height += 1
-        box_width = round(float(_F32(box_height) * aspect))
-    if _F32(box_height * box_width) > bounds[1]:
-        box_height -= 1
-        box_width = round(float(_F32(box_height) * aspect))
-    box_area = _F32(box_height * box_width)
-    fits = 1 <= box_height <= height and 1 <= box_width <= width
-    return (box_height, box_width) if fits and bounds[0] <= box_area <= bounds[1] else None
+def _put(pixels: np.ndarray, out: np.ndarray | None) -> np.ndarray:
+    if out is None:
+        return pixels
+    out[...] = pixels
+    return out

@@ -86,7 +86,8 @@ class Reader:
         self.channels = channels_of(source)
         self._source = source
         self._cache = cache
-        self._pixels: dict[tuple[int, int], tuple[np.ndarray, Label]] = {}  # with the labels
+        # By index, divisor, and whether JPEG is decoded accurately; with the labels.
+        self._pixels: dict[tuple[int, int, bool], tuple[np.ndarray, Label]] = {}
         # Of the whole images, for `read_reduced`; None of other formats than JPEG.
         self._sizes: dict[int, tuple[int, int] | None] = {}
         self._label_dtype: np.dtype | None = None
@@ -105,13 +106,17 @@ class Reader:
             self._label_dtype = label_dtype_of(self._source)
         return self._label_dtype
 
-    def read(self, index: int) -> tuple[np.ndarray, Label]:
+    def read(self, index: int, *, accurate: bool = False) -> tuple[np.ndarray, Label]:
         """Pixels, as `decode.decode` gives them, and label of an example.
+
+        Args:
+          index: of the example.
+          accurate: see `decode.decode`.
 
         Raises:
           BadImageError: the image cannot be read; its `label` is set where it is known.
         """
-        return self._decode(int(index), 1, None)
+        return self._decode((int(index), 1, accurate), None)
 
     def read_reduced(
         self, index: int, reduction: Callable[[int, int], int]
@@ -136,8 +141,8 @@ class Reader:
             example = self._source[index]
             size = decode.size_of_jpeg(example.image, exif=self.exif)
         divisor = reduction(*size) if size else 1
-        pixels, label = self._decode(index, divisor, example)
-        if (index, divisor) in self._pixels:
+        pixels, label = self._decode((index, divisor, False), example)
+        if (index, divisor, False) in self._pixels:
             self._sizes[index] = size
         if size is None:
             size = pixels.shape[:2]
@@ -145,12 +150,13 @@ class Reader:
         return pixels, label, size
 
     def _decode(
-        self, index: int, divisor: int, example: Example | None
+        self, key: tuple[int, int, bool], example: Example | None
     ) -> tuple[np.ndarray, Label]:
-        """The pixels, kept or decoded to 1 / `divisor` of the size, and the label."""
-        kept = self._pixels.get((index, divisor))
+        """The pixels of a key of `_pixels`, kept or decoded, and the label."""
+        kept = self._pixels.get(key)
         if kept is not None:
             return kept
+        index, divisor, accurate = key
         example = example or self._source[index]
         if self._label_dtype is None:
             self._label_dtype = label_dtype_of(self._source, example.label)
@@ -161,6 +167,7 @@ class Reader:
                 exif=self.exif,
                 reduction=divisor,
                 channels=self.channels,
+                accurate=accurate,
             )
         except BadImageError as error:
             error.label = example.label
@@ -168,10 +175,8 @@ class Reader:
         kept = pixels, example.label
         if self._cache and not isinstance(example.image, np.ndarray):
             with self._lock:  # another thread may have been at the same image
-                if (index, divisor) not in self._pixels and self._cache.take(
-                    pixels.nbytes + _OVERHEAD
-                ):
-                    self._pixels[index, divisor] = kept
+                if key not in self._pixels and self._cache.take(pixels.nbytes + _OVERHEAD):
+                    self._pixels[key] = kept
         return kept
 
 

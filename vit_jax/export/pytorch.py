@@ -13,7 +13,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vit_jax import files, models, variants
-from vit_jax.checkpoint import adapt, infer, key_tables, library_configs, npz, tensors
+from vit_jax.checkpoint import (
+    adapt,
+    infer,
+    key_tables,
+    library_configs,
+    model_input,
+    npz,
+    tensors,
+)
 from vit_jax.errors import UserError
 from vit_jax.inference import model_folder
 
@@ -94,6 +102,7 @@ def write(destination: str | os.PathLike[str], model: model_folder.Model, *, to:
     metadata = {
         'image_size': json.dumps(model.image_size),
         'settings': json.dumps(_settings(config)),
+        'preprocessing': json.dumps(model.preprocess.to_dict()),
     }
     if 'transformer' in config:
         metadata['num_heads'] = json.dumps(config['transformer']['num_heads'])
@@ -103,8 +112,8 @@ def write(destination: str | os.PathLike[str], model: model_folder.Model, *, to:
         tensors.save_safetensors(folder / 'model.safetensors', named, metadata)
         for name, content in described.items():
             files.write_json(folder / name, content, indent=2)
-        files.write_text(folder / PAGES[to], _page(to, config, model.image_size, described))
-    return _warnings(to, config)
+        files.write_text(folder / PAGES[to], _page(to, model, described))
+    return _warnings(to, model)
 
 
 def drop_layers(
@@ -206,9 +215,7 @@ def _timm(model: model_folder.Model, flat: Mapping[str, Any]) -> tuple[str, dict
         'pretrained_cfg': {
             'input_size': [3, model.image_size, model.image_size],
             'fixed_input_size': True,
-            'interpolation': 'bilinear',
-            'crop_pct': 1.0,
-            'crop_mode': 'squash',
+            **model_input.to_timm(model.preprocess),
             'mean': [0.5] * 3,
             'std': [0.5] * 3,
             'num_classes': model.model.num_classes,
@@ -274,17 +281,7 @@ def _hugging_face(model: model_folder.Model, flat: Mapping[str, Any]) -> tuple[s
     if 'pre_logits/bias' in flat:
         described['pooler_output_size'] = flat['pre_logits/bias'].shape[0]
         described['pooler_act'] = library_configs.TO_HUGGING_FACE[settings['representation_act']]
-    processor = {
-        'image_processor_type': 'ViTImageProcessor',
-        'do_resize': True,
-        'size': {'height': model.image_size, 'width': model.image_size},
-        'resample': 2,
-        'do_rescale': True,
-        'rescale_factor': 1 / 255,
-        'do_normalize': True,
-        'image_mean': [0.5] * 3,
-        'image_std': [0.5] * 3,
-    }
+    processor = model_input.to_hugging_face(model.preprocess)
     return 'Hugging Face', {'config.json': described, 'preprocessor_config.json': processor}
 
 
@@ -333,6 +330,7 @@ def _torchvision(model: model_folder.Model, flat: Mapping[str, Any]) -> tuple[st
         'mean': [0.5] * 3,
         'std': [0.5] * 3,
         'settings': {name: settings[name] for name in ('act', 'layer_norm_eps')},
+        'preprocessing': model.preprocess.to_dict(),
         **({'class_names': list(names)} if names else {}),
     }
     return 'torchvision', {'config.json': described}
@@ -350,7 +348,7 @@ def _check_plain(config: Mapping[str, Any]) -> None:
         raise _UnsupportedError(f'it has no mean pooling, max pooling or fc_norm ({pooling})')
 
 
-def _page(to: str, config: Mapping[str, Any], image_size: int, described: Mapping[str, Any]) -> str:
+def _page(to: str, model: model_folder.Model, described: Mapping[str, Any]) -> str:
     """The page in the folder."""
     import jinja2
 
@@ -363,17 +361,17 @@ def _page(to: str, config: Mapping[str, Any], image_size: int, described: Mappin
     )
     return environment.get_template('page.md.j2').render(
         to=to,
-        size=image_size,
-        mixer=variants.is_mixer(config),
-        hybrid='resnet' in config,
+        preprocess=model.preprocess,
+        mixer=variants.is_mixer(model.model_config),
+        hybrid='resnet' in model.model_config,
         model_class=described['config.json'].get('architectures', [''])[0],
-        **_settings(config),
+        **_settings(model.model_config),
     )
 
 
-def _warnings(to: str, config: Mapping[str, Any]) -> list[str]:
+def _warnings(to: str, model: model_folder.Model) -> list[str]:
     """What the user should know about an export, a sentence each."""
-    notes = []
+    notes, config = [], model.model_config
     settings = _settings(config)
     one_form = to == 'torchvision' or (to == 'timm' and variants.is_mixer(config))
     if one_form and settings['act'] == 'gelu_tanh':
@@ -390,7 +388,7 @@ def _warnings(to: str, config: Mapping[str, Any]) -> list[str]:
         notes.append(f'LayerNorm epsilon is 1e-6 there, {settings["layer_norm_eps"]:g} here')
     if to == 'torchvision':
         notes.append('input is [-1, 1]: mean and standard deviation 0.5, not those of ImageNet')
-    else:
+    elif not model.preprocess.antialias:
         notes.append(
             f'{to} resizes images with antialiasing, this package without: README.md in '
             'the folder says how far its pixels are and how to preprocess exactly'

@@ -15,6 +15,7 @@ from vit_jax.errors import UserError
 from vit_jax.inference import labels as names
 
 if TYPE_CHECKING:
+    from vit_jax.data.normalization import Normalization
     from vit_jax.inference import model_folder
 
 
@@ -36,7 +37,7 @@ class Classifier(Protocol):
         """Scores of the classes, before softmax.
 
         Args:
-          pixels: float32 [B, crop, crop, 3] in [0, 255], what `preprocess` gives. They
+          pixels: float32 [B, *preprocess.size, 3] in [0, 255], what `preprocess` gives. They
             must not be changed until the result has been read.
 
         Returns:
@@ -86,7 +87,12 @@ class JaxClassifier:
 
 
 def open_classifier(
-    path: str | os.PathLike[str], *, variant: str = '', labels: str = ''
+    path: str | os.PathLike[str],
+    *,
+    variant: str = '',
+    labels: str = '',
+    normalization: 'Normalization | None' = None,
+    pixels: Mapping[str, Any] | None = None,
 ) -> Classifier:
     """Opens a model of any kind for predicting.
 
@@ -95,6 +101,8 @@ def open_classifier(
         weights of any kind that `model_folder.load` reads.
       variant: architecture of bare weights, such as ViT-B_16, where their arrays do not tell.
       labels: class names, see `labels.choose`.
+      normalization: of bare weights, see `model_folder.load`.
+      pixels: how images become pixels, where not as the files tell, see `model_folder.load`.
 
     Returns:
       The model, loaded.
@@ -105,13 +113,18 @@ def open_classifier(
     if pathlib.Path(path).suffix.lower() == '.onnx':
         if variant:
             raise UserError(f'{path} is an ONNX file, which knows its architecture: no --variant')
+        if normalization:
+            raise UserError(f'{path} is an ONNX file, which knows its input: no --normalization')
         from vit_jax.inference import onnx as onnx_model
 
         classifier: Classifier = onnx_model.OnnxClassifier(path)
+        classifier.preprocess = classifier.preprocess.but(pixels or {})
     else:
         from vit_jax.inference import model_folder
 
-        classifier = JaxClassifier(model_folder.load(path, variant=variant))
+        classifier = JaxClassifier(
+            model_folder.load(path, variant=variant, normalization=normalization, pixels=pixels)
+        )
     classifier.class_names = names.choose(classifier.class_names, labels, str(path))
     return classifier
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError, printable
+from vit_jax.variants import sides
 
 # Larger than any real model: a description must not choose how long building or reading takes.
 MAX_IMAGE_SIZE = 8192
@@ -33,13 +34,16 @@ class Between:
     high: float
 
 
+_Side = Annotated[int, Between(1, MAX_IMAGE_SIZE)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Description:
     """The part that model folders and ONNX files have in common.
 
     Attributes:
         class_names: in label order; () without a head.
-        image_size: side of the (square) input, pixels.
+        image_size: side of the input, or (height, width), pixels.
         preprocessing: from decoded images to pixels.
         value_range: what black and white are in the input of the graph.
         source: where the model came from; any JSON.
@@ -49,16 +53,16 @@ class Description:
     """
 
     class_names: tuple[str, ...]
-    image_size: Annotated[int, Between(1, MAX_IMAGE_SIZE)]
+    image_size: _Side | tuple[_Side, _Side]
     preprocessing: Preprocess
     value_range: tuple[float, float]
     source: dict[str, Any]
 
     def __post_init__(self) -> None:
         crop, resize = self.preprocessing.crop, self.preprocessing.resize
-        if self.image_size != crop:
+        if sides(self.image_size) != self.preprocessing.size:
             raise UserError(f'image_size {self.image_size}, crop {crop} do not agree')
-        if resize > MAX_IMAGE_SIZE:
+        if max(sides(resize)) > MAX_IMAGE_SIZE:
             raise UserError(f'resize is {resize}, expected at most {MAX_IMAGE_SIZE}')
         if len(self.class_names) > MAX_CLASSES:
             raise UserError(f'{len(self.class_names):,} class_names; at most {MAX_CLASSES:,} fit')
@@ -134,7 +138,8 @@ def _checked(value: Any, kind: Any, name: str, limits: Between | None = None) ->
         return _checked(value, arguments[0], name, arguments[1])
     if origin in (types.UnionType, typing.Union):
         # The member of the same type; else the first, which then says what it expects.
-        kind = next((k for k in arguments if type(value) is k), arguments[0])
+        same = (list, tuple) if isinstance(value, list | tuple) else (type(value),)
+        kind = next((k for k in arguments if (typing.get_origin(k) or k) in same), arguments[0])
         return _checked(value, kind, name, limits)
     if origin is typing.Literal and isinstance(value, str) and value in arguments:
         return value

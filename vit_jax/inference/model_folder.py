@@ -147,18 +147,27 @@ def save(
         files.write_json(part / MODEL_FILE, described)
 
 
-def load(path: str | os.PathLike[str], *, variant: str = '') -> Model:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    variant: str = '',
+    normalization: formats.Normalization | None = None,
+    pixels: Mapping[str, Any] | None = None,
+) -> Model:
     """Loads a model folder, or weights of any kind that `checkpoint.open_weights` knows.
 
     For weights alone the architecture is read from the shapes of the arrays, the image size from
     the grid of positions; classes have the names that the file tells, or are called 'class 0',
-    'class 1', ..., and images are squashed to the image size.
+    'class 1', ..., and where it does not tell how images become pixels, they are squashed.
 
     Args:
         path: a model folder (the `model` folder of a run); a `.npz`, `.safetensors` or `.pth` file;
             a folder of Hugging Face or timm; or a released name or an address, see
             `catalog.resolve`.
         variant: name from `models.variants.VARIANTS`, not for a model folder: what it has to be.
+        normalization: see `checkpoint.open_weights`; not for a model folder.
+        pixels: how evaluation and prediction make pixels of images, where it is to be another way
+            than the files tell: `eval`, `resize`, `interpolation`, `antialias` of `Preprocess`.
 
     Returns:
         The model, its head included.
@@ -166,7 +175,7 @@ def load(path: str | os.PathLike[str], *, variant: str = '') -> Model:
     Raises:
         UserError: nothing there, damaged, of a newer format, or not the weights of a known model.
     """
-    opened = open_model(path, variant=variant)
+    opened = open_model(path, variant=variant, normalization=normalization, pixels=pixels)
     check(opened)
     loaded = dataclasses.replace(opened, params=jax.tree.map(np.asarray, opened.params))
     head = loaded.params.get('head')
@@ -180,6 +189,7 @@ def open_model(
     *,
     variant: str = '',
     normalization: formats.Normalization | None = None,
+    pixels: Mapping[str, Any] | None = None,
 ) -> Model:
     """Like `load`, but reads no weights yet: the leaves of `params` are `LazyArray`.
 
@@ -188,7 +198,8 @@ def open_model(
     Args:
         path: see `load`.
         variant: see `load`.
-        normalization: see `checkpoint.open_weights`; not for a model folder.
+        normalization: see `load`.
+        pixels: see `load`.
     """
     name, path = os.fspath(path), files.expand(path)
     files.recover(path)
@@ -199,9 +210,16 @@ def open_model(
             raise UserError(f'{path} is a model folder, which knows its variant; leave it out')
         if normalization:
             raise UserError(f'{path} is a model folder, whose input is [-1, 1]: no normalization')
-        return _open_folder(path)
-    weights = formats.open_weights(path, variant=variant, normalization=normalization)
-    return _from_weights(path, weights, variant)
+        opened = _open_folder(path)
+    else:
+        weights = formats.open_weights(path, variant=variant, normalization=normalization)
+        if weights.refused and not (pixels and pixels.get('eval')):
+            raise UserError(
+                f'{path}: {weights.refused} is not computed here. Say how images become pixels: '
+                '--eval squash, or --eval resize_crop --resize PIXELS'
+            )
+        opened = _from_weights(path, weights, variant)
+    return dataclasses.replace(opened, preprocess=opened.preprocess.but(pixels or {}))
 
 
 def own_class_names(model: Model) -> tuple[str, ...]:
@@ -270,7 +288,7 @@ def _from_weights(path: pathlib.Path, weights: formats.Weights, variant: str) ->
     config = infer.architecture(
         weights.params, str(path), variant=variant, settings=weights.settings
     )
-    image_size = infer.image_size(weights.params, config, str(path))
+    image_size = infer.image_size(weights.params, config, str(path), weights.image_size)
     num_classes = _num_classes(weights.params)
     class_names = weights.class_names
     if len(class_names) != num_classes:
@@ -281,7 +299,7 @@ def _from_weights(path: pathlib.Path, weights: formats.Weights, variant: str) ->
         weights.params,
         config,
         class_names,
-        Preprocess(crop=image_size),
+        weights.preprocess or Preprocess(crop=image_size),
         source | ({'notes': list(weights.notes)} if weights.notes else {}),
     )
 

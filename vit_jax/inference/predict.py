@@ -133,16 +133,17 @@ def predict(
     return readable()
 
 
-def read_image(path: str) -> np.ndarray:
+def read_image(path: str, *, accurate: bool = False) -> np.ndarray:
     """The pixels of an image file, upright: uint8 [height, width, 3].
 
     Args:
       path: of the file, or a `PipedImage`.
+      accurate: see `decode.decode`; what the model's preprocessing says.
 
     Raises:
       BadImageError: it cannot be read.
     """
-    return decode(Images([path])[0].image, key=path, exif=True)
+    return decode(Images([path])[0].image, key=path, exif=True, accurate=accurate)
 
 
 def choose_classes(

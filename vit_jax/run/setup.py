@@ -262,7 +262,29 @@ def initial_params(
         if name in (*infer.EVERY_MODEL, 'classifier')
         and (ours := getattr(model, name, told)) != told
     ]
-    return params, '\n  '.join([str(report), *weights.notes, *other])
+    notes = [*weights.notes, *other, *_other_pixels(weights, config)]
+    return params, '\n  '.join([str(report), *notes])
+
+
+def _other_pixels(weights: checkpoint.Weights, config: ml_collections.ConfigDict) -> list[str]:
+    """A sentence on the pixels that the weights were made for, if evaluation sees others."""
+    ours, theirs = config_lib.preprocess_of(config), weights.preprocess
+    if weights.refused:
+        return [
+            f'the weights were made for {weights.refused}; this run evaluates {ours.describe()}'
+        ]
+    if theirs is None or theirs.at(ours.crop).describe() == ours.describe():
+        return []
+    theirs = theirs.at(ours.crop)
+    flags = [
+        f'--config.pp.{name}={getattr(theirs, name)}'
+        for name in ('eval', 'resize', 'interpolation', 'antialias')
+        if getattr(theirs, name) != getattr(ours, name)
+    ]
+    return [
+        f'the weights were made for other pixels: {theirs.describe()}; {evaluates}. For theirs: '
+        + ' '.join(flags)
+    ]
 
 
 def _open_weights(config: ml_collections.ConfigDict, path: pathlib.Path) -> checkpoint.Weights:
