@@ -92,6 +92,13 @@ def get_defaults() -> ml_collections.ConfigDict:
     config.weight_decay = 0.0
     # How momentum (sgd) or the first moment (adamw) is stored: 'bfloat16' or 'float32'.
     config.optim_dtype = 'bfloat16'
+    # 'softmax' (cross-entropy), or 'sigmoid': each class on its own, summed over classes.
+    config.loss = 'softmax'
+    # Share of a label's probability that is spread evenly over all classes.
+    config.label_smoothing = 0.0
+    # How much an example counts, by its class: 'balanced' for all classes alike, or a number for
+    # each in their order ('1,2,0.5'). Empty: all examples alike.
+    config.class_weights = ''
     # Of initialisation, shuffle, augmentation and dropout.
     config.seed = 0
 

@@ -218,6 +218,8 @@ def test_resize_alone_asks_for_random_crops():
         ({'dtype': 'float16'}, "is not one of '', 'float32', 'bfloat16'"),
         ({'batch': 0}, 'config.batch=0 must be at least 1'),
         ({'base_lr': float('nan')}, 'config.base_lr=nan must be at least 0'),
+        ({'label_smoothing': 1.0}, 'a share below 1'),
+        ({'loss': 'focal'}, "'focal' is not one of 'softmax', 'sigmoid'"),
         ({'eval_every': 0}, 'config.eval_every=0 must be at least 1'),
         ({'cache': -1.0}, 'config.cache=-1.0 must be at least 0'),
         ({'data_threads': -1}, 'config.data_threads=-1 must be at least 0'),

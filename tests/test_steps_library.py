@@ -212,6 +212,16 @@ def test_a_loss_of_ones_own(devices, accum_steps):
     assert metrics['one'] == 1 and 'lr' not in metrics and 'accuracy_train' not in metrics
 
 
+def test_weights_of_classes_do_not_depend_on_devices_and_micro_batches():
+    """Sums are divided by the number of examples, so that parts of a batch add up to it."""
+    loss_fn = losses.cross_entropy(smoothing=0.1, class_weights=(3.0, 0.1, 1.0))
+    batch, found = make_batch(count=16), []
+    for devices, accum_steps in ((1, 1), (4, 2)):
+        step, state = make_step(optax.sgd(0.1), devices, loss_fn=loss_fn, accum_steps=accum_steps)
+        found.append(jax.device_get(step(state, batch)[0].params))
+    assert_close(*found)
+
+
 def test_what_is_wrong_with_a_loss_is_said():
     batch = make_batch()
 

@@ -31,6 +31,7 @@ _CHOICES = {
     'attention': ATTENTION_IMPLEMENTATIONS,
     'remat': ('', *REMAT_POLICIES),
     'nan_policy': ('stop', 'skip'),
+    'loss': ('softmax', 'sigmoid'),
 }
 _AT_LEAST_ONE = (
     'batch', 'batch_eval', 'total_steps', 'progress_every', 'eval_every', 'checkpoint_every',
@@ -38,7 +39,7 @@ _AT_LEAST_ONE = (
 )  # fmt: skip
 _NOT_NEGATIVE = (
     'data_threads', 'cache', 'accum_steps', 'warmup_steps', 'base_lr',
-    'grad_norm_clip', 'momentum', 'weight_decay', 'seed', 'max_unreadable',
+    'grad_norm_clip', 'momentum', 'weight_decay', 'seed', 'max_unreadable', 'label_smoothing',
 )  # fmt: skip
 
 
@@ -217,6 +218,11 @@ def _check(config: ml_collections.ConfigDict) -> None:
         for key in keys:
             if not config[key] >= least:  # so that NaN fails
                 raise UserError(f'config.{key}={config[key]} must be at least {least}')
+    if config.label_smoothing >= 1:
+        raise UserError(
+            f'config.label_smoothing={config.label_smoothing} leaves nothing of the labels: it is '
+            'a share below 1, usually 0.1'
+        )
     if config.warmup_steps >= config.total_steps:
         raise UserError(
             f'config.warmup_steps={config.warmup_steps} leaves nothing of '

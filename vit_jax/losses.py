@@ -3,11 +3,12 @@
 Shapes: B examples of a micro-batch, N tokens, C classes or outputs.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from vit_jax.errors import UserError
@@ -75,6 +76,67 @@ def sigmoid_cross_entropy(
     _check_shape(label, logits.shape)
     losses = optax.sigmoid_binary_cross_entropy(logits, label.astype(logits.dtype))
     return losses.sum(axis=-1).mean(), {}
+
+
+def cross_entropy(
+    kind: str = 'softmax', *, smoothing: float = 0.0, class_weights: Sequence[float] = ()
+) -> LossFn:
+    """Builds the cross-entropy of a recipe.
+
+    The label y, a class or probabilities [C], becomes y (1 - smoothing) + smoothing / C, see
+    "Rethinking the Inception Architecture" (https://arxiv.org/abs/1512.00567). The loss of an
+    example counts times its class's weight, of probabilities their mean weight, taken before
+    smoothing. The sum over a batch is divided by the number of examples, not by their weights.
+
+    Args:
+      kind: 'softmax', or 'sigmoid': the binary cross-entropy, summed over classes
+        (https://arxiv.org/abs/2006.07159).
+      smoothing: in [0, 1).
+      class_weights: [C]; empty for 1 each.
+
+    Returns:
+      A loss of logits [..., C] and labels, integers [...] or of the shape of the logits; with
+      `accuracy_train`, share in [0, 1], for integers.
+    """
+    if kind == 'softmax' and not smoothing and not len(class_weights):
+        return softmax_cross_entropy
+    weights = np.asarray(class_weights, np.float32)
+
+    def loss_fn(logits: jax.Array, batch: Batch, params: Any) -> tuple[jax.Array, Metrics]:
+        del params
+        label, logits, metrics = batch['label'], at_least_float(logits), {}
+        if jnp.issubdtype(label.dtype, jnp.integer):
+            _check_shape(label, logits.shape[:-1])
+            right = jnp.argmax(logits, axis=-1) == label
+            metrics['accuracy_train'] = jnp.mean(right, dtype=jnp.float32)
+            label = jax.nn.one_hot(label, logits.shape[-1])
+        _check_shape(label, logits.shape)
+        label = label.astype(logits.dtype)
+        smooth = optax.smooth_labels(label, smoothing)
+        if kind == 'sigmoid':
+            losses = optax.sigmoid_binary_cross_entropy(logits, smooth).sum(axis=-1)
+        else:
+            losses = optax.softmax_cross_entropy(logits, smooth)
+        if weights.size:
+            losses *= label @ jnp.asarray(weights, logits.dtype)
+        return losses.mean(), metrics
+
+    return loss_fn
+
+
+def balanced_weights(labels: np.ndarray, classes: int) -> np.ndarray:
+    """Weights that make all classes count alike: examples / (classes * examples of the class).
+
+    Args:
+      labels: integers [examples] in [0, classes).
+      classes: C.
+
+    Returns:
+      float32 [C]; their mean over the examples is 1. A class without examples counts as if it had
+      one.
+    """
+    counts = np.maximum(1, np.bincount(labels, minlength=classes))
+    return (len(labels) / (classes * counts)).astype(np.float32)
 
 
 def squared_error(logits: jax.Array, batch: Batch, params: Any) -> tuple[jax.Array, Metrics]:

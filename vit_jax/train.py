@@ -128,7 +128,7 @@ def _train(run: loop.Run, setup: Setup, checkpoints: workdir_lib.Checkpoints) ->
         train_step,
         time.monotonic() - begin,
         steps.make_eval_step(
-            setup.model, setup.mesh, _shardings(setup.abstract.params), setup.loss_fn
+            setup.model, setup.mesh, _shardings(setup.abstract.params), setup.eval_loss
         ),
         checkpoints,
     )
@@ -165,7 +165,7 @@ def _compile(run: loop.Run, setup: Setup) -> jax.stages.Compiled:
         accum_steps=config.accum_steps,
         flip=config.pp.flip,
         skip_nonfinite=config.nan_policy == 'skip',
-        loss_fn=setup.loss_fn,
+        loss_fn=setup.train_loss,
     )
     run.log.info('compiling the training step: seconds, or a minute or two for a large model')
     before = resources.resident_bytes()

@@ -24,10 +24,10 @@ from vit_jax import state as state_lib
 from vit_jax.checkpoint import adapt, catalog, infer
 from vit_jax.checkpoint import workdir as workdir_lib
 from vit_jax.data import open_sources, own
-from vit_jax.data.dataset import CLASS_INDEX, Selection, Source
+from vit_jax.data.dataset import Selection, Source
 from vit_jax.data.stream import BatchStream
 from vit_jax.errors import UserError
-from vit_jax.run import product, resources, resume, run_info
+from vit_jax.run import product, recipe, resources, resume, run_info
 from vit_jax.state import Checkpoint
 
 
@@ -52,7 +52,8 @@ class Setup:
     model: nn.Module
     architecture: Mapping[str, Any]  # what a model folder says of it
     no_folder: str  # why there cannot be one; '' where there can
-    loss_fn: losses.LossFn | None  # None for the usual one of classes
+    train_loss: losses.LossFn
+    eval_loss: losses.LossFn | None  # None where the class is all that counts
     schedule: optax.Schedule | None
     tx: optax.GradientTransformation
     abstract: Checkpoint  # shapes, dtypes and shardings of what is saved
@@ -79,9 +80,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
             remat=config.remat,
             scan_layers=config.scan_layers,
         )
-    loss_fn = parts.loss_fn
-    if loss_fn is None and train.label_dtype != CLASS_INDEX:
-        loss_fn = losses.softmax_cross_entropy
+    train_loss, eval_loss = recipe.losses_of(config, train, parts.loss_fn)
     schedule, tx = None, parts.tx
     if tx is None:
         schedule = optim.create_learning_rate_schedule(
@@ -96,7 +95,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
     batch['label'] = jax.ShapeDtypeStruct(
         (config.batch, *label.shape), label.base, sharding=batch['label'].sharding
     )
-    if loss_fn is not None:  # what fails in evaluation is known before a step is done
+    if eval_loss is not None:  # what fails in evaluation is known before a step is done
         image = jax.ShapeDtypeStruct((1, *batch['image'].shape[1:]), jnp.float32)
         one = {
             'image': image,
@@ -104,7 +103,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
             'example': jax.ShapeDtypeStruct((1,), jnp.int32),
             'readable': jax.ShapeDtypeStruct((1,), jnp.bool_),
         }
-        jax.eval_shape(steps.eval_step_fn(model, loss_fn), state.params, one)
+        jax.eval_shape(steps.eval_step_fn(model, eval_loss), state.params, one)
     data = _describe(train, test, parts, state)
     changed, resumes = [], bool(workdir_lib.saved_steps(workdir))
     if resumes:
@@ -137,7 +136,8 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
         model=model,
         architecture=architecture,
         no_folder=no_folder,
-        loss_fn=loss_fn,
+        train_loss=train_loss,
+        eval_loss=eval_loss,
         schedule=schedule,
         tx=tx,
         abstract=abstract,

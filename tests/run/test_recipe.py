@@ -1,0 +1,92 @@
+"""What of a recipe depends on the examples."""
+
+import numpy as np
+import pytest
+
+from vit_jax import data, losses
+from vit_jax.configs import common
+from vit_jax.data import own
+from vit_jax.errors import UserError
+from vit_jax.run import recipe
+
+
+def make_config(**changes):
+    config = common.get_defaults()
+    config.update(changes)
+    return config
+
+
+def images(labels, names=('a', 'b', 'c')):
+    pixels = np.zeros((len(labels), 8, 8, 3), np.uint8)
+    return own.as_selection(data.from_arrays(pixels, labels, names), 'train')
+
+
+def test_losses_of_a_plain_run_are_the_plain_ones():
+    found = recipe.losses_of(make_config(), images([0, 1, 2]), None)
+    assert found == (losses.softmax_cross_entropy, None)
+    vectors = images(np.eye(3, dtype=np.float32))
+    found = recipe.losses_of(make_config(), vectors, None)
+    assert found == (losses.softmax_cross_entropy, losses.softmax_cross_entropy)
+
+
+def test_a_recipe_changes_the_loss_of_training_only():
+    config = make_config(label_smoothing=0.1, class_weights='balanced')
+    train = images([0, 0, 0, 1, 1, 2])
+    loss_fn, evaluated = recipe.losses_of(config, train, None)
+    assert evaluated is None
+    logits = np.random.default_rng(0).normal(size=(2, 3)).astype(np.float32)
+    batch = {'label': np.array([0, 2], np.int32)}
+    weights = 6 / (3 * np.array([3, 2, 1]))
+    same = losses.cross_entropy(smoothing=0.1, class_weights=weights)
+    np.testing.assert_allclose(loss_fn(logits, batch, 0)[0], same(logits, batch, 0)[0], rtol=1e-6)
+    vectors = images(np.eye(3, dtype=np.float32))
+    smoothed, plain = recipe.losses_of(
+        make_config(loss='sigmoid', label_smoothing=0.1), vectors, None
+    )
+    batch = {'label': np.eye(3, dtype=np.float32)[:2]}
+    expected = losses.sigmoid_cross_entropy(logits, batch, None)[0]
+    np.testing.assert_allclose(plain(logits, batch, None)[0], expected, rtol=1e-6)
+    assert abs(smoothed(logits, batch, None)[0] - expected) > 0.01
+
+
+def test_labels_that_stand_in_records_are_read(monkeypatch):
+    train = images([0, 0, 0, 1, 1, 2])
+    known = recipe._class_weights(make_config(class_weights='balanced'), train)
+    monkeypatch.setattr(type(train), 'labels', lambda self: None)
+    read = recipe._class_weights(make_config(class_weights='balanced'), train)
+    np.testing.assert_array_equal(known, read)
+    assert recipe._class_weights(make_config(class_weights='1, 2,0.5'), train).tolist() == [
+        1,
+        2,
+        0.5,
+    ]
+
+
+@pytest.mark.parametrize(
+    ('knobs', 'train', 'message'),
+    [
+        ({'class_weights': '1,2'}, images([0, 1, 2]), 'nor 3 numbers .*: a, b, c'),
+        ({'class_weights': '1,2,x'}, images([0, 1, 2]), 'nor 3 numbers'),
+        ({'class_weights': '1,2,-1'}, images([0, 1, 2]), 'nor 3 numbers'),
+        ({'class_weights': '1,2,inf'}, images([0, 1, 2]), 'nor 3 numbers'),
+        (
+            {'class_weights': 'balanced'},
+            images(np.eye(3, dtype=np.float32)),
+            'only examples that have one class',
+        ),
+        (
+            {'class_weights': 'balanced'},
+            data.BatchStream(iter([(np.zeros((1, 8, 8, 3)), [0])]), ('a', 'b')),
+            'batches of an iterator do not tell',
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(knobs, train, message):
+    with pytest.raises(UserError, match=message):
+        recipe.losses_of(make_config(**knobs), train, None)
+
+
+def test_knobs_of_the_loss_are_refused_beside_a_loss_of_ones_own():
+    config = make_config(label_smoothing=0.1)
+    with pytest.raises(UserError, match='label_smoothing=0.1 has no effect on a loss_fn'):
+        recipe.losses_of(config, images([0]), losses.squared_error)

@@ -1,0 +1,75 @@
+"""Losses of recipes beside their formulas in NumPy, and what is refused."""
+
+import numpy as np
+import pytest
+
+from vit_jax import losses
+from vit_jax.errors import UserError
+
+B, C = 6, 4
+RNG = np.random.default_rng(0)
+LOGITS = RNG.normal(0, 2, (B, C)).astype(np.float32)
+LABEL = RNG.integers(0, C, B).astype(np.int32)
+MIXED = RNG.dirichlet(np.ones(C), B).astype(np.float32)
+WEIGHTS = np.array([0.5, 2.0, 1.0, 0.0])
+
+
+def expected(kind, label, smoothing, weights):
+    """In float64, class by class; DeiT's losses are these (timm's, with the sum over classes)."""
+    z, total = LOGITS.astype(np.float64), 0.0
+    for row in range(B):
+        p = np.eye(C)[label[row]] if label.ndim == 1 else label[row].astype(np.float64)
+        smooth = p * (1 - smoothing) + smoothing / C
+        softmax = np.exp(z[row]) / np.exp(z[row]).sum()
+        sigmoid = 1 / (1 + np.exp(-z[row]))
+        if kind == 'softmax':
+            loss = -(smooth * np.log(softmax)).sum()
+        else:
+            loss = -(smooth * np.log(sigmoid) + (1 - smooth) * np.log(1 - sigmoid)).sum()
+        total += loss * (p @ weights if len(weights) else 1)
+    return total / B
+
+
+@pytest.mark.parametrize('label', [LABEL, MIXED], ids=['classes', 'probabilities'])
+@pytest.mark.parametrize('smoothing', [0.0, 0.1])
+@pytest.mark.parametrize('weights', [(), WEIGHTS], ids=['alike', 'weights'])
+@pytest.mark.parametrize('kind', ['softmax', 'sigmoid'])
+def test_cross_entropy_is_its_formula(kind, weights, smoothing, label):
+    loss_fn = losses.cross_entropy(kind, smoothing=smoothing, class_weights=weights)
+    loss, metrics = loss_fn(LOGITS, {'label': label}, None)
+    np.testing.assert_allclose(loss, expected(kind, label, smoothing, weights), rtol=1e-5)
+    if label.ndim == 1:
+        assert metrics['accuracy_train'] == np.float32((LOGITS.argmax(-1) == LABEL).mean())
+    else:
+        assert metrics == {}
+
+
+def test_weights_of_classes_are_those_of_pytorch_and_scikit_learn():
+    torch = pytest.importorskip('torch')
+    from sklearn.utils import class_weight
+
+    loss, _ = losses.cross_entropy(class_weights=WEIGHTS)(LOGITS, {'label': LABEL}, None)
+    theirs = torch.nn.functional.cross_entropy(
+        torch.tensor(LOGITS),
+        torch.tensor(LABEL).long(),
+        weight=torch.tensor(WEIGHTS, dtype=torch.float32),
+        reduction='sum',
+    )
+    np.testing.assert_allclose(loss, theirs / B, rtol=1e-6)
+    labels = np.repeat(np.arange(3), (1, 2, 7))
+    weights = losses.balanced_weights(labels, 3)
+    theirs = class_weight.compute_class_weight('balanced', classes=np.arange(3), y=labels)
+    np.testing.assert_allclose(weights, theirs, rtol=1e-6)
+    assert weights[labels].mean() == pytest.approx(1)
+    assert np.isfinite(losses.balanced_weights(labels, 4)).all()
+
+
+def test_without_a_recipe_it_is_the_plain_loss():
+    assert losses.cross_entropy() is losses.softmax_cross_entropy
+    assert losses.cross_entropy(smoothing=0.1) is not losses.softmax_cross_entropy
+
+
+@pytest.mark.parametrize('label', [LABEL[:, None], MIXED[:, :2]])
+def test_labels_of_another_shape_are_refused(label):
+    with pytest.raises(UserError, match='do not fit the logits'):
+        losses.cross_entropy(smoothing=0.1)(LOGITS, {'label': label}, None)

@@ -1,0 +1,81 @@
+"""What of a recipe depends on the examples: the loss."""
+
+import math
+
+import ml_collections
+import numpy as np
+
+from vit_jax import losses
+from vit_jax.data.dataset import CLASS_INDEX, Selection
+from vit_jax.data.stream import BatchStream
+from vit_jax.errors import UserError
+
+_OF_THE_LOSS = {'loss': 'softmax', 'label_smoothing': 0.0, 'class_weights': ''}
+
+
+def losses_of(
+    config: ml_collections.ConfigDict,
+    train: Selection | BatchStream,
+    own: losses.LossFn | None,
+) -> tuple[losses.LossFn, losses.LossFn | None]:
+    """The losses of training and of evaluation.
+
+    Smoothing and weights are for training only. The loss of examples that have one class each is
+    the plain cross-entropy of softmax in evaluation, whatever they are trained with.
+
+    Args:
+      config: resolved.
+      train: the training examples.
+      own: the caller's loss, which both are then.
+
+    Returns:
+      The loss of training; that of evaluation, None where the class is all that counts.
+
+    Raises:
+      UserError: a setting has no effect or does not fit the labels.
+    """
+    if own is not None:
+        for name, off in _OF_THE_LOSS.items():
+            if config[name] != off:
+                raise UserError(
+                    f'config.{name}={config[name]!r} has no effect on a loss_fn of your own: leave '
+                    'out one of them'
+                )
+        return own, own
+    classes = train.label_dtype == CLASS_INDEX
+    weights = _class_weights(config, train) if config.class_weights else ()
+    loss = losses.cross_entropy(
+        config.loss, smoothing=config.label_smoothing, class_weights=weights
+    )
+    return loss, None if classes else losses.cross_entropy(config.loss)
+
+
+def _class_weights(config: ml_collections.ConfigDict, train: Selection | BatchStream) -> np.ndarray:
+    """[classes] float32, see `config.class_weights`."""
+    text, names = config.class_weights, train.class_names
+    if train.label_dtype != CLASS_INDEX:
+        raise UserError(
+            f'config.class_weights={text!r}: these labels are {train.label_dtype}, and only '
+            'examples that have one class each have its weight; leave it out'
+        )
+    if text == 'balanced':
+        if isinstance(train, BatchStream):
+            raise UserError(
+                "config.class_weights='balanced' counts the examples of each class, which batches "
+                'of an iterator do not tell: give a number for each class'
+            )
+        labels = train.labels()
+        if labels is None:  # they stand in the records
+            labels = np.asarray([train[index].label for index in range(len(train))])
+        return losses.balanced_weights(labels, len(names))
+    try:
+        weights = [float(part) for part in text.split(',')]
+    except ValueError:
+        weights = []
+    if len(weights) != len(names) or not all(0 <= w < math.inf for w in weights):
+        raise UserError(
+            f"config.class_weights={text!r} is neither 'balanced' nor {len(names)} numbers from 0 "
+            f'on with commas between them, one for each class: {", ".join(names[:10])}'
+            f'{", ..." if len(names) > 10 else ""}'
+        )
+    return np.asarray(weights, np.float32)
