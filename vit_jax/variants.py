@@ -102,6 +102,52 @@ VARIANTS: dict[str, dict] = {
     )
 }
 
+# What each of the two towers of LiT is (https://arxiv.org/abs/2111.07991), and its input.
+_LIT_TEXT_TRANSFORMER = dict(num_layers=12, vocab_size=16_000)
+
+
+def _lit(name: str, size: str, out_dim: tuple[int | None, int], text_model: str, **text) -> dict:
+    tokenizer = {'bert': 'bert', 'text_transformer': 'sentencepiece'}[text_model]
+    return dict(
+        model_name=name,
+        out_dim=out_dim,
+        image=_vit(size, 16),
+        text_model=text_model,
+        text=text,
+        pp=dict(tokenizer_name=tokenizer, size=224, max_len=16),
+    )
+
+
+# Name -> the arguments of `models.LitModel`.
+TWO_TOWERS: dict[str, dict] = {
+    config['model_name']: config
+    for config in (
+        _lit('LiT-B16B', 'B', (768, 768), 'bert', config='base'),
+        _lit('LiT-B16B_2', 'B', (None, 768), 'bert', config='base'),
+        _lit('LiT-L16L', 'L', (None, 1024), 'bert', config='large'),
+        _lit(
+            'LiT-L16S',
+            'L',
+            (None, 1024),
+            'text_transformer',
+            width=384,
+            mlp_dim=1536,
+            num_heads=6,
+            **_LIT_TEXT_TRANSFORMER,
+        ),
+        _lit(
+            'LiT-L16Ti',
+            'L',
+            (None, 1024),
+            'text_transformer',
+            width=192,
+            mlp_dim=768,
+            num_heads=3,
+            **_LIT_TEXT_TRANSFORMER,
+        ),
+    )
+}
+
 
 def get_config(name: str) -> ml_collections.ConfigDict:
     """The architecture of a variant, as a new `ConfigDict` that may be changed.
@@ -118,8 +164,10 @@ def get_config(name: str) -> ml_collections.ConfigDict:
       the released models' where there are none.
 
     Raises:
-      ValueError: no such variant; the message names the nearest.
+      ValueError: no such variant, and the message names the nearest; or one of `TWO_TOWERS`.
     """
+    if name in TWO_TOWERS:
+        raise ValueError(f'{name} has an image and a text tower: models.get_model makes it')
     if name not in VARIANTS:
         near = difflib.get_close_matches(name, VARIANTS, n=1, cutoff=0.0)[0]
         raise ValueError(f'unknown model {name!r}; nearest: {near!r}; known: {", ".join(VARIANTS)}')

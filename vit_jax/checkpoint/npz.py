@@ -62,7 +62,7 @@ _ENCODER_BLOCK = {
 _TO_LINEN = {published: linen for linen, published in _ENCODER_BLOCK.items()}
 
 
-def open_file(path: str | os.PathLike[str]) -> Weights:
+def open_file(path: str | os.PathLike[str], *, whole: bool = False) -> Weights:
     """Recognises a `.npz` checkpoint; its arrays are read later, one by one.
 
     Pickled objects are refused, so a file from an untrusted source can be read. What the headers
@@ -74,6 +74,7 @@ def open_file(path: str | os.PathLike[str]) -> Weights:
             `big_vision.to_vit`), at the top or under one of `PREFIXES` (then all else in the file,
             an optimizer's state or a text tower, is left out). What `save` wrote from names that
             look like these without being a whole model has them again.
+        whole: leave nothing out, and take no part for the whole: of a file with two towers, both.
 
     Returns:
         The weights, Linen names; GroupNorm's are [channels]. float16, float64 and bfloat16 (which
@@ -90,6 +91,7 @@ def open_file(path: str | os.PathLike[str]) -> Weights:
         _check_sizes(archive.infolist(), path)
         members = {info.filename.removesuffix('.npy'): info for info in archive.infolist()}
         as_named, settings = _read_comment(archive.comment, path)
+        as_named |= whole
         prefix, left_out = ('', []) if as_named else big_vision.find_weights(list(members))
         flat = {
             name.removeprefix(prefix): _open_array(archive, info, path)

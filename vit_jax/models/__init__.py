@@ -5,9 +5,11 @@ from vit_jax.models.factory import for_inference, for_training, from_config, get
 from vit_jax.models.intermediates import apply_with_intermediates
 from vit_jax.models.mixer import MlpMixer
 from vit_jax.models.positions import for_image_size
+from vit_jax.models.two_tower import LitModel
 from vit_jax.models.vit import VisionTransformer
 
 __all__ = [
+    'LitModel',
     'MlpMixer',
     'VisionTransformer',
     'apply_with_intermediates',

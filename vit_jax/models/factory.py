@@ -7,6 +7,7 @@ import flax.linen as nn
 
 from vit_jax import variants
 from vit_jax.models.mixer import MlpMixer
+from vit_jax.models.two_tower import LitModel
 from vit_jax.models.vit import VisionTransformer
 
 
@@ -41,16 +42,19 @@ def from_config(config: Mapping[str, Any], **overrides: Any) -> VisionTransforme
     return MlpMixer(**arguments)
 
 
-def get_model(name: str, **overrides: Any) -> VisionTransformer | MlpMixer:
+def get_model(name: str, **overrides: Any) -> VisionTransformer | MlpMixer | LitModel:
     """The module of a named variant: `get_model('ViT-B_16', num_classes=5)`.
 
     Args:
-      name: see `variants.VARIANTS`.
-      **overrides: `num_classes` (required), and any other argument of the module.
+      name: see `variants.VARIANTS`, and `variants.TWO_TOWERS` for image and text: 'LiT-B16B'.
+      **overrides: `num_classes` (required, but of two towers), and any other argument of the
+        module.
 
     Raises:
       ValueError: no such variant.
     """
+    if name in variants.TWO_TOWERS:
+        return LitModel(**{**variants.TWO_TOWERS[name], **overrides})
     return from_config(variants.get_config(name), **overrides)
 
 

@@ -269,10 +269,9 @@ def initial_params(
 def _other_pixels(weights: checkpoint.Weights, config: ml_collections.ConfigDict) -> list[str]:
     """A sentence on the pixels that the weights were made for, if evaluation sees others."""
     ours, theirs = config_lib.preprocess_of(config), weights.preprocess
+    evaluates = f'this run evaluates {ours.describe()}'
     if weights.refused:
-        return [
-            f'the weights were made for {weights.refused}; this run evaluates {ours.describe()}'
-        ]
+        return [f'the weights were made for {weights.refused}; {evaluates}']
     if theirs is None or theirs.at(ours.crop).describe() == ours.describe():
         return []
     theirs = theirs.at(ours.crop)

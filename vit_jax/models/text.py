@@ -1,0 +1,256 @@
+"""Text towers, with the parameter trees of the released LiT checkpoints.
+
+Shapes: B batch, L tokens of a text, D width, H heads, K head size (D / H), C size of the embedding,
+V size of the vocabulary.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vit_jax.models.attention import dot_product_attention
+from vit_jax.models.vit import Encoder
+
+# BERT's sizes (https://arxiv.org/abs/1810.04805, section 3).
+BERT_SIZES: Mapping[str, Mapping[str, int]] = {
+    'base': dict(hidden_size=768, mlp_dim=3072, num_layers=12, num_heads=12),
+    'large': dict(hidden_size=1024, mlp_dim=4096, num_layers=24, num_heads=16),
+}
+_BERT_EPSILON = 1e-12  # of all its LayerNorms
+
+_init = nn.initializers.truncated_normal(stddev=0.02)
+
+
+class BertModel(nn.Module):
+    """BERT, of which the token at position 0 is read: https://arxiv.org/abs/1810.04805.
+
+    Post-norm blocks, tanh-form GELU, one segment; tokens of value 0 are padding and are not looked
+    at. There is no pooler.
+
+    Attributes:
+      num_classes: C, size of the embedding; None leaves the head out.
+      config: 'base' or 'large', for the four sizes; '' where they are given.
+      hidden_size: D.
+      mlp_dim: width of the hidden layers.
+      num_layers: blocks.
+      num_heads: H.
+      vocab_size: V.
+      max_length: how many position embeddings there are.
+      num_segments: how many segment embeddings there are; the first is used.
+      dtype: type of activations and matrix products; parameters are float32.
+    """
+
+    num_classes: int | None = None
+    config: str = ''
+    hidden_size: int = 0
+    mlp_dim: int = 0
+    num_layers: int = 0
+    num_heads: int = 0
+    vocab_size: int = 30_522
+    max_length: int = 512
+    num_segments: int = 2
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, *, train: bool = False) -> jax.Array:
+        """Token ids [B, L] to embeddings [B, C] (without a head: features [B, D])."""
+        del train  # there is no dropout
+        names = ('hidden_size', 'mlp_dim', 'num_layers', 'num_heads')
+        sizes = {name: getattr(self, name) for name in names}
+        if self.config:
+            if self.config not in BERT_SIZES:
+                known = ', '.join(BERT_SIZES)
+                raise ValueError(f'unknown size of BERT {self.config!r}: one of {known}')
+            sizes = dict(BERT_SIZES[self.config])
+        _check_length(tokens, self.max_length)
+        vocabularies = (self.vocab_size, self.max_length, self.num_segments)
+        x = _BertEncoder(*vocabularies, **sizes, dtype=self.dtype, name='BertEncoder_0')(tokens)
+        return _head(x[:, 0], self.num_classes, self.dtype)
+
+
+class TextTransformer(nn.Module):
+    """Pre-norm text transformer, of which the last token is read: the text tower of LiT's paper.
+
+    https://arxiv.org/abs/2111.07991. Texts are padded with the token that ends them, and all tokens
+    look at all.
+
+    Attributes:
+      num_classes: C, size of the embedding; None leaves the head out.
+      width: D.
+      num_layers, mlp_dim, num_heads: of the encoder.
+      vocab_size: V.
+      dtype: type of activations and matrix products; parameters are float32.
+    """
+
+    num_classes: int | None = None
+    width: int = 512
+    num_layers: int = 12
+    mlp_dim: int = 2048
+    num_heads: int = 8
+    vocab_size: int = 32_000
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, *, train: bool = False) -> jax.Array:
+        """Token ids [B, L] to embeddings [B, C] (without a head: features [B, D])."""
+        normal = nn.initializers.normal(stddev=self.width**-0.5)
+        shape = (1, tokens.shape[1], self.width)
+        x = nn.Embed(self.vocab_size, self.width, dtype=self.dtype, name='Embed_0')(tokens)
+        x += self.param('pos_embedding', normal, shape, jnp.float32).astype(self.dtype)
+        encoder = Encoder(
+            num_layers=self.num_layers,
+            mlp_dim=self.mlp_dim,
+            num_heads=self.num_heads,
+            dropout_rate=0.0,
+            attention_dropout_rate=0.0,
+            add_position_embedding=False,
+            dtype=self.dtype,
+            name='Encoder_0',
+        )
+        return _head(encoder(x, train=train)[:, -1], self.num_classes, self.dtype)
+
+
+def _head(x: jax.Array, size: int | None, dtype: Any) -> jax.Array:
+    """Features [B, D] to embeddings [B, C]."""
+    return x if size is None else nn.Dense(size, dtype=dtype, name='head')(x)
+
+
+def _check_length(tokens: jax.Array, longest: int) -> None:
+    if tokens.ndim != 2 or tokens.shape[1] > longest:
+        raise ValueError(
+            f'token ids are [batch, length] with a length of at most {longest}, not '
+            f'{list(tokens.shape)}'
+        )
+
+
+class _BertEncoder(nn.Module):
+    """Token ids [B, L] to features [B, L, D]; 0 is padding."""
+
+    vocab_size: int
+    max_length: int
+    num_segments: int
+    hidden_size: int
+    mlp_dim: int
+    num_layers: int
+    num_heads: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        sizes = (self.vocab_size, self.max_length, self.num_segments)
+        x = _Embedder(*sizes, self.hidden_size, self.dtype, name='embedder')(tokens)
+        x = nn.LayerNorm(_BERT_EPSILON, dtype=self.dtype, name='layer_norm')(x)
+        blocks = functools.partial(
+            _Blocks, self.num_layers, self.num_heads, self.mlp_dim, self.dtype
+        )
+        return _Level('layer_sequence', blocks, name='encoder_block')(x, tokens > 0)
+
+
+class _Level(nn.Module):
+    """A level of names that the checkpoints have, and nothing else: one module, called `inside`."""
+
+    inside: str
+    module: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, *inputs: jax.Array) -> jax.Array:
+        return self.module(name=self.inside)(*inputs)
+
+
+class _Embedder(nn.Module):
+    """The sum of the embeddings of a token, its position, and its segment, always the first."""
+
+    vocab_size: int
+    max_length: int
+    num_segments: int
+    width: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        def embed(kind: str, size: int, ids: jax.Array) -> jax.Array:
+            name = f'embedders_{kind}_ids'
+            return nn.Embed(size, self.width, self.dtype, embedding_init=_init, name=name)(ids)
+
+        position = jnp.arange(tokens.shape[1])[None]
+        return (
+            embed('token', self.vocab_size, tokens)
+            + embed('position', self.max_length, position)
+            + embed('segment', self.num_segments, jnp.zeros_like(position))
+        )
+
+
+class _Blocks(nn.Module):
+    """Post-norm blocks: x = LayerNorm(x + attention(x)); x = LayerNorm(x + mlp(x))."""
+
+    num_layers: int
+    num_heads: int
+    mlp_dim: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        """Tokens [B, L, D] in and out; mask, bool [B, L], says which are looked at."""
+        for layer in range(self.num_layers):
+            x = _Block(self.num_heads, self.mlp_dim, self.dtype, name=f'layers_{layer}')(x, mask)
+        return x
+
+
+class _Block(nn.Module):
+    num_heads: int
+    mlp_dim: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        x = _AttentionBlock(self.num_heads, self.dtype, name='attention_block')(x, mask)
+        return _MlpBlock(self.mlp_dim, self.dtype, name='mlp_block')(x)
+
+
+class _AttentionBlock(nn.Module):
+    num_heads: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        y = _Attention(self.num_heads, self.dtype, name='attention_layer')(x, mask)
+        return _project_and_add(x, y, self.dtype)
+
+
+class _Attention(nn.Module):
+    """Attention of each head, without the projection that follows; kernels are [D, D]."""
+
+    num_heads: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        batch, length, width = x.shape
+
+        def project(name: str) -> jax.Array:  # to [B, L, H, K]
+            y = nn.Dense(width, dtype=self.dtype, kernel_init=_init, name=name)(x)
+            return y.reshape(batch, length, self.num_heads, width // self.num_heads)
+
+        y = dot_product_attention(project('query'), project('key'), project('value'), mask=mask)
+        return y.reshape(batch, length, width)
+
+
+class _MlpBlock(nn.Module):
+    mlp_dim: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dense = functools.partial(nn.Dense, self.mlp_dim, dtype=self.dtype, kernel_init=_init)
+        y = nn.gelu(_Level('dense_layer', dense, name='mlp')(x))
+        return _project_and_add(x, y, self.dtype)
+
+
+def _project_and_add(x: jax.Array, y: jax.Array, dtype: Any) -> jax.Array:
+    """LayerNorm(x + dense(y)), the end of each half of a block."""
+    y = nn.Dense(x.shape[-1], dtype=dtype, kernel_init=_init, name='dense_layer')(y)
+    return nn.LayerNorm(_BERT_EPSILON, dtype=dtype, name='layer_norm')(x + y)

@@ -1,0 +1,105 @@
+"""Two towers, one for images and one for texts, whose embeddings meet in one space.
+
+LiT, "Zero-Shot Transfer with Locked-image text Tuning": https://arxiv.org/abs/2111.07991.
+
+Shapes: B images, T texts, L tokens of a text, C size of the embeddings.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vit_jax.models import layers, text
+from vit_jax.models.vit import VisionTransformer
+
+TEXT_MODELS = {'bert': text.BertModel, 'text_transformer': text.TextTransformer}
+
+
+class LitModel(nn.Module):
+    """An image tower and a text tower, under the original release's name and with its call.
+
+    Attributes:
+      image: mapping with the arguments of `VisionTransformer` but `num_classes`.
+      text_model: 'bert' or 'text_transformer', see `models.text`.
+      text: mapping with its arguments but `num_classes`; None for its defaults.
+      out_dim: C; or a pair for images and texts, of which None leaves out the projection.
+      pp: mapping with what texts and images go through first: `size` (pixels), `max_len` (L),
+        `tokenizer_name`; not used in the computation.
+      model_name: not used in the computation.
+      dtype: type of activations and matrix products; parameters are float32.
+    """
+
+    image: Any
+    text_model: str = 'bert'
+    text: Any = None
+    out_dim: Any = 128
+    pp: Any = None
+    model_name: str | None = None
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        """Makes the module hashable, see `VisionTransformer`."""
+        for name in ('image', 'text', 'out_dim', 'pp'):
+            object.__setattr__(self, name, layers.hashable(getattr(self, name)))
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self,
+        *,
+        images: jax.Array | None = None,
+        tokens: jax.Array | None = None,
+        train: bool = False,
+    ) -> tuple[jax.Array | None, jax.Array | None, dict[str, jax.Array]]:
+        """Embeds images, texts, or both.
+
+        The logits of an image against texts are `out['t'] * zimg @ ztxt.T`.
+
+        Args:
+          images: floats [B, height, width, 3] in [-1, 1], or None.
+          tokens: token ids, integers [T, L], or None.
+          train: whether dropout is active.
+
+        Returns:
+          zimg, the embeddings of the images [B, C], of length 1, or None; ztxt, those of the texts
+          [T, C], or None; and `out`, a dict with `t` [1], the temperature that logits are
+          multiplied with; `t/parameter` [1], its logarithm; `img/norm` [B, 1] and `txt/norm`
+          [T, 1], the lengths before they were made 1, and `img/normalized` and `txt/normalized`,
+          zimg and ztxt.
+
+        Raises:
+          ValueError: an unknown text tower; images or tokens of another shape.
+        """
+        if self.text_model not in TEXT_MODELS:
+            raise ValueError(
+                f'unknown text model {self.text_model!r}: one of {", ".join(TEXT_MODELS)}'
+            )
+        sizes = self.out_dim if isinstance(self.out_dim, tuple) else (self.out_dim, self.out_dim)
+        zimg = ztxt = None
+        out: dict[str, jax.Array] = {}
+        if tokens is not None:
+            tower = TEXT_MODELS[self.text_model](
+                num_classes=sizes[1], dtype=self.dtype, **(self.text or {}), name='txt'
+            )
+            ztxt = _normalize(tower(tokens, train=train), 'txt', out)
+        if images is not None:
+            image_tower = VisionTransformer(
+                **{'dtype': self.dtype, **self.image, 'num_classes': sizes[0] or 0}, name='img'
+            )
+            zimg = _normalize(image_tower(images, train=train), 'img', out)
+        # At 10, as in big_vision's configs of LiT.
+        start = nn.initializers.constant(math.log(10.0))
+        out['t/parameter'] = self.param('t', start, (1,), jnp.float32)
+        out['t'] = jnp.exp(out['t/parameter'])
+        return zimg, ztxt, out
+
+
+def _normalize(x: jax.Array, tower: str, out: dict[str, jax.Array]) -> jax.Array:
+    """Embeddings [B, C] at length 1; what they were goes to `out`."""
+    x = x.astype(layers.at_least_float32(x.dtype))
+    out[f'{tower}/norm'] = jnp.linalg.norm(x, axis=-1, keepdims=True)
+    out[f'{tower}/normalized'] = x / (out[f'{tower}/norm'] + 1e-8)
+    return out[f'{tower}/normalized']
