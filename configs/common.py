@@ -21,7 +21,7 @@ def get_defaults() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
 
     # --- Data
-    # A TFDS name, a folder of images, or 'digits'.
+    # A folder of images; where there is none of this name, a TFDS set or 'digits'.
     config.dataset = 'tf_flowers'
     # Where TFDS keeps prepared sets. Empty: TFDS's own place, ~/tensorflow_datasets.
     config.tfds_data_dir = ''

@@ -305,6 +305,19 @@ def test_presets_are_found_however_the_name_is_spelt():
     assert not datasets.get_preset('/my/photos')
 
 
+@pytest.mark.parametrize('spelling', ['cifar10', 'cifar10/', './cifar10'])
+def test_a_folder_takes_nothing_of_the_set_of_its_name(tmp_path, monkeypatch, spelling):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'cifar10').mkdir()
+    found, plain = load('b16', dataset=spelling), load('b16', dataset=str(tmp_path))
+    assert found.pp.train == found.pp.test == ''
+    assert (found.total_steps, found.warmup_steps) == (plain.total_steps, plain.warmup_steps)
+    found = config_lib.resolve(
+        importlib.import_module('vit_jax.configs.vit').get_config('b16,cifar10')
+    )
+    assert found.pp.test == '' and found.base_lr == common.get_defaults().base_lr
+
+
 def test_every_knob_has_an_effect():
     """Each is read somewhere in the package (`config.KNOB`), so none is dead."""
     root = pathlib.Path(__file__).parents[1] / 'vit_jax'

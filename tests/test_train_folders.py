@@ -1,12 +1,17 @@
 """A run on a folder of photos: what it says of the data, and what its model is evaluated on."""
 
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from vit_jax import config as config_lib
 from vit_jax import train
+from vit_jax.commands.evaluate import choose_split
 from vit_jax.configs import digits
+from vit_jax.data import sources
+from vit_jax.inference.description import TrainingData
 
 
 @pytest.fixture(scope='module')
@@ -41,3 +46,51 @@ def test_classes_that_are_not_tested_are_named(workdir):
         'WARNING: of 3 classes, 1 with a single image, which is trained on, not tested: grey' in log
     )
     assert log.count('WARNING') == 1
+
+
+def test_what_is_evaluated_without_being_asked_for(photos, workdir, tmp_path, run_script):
+    """The test part; what the training held out; all of other photos."""
+
+    def split(dataset, *words):
+        done = run_script('evaluate.py', '--model', workdir / 'model', '--dataset', dataset, *words)
+        assert done.returncode == 0, done.stderr
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith('split: ')]
+        return line.removeprefix('split: ')
+
+    assert split('') == 'train[-3:], what the training of the model held out'
+    assert split(photos, '--split', 'train[:5]') == 'train[:5], as --split says'
+    moved, other = tmp_path / 'moved', tmp_path / 'other'
+    shutil.copytree(photos, moved)
+    assert split(moved) == 'train[-3:], what the training of the model held out'
+    shutil.copytree(photos, other)
+    (other / 'dark/23.png').rename(other / 'dark/another.png')
+    assert split(other) == 'train, all of it: the model tells of no training on it'
+
+
+def test_a_split_of_what_was_trained_on(photos):
+    dataset = sources.open_dataset(str(photos))
+    fingerprint = dataset.select('train').fingerprint()
+    trained = TrainingData(str(photos), 'train', 'test', fingerprint)
+    assert choose_split(dataset, trained) == ('train', 'all of it, WHICH THE MODEL WAS TRAINED ON')
+    trained = TrainingData(str(photos), 'train[:9]', 'train[9:]')
+    assert choose_split(dataset, trained)[0] == 'train[9:]', 'a model of an earlier version'
+    trained = TrainingData(f'{photos}/', 'train[:9]', 'train[9:]', 'another')
+    spec, reason = choose_split(dataset, trained)
+    assert spec == 'train[-3:]' and 'it has changed since' in reason
+
+
+def test_the_test_part_comes_first_unless_it_was_trained_on(photos, tmp_path):
+    for part in ('train', 'val', 'test'):
+        shutil.copytree(photos, tmp_path / part)
+    dataset = sources.open_dataset(str(tmp_path))
+    assert choose_split(dataset, TrainingData()) == ('test', 'the test part of the folder')
+    for train_spec, expected in (('train', 'test'), ('train+test[:9]', 'validation')):
+        fingerprint = dataset.select(train_spec).fingerprint()
+        trained = TrainingData('elsewhere', train_spec, 'validation', fingerprint)
+        assert choose_split(dataset, trained)[0] == expected
+
+
+def test_a_set_is_evaluated_as_its_preset_says():
+    dataset = sources.open_dataset('digits')
+    assert choose_split(dataset, TrainingData())[0] == 'train[80%:]'
+    assert choose_split(dataset, TrainingData('digits', 'train[:9]', 'train[9:]'))[0] == 'train[9:]'

@@ -14,7 +14,7 @@ from typing import Any
 
 import ml_collections
 
-from vit_jax import variants
+from vit_jax import files, variants
 from vit_jax.configs import common, datasets
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
@@ -70,10 +70,11 @@ def resolve(
     resolved = common.get_defaults()
     warm_up_of = resolved.total_steps  # the number of steps that the warm-up was made for
     presets = config.get('dataset_presets', {})
+    folder = files.expand(dataset).is_dir()  # may be called as a set is; see `sources.open_dataset`
     for layer in (
-        datasets.get_preset(dataset),
+        {} if folder else datasets.get_preset(dataset),
         presets.get('any', {}),
-        presets.get(dataset, {}),
+        {} if folder and os.sep not in dataset else presets.get(dataset, {}),
         config,
     ):
         _overlay(resolved, layer)

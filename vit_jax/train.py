@@ -295,6 +295,7 @@ def _write_model_folders(
             'dataset': config.dataset,
             'train': run.train.spec,
             'test': run.test.spec,
+            'train_fingerprint': setup.data['train']['fingerprint'],
         },
     )
 

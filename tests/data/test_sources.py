@@ -184,6 +184,16 @@ def test_digits():
     assert test[0].key == 'digits:train/1617'
 
 
+@pytest.mark.parametrize('name', ['digits', 'tf_flowers'])
+def test_a_folder_named_like_a_set_is_a_folder(tmp_path, name, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, f'{name}/a/1.png', f'{name}/a/2.png', f'{name}/b/1.png', f'{name}/b/2.png')
+    for spelling in (name, f'./{name}', str(tmp_path / name)):
+        assert sources.is_folder(spelling)
+        assert sources.open_dataset(spelling).class_names == ('a', 'b')
+    assert caplog.text.count(f'the dataset {name} is the folder {tmp_path / name}, not') == 1
+
+
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=300), st.integers(1, 99))
 @settings(deadline=None, max_examples=100)
 def test_stratified_order(labels, percent):

@@ -14,9 +14,13 @@ import argparse
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vit_jax import cli
+
+if TYPE_CHECKING:
+    from vit_jax.data.dataset import Dataset, Selection
+    from vit_jax.inference.description import TrainingData
 
 RESULT, CONFUSION, RELIABILITY = 'evaluation.json', 'confusion_matrix.png', 'reliability.png'
 
@@ -44,8 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         '--split',
         default='',
-        help="such as test or train[90%%:]; default: the test images of the model's training, or "
-        'what training on that dataset would hold out',
+        help='such as test or train[90%%:]; default: the test part of the dataset; without one, '
+        'what the training of the model held out of it, or all of it if that was on other data',
     )
     add('--tfds_data_dir', default='', metavar='DIR', help='where TFDS sets are')
     add('--batch', type=int, default=32, help='images at once (default: 32)')
@@ -65,7 +69,7 @@ def _run(args: argparse.Namespace) -> int:
     model = classifier.open_classifier(
         args.model, variant=args.variant, labels=args.labels, **cli.input_of(args)
     )
-    source = _open_source(args, model.source)
+    source, reason = _open_source(args, model.source)
     to_model = labels.remap(source.class_names, model.class_names, str(source))
     if labels.numbered(len(model.class_names)) == model.class_names:
         model.class_names = tuple(source.class_names)
@@ -78,11 +82,13 @@ def _run(args: argparse.Namespace) -> int:
     if not out.is_terminal:
         out.width = 120  # A pipe has no width; 80 columns would fold long names of classes.
     title = f'{args.model} on {source}'
-    out.print(metrics_report.tables(metrics, title=title))
+    out.print(metrics_report.tables(metrics, title=f'{title}\nsplit: {source.spec}, {reason}'))
     if args.output:
         described = {
             'model': args.model,
             'data': str(source),
+            'split': source.spec,
+            'split_is': reason,
             'model_source': dict(model.source),
             'labels_of_data_in_model': list(to_model),
             **metrics.to_dict(),
@@ -95,20 +101,85 @@ def _run(args: argparse.Namespace) -> int:
     return output.report_unreadable(unreadable, len(source))
 
 
-def _open_source(args: argparse.Namespace, trained_on: Mapping[str, Any]):
-    """The labelled images that are asked for, or those that the model's training held out."""
-    from vit_jax.configs import datasets
+def _open_source(args: argparse.Namespace, source: Mapping[str, Any]) -> 'tuple[Selection, str]':
+    """The labelled images to evaluate on, and why these."""
     from vit_jax.data import sources
     from vit_jax.errors import UserError
+    from vit_jax.inference import description
 
-    known = trained_on.get('dataset', '')
-    name = args.dataset or known
+    try:
+        trained = description.read(description.TrainingData, source)
+    except UserError as error:
+        raise UserError(f'what {args.model} tells of its training is damaged: {error}') from error
+    name = args.dataset or trained.dataset
     if not name:
         raise UserError('the model does not tell what it was trained on: name a --dataset')
     dataset = sources.open_dataset(name, tfds_data_dir=args.tfds_data_dir)
-    own = trained_on.get('test', '') if name == known else ''
-    preset = datasets.get_preset(name).get('pp', {}).get('test', '')
-    return dataset.select(args.split or own or preset or dataset.default_specs()[1])
+    spec, reason = (args.split, 'as --split says') if args.split else choose_split(dataset, trained)
+    return dataset.select(spec), reason
+
+
+def choose_split(dataset: 'Dataset', trained: 'TrainingData') -> tuple[str, str]:
+    """The split to evaluate on where the user names none, and why this one.
+
+    Args:
+        dataset: to evaluate on.
+        trained: what the model tells of its training.
+
+    Returns:
+        Its specification. Of a folder, the test part, unless it was trained on; else what the
+        training held out, if it was on this dataset; of TFDS, what its preset holds out; else all.
+    """
+    from vit_jax.configs import datasets
+    from vit_jax.data import sources
+
+    folder = sources.is_folder(dataset.name)
+    seen = _trained_on(dataset, trained)
+    part = next((name for name in ('test', 'validation') if name in dataset.splits), '')
+    if folder and part and not (seen and seen.overlap(dataset.select(part))):
+        return part, 'the test part of the folder'
+    if seen and _select(dataset, trained.test):
+        return trained.test, 'what the training of the model held out'
+    everything = '+'.join(dataset.splits)
+    if seen:
+        return everything, 'all of it, WHICH THE MODEL WAS TRAINED ON'
+    if trained.train_fingerprint and _same(dataset.name, trained.dataset):
+        return dataset.default_specs()[1], (
+            'what training on it would hold out now; it has changed since the model was trained on '
+            'it, so that THE MODEL MAY KNOW SOME OF THESE IMAGES'
+        )
+    preset = '' if folder else datasets.get_preset(dataset.name).get('pp', {}).get('test', '')
+    if preset or part:
+        return preset or part, 'the test part of the dataset'
+    return everything, 'all of it: the model tells of no training on it'
+
+
+def _trained_on(dataset: 'Dataset', trained: 'TrainingData') -> 'Selection | None':
+    """The images of this dataset that the model was trained on, if it was on this dataset."""
+    seen = _select(dataset, trained.train)
+    if seen and trained.train_fingerprint:  # which models of earlier versions do not have
+        return seen if seen.fingerprint() == trained.train_fingerprint else None
+    return seen if _same(dataset.name, trained.dataset) else None
+
+
+def _select(dataset: 'Dataset', spec: str) -> 'Selection | None':
+    """The images of a split, or None where there is no such split."""
+    from vit_jax.errors import UserError
+
+    try:
+        return dataset.select(spec) if spec else None
+    except UserError:
+        return None
+
+
+def _same(name: str, other: str) -> bool:
+    """Whether two names of datasets are those of one set or one folder."""
+    from vit_jax import files
+    from vit_jax.data import sources
+
+    if not sources.is_folder(name) or not other:
+        return name == other
+    return files.expand(name).resolve() == files.expand(other).resolve()
 
 
 def _check_output(folder: pathlib.Path, overwrite: bool) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import pathlib
 
 import numpy as np
@@ -10,6 +11,8 @@ from vit_jax import files
 from vit_jax.data import folders, tfds_sets
 from vit_jax.data.dataset import Dataset, Example, Selection, stratified_order
 from vit_jax.errors import UserError, extra
+
+_log = logging.getLogger(__name__)
 
 
 def open_sources(
@@ -40,13 +43,18 @@ def open_sources(
     return opened.select(train_split or defaults[0]), opened.select(test_split or defaults[1])
 
 
+def is_folder(dataset: str) -> bool:
+    """Whether `open_dataset` takes this for a folder, whatever sets of that name there are."""
+    return bool(dataset) and files.expand(dataset).is_dir()
+
+
 def open_dataset(dataset: str, *, tfds_data_dir: str = '', tfds_manual_dir: str = '') -> Dataset:
     """Opens a dataset by its name or path.
 
     Args:
-      dataset: `digits` (scikit-learn's handwritten digits); a folder of images
-        (`vit_jax.data.folders`); or the name of an image classification set of TFDS: `tf_flowers`,
-        `name/config`, `name:version`. A folder of that name goes before a TFDS set.
+      dataset: a folder of images (`vit_jax.data.folders`); where there is no such folder, `digits`
+        (scikit-learn's handwritten digits), or the name of an image classification set of TFDS:
+        `tf_flowers`, `name/config`, `name:version`. Where both are there, the log says so.
       tfds_data_dir: where TFDS sets are; '' is TFDS's default (`TFDS_DATA_DIR`, or
         ~/tensorflow_datasets). A set that is not there is downloaded and prepared, one that is
         there as TFRecord is converted, in a child process.
@@ -62,11 +70,18 @@ def open_dataset(dataset: str, *, tfds_data_dir: str = '', tfds_manual_dir: str 
         raise UserError(
             'no dataset given: --config.dataset takes the name of a TFDS set, a folder or digits'
         )
-    if dataset == 'digits':
-        return _open_digits()
     path = files.expand(dataset)
     if path.is_dir():
+        if dataset == 'digits' or tfds_sets.is_known(dataset):
+            _log.warning(
+                'Note: the dataset %s is the folder %s, not the set of that name; for the set, %s',
+                dataset,
+                path.absolute(),
+                'start in another folder' if dataset == 'digits' else f'name it {dataset}:*.*.*',
+            )
         return folders.open_folder(path, dataset)
+    if dataset == 'digits':
+        return _open_digits()
     if path.exists():
         raise UserError(
             f'dataset {dataset} is a file; give the folder that holds the folders of the classes'

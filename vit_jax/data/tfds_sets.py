@@ -55,6 +55,11 @@ def open_tfds(name: str, data_dir: str, manual_dir: str) -> Dataset:
     return _open_prepared(name, folder)
 
 
+def is_known(name: str) -> bool:
+    """Whether this is the plain name of a set that TFDS can prepare."""
+    return tfds_metadata.parse_name(name) == name and name in _known()
+
+
 def prepare_in_child(name: str, *, data_dir: str = '', manual_dir: str = '') -> None:
     """Prepares a set in a child process, whose progress goes to this process's console.
 
@@ -102,6 +107,11 @@ def _tfds() -> Any:
     return tfds
 
 
+def _known() -> list[str]:
+    """Names of the sets that TFDS can prepare, sorted."""
+    return sorted(set(_tfds().core.registered.list_imported_builders()))
+
+
 def find_builder(name: str, data_dir: str) -> Any:
     """The `tfds.core.DatasetBuilder` of a set that is prepared or that TFDS knows how to prepare.
 
@@ -142,8 +152,7 @@ def _unknown(name: str, data_dir: str | None) -> str:
     stem = tfds_metadata.parse_name(name)
     if not stem:
         return f'{text} a name of TFDS: those are NAME, NAME/CONFIG and NAME:1.2.3'
-    known = sorted(set(tfds.core.registered.list_imported_builders()))
-    near = difflib.get_close_matches(stem, known, n=3, cutoff=0.7)
+    near = difflib.get_close_matches(stem, _known(), n=3, cutoff=0.7)
     prepared = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR, stem)
     hint = 'https://www.tensorflow.org/datasets/catalog lists the sets.'
     if prepared.is_dir():

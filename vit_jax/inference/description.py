@@ -71,6 +71,23 @@ class Description:
             raise UserError(f'value_range {low:g}, {high:g} is not from black to white')
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """What the `source` of a model that was trained here tells of its data; '' where it does not.
+
+    Attributes:
+        dataset: as the run's config named it.
+        train: specification of the split that was trained on.
+        test: of the one that was tested on.
+        train_fingerprint: of the former, see `dataset.Selection.fingerprint`.
+    """
+
+    dataset: str = ''
+    train: str = ''
+    test: str = ''
+    train_fingerprint: str = ''
+
+
 def read(kind: type[T], found: Mapping[str, Any]) -> T:
     """Builds a dataclass from a JSON object.
 
