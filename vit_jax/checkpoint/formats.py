@@ -18,6 +18,7 @@ from vit_jax.checkpoint import (
     library_configs,
     model_input,
     npz,
+    state_dicts,
     tensors,
 )
 from vit_jax.checkpoint.arrays import Weights, derive
@@ -166,6 +167,7 @@ def open_weights(
     config: dict[str, Any] = {}
     if path.is_dir():
         if not (path / 'config.json').is_file():
+            tensors.check_folder(path)
             raise UserError(
                 f'{path} is a folder without config.json; expected a checkpoint file, or a folder '
                 'of Hugging Face or timm'
@@ -180,8 +182,9 @@ def open_weights(
             return _normalize(weights, normalization) if normalization else weights
     found: dict[str, Any] = {}
     for file in paths:
-        arrays, metadata = tensors.open_tensors(file)
+        arrays, metadata, done = tensors.open_tensors(file)
         found |= arrays
+    found, cleaned = state_dicts.clean(found, path)
     ours = library_configs.from_metadata(metadata)
     config = {**ours, **config}
     if ours and config['input'] != ours['input']:
@@ -196,7 +199,7 @@ def open_weights(
         image_size=told.image_size,
         preprocess=told.preprocess,
         refused=told.refused,
-        notes=(*weights.notes, *notes),
+        notes=(*done, *cleaned, *weights.notes, *notes),
     )
     return _normalize(weights, normalization or told.normalization or HALF)
 
@@ -294,8 +297,9 @@ def _normalize(weights: Weights, normalization: Normalization) -> Weights:
     layer = 'stem' if 'stem' in params else 'embedding'
     if 'conv_root' in params or layer not in params or mean.shape != (3,) or std.shape != (3,):
         raise UserError(
-            f'{weights.path} takes input normalised with mean {tuple(mean)} and standard deviation '
-            f'{tuple(std)}, which cannot be folded into its first layer; this package gives [-1, 1]'
+            f'{weights.path} takes input normalised with mean {mean.tolist()} and standard '
+            f'deviation {std.tolist()}, which cannot be folded into its first layer; this package '
+            'gives [-1, 1]'
         )
 
     old = params[layer]

@@ -17,7 +17,7 @@ unit of a ResNet counted from 0, {S} and {U} the same counted from 1. The layout
 import csv
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -129,6 +129,12 @@ def to_params(
     return params, notes
 
 
+def unknown(names: Collection[str], table: str) -> list[str]:
+    """Those names of tensors that a table of `TABLES` does not have."""
+    used = {theirs for _, theirs, _ in _expand(TABLES[table], names, 1)}
+    return [name for name in names if name not in used and name not in _UNUSED]
+
+
 def from_params(params: Mapping[str, Any], table: str) -> tuple[dict[str, LazyArray], list[str]]:
     """Gives parameters the names and layouts of a library.
 
@@ -150,7 +156,7 @@ def from_params(params: Mapping[str, Any], table: str) -> tuple[dict[str, LazyAr
 
 
 def _expand(
-    table: list[Line], keys: Mapping[str, Any], side: int
+    table: list[Line], keys: Collection[str], side: int
 ) -> Iterator[tuple[tuple[str, ...], str, str]]:
     """The lines for those of our (side 0) or their (side 1) names that there are, filled in."""
     for ours, theirs, layout in table:

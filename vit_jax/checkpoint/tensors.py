@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax import files
-from vit_jax.checkpoint import archives, pytorch
+from vit_jax.checkpoint import archives, flax_msgpack, pytorch, state_dicts
 from vit_jax.checkpoint.arrays import LazyArray, from_file
 from vit_jax.errors import UserError
 
@@ -24,41 +24,64 @@ _FOLDER_FILES = (
     'model.safetensors.index.json',
     'pytorch_model.bin',
     'pytorch_model.bin.index.json',
+    'flax_model.msgpack',
 )
 # A file beside the index, no path.
 _SHARD_NAME = re.compile(r'\w[\w.+-]{0,199}', re.A)
 _MAX_SHARDS = 1000
-# What wrappers (DistributedDataParallel, torch.compile) put in front of every name.
-_WRAPPERS = re.compile(r'^(?:module\.|_orig_mod\.)+')
+# Beginnings of files that hold weights, or once did, in forms that are not read here.
+_OTHER_KINDS = {
+    b'\x89HDF': 'an HDF5 file (.h5, of Keras or TensorFlow); save the model for PyTorch, or as '
+    '.safetensors',
+    b'GGUF': 'a GGUF file (of llama.cpp); use the weights that it was made from',
+    b'\x1f\x8b': 'compressed with gzip; unpack it (gunzip)',
+    b'\x93NUMPY': 'a single NumPy array; a checkpoint is a .npz file of all arrays',
+    b'version https://git-lfs': 'a pointer of Git LFS, not the file itself; git lfs pull gets it',
+}
+_FOLDERS = {
+    'adapter_config.json': 'an adapter (LoRA), which changes the weights of another model; merge '
+    'it into that model (merge_and_unload of PEFT) and save the whole',
+    'open_clip_config.json': 'a model of open_clip; load it there and save the image tower for '
+    'timm or Hugging Face',
+    'saved_model.pb': "TensorFlow's SavedModel; save the model for PyTorch, or as .safetensors",
+    'tf_model.h5': 'TensorFlow weights alone; save the model for PyTorch, or as .safetensors',
+    '_CHECKPOINT_METADATA': 'an Orbax checkpoint; of a run, the model is in WORKDIR/model',
+}
 
 
-def open_tensors(path: pathlib.Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
+def open_tensors(
+    path: pathlib.Path,
+) -> tuple[dict[str, LazyArray], dict[str, str], list[str]]:
     """Lists the tensors of a file; they are read later, one by one.
 
     Args:
         path: a `.safetensors` file or a PyTorch checkpoint.
 
     Returns:
-        (name -> array, the metadata of a safetensors file).
+        (name -> array, the metadata of a safetensors file, what was done: a sentence each).
 
     Raises:
         UserError: not such a file, damaged, or holding something that is not a weight.
     """
-    metadata: dict[str, str] = {}
-    if kind(path) == 'safetensors':
-        arrays, metadata = _open_safetensors(path)
-    else:
-        arrays = pytorch.open_file(path)
-    if all(_WRAPPERS.match(name) for name in arrays):
-        arrays = {_WRAPPERS.sub('', name): array for name, array in arrays.items()}
-    return arrays, metadata
+    what = kind(path)
+    if what == 'safetensors':
+        return *_open_safetensors(path), []
+    if what == 'msgpack':
+        return flax_msgpack.open_file(path), {}, []
+    arrays, notes = pytorch.open_file(path)
+    return arrays, {}, notes
 
 
 def kind(path: pathlib.Path) -> str:
-    """'npz', 'safetensors' or 'pickle' (PyTorch): by the content; by the name if that is damaged.
+    """'npz', 'safetensors', 'pickle' (PyTorch) or 'msgpack' (Flax): by the content.
+
+    By the name if that is damaged.
 
     Args:
         path: an existing file, whatever its name.
+
+    Raises:
+        UserError: it is of another kind, which is named.
     """
     if archives.is_zip(path):
         try:
@@ -68,17 +91,43 @@ def kind(path: pathlib.Path) -> str:
             raise
         except Exception:  # zipfile raises nearly anything for damage; reading it will name it
             return 'pickle' if path.suffix in _PICKLES else 'npz'
+        if any(name.endswith('/constants.pkl') for name in names):
+            raise UserError(
+                f'{path} is a TorchScript program; save its weights: '
+                'torch.save(torch.jit.load(FILE).state_dict(), ...)'
+            )
+        if 'model.weights.h5' in names:
+            raise UserError(f'{path} is a Keras model; save it for PyTorch, or as .safetensors')
         return 'pickle' if any(name.lower().endswith('data.pkl') for name in names) else 'npz'
     try:
         with open(path, 'rb') as f:
-            start = f.read(10)
+            start = f.read(32)
     except OSError as e:
         raise UserError(f'cannot read {path}: {e}') from e
+    for magic, words in _OTHER_KINDS.items():
+        if start.startswith(magic):
+            raise UserError(f'{path} is {words}')
+    if path.suffix == '.onnx':
+        raise UserError(
+            f'{path} is an ONNX file, which predict and evaluate run; what reads weights needs '
+            'those that it was made from'
+        )
+    if path.suffix == '.msgpack':
+        return 'msgpack'
     if start[8:9] == b'{' or path.suffix == '.safetensors':
         return 'safetensors'
     if start[:1] == b'\x80' or path.suffix in _PICKLES:
         return 'pickle'
     return 'npz'
+
+
+def check_folder(folder: pathlib.Path) -> None:
+    """Raises `UserError` for a folder of another kind, which is named."""
+    if any((folder / name).is_file() for name in _FOLDER_FILES):
+        return
+    for name, words in _FOLDERS.items():
+        if (folder / name).is_file():
+            raise UserError(f'{folder} is {words}')
 
 
 def find_in_folder(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -87,6 +136,7 @@ def find_in_folder(folder: pathlib.Path) -> list[pathlib.Path]:
     Raises:
         UserError: there is none, or a shard is missing.
     """
+    check_folder(folder)
     for name in _FOLDER_FILES:
         file = folder / name
         if not file.is_file():
@@ -156,6 +206,8 @@ def _open_safetensors(path: pathlib.Path) -> tuple[dict[str, LazyArray], dict[st
 
     arrays = {}
     for name, (shape, dtype) in shapes.items():
+        if state_dicts.BUFFERS.fullmatch(name):
+            continue
         stored = {'BF16': 'bfloat16'}.get(dtype, dtype.replace('F', 'float'))
         read = functools.partial(file.get_tensor, name)
         arrays[name] = from_file(path, name, shape, stored, read)
