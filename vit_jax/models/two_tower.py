@@ -5,7 +5,6 @@ LiT, "Zero-Shot Transfer with Locked-image text Tuning": https://arxiv.org/abs/2
 Shapes: B images, T texts, L tokens of a text, C size of the embeddings.
 """
 
-import math
 from typing import Any
 
 import flax.linen as nn
@@ -66,9 +65,8 @@ class LitModel(nn.Module):
         Returns:
           zimg, the embeddings of the images [B, C], of length 1, or None; ztxt, those of the texts
           [T, C], or None; and `out`, a dict with `t` [1], the temperature that logits are
-          multiplied with; `t/parameter` [1], its logarithm; `img/norm` [B, 1] and `txt/norm`
-          [T, 1], the lengths before they were made 1, and `img/normalized` and `txt/normalized`,
-          zimg and ztxt.
+          multiplied with; `img/norm` [B, 1] and `txt/norm` [T, 1], the lengths before they were
+          made 1; `img/normalized` and `txt/normalized`, zimg and ztxt.
 
         Raises:
           ValueError: an unknown text tower; images or tokens of another shape.
@@ -90,10 +88,7 @@ class LitModel(nn.Module):
                 **{'dtype': self.dtype, **self.image, 'num_classes': sizes[0] or 0}, name='img'
             )
             zimg = _normalize(image_tower(images, train=train), 'img', out)
-        # At 10, as in big_vision's configs of LiT.
-        start = nn.initializers.constant(math.log(10.0))
-        out['t/parameter'] = self.param('t', start, (1,), jnp.float32)
-        out['t'] = jnp.exp(out['t/parameter'])
+        out['t'] = jnp.exp(self.param('t', nn.initializers.zeros, (1,), jnp.float32))
         return zimg, ztxt, out
 
 

@@ -1,0 +1,181 @@
+"""Texts to token ids, as the original release's tokenizers give them, without TensorFlow.
+
+T texts become int32 [T, max_len].
+"""
+
+import dataclasses
+import os
+import re
+import unicodedata
+from collections.abc import Sequence
+
+import numpy as np
+
+from vit_jax import files
+from vit_jax.errors import UserError, extra
+
+_MAX_WORD_BYTES = 100  # of a word that TensorFlow Text looks up; a longer one is unknown
+# Unicode's property Default_Ignorable_Code_Point, which Python's tables lack.
+_IGNORED = re.compile(
+    '[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f'
+    '\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a'
+    '\U000e0000-\U000e0fff]'
+)
+# What BERT makes words of their own: ASCII's symbols, and the characters of Chinese.
+_ALONE = re.compile(
+    '[!-/:-@\\[-`{-~\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df'
+    '\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]'
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class BertTokenizer:
+    """BERT's word pieces in lower case, with the class token in front, padded with zeros.
+
+    The ids are those of TensorFlow Text 2.21 (`BertTokenizer(lower_case=True)`): case is folded as
+    Unicode's NFKC_Casefold does, marks are removed, special tokens inside a text are plain text.
+
+    Attributes:
+      vocab_path: a text file in UTF-8, a token in each line, with `[CLS]`.
+      max_len: length of the token ids; longer texts are cut.
+      cls_token: the id of the class token.
+      unknown_token: the id of `[UNK]`; the size of the vocabulary where there is none.
+    """
+
+    vocab_path: str | os.PathLike[str]
+    max_len: int
+    cls_token: int = dataclasses.field(init=False)
+    unknown_token: int = dataclasses.field(init=False)
+    _ids: dict[str, int] = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Reads the vocabulary.
+
+        Raises:
+          UserError: it cannot be read, has a token twice, or lacks `[CLS]`.
+        """
+        tokens = _read(self.vocab_path).decode('utf-8', 'replace').removesuffix('\n').split('\n')
+        ids = {token.removesuffix('\r'): index for index, token in enumerate(tokens)}
+        if len(ids) < len(tokens) or '[CLS]' not in ids:
+            what = 'has a token twice' if len(ids) < len(tokens) else 'has no [CLS]'
+            raise UserError(
+                f'{self.vocab_path} {what}; expected a vocabulary of BERT, a token in each line'
+            )
+        object.__setattr__(self, '_ids', ids)
+        object.__setattr__(self, 'cls_token', ids['[CLS]'])
+        object.__setattr__(self, 'unknown_token', ids.get('[UNK]', len(ids)))
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """Token ids, int32 [T, max_len]."""
+        out = np.zeros((len(texts), self.max_len), np.int32)
+        for row, text in zip(out, texts, strict=True):
+            ids = [self.cls_token]
+            for word in split_words(text):
+                ids += self._pieces(word)
+                if len(ids) >= self.max_len:
+                    break
+            row[: len(ids)] = ids[: self.max_len]
+        return out
+
+    def _pieces(self, word: str) -> list[int]:
+        """The longest piece of the vocabulary first, then the longest of the rest, and so on."""
+        if len(word.encode('utf-8', 'surrogatepass')) > _MAX_WORD_BYTES:
+            return [self.unknown_token]
+        ids: list[int] = []
+        start = 0
+        while start < len(word):
+            prefix = '##' if start else ''
+            ends = range(len(word), start, -1)
+            end = next((end for end in ends if prefix + word[start:end] in self._ids), 0)
+            if not end:
+                return [self.unknown_token]
+            ids.append(self._ids[prefix + word[start:end]])
+            start = end
+        return ids
+
+
+def split_words(text: str) -> list[str]:
+    """The words that BERT looks up: folded, without marks, split at spaces and punctuation."""
+    text = unicodedata.normalize('NFD', _fold_case(text))
+    words = ['']
+    for character in text:
+        category = unicodedata.category(character)
+        if category == 'Mn':
+            continue
+        if category in ('Cc', 'Cf') or character == ' ':
+            words.append('')
+        elif category[0] == 'P' or _ALONE.match(character):
+            words += [character, '']
+        else:
+            words[-1] += character
+    return [word for word in words if word]
+
+
+def _fold_case(text: str) -> str:
+    """Unicode's NFKC_Casefold (The Unicode Standard, section 3.13)."""
+    folded = unicodedata.normalize('NFD', text)
+    while True:
+        once = unicodedata.normalize('NFKC', _IGNORED.sub('', folded.casefold()))
+        if once == folded:
+            return once
+        folded = once
+
+
+@dataclasses.dataclass(frozen=True)
+class SentencepieceTokenizer:
+    """SentencePiece, padded with the token that ends a text; the last token is always that one.
+
+    Attributes:
+      vocab_path: a model file of SentencePiece that has `</s>`.
+      max_len: length of the token ids; longer texts are cut.
+    """
+
+    vocab_path: str | os.PathLike[str]
+    max_len: int
+    _processor: object = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Reads the model.
+
+        Raises:
+          UserError: it cannot be read, or has no `</s>`.
+          MissingPackageError: the package sentencepiece is not installed.
+        """
+        with extra('text'):
+            import sentencepiece
+        try:
+            processor = sentencepiece.SentencePieceProcessor(model_proto=_read(self.vocab_path))
+        except RuntimeError as error:
+            raise UserError(f'{self.vocab_path} is not a model of SentencePiece') from error
+        if processor.eos_id() < 0:
+            raise UserError(f'{self.vocab_path} has no token that ends a text, </s>')
+        object.__setattr__(self, '_processor', processor)
+
+    @property
+    def eos_token(self) -> int:
+        """The token that ends a text."""
+        return self._processor.eos_id()
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """Token ids, int32 [T, max_len]."""
+        out = np.full((len(texts), self.max_len), self.eos_token, np.int32)
+        for row, text in zip(out, texts, strict=True):
+            ids = self._processor.encode(text)[: self.max_len - 1]
+            row[: len(ids)] = ids
+        return out
+
+
+TOKENIZERS = {'bert': BertTokenizer, 'sentencepiece': SentencepieceTokenizer}
+
+
+def _read(path: str | os.PathLike[str]) -> bytes:
+    """All of a vocabulary.
+
+    Raises:
+      UserError: there is no such file.
+    """
+    path = files.expand(path)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f'the vocabulary {path} cannot be read ({error.strerror})') from error
