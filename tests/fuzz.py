@@ -5,16 +5,19 @@
 
 Small real files (made by this package's own writers, and photos and released formats from the
 fixtures) are damaged: bits, cuts, insertions, repeated and exchanged parts, and the fields of their
-formats (numbers in headers, names, JSON values, pickle opcodes, PNG chunks). Each is read in a
-process with 1.5 GB of memory beyond what it started with, within 20 s. The outcome must be success
-or `UserError`. Faults are: any other exception, no memory, no end, a crash, a file opened outside
-the case's own folder, a child process, an unpickled object, a connection to another machine. Exit
-code 1 if there are any.
+formats (numbers in headers, names, JSON values, pickle opcodes, chunks, tags and scans of images,
+ends of archives, answers of servers). Each is read in a process with 1.5 GB of memory beyond what
+it started with, within 20 s. The outcome must be success or `UserError`. Faults are: any other
+exception, no end, a crash, a file opened or changed outside the case's own folder, a child process,
+an unpickled object, a connection to another machine, and more memory or CPU time than
+`fuzzing.readers.limits` allows the reader for what it reads. The table shows the most that a case
+took of both. Exit code 1 if there are any faults.
 """
 
 import argparse
 import collections
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -68,6 +71,7 @@ def run(corpus: pathlib.Path, options: argparse.Namespace) -> int:
         for begin in range(0, share + (place < rest), 200)
     )
     faults, start, done, shown = [], time.monotonic(), 0, 0.0
+    most = dict.fromkeys(names, (0, 0.0))
     workers = [first] + [Worker(corpus, options.seed) for _ in range(1, options.jobs)]
     while todo or any(worker.case < worker.end for worker in workers):
         for worker in workers:
@@ -77,6 +81,8 @@ def run(corpus: pathlib.Path, options: argparse.Namespace) -> int:
                 continue
             done += 1
             counts[worker.name][result['outcome']] += 1
+            memory, cpu = most[worker.name]
+            most[worker.name] = max(memory, result['memory']), max(cpu, result['cpu'])
             if result['outcome'].startswith('FAULT'):
                 faults.append((worker.name, result))
                 where = f'{worker.name} case {result["case"]}'
@@ -89,21 +95,22 @@ def run(corpus: pathlib.Path, options: argparse.Namespace) -> int:
             print(line, end='', file=sys.stderr)
     for worker in workers:
         worker.stop()
-    report(counts, faults, options, time.monotonic() - start)
+    report(counts, most, faults, options, time.monotonic() - start)
     return int(bool(faults))
 
 
-def report(counts, faults, options, seconds: float) -> None:
+def report(counts, most, faults, options, seconds: float) -> None:
     """Prints the table of outcomes and how to see each fault again."""
     kinds = sorted({kind for counter in counts.values() for kind in counter if 'FAULT' not in kind})
-    print(
-        f'{"reader":14}{"cases":>7}' + ''.join(f'{kind:>16}' for kind in kinds) + f'{"faults":>8}'
-    )
+    shown = ''.join(f'{kind:>16}' for kind in kinds)
+    print(f'{"reader":14}{"cases":>7}{shown}{"MiB":>8}{"CPU s":>8}{"faults":>8}')
     total = collections.Counter()
+    most['all'] = tuple(max(values) for values in zip(*most.values(), strict=True))
     for name, counter in [*counts.items(), ('all', total)]:
         wrong = sum(n for kind, n in counter.items() if kind.startswith('FAULT'))
         cells = ''.join(f'{counter[kind]:>16,}' for kind in kinds)
-        print(f'{name:14}{counter.total():>7,}{cells}{wrong:>8,}')
+        memory, cpu = most[name]
+        print(f'{name:14}{counter.total():>7,}{cells}{memory / 2**20:>8,.0f}{cpu:>8.2f}{wrong:>8,}')
         total.update(counter if name != 'all' else {})
     speed = f'{total.total() / seconds:.1f} a second'
     print(f'{total.total():,} cases in {seconds:.0f} s, {speed}, seed {options.seed}')
@@ -147,7 +154,8 @@ class Worker:
         self._process.kill()  # it hangs where no signal reaches it, or is dead already
         outcome = f'FAULT process ended with {self._process.wait()}'
         self._errors.seek(0)
-        result = {'case': self.case, 'outcome': outcome, 'detail': self._errors.read()[-1500:]}
+        detail = self._errors.read()[-1500:]
+        result = {'case': self.case, 'outcome': outcome, 'detail': detail, 'memory': 0, 'cpu': 0.0}
         self.stop()
         self._launch()
         self.case += 1
@@ -226,10 +234,12 @@ def run_case(corpus, seed: int, reader: str, case: int, show: bool = False) -> d
     folder = pathlib.Path(tempfile.mkdtemp(prefix='case-', dir=corpus.parent))
     try:
         read = readers.prepare_case(reader, rng, corpus, folder)
-        outcome, detail = guard.watched(read, (folder, corpus), SECONDS, reader != 'texts', show)
+        limits = functools.partial(readers.limits, reader, folder)
+        outcome = guard.watched(read, (folder, corpus), SECONDS, reader != 'texts', limits, show)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return {'case': case, 'outcome': outcome, 'detail': detail}
+    result = {'case': case, 'outcome': outcome.text, 'detail': outcome.detail}
+    return result | {'memory': outcome.memory, 'cpu': outcome.cpu}
 
 
 if __name__ == '__main__':

@@ -26,7 +26,7 @@ def test_damaged_files_end_in_named_errors():
 
 
 WATCHED = """
-import json, pathlib, subprocess, sys, time
+import json, os, pathlib, subprocess, sys, time
 sys.path[:0] = [{tests!r}, {root!r}]
 from fuzzing import guard
 from vit_jax.errors import UserError
@@ -41,12 +41,19 @@ def child(): subprocess.run(['true'])
 def unpickled():
     import pickle; pickle.loads(b'cos\\ngetcwd\\n(tR.')
 def memory(): bytearray(10**10)
+def change(): os.rename({here!r} + '/a', {root!r} + '/../a')
+def much(): bytes(b'x' * (60 << 20))
+def busy():
+    end = time.process_time() + 0.2
+    while time.process_time() < end: pass
 
 guard.limit_memory(100 << 20)
 here = pathlib.Path({here!r})
 print(json.dumps({{
-    read.__name__: guard.watched(read, (here,), 1, True)[0]
-    for read in (user_error, other, endless, escape, write, child, unpickled, memory)
+    read.__name__: guard.watched(read, (here,), 3, True, lambda: (40 << 20, 0.1)).text
+    for read in (
+        user_error, other, endless, escape, write, child, unpickled, memory, change, much, busy,
+    )
 }}))
 """
 
@@ -62,7 +69,8 @@ def test_the_watch_notices_every_kind_of_fault(tmp_path):
     expected = {
         'other': 'FAULT KeyError', 'endless': 'FAULT no end', 'memory': 'FAULT MemoryError',
         'escape': "FAULT open '/etc/passwd'", 'write': 'FAULT open', 'child': 'FAULT subprocess',
-        'unpickled': 'FAULT pickle.find_class',
+        'unpickled': 'FAULT pickle.find_class', 'change': 'FAULT os.rename', 'much': 'FAULT memory',
+        'busy': 'FAULT time',
     }  # fmt: skip
     assert outcomes.keys() == expected.keys()
     for name, outcome in expected.items():

@@ -178,7 +178,11 @@ def _make_images(folder: pathlib.Path) -> None:
         ('animated.gif', picture.convert('P'), 'GIF', {'save_all': True}),
         ('page.tiff', picture, 'TIFF', {'compression': 'tiff_lzw'}),
         ('icon.ico', picture, 'ICO', {}),
+        ('tiles.tiff', picture, 'TIFF', {'compression': 'tiff_adobe_deflate', 'exif': exif}),
+        ('plain.tiff', picture.convert('L'), 'TIFF', {}),
         ('long.jp2', picture, 'JPEG2000', {}),
+        ('photo.avif', picture, 'AVIF', {}),
+        ('map.ppm', picture, 'PPM', {}),
     ):
         data = io.BytesIO()
         image.save(data, format, **options)

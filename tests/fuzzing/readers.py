@@ -1,5 +1,6 @@
 """Who reads files from outside: how a file for them is damaged, and how it is read."""
 
+import io
 import json
 import os
 import pathlib
@@ -8,11 +9,13 @@ import shutil
 from collections.abc import Callable
 
 import numpy as np
+import simplejpeg
+from PIL import Image
 
 from fuzzing import corpus as corpus_lib
-from fuzzing import mutate
+from fuzzing import downloads, mutate, mutate_images
 from vit_jax.checkpoint import catalog, formats, inspection
-from vit_jax.data import folders, sources, tfds_sets
+from vit_jax.data import folders, image_files, sources, tfds_sets
 from vit_jax.data.batches import eval_batches
 from vit_jax.data.dataset import Dataset
 from vit_jax.data.decode import BadImageError, decode
@@ -42,7 +45,7 @@ def _write(rng, source: pathlib.Path, case: pathlib.Path, special: Callable) -> 
     else:
         data = special(rng, data)
     name = source.name
-    if rng.random() < 0.05:  # a file under another's name
+    if rng.random() < 0.15:  # a file under another's name
         name = 'x' + rng.choice(('.npz', '.safetensors', '.pth', '.bin', '.jpg', '.png', ''))
     (case / name).write_bytes(data)
     return case / name
@@ -137,14 +140,21 @@ def _read_all(dataset: Dataset) -> None:
 
 def _images(rng, corpus, case) -> Read:
     source = _pick(rng, corpus / 'images')
-    special = {'.png': mutate.damage_png, '.jpg': mutate.damage_jpeg}.get(
-        source.suffix, mutate.damage
-    )
+
+    def special(rng, data):
+        return mutate_images.damage_image(rng, source.suffix, data)
+
     path = _write(rng, source, case, special)
-    exif = rng.random() < 0.5
+    exif, opened = rng.random() < 0.5, rng.random() < 0.1
 
     def read():
-        pixels = decode(path.read_bytes(), key=str(path), exif=exif)
+        image = path.read_bytes()
+        if opened:  # by somebody else, who has images of his own
+            try:
+                image = Image.open(io.BytesIO(image), formats=image_files.FORMATS)
+            except Exception:  # Pillow's, and not our concern
+                return
+        pixels = decode(image, key=str(path), exif=exif)
         assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
         out = CROP.train(pixels, np.random.default_rng(0))
         assert np.isfinite(out).all()
@@ -186,6 +196,10 @@ def _image_folders(rng, corpus, case) -> Read:
                 file.truncate(1 << 42)
     root.mkdir(exist_ok=True)
     return lambda: _read_all(folders.open_folder(root, 'photos'))
+
+
+def _downloads(rng, corpus, case) -> Read:
+    return downloads.prepare(rng, case)
 
 
 def _index(rng, corpus, case) -> Read:
@@ -251,8 +265,40 @@ READERS: dict[str, Callable[[random.Random, pathlib.Path, pathlib.Path], Read]] 
     'images': _images,
     'image_folders': _image_folders,
     'index': _index,
+    'downloads': _downloads,
     'texts': _texts,
 }
+
+
+MIB = 1 << 20
+
+
+def limits(reader: str, case: pathlib.Path) -> tuple[int, float]:
+    """What reading a case may take: (bytes of memory, CPU seconds); see docs/guarantees.md.
+
+    Args:
+      reader: its name.
+      case: its folder, for the sizes of files and what images declare.
+    """
+    sizes = [path.lstat().st_size for path in case.rglob('*') if not path.is_symlink()]
+    stored = sum(size for size in sizes if size < 64 * MIB)  # of larger ones no case writes a byte
+    if reader != 'images':
+        return 192 * MIB + 32 * stored, 5 + stored / MIB
+    (path,) = case.iterdir()
+    pixels = declared_pixels(path.read_bytes())
+    return 64 * MIB + 24 * pixels, 5 * max(1.0, pixels / 25e6)
+
+
+def declared_pixels(data: bytes) -> int:
+    """Height times width, by the header of an image; 0 of what is none."""
+    try:
+        if data[:2] == b'\xff\xd8':
+            height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+        else:
+            width, height = Image.open(io.BytesIO(data), formats=image_files.FORMATS).size
+    except Exception:  # nearly anything, of what is damaged
+        return 0
+    return height * width
 
 
 def available(corpus: pathlib.Path) -> list[str]:
