@@ -78,11 +78,18 @@ def get_defaults() -> ml_collections.ConfigDict:
     # Micro-batches into which a device splits its share, to save memory. 0 or 1: no splitting.
     config.accum_steps = 8
     config.total_steps = 500
-    # Linear from 0 to base_lr, then cosine to 0 or linear to 1e-5. Where total_steps is set without
-    # it (--config.total_steps=50), the same share of them: 10 of 50 for 100 of 500.
+    # In place of total_steps: passes over the training set, or images. 0: not in place of it.
+    config.epochs = 0.0
+    config.total_examples = 0
+    # Linear from 0 to base_lr. Where the duration is set without it (--config.total_steps=50), the
+    # same share of it: 10 of 50 for 100 of 500.
     config.warmup_steps = 100
     config.base_lr = 0.03
+    # After warm-up: 'cosine' to 0, 'linear' to 1e-5, 'rsqrt' (1 / sqrt(1 + steps / timescale)) or
+    # 'constant'; and times a linear fall to 0 over the last `cooldown_steps`.
     config.decay_type = 'cosine'
+    config.cooldown_steps = 0
+    config.rsqrt_timescale = 10_000
     # Largest global norm of the gradient. 0: no clipping.
     config.grad_norm_clip = 1.0
     # 'sgd' (with this momentum) or 'adamw'.

@@ -173,6 +173,43 @@ def test_a_warm_up_that_was_not_set_is_the_same_share_of_the_steps(name, changes
     assert (config.total_steps, config.warmup_steps) == (steps, warmup)
 
 
+@pytest.mark.parametrize(
+    ('name', 'changes', 'steps', 'warmup'),
+    [
+        ('b16', {'total_examples': 51_200}, 100, 20),  # as 100 of 500
+        ('b16', {'total_examples': 51_200, 'warmup_steps': 7}, 100, 7),
+        ('b16', {'total_examples': 1}, 1, 0),
+        ('b16', {'epochs': 10.0}, 20, 4),  # of 1,000 images
+        ('b16', {'epochs': 10.0, 'dataset': 'cifar10'}, 20, 1),  # as 500 of 10,000
+        ('b16', {'epochs': 10.0, 'warmup_steps': 7}, 20, 7),
+        ('b16', {'epochs': 10.0, 'batch': 64}, 156, 31),
+        ('digits', {'epochs': 0.5, 'batch': 100}, 5, 0),  # a flag beats the file's steps
+        ('digits', {'epochs': 0.0}, 600, 60),
+    ],
+)
+def test_durations_in_examples_and_epochs(name, changes, steps, warmup):
+    config = load(name, **changes)
+    config_lib.set_epochs(config, 1_000)
+    assert (config.total_steps, config.warmup_steps) == (steps, warmup)
+    config_lib.set_epochs(config, 1_000)  # again, as a second run with the same config does
+    assert (config.total_steps, config.warmup_steps) == (steps, warmup)
+
+
+def test_the_stronger_layer_says_how_long_to_train():
+    config = importlib.import_module('vit_jax.configs.b16').get_config()
+    config.epochs = 90.0  # a file's
+    assert config_lib.resolve(config).epochs == 90
+    config.total_steps = 7  # and a flag's
+    resolved = config_lib.resolve(config, ['total_steps'])
+    assert (resolved.total_steps, resolved.epochs) == (7, 0)
+    with pytest.raises(UserError, match='total_steps=7 and config.epochs=90.0 both say'):
+        config_lib.resolve(config)
+    with pytest.raises(UserError, match='both say how long'):
+        load('b16', epochs=3.0, total_examples=4)
+    with pytest.raises(UserError, match='warmup_steps=30 leaves nothing'):
+        config_lib.set_epochs(load('b16', epochs=10.0, warmup_steps=30), 1_000)
+
+
 def test_resolving_leaves_the_file_untouched_and_locks():
     config = importlib.import_module('vit_jax.configs.b16').get_config()
     resolved = config_lib.resolve(config)
@@ -214,7 +251,7 @@ def test_resize_alone_asks_for_random_crops():
         ({'pp__crop': 225}, 'not a multiple of the patch size 16: use --config.pp.crop=224 or 240'),
         ({'pp__crop': 5}, 'use --config.pp.crop=16'),
         ({'optimizer': 'adam'}, "'adam' is not one of 'sgd', 'adamw'"),
-        ({'decay_type': 'step'}, "'step' is not one of 'cosine', 'linear'"),
+        ({'decay_type': 'step'}, "'step' is not one of 'cosine', 'linear', 'rsqrt', 'constant'"),
         ({'dtype': 'float16'}, "is not one of '', 'float32', 'bfloat16'"),
         ({'batch': 0}, 'config.batch=0 must be at least 1'),
         ({'base_lr': float('nan')}, 'config.base_lr=nan must be at least 0'),
@@ -226,6 +263,11 @@ def test_resize_alone_asks_for_random_crops():
         (
             {'total_steps': 100, 'warmup_steps': 100},
             'warmup_steps=100 leaves nothing .* use --config.warmup_steps=10',
+        ),
+        ({'total_steps': 0}, 'config.total_steps=0 must be at least 1'),
+        (
+            {'total_steps': 100, 'cooldown_steps': 81},
+            'more than config.total_steps=100: use --config.cooldown_steps=16',
         ),
         ({'pp__resize': 256, 'pp__inception_crop': True}, 'drop one of them'),
         ({'pp__resize': 200}, 'at least pp.crop=224'),

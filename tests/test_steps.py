@@ -500,15 +500,3 @@ def test_adamw_and_weight_decay_are_optax_on_kernels_only():
     updates = first_update(tx, grads, params)
     np.testing.assert_allclose(updates['head']['kernel'], -0.01 * (0.1 + 0.5), rtol=1e-6)
     np.testing.assert_allclose(updates['head']['bias'], -0.01 * 0.1, rtol=1e-6)
-
-
-@pytest.mark.parametrize('decay_type', ['cosine', 'linear'])
-def test_schedule(decay_type):
-    schedule = optim.create_learning_rate_schedule(100, 0.03, decay_type, 10)
-    rates = np.asarray(jax.jit(jax.vmap(schedule))(np.arange(101)))
-    assert rates[0] == 0 and rates[5] == pytest.approx(0.015, rel=1e-5)
-    assert rates[10] == pytest.approx(0.03)
-    middle, end = (0.015, 0.0) if decay_type == 'cosine' else (0.015005, 1e-5)
-    assert rates[55] == pytest.approx(middle, rel=1e-4)
-    assert rates[100] == pytest.approx(end, abs=1e-9)
-    assert (np.diff(rates[10:]) < 0).all()

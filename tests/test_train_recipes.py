@@ -12,7 +12,14 @@ from vit_jax.configs import digits
 RNG = np.random.RandomState(0)
 PIXELS = RNG.randint(0, 256, (40, 16, 16, 3)).astype(np.uint8)
 LABELS = RNG.randint(0, 3, 40)
-RECIPE = {'loss': 'sigmoid', 'label_smoothing': 0.1, 'class_weights': 'balanced'}
+RECIPE = {
+    'epochs': 1.6,
+    'decay_type': 'rsqrt',
+    'cooldown_steps': 2,
+    'loss': 'sigmoid',
+    'label_smoothing': 0.1,
+    'class_weights': 'balanced',
+}
 
 
 def make_config(**changes) -> ml_collections.ConfigDict:
@@ -20,11 +27,11 @@ def make_config(**changes) -> ml_collections.ConfigDict:
     config.model.hidden_size = 16
     config.model.transformer.update(mlp_dim=32, num_heads=2, num_layers=2, dropout_rate=0.0)
     config.pp.crop, config.pp.resize, config.model.patches.size = 16, 0, (8, 8)
-    config.batch, config.batch_eval, config.total_steps, config.warmup_steps = 8, 8, 6, 2
+    config.batch, config.batch_eval, config.warmup_steps = 8, 8, 2
     config.progress_every, config.eval_every, config.checkpoint_every = 1, 2, 2
     config.compile_cache, config.report = '', False
     config.update_from_flattened_dict(changes)
-    return config_lib.resolve(config)
+    return config_lib.resolve(config, changes)
 
 
 def run(config, workdir, callbacks=()):
@@ -55,3 +62,9 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(finished, tmp_path):
     again = jax.device_get(run(config, workdir))
     jax.tree.map(np.testing.assert_array_equal, again, params)
     assert (workdir / 'metrics.jsonl').read_bytes() == (whole / 'metrics.jsonl').read_bytes()
+
+
+def test_a_finished_run_of_epochs_started_again_does_nothing(finished, capsys):
+    workdir, _ = finished
+    assert run(make_config(**RECIPE), workdir) is None
+    assert 'this run is finished (6 steps)' in capsys.readouterr().out

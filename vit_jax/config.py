@@ -22,9 +22,10 @@ from vit_jax.models.attention import ATTENTION_IMPLEMENTATIONS
 from vit_jax.models.layers import REMAT_POLICIES
 from vit_jax.models.resnet import GROUPS
 
+DURATIONS = ('total_steps', 'epochs', 'total_examples')
 WEIGHT_KEYS = ('pretrained', 'model_or_filename', 'pretrained_dir')  # strongest first
 _CHOICES = {
-    'decay_type': ('cosine', 'linear'),
+    'decay_type': ('cosine', 'linear', 'rsqrt', 'constant'),
     'optimizer': ('sgd', 'adamw'),
     'optim_dtype': ('bfloat16', 'float32'),
     'dtype': ('', 'float32', 'bfloat16'),
@@ -34,12 +35,13 @@ _CHOICES = {
     'loss': ('softmax', 'sigmoid'),
 }
 _AT_LEAST_ONE = (
-    'batch', 'batch_eval', 'total_steps', 'progress_every', 'eval_every', 'checkpoint_every',
-    'keep_checkpoints',
+    'batch', 'batch_eval', 'progress_every', 'eval_every', 'checkpoint_every', 'keep_checkpoints',
+    'rsqrt_timescale',
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    'data_threads', 'cache', 'accum_steps', 'warmup_steps', 'base_lr',
-    'grad_norm_clip', 'momentum', 'weight_decay', 'seed', 'max_unreadable', 'label_smoothing',
+    'data_threads', 'cache', 'accum_steps', 'epochs', 'total_examples', 'warmup_steps',
+    'cooldown_steps', 'base_lr', 'grad_norm_clip', 'momentum', 'weight_decay', 'seed',
+    'max_unreadable', 'label_smoothing',
 )  # fmt: skip
 
 
@@ -68,7 +70,8 @@ def resolve(
         )
     dataset = config.dataset or common.get_defaults().dataset
     resolved = common.get_defaults()
-    warm_up_of = resolved.total_steps  # the number of steps that the warm-up was made for
+    # How long the training is that the warm-up was made for.
+    duration, warm_up_of = 'total_steps', resolved.total_steps
     presets = config.get('dataset_presets', {})
     folder = files.expand(dataset).is_dir()  # may be called as a set is; see `sources.open_dataset`
     for layer in (
@@ -78,10 +81,13 @@ def resolve(
         config,
     ):
         _overlay(resolved, layer)
+        duration = _duration(layer, flags if layer is config else ()) or duration
         if layer.get('warmup_steps') is not None:
-            warm_up_of = resolved.total_steps
-    if resolved.total_steps != warm_up_of:  # set without a warm-up of its own
-        resolved.warmup_steps = resolved.warmup_steps * resolved.total_steps // warm_up_of
+            warm_up_of = resolved.total_steps if duration == 'total_steps' else 0
+    for key in DURATIONS[1:]:
+        if key != duration:
+            resolved[key] = type(resolved[key])(0)
+    total, resolved.total_steps = resolved.total_steps, warm_up_of
     resolved.dataset = dataset
     squash = resolved.pp.eval == 'squash'
     if config.pp.inception_crop is None and resolved.pp.resize and squash:
@@ -94,8 +100,49 @@ def resolve(
         if key != chosen and (chosen, key) != ('model_or_filename', 'pretrained_dir'):
             resolved[key] = ''
     resolved.model = ml_collections.ConfigDict(model.to_dict())
+    if duration == 'total_examples':
+        total = max(1, round(resolved.total_examples / max(1, resolved.batch)))
+    if duration != 'epochs':
+        _set_steps(resolved, total)
     _check(resolved)
     return resolved.lock()
+
+
+def set_epochs(config: ml_collections.ConfigDict, examples: int) -> None:
+    """Fills in `total_steps`, and the warm-up that goes with it, if the config gives epochs.
+
+    Args:
+      config: resolved; changed.
+      examples: in the training set.
+
+    Raises:
+      UserError: warm-up and cool-down leave nothing of so few steps.
+    """
+    if config.epochs:
+        with config.unlocked():
+            _set_steps(config, max(1, round(config.epochs * examples / config.batch)))
+        _check_schedule(config)
+
+
+def _set_steps(config: ml_collections.ConfigDict, total: int) -> None:
+    """`total_steps`, which until now are those that the warm-up was made for; 0: for any."""
+    if config.total_steps:
+        config.warmup_steps = config.warmup_steps * total // config.total_steps
+    config.total_steps = total
+
+
+def _duration(layer: Mapping[str, Any], flags: Iterable[str]) -> str:
+    """Which of `DURATIONS` a layer sets, a flag before a file; empty for none.
+
+    Raises:
+      UserError: several.
+    """
+    given = [key for key in DURATIONS if layer.get(key)]
+    given = [key for key in given if key in set(flags)] or given
+    if len(given) > 1:
+        values = ' and '.join(f'config.{key}={layer[key]}' for key in given)
+        raise UserError(f'{values} both say how long to train: leave out one of them')
+    return given[0] if given else ''
 
 
 def choose_weights(config: ml_collections.ConfigDict, flags: Iterable[str] = ()) -> str:
@@ -224,12 +271,8 @@ def _check(config: ml_collections.ConfigDict) -> None:
             f'config.label_smoothing={config.label_smoothing} leaves nothing of the labels: it is '
             'a share below 1, usually 0.1'
         )
-    if config.warmup_steps >= config.total_steps:
-        raise UserError(
-            f'config.warmup_steps={config.warmup_steps} leaves nothing of '
-            f'config.total_steps={config.total_steps}: '
-            f'use --config.warmup_steps={config.total_steps // 10}, or more steps'
-        )
+    if not config.epochs:
+        _check_schedule(config)
     if config.pp.resize and config.pp.inception_crop and config.pp.eval == 'squash':
         raise UserError(
             f'config.pp.resize={config.pp.resize} has no effect with '
@@ -239,6 +282,22 @@ def _check(config: ml_collections.ConfigDict) -> None:
         )
     preprocess_of(config)
     _check_model(config)
+
+
+def _check_schedule(config: ml_collections.ConfigDict) -> None:
+    total, warmup, cooldown = config.total_steps, config.warmup_steps, config.cooldown_steps
+    if total < 1:
+        raise UserError(f'config.total_steps={total} must be at least 1')
+    if warmup >= total:
+        raise UserError(
+            f'config.warmup_steps={warmup} leaves nothing of config.total_steps={total}: '
+            f'use --config.warmup_steps={total // 10}, or more steps'
+        )
+    if warmup + cooldown > total:
+        raise UserError(
+            f'config.cooldown_steps={cooldown} and config.warmup_steps={warmup} are more than '
+            f'config.total_steps={total}: use --config.cooldown_steps={(total - warmup) // 5}'
+        )
 
 
 def _check_model(config: ml_collections.ConfigDict) -> None:

@@ -73,7 +73,10 @@ _RETIRED = {
 # What other libraries call our settings.
 _ELSEWHERE = {
     '--config.base_lr': 'lr learning_rate',
-    '--config.total_steps': 'epochs num_epochs num_train_epochs steps max_steps num_steps',
+    '--config.total_steps': 'steps max_steps num_steps',
+    '--config.epochs': 'epochs num_epochs num_train_epochs',
+    '--config.label_smoothing': 'smoothing',
+    '--config.cooldown_steps': 'cooldown cooldown_epochs',
     '--config.batch': 'batch_size bs train_batch_size per_device_train_batch_size',
     '--config.batch_eval': 'eval_batch_size per_device_eval_batch_size',
     '--config.pp.crop': 'image_size img_size input_size resolution crop_size',
@@ -258,8 +261,10 @@ def _hint_from_elsewhere(name: str) -> str:
     if name in _RULES:
         return _RULES[name]
     ours = [ours for ours, theirs in _ELSEWHERE.items() if name in theirs.split()]
-    hint = f'it is called {ours[0]} here' if ours else ''
-    return hint + (' (in steps, not epochs)' if 'epochs' in name and ours else '')
+    if not ours:
+        return ''
+    in_steps = ' (in steps, not epochs)' if 'epochs' in name and '_steps' in ours[0] else ''
+    return f'it is called {ours[0]} here{in_steps}'
 
 
 def _knobs(config, prefix='') -> list[str]:

@@ -10,44 +10,80 @@ import optax
 
 
 def create_learning_rate_schedule(
-    total_steps: int, base: float, decay_type: str, warmup_steps: int, linear_end: float = 1e-5
+    total_steps: int,
+    base: float,
+    decay_type: str,
+    warmup_steps: int,
+    linear_end: float = 1e-5,
+    *,
+    cooldown_steps: int = 0,
+    rsqrt_timescale: int = 10_000,
 ) -> optax.Schedule:
-    """The original release's schedule: linear warm-up times cosine or linear decay.
+    """Linear warm-up times decay times linear cool-down.
 
-    With p = clip((step - warmup) / (total - warmup), 0, 1): cosine is base (1 + cos(pi p)) / 2,
-    linear goes from base to `linear_end`; both times min(1, step / warmup).
+    With p = clip((step - warmup) / (total - warmup), 0, 1): 'cosine' is base (1 + cos(pi p)) / 2,
+    'linear' goes from base to `linear_end`, as in the original release. 'rsqrt' is base / sqrt(1 +
+    max(0, step - warmup) / timescale), as in "Scaling Vision Transformers"
+    (https://arxiv.org/abs/2106.04560), 'constant' is base. All times min(1, step / warmup) and
+    min(1, (total - step) / cooldown).
 
     Args:
       total_steps: updates in all.
       base: highest rate.
-      decay_type: 'cosine' or 'linear'.
+      decay_type: 'cosine', 'linear', 'rsqrt' or 'constant'.
       warmup_steps: updates of warm-up, fewer than all.
       linear_end: where linear decay ends.
+      cooldown_steps: updates of cool-down, at most those that the warm-up leaves.
+      rsqrt_timescale: updates of 'rsqrt' decay in which the rate falls to base / sqrt(2).
 
     Returns:
       A function from the number of updates done (int32 scalar) to the rate of the next update
       (float32 scalar). The first update, after 0 steps, has rate 0 if there is a warm-up.
 
     Raises:
-      ValueError: unknown decay_type, or a warm-up that is not shorter than the whole.
+      ValueError: unknown decay_type, a warm-up that is not shorter than the whole, or a cool-down
+        that is longer than the rest.
     """
-    if decay_type not in ('cosine', 'linear'):
-        raise ValueError(f"decay_type {decay_type!r} is neither 'cosine' nor 'linear'")
+    if decay_type not in ('cosine', 'linear', 'rsqrt', 'constant'):
+        raise ValueError(
+            f"decay_type {decay_type!r} is not 'cosine', 'linear', 'rsqrt', 'constant'"
+        )
     if not 0 <= warmup_steps < total_steps:
         raise ValueError(f'warmup_steps {warmup_steps} is not in [0, total_steps {total_steps})')
+    if not 0 <= cooldown_steps <= total_steps - warmup_steps:
+        rest = total_steps - warmup_steps
+        raise ValueError(f'cooldown_steps {cooldown_steps} is not in [0, {rest}], the steps left')
 
     def schedule(step: jax.Array) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
         progress = jnp.clip((step - warmup_steps) / float(total_steps - warmup_steps), 0.0, 1.0)
         if decay_type == 'linear':
             lr = linear_end + (base - linear_end) * (1.0 - progress)
-        else:
+        elif decay_type == 'cosine':
             lr = base * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+        elif decay_type == 'rsqrt':
+            lr = base * jax.lax.rsqrt(1.0 + jnp.maximum(0.0, step - warmup_steps) / rsqrt_timescale)
+        else:
+            lr = jnp.float32(base)
         if warmup_steps:
             lr = lr * jnp.minimum(1.0, step / warmup_steps)
+        if cooldown_steps:
+            lr = lr * jnp.clip((total_steps - step) / cooldown_steps, 0.0, 1.0)
         return jnp.asarray(lr, dtype=jnp.float32)
 
     return schedule
+
+
+def schedule_of(config: ml_collections.ConfigDict) -> optax.Schedule:
+    """The learning rate that a resolved config asks for."""
+    return create_learning_rate_schedule(
+        config.total_steps,
+        config.base_lr,
+        config.decay_type,
+        config.warmup_steps,
+        cooldown_steps=config.cooldown_steps,
+        rsqrt_timescale=config.rsqrt_timescale,
+    )
 
 
 def create_optimizer(

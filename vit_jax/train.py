@@ -25,7 +25,7 @@ from vit_jax.checkpoint import workdir as workdir_lib
 from vit_jax.data.dataset import Selection, Source, coverage_notes
 from vit_jax.data.stream import BatchStream
 from vit_jax.errors import UserError
-from vit_jax.run import distributed, product, resources, resume, run_info, telemetry
+from vit_jax.run import distributed, product, recipe, resources, resume, run_info, telemetry
 from vit_jax.run.callbacks import Callbacks
 from vit_jax.run.setup import Parts, Setup, initial_params, set_up, weights_name
 from vit_jax.state import Checkpoint
@@ -75,9 +75,7 @@ def train_and_evaluate(
     called = Callbacks(callbacks)
     if sources is not None:
         config = ml_collections.ConfigDict(config.to_dict() | {'dataset': ''}).lock()
-    finished = config.total_steps in workdir_lib.saved_steps(workdir)
-    if finished and (workdir / product.MODEL_FOLDER).exists():
-        _say_finished(config, workdir)
+    if not config.epochs and _is_finished(config, workdir):
         return None
     with contextlib.ExitStack() as stack:
         with distributed.fail_together():
@@ -85,6 +83,8 @@ def train_and_evaluate(
                 stack.enter_context(resume.locked(workdir))
         with distributed.fail_together():
             setup = set_up(config, workdir, parts)
+        if config.epochs and _is_finished(config, workdir):  # now it is known how many steps
+            return None
         log = stack.enter_context(
             telemetry.Telemetry(
                 workdir, total_steps=config.total_steps, process_index=jax.process_index()
@@ -232,6 +232,8 @@ def _introduce(run: loop.Run, setup: Setup) -> None:
     names = run.train.class_names
     shown = ', '.join(names[:10]) + (', ...' if len(names) > 10 else '')
     log.info(f'data: {run.train!r}, tested on {run.test!r}; {len(names)} classes: {shown}')
+    if setup.schedule is not None:
+        log.info(f'schedule: {recipe.describe_schedule(config, run.train)}')
     common = run.train.overlap(run.test) if isinstance(run.train, Selection) else 0
     if common:
         log.info(
@@ -264,12 +266,17 @@ def _coverage_notes(run: loop.Run) -> tuple[str, ...]:
     return coverage_notes(names, *(np.bincount(labels, minlength=len(names)) for labels in known))
 
 
-def _say_finished(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+def _is_finished(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> bool:
+    """Whether the run has all its steps and its model folder; then says so."""
+    finished = config.total_steps in workdir_lib.saved_steps(workdir)
+    if not (finished and (workdir / product.MODEL_FOLDER).exists()):
+        return False
     if jax.process_index() == 0:
         print(
             f'{workdir}: this run is finished ({config.total_steps:,} steps); its model is '
             f'{workdir / product.MODEL_FOLDER}. For another run use another --workdir.'
         )
+    return True
 
 
 def _write_model_folders(

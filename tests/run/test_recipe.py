@@ -21,6 +21,20 @@ def images(labels, names=('a', 'b', 'c')):
     return own.as_selection(data.from_arrays(pixels, labels, names), 'train')
 
 
+def test_epochs_become_steps_of_the_training_set():
+    config = make_config(epochs=2.0, total_steps=0, batch=2, warmup_steps=1).lock()
+    recipe.settle_duration(config, images([0] * 5))
+    assert config.total_steps == 5
+    text = recipe.describe_schedule(config, images([0] * 5))
+    assert '5 steps, 10 images, 2.0 epochs; learning rate up to 0.03, cosine, 1 of them' in text
+    assert 'scaling' in text and text.endswith('gives 0.000117 for 2')
+    text = recipe.describe_schedule(make_config(cooldown_steps=30), images([0] * 5))
+    assert text.endswith('100 of them warmup, 30 of them cooldown')
+    stream = data.BatchStream(iter([(np.zeros((1, 8, 8, 3)), [0])]), ('a', 'b'))
+    with pytest.raises(UserError, match='do not tell how many examples there are'):
+        recipe.settle_duration(config, stream)
+
+
 def test_losses_of_a_plain_run_are_the_plain_ones():
     found = recipe.losses_of(make_config(), images([0, 1, 2]), None)
     assert found == (losses.softmax_cross_entropy, None)

@@ -225,9 +225,7 @@ def training_parts(
     """The model, its default optimizer and schedule, and a mesh of one device of this machine."""
     config = common.get_defaults()
     config.update(optimizer=plan.optimizer, optim_dtype=plan.optim_dtype)
-    schedule = optim.create_learning_rate_schedule(
-        config.total_steps, config.base_lr, config.decay_type, config.warmup_steps
-    )
+    schedule = optim.schedule_of(config)
     model = models.from_config(
         of.model_config,
         num_classes=of.num_classes,

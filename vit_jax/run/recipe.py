@@ -1,16 +1,53 @@
-"""What of a recipe depends on the examples: the loss."""
+"""What of a recipe depends on the examples: how long to train, the loss."""
 
 import math
 
 import ml_collections
 import numpy as np
 
+from vit_jax import config as config_lib
 from vit_jax import losses
+from vit_jax.configs import common
 from vit_jax.data.dataset import CLASS_INDEX, Selection
 from vit_jax.data.stream import BatchStream
 from vit_jax.errors import UserError
 
 _OF_THE_LOSS = {'loss': 'softmax', 'label_smoothing': 0.0, 'class_weights': ''}
+
+
+def settle_duration(config: ml_collections.ConfigDict, train: Selection | BatchStream) -> None:
+    """Turns `config.epochs` into steps, in place.
+
+    Raises:
+      UserError: there are no epochs, or they are too short, see `config.set_epochs`.
+    """
+    if config.epochs and isinstance(train, BatchStream):
+        raise UserError(
+            f'config.epochs={config.epochs:g}: batches of an iterator do not tell how many '
+            'examples there are; set config.total_steps or config.total_examples'
+        )
+    if config.epochs:
+        config_lib.set_epochs(config, len(train))
+
+
+def describe_schedule(config: ml_collections.ConfigDict, train: Selection | BatchStream) -> str:
+    """A line on how long is trained, and at which rate."""
+    images = config.total_steps * config.batch
+    told = f'{config.total_steps:,} steps, {images:,} images'
+    if isinstance(train, Selection):
+        told += f', {images / len(train):.1f} epochs'
+    told += f'; learning rate up to {config.base_lr:g}, {config.decay_type}'
+    for name in ('warmup_steps', 'cooldown_steps'):
+        if config[name]:
+            told += f', {config[name]:,} of them {name.removesuffix("_steps")}'
+    usual = common.get_defaults().batch
+    if config.batch != usual:
+        told += (
+            f'. It does not depend on the batch; if {config.base_lr:g} is for {usual} images, '
+            f'linear scaling (https://arxiv.org/abs/1706.02677) gives '
+            f'{config.base_lr * config.batch / usual:.3g} for {config.batch}'
+        )
+    return told
 
 
 def losses_of(

@@ -70,6 +70,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
     config_lib.check_devices(config, jax.device_count(), platform)
     mesh = sharding.create_mesh(config.fsdp)
     train, test = _open(config, parts)
+    recipe.settle_duration(config, train)
     model, no_folder = parts.model, ''
     if model is None:
         model = models.from_config(
@@ -83,9 +84,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
     train_loss, eval_loss = recipe.losses_of(config, train, parts.loss_fn)
     schedule, tx = None, parts.tx
     if tx is None:
-        schedule = optim.create_learning_rate_schedule(
-            config.total_steps, config.base_lr, config.decay_type, config.warmup_steps
-        )
+        schedule = optim.schedule_of(config)
         tx = optim.create_optimizer(config, schedule)
     state = state_lib.abstract_state(model, tx, config.pp.crop, mesh, channels=train.channels)
     batch = steps.abstract_batch(
