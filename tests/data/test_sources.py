@@ -133,6 +133,34 @@ def test_links_to_folders_are_followed_once(tmp_path):
     assert sorted(keys(split, tmp_path)) == ['data/a/1.png', 'data/b/1.png', 'data/b/more/x.png']
 
 
+def test_no_link_brings_images_to_another_class(tmp_path, caplog):
+    write(tmp_path, 'photos/train/a/1.png', 'photos/train/b/1.png', 'photos/train/b/in/2.png')
+    write(tmp_path, 'photos/test/a/8.png', 'photos/test/b/9.png', 'real/c/1.png', 'real/more/1.png')
+    train = tmp_path / 'photos/train'
+    links = {'up': '..', 'root': '../..', 'far': '/', 'sister': '../a', 'test': '../../test/b'}
+    for name, target in links.items():
+        (train / 'b' / name).symlink_to(target)
+    (train / 'c').symlink_to(tmp_path / 'real/c')  # a class may be a link
+    (tmp_path / 'real/c/around').symlink_to(tmp_path / 'real')
+    (train / 'b/elsewhere').symlink_to(tmp_path / 'real/more')  # and so may be a part of one
+    (tmp_path / 'photos/test/c').symlink_to(tmp_path / 'photos/test/b/deeper')
+    write(tmp_path, 'photos/test/b/deeper/7.png')
+    data = sources.open_dataset(str(tmp_path / 'photos'))
+    assert sorted(keys(data.select('train'), train)) == [
+        'a/1.png', 'b/1.png', 'b/elsewhere/1.png', 'b/in/2.png', 'c/1.png'
+    ]  # fmt: skip
+    assert sorted(keys(data.select('test'), train)) == [
+        '../test/a/8.png', '../test/b/9.png', '../test/c/7.png'
+    ]  # fmt: skip
+    for name in links:
+        assert f'{train / "b" / name} is left out' in caplog.text
+    assert caplog.text.count('is left out') == len(links) + 2
+    (train / 'd').symlink_to('a')
+    (tmp_path / 'photos/test/d').symlink_to('a')
+    with pytest.raises(UserError, match='train/a and .*train/d are one folder'):
+        sources.open_dataset(str(tmp_path / 'photos'))
+
+
 def test_unusable_folders(tmp_path):
     def message(name):
         with pytest.raises(UserError) as caught:

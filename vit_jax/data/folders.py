@@ -8,10 +8,11 @@ splits are `validation` (also spelled `val` or `valid`) and `test`.
 """
 
 import dataclasses
+import functools
 import logging
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -75,7 +76,8 @@ def open_folder(root: pathlib.Path, name: str) -> Dataset:
                 f'the classes of {folders["train"]} and {folder} must be the same, but in {split}, '
                 f'missing: {", ".join(missing) or "none"}; new: {", ".join(extra) or "none"}'
             )
-    splits = {split: _list_split(folder, classes) for split, folder in folders.items()}
+    places = _Places(folder / name for folder in folders.values() for name in classes)
+    splits = {split: _list_split(folder, classes, places) for split, folder in folders.items()}
     return Dataset(name, tuple(classes), True, splits)
 
 
@@ -119,12 +121,48 @@ def _split_folders(root: pathlib.Path, names: list[str]) -> dict[str, pathlib.Pa
     return dict(sorted(folders.items(), key=lambda item: list(_SPLIT_NAMES).index(item[0])))
 
 
-def _list_split(folder: pathlib.Path, classes: list[str]) -> _Files:
+class _Places:
+    """Where the folders of the classes really are, so that no link brings images to another class.
+
+    Args:
+      folders: of all classes, of all splits.
+    """
+
+    def __init__(self, folders: Iterable[pathlib.Path]):
+        self._folders = {os.path.realpath(folder) for folder in folders}
+        self._above = {parent for real in self._folders for parent in _parents(real)}
+
+    def is_foreign(self, folder: str, real: str) -> bool:
+        """Whether a link from below one class leads above it, or to another class.
+
+        Args:
+          folder: real path of the folder of the class.
+          real: real path of the folder that the link leads to.
+        """
+        around = (real, *_parents(real))
+        if folder not in around and real in self._above:
+            return True
+        return next((path for path in around if path in self._folders), folder) != folder
+
+
+def _parents(path: str) -> list[str]:
+    return [str(parent) for parent in pathlib.PurePath(path).parents]
+
+
+def _list_split(folder: pathlib.Path, classes: list[str], places: _Places) -> _Files:
     paths: list[str] = []
     labels: list[int] = []
     ignored = sum(1 for entry in os.scandir(folder) if entry.is_file())
+    known: dict[str, str] = {}
     for label, name in enumerate(classes):
-        found, others = list_images(folder / name)
+        real = os.path.realpath(folder / name)
+        if real in known:
+            raise UserError(
+                f'{folder / known[real]} and {folder / name} are one folder, {real}, and cannot be '
+                'two classes; remove one of the links'
+            )
+        known[real] = name
+        found, others = list_images(folder / name, functools.partial(places.is_foreign, real))
         ignored += others
         if not found:
             raise UserError(
@@ -143,11 +181,14 @@ def _list_split(folder: pathlib.Path, classes: list[str]) -> _Files:
     return _Files(str(folder), tuple(paths[i] for i in order), np.array(labels)[order])
 
 
-def list_images(folder: str | os.PathLike[str]) -> tuple[list[str], int]:
+def list_images(
+    folder: str | os.PathLike[str], is_foreign: Callable[[str], bool] = lambda real: False
+) -> tuple[list[str], int]:
     """The images below a folder.
 
     Args:
       folder: searched with everything below it, links followed, hidden files and folders left out.
+      is_foreign: of the real path of a folder below it: whether to leave that out, and say so.
 
     Returns:
       Sorted paths of the images (see `SUFFIXES`), and how many other files there were.
@@ -156,6 +197,12 @@ def list_images(folder: str | os.PathLike[str]) -> tuple[list[str], int]:
     for path, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(path)
         if real in seen:  # A link to a folder above it.
+            folders.clear()
+            continue
+        if seen and is_foreign(real):
+            _logger.warning(
+                '%s is left out: it leads to %s, which is above the class or of another', path, real
+            )
             folders.clear()
             continue
         seen.add(real)
