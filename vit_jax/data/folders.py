@@ -3,10 +3,12 @@
     photos/train/daisy/a.jpg   photos/test/daisy/b.jpg    two splits, kept apart
     photos/daisy/a.jpg         photos/roses/c.png         one split, `train`, to be sliced
 
-The first form is meant if there is a folder `train` that itself holds folders. The other folders of
-splits are `validation` (also spelled `val` or `valid`) and `test`.
+The first form is meant if there is a folder `train` (or `training`) that itself holds folders. The
+other folders of splits are `validation` (also spelled `val` or `valid`) and `test` (or `testing`);
+case does not count.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -24,11 +26,15 @@ SUFFIXES = frozenset(('.jpg', '.jpeg', '.png', '.webp', '.bmp'))
 
 _SPLIT_NAMES = {
     'train': 'train',
+    'training': 'train',
     'validation': 'validation',
     'val': 'validation',
     'valid': 'validation',
     'test': 'test',
+    'testing': 'test',
 }
+_DEPTH = 3  # to which folders of classes are looked for, where there are none
+_MAX_FOLDERS = 1000  # that are looked at
 
 _logger = logging.getLogger(__name__)
 
@@ -49,35 +55,26 @@ def open_folder(root: pathlib.Path, name: str) -> Dataset:
       A dataset whose examples are read from disk on access, EXIF orientation honoured.
 
     Raises:
-      UserError: no images, fewer than two classes, an empty class folder, splits with different
-        classes.
+      UserError: no images, fewer than two classes, an empty class folder, a split with a class that
+        `train` does not have. Where folders of classes are deeper, it names the folder to pass.
     """
-    names = _subfolders(root)
-    if 'train' in names and _subfolders(root / 'train'):
-        folders = _split_folders(root, names)
-    else:
-        folders = {'train': root}
+    folders = _split_folders(root)
     classes = _subfolders(folders['train'])
-    if not classes:
-        raise UserError(
-            f'{name} holds no folders of images; expected one per class, {name}/CLASS/*.jpg, or '
-            f'{name}/train/CLASS/*.jpg and {name}/test/CLASS/*.jpg'
-        )
     check_class_names(classes, name)
-    if len(classes) < 2:
-        raise UserError(
-            f'{folders["train"]} has one class only ({classes[0]}); at least two are needed'
-        )
+    _check_level(folders['train'], classes)
     for split, folder in folders.items():
-        others = _subfolders(folder)
-        if others != classes:
-            missing, extra = sorted(set(classes) - set(others)), sorted(set(others) - set(classes))
+        extra = sorted(set(_subfolders(folder)) - set(classes))
+        if extra:
             raise UserError(
-                f'the classes of {folders["train"]} and {folder} must be the same, but in {split}, '
-                f'missing: {", ".join(missing) or "none"}; new: {", ".join(extra) or "none"}'
+                f'{split} has classes that training does not know: {", ".join(extra[:5])}'
+                f'{", ..." * (len(extra) > 5)} in {folder}, not in {folders["train"]}; add them '
+                'there, or take them out here'
             )
     places = _Places(folder / name for folder in folders.values() for name in classes)
-    splits = {split: _list_split(folder, classes, places) for split, folder in folders.items()}
+    splits = {
+        split: _list_split(folder, classes, places, complete=split == 'train')
+        for split, folder in folders.items()
+    }
     return Dataset(name, tuple(classes), True, splits)
 
 
@@ -104,10 +101,21 @@ class _Files:
         return (os.path.relpath(path, self.folder) for path in self.paths)
 
 
-def _split_folders(root: pathlib.Path, names: list[str]) -> dict[str, pathlib.Path]:
+def _split_folders(root: pathlib.Path) -> dict[str, pathlib.Path]:
+    """The folder of each split; of a folder without splits, itself as `train`."""
+    names = _subfolders(root)
+    splits = {name: _SPLIT_NAMES.get(name.lower()) for name in names}
+    if not any(split == 'train' and _subfolders(root / name) for name, split in splits.items()):
+        parts = [root / name for name, split in splits.items() if split and split != 'train']
+        parts = [part for part in parts if _has_class_folders(part)]
+        if parts and not any(_has_images(root / name) for name in names):
+            raise UserError(
+                f'{root} has {parts[0].name}/ with folders of classes, but no train/: pass '
+                f'{parts[0]} to evaluate on it, or add {root / "train"} to train'
+            )
+        return {'train': root}
     folders: dict[str, pathlib.Path] = {}
-    for name in names:
-        split = _SPLIT_NAMES.get(name)
+    for name, split in splits.items():
         if split is None:
             _logger.warning(
                 '%s is left out: beside train/, only test/ and validation/ are used', root / name
@@ -119,6 +127,63 @@ def _split_folders(root: pathlib.Path, names: list[str]) -> dict[str, pathlib.Pa
         else:
             folders[split] = root / name
     return dict(sorted(folders.items(), key=lambda item: list(_SPLIT_NAMES).index(item[0])))
+
+
+def _check_level(folder: pathlib.Path, classes: list[str]) -> None:
+    """Refuses a folder that does not hold those of the classes, and says where these are."""
+    if len(classes) < 2 or not any(_has_images(folder / name) for name in classes):
+        deeper = _find_class_folders(folder)
+        if len(classes) > 1 and len(deeper) > 1:  # such as animals/birds/owl; or color/apple
+            _logger.warning(
+                'Note: the classes are %s, ... in %s; folders in them, such as %s, are not classes '
+                'of their own. To make them so, pass %s',
+                ', '.join(classes[:3]), folder, _subfolders(deeper[0])[0], deeper[0],
+            )  # fmt: skip
+            return
+        if deeper:
+            raise UserError(
+                f'{folder} holds no folders of classes ({", ".join(classes[:5])}); they are in '
+                f'{deeper[0]}: pass that'
+            )
+    if len(classes) > 1:
+        return
+    found = folder / classes[0] if classes else folder
+    images = sum(map(_is_image, os.listdir(found)))
+    raise UserError(
+        f'{folder} holds '
+        + (f'one class only ({classes[0]})' if classes else 'no folders of classes')
+        + (f'; {images:,} images are right in {found}' if images else '')
+        + f'. The folder of an image tells its class: expected two or more, {folder}/CLASS/*.jpg, '
+        f'or {folder}/train/CLASS/*.jpg and {folder}/test/CLASS/*.jpg'
+    )
+
+
+def _find_class_folders(root: pathlib.Path) -> list[pathlib.Path]:
+    """The highest folders below this one that could be passed instead of it."""
+    level = [root]
+    for _ in range(_DEPTH):
+        level = [folder / name for folder in level for name in _subfolders(folder)]
+        level = level[:_MAX_FOLDERS]
+        found = [folder for folder in level if _has_class_folders(folder)]
+        trains = [folder.parent for folder in found if folder.name.lower() in ('train', 'training')]
+        if found:
+            return [folder for folder in trains if folder != root] or found
+    return []
+
+
+def _has_class_folders(folder: pathlib.Path) -> bool:
+    names = _subfolders(folder)[:_MAX_FOLDERS]
+    return len(names) > 1 and sum(_has_images(folder / name) for name in names) > 1
+
+
+def _has_images(folder: pathlib.Path) -> bool:
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        return any(_is_image(entry.name) for entry in entries)
+    return False  # it cannot be read
+
+
+def _is_image(name: str) -> bool:
+    return not name.startswith('.') and os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 class _Places:
@@ -149,12 +214,19 @@ def _parents(path: str) -> list[str]:
     return [str(parent) for parent in pathlib.PurePath(path).parents]
 
 
-def _list_split(folder: pathlib.Path, classes: list[str], places: _Places) -> _Files:
+def _list_split(
+    folder: pathlib.Path, classes: list[str], places: _Places, *, complete: bool
+) -> _Files:
+    """The images of a split, which must have all classes if it is to be `complete`."""
     paths: list[str] = []
     labels: list[int] = []
     ignored = sum(1 for entry in os.scandir(folder) if entry.is_file())
     known: dict[str, str] = {}
+    missing: list[str] = []
     for label, name in enumerate(classes):
+        if not complete and not (folder / name).is_dir():
+            missing.append(name)
+            continue
         real = os.path.realpath(folder / name)
         if real in known:
             raise UserError(
@@ -164,11 +236,12 @@ def _list_split(folder: pathlib.Path, classes: list[str], places: _Places) -> _F
         known[real] = name
         found, others = list_images(folder / name, functools.partial(places.is_foreign, real))
         ignored += others
-        if not found:
+        if not found and complete:
             raise UserError(
                 f'class folder {folder / name} has no images ({", ".join(sorted(SUFFIXES))}); '
                 'put some there or remove the folder'
             )
+        missing += [] if found else [name]
         paths += found
         labels += [label] * len(found)
     if ignored:
@@ -177,6 +250,16 @@ def _list_split(folder: pathlib.Path, classes: list[str], places: _Places) -> _F
             folder,
             ignored,
         )
+    if not paths:
+        raise UserError(
+            f'{folder} has no images in folders of classes; put some there, or remove it'
+        )
+    if missing:
+        shown = ', '.join(missing[:5]) + ', ...' * (len(missing) > 5)
+        _logger.warning(
+            'Note: %s has no images of %d of the %d classes: %s',
+            folder, len(missing), len(classes), shown,
+        )  # fmt: skip
     order = stratified_order(np.array(labels))
     return _Files(str(folder), tuple(paths[i] for i in order), np.array(labels)[order])
 
@@ -208,7 +291,7 @@ def list_images(
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith('.')]
         for file in files:
-            if not file.startswith('.') and os.path.splitext(file)[1].lower() in SUFFIXES:
+            if _is_image(file):
                 found.append(os.path.join(path, file))
             else:
                 ignored += 1
