@@ -17,17 +17,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL import Image
 
-FORMATS = ('AVIF', 'BMP', 'GIF', 'ICO', 'JPEG', 'JPEG2000', 'PNG', 'PPM', 'TIFF', 'WEBP')
+FORMATS = ('PNG', 'WEBP', 'BMP', 'JPEG', 'GIF', 'TIFF', 'PPM', 'ICO', 'JPEG2000', 'AVIF')
 
 _MIB = 1 << 20
 _JPEG = b'\xff\xd8'
 _PNG = b'\x89PNG\r\n\x1a\n'
 _JPEG_2000 = b'\xff\x4f\xff\x51'  # its first two markers
 
-# Scans of a JPEG file, each of which passes over all pixels. Encoders write up to 20.
+# Scans of a JPEG file, each of which passes over all pixels. Encoders write up to 20; where the
+# picture is small, more take no time.
 _MAX_SCANS = 24
-_SCAN_PIXELS = 24 * 25_000_000  # more scans are read where the picture is small
-_MOST_SCANS = 100
+_SCAN_PIXELS = _MAX_SCANS * 25_000_000
+_SCAN_COST = 4096  # what beginning one takes, in pixels
+_SCAN_BYTES = 10  # at least
 _MAX_SEGMENTS = 50_000
 
 # Text, profiles, EXIF and other data beside the picture, where the picture is small.
@@ -71,7 +73,7 @@ def open_image(data: bytes) -> 'Image.Image':
     try:
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError:  # whose text is the address of our buffer
-        raise ValueError(f'no known format; read are {", ".join(FORMATS)}') from None
+        raise ValueError(f'no known format; read are {", ".join(sorted(FORMATS))}') from None
     _check_opened(picture, len(data))
     return picture
 
@@ -89,7 +91,7 @@ def check_picture(picture: 'Image.Image') -> None:
     if not getattr(picture, 'tile', None) or file is None:
         return  # decoded already
     if picture.format not in (*FORMATS, 'MPO'):  # a JPEG file with several pictures
-        raise ValueError(f'{picture.format} files are not read, only {", ".join(FORMATS)}')
+        raise ValueError(f'{picture.format} files are not read, only {", ".join(sorted(FORMATS))}')
     place = file.tell()
     file.seek(0)
     data = file.read()
@@ -106,9 +108,8 @@ def check(data: bytes) -> None:
     Raises:
       ValueError: as `open_image`.
     """
-    for start, check_format in _CHECKS.items():
-        if data.startswith(start):
-            check_format(data)
+    if check_format := _CHECKS.get(data[:1]):
+        check_format(data)
 
 
 def exif_of(picture: 'Image.Image') -> 'Image.Exif':
@@ -135,9 +136,9 @@ def has_too_many_scans(data: bytes, pixels: int) -> bool:
       data: the file.
       pixels: height times width.
     """
-    if _jpeg_start(data)[1]:
+    limit = max(_MAX_SCANS, _SCAN_PIXELS // (pixels + _SCAN_COST))
+    if len(data) <= limit * _SCAN_BYTES or _jpeg_start(data)[1]:
         return False
-    limit = max(_MAX_SCANS, min(_MOST_SCANS, _SCAN_PIXELS // max(pixels, 1)))
     # What looks like the start of a scan may be in data that follow the picture, a film perhaps.
     return len(re.findall(b'\xff\xda', data)) > limit and _count_scans(data, limit) > limit
 
@@ -201,6 +202,8 @@ def _check_metadata(size: int, pixels: int) -> None:
 
 def _check_png(data: bytes) -> None:
     """PNG (https://www.w3.org/TR/png-3/): counts chunks, and what is no part of the picture."""
+    if not data.startswith(_PNG):
+        return
     place, metadata, compressed = 8, 0, 0
     pixels = int.from_bytes(data[16:20], 'big') * int.from_bytes(data[20:24], 'big')
     # Encoders write chunks of kilobytes.
@@ -225,6 +228,8 @@ def _check_tiff(data: bytes) -> None:
     """TIFF 6.0 and BigTIFF: the size of tiles, and how much the tags of the first picture hold."""
     if data.startswith(b'MM\0+'):
         raise ValueError('BigTIFF files of this byte order are not read')
+    if data[:4] not in (b'II*\0', b'II+\0', b'MM\0*', b'MM*\0'):
+        return
     sides: dict[int, int] = {}
     parts = numbers = texts = 0
     for tag, kind, length, value in _tiff_tags(data):
@@ -277,6 +282,8 @@ def _tiff_tags(data: bytes) -> Iterator[tuple[int, int, int, int]]:
 
 def _check_gif(data: bytes) -> None:
     """GIF: the blocks before the first picture, which Pillow reads one by one."""
+    if not data.startswith(b'GIF8'):
+        return
     place = 13 + (3 << ((data[10] & 7) + 1) if len(data) > 10 and data[10] & 0x80 else 0)
     for _ in range(_MAX_SEGMENTS):
         kind = data[place : place + 1]
@@ -307,8 +314,9 @@ def _check_ppm(data: bytes) -> None:
 
 def _check_ico(data: bytes) -> None:
     """ICO: Pillow decodes its largest picture at once, whatever size that has."""
-    count = int.from_bytes(data[4:6], 'little')
-    for number in range(count):
+    if not data.startswith(b'\0\0\1\0'):
+        return
+    for number in range(int.from_bytes(data[4:6], 'little')):
         entry = data[6 + 16 * number : 22 + 16 * number]
         if len(entry) < 16:
             return
@@ -368,11 +376,11 @@ def _jpeg_2000_codings(data: bytes, place: int) -> Iterator[bytes]:
 
 
 _CHECKS = {
-    _PNG: _check_png,
-    b'GIF8': _check_gif,
+    b'\x89': _check_png,
+    b'G': _check_gif,
     b'P': _check_ppm,
-    b'\0\0\1\0': _check_ico,
-    _JPEG_2000: _check_jpeg_2000,
-    b'\0\0\0\x0cjP  ': _check_jpeg_2000,
-    **dict.fromkeys((b'II*\0', b'II+\0', b'MM\0*', b'MM*\0', b'MM\0+'), _check_tiff),
+    b'\0': lambda data: (_check_jpeg_2000 if data[4:6] == b'jP' else _check_ico)(data),
+    b'\xff': _check_jpeg_2000,
+    b'I': _check_tiff,
+    b'M': _check_tiff,
 }
