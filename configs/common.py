@@ -92,12 +92,13 @@ def get_defaults() -> ml_collections.ConfigDict:
     config.rsqrt_timescale = 10_000
     # Largest global norm of the gradient. 0: no clipping.
     config.grad_norm_clip = 1.0
-    # 'sgd' (with this momentum) or 'adamw'.
+    # 'sgd', 'adamw', 'lion', 'lamb', 'muon' or 'adafactor' (big_vision's).
     config.optimizer = 'sgd'
+    # Of sgd and adafactor; the others have their papers'.
     config.momentum = 0.9
-    # On kernels. adamw: decoupled; sgd: added to the gradient.
+    # On kernels. sgd: added to the gradient; the others: decoupled.
     config.weight_decay = 0.0
-    # How momentum (sgd) or the first moment (adamw) is stored: 'bfloat16' or 'float32'.
+    # How momentum, or the first moment, is stored: 'bfloat16' or 'float32'.
     config.optim_dtype = 'bfloat16'
     # 'softmax' (cross-entropy), or 'sigmoid': each class on its own, summed over classes.
     config.loss = 'softmax'

@@ -250,7 +250,7 @@ def test_resize_alone_asks_for_random_crops():
     [
         ({'pp__crop': 225}, 'not a multiple of the patch size 16: use --config.pp.crop=224 or 240'),
         ({'pp__crop': 5}, 'use --config.pp.crop=16'),
-        ({'optimizer': 'adam'}, "'adam' is not one of 'sgd', 'adamw'"),
+        ({'optimizer': 'adam'}, "'adam' is not one of 'sgd', 'adamw', 'lion'"),
         ({'decay_type': 'step'}, "'step' is not one of 'cosine', 'linear', 'rsqrt', 'constant'"),
         ({'dtype': 'float16'}, "is not one of '', 'float32', 'bfloat16'"),
         ({'batch': 0}, 'config.batch=0 must be at least 1'),

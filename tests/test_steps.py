@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+from flax import traverse_util
 
 from vit_jax import models, optim, sharding, steps
 from vit_jax import state as state_lib
@@ -500,3 +501,21 @@ def test_adamw_and_weight_decay_are_optax_on_kernels_only():
     updates = first_update(tx, grads, params)
     np.testing.assert_allclose(updates['head']['kernel'], -0.01 * (0.1 + 0.5), rtol=1e-6)
     np.testing.assert_allclose(updates['head']['bias'], -0.01 * 0.1, rtol=1e-6)
+
+
+@pytest.mark.parametrize('optimizer', ['muon', 'adafactor'])
+def test_optimizers_of_whole_arrays_are_the_same_on_any_topology(monkeypatch, optimizer):
+    """But for the bias of keys, which changes no attention: its gradient is rounding alone."""
+    monkeypatch.setattr(sharding, 'MIN_SIZE_TO_SHARD', 64)
+    config = make_config(optimizer=optimizer, base_lr=0.003, optim_dtype='float32')
+    params = make_params(models.VisionTransformer(**MODEL))
+    found = []
+    for accum_steps, where in ((1, {'devices': 1}), (2, {'devices': 4, 'fsdp': 4})):
+        config.accum_steps = accum_steps
+        new, _ = run_steps(config, params, make_batches(), **where)
+        found.append(traverse_util.flatten_dict(new.params, sep='/'))
+    for name, old in traverse_util.flatten_dict(params, sep='/').items():
+        if not name.endswith('/key/bias'):
+            one, four = (new[name] - old for new in found)
+            assert np.abs(one).max() > 1e-4, name
+            np.testing.assert_allclose(one, four, atol=2e-5, rtol=0, err_msg=name)

@@ -13,13 +13,9 @@ RNG = np.random.RandomState(0)
 PIXELS = RNG.randint(0, 256, (40, 16, 16, 3)).astype(np.uint8)
 LABELS = RNG.randint(0, 3, 40)
 RECIPE = {
-    'epochs': 1.6,
-    'decay_type': 'rsqrt',
-    'cooldown_steps': 2,
-    'loss': 'sigmoid',
-    'label_smoothing': 0.1,
-    'class_weights': 'balanced',
-}
+    'epochs': 1.6, 'decay_type': 'rsqrt', 'cooldown_steps': 2, 'optimizer': 'muon', 'base_lr': 1e-3,
+    'loss': 'sigmoid', 'label_smoothing': 0.1, 'class_weights': 'balanced',
+}  # fmt: skip
 
 
 def make_config(**changes) -> ml_collections.ConfigDict:

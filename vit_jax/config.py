@@ -26,7 +26,7 @@ DURATIONS = ('total_steps', 'epochs', 'total_examples')
 WEIGHT_KEYS = ('pretrained', 'model_or_filename', 'pretrained_dir')  # strongest first
 _CHOICES = {
     'decay_type': ('cosine', 'linear', 'rsqrt', 'constant'),
-    'optimizer': ('sgd', 'adamw'),
+    'optimizer': ('sgd', 'adamw', 'lion', 'lamb', 'muon', 'adafactor'),
     'optim_dtype': ('bfloat16', 'float32'),
     'dtype': ('', 'float32', 'bfloat16'),
     'attention': ATTENTION_IMPLEMENTATIONS,

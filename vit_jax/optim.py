@@ -1,6 +1,7 @@
 """Learning-rate schedule and optimizer of a run, from optax."""
 
 import inspect
+import re
 from typing import Any
 
 import jax
@@ -95,30 +96,84 @@ def create_optimizer(
     - 'sgd': momentum, its accumulator stored as `optim_dtype`: m <- momentum * m + g; params <-
       params - lr * m. This is the original release's optimizer (there with momentum 0.9 and
       bfloat16, whatever its config said).
-    - 'adamw': optax's, first moment stored as `optim_dtype`.
+    - All others: see `_direction`; the first moment is stored as `optim_dtype`.
     - `weight_decay` acts on kernels (arrays of two and more dimensions under a name that is no
-      embedding or token): added to the gradient for 'sgd', decoupled for 'adamw'
-      (https://arxiv.org/abs/1711.05101).
+      embedding or token): added to the gradient for 'sgd', decoupled for all others, times the
+      learning rate (https://arxiv.org/abs/1711.05101).
     """
-    dtype = jnp.dtype(config.optim_dtype)
     clip = (
         optax.clip_by_global_norm(config.grad_norm_clip)
         if config.grad_norm_clip
         else optax.identity()
     )
-    if config.optimizer == 'adamw':
-        return optax.chain(
-            clip,
-            optax.adamw(schedule, mu_dtype=dtype, weight_decay=config.weight_decay, mask=_kernels),
+    decay = optax.add_decayed_weights(config.weight_decay, _kernels)
+    if config.optimizer == 'sgd':
+        dtype = jnp.dtype(config.optim_dtype)
+        decay = decay if config.weight_decay else optax.identity()
+        sgd = optax.sgd(schedule, momentum=config.momentum, accumulator_dtype=dtype)
+        return optax.chain(clip, decay, sgd)
+    parts = [_direction(config), decay]
+    if config.optimizer == 'lamb':
+        parts.append(optax.scale_by_trust_ratio())
+    return optax.chain(clip, optax.chain(*parts, optax.scale_by_learning_rate(schedule)))
+
+
+def _direction(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """What an optimizer makes of gradients, before weight decay and learning rate.
+
+    - 'adamw': Adam (https://arxiv.org/abs/1412.6980).
+    - 'lion': the sign of a momentum (https://arxiv.org/abs/2302.06675).
+    - 'lamb': Adam; then the norm of each array's step is that of the array
+      (https://arxiv.org/abs/1904.00962).
+    - 'adafactor': second moments of kernels as a product of rows and columns, with a momentum of
+      the steps; as big_vision's, "Scaling Vision Transformers" (https://arxiv.org/abs/2106.04560).
+    - 'muon': orthogonalised momentum of the kernels in blocks (https://kellerjordan.github.io/
+      posts/muon), as large as Adam's steps (https://arxiv.org/abs/2502.16982); Adam for the rest.
+    """
+    dtype = jnp.dtype(config.optim_dtype)
+    if config.optimizer == 'adafactor':
+        second = optax.scale_by_factored_rms(
+            min_dim_size_to_factor=32,
+            decay_rate_fn=lambda step, power: jnp.minimum(
+                0.999, 1 - jnp.float32(step + 1) ** -power
+            ),
         )
-    decay = (
-        optax.add_decayed_weights(config.weight_decay, _kernels)
-        if config.weight_decay
-        else optax.identity()
-    )
-    return optax.chain(
-        clip, decay, optax.sgd(schedule, momentum=config.momentum, accumulator_dtype=dtype)
-    )
+        first = optax.ema(config.momentum, debias=False, accumulator_dtype=dtype)
+        return optax.chain(second, first if config.momentum else optax.identity())
+    if config.optimizer == 'muon':
+        # Its learning rate only turns the sign, which is turned back later.
+        return optax.contrib.muon(
+            -1.0,
+            mu_dtype=dtype,
+            muon_weight_dimension_numbers=_matrices,
+            consistent_rms=0.2,
+        )
+    if config.optimizer == 'lion':
+        return optax.scale_by_lion(mu_dtype=dtype)
+    eps = 1e-6 if config.optimizer == 'lamb' else 1e-8
+    return optax.scale_by_adam(eps=eps, mu_dtype=dtype)
+
+
+def _matrices(params: Any) -> Any:
+    """Which axes of the kernels in blocks are inputs and outputs; None for all other arrays.
+
+    Those of attention are [D, heads, size] for queries, keys and values, and [heads, size, D].
+    """
+
+    def axes(path: Any, leaf: Any) -> Any:
+        name = name_of(path)
+        if not re.fullmatch(r'(.*/)?(encoderblock|MixerBlock)_\d+/.*/kernel', name):
+            return None
+        inputs = 2 if name.endswith('/out/kernel') and leaf.ndim == 3 else 1
+        dimensions = tuple(range(leaf.ndim))
+        return optax.contrib.MuonDimensionNumbers(dimensions[:inputs], dimensions[inputs:])
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def name_of(path: Any) -> str:
+    """The name of a parameter from its path in the tree: 'head/kernel'."""
+    return '/'.join(str(key.key) for key in path)
 
 
 def update(
