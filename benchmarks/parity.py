@@ -22,11 +22,11 @@ import numpy as np
 import torch
 
 from benchmarks import torch_libraries, torch_reference
-from vit_jax import files, models
+from vit_jax import files, models, variants
 from vit_jax.analysis import compare
-from vit_jax.checkpoint import library_configs, npz
+from vit_jax.checkpoint import npz
 from vit_jax.data.batches import eval_batches
-from vit_jax.data.normalization import HALF, Normalization
+from vit_jax.data.normalization import Normalization
 from vit_jax.data.preprocess import normalize
 from vit_jax.errors import UserError
 from vit_jax.inference import model_folder, predict
@@ -43,12 +43,14 @@ def check(
     images: Sequence[str] = (),
     limit: int = 0,
     variant: str = '',
+    num_heads: int = 0,
     tolerance: float | None = None,
     reference: str = 'auto',
     perturb: str = '',
     batch: int = 4,
     normalization: Normalization | None = None,
     pixels: Mapping[str, Any] | None = None,
+    ours: model_folder.Model | None = None,
     say: Callable[[Any], None] = print,
 ) -> dict[str, Any]:
     """Compares a model with PyTorch.
@@ -58,12 +60,14 @@ def check(
         images: image files and folders of them; default 8 made-up ones.
         limit: how many of them to use at most; 0 for all.
         variant: architecture of a file, where its arrays do not tell.
+        num_heads: see `model_folder.load`.
         tolerance: how far logits may differ; default see `compare.parity_verdict`.
         reference: 'transformers', 'torch_reference', 'timm', or 'auto'.
         perturb: array that is 1 % larger on the PyTorch side, so that the check fails.
         batch: images at once.
         normalization: see `model_folder.load`.
         pixels: see `model_folder.load`.
+        ours: what is compared in place of `model` as this package loads it (for a self-test).
         say: shows a line to the user.
 
     Returns:
@@ -72,7 +76,9 @@ def check(
     Raises:
         UserError: no comparison was possible.
     """
-    opened = model_folder.load(model, variant=variant, normalization=normalization, pixels=pixels)
+    opened = ours or model_folder.load(
+        model, variant=variant, num_heads=num_heads, normalization=normalization, pixels=pixels
+    )
     path = files.expand(model)
     if not path.exists():  # a released name, whose file was downloaded
         path = pathlib.Path(opened.source['file'])
@@ -93,9 +99,10 @@ def check(
         'weights_read': reader,
         'perturbed': perturb or None,
         'zero_head': zero_head,
+        'notes': list(opened.source.get('notes', ())),
     }
     _introduce(found, say)
-    ours = [layers_of(opened.model, opened.params, t) for t in (np.float32, np.float64)]
+    mine = [layers_of(opened.model, opened.params, t) for t in (np.float32, np.float64)]
     results = []
     if library and reference in ('auto', library):
         references = [_of_folder(library, path)]
@@ -111,7 +118,10 @@ def check(
                 erf = _runner(make(act='gelu'), torch.float32)
         except (KeyError, ValueError, RuntimeError, OSError) as e:
             raise UserError(f'{path}: {title} cannot be built with these weights: {e}') from e
-        rows, erf_rows = _compare(batches(), ours, theirs, erf)
+        try:
+            rows, erf_rows = _compare(batches(), mine, theirs, erf)
+        except (ValueError, RuntimeError, AssertionError) as e:
+            raise UserError(f'{path}: {title} does not take our input or output: {e}') from e
         verdict = compare.parity_verdict(rows, zero_head=zero_head, tolerance=tolerance)
         results.append(_report(title, rows, verdict, erf_rows.get(verdict.output), say))
     return found | {'references': results, 'passed': all(r['passed'] for r in results)}
@@ -124,6 +134,8 @@ def _introduce(found: Mapping[str, Any], say: Callable[[Any], None]) -> None:
         f'parameters, {found["image_size"]} px: {found["model"]}'
     )
     say(f'PyTorch reads the weights {found["weights_read"]}')
+    for note in found['notes']:
+        say(f'  {note}')
     say(found['images'])
     if found['perturbed']:
         say(f'{found["perturbed"]} is 1 % larger on the PyTorch side: the check should fail')
@@ -206,21 +218,22 @@ def layers_of(model: Any, params: Mapping[str, Any], dtype: Any = np.float32) ->
     return compare.compiled(compute, params, dtype)
 
 
-def made_up_images(count: int, size: int, seed: int = 0) -> np.ndarray:
+def made_up_images(count: int, size: int | tuple[int, int], seed: int = 0) -> np.ndarray:
     """Random images with coarse and fine structure that fill the range of values.
 
     Args:
         count: number of images.
-        size: side, pixels.
+        size: side, or (height, width), pixels.
         seed: any integer; the same gives the same images.
 
     Returns:
-        float32 [count, size, size, 3] in [-1, 1], multiples of a grey level apart.
+        float32 [count, height, width, 3] in [-1, 1], multiples of a grey level apart.
     """
     rng = np.random.default_rng(seed)
     areas = rng.uniform(0, 255, (count, 7, 7, 3))
-    rows = np.arange(size) * 7 // size
-    pixels = areas[:, rows][:, :, rows] + rng.normal(0, 30, (count, size, size, 3))
+    height, width = variants.sides(size)
+    rows, columns = (np.arange(side) * 7 // side for side in (height, width))
+    pixels = areas[:, rows][:, :, columns] + rng.normal(0, 30, (count, height, width, 3))
     return normalize(np.clip(np.rint(pixels), 0, 255).astype(np.float32))
 
 
@@ -236,11 +249,12 @@ def _images(
             for data in eval_batches(predict.Images(found), model.preprocess, batch=batch):
                 yield normalize(data['image'][data['readable']])
             return
-        made_up = made_up_images(count, model.image_size)
+        made_up = made_up_images(count, model.preprocess.size)
         yield from (made_up[first : first + batch] for first in range(0, count, batch))
 
     kind = f'images from {" ".join(paths)}' if paths else 'made-up images'
-    return batches, f'{count} {kind}, {model.image_size} x {model.image_size} pixels'
+    height, width = model.preprocess.size
+    return batches, f'{count} {kind}, {height} x {width} pixels'
 
 
 def _reference_weights(path: pathlib.Path, model: model_folder.Model) -> tuple[Outputs, str]:
@@ -320,17 +334,7 @@ def _of_folder(name: str, folder: pathlib.Path) -> tuple[str, Callable[..., torc
         'transformers': torch_libraries.transformers_folder,
         'timm': torch_libraries.timm_folder,
     }[name]
-    normalization = library_configs.read(folder)['input'].normalization or HALF
-    mean, std = (torch.tensor(values, dtype=torch.float64) for values in normalization)
-
-    def make() -> torch.nn.Module:
-        model = load(folder)
-        model.register_forward_pre_hook(
-            lambda _module, inputs: (((inputs[0].double() + 1) / 2 - mean) / std).to(inputs[0]),
-        )
-        return model
-
-    return f'{name} {library.__version__}', make
+    return f'{name} {library.__version__}', lambda: load(folder)
 
 
 def _library(name: str, chosen: str) -> Any:

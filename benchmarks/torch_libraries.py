@@ -126,7 +126,35 @@ def transformers_folder(folder: str | os.PathLike[str]) -> 'Recorded':
         features = result.pooler_output
         return {'pre_logits': result.last_hidden_state[:, 0] if features is None else features}
 
-    return Recorded(model, _parts(model), compute)
+    return _with_input(Recorded(model, _parts(model), compute), *_transformers_input(folder))
+
+
+def _transformers_input(folder: str | os.PathLike[str]) -> tuple[Any, Any]:
+    """(mean, standard deviation) of the input, in units of white, by the folder's own words.
+
+    Without any, what the released ViTs take: input in [-1, 1].
+    """
+    path = os.path.join(folder, 'preprocessor_config.json')
+    settings = {}
+    if os.path.isfile(path):
+        with open(path, encoding='utf-8') as file:
+            settings = json.load(file)
+    scale = (
+        255 * settings.get('rescale_factor', 1 / 255) if settings.get('do_rescale', True) else 255
+    )
+    mean, std = settings.get('image_mean', [0.5] * 3), settings.get('image_std', [0.5] * 3)
+    if not settings.get('do_normalize', True):
+        mean, std = [0.0] * 3, [1.0] * 3
+    return [m / scale for m in mean], [s / scale for s in std]
+
+
+def _with_input(model: 'Recorded', mean: Any, std: Any) -> 'Recorded':
+    """The model for input in [-1, 1], of one that takes (white - mean) / std."""
+    mean, std = (torch.tensor(values, dtype=torch.float64) for values in (mean, std))
+    model.register_forward_pre_hook(
+        lambda _module, inputs: (((inputs[0].double() + 1) / 2 - mean) / std).to(inputs[0])
+    )
+    return model
 
 
 def timm_folder(folder: str | os.PathLike[str]) -> 'Recorded':
@@ -142,7 +170,9 @@ def timm_folder(folder: str | os.PathLike[str]) -> 'Recorded':
             outputs = {'pre_logits': model.forward_head(x, pre_logits=True)} | outputs
         return outputs
 
-    return Recorded(model, _parts(model), compute)
+    settings = timm.data.resolve_model_data_config(model)
+    recorded = Recorded(model, _parts(model), compute)
+    return _with_input(recorded, settings['mean'], settings['std'])
 
 
 def _parts(model: nn.Module) -> list[nn.Module]:

@@ -1,14 +1,18 @@
 """Proves a model against PyTorch: same weights, same images, number by number.
 
-The reference is the ViT of Hugging Face transformers, where it has the model (Vision Transformers
-with a class token), else the independent implementation of benchmarks/torch_reference.py; timm too,
-if it is installed. Both sides run in float32 and in float64, which shows which side rounds,
-and PyTorch once more with its default erf GELU, for which these weights were not trained.
+A folder of Hugging Face or timm is run by that library, exactly as the folder says. For other
+weights the reference is the ViT of Hugging Face transformers, where it has the model (Vision
+Transformers with a class token), else the independent implementation of
+benchmarks/torch_reference.py; timm too, if it is installed. They are told what our side assumed,
+which is printed. Both sides run in float32 and in float64, which shows which side rounds; and where
+the model has the tanh form of GELU, PyTorch once more with its default erf form, for which these
+weights were not trained.
 
 Examples:
     python scripts/check_parity.py --model ViT-B_16.npz
     python scripts/check_parity.py --model runs/flowers/model --images photos/
     python scripts/check_parity.py --model ViT-B_16.npz --perturb head/bias      # must fail
+    python scripts/check_parity.py --self-test
 
 Exit status: 0 if the logits agree; 1 if they differ by more than 1e-4 and by more than twice the
 distance of PyTorch's float32 from its own float64 (--tolerance sets another limit); 2 if no
@@ -51,10 +55,14 @@ def _check(args: argparse.Namespace) -> int:
 
     options = vars(args)
     of_input = cli.input_of(args)
-    for name in ('normalization', 'eval', 'resize', 'interpolation', 'antialias'):
+    for name in ('num_heads', 'normalization', 'eval', 'resize', 'interpolation', 'antialias'):
         del options[name]
     as_json = options.pop('json')
     say = functools.partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
+    if options.pop('self_test'):
+        from benchmarks import parity_self_test
+
+        return 0 if parity_self_test.run(say) else 1
     result = parity.check(**options, **of_input, say=say)
     if as_json:
         print(json.dumps(result, indent=1))
@@ -64,7 +72,13 @@ def _check(args: argparse.Namespace) -> int:
 def _parse() -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
     add = parser.add_argument
-    add('--model', required=True, help='model folder, file of weights, or released name')
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument('--model', help='model folder, file of weights, or released name')
+    what.add_argument(
+        '--self-test',
+        action='store_true',
+        help='check the check: made-up folders whose settings are ignored on our side must fail',
+    )
     add('--images', nargs='+', default=[], metavar='DIR', help='images (default: 8 made-up ones)')
     add('--limit', type=int, default=0, metavar='N', help='use the first N images (default: all)')
     add('--variant', default='', help='architecture of a file, where its arrays do not tell')

@@ -64,6 +64,7 @@ def add_model(parser: argparse.ArgumentParser, labels: str) -> None:
 
 def add_input(parser: argparse.ArgumentParser) -> None:
     """Adds the options that say what input a model takes; `input_of` reads them."""
+    add_heads(parser)
     add = parser.add_argument_group(
         'input of the model', 'where its files do not tell, or to try another'
     ).add_argument
@@ -97,8 +98,22 @@ def add_input(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_heads(parser: argparse.ArgumentParser) -> None:
+    """Adds --num_heads."""
+    parser.add_argument(
+        '--num_heads',
+        type=int,
+        default=0,
+        metavar='N',
+        help='attention heads of weights, where their files do not tell',
+    )
+
+
 def input_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What `add_input` asked for: the arguments `normalization` and `pixels` of opening a model."""
+    """What `add_input` asked for: arguments of opening a model.
+
+    They are `num_heads`, `normalization` and `pixels`.
+    """
     from vit_jax.data import normalization
 
     given = {name: getattr(args, name) for name in ('eval', 'resize', 'interpolation')}
@@ -106,6 +121,7 @@ def input_of(args: argparse.Namespace) -> dict[str, Any]:
     if args.antialias is not None:
         pixels['antialias'] = args.antialias
     return {
+        'num_heads': args.num_heads,
         'normalization': normalization.parse(args.normalization),
         'pixels': pixels,
     }

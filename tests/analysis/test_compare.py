@@ -197,6 +197,44 @@ def test_hugging_face_folder_is_loaded_by_transformers_itself(check, run_script,
     assert result['weights_read'].startswith('by transformers itself, with the settings in ')
 
 
+@pytest.mark.parametrize(
+    'cases',
+    [
+        ('12 heads', 'not square'),
+        pytest.param(
+            ('relu', 'erf GELU', 'epsilon 1e-2', 'pooling', 'normalisation', 'scale of pixels'),
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=len,
+)
+def test_the_check_notices_when_our_side_ignores_what_a_folder_states(parity, cases):
+    pytest.importorskip('transformers')
+    from benchmarks import parity_self_test
+
+    lines = []
+    assert parity_self_test.run(lines.append, cases)
+    for line in lines:
+        if not line.startswith('not square'):
+            assert 'as stated: PASS' in line and 'ignored: FAIL' in line
+
+
+def test_the_self_test_fails_where_the_check_passes(parity, monkeypatch):
+    from benchmarks import parity_self_test
+
+    monkeypatch.setattr(parity_self_test, '_ends', lambda folder, ours: 'PASS')
+    monkeypatch.setattr(parity_self_test, '_write', lambda folder, *_: _write_configs(folder))
+    lines = []
+    assert not parity_self_test.run(lines.append, ['relu'])
+    assert lines == ['relu             as stated: PASS     ignored: PASS      WRONG']
+
+
+def _write_configs(folder):
+    folder.mkdir()
+    for name in ('config', 'preprocessor_config'):
+        (folder / f'{name}.json').write_text('{}')
+
+
 def test_timm(check, shared_dir):
     pytest.importorskip('timm', reason='timm is not installed')
     path = shared_dir / 'weights' / 'deit_ti16_imagenet1k.npz'

@@ -234,3 +234,33 @@ def test_nothing_is_changed_of_a_plain_state_dict():
     found = tensors()
     cleaned, notes = state_dicts.clean(found, 'x')
     assert (cleaned, notes) == (found, [])
+
+
+def test_heads_that_no_file_tells_are_a_guess_said_in_every_command(tmp_path, run_script):
+    """MoCo v3's ViT-S: 384 wide, with 12 heads, where others of that width have 6."""
+    from vit_jax.checkpoint import inspection
+
+    rng = np.random.default_rng(0)
+    wide = {
+        name: rng.standard_normal([384 if side == 8 else side for side in array.shape], np.float32)
+        for name, array in tensors().items()
+        if 'qkv' not in name
+    }
+    wide['blocks.0.attn.qkv.weight'] = rng.standard_normal((3 * 384, 384), np.float32)
+    wide['blocks.0.attn.qkv.bias'] = rng.standard_normal(3 * 384, np.float32)
+    save_file(wide, tmp_path / 'moco.safetensors')
+    found = inspection.inspect(tmp_path / 'moco.safetensors')
+    assert '6 heads, activation gelu, LayerNorm epsilon 1e-06, classifier token' in str(found)
+    assert '6 heads assumed: files of this kind do not tell; --num_heads' in str(found)
+    found = inspection.inspect(tmp_path / 'moco.safetensors', num_heads=12)
+    assert 'computes    12 heads' in str(found)
+    assert '12 heads, as asked for: files of this kind do not tell' in str(found)
+    for options, words in ((), '6 heads assumed'), (('--num_heads', '12'), '12 heads, as asked'):
+        target = tmp_path / f'a{len(options)}.npz'
+        done = run_script(
+            'convert.py', tmp_path / 'moco.safetensors', target, '--to', 'npz', *options
+        )
+        assert done.returncode == 0 and words in done.stdout
+        assert ('assumed: files' in done.stderr) == (not options)  # as in any loading
+    # What was assumed stays in the file: its activation is not that of Google's files.
+    assert formats.open_weights(tmp_path / 'a0.npz').settings == {'act': 'gelu'}

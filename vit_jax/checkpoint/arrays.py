@@ -88,6 +88,7 @@ class Weights:
         format: what it was recognised as, for people: 'Google .npz', 'timm', ...
         params: nested dict with Linen names; leaves are `LazyArray`.
         notes: what had to be done or is to be known, one sentence each.
+        assumed: those of the notes that are guesses.
         class_names: in label order, () where the file does not tell.
         image_size: side or (height, width) of the input in pixels, 0 where only the arrays tell.
         settings: arguments of the model that the arrays do not tell, such as `act`.
@@ -99,6 +100,7 @@ class Weights:
     format: str
     params: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+    assumed: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
     image_size: int | tuple[int, int] = 0
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)

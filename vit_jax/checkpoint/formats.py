@@ -220,20 +220,30 @@ def _recognise(
             f'{path} is of no known kind: {len(found)} tensors ({some}, ...). Known: Google and '
             'big_vision .npz; ViT, hybrid, Mixer and DeiT of timm, Hugging Face and torchvision'
         )
-    heads, guess = _heads(path, library, found, variant, num_heads, config.get('num_heads', 0))
+    heads, said = _heads(path, library, found, variant, num_heads, config.get('num_heads', 0))
     flat, notes = key_tables.to_params(found, library, heads, path)
-    notes += guess
+    notes += said
+    assumed = [] if variant or num_heads else said
     tree = npz.nest(flat, path)
     notes += big_vision.with_class_position(tree)
     settings = config.get('settings')
     if settings is None:
         settings = next(DEFAULTS[name] for name in DEFAULTS if library.startswith(name))
-        notes.append(
+        assumed = [
+            *assumed,
             f'activation {settings["act"]} and LayerNorm epsilon {settings["layer_norm_eps"]:g} '
-            f'are assumed, the defaults of {library}: a file without configuration does not tell'
-        )
-    names = tuple(config.get('class_names', ()))
-    return Weights(str(path), library, tree, tuple(notes), names, settings=settings)
+            f'are assumed, the defaults of {library}: a file without configuration does not tell',
+        ]
+        notes.append(assumed[-1])
+    return Weights(
+        str(path),
+        library,
+        tree,
+        tuple(notes),
+        tuple(assumed),
+        tuple(config.get('class_names', ())),
+        settings=settings,
+    )
 
 
 def _heads(

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax import files
+from vit_jax import files, models
 from vit_jax.checkpoint import adapt, catalog, formats, infer, npz
 from vit_jax.errors import UserError
 
@@ -54,6 +54,7 @@ class Inspection:
         format: what it was recognised as.
         notes: what loading it does or leaves out.
         variant: name of the variant, or a description where no variant has these sizes.
+        computes: heads, activation, epsilon, pooling.
         image_size: side of the input, pixels; 0 where it cannot be told.
         num_classes: outputs of the head; 0 without a head.
         class_names: where the file tells them.
@@ -67,6 +68,7 @@ class Inspection:
     format: str
     notes: tuple[str, ...]
     variant: str
+    computes: str
     image_size: int
     num_classes: int
     class_names: tuple[str, ...]
@@ -85,6 +87,7 @@ class Inspection:
             self.path,
             f'  format      {self.format}',
             f'  variant     {self.variant}',
+            f'  computes    {self.computes}',
             f'  image size  {f"{self.image_size} px" if self.image_size else "cannot be told"}',
             f'  classes     {self.num_classes or "none (no head)"}{f": {names}" if names else ""}',
             f'  parameters  {self.num_parameters:,} in {len(self.arrays)} arrays',
@@ -114,12 +117,13 @@ class Inspection:
         return '\n'.join(lines)
 
 
-def inspect(path: str | os.PathLike[str], *, variant: str = '') -> Inspection:
+def inspect(path: str | os.PathLike[str], *, variant: str = '', num_heads: int = 0) -> Inspection:
     """Looks at weights of any format that `formats.open_weights` knows, array by array.
 
     Args:
         path: file, folder of weights, or model folder.
         variant: name from `models.variants.VARIANTS`, where the arrays do not tell.
+        num_heads: of the attention, where nothing tells.
 
     Returns:
         What it is. Arrays with NaN, or damaged, are reported; they do not end the inspection.
@@ -130,7 +134,7 @@ def inspect(path: str | os.PathLike[str], *, variant: str = '') -> Inspection:
     path = pathlib.Path(path)
     if os.path.isfile(path / 'model.json'):  # False, too, for a path that no file can have
         return _inspect_model_folder(path, variant)
-    weights = formats.open_weights(path, variant=variant)
+    weights = formats.open_weights(path, variant=variant, num_heads=num_heads)
     config = infer.architecture(
         weights.params, str(path), variant=variant, settings=weights.settings
     )
@@ -151,6 +155,7 @@ def inspect(path: str | os.PathLike[str], *, variant: str = '') -> Inspection:
         image_size=image_size,
         num_classes=num_classes,
         class_names=weights.class_names,
+        computes=_computes(config),
         arrays=arrays,
         unusual=tuple(_unusual(arrays)),
         catalogue=_catalogue(path, mib, config.get('model_name') or '', num_classes, image_size),
@@ -171,6 +176,16 @@ def _inspect_model_folder(folder: pathlib.Path, variant: str) -> Inspection:
         image_size=size,
         class_names=names,
     )
+
+
+def _computes(config: Mapping[str, Any]) -> str:
+    """What neither shapes nor the variant's name tell."""
+    model = models.from_config(config, num_classes=0)
+    facts = [f'activation {model.act}', f'LayerNorm epsilon {model.layer_norm_eps:g}']
+    if 'transformer' in config:
+        facts.insert(0, f'{config["transformer"]["num_heads"]} heads')
+        facts.append(f'classifier {model.classifier}')
+    return ', '.join(facts)
 
 
 def _arrays(params: Mapping[str, Any]) -> Iterator[Array]:

@@ -19,6 +19,7 @@ def main() -> int:
     parser = cli.make_parser(__doc__)
     parser.add_argument('files', nargs='+', metavar='FILE', help='file or folder of weights')
     parser.add_argument('--variant', default='', help='architecture, where the arrays do not tell')
+    cli.add_heads(parser)
     parser.add_argument('--brief', action='store_true', help='leave out the table of arrays')
     args = parser.parse_args()
     return cli.run(lambda: _inspect(args))
@@ -32,7 +33,7 @@ def _inspect(args: argparse.Namespace) -> int:
     status = 0
     for file in args.files:
         try:
-            found = inspection.inspect(file, variant=args.variant)
+            found = inspection.inspect(file, variant=args.variant, num_heads=args.num_heads)
         except UserError as error:
             print(f'{cli.program()}: {error}', file=sys.stderr)
             status = 1

@@ -91,6 +91,7 @@ def open_classifier(
     *,
     variant: str = '',
     labels: str = '',
+    num_heads: int = 0,
     normalization: 'Normalization | None' = None,
     pixels: Mapping[str, Any] | None = None,
 ) -> Classifier:
@@ -101,6 +102,7 @@ def open_classifier(
         weights of any kind that `model_folder.load` reads.
       variant: architecture of bare weights, such as ViT-B_16, where their arrays do not tell.
       labels: class names, see `labels.choose`.
+      num_heads: of bare weights, see `model_folder.load`.
       normalization: of bare weights, see `model_folder.load`.
       pixels: how images become pixels, where not as the files tell, see `model_folder.load`.
 
@@ -113,6 +115,8 @@ def open_classifier(
     if pathlib.Path(path).suffix.lower() == '.onnx':
         if variant:
             raise UserError(f'{path} is an ONNX file, which knows its architecture: no --variant')
+        if num_heads:
+            raise UserError(f'{path} is an ONNX file, which knows its heads: no --num_heads')
         if normalization:
             raise UserError(f'{path} is an ONNX file, which knows its input: no --normalization')
         from vit_jax.inference import onnx as onnx_model
@@ -122,9 +126,8 @@ def open_classifier(
     else:
         from vit_jax.inference import model_folder
 
-        classifier = JaxClassifier(
-            model_folder.load(path, variant=variant, normalization=normalization, pixels=pixels)
-        )
+        given = {'num_heads': num_heads, 'normalization': normalization, 'pixels': pixels}
+        classifier = JaxClassifier(model_folder.load(path, variant=variant, **given))
     classifier.class_names = names.choose(classifier.class_names, labels, str(path))
     return classifier
 

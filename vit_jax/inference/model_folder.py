@@ -151,6 +151,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     variant: str = '',
+    num_heads: int = 0,
     normalization: formats.Normalization | None = None,
     pixels: Mapping[str, Any] | None = None,
 ) -> Model:
@@ -165,6 +166,7 @@ def load(
             a folder of Hugging Face or timm; or a released name or an address, see
             `catalog.resolve`.
         variant: name from `models.variants.VARIANTS`, not for a model folder: what it has to be.
+        num_heads: of the attention, as `normalization`.
         normalization: see `checkpoint.open_weights`; not for a model folder.
         pixels: how evaluation and prediction make pixels of images, where it is to be another way
             than the files tell: `eval`, `resize`, `interpolation`, `antialias` of `Preprocess`.
@@ -175,7 +177,9 @@ def load(
     Raises:
         UserError: nothing there, damaged, of a newer format, or not the weights of a known model.
     """
-    opened = open_model(path, variant=variant, normalization=normalization, pixels=pixels)
+    opened = open_model(
+        path, variant=variant, num_heads=num_heads, normalization=normalization, pixels=pixels
+    )
     check(opened)
     loaded = dataclasses.replace(opened, params=jax.tree.map(np.asarray, opened.params))
     head = loaded.params.get('head')
@@ -188,6 +192,7 @@ def open_model(
     path: str | os.PathLike[str],
     *,
     variant: str = '',
+    num_heads: int = 0,
     normalization: formats.Normalization | None = None,
     pixels: Mapping[str, Any] | None = None,
 ) -> Model:
@@ -198,6 +203,7 @@ def open_model(
     Args:
         path: see `load`.
         variant: see `load`.
+        num_heads: see `load`.
         normalization: see `load`.
         pixels: see `load`.
     """
@@ -208,11 +214,15 @@ def open_model(
     if path.is_dir() and ((path / MODEL_FILE).is_file() or not (path / 'config.json').is_file()):
         if variant:
             raise UserError(f'{path} is a model folder, which knows its variant; leave it out')
+        if num_heads:
+            raise UserError(f'{path} is a model folder, which knows its heads: no num_heads')
         if normalization:
             raise UserError(f'{path} is a model folder, whose input is [-1, 1]: no normalization')
         opened = _open_folder(path)
     else:
-        weights = formats.open_weights(path, variant=variant, normalization=normalization)
+        weights = formats.open_weights(
+            path, variant=variant, num_heads=num_heads, normalization=normalization
+        )
         if weights.refused and not (pixels and pixels.get('eval')):
             raise UserError(
                 f'{path}: {weights.refused} is not computed here. Say how images become pixels: '
@@ -285,6 +295,8 @@ def _described(found: Mapping[str, Any], params: Mapping[str, Any]) -> Model:
 
 def _from_weights(path: pathlib.Path, weights: formats.Weights, variant: str) -> Model:
     _log.info('%s', weights)
+    for guess in weights.assumed:
+        _log.warning('%s: %s', path, guess)
     config = infer.architecture(
         weights.params, str(path), variant=variant, settings=weights.settings
     )
