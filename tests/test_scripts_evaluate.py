@@ -181,6 +181,11 @@ def test_classes_are_matched_by_name(run, main, no_pictures, tmp_path):
     status, _, err = main('--model', run / 'model.onnx', '--dataset', tmp_path / 'photos')
     assert status == 1 and err.count('\n') == 1
     assert '3 of the 7 classes' in err and "none of the model's 7 classes" in err
+    class_map = tmp_path / 'map.txt'
+    class_map.write_text('\n'.join(f'{new}\t{CLASSES.index(old)}' for old, new in turned.items()))
+    main(*words, tmp_path / 'map', '--dataset', tmp_path / 'photos', '--class_map', class_map)
+    mapped = json.loads((tmp_path / 'map' / 'evaluation.json').read_text())
+    assert mapped['confusion'] == plain['confusion']
 
 
 def test_unreadable_images_are_reported(run, main, no_pictures, tmp_path):

@@ -79,12 +79,114 @@ def test_remap_by_name(caplog):
         (('rose', 'tulip'), ('roses', 'tulips', 'x'), r'2 of the 2 classes of flowers .*nearest to '
          'rose is roses'),
         (('a', 'b'), labels.numbered(3), 'cannot be matched'),
-        (('a', 'b'), ('a', 'a', 'b'), 'more than one class called a'),
+        (('a', 'b'), ('a', 'a', 'b'), 'or could be several: a'),
     ],
 )  # fmt: skip
 def test_classes_that_cannot_be_matched(data, model, message):
     with pytest.raises(UserError, match=message):
         labels.remap(data, model, 'flowers')
+
+
+def imagenet():
+    """(WordNet ids, our names)."""
+    return tuple(zip(*labels._imagenet1k(), strict=True))
+
+
+ALL = tuple(range(1000))
+
+
+@pytest.mark.parametrize(
+    'spell',
+    [
+        lambda number, id, name: name.replace(' ', '_'),
+        lambda number, id, name: f'{id}_{name}',
+        lambda number, id, name: f'{number:04} {id} {name}',
+        lambda number, id, name: id,
+        lambda number, id, name: str(number),
+        lambda number, id, name: f'{number:03}',
+        lambda number, id, name: f'{name}, {name.upper()} L., a kind of {name}',
+        lambda number, id, name: name if name == 'Cardigan' else name.title().replace(' ', '-'),
+    ],
+)
+def test_imagenet_is_known_by_many_spellings(spell):
+    ids, names = imagenet()
+    data = [spell(i, *pair) for i, pair in enumerate(zip(ids, names, strict=True))]
+    data = ['cardigan' if name == 'Cardigan' and ids[i] == 'n02963159' else name
+            for i, name in enumerate(data)]  # fmt: skip
+    assert labels.remap(data[::-1], names, 'x') == ALL[::-1]
+    if not data[0].isdecimal():
+        assert labels.remap(names[::-1], data, 'x') == ALL[::-1]
+
+
+def test_a_list_that_has_names_twice_is_known_by_its_order(caplog):
+    ids, names = imagenet()
+    own = tuple({'crane bird': 'crane', 'maillot tank suit': 'maillot'}.get(n, n) for n in names)
+    assert labels.remap(ids, own, 'x') == ALL
+    assert labels.remap(names, own, 'x') == ALL
+    assert '2 of the 1,000 classes are matched by other spellings' in caplog.text
+
+
+def test_spellings_of_ones_own_classes(caplog):
+    model = ('Red Rose', 'tulip', 'lily of the valley')
+    assert labels.remap(('lily_of_the_valley', 'red-rose', 'tulip'), model, 'x') == (2, 0, 1)
+    assert '2 of the 3 classes are matched by other spellings, such as lily_of' in caplog.text
+    assert labels.remap(('02', '00'), model, 'x') == (2, 0)
+    assert labels.remap(('0', '1', '2'), model, 'x') == (0, 1, 2)
+    assert 'numbers, 02, 00, ..., which are taken for the labels of the model' in caplog.text
+    assert labels.remap(('0', '10', '2'), labels.numbered(11), 'x') == (0, 10, 2)
+    with pytest.raises(UserError, match='red_rose and Red Rose are both Red Rose'):
+        labels.remap(('red_rose', 'Red Rose'), model, 'x')
+    with pytest.raises(UserError, match='or could be several: A b'):
+        labels.remap(('A b',), ('a b', 'a_b'), 'x')
+
+
+KERAS = '{"0": ["n01440764", "tench"], "1": ["n01443537", "goldfish"], "2": ["n2", "rose"]}'
+
+
+@pytest.mark.parametrize(
+    ('content', 'data', 'expected'),
+    [
+        ('rose\tflower c\nfish\t0\n', ('fish', 'rose', 'flower_b'), (0, 2, 1)),
+        ('{"rose": "flower c", "fish": 0}', ('fish', 'rose', 'flower b'), (0, 2, 1)),
+        ('fish\nrose\nbird', ('bird', 'fish'), (2, 0)),
+        ('["fish", "rose"]', ('rose',), (1,)),
+        (KERAS, ('n01443537', 'rose'), (1, 2)),
+        ('{"0": "flower b", "1": "flower a"}', ('0', '1'), (1, 0)),
+        ('{"0": "x", "1": "y"}', ('y', 'x'), (1, 0)),
+        ('x\t0\ny\t0', ('y', 'x'), (0, 0)),
+    ],
+)
+def test_class_map(tmp_path, content, data, expected):
+    (tmp_path / 'map').write_text(content)
+    class_map = labels.read_class_map(tmp_path / 'map', data)
+    model = ('flower a', 'flower b', 'flower c')
+    assert labels.remap(data, model, 'x', class_map) == expected
+
+
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        ('other\t0', 'has none of the classes of the data'),
+        ('rose\tflower z', "--class_map has 'flower z' for rose"),
+        ('rose\t9', '--class_map has 9 for rose'),
+        ('{"rose": [1]}', 'rose has .1., expected a class'),
+        ('{"rose": ', 'cannot be read'),
+    ],
+)
+def test_class_maps_that_do_not_fit(tmp_path, content, message):
+    (tmp_path / 'map').write_text(content)
+    with pytest.raises(UserError, match=message):
+        class_map = labels.read_class_map(tmp_path / 'map', ('rose',))
+        labels.remap(('rose',), ('flower a', 'flower b'), 'x', class_map)
+    with pytest.raises(UserError, match='cannot be read'):
+        labels.read_class_map(tmp_path / 'none', ('rose',))
+
+
+def test_names_of_keras(tmp_path):
+    (tmp_path / 'names').write_text(
+        '{"0": ["n1", "crane"], "1": ["n2", "crane"], "2": ["n3", "x"]}'
+    )
+    assert labels.read(tmp_path / 'names') == ('crane (n1)', 'crane (n2)', 'x')
 
 
 def test_json_of_the_names_can_be_read_back(tmp_path):

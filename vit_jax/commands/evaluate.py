@@ -51,6 +51,13 @@ def _parser() -> argparse.ArgumentParser:
         help='such as test or train[90%%:]; default: the test part of the dataset; without one, '
         'what the training of the model held out of it, or all of it if that was on other data',
     )
+    add(
+        '--class_map',
+        default='',
+        metavar='FILE',
+        help='which class of the model each class of the data is, where names do not tell: lines '
+        "of the data's name, a tab, and the model's name or label; or a class map of timm or Keras",
+    )
     add('--tfds_data_dir', default='', metavar='DIR', help='where TFDS sets are')
     add('--batch', type=int, default=32, help='images at once (default: 32)')
     add('--output', metavar='DIR', help=f'write {RESULT} and pictures to this new folder')
@@ -70,8 +77,10 @@ def _run(args: argparse.Namespace) -> int:
         args.model, variant=args.variant, labels=args.labels, **cli.input_of(args)
     )
     source, reason = _open_source(args, model.source)
-    to_model = labels.remap(source.class_names, model.class_names, str(source))
-    if labels.numbered(len(model.class_names)) == model.class_names:
+    class_map = labels.read_class_map(args.class_map, source.class_names) if args.class_map else {}
+    to_model = labels.remap(source.class_names, model.class_names, str(source), class_map)
+    in_order = to_model == tuple(range(len(to_model)))
+    if in_order and labels.numbered(len(to_model)) == model.class_names:
         model.class_names = tuple(source.class_names)
     with output.progress_bar(len(source)) as advance:
         found, unreadable = metrics_lib.collect(
