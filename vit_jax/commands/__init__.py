@@ -5,6 +5,6 @@ and mistakes are quick.
 """
 
 NAMES = (
-    'train', 'predict', 'evaluate', 'export', 'convert', 'report', 'attention', 'summary', 'cost',
-    'inspect_checkpoint', 'list_models',
+    'train', 'predict', 'zeroshot', 'evaluate', 'export', 'convert', 'report', 'attention',
+    'summary', 'cost', 'inspect_checkpoint', 'list_models',
 )  # fmt: skip

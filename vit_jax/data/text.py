@@ -1,4 +1,4 @@
-"""Texts to token ids, as the original release's tokenizers give them, without TensorFlow.
+"""The input of image-text models, as the original release makes it, without TensorFlow.
 
 T texts become int32 [T, max_len].
 """
@@ -7,11 +7,13 @@ import dataclasses
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from vit_jax import files
+from vit_jax.data.preprocess import Preprocess, normalize
 from vit_jax.errors import UserError, extra
 
 _MAX_WORD_BYTES = 100  # of a word that TensorFlow Text looks up; a longer one is unknown
@@ -40,12 +42,14 @@ class BertTokenizer:
       max_len: length of the token ids; longer texts are cut.
       cls_token: the id of the class token.
       unknown_token: the id of `[UNK]`; the size of the vocabulary where there is none.
+      size: of the vocabulary.
     """
 
     vocab_path: str | os.PathLike[str]
     max_len: int
     cls_token: int = dataclasses.field(init=False)
     unknown_token: int = dataclasses.field(init=False)
+    size: int = dataclasses.field(init=False)
     _ids: dict[str, int] = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -64,6 +68,7 @@ class BertTokenizer:
         object.__setattr__(self, '_ids', ids)
         object.__setattr__(self, 'cls_token', ids['[CLS]'])
         object.__setattr__(self, 'unknown_token', ids.get('[UNK]', len(ids)))
+        object.__setattr__(self, 'size', len(ids))
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Token ids, int32 [T, max_len]."""
@@ -128,11 +133,17 @@ class SentencepieceTokenizer:
     Attributes:
       vocab_path: a model file of SentencePiece that has `</s>`.
       max_len: length of the token ids; longer texts are cut.
+      eos_token: the id of `</s>`.
+      unknown_token: the id of what is not in the vocabulary.
+      size: of the vocabulary.
     """
 
     vocab_path: str | os.PathLike[str]
     max_len: int
-    _processor: object = dataclasses.field(init=False, repr=False, compare=False)
+    eos_token: int = dataclasses.field(init=False)
+    unknown_token: int = dataclasses.field(init=False)
+    size: int = dataclasses.field(init=False)
+    _processor: Any = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Reads the model.
@@ -150,11 +161,9 @@ class SentencepieceTokenizer:
         if processor.eos_id() < 0:
             raise UserError(f'{self.vocab_path} has no token that ends a text, </s>')
         object.__setattr__(self, '_processor', processor)
-
-    @property
-    def eos_token(self) -> int:
-        """The token that ends a text."""
-        return self._processor.eos_id()
+        object.__setattr__(self, 'eos_token', processor.eos_id())
+        object.__setattr__(self, 'unknown_token', processor.unk_id())
+        object.__setattr__(self, 'size', processor.get_piece_size())
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Token ids, int32 [T, max_len]."""
@@ -165,7 +174,30 @@ class SentencepieceTokenizer:
         return out
 
 
-TOKENIZERS = {'bert': BertTokenizer, 'sentencepiece': SentencepieceTokenizer}
+Tokenizer = BertTokenizer | SentencepieceTokenizer
+TOKENIZERS: Mapping[str, type[Tokenizer]] = {
+    'bert': BertTokenizer,
+    'sentencepiece': SentencepieceTokenizer,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PreprocessImages:
+    """The images of LiT: resized bilinearly to whole grey levels, in [-1, 1].
+
+    Attributes:
+      size: side of the result, pixels.
+      crop: take the centre of an image whose short side has this size, instead of squashing it.
+    """
+
+    size: int
+    crop: bool = False
+
+    def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Images, uint8 [height, width, 3], to float32 [B, size, size, 3] in [-1, 1]."""
+        how = 'resize_crop' if self.crop else 'squash'
+        preprocess = Preprocess(crop=self.size, inception_crop=False, eval=how)
+        return np.stack([normalize(np.floor(preprocess.evaluate(image))) for image in images])
 
 
 def _read(path: str | os.PathLike[str]) -> bytes:

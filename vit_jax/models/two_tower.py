@@ -3,8 +3,12 @@
 LiT, "Zero-Shot Transfer with Locked-image text Tuning": https://arxiv.org/abs/2111.07991.
 
 Shapes: B images, T texts, L tokens of a text, C size of the embeddings.
+
+The helpers of `LitModel` are the original release's. They read files, and import what that needs
+when they are called; nothing else in this package does.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -14,6 +18,7 @@ import jax.numpy as jnp
 from vit_jax.models import layers, text
 from vit_jax.models.vit import VisionTransformer
 
+RELEASED = 'gs://vit_models/lit'  # where weights and vocabularies are
 TEXT_MODELS = {'bert': text.BertModel, 'text_transformer': text.TextTransformer}
 
 
@@ -45,6 +50,73 @@ class LitModel(nn.Module):
             object.__setattr__(self, name, layers.hashable(getattr(self, name)))
         super().__post_init__()
 
+    @property
+    def sizes(self) -> tuple[int | None, int | None]:
+        """`out_dim` for images and for texts."""
+        return self.out_dim if isinstance(self.out_dim, tuple) else (self.out_dim, self.out_dim)
+
+    @property
+    def vocab_path(self) -> str:
+        """Address of the released vocabulary."""
+        suffix = {'bert': 'txt', 'sentencepiece': 'model'}[self.pp['tokenizer_name']]
+        return f'{RELEASED}/{self.model_name}.{suffix}'
+
+    def load_variables(self, path: str = '') -> dict[str, Any]:
+        """Variables for `apply`.
+
+        Args:
+          path: a `.npz` file or its address; '' for the released one, which is downloaded once.
+
+        Raises:
+          UserError: it is not there, damaged, or cannot be downloaded.
+        """
+        from vit_jax.checkpoint import catalog, npz
+
+        file = catalog.resolve(path or f'{RELEASED}/{self.model_name}.npz')
+        return {'params': npz.open_file(file, whole=True).read()}
+
+    def get_tokenizer(self) -> Any:
+        """The function from a list of texts to token ids, int32 [T, L], see `data.text`.
+
+        Raises:
+          UserError: the vocabulary cannot be downloaded.
+        """
+        from vit_jax.checkpoint import catalog
+        from vit_jax.data import text
+
+        tokenizer = text.TOKENIZERS[self.pp['tokenizer_name']]
+        return tokenizer(catalog.resolve(self.vocab_path), self.pp['max_len'])
+
+    def get_image_preprocessing(self, crop: bool = False) -> Callable[[Sequence[Any]], Any]:
+        """The function from images, uint8 [height, width, 3], to float32 [B, size, size, 3].
+
+        Args:
+          crop: take the centre of the image instead of squashing it.
+        """
+        from vit_jax.data import text
+
+        return text.PreprocessImages(self.pp['size'], crop)
+
+    def get_pp(self, crop: bool = False) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+        """The function from a dict with `image` and `text`, or one of them, to the model's input.
+
+        It replaces `image` by floats in [-1, 1] and adds `tokens`.
+
+        Args:
+          crop: see `get_image_preprocessing`.
+        """
+        prepare, tokenize = self.get_image_preprocessing(crop), self.get_tokenizer()
+
+        def pp(features: Mapping[str, Any]) -> dict[str, Any]:
+            features = dict(features)
+            if 'image' in features:
+                features['image'] = prepare([features['image']])[0]
+            if 'text' in features:
+                features['tokens'] = tokenize([features['text']])[0]
+            return features
+
+        return pp
+
     @nn.compact
     def __call__(
         self,
@@ -75,17 +147,17 @@ class LitModel(nn.Module):
             raise ValueError(
                 f'unknown text model {self.text_model!r}: one of {", ".join(TEXT_MODELS)}'
             )
-        sizes = self.out_dim if isinstance(self.out_dim, tuple) else (self.out_dim, self.out_dim)
+        image_size, text_size = self.sizes
         zimg = ztxt = None
         out: dict[str, jax.Array] = {}
         if tokens is not None:
             tower = TEXT_MODELS[self.text_model](
-                num_classes=sizes[1], dtype=self.dtype, **(self.text or {}), name='txt'
+                num_classes=text_size, dtype=self.dtype, **(self.text or {}), name='txt'
             )
             ztxt = _normalize(tower(tokens, train=train), 'txt', out)
         if images is not None:
             image_tower = VisionTransformer(
-                **{'dtype': self.dtype, **self.image, 'num_classes': sizes[0] or 0}, name='img'
+                **{'dtype': self.dtype, **self.image, 'num_classes': image_size or 0}, name='img'
             )
             zimg = _normalize(image_tower(images, train=train), 'img', out)
         out['t'] = jnp.exp(self.param('t', nn.initializers.zeros, (1,), jnp.float32))

@@ -1,0 +1,190 @@
+"""Image-text models as folders, and the classes of a zero-shot classifier."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from vit_jax import models
+from vit_jax.checkpoint import npz
+from vit_jax.data import decode
+from vit_jax.errors import UserError
+from vit_jax.inference import predict, two_tower
+
+FIXTURES = pathlib.Path(__file__).parents[1] / 'fixtures'
+WORDS = ('a', 'photo', 'of', 'rose', 'tulip', 'daisy', '##s')
+
+
+@pytest.fixture(scope='module')
+def towers(tmp_path_factory):
+    """The smallest model of the conformance cases, with a vocabulary of our own."""
+    folder = FIXTURES / 'conformance'
+    case = json.loads((folder / 'lit_index.json').read_text())['lit_bert']
+    names = ('image', 'text_model', 'text', 'out_dim')
+    pp = {'tokenizer_name': 'bert', 'size': case['size'], 'max_len': 8}
+    model = models.LitModel(**{name: case[name] for name in names}, pp=pp)
+    vocabulary = tmp_path_factory.mktemp('vocabulary') / 'words.txt'
+    vocabulary.write_text('\n'.join(('[PAD]', '[UNK]', '[CLS]', *WORDS)))
+    params = npz.open_file(folder / 'lit_bert.checkpoint.npz', whole=True).read()
+    return two_tower.TwoTowers(model, params, vocabulary, {'file': 'made up'})
+
+
+@pytest.fixture
+def photos(tmp_path):
+    import cv2
+
+    rng = np.random.default_rng(0)
+    paths = [tmp_path / f'{index}.png' for index in range(3)]
+    for path in paths:
+        cv2.imwrite(str(path), rng.integers(0, 256, (40, 50, 3), np.uint8))
+    return [str(path) for path in paths]
+
+
+def test_probabilities_are_the_softmax_of_cosines(towers, photos):
+    """Against the module itself, by hand; also for a batch that is not full."""
+    names = ('rose', 'tulips')
+    classifier = two_tower.ZeroShotClassifier(towers, names)
+    found = dict(predict.predict(classifier, photos, batch=2))
+    pixels = [np.floor(decode.load_image(path, towers.preprocess)) for path in photos]
+    tokens = towers.tokenizer([f'a photo of a {name}' for name in names])
+    assert tokens[1].tolist() == [2, 3, 4, 5, 3, 7, 9, 0]
+    zimg, ztxt, out = towers.model.apply(
+        {'params': towers.params}, images=np.stack(pixels) / 127.5 - 1, tokens=tokens
+    )
+    logits = np.asarray(float(out['t'][0]) * zimg @ ztxt.T, np.float64)
+    expected = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    np.testing.assert_allclose([found[path] for path in photos], expected, atol=1e-5)
+
+
+def test_prompts_are_averaged_on_the_sphere(towers):
+    prompts = ('a photo of a {}', '{} photo')
+    classifier = two_tower.ZeroShotClassifier(towers, ('rose',), prompts)
+    embedded = towers.embed_texts(['a photo of a rose', 'rose photo']).mean(0)
+    pixels = np.full((1, 32, 32, 3), 100, np.float32)
+    expected = towers.temperature * towers.embed_images(pixels) @ embedded
+    expected /= np.linalg.norm(embedded)
+    np.testing.assert_allclose(classifier.logits(pixels)[:, 0], expected, rtol=1e-5)
+
+
+def test_a_folder_gives_the_same_model_back(towers, tmp_path):
+    two_tower.save(tmp_path / 'lit', towers)
+    assert {path.name for path in (tmp_path / 'lit').iterdir()} == {
+        'model.json',
+        'params.npz',
+        'vocab.txt',
+    }
+    loaded = two_tower.load(tmp_path / 'lit')
+    texts = ['a rose', 'tulips', '']
+    np.testing.assert_array_equal(loaded.embed_texts(texts), towers.embed_texts(texts))
+    assert loaded.model == towers.model
+    with pytest.raises(UserError, match='exists'):
+        two_tower.save(tmp_path / 'lit', towers)
+
+
+@pytest.mark.parametrize(
+    ('file', 'content', 'message'),
+    [
+        ('model.json', None, 'is neither a folder of a two-tower model .* nor one of LiT-B16B'),
+        ('model.json', '{}', 'does not describe a two-tower model'),
+        ('vocab.txt', '[PAD]\n[CLS]\n' + 'x\n', None),
+        ('vocab.txt', '[CLS]\n' + ''.join(f'{n}\n' for n in range(96)), 'not the vocabulary of'),
+        ('vocab.txt', None, 'the vocabulary .* cannot be read'),
+        ('params.npz', None, 'no such checkpoint file'),
+    ],
+)
+def test_a_damaged_folder_is_named(towers, tmp_path, file, content, message):
+    folder = tmp_path / 'lit'
+    two_tower.save(folder, towers)
+    (folder / file).unlink()
+    if content is not None:
+        (folder / file).write_text(content)
+    if message is None:  # fewer tokens than the model knows are no mistake
+        two_tower.load(folder)
+        return
+    with pytest.raises(UserError, match=message):
+        two_tower.load(folder)
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (
+            {'out_dim': [20, 21]},
+            r'not those of the model: txt/head/bias is \(20,\)',
+        ),
+        ({'text_model': 'gpt'}, 'text_model'),
+        ({'pp': {'tokenizer_name': 'bert', 'size': 32}}, 'max_len is missing'),
+        ({'image': {'hidden_size': 'x'}}, 'no model can be built as described'),
+        ({'text': {'words': 3}}, 'no model can be built as described'),
+    ],
+)
+def test_a_description_that_cannot_be_true(towers, tmp_path, change, message):
+    folder = tmp_path / 'lit'
+    two_tower.save(folder, towers)
+    described = json.loads((folder / 'model.json').read_text())
+    (folder / 'model.json').write_text(json.dumps(described | change))
+    with pytest.raises(UserError, match=message):
+        two_tower.load(folder)
+
+
+def test_the_helpers_of_the_original(towers, tmp_path, monkeypatch):
+    """`load_variables`, `vocab_path`, `get_tokenizer`, `get_pp`, `get_image_preprocessing`."""
+    released = tmp_path / 'vit_models/lit'
+    released.mkdir(parents=True)
+    npz.save(released / 'LiT-tiny.npz', towers.params)
+    (released / 'LiT-tiny.txt').write_bytes(towers.vocabulary.read_bytes())
+    monkeypatch.setenv('VIT_JAX_CACHE', str(tmp_path))
+    model = towers.model.clone(model_name='LiT-tiny')
+    assert model.vocab_path == 'gs://vit_models/lit/LiT-tiny.txt'
+    np.testing.assert_array_equal(model.load_variables()['params']['t'], towers.params['t'])
+    assert model.get_tokenizer()(['a rose']).tolist() == [[2, 3, 6, 0, 0, 0, 0, 0]]
+
+    white = np.full((16, 10, 3), 255, np.uint8)
+    framed = np.pad(white[2:-2], ((2, 2), (0, 0), (0, 0)))  # above and below, black
+    squashed, cropped = (
+        model.clone(pp={**model.pp, 'size': 4}).get_image_preprocessing(crop=crop)([framed])
+        for crop in (False, True)
+    )
+    assert squashed.shape == cropped.shape == (1, 4, 4, 3)
+    assert squashed.mean() < 1 and cropped.mean() == 1
+    features = model.get_pp(crop=True)({'image': framed, 'text': 'a rose', 'id': 7})
+    assert features['image'].shape == (32, 32, 3) and features['id'] == 7
+    assert features['tokens'].tolist() == [2, 3, 6, 0, 0, 0, 0, 0]
+
+
+def test_classes_that_are_none(towers):
+    for names, message in (((), 'one is missing'), (('a', 'a'), "'a' is there twice")):
+        with pytest.raises(UserError, match=message):
+            two_tower.ZeroShotClassifier(towers, names)
+    with pytest.raises(UserError, match="'a photo' has not"):
+        two_tower.ZeroShotClassifier(towers, ('rose',), ('a photo',))
+
+
+def test_the_command(towers, photos, tmp_path, run_script):
+    folder = tmp_path / 'lit'
+    two_tower.save(folder, towers)
+    done = run_script('zeroshot.py', '--model', folder, '--classes', 'rose, tulip', *photos)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('rose') == done.stdout.count('tulip') == 3
+    digits = 'zero,one,two,three,four,five,six,seven,eight,nine'
+    done = run_script(
+        'zeroshot.py',
+        '--model',
+        folder,
+        '--dataset',
+        'digits',
+        '--split',
+        'train[:5%]',
+        '--classes',
+        digits,
+    )
+    assert done.returncode == 0 and 'nine' in done.stdout, done.stderr
+    for words, message in (
+        (['--classes', 'a,b'], 'name either images or a --dataset'),
+        (photos, '--classes says what the images may show'),
+        (['--dataset', 'digits', '--classes', 'a,b'], '--classes names 2 classes, and'),
+        ([*photos, '--classes', 'a', '--prompts', 'none.txt'], 'none.txt'),
+    ):
+        done = run_script('zeroshot.py', '--model', folder, *words)
+        assert done.returncode == 1 and message in done.stderr, done.stderr

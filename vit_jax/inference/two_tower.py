@@ -1,0 +1,233 @@
+"""Image-text models ready to use: embeddings of photos and texts, class names as a classifier."""
+
+import dataclasses
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vit_jax import files, models, variants
+from vit_jax.checkpoint import catalog, npz
+from vit_jax.data import text
+from vit_jax.data.preprocess import Preprocess, normalize
+from vit_jax.errors import UserError
+from vit_jax.inference import description
+
+FORMAT = 'vit_jax two towers'
+MODEL_FILE, PARAMS_FILE = 'model.json', 'params.npz'
+VOCABULARY_FILES = {'bert': 'vocab.txt', 'sentencepiece': 'vocab.model'}
+_TEXTS_AT_ONCE = 64
+_TOKEN_EMBEDDINGS = ('embedders_token_ids/embedding', 'Embed_0/embedding')
+# Of the paper's evaluation, one prompt; {} stands for the name of a class.
+PROMPTS = ('a photo of a {}',)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Input:
+    """`LitModel.pp`."""
+
+    tokenizer_name: Literal['bert', 'sentencepiece']
+    size: Annotated[int, description.Between(1, description.MAX_IMAGE_SIZE)]
+    max_len: Annotated[int, description.Between(2, 8192)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Description:
+    """What model.json tells of a two-tower model: the arguments of `models.LitModel`."""
+
+    format: Literal['vit_jax two towers']
+    image: dict[str, Any]
+    text_model: Literal['bert', 'text_transformer']
+    text: dict[str, Any]
+    out_dim: tuple[int | None, int | None]
+    pp: dict[str, Any]
+    model_name: str | None = None
+
+
+class TwoTowers:
+    """An image-text model with its weights and its tokenizer.
+
+    Args:
+      model: the Flax module; its `pp` tells size of images and length of texts.
+      params: nested dict of float32 arrays.
+      vocabulary: file of the tokenizer.
+      source: where it came from; any JSON.
+
+    Raises:
+      UserError: the parameters are not those of the model, or the vocabulary is not one of it.
+    """
+
+    def __init__(
+        self,
+        model: models.LitModel,
+        params: Mapping[str, Any],
+        vocabulary: str | os.PathLike[str],
+        source: Mapping[str, Any],
+    ):
+        pp = description.read(_Input, dict(model.pp))
+        self.model, self.params, self.source = model, params, dict(source)
+        self.vocabulary = pathlib.Path(vocabulary)
+        self.tokenizer = text.TOKENIZERS[pp.tokenizer_name](vocabulary, pp.max_len)
+        self.preprocess = Preprocess(crop=pp.size, inception_crop=False)
+        _check(model, params, self.tokenizer, self.preprocess)
+        self._device_params = jax.device_put(params)
+        self._embed = jax.jit(model.apply)
+
+    def embed_images(self, pixels: np.ndarray) -> jax.Array:
+        """Embeddings of images, float32 [B, C], of length 1.
+
+        Args:
+          pixels: float32 [B, *preprocess.size, 3] in [0, 255], what `preprocess` gives. Fractions
+            of a grey level are cut off, as in the original release.
+        """
+        images = normalize(np.floor(pixels))
+        return self._embed({'params': self._device_params}, images=images)[0]
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Embeddings of texts, float32 [T, C], of length 1; compiled once, for any number."""
+        tokens = self.tokenizer(texts)
+        found = []
+        for start in range(0, len(tokens), _TEXTS_AT_ONCE):
+            part = tokens[start : start + _TEXTS_AT_ONCE]
+            full = np.pad(part, ((0, _TEXTS_AT_ONCE - len(part)), (0, 0)), mode='edge')
+            embedded = self._embed({'params': self._device_params}, tokens=full)[1]
+            found.append(np.asarray(embedded)[: len(part)])
+        return np.concatenate(found)
+
+    @property
+    def temperature(self) -> float:
+        """What cosines are multiplied with before the softmax."""
+        return float(np.exp(self.params['t'][0]))
+
+
+class ZeroShotClassifier:
+    """A `Classifier` whose classes are texts: the logits are cosines times the temperature.
+
+    Args:
+      towers: the model.
+      class_names: the classes, at least one, each of them once.
+      prompts: texts with {} in the place of the name. Of several, the embeddings are averaged and
+        made of length 1, as in CLIP (https://arxiv.org/abs/2103.00020, section 3.1.4).
+
+    Raises:
+      UserError: no class, one twice, or a prompt without {}.
+    """
+
+    def __init__(
+        self, towers: TwoTowers, class_names: Sequence[str], prompts: Sequence[str] = PROMPTS
+    ):
+        self.class_names = tuple(class_names)
+        twice = {name for name in self.class_names if self.class_names.count(name) > 1}
+        if not self.class_names or '' in self.class_names or twice:
+            found = f'{sorted(twice)[0]!r} is there twice' if twice else 'one is missing'
+            raise UserError(f'a zero-shot classifier needs names of classes, each once: {found}')
+        for prompt in prompts:
+            if '{}' not in prompt:
+                raise UserError(f'a prompt has {{}} in the place of the name; {prompt!r} has not')
+        self.preprocess = towers.preprocess
+        self.source: Mapping[str, Any] = {**towers.source, 'prompts': list(prompts)}
+        self._towers = towers
+        texts = [prompt.replace('{}', name) for name in class_names for prompt in prompts]
+        classes = towers.embed_texts(texts).reshape(len(class_names), len(prompts), -1).mean(1)
+        classes /= np.linalg.norm(classes, axis=-1, keepdims=True)
+        self._head = jnp.asarray(towers.temperature * classes.T, jnp.float32)
+        self._batch = 0
+
+    def logits(self, pixels: np.ndarray) -> Any:
+        """See `Classifier.logits`."""
+        given, self._batch = len(pixels), max(len(pixels), self._batch)
+        full = np.pad(pixels, [(0, self._batch - given), (0, 0), (0, 0), (0, 0)])
+        return (self._towers.embed_images(full) @ self._head)[:given]
+
+
+def load(path: str | os.PathLike[str]) -> TwoTowers:
+    """Loads a folder that `save` wrote, or a released model, which is downloaded once.
+
+    Args:
+      path: the folder, or a name in `variants.TWO_TOWERS`: 'LiT-B16B'.
+
+    Raises:
+      UserError: there is nothing, it is damaged, or cannot be downloaded.
+    """
+    name, folder = os.fspath(path), files.expand(path)
+    if name in variants.TWO_TOWERS and not folder.is_dir():
+        model = models.LitModel(**variants.TWO_TOWERS[name])
+        vocabulary = catalog.resolve(model.vocab_path, option='--model FOLDER')
+        return TwoTowers(model, model.load_variables()['params'], vocabulary, {'model': name})
+    files.recover(folder)
+    if not (folder / MODEL_FILE).is_file():
+        raise UserError(
+            f'{name} is neither a folder of a two-tower model (it has no {MODEL_FILE}) nor one of '
+            f'{", ".join(variants.TWO_TOWERS)}'
+        )
+    found = files.read_json(folder / MODEL_FILE)
+    if found.get('format') != FORMAT:
+        raise UserError(f'{folder / MODEL_FILE} does not describe a two-tower model of vit_jax')
+    try:
+        described = description.read(_Description, found)
+        description.read(_Input, described.pp)
+        arguments = {f.name: getattr(described, f.name) for f in dataclasses.fields(described)}
+        del arguments['format']
+        model = models.LitModel(**arguments)
+        vocabulary = folder / VOCABULARY_FILES[described.pp['tokenizer_name']]
+        params = npz.open_file(folder / PARAMS_FILE, whole=True).read()
+        return TwoTowers(model, params, vocabulary, {'file': str(folder)})
+    except UserError as error:
+        raise UserError(f'{folder} cannot be loaded: {error}') from error
+
+
+def save(folder: str | os.PathLike[str], towers: TwoTowers) -> None:
+    """Writes a folder: weights, architecture and vocabulary. It appears complete, by a rename.
+
+    Args:
+      folder: a new folder.
+      towers: the model.
+
+    Raises:
+      UserError: there is something else of this name, or it cannot be written.
+    """
+    model = towers.model
+    names = ('image', 'text_model', 'text', 'pp', 'model_name')
+    described = flax.core.unfreeze({name: getattr(model, name) for name in names})
+    described |= {'format': FORMAT, 'out_dim': model.sizes, 'text': described['text'] or {}}
+    with files.atomic_folder(folder) as part:
+        npz.save(part / PARAMS_FILE, towers.params)
+        files.write_json(part / MODEL_FILE, described)
+        shutil.copyfile(towers.vocabulary, part / VOCABULARY_FILES[model.pp['tokenizer_name']])
+
+
+def _check(
+    model: models.LitModel, params: Mapping[str, Any], tokenizer: Any, pp: Preprocess
+) -> None:
+    """Raises `UserError` where weights, model and vocabulary are not of one kind."""
+    images = jax.ShapeDtypeStruct((1, *pp.size, 3), jnp.float32)
+    tokens = jax.ShapeDtypeStruct((1, tokenizer.max_len), jnp.int32)
+    try:
+        init = jax.eval_shape(
+            lambda images, tokens: model.init(jax.random.key(0), images=images, tokens=tokens),
+            images,
+            tokens,
+        )
+    except (ValueError, TypeError, ArithmeticError, AssertionError) as error:
+        raise UserError(f'no model can be built as described: {error}') from error
+    wanted = {name: leaf.shape for name, leaf in npz.flatten(init['params']).items()}
+    found = {name: leaf.shape for name, leaf in npz.flatten(params).items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise UserError(
+                f'the weights are not those of the model: {name} is {found.get(name, "missing")}, '
+                f'expected {wanted.get(name, "no such array")}'
+            )
+    rows = next(shape[0] for name, shape in found.items() if name.endswith(_TOKEN_EMBEDDINGS))
+    if max(tokenizer.size - 1, tokenizer.unknown_token) >= rows:
+        raise UserError(
+            f'the vocabulary {tokenizer.vocab_path} has {tokenizer.size:,} tokens, of which number '
+            f'{tokenizer.unknown_token:,} is that of unknown words, and the model has {rows:,}: it '
+            'is not the vocabulary of this model'
+        )
