@@ -2,6 +2,7 @@
 
 import argparse
 import pathlib
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -9,6 +10,13 @@ from typing import Any
 
 from vit_jax import streams
 from vit_jax.errors import UserError
+
+# What libraries say for lack of memory, in errors of many types.
+_OUT_OF_MEMORY = re.compile(
+    r"RESOURCE_EXHAUSTED|bad_alloc|(can't|cannot|failed to) (start new thread|allocate|map)"
+    r'|insufficient memory|out of memory',
+    re.I,
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -127,6 +135,32 @@ def input_of(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def add_max_memory(parser: argparse.ArgumentParser) -> None:
+    """Adds --max_memory, for `limit_memory`."""
+    parser.add_argument(
+        '--max_memory',
+        type=float,
+        metavar='GIB',
+        help='end if the process takes more address space than so many GiB: for models from '
+        'elsewhere (the process itself takes about 1 for .onnx, 2 for others on a CPU)',
+    )
+
+
+def limit_memory(gib: float | None) -> None:
+    """Bounds the address space of this process (RLIMIT_AS); None for no bound."""
+    if gib is None:
+        return
+    if not 0 < gib < 2**30:
+        raise UserError(f'--max_memory is a number of GiB above 0; got {gib:g}')
+    import resource
+
+    _, highest = resource.getrlimit(resource.RLIMIT_AS)
+    limit = int(gib * 2**30)
+    if highest != resource.RLIM_INFINITY:
+        limit = min(limit, highest)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, highest))
+
+
 def run(work: Callable[[], int | None], *, failure: int = 1, go_on: bool = False) -> int:
     """Runs a command; the user's mistakes become one line on standard error.
 
@@ -145,10 +179,17 @@ def run(work: Callable[[], int | None], *, failure: int = 1, go_on: bool = False
         return status
     except UserError as error:
         reason, status = str(error), failure
-    except MemoryError as error:
-        reason, status = f'not enough memory ({error or "no more is given"})', failure
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        first = str(error).strip().partition('\n')[0][:300]
+        reason, status = f'not enough memory ({first or type(error).__name__})', failure
     except KeyboardInterrupt:
         reason, status = 'interrupted', 128 + signal.SIGINT
     sys.stdout.flush()
     print(f'{program()}: {reason}', file=sys.stderr)
     return status
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or bool(_OUT_OF_MEMORY.search(str(error)))

@@ -141,6 +141,7 @@ def main(argv: Sequence[str]) -> None:
 def run() -> None:
     """The entry point: parses flags, runs `main`, turns the user's mistakes into one line each."""
     streams.guard(go_on=True)
+    logging.get_absl_handler().addFilter(streams.printable_record)
     preemption.keep_interrupts()
     try:
         argv = _parse(sys.argv)

@@ -5,10 +5,13 @@ The only place that deals with it: every command and every run calls `guard` fir
 
 import contextlib
 import io
+import logging
 import os
 import select
 import signal
 import sys
+
+from vit_jax.errors import printable_lines
 
 
 class _Output(io.RawIOBase):
@@ -60,6 +63,13 @@ class _Output(io.RawIOBase):
                 select.select((), (self._descriptor,), ())
 
 
+def printable_record(record: logging.LogRecord) -> bool:
+    """A filter of a log handler: names in messages of this package are made safe to show."""
+    if record.name.startswith('vit_jax'):
+        record.msg, record.args = printable_lines(record.getMessage()), ()
+    return True
+
+
 def guard(*, go_on: bool) -> None:
     """Makes the standard streams safe to use, and keeps them so.
 
@@ -78,6 +88,8 @@ def guard(*, go_on: bool) -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
     if sys.stdin is None:
         sys.stdin = open(os.devnull, encoding='utf-8')
+    if logging.lastResort:
+        logging.lastResort.addFilter(printable_record)
     sys.stdout = _guarded(sys.stdout, sys.__stdout__, 1, go_on)
     sys.stderr = _guarded(sys.stderr, sys.__stderr__, 2, True)
 

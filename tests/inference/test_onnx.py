@@ -1,6 +1,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -138,6 +139,63 @@ def test_graphs_that_fail_or_give_something_else(model, path, monkeypatch):
     opened._session = Session
     with pytest.raises(UserError, match=r'gives float32 \[7, 3\] for 2 images, not a score'):
         opened.logits(np.zeros((2, 16, 16, 3), np.float32))
+
+
+def greedy(path):
+    """A graph of 1 kB that takes 8 GiB for one image."""
+    helper = onnx_lib.helper
+    shape = helper.make_tensor('shape', onnx_lib.TensorProto.INT64, [2], [1, 2**31])
+    axes = helper.make_tensor('axes', onnx_lib.TensorProto.INT64, [3], [1, 2, 3])
+    last = helper.make_tensor('last', onnx_lib.TensorProto.INT64, [1], [1])
+    two = helper.make_tensor('two', onnx_lib.TensorProto.FLOAT, [1, 2], [1, 2])
+    nodes = [
+        helper.make_node('ReduceMean', ['image', 'axes'], ['mean'], keepdims=0),
+        helper.make_node('Unsqueeze', ['mean', 'last'], ['column']),
+        helper.make_node('Expand', ['column', 'shape'], ['wide'], name='\x1b[2Jnode'),
+        helper.make_node('ReduceMax', ['wide', 'last'], ['max'], keepdims=1),
+        helper.make_node('MatMul', ['max', 'two'], ['logits']),
+    ]
+    kind = onnx_lib.TensorProto.FLOAT
+    graph = helper.make_graph(
+        nodes, 'greedy',
+        [helper.make_tensor_value_info('image', kind, ['batch', 8, 8, 3])],
+        [helper.make_tensor_value_info('logits', kind, ['batch', 2])],
+        [shape, axes, last, two],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 20)], ir_version=9)
+    helper.set_model_props(
+        model,
+        {
+            'vit_jax.format': '1', 'class_names': '["a", "b"]', 'image_size': '8',
+            'layout': 'NHWC', 'value_range': '[-1, 1]', 'preprocessing': '{"crop": 8}',
+            'output': 'logits',
+        },
+    )  # fmt: skip
+    onnx_lib.save(model, path)
+
+
+@pytest.mark.parametrize('command', ['predict', 'evaluate'])
+def test_max_memory(command, path, tmp_path):
+    greedy(path)
+    image = tmp_path / 'photos/a/x.png'
+    image.parent.mkdir(parents=True)
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(image)
+    os.renames(shutil.copytree(image.parent, tmp_path / 'copy'), tmp_path / 'photos/b')
+    words = [image] if command == 'predict' else ['--dataset', image.parents[1], '--split', 'all']
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / f'{command}.py', '--model', path, '--max_memory', '3', *words],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stderr.count('\n') == 1
+    assert 'llocat' in done.stderr or 'memory' in done.stderr, done.stderr
+    assert r'\x1b[2Jnode' in done.stderr and done.stderr.replace('\n', '').isprintable()
+    assert f'{command}.py: ' in done.stderr and 'Traceback' not in done.stderr
+
+
+@pytest.mark.parametrize('value', ['0', '-1', 'nan', 'inf'])
+def test_max_memory_is_a_positive_number(value, run_script, path, tmp_path):
+    done = run_script('predict.py', '--model', path, '--max_memory', value, SCRIPTS / 'predict.py')
+    assert done.returncode == 1 and 'is a number of GiB above 0' in done.stderr
 
 
 def test_files_that_are_no_model(tmp_path, path):

@@ -353,7 +353,7 @@ def test_choose_classes():
     assert predict.choose_classes(probabilities, top_k=1, threshold=0.4).tolist() == [1]
     assert predict.choose_classes(probabilities, top_k=9, threshold=0.5).tolist() == []
     text = table('p\n.jpg', probabilities, 'abcd', threshold=0.5)
-    assert text == "'p\\n.jpg'\n  (no class of at least 0.5)\n"
+    assert text == 'p\\n.jpg\n  (no class of at least 0.5)\n'
 
 
 def run(*arguments):

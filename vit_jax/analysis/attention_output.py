@@ -21,7 +21,7 @@ from vit_jax import files
 from vit_jax.analysis import attention, embeddings
 from vit_jax.analysis import attention_pictures as pictures
 from vit_jax.data.decode import BadImageError, load_image
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, printable
 from vit_jax.inference import contact_sheet, model_folder, predict
 from vit_jax.inference.classifier import softmax
 
@@ -122,6 +122,7 @@ def parse_numbers(text: str, count: int, flag: str) -> tuple[int, ...]:
 
 def find_labels(names: Sequence[str], class_names: Sequence[str]) -> tuple[int, ...]:
     """Labels of classes that were named; `UserError` (with the nearest) for an unknown name."""
+    names = [printable(name) for name in names]
     for name in names:
         if name not in class_names:
             hint = f'; the nearest is {_nearest(name, class_names)}' if class_names else ''
@@ -259,16 +260,16 @@ def _draw_image(
     pixels = load_image(image, model.preprocess)[None]
     found = attention.maps(model, pixels)
     if not np.isfinite(found.logits).all():
-        raise UserError(f'the model gives NaN or infinite numbers for {predict.printable(path)}')
+        raise UserError(f'the model gives NaN or infinite numbers for {printable(path)}')
     probabilities = softmax(found.logits[0]) if model.class_names else None
     if not name:
         return found, probabilities
     folder = part / name
     folder.mkdir()
     image = pictures.shrink(image)
-    title = f'{contact_sheet.shorten(predict.printable(pathlib.PurePath(path).name), 36)} · {title}'
+    title = f'{contact_sheet.shorten(pathlib.PurePath(path).name, 36)} · {title}'
     cls = attention.check(model).classifier == 'token'
-    arrays: dict[str, Any] = {'path': predict.printable(path), 'class_names': model.class_names}
+    arrays: dict[str, Any] = {'path': printable(path), 'class_names': model.class_names}
     if probabilities is not None:
         arrays['probabilities'] = probabilities
     if 'class_token' in choice.kinds:

@@ -19,7 +19,7 @@ import vit_jax
 from vit_jax import files
 from vit_jax.analysis import report_charts, report_tables, run_files
 from vit_jax.analysis.run_files import Run
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, printable_lines
 
 REPORT_FILE = 'report.html'
 
@@ -116,14 +116,11 @@ def render(runs: Sequence[Run], *, images: int | None = None) -> str:
 
 
 def _printable(value: object) -> object:
-    """Escapes control characters, marks that reverse text, and bytes that are not text."""
+    """Escapes what no page should hold in texts; what `report_charts.to_svg` made stays."""
     import markupsafe
 
-    if not isinstance(value, str) or isinstance(value, markupsafe.Markup):
-        return value
-    return ''.join(
-        c if c.isprintable() or c == '\n' else c.encode('unicode_escape').decode() for c in value
-    )
+    plain = isinstance(value, str) and not isinstance(value, markupsafe.Markup)
+    return printable_lines(value) if plain else value
 
 
 def _examples(run: Run, number: int, images: int | None) -> dict[str, object]:

@@ -5,6 +5,8 @@ import dataclasses
 import io
 from collections.abc import Sequence
 
+from vit_jax.errors import printable
+
 FORMATS = ('terminal', 'markdown', 'csv')
 
 
@@ -32,10 +34,11 @@ def render(table: Table, style: str) -> str:
       table: the table.
       style: one of `FORMATS`.
     """
-    heads = [head.removesuffix('>') for head in table.columns]
+    heads = [printable(head.removesuffix('>')) for head in table.columns]
+    rows = [[printable(cell) for cell in row] for row in table.rows]
     if style == 'csv':
         text = io.StringIO()
-        csv.writer(text, lineterminator='\n').writerows([heads, *table.rows])
+        csv.writer(text, lineterminator='\n').writerows([heads, *rows])
         return text.getvalue()
 
     from rich import box, console
@@ -46,7 +49,7 @@ def render(table: Table, style: str) -> str:
         rich_table.add_column(
             head, justify='right' if column.endswith('>') else 'left', no_wrap=True
         )
-    for row in table.rows:
+    for row in rows:
         rich_table.add_row(*row)
     text = io.StringIO()
     out = console.Console(
@@ -60,7 +63,8 @@ def render(table: Table, style: str) -> str:
     out.print(rich_table)
     lines = [line.rstrip() for line in text.getvalue().splitlines()]
     body = '\n'.join(line for line in lines if line)
-    title = f'**{table.title}**\n\n' if style == 'markdown' else f'{table.title}\n'
-    notes = ''.join(f'{note}\n' for note in table.notes)
+    title = printable(table.title)
+    title = f'**{title}**\n\n' if style == 'markdown' else f'{title}\n'
+    notes = ''.join(f'{printable(note)}\n' for note in table.notes)
     gap = '\n' if style == 'markdown' and notes else ''
     return f'{title}{body}\n{gap}{notes}'

@@ -15,7 +15,7 @@ import numpy as np
 
 from vit_jax.checkpoint import npz, resize
 from vit_jax.checkpoint.arrays import LazyArray
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, printable
 
 POSITION_EMBEDDING = 'Transformer/posembed_input/pos_embedding'
 # In the order of their places before the patches.
@@ -72,7 +72,7 @@ class Report:
             for reason in dict.fromkeys(reasons.values()):
                 names = [name for name, why in reasons.items() if why == reason]
                 lines.append(f'  {title}: {shorten(names, 4)} ({reason})')
-        return '\n'.join(lines)
+        return '\n'.join(map(printable, lines))
 
 
 def adapt(
@@ -381,7 +381,7 @@ def _misfit(
         f'{source} does not fit the model: {len(problems)} of its arrays are missing, unknown or '
         f'wrongly shaped. {hint}'
         'Use weights of the same model, or the config of the model that these weights are for.\n  '
-        + '\n  '.join(problems)
+        + '\n  '.join(map(printable, problems))
     )
 
 

@@ -25,7 +25,7 @@ from vit_jax.checkpoint.arrays import Weights, derive
 from vit_jax.checkpoint.library_configs import DEFAULTS
 from vit_jax.checkpoint.model_input import ModelInput
 from vit_jax.data.normalization import HALF, IMAGENET, Normalization
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, printable
 
 _log = logging.getLogger(__name__)
 
@@ -241,7 +241,7 @@ def _recognise(
         tree,
         tuple(notes),
         tuple(assumed),
-        tuple(config.get('class_names', ())),
+        tuple(map(printable, config.get('class_names', ()))),
         settings=settings,
     )
 

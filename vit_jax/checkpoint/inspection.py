@@ -10,7 +10,8 @@ import numpy as np
 
 from vit_jax import files, models
 from vit_jax.checkpoint import adapt, catalog, formats, infer, npz
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, printable
+from vit_jax.variants import sides
 
 MIB = 2**20
 # Listings are rounded, to 0.01 GiB for the large files.
@@ -55,7 +56,7 @@ class Inspection:
         notes: what loading it does or leaves out.
         variant: name of the variant, or a description where no variant has these sizes.
         computes: heads, activation, epsilon, pooling.
-        image_size: side of the input, pixels; 0 where it cannot be told.
+        image_size: side, or height and width, of the input, pixels; 0 where it cannot be told.
         num_classes: outputs of the head; 0 without a head.
         class_names: where the file tells them.
         arrays: all arrays of weights.
@@ -69,7 +70,7 @@ class Inspection:
     notes: tuple[str, ...]
     variant: str
     computes: str
-    image_size: int
+    image_size: int | tuple[int, int]
     num_classes: int
     class_names: tuple[str, ...]
     arrays: tuple[Array, ...]
@@ -83,12 +84,13 @@ class Inspection:
 
     def __str__(self) -> str:
         names = ', '.join(self.class_names[:5]) + (', ...' if len(self.class_names) > 5 else '')
+        size = f'{" x ".join(map(str, dict.fromkeys(sides(self.image_size))))} px'
         lines = [
             self.path,
             f'  format      {self.format}',
             f'  variant     {self.variant}',
             f'  computes    {self.computes}',
-            f'  image size  {f"{self.image_size} px" if self.image_size else "cannot be told"}',
+            f'  image size  {size if self.image_size else "cannot be told"}',
             f'  classes     {self.num_classes or "none (no head)"}{f": {names}" if names else ""}',
             f'  parameters  {self.num_parameters:,} in {len(self.arrays)} arrays',
             f'  file size   {self.mib:.2f} MiB; {self.catalogue}',
@@ -98,17 +100,18 @@ class Inspection:
             for sentence in sentences:
                 lines.append(f'  {label:10}  {sentence}')
                 label = ''
-        return '\n'.join(lines)
+        return '\n'.join(map(printable, lines))
 
     def table(self) -> str:
         """A line for each array: name, shape, type, statistics."""
-        width = max(len(array.name) for array in self.arrays)
+        names = [printable(array.name) for array in self.arrays]
+        width = max(map(len, names))
         shapes = ['x'.join(map(str, array.shape)) or 'scalar' for array in self.arrays]
         shape_width = max(map(len, shapes))
         header = f'{"array":{width}}  {"shape":{shape_width}}  {"type":8}'
         lines = [header + ''.join(f' {word:>10}' for word in ('mean', 'std', 'min', 'max'))]
-        for array, shape in zip(self.arrays, shapes, strict=True):
-            line = f'{array.name:{width}}  {shape:{shape_width}}  {array.dtype:8}'
+        for array, name, shape in zip(self.arrays, names, shapes, strict=True):
+            line = f'{name:{width}}  {shape:{shape_width}}  {array.dtype:8}'
             if array.problem:
                 lines.append(f'{line}  cannot be used, see above')
                 continue
@@ -166,7 +169,9 @@ def _inspect_model_folder(folder: pathlib.Path, variant: str) -> Inspection:
     """A model folder has its weights and its class names in two files."""
     description = files.read_json(folder / 'model.json')
     try:
-        size, names = int(description['image_size']), tuple(map(str, description['class_names']))
+        height, width = sides(description['image_size'])
+        size = int(height) if height == width else (int(height), int(width))
+        names = tuple(map(str, description['class_names']))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f'{folder / "model.json"} does not describe a model: {error}') from error
     return dataclasses.replace(
@@ -219,7 +224,11 @@ def _unusual(arrays: Sequence[Array]) -> Iterator[str]:
 
 
 def _catalogue(
-    path: pathlib.Path, mib: float, variant: str, num_classes: int, image_size: int
+    path: pathlib.Path,
+    mib: float,
+    variant: str,
+    num_classes: int,
+    image_size: int | tuple[int, int],
 ) -> str:
     """Compares a size with the catalogue's: by the file's name, else by what the weights are."""
     full = path.absolute().as_posix()

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.checkpoint.arrays import LazyArray, derive
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, printable
 
 # An array: our name (three for qkv), their name, how it is laid out.
 Line = tuple[tuple[str, ...], str, str]
@@ -124,7 +124,7 @@ def to_params(
             f'{path} looks like {table} weights, but {len(unknown)} of its {len(tensors)} tensors '
             'are of no model here (another architecture: layer scale, registers, attention '
             'pooling, ...):\n  '
-            + '\n  '.join(f'{key} {tuple(tensors[key].shape)}' for key in unknown)
+            + '\n  '.join(printable(f'{key} {tuple(tensors[key].shape)}') for key in unknown)
         )
     return params, notes
 

@@ -111,7 +111,7 @@ def _run(args: argparse.Namespace) -> int:
             model,
             images,
             choice,
-            title=contact_sheet.shorten(predict.printable(_short_name(args.model)), 40),
+            title=contact_sheet.shorten(_short_name(args.model), 40),
             skip=None if args.what else _note,
             advance=advance,
         )
@@ -150,6 +150,7 @@ def _note(reason: str) -> None:
 
 def _report(folder: pathlib.Path, drawn: list, class_names) -> None:
     """Says what is where."""
+    from vit_jax.errors import printable
     from vit_jax.inference import predict
 
     for image in drawn:
@@ -160,7 +161,7 @@ def _report(folder: pathlib.Path, drawn: list, class_names) -> None:
                 f'{class_names[i]} {image.probabilities[i]:.4f}' for i in labels
             )
         place = f' -> {folder / image.folder}/' if image.folder else ''
-        print(f'{predict.printable(image.path)}{place}{best}')
+        print(printable(f'{image.path}{place}{best}'))
     if folder.is_dir():
         own = sorted(path.name for path in folder.iterdir() if path.is_file())
         print(f'{folder}: {", ".join(own) or "a folder for each image"}')

@@ -46,6 +46,7 @@ def main() -> int:
 def _convert(args: argparse.Namespace) -> None:
     # Not at the top: they take seconds, and --help should not.
     from vit_jax.checkpoint import npz
+    from vit_jax.errors import printable
     from vit_jax.export import pytorch
     from vit_jax.inference import model_folder
 
@@ -54,15 +55,14 @@ def _convert(args: argparse.Namespace) -> None:
     count = sum(array.size for array in arrays.values())
     name = model.model_config.get('model_name') or 'a model of no known variant'
     kind = model.source.get('format', 'vit_jax model folder')
-    print(
-        f'{model.source.get("file", args.source)}: {name}, {kind}, {len(arrays)} arrays, '
-        f'{count:,} parameters'
-    )
-    for note in model.source.get('notes', ()):
-        print(f'  {note}')
+    what = f'{model.source.get("file", args.source)}: {name}, {kind}, {len(arrays)} arrays, '
+    print(printable(f'{what}{count:,} parameters'))
+    known = model.source.get('notes')
+    for note in known if isinstance(known, list) else ():
+        print(f'  {printable(note)}')
     model_folder.check(model)
     model, notes = pytorch.drop_layers(model, args.drop)
     notes += pytorch.write(args.destination, model, to=args.to)
-    print(f'{args.destination}: written for {args.to}')
+    print(printable(f'{args.destination}: written for {args.to}'))
     for note in notes:
-        print(f'  {note}')
+        print(f'  {printable(note)}')

@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add('--tfds_data_dir', default='', metavar='DIR', help='where TFDS sets are')
     add('--batch', type=int, default=32, help='images at once (default: 32)')
+    cli.add_max_memory(parser)
     add('--output', metavar='DIR', help=f'write {RESULT} and pictures to this new folder')
     add('--overwrite', action='store_true', help='replace DIR, if it is of an earlier evaluation')
     return parser
@@ -73,6 +74,7 @@ def _run(args: argparse.Namespace) -> int:
 
     if args.output:
         _check_output(pathlib.Path(args.output), args.overwrite)
+    cli.limit_memory(args.max_memory)
     model = classifier.open_classifier(
         args.model, variant=args.variant, labels=args.labels, **cli.input_of(args)
     )

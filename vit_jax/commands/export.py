@@ -64,11 +64,12 @@ def _export(args: argparse.Namespace) -> int:
 
     import rich.console
 
+    from vit_jax.errors import printable
     from vit_jax.export import formats, verify
     from vit_jax.inference import model_folder
 
     width = max(100, shutil.get_terminal_size().columns)  # the table needs 90
-    console = rich.console.Console(highlight=False, soft_wrap=True, width=width)
+    console = rich.console.Console(highlight=False, markup=False, soft_wrap=True, width=width)
     report = formats.export(
         model_folder.load(args.model, variant=args.variant, **cli.input_of(args)),
         args.output,
@@ -79,7 +80,8 @@ def _export(args: argparse.Namespace) -> int:
         console=console,
     )
     verified = report is not None and report.status == verify.VERIFIED
-    console.print(f'{args.output}: written' + (', verified' if verified else ', not verified'))
+    state = 'verified' if verified else 'not verified'
+    console.print(printable(f'{args.output}: written, {state}'))
     return 0
 
 

@@ -46,10 +46,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     add('--threshold', type=float, metavar='P', help='show classes of probability P or more')
     add('--format', choices=FORMATS, default='table', help='default: table')
+    add(
+        '--escape_formulas',
+        action='store_true',
+        help="of csv: put a ' before texts that a spreadsheet would run (they begin with = + - @)",
+    )
     add('--output', metavar='FILE', help='write to FILE; it appears once it is complete')
     add('--contact_sheet', metavar='PNG', help='draw images with their predictions')
     add('--overwrite', action='store_true', help='replace FILE and PNG if they exist')
     add('--batch', type=int, default=32, help='images at once (default: 32)')
+    cli.add_max_memory(parser)
     add('images', nargs='+', metavar='IMAGE', help='file, folder, pattern, or - for standard input')
     return parser
 
@@ -66,10 +72,13 @@ def _run(args: argparse.Namespace) -> int:
         raise UserError(f'--top_k is the number of classes to show, at least 1; got {args.top_k}')
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise UserError(f'--threshold is a probability, from 0 to 1; got {args.threshold:g}')
+    if args.escape_formulas and args.format != 'csv':
+        raise UserError(f'--escape_formulas goes with --format csv, not {args.format}')
     for path, flag in ((args.output, '--output'), (args.contact_sheet, '--contact_sheet')):
         if path:
             files.check_output(path, overwrite=args.overwrite, flag=flag)
     images = predict.find_images(args.images, stdin=sys.stdin.buffer)
+    cli.limit_memory(args.max_memory)
     model = classifier.open_classifier(
         args.model, variant=args.variant, labels=args.labels, **cli.input_of(args)
     )
@@ -87,7 +96,12 @@ def _run(args: argparse.Namespace) -> int:
                 open(partial, 'w', encoding='utf-8', newline='', errors='backslashreplace')
             )
         write = output.make_writer(
-            file, args.format, model.class_names, top_k=top_k, threshold=threshold
+            file,
+            args.format,
+            model.class_names,
+            top_k=top_k,
+            threshold=threshold,
+            escape_formulas=args.escape_formulas,
         )
 
         def note(error: BadImageError) -> None:

@@ -18,7 +18,7 @@ import simplejpeg
 from vit_jax.data import image_files
 from vit_jax.data.dataset import Label
 from vit_jax.data.preprocess import Preprocess
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -49,9 +49,7 @@ class BadImageError(UserError):
     """
 
     def __init__(self, key: str, reason: str, label: Label | None = None):
-        # A name may hold anything: line breaks, bytes that are not text.
-        shown = key if key.isprintable() else ascii(key)
-        super().__init__(f'cannot use image {shown}: {reason}')
+        super().__init__(f'cannot use image {printable(key)}: {printable(reason)}')
         self.key = key
         self.reason = reason
         self.label = label

@@ -19,7 +19,7 @@ from vit_jax import files
 from vit_jax.data import tfds_metadata
 from vit_jax.data.dataset import Dataset, Example
 from vit_jax.data.decode import BadImageError
-from vit_jax.errors import UserError, extra
+from vit_jax.errors import UserError, extra, printable
 from vit_jax.run import child
 
 _DESCRIPTION = tfds_metadata.DESCRIPTION
@@ -147,7 +147,7 @@ def find_builder(name: str, data_dir: str) -> Any:
 def _unknown(name: str, data_dir: str | None) -> str:
     tfds = _tfds()
 
-    shown = name if name.isprintable() else ascii(name)
+    shown = printable(name)
     text = f'dataset {shown} is neither a folder (seen from {pathlib.Path.cwd()}) nor'
     stem = tfds_metadata.parse_name(name)
     if not stem:

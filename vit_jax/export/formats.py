@@ -14,7 +14,7 @@ import rich.console
 
 import vit_jax
 from vit_jax import files
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, printable
 from vit_jax.export import pytorch, stablehlo, verify
 from vit_jax.export.options import DEFAULT, REPORT_SUFFIX, Options, check
 from vit_jax.inference import model_folder
@@ -60,7 +60,7 @@ def export(
         notes += write(made, model, format, options)
         console.print(_described(model, options, made))
         for note in notes:
-            console.print(f'  {note}')
+            console.print(f'  {printable(note)}')
         if not verified:
             console.print('not verified (--no-verify)')
             return None
@@ -129,7 +129,7 @@ def _description(
 ) -> dict[str, Any]:
     """What stands in <output>.verify.json."""
     text = io.StringIO()
-    report.print(rich.console.Console(file=text, width=120))
+    report.print(rich.console.Console(file=text, markup=False, width=120))
     entries = {}
     for path in _files(made):
         with open(path, 'rb') as f:

@@ -37,7 +37,7 @@ from vit_jax.analysis import compare
 from vit_jax.data.batches import eval_batches
 from vit_jax.data.dataset import Example, Source
 from vit_jax.data.preprocess import Preprocess, normalize
-from vit_jax.errors import UserError, extra
+from vit_jax.errors import UserError, extra, printable
 from vit_jax.export.options import DEFAULT, FORMATS, Options
 from vit_jax.inference import model_folder, predict
 from vit_jax.run import child
@@ -123,7 +123,7 @@ class Report:
         """Prints it."""
         if self.rows:
             console.print(f'Run by {self.facts["runtime"]}')
-            console.print(f'on {self.images}; compared with JAX, exact float32\n')
+            console.print(f'on {printable(self.images)}; compared with JAX, exact float32\n')
             console.print(_table(self.rows, self.dtype))
             console.print(f'\nAsked for: {compare.LIMITS[self.dtype]}')
         if self.own_form:
@@ -132,7 +132,7 @@ class Report:
         if self.dtype == 'float16' and listed:
             console.print('Another class, the two closer in JAX than the rounding of float16:')
             for key, ours, theirs in dict.fromkeys(listed):
-                console.print(f'  {key}: {ours} in JAX, {theirs} here')
+                console.print(printable(f'  {key}: {ours} in JAX, {theirs} here'))
         console.print(self.verdict())
 
     def verdict(self) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vit_jax.errors import extra
+from vit_jax.errors import extra, printable
 from vit_jax.inference import predict
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def save(
     rows = math.ceil(len(predictions) / columns)
     figure = new_figure(max(5, 2.1 * columns), 2.9 * rows + 0.6)
     # parse_math: a $ in a name of a file or class is a $.
-    figure.suptitle(title, fontsize=11, parse_math=False)
+    figure.suptitle(printable(title), fontsize=11, parse_math=False)
     for place, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
         axes.axis('off')
         if place < len(predictions):
@@ -68,8 +68,9 @@ def save_figure(figure: 'Figure', path: str | os.PathLike[str], **options: Any) 
 
 def _draw(axes: 'Axes', path: str, probabilities: np.ndarray, class_names: Sequence[str]) -> None:
     axes.imshow(_thumbnail(predict.read_image(path)))
-    name = predict.printable(pathlib.PurePath(path).name)
-    axes.set_title(shorten(name), fontsize=8, color='dimgray', parse_math=False)
+    axes.set_title(
+        shorten(pathlib.PurePath(path).name), fontsize=8, color='dimgray', parse_math=False
+    )
     best = predict.choose_classes(probabilities, top_k=SHOWN_CLASSES)
     lines = [f'{shorten(class_names[label])}  {100 * probabilities[label]:.1f} %' for label in best]
     for line, text in enumerate(lines):
@@ -99,7 +100,8 @@ def _thumbnail(pixels: np.ndarray) -> np.ndarray:
 
 
 def shorten(text: str, length: int = _NAME_LENGTH) -> str:
-    """A text of at most about `length` characters: begin and end of a longer one."""
+    """A text for a picture, of at most about `length` characters: begin and end of a longer one."""
+    text = printable(text)
     if len(text) <= length:
         return text
     half = (length - 1) // 2

@@ -12,7 +12,7 @@ from typing import Any
 
 from vit_jax import files
 from vit_jax.data.dataset import numbered
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, printable
 
 IMAGENET1K = 'imagenet1k'
 NONE = 'none'
@@ -87,7 +87,7 @@ def read(path: str | os.PathLike[str]) -> tuple[str, ...]:
         raise UserError(f'the labels in {path} cannot be read as text ({error})') from error
     if text.lstrip()[:1] in ('[', '{'):
         return _from_json(text, str(path))
-    names = tuple(line.strip() for line in text.rstrip().splitlines())
+    names = tuple(printable(line.strip()) for line in text.rstrip().splitlines())
     if not all(names):
         where = 1 + names.index('') if names else 1
         raise UserError(f'line {where} of the labels in {path} is empty; one name per line')
@@ -125,8 +125,11 @@ def remap(
     Raises:
       UserError: a class that the model does not have, or two that are the same one by their names.
     """
-    data, model = tuple(data), tuple(model)
-    class_map = class_map or {}
+    data, model = (tuple(map(printable, names)) for names in (data, model))
+    class_map = {
+        printable(name): printable(found) if isinstance(found, str) else found
+        for name, found in (class_map or {}).items()
+    }
     if data == model and not class_map:
         return tuple(range(len(data)))
     classes = _Classes(model)
@@ -323,4 +326,4 @@ def _from_json(text: str, path: str) -> tuple[str, ...]:
         ) from error
     if not found or not all(isinstance(name, str) and name for name in found):
         raise UserError(f'the labels in {path} must be names; one of them is not')
-    return tuple(found)
+    return tuple(map(printable, found))

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vit_jax.errors import printable
 from vit_jax.inference import contact_sheet
 from vit_jax.inference.metrics import Metrics
 
@@ -40,7 +41,7 @@ def tables(metrics: Metrics, *, title: str) -> 'rich.console.Group':
     for name, *numbers, mistake in rows:
         classes.add_row(text.Text(name), *numbers, text.Text(mistake))
     return console.Group(
-        text.Text(title), summary, *([text.Text(f'\n{note}')] if note else []), classes
+        text.Text(printable(title)), summary, *([text.Text(f'\n{note}')] if note else []), classes
     )
 
 
@@ -63,7 +64,7 @@ def class_rows(metrics: Metrics) -> tuple[list[tuple[str, ...]], str]:
     for label in labels:
         shares = (metrics.precision[label], metrics.recall[label], metrics.f1[label])
         rows.append((
-            metrics.class_names[label],
+            printable(metrics.class_names[label]),
             *map(_percent, shares),
             f'{metrics.support[label]:,}',
             _commonest_mistake(metrics, int(label)),
@@ -94,7 +95,7 @@ def draw_confusion(metrics: Metrics, *, title: str) -> 'Figure':
     axes.set_yticks(range(len(names)), names, parse_math=False)
     axes.set_xlabel('predicted class')
     axes.set_ylabel('true class')
-    axes.set_title(f'{title}\n{note}', fontsize=10, parse_math=False)
+    axes.set_title(f'{printable(title)}\n{note}', fontsize=10, parse_math=False)
     figure.colorbar(picture, ax=axes, label='share of the true class', shrink=0.8)
     if len(names) <= _NUMBERS_UP_TO:
         for (row, column), count in np.ndenumerate(counts):
@@ -130,7 +131,7 @@ def draw_reliability(metrics: Metrics, *, title: str) -> 'Figure':
     # Not in the panel, where bars may be anywhere.
     figure.legend(loc='outside lower center', ncols=3, fontsize=8)
     upper.set_title(
-        f'{title}\nexpected calibration error {100 * calibration.expected_error:.2f} % '
+        f'{printable(title)}\nexpected calibration error {100 * calibration.expected_error:.2f} % '
         f'({bins} bins, {calibration.count.sum():,} images)',
         fontsize=10,
         parse_math=False,
@@ -171,7 +172,7 @@ def _commonest_mistake(metrics: Metrics, label: int) -> str:
     mistakes = metrics.confusion[label].copy()
     mistakes[label] = 0
     most = int(mistakes.argmax())
-    return f'{metrics.class_names[most]} ({mistakes[most]:,})' if mistakes[most] else ''
+    return f'{printable(metrics.class_names[most])} ({mistakes[most]:,})' if mistakes[most] else ''
 
 
 def _choose(metrics: Metrics) -> tuple[np.ndarray, str]:

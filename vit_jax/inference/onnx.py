@@ -106,7 +106,9 @@ def _open_session(path: pathlib.Path, threads: int | None) -> Any:
     with extra('export'):
         import onnxruntime
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # Errors only: it would warn of every GPU that is not there.
+    # Its errors come as exceptions; its log would show names from the graph as they are.
+    onnxruntime.set_default_logger_severity(4)
+    options.log_severity_level = 4
     # Threads that wait for work must not spin: decoding needs the processors.
     options.add_session_config_entry('session.intra_op.allow_spinning', '0')
     if threads:
@@ -163,8 +165,8 @@ def _check_graph(session: Any, described: Metadata, path: str) -> None:
         {node.name: node.shape if node.type.startswith('tensor(') else node.type for node in nodes}
         for nodes in (session.get_inputs(), session.get_outputs())
     )
-    side, output = described.image_size, described.output
-    shape = [side, side, 3] if described.layout == 'NHWC' else [3, side, side]
+    size, output = described.preprocessing.size, described.output
+    shape = [*size, 3] if described.layout == 'NHWC' else [3, *size]
     classes = len(described.class_names)
     if list(inputs) != [INPUT] or not _fits(inputs[INPUT], shape):
         raise UserError(f'{path} takes {inputs}, its metadata says {INPUT}: {["batch", *shape]}')

@@ -10,10 +10,13 @@ from typing import TextIO
 import numpy as np
 
 from vit_jax.data.decode import BadImageError
+from vit_jax.errors import printable
 from vit_jax.inference import predict
 
 FORMATS = ('table', 'csv', 'jsonl')
 CSV_HEADER = ('image', 'rank', 'label', 'class', 'probability', 'error')
+
+_FORMULA = ('=', '+', '-', '@')  # how a formula begins; tabs and line breaks are escaped anyway
 
 # Of a path: probabilities, float32 [classes], or why the image could not be read.
 Write = Callable[[str, np.ndarray | BadImageError], None]
@@ -26,6 +29,7 @@ def make_writer(
     *,
     top_k: int = 0,
     threshold: float = 0.0,
+    escape_formulas: bool = False,
 ) -> Write:
     """A function that writes predictions, one at a time, as soon as they are there.
 
@@ -33,7 +37,8 @@ def make_writer(
     class reaches the threshold, has one row with its error or without a class. JSON Lines has one
     object for each image: `image`, and `predictions`, a list of `label`, `class`, `probability`; or
     `error`. The table leaves unreadable images to a report at the end. Probabilities have 6
-    decimals in CSV and JSON, 4 in the table.
+    decimals in CSV and JSON, 4 in the table. Names that a terminal must not get are escaped (see
+    `errors.printable`); JSON has them in its own way, so that a program reads them as they are.
 
     Args:
       file: text, opened with `newline=''` for CSV.
@@ -41,35 +46,47 @@ def make_writer(
       class_names: in label order.
       top_k: how many classes to show; 0 for all.
       threshold: only classes of at least this probability.
+      escape_formulas: whether texts in CSV that a spreadsheet would run get a ' before them.
     """
+    class_names = [printable(name) for name in class_names]
     width = max(map(len, class_names))
     rows = csv.writer(file, lineterminator='\n')
     if form == 'csv':
         rows.writerow(CSV_HEADER)
 
+    def write_row(cells: Sequence[object]) -> None:
+        if escape_formulas:
+            cells = [f"'{c}" if isinstance(c, str) and c.startswith(_FORMULA) else c for c in cells]
+        rows.writerow(cells)
+
     def write(path: str, found: np.ndarray | BadImageError) -> None:
         shown, error = [], None
         if isinstance(found, BadImageError):
-            error = found.reason
+            error = printable(found.reason)
         else:
             labels = predict.choose_classes(found, top_k=top_k, threshold=threshold).tolist()
             shown = [(label, class_names[label], float(found[label])) for label in labels]
+        shown_path = printable(path)
         if form == 'csv':
             for rank, (label, name, probability) in enumerate(shown, start=1):
-                rows.writerow((path, rank, label, name, f'{probability:.6f}', ''))
+                write_row((shown_path, rank, label, name, f'{probability:.6f}', ''))
             if not shown:
-                rows.writerow((path, '', '', '', '', error or ''))
+                write_row((shown_path, '', '', '', '', error or ''))
         elif form == 'jsonl':
             classes = [
                 {'label': label, 'class': name, 'probability': round(probability, 6)}
                 for label, name, probability in shown
             ]
             record = {'error': error} if error else {'predictions': classes}
-            file.write(json.dumps({'image': path} | record, ensure_ascii=False) + '\n')
+            # The path as it is; what a terminal must not get is escaped as JSON does.
+            line = json.dumps({'image': path} | record, ensure_ascii=False)
+            file.write(
+                (line if line.isprintable() else json.dumps({'image': path} | record)) + '\n'
+            )
         elif error is None:
             lines = [f'  {name:<{width}}  {probability:.4f}\n' for _, name, probability in shown]
             lines = lines or [f'  (no class of at least {threshold:g})\n']
-            file.writelines([predict.printable(path) + '\n', *lines])
+            file.writelines([f'{shown_path}\n', *lines])
 
     return write
 
@@ -119,5 +136,5 @@ def report_unreadable(errors: Sequence[BadImageError], count: int) -> int:
     sys.stdout.flush()
     print(f'{len(errors)} of {count} images could not be read:', file=sys.stderr)
     for error in errors:
-        print(f'  {predict.printable(error.key)}: {error.reason}', file=sys.stderr)
+        print(f'  {printable(f"{error.key}: {error.reason}")}', file=sys.stderr)
     return 1

@@ -163,11 +163,6 @@ def choose_classes(
     return best_first[probabilities[best_first] >= threshold]
 
 
-def printable(path: str) -> str:
-    """A path as text for a terminal: line breaks and bytes that are not text are escaped."""
-    return path if path.isprintable() else ascii(path)
-
-
 def _expand(path: str | os.PathLike[str]) -> list[str]:
     """The files that one word of a user stands for."""
     if os.path.isdir(path):

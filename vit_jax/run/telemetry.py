@@ -28,7 +28,7 @@ import rich.progress_bar
 import rich.table
 
 from vit_jax import files
-from vit_jax.errors import extra
+from vit_jax.errors import extra, printable_lines
 
 METRICS_FILE = 'metrics.jsonl'
 TIMING_FILE = 'timing.jsonl'
@@ -193,6 +193,7 @@ class Telemetry:
             `text`.
         """
         if self._enabled:
+            text = printable_lines(text)
             self._print(text)
             now = _now()
             self._write(LOG_FILE, f'{now}  {text}\n')
@@ -207,7 +208,7 @@ class Telemetry:
         if self._process_index == 0:
             self.info(text, event, **facts)
         else:
-            print(f'process {self._process_index}: {text}', file=sys.stderr)
+            print(f'process {self._process_index}: {printable_lines(text)}', file=sys.stderr)
 
     def close(self) -> None:
         """Leaves the last progress line on the terminal and closes the files."""
