@@ -4,7 +4,6 @@ import base64
 import errno
 import fcntl
 import hashlib
-import logging
 import os
 import pathlib
 import subprocess
@@ -12,9 +11,10 @@ import sys
 
 import pytest
 
-from vit_jax.checkpoint import download
+from vit_jax.checkpoint import download, formats, inspection
 from vit_jax.errors import UserError
 
+FIXTURES = pathlib.Path(__file__).parents[1] / 'fixtures' / 'conformance'
 A, B = bytes(range(256)) * 40, bytes(range(255, -1, -1)) * 40
 
 KILLED = """
@@ -23,7 +23,7 @@ from vit_jax.checkpoint import download
 
 url, folder = sys.argv[1], pathlib.Path(sys.argv[2])
 A, half = bytes(range(256)) * 40, 5000
-download.describe(folder / 'x')  # imports what there is to import
+download.source_of(folder / 'x')  # imports what there is to import
 
 def attempt(die_at, target):
     '''Downloads in a child that dies before the nth opening to write, removal or rename.'''
@@ -162,15 +162,15 @@ def test_published_checksums_are_checked(bucket, tmp_path):
     assert download.fetch(f'{bucket.url}/x', tmp_path / 'x').read_bytes() == B
 
 
-def test_where_a_file_came_from_is_kept_and_said(bucket, tmp_path, caplog):
-    bucket.put('/x', B, '"b"')
-    with caplog.at_level(logging.INFO, 'vit_jax'):
-        download.fetch(f'{bucket.url}/x', tmp_path / 'x')
-        download.fetch(f'{bucket.url}/x', tmp_path / 'x')
-    said = f'{len(B):,} bytes, ETag "b", from {bucket.url}/x on '
-    assert sum(said in record.getMessage() for record in caplog.records) == 2
-    (tmp_path / 'x').write_bytes(A + A)
-    assert 'not downloaded by this program' in download.describe(tmp_path / 'x')
+def test_where_a_file_came_from_is_kept_and_said(bucket, tmp_path):
+    content = (FIXTURES / 'vit_token.checkpoint.npz').read_bytes()
+    bucket.put('/x.npz', content, '"b"')
+    path = download.fetch(f'{bucket.url}/x.npz', tmp_path / 'x.npz')
+    said = f'downloaded from {bucket.url}/x.npz on '
+    assert said in str(formats.open_weights(path)) and said in str(inspection.inspect(path))
+    assert f'{len(content):,} bytes, ETag "b"' in download.source_of(path)
+    path.write_bytes(content + b'x')  # by somebody else
+    assert download.source_of(path) == ''
 
 
 def test_a_server_that_sends_a_byte_now_and_then(bucket, tmp_path, monkeypatch):

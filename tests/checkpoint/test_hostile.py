@@ -217,6 +217,13 @@ def test_shards_are_files_beside_their_index(tmp_path, name):
     refused(tmp_path, 'not in the folder')
 
 
+def test_a_header_of_a_safetensors_file_as_large_as_it_says(tmp_path):
+    header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}' + b' ' * (9 << 20) + b'}'
+    data = struct.pack('<Q', len(header)) + header + bytes(4)
+    (tmp_path / 'a.safetensors').write_bytes(data)
+    refused(tmp_path / 'a.safetensors', 'its header has 9,437,')
+
+
 @pytest.mark.parametrize('activation', [3, True, ['gelu'], 'x' * 9999])
 def test_activations_from_a_configuration(tmp_path, activation):
     from safetensors.numpy import save_file

@@ -1,5 +1,6 @@
 """Small real files of every kind that is read, made by this package's own writers."""
 
+import argparse
 import io
 import json
 import os
@@ -95,6 +96,7 @@ def make(root: pathlib.Path) -> None:
         shutil.copy(folder / 'model.safetensors', files / f'{folder.name}.safetensors')
     _make_shards(root / 'folders' / 'huggingface', root / 'folders' / 'shards')
     _make_pickles(root / 'pickles', files / 'timm.safetensors')
+    _make_msgpack(root / 'folders' / 'huggingface', root / 'msgpack' / 'flax')
     _make_images(root / 'images')
     tfds_set = runpy.run_path(str(FIXTURES / 'data' / 'tfds_set.py'))
     pictures = [path.read_bytes() for path in sorted((root / 'images').glob('small*'))]
@@ -146,6 +148,25 @@ def _make_shards(source: pathlib.Path, folder: pathlib.Path) -> None:
     (folder / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': index}))
 
 
+def _make_msgpack(source: pathlib.Path, folder: pathlib.Path) -> None:
+    """A folder of transformers' Flax models, whose kernels lie the other way round."""
+    from flax import serialization, traverse_util
+    from safetensors.numpy import load_file
+
+    flat = {}
+    for name, array in load_file(source / 'model.safetensors').items():
+        module, _, kind = name.rpartition('.')
+        if kind == 'weight' and array.ndim > 1:
+            array = array.T if array.ndim == 2 else array.transpose(2, 3, 1, 0)
+            name = f'{module}.kernel'
+        flat[f'{module}.scale' if kind == 'weight' and array.ndim == 1 else name] = array
+    folder.mkdir(parents=True)
+    tree = traverse_util.unflatten_dict(flat, sep='.')
+    (folder / 'flax_model.msgpack').write_bytes(serialization.msgpack_serialize(tree))
+    for name in ('config.json', 'preprocessor_config.json'):
+        shutil.copy(source / name, folder / name)
+
+
 def _make_pickles(folder: pathlib.Path, source: pathlib.Path) -> None:
     try:
         import torch
@@ -155,7 +176,8 @@ def _make_pickles(folder: pathlib.Path, source: pathlib.Path) -> None:
     folder.mkdir()
     tensors = load_file(source)
     torch.save(tensors, folder / 'zip.pth')
-    torch.save({'model': tensors, 'epoch': 3}, folder / 'wrapped.pt')
+    beside = {'args': argparse.Namespace(lr=0.1), 'epoch': 3, 'best': np.float64(0.5)}
+    torch.save({'model': tensors, **beside}, folder / 'wrapped.pt')
     torch.save(tensors, folder / 'old.bin', _use_new_zipfile_serialization=False)
     torch.save({k: v.bfloat16() for k, v in tensors.items()}, folder / 'bfloat16.pth')
 

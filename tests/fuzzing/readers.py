@@ -115,6 +115,22 @@ def _folders(rng, corpus, case) -> Read:
     return lambda: read(folder)
 
 
+def _msgpack(rng, corpus, case) -> Read:
+    folder = case / 'flax'
+    shutil.copytree(corpus / 'msgpack/flax', folder)
+    file = folder / 'flax_model.msgpack'
+    data = file.read_bytes()
+    if rng.random() < 0.2:  # many objects of a byte each, and lengths that are claimed
+        place, piece = rng.randrange(min(len(data), 400)), rng.choice((b'\x80', b'\x91', b'\xc0'))
+        piece = rng.choice((piece * 200_000, b'\xdd\xff\xff\xff\xff', b'\xc9\xff\xff\xff\xff\1'))
+        data = data[:place] + piece + data[place:]
+    else:
+        data = mutate.damage(rng, data)
+    file.write_bytes(data)
+    read = rng.choice((formats.load, formats.load, inspection.inspect, model_folder.load))
+    return lambda: read(folder)
+
+
 def _models(rng, corpus, case) -> Read:
     folder = _folder_case(rng, corpus / 'models/model', case)
     return lambda: model_folder.load(folder)
@@ -260,6 +276,7 @@ READERS: dict[str, Callable[[random.Random, pathlib.Path, pathlib.Path], Read]] 
     'safetensors': _safetensors,
     'pickles': _pickles,
     'folders': _folders,
+    'msgpack': _msgpack,
     'models': _models,
     'tfds': _tfds,
     'images': _images,
@@ -308,7 +325,7 @@ def available(corpus: pathlib.Path) -> list[str]:
 
 def read_undamaged(corpus: pathlib.Path) -> None:
     """Reads every file as it was made; raises what is wrong with one that cannot be read."""
-    for kind in ('npz', 'safetensors', 'pickles', 'folders'):
+    for kind in ('npz', 'safetensors', 'pickles', 'folders', 'msgpack'):
         for path in sorted((corpus / kind).glob('*')):
             formats.load(path)
     model_folder.load(corpus / 'models' / 'model')

@@ -54,7 +54,7 @@ def fetch(
     The bytes go to `<target>.part`; a download that was broken off goes on where it stopped, if the
     file on the server is still the same (by its ETag). When all has arrived it gets its name.
     Processes that want the same file take turns. Address, length and ETag are kept in
-    `<target>.source.json`, and logged (INFO) whenever the file is used.
+    `<target>.source.json`; `source_of` tells them, wherever the weights are opened.
 
     Args:
         url: http or https address; another kind is refused, also when the server leads to it.
@@ -90,22 +90,21 @@ def fetch(
         raise failed(getattr(e, 'reason', e)) from e
     except ValueError as e:  # damaged headers: a length that is not a number, a broken tag
         raise failed(f'the answer of the server is not HTTP ({e})') from e
-    _log.info('%s', describe(target))
     return target
 
 
-def describe(target: pathlib.Path) -> str:
-    """Where a file came from: a sentence; without details if it was put there by hand."""
+def source_of(target: pathlib.Path) -> str:
+    """Where a file was downloaded from, a sentence; '' if it was not, or is another by now."""
     record = _source_file(target)
     if record.exists():
         with contextlib.suppress(UserError, KeyError, TypeError, ValueError):
             source = files.read_json(record, max_bytes=MIB)
             if source['bytes'] == target.stat().st_size:
                 return (
-                    f'{target}: {source["bytes"]:,} bytes, ETag {source["etag"] or "unknown"}, '
-                    f'from {source["url"]} on {source["date"]}'
+                    f'downloaded from {source["url"]} on {source["date"]}: {source["bytes"]:,} '
+                    f'bytes, ETag {source["etag"] or "unknown"}'
                 )
-    return f'{target}: not downloaded by this program'
+    return ''
 
 
 @contextlib.contextmanager

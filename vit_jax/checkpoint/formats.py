@@ -13,6 +13,7 @@ from vit_jax import files
 from vit_jax.checkpoint import (
     adapt,
     big_vision,
+    download,
     infer,
     key_tables,
     library_configs,
@@ -178,7 +179,7 @@ def open_weights(
         npz.check_exists(path)
         paths = [path]
         if tensors.kind(path) == 'npz':
-            weights = npz.open_file(path)
+            weights = _with_source(npz.open_file(path), path)
             return _normalize(weights, normalization) if normalization else weights
     found: dict[str, Any] = {}
     for file in paths:
@@ -201,7 +202,14 @@ def open_weights(
         refused=told.refused,
         notes=(*done, *cleaned, *weights.notes, *notes),
     )
+    weights = _with_source(weights, path)
     return _normalize(weights, normalization or told.normalization or HALF)
+
+
+def _with_source(weights: Weights, path: pathlib.Path) -> Weights:
+    """Adds the note where a file was downloaded from, if it was."""
+    source = download.source_of(path)
+    return dataclasses.replace(weights, notes=(*weights.notes, source)) if source else weights
 
 
 def _recognise(

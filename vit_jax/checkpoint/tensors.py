@@ -29,6 +29,7 @@ _FOLDER_FILES = (
 # A file beside the index, no path.
 _SHARD_NAME = re.compile(r'\w[\w.+-]{0,199}', re.A)
 _MAX_SHARDS = 1000
+_MAX_HEADER = 8 << 20  # bytes of a safetensors file, for more than 50,000 tensors
 # Beginnings of files that hold weights, or once did, in forms that are not read here.
 _OTHER_KINDS = {
     b'\x89HDF': 'an HDF5 file (.h5, of Keras or TensorFlow); save the model for PyTorch, or as '
@@ -191,6 +192,10 @@ def save_safetensors(
 def _open_safetensors(path: pathlib.Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
     import safetensors
 
+    with open(path, 'rb') as f:
+        length = int.from_bytes(f.read(8), 'little')
+    if path.stat().st_size > length > _MAX_HEADER:
+        raise UserError(f'{path}: its header has {length:,} bytes, more than {_MAX_HEADER:,}')
     try:
         file = safetensors.safe_open(path, framework='numpy', backend='pread')
         metadata = file.metadata() or {}

@@ -37,6 +37,8 @@ _MAX_METADATA = 8 * _MIB
 _MAX_COMPRESSED_TEXTS = 8  # each unpacks to a MiB at most, which Pillow sees to
 _MAX_EXIF = 256 << 10
 _MAX_COMMENTS = 1000
+_MAX_ICONS = 64
+_MAX_CODESTREAMS = 4
 _MAX_PPM_HEADER = 4096
 
 # TIFF: type -> (bytes, code of struct where it is a whole number).
@@ -45,7 +47,7 @@ _TIFF_TYPES = {
     8: (2, 'h'), 9: (4, 'i'), 10: (8, ''), 11: (4, ''), 12: (8, ''), 13: (4, 'I'),
     16: (8, 'Q'), 17: (8, 'q'),
 }  # fmt: skip
-_WIDTH, _HEIGHT, _TILE_WIDTH, _TILE_HEIGHT = 256, 257, 322, 323
+_WIDTH, _HEIGHT, _COMPRESSION, _TILE_WIDTH, _TILE_HEIGHT = 256, 257, 259, 322, 323
 _TIFF_PARTS = (273, 324)  # where strips and tiles begin
 _TIFF_DIRECTORIES = (34665, 34853, 40965)  # of EXIF
 _MAX_PARTS = 65_536
@@ -232,6 +234,7 @@ def _check_tiff(data: bytes) -> None:
         return
     sides: dict[int, int] = {}
     parts = numbers = texts = 0
+    jpeg = False
     for tag, kind, length, value in _tiff_tags(data):
         if tag in (_WIDTH, _HEIGHT):
             sides.setdefault(tag, value)  # the first one counts
@@ -239,6 +242,7 @@ def _check_tiff(data: bytes) -> None:
             sides[tag] = max(value, sides.get(tag, 0))
         if tag in _TIFF_PARTS:
             parts = max(parts, length)
+        jpeg |= tag == _COMPRESSION and value in (6, 7)
         if kind in (1, 2, 7):
             texts += length
         else:
@@ -249,6 +253,8 @@ def _check_tiff(data: bytes) -> None:
     if sides.get(_TILE_WIDTH, 0) * sides.get(_TILE_HEIGHT, 0) > _MIB + 2 * pixels:
         raise ValueError(f'its tiles are {sides[_TILE_WIDTH]} x {sides[_TILE_HEIGHT]}')
     _check_metadata(texts, 4 * pixels)
+    if jpeg and len(re.findall(b'\xff\xda', data)) > _MAX_SCANS + 4 * parts + len(data) // 9999:
+        raise ValueError('it has more scans than any picture needs')
 
 
 def _tiff_tags(data: bytes) -> Iterator[tuple[int, int, int, int]]:
@@ -316,11 +322,11 @@ def _check_ico(data: bytes) -> None:
     """ICO: Pillow decodes its largest picture at once, whatever size that has."""
     if not data.startswith(b'\0\0\1\0'):
         return
-    for number in range(int.from_bytes(data[4:6], 'little')):
-        entry = data[6 + 16 * number : 22 + 16 * number]
-        if len(entry) < 16:
-            return
-        (place,) = struct.unpack('<I', entry[12:])
+    entries = data[6 : 6 + 16 * int.from_bytes(data[4:6], 'little')]
+    places = {int.from_bytes(entries[i : i + 4], 'little') for i in range(12, len(entries), 16)}
+    if len(places) > _MAX_ICONS:
+        raise ValueError(f'it holds {len(places)} icons')
+    for place in places:
         head = data[place : place + 24]
         if head.startswith(_PNG):
             width, height = struct.unpack('>II', head[16:24].ljust(8, b'\0'))
@@ -333,7 +339,10 @@ def _check_ico(data: bytes) -> None:
 
 def _check_jpeg_2000(data: bytes) -> None:
     """JPEG 2000 (ITU T.800, annex A): tiles and precincts, for each of which memory is taken."""
-    for start in (found.end() for found in re.finditer(_JPEG_2000, data)):
+    starts = [found.end() for found in re.finditer(_JPEG_2000, data)]
+    if len(starts) > _MAX_CODESTREAMS:
+        raise ValueError(f'it holds {len(starts)} pictures')
+    for start in starts:
         if start + 36 > len(data):
             return
         right, bottom, left, top, *tile = struct.unpack_from('>6I', data, start + 4)
