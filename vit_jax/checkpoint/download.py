@@ -198,6 +198,7 @@ def _open(url: str, part: pathlib.Path) -> Iterator[tuple[http.client.HTTPRespon
     if response is None:  # the part is no part of what is there now
         etag_file.unlink()
         response = _request(url, 0, '')
+    assert response is not None  # without an offset there is nothing to go on from
     with response:
         yield response, offset if response.status == http.client.PARTIAL_CONTENT else 0
 
