@@ -18,7 +18,7 @@ from vit_jax.analysis import cost
 from vit_jax.analysis.architecture import Architecture
 from vit_jax.data.preprocess import normalize
 from vit_jax.errors import UserError
-from vit_jax.models import vit
+from vit_jax.models import encoder
 from vit_jax.models.layers import MlpBlock
 
 MATMUL_SIDE = {'cpu': 2048, 'gpu': 8192}
@@ -145,7 +145,7 @@ class Ours(_Compiled):
         return result
 
 
-class OriginalBlock(vit.Encoder1DBlock):
+class OriginalBlock(encoder.Encoder1DBlock):
     """The block with Flax's own attention: tokens as [B, N, H, K], softmax over [B, H, N, N]."""
 
     @nn.compact
@@ -168,14 +168,14 @@ class OriginalBlock(vit.Encoder1DBlock):
         return x + mlp(y, deterministic=deterministic)
 
 
-class OriginalEncoder(vit.Encoder):
+class OriginalEncoder(encoder.Encoder):
     """The encoder of such blocks, in float32 throughout; same parameter tree and same logits."""
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:  # type: ignore[override]
         """Tokens [B, N, D] in, normalised tokens [B, N, D] out."""
         if self.add_position_embedding:
-            x = vit.AddPositionEmbs(name='posembed_input')(x)
+            x = encoder.AddPositionEmbs(name='posembed_input')(x)
             x = nn.Dropout(self.dropout_rate)(x, deterministic=not train)
         for layer in range(self.num_layers):
             x = OriginalBlock(

@@ -185,7 +185,10 @@ def test_list_models(script):
     status, out, _ = script('list_models', 'imagenet21k/ViT-B_16', '--addresses')
     assert 'https://storage.googleapis.com/vit_models/imagenet21k/ViT-B_16.npz' in out
     status, out, _ = script('list_models')
-    assert len(out.splitlines()) == len(catalog.CHECKPOINTS) + 2  # the head, and what ~ means
+    count = len(catalog.CHECKPOINTS) + len(catalog.LIBRARY_CHECKPOINTS)
+    assert len(out.splitlines()) == count + 2  # the head, and what ~ means
+    status, out, _ = script('list_models', 'facebook/dinov2-small')
+    assert re.search(r'dinov2 +~84 +518 +0 +facebook/dinov2-small +Apache-2.0 +ImageNet 81', out)
     status, out, err = script('list_models', 'B_17')
     assert status == 1 and err == 'list_models.py: nothing has B_17\n'
     status, out, _ = script('list_models', '--variants')
@@ -207,6 +210,13 @@ def test_released_checkpoints_are_consistent():
             ).groups()
             expected = f'ViT-{size}_{patch}' if resnet is None else f'{resnet}+ViT-{size}_{patch}'
             assert checkpoint.variant == expected
+
+
+def test_weights_of_other_libraries_are_of_models_that_are_here():
+    for checkpoint in catalog.LIBRARY_CHECKPOINTS:
+        config = models.variants.get_config(checkpoint.variant)
+        assert checkpoint.resolution % models.variants.token_stride(config) == 0
+        assert checkpoint.licence and checkpoint.source.count('/') == 1
 
 
 def test_sizes_in_the_catalogue_are_those_of_the_parameters():

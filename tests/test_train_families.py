@@ -36,6 +36,14 @@ FAMILIES = {
     },
     'distilled': VIT | {'distilled': True},
     'mlp_head': VIT | {'mlp_head': True},
+    'dinov2': VIT | {
+        'registers': 2, 'classifier': 'token_gap', 'act': 'silu',
+        'transformer': VIT['transformer'] | {'layer_scale': True, 'gated_mlp': True},
+    },
+    'clip_map': VIT | {
+        'patch_bias': False, 'classifier': 'map',
+        'transformer': VIT['transformer'] | {'pre_norm': True, 'qk_norm': True},
+    },
     'mixer': {
         'patches': {'size': (4, 4)}, 'hidden_dim': 16, 'num_blocks': 1, 'tokens_mlp_dim': 8,
         'channels_mlp_dim': 32,
@@ -45,6 +53,8 @@ NEW_WHEN_FINE_TUNED = {
     'hybrid': {'head'},
     'distilled': {'head', 'head_dist'},
     'mlp_head': {'head', 'head_hidden'},
+    'dinov2': {'head'},
+    'clip_map': {'head'},
     'mixer': {'head'},
 }
 

@@ -4,10 +4,11 @@ Sizes are those of the ViT paper (Table 1), "How to train your ViT?" (Table 2), 
 (Table 1), the DeiT paper (Table 1) and the released checkpoints. A name spells family, size and
 patch size: `ViT-B_16` is the Base model on 16 x 16 patches; `R26+ViT-S_32` the Small model on the
 features of a ResNet-26, 32 pixels to a token; `DeiT-S_16` has a distillation token and two heads.
+Families that came later have the names of timm, the number at whose end is an image size.
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -45,6 +46,107 @@ def _vit(
 def _hybrid(size: str, name: str, num_layers: tuple[int, ...], patch: int = 1, **kwargs) -> dict:
     return _vit(size, patch, **kwargs) | dict(
         model_name=name, resnet=dict(num_layers=num_layers, width_factor=1)
+    )
+
+
+# The same of the families that came later.
+_LATER_SIZES = {
+    'tiny': (192, 768, 3, 12),
+    'wee': (256, 1280, 4, 14),
+    'little': (320, 1792, 5, 14),
+    'small': (384, 1536, 6, 12),
+    'medium': (512, 2048, 8, 12),
+    'mediumd': (512, 2048, 8, 20),
+    'betwixt': (640, 2560, 10, 12),
+    'base': (768, 3072, 12, 12),
+    'so150m': (896, 2304, 14, 18),
+    'so150m2': (832, 2176, 13, 21),
+    'large': (1024, 4096, 16, 24),
+    'so400m': (1152, 4304, 16, 27),
+    'huge': (1280, 5120, 16, 32),
+    'giant': (1408, 6144, 16, 40),
+    'giantopt': (1536, 6144, 16, 40),
+    'gigantic': (1664, 8192, 16, 48),
+    'dinov2 giant': (1536, 4096, 24, 40),
+}
+
+
+def _later(
+    name: str, size: str, patch: int, encoder: Mapping[str, Any] | None = None, **arguments: Any
+) -> dict:
+    """A model of timm's name; `encoder` and `arguments` are what a plain ViT has not."""
+    hidden_size, mlp_dim, num_heads, num_layers = _LATER_SIZES[size]
+    transformer = dict(
+        mlp_dim=mlp_dim,
+        num_heads=num_heads,
+        num_layers=num_layers,
+        attention_dropout_rate=0.0,
+        dropout_rate=0.0,
+        **(encoder or {}),
+    )
+    return (
+        dict(
+            model_name=name,
+            patches=dict(size=(patch, patch)),
+            hidden_size=hidden_size,
+            transformer=transformer,
+            classifier='token',
+            representation_size=None,
+            act='gelu',
+        )
+        | arguments
+    )
+
+
+def _dinov2() -> Iterator[dict]:
+    """DINOv2 (https://arxiv.org/abs/2304.07193), with registers (https://arxiv.org/abs/2309.16588)."""
+    for registers in (0, 4):
+        more: dict[str, Any] = {'registers': registers} if registers else {}
+        name = f'patch14{"_reg4" if registers else ""}_dinov2'
+        for size in ('small', 'base', 'large'):
+            yield _later(f'vit_{size}_{name}', size, 14, dict(layer_scale=True), **more)
+        gated = dict(layer_scale=True, gated_mlp=True)
+        yield _later(f'vit_giant_{name}', 'dinov2 giant', 14, gated, **more, act='silu')
+
+
+def _deit3() -> Iterator[dict]:
+    """DeiT III (https://arxiv.org/abs/2204.07118)."""
+    for size in ('small', 'medium', 'base', 'large', 'huge'):
+        patch = 14 if size == 'huge' else 16
+        yield _later(f'deit3_{size}_patch{patch}_224', size, patch, dict(layer_scale=True))
+
+
+def _timm_gap() -> Iterator[dict]:
+    """Models of register tokens and average pooling that timm trained."""
+    gap: dict[str, Any] = dict(classifier='gap')
+    scaled = dict(layer_scale=True)
+    for size in ('medium', 'betwixt'):
+        side = 240 if size == 'medium' else 256
+        yield _later(f'vit_{size}_patch16_gap_{side}', size, 16, scaled, **gap)
+    for size, registers in (
+        *(('wee', 1), ('little', 1), ('little', 4), ('medium', 1), ('medium', 4)),
+        *(('mediumd', 4), ('betwixt', 1), ('betwixt', 4), ('base', 4)),
+    ):
+        yield _later(
+            f'vit_{size}_patch16_reg{registers}_gap_256',
+            size,
+            16,
+            {} if size == 'base' else scaled,
+            **gap,
+            registers=registers,
+            fc_norm=True,
+        )
+    positions: dict[str, Any] = dict(register_positions=True)
+    yield _later('vit_so150m_patch16_reg4_gap_256', 'so150m', 16, **gap, registers=4, **positions)
+    yield _later(
+        'vit_so150m2_patch16_reg1_gap_256',
+        'so150m2',
+        16,
+        scaled,
+        **gap,
+        registers=1,
+        fc_norm=True,
+        **positions,
     )
 
 
@@ -99,6 +201,9 @@ VARIANTS: dict[str, dict] = {
         ),
         # A hidden layer in front of the head, as in the course model of PaddleViT.
         _vit('B', 16, suffix='-mlp-head') | dict(mlp_head=True),
+        *_dinov2(),
+        *_deit3(),
+        *_timm_gap(),
     )
 }
 
@@ -185,18 +290,44 @@ def is_mixer(config: Mapping[str, Any]) -> bool:
     return 'num_blocks' in config
 
 
-def prefix_tokens(config: Mapping[str, Any]) -> int:
-    """How many tokens stand in front of the patches of a ViT: class and distillation token.
+def tokens_in_front(config: Mapping[str, Any]) -> dict[str, int]:
+    """The learned tokens in front of the patches of a ViT, in their order, and how many there are.
 
     Args:
       config: an architecture, see `get_config`; a Mixer's has none.
+
+    Returns:
+      'cls' (class token), 'dist' (distillation token) and 'registers', those that it has.
     """
     if is_mixer(config):
-        return 0
-    has_class_token = config.get('class_token')
-    if has_class_token is None:
-        has_class_token = config.get('classifier', 'token') in ('token', 'token_unpooled')
-    return int(has_class_token) * (2 if config.get('distilled') else 1)
+        return {}
+    class_token = config.get('class_token')
+    if class_token is None:
+        class_token = config.get('classifier', 'token').startswith('token')
+    counts = {
+        'cls': int(class_token),
+        'dist': int(class_token and bool(config.get('distilled'))),
+        'registers': config.get('registers', 0),
+    }
+    return {name: count for name, count in counts.items() if count}
+
+
+def prefix_tokens(config: Mapping[str, Any]) -> int:
+    """How many tokens stand in front of the patches, see `tokens_in_front`."""
+    return sum(tokens_in_front(config).values())
+
+
+def prefix_positions(config: Mapping[str, Any]) -> int:
+    """How many of the tokens in front of the patches have a position embedding, the first ones."""
+    registers = 0 if config.get('register_positions') else config.get('registers', 0)
+    return prefix_tokens(config) - registers
+
+
+def pooled_width(config: Mapping[str, Any]) -> int:
+    """How many numbers of an image stand in front of `pre_logits` and the head."""
+    if is_mixer(config):
+        return config['hidden_dim']
+    return config['hidden_size'] * (2 if config.get('classifier') == 'token_gap' else 1)
 
 
 def sides(image_size: int | tuple[int, int]) -> tuple[int, int]:

@@ -40,6 +40,10 @@ PARAMETERS = {
     'Mixer-L_16': 208_196_168,
     'DeiT-B_16': 87_338_192,
     'ViT-B_16-mlp-head': 87_158_248,
+    # Those of timm 1.0.31; its class token has a position of its own only in the first.
+    'vit_giant_patch14_dinov2': 1_136_306_664,
+    'vit_base_patch14_reg4_dinov2': 86_496_232 + 768,
+    'deit3_base_patch16_224': 86_585_320 + 768,
 }
 # With 5 classes; with 21843 classes and a representation layer.
 FIVE = {
@@ -113,6 +117,9 @@ def test_a_block_has_12hh_13h_parameters():
         ('Mixer-S_32', dict(num_blocks=2)),
         ('DeiT-Ti_16', {}),
         ('ViT-B_16-mlp-head', {}),
+        ('vit_giant_patch14_reg4_dinov2', dict(classifier='token_gap', patches={'size': (16, 16)})),
+        ('vit_so150m2_patch16_reg1_gap_256', {}),
+        ('ViT-Ti_16', dict(classifier='map', patch_bias=False, final_norm=False)),
     ],
 )
 def test_the_formulas_have_every_array_of_the_module(name, changes):

@@ -46,6 +46,25 @@ CONFIGS = {
         _VIT | {'transformer': _ENCODER | {'add_position_embedding': False}},
         32,
     ),
+    # The pieces that families of today are made of.
+    'registers': (
+        _VIT
+        | {'registers': 2, 'classifier': 'token_gap'}
+        | {'transformer': _ENCODER | {'layer_scale': True}},
+        32,
+    ),
+    'map': (
+        _VIT
+        | {'classifier': 'map', 'patch_bias': False, 'registers': 2, 'register_positions': True}
+        | {'transformer': _ENCODER | {'pre_norm': True}},
+        32,
+    ),
+    'gated': (
+        _VIT
+        | {'classifier': 'gap', 'class_token': True, 'final_norm': False, 'act': 'silu'}
+        | {'transformer': _ENCODER | {'gated_mlp': True, 'qk_norm': True}},
+        32,
+    ),
     # Odd and even sides on the way, whose 'SAME' padding is even and uneven.
     'hybrid_root': (
         _VIT | {'patches': {'size': (1, 1)}, 'resnet': {'num_layers': (), 'width_factor': 0.5}},

@@ -30,6 +30,9 @@ FAMILIES = (
     'gelu',
     'avgmax',
     'no_position_embedding',
+    'registers',
+    'map',
+    'gated',
     'hybrid_root',
     'hybrid_stages',
     'mixer',
@@ -273,7 +276,7 @@ def test_what_cannot_be_exported(case, made_up):
     config = case('token').model.model_config
     for classifier in ('unpooled', 'token_unpooled'):
         model = made_up(config | {'classifier': classifier}, 32)
-        with pytest.raises(UserError, match=f"{classifier}.*for each token.*'token' and 'gap'"):
+        with pytest.raises(UserError, match=f'{classifier}.*for each token.*cannot be exported'):
             onnx_export.build(model, Options(features=True))
     with pytest.raises(UserError, match='MLP-Mixer has no attention'):
         onnx_export.build(case('mixer').model, Options(attention=True))

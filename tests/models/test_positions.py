@@ -8,7 +8,7 @@ import pytest
 
 from vit_jax import models
 from vit_jax.checkpoint import resize
-from vit_jax.models import vit
+from vit_jax.models.encoder import Encoder
 
 ENCODER = {'mlp_dim': 16, 'num_heads': 2, 'num_layers': 2, 'dropout_rate': 0.0}
 VIT = {'patches': {'size': (8, 8)}, 'hidden_size': 8, 'transformer': ENCODER}
@@ -101,7 +101,7 @@ def test_what_cannot_be_resized_is_said():
 @pytest.mark.parametrize('remat', ['', 'full'])
 def test_padding_changes_nothing(remat):
     sizes = {**ENCODER, 'add_position_embedding': False}
-    encoder = vit.Encoder(**sizes, attention_dropout_rate=0.0, remat=remat)
+    encoder = Encoder(**sizes, attention_dropout_rate=0.0, remat=remat)
     tokens, mask = random(3, 7, 8), np.arange(7)[None] < np.array([4, 7, 0])[:, None]
     params = random_params(encoder, tokens, train=False)
 

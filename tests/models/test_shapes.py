@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from vit_jax import models, variants
-from vit_jax.models import attention, layers, mixer, resnet, vit
+from vit_jax.models import attention, encoder, layers, mixer, resnet, vit
 
 B, N, D, H, C = 2, 5, 32, 4, 7
 ENCODER = dict(mlp_dim=64, num_heads=H, num_layers=2)
@@ -20,12 +20,12 @@ MODULES = {
         layers.patch_embedding(D, (4, 2), name='stem', dtype=jnp.float32), (B, 8, 8, 3),
         (B, 2, 4, D),
     ),
-    'positions': (vit.AddPositionEmbs(), TOKENS, TOKENS),
+    'positions': (encoder.AddPositionEmbs(), TOKENS, TOKENS),
     'identity': (vit.IdentityLayer(), TOKENS, TOKENS),
-    'block': (vit.Encoder1DBlock(64, H), TOKENS, TOKENS),
-    'last block': (vit.Encoder1DBlock(64, H, outputs=2), TOKENS, (B, 2, D)),
-    'encoder': (vit.Encoder(**ENCODER), TOKENS, TOKENS),
-    'encoder, outputs': (vit.Encoder(**ENCODER, outputs=2), TOKENS, (B, 2, D)),
+    'block': (encoder.Encoder1DBlock(64, H), TOKENS, TOKENS),
+    'last block': (encoder.Encoder1DBlock(64, H, outputs=2), TOKENS, (B, 2, D)),
+    'encoder': (encoder.Encoder(**ENCODER), TOKENS, TOKENS),
+    'encoder, outputs': (encoder.Encoder(**ENCODER, outputs=2), TOKENS, (B, 2, D)),
     'mixer block': (mixer.MixerBlock(6, 64), TOKENS, TOKENS),
     'convolution': (resnet.StdConv(6, (3, 3), (2, 2)), (B, 7, 6, 4), (B, 4, 3, 6)),
     'unit': (resnet.ResidualUnit(32, (2, 2)), (B, 7, 6, 32), (B, 4, 3, 128)),

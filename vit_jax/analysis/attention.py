@@ -237,10 +237,13 @@ def _maps(model, params, pixels):
     logits, layers, patches = _read(model, params, pixels)
     grid = patches.shape[1:3]
     tokens = layers[0].shape[-1]
-    by_class_token, first = model.classifier == 'token', model.prefix_tokens
-    start = _mean_of(slice(1) if by_class_token else slice(first, None), tokens)
-    # A query's row of attention, or the mean of the patches'; a sum of products would round.
-    rows = [(x[:, :, 0] if by_class_token else x[:, :, first:].mean(axis=2)) for x in layers]
+    cls = model.reads_class_token
+    start = _mean_of(slice(1) if cls else slice(model.prefix_tokens, None), tokens)
+    # A query's row of attention, or the mean of all; a sum of products would round.
+    rows = [
+        layer[:, :, 0] if cls else layer[:, :, model.prefix_tokens :].mean(axis=2)
+        for layer in layers
+    ]
     hybrid = model.resnet and variants.resnet_stride(model.resnet['num_layers'])
     stride = tuple(float(side * (hybrid or 1)) for side in model.patches['size'])
     return (
@@ -262,8 +265,8 @@ def _relevance(model, params, pixels, classes):
     zeros = {_name(i): jnp.zeros(x.shape, x.dtype) for i, x in enumerate(shapes)}
     logits, pull_back, layers = jax.vjp(forward, zeros, has_aux=True)
     # The tokens that the head reads.
-    first = model.prefix_tokens
-    read = slice(first) if model.classifier == 'token' else slice(first, None)
+    cls = slice(2 if model.distilled else 1)
+    read = cls if model.reads_class_token else slice(model.prefix_tokens, None)
     start = _mean_of(read, layers[0].shape[-1])
 
     def of_class(labels):  # [B] -> [B, h, w]

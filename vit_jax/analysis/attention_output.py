@@ -268,7 +268,7 @@ def _draw_image(
     folder.mkdir()
     image = pictures.shrink(image)
     title = f'{contact_sheet.shorten(pathlib.PurePath(path).name, 36)} · {title}'
-    cls = attention.check(model).classifier == 'token'
+    cls = attention.check(model).reads_class_token
     arrays: dict[str, Any] = {'path': printable(path), 'class_names': model.class_names}
     if probabilities is not None:
         arrays['probabilities'] = probabilities

@@ -35,7 +35,7 @@ class Plan:
       dtype: of activations, 'float32' or 'bfloat16'.
       optimizer: 'sgd' (with momentum) or 'adamw', see `optim.create_optimizer`.
       optim_dtype: of momentum, or of the first moment.
-      remat: '', 'dots' or 'full', see `models.vit.Encoder`.
+      remat: '', 'dots' or 'full', see `models.encoder.Encoder`.
       attention: 'auto', 'xla' or 'cudnn', see `models.attention`.
       devices: how many share the batch.
       fsdp: how many share the parameters.
@@ -210,7 +210,7 @@ def _per_image(of: Architecture, plan: Plan, batch: int) -> float:
 
     blocks = s.blocks
     if plan.platform == 'cpu' and counts.unused_macs(config, of.image_size):
-        blocks -= 1  # the last one keeps little, see `models.vit.Encoder`
+        blocks -= 1  # the last one keeps little, see `models.encoder.Encoder`
     numbers = blocks * size(block) + max(map(size, once))
     numbers += (1 if plan.remat else blocks) * size((*masks, 0))
     numbers += (s.blocks - blocks) * size(_LAST)

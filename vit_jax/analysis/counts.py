@@ -174,7 +174,7 @@ def training_macs(
       model_config: see `parts`.
       num_classes: see `parts`.
       image_size: see `parts`.
-      remat: see `models.vit.Encoder`.
+      remat: see `models.encoder.Encoder`.
     """
     total = 0
     for index, part in enumerate(parts(model_config, num_classes, image_size)):
@@ -197,22 +197,23 @@ def unused_macs(
     """Multiply-accumulates for one image that belong to the architecture but are not done.
 
     Where only the first tokens are read in the end, nothing depends on what the last block makes of
-    the others but their keys and values (see `models.vit.Encoder`). `forward_macs` and
+    the others but their keys and values (see `models.encoder.Encoder`). `forward_macs` and
     `training_macs` count the whole, as published figures do.
 
     Args:
       model_config: see `parts`.
       image_size: see `parts`.
       training: of a training step; else of a forward pass.
-      remat: of the training step, see `models.vit.Encoder`.
+      remat: of the training step, see `models.encoder.Encoder`.
     """
     if variants.is_mixer(model_config) or model_config.get('classifier', 'token') != 'token':
         return 0
     s = sizes(model_config, image_size)
-    left_out = s.tokens - variants.prefix_tokens(model_config)
+    left_out = s.tokens - (2 if model_config.get('distilled') else 1)
     products = 2 * left_out * s.tokens * s.width
     last = left_out * s.width * s.hidden
-    macs = left_out * 2 * s.width**2 + products + 2 * last
+    inner = 3 if model_config['transformer'].get('gated_mlp') else 2
+    macs = left_out * 2 * s.width**2 + products + inner * last
     if not training:
         return macs
     return 3 * macs + {'full': macs - last, 'dots': products}.get(remat, 0)
@@ -249,7 +250,7 @@ def convolutions(model_config: Mapping[str, Any], image_size: int) -> list[list[
 def _vit(
     config: Mapping[str, Any], s: Sizes, num_classes: int, image_size: int
 ) -> tuple[Part, ...]:
-    d, m, t = s.width, s.hidden, s.tokens
+    d = s.width
     found, channels = [], 3
     for i, group in enumerate(convolutions(config, image_size)):
         # Each convolution has a GroupNorm (scale and bias) behind it.
@@ -258,34 +259,79 @@ def _vit(
         found.append(Part(name, shapes, sum(c.macs for c in group)))
         channels = group[-1].kernel[-1]
     patch = (*config['patches']['size'], channels)
-    found.append(Part('patch embedding', ((*patch, d), (d,)), s.patches * math.prod(patch) * d))
-    extra = variants.prefix_tokens(config)
-    if extra:
-        name = 'class and distillation token' if extra == 2 else 'class token'
-        found.append(Part(name, ((1, 1, d),) * extra))
-    if config['transformer'].get('add_position_embedding', True):
-        found.append(Part('position embedding', ((1, t, d),)))
-    heads = (s.heads, d // s.heads)
-    block = ((d,),) * 4 + ((d, *heads), heads) * 3 + ((*heads, d), (d,), (d, m), (m,), (m, d), (d,))
-    products, last = 2 * t * t * d, t * d * m  # of attention; of the MLP's second layer
-    macs = 4 * t * d * d + products + 2 * last
-    found.append(Part('block', block, macs, s.blocks, weightless_macs=products, last_macs=last))
-    found.append(Part('norm', ((d,), (d,))))
-    read = {'unpooled': t, 'token_unpooled': t}.get(config.get('classifier', 'token'), 1)
+    bias = ((d,),) * config.get('patch_bias', True)
+    found.append(Part('patch embedding', ((*patch, d), *bias), s.patches * math.prod(patch) * d))
+    front = variants.tokens_in_front(config)
+    words = {'cls': 'class', 'dist': 'distillation', 'registers': 'register'}
+    if front:
+        name = f'{" and ".join(words[token] for token in front)} token'
+        found.append(Part(name, tuple((1, count, d) for count in front.values())))
+    encoder = config['transformer']
+    if encoder.get('add_position_embedding', True):
+        positions = s.patches + variants.prefix_positions(config)
+        found.append(Part('position embedding', ((1, positions, d),)))
+    norm = ((d,), (d,))
+    if encoder.get('pre_norm'):
+        found.append(Part('pre-norm', norm))
+    found.append(_block(encoder, s))
+    if config.get('final_norm', True) and not config.get('fc_norm'):
+        found.append(Part('norm', norm))
+    classifier = config.get('classifier', 'token')
+    read = {'unpooled': s.patches, 'token_unpooled': 1 + s.patches}.get(classifier, 1)
+    width = variants.pooled_width(config)
+    if classifier == 'map':
+        found.append(_map_head(s))
+    if config.get('fc_norm'):
+        found.append(Part('norm', ((width,), (width,))))
 
     def dense(name: str, inputs: int, outputs: int, repeat: int = 1) -> None:
         shapes = ((inputs, outputs), (outputs,))
         found.append(Part(name, shapes, read * inputs * outputs, repeat))
 
-    features = config.get('representation_size') or d
+    features = config.get('representation_size') or width
     if config.get('representation_size'):
-        dense('pre_logits', d, features)
+        dense('pre_logits', width, features)
     if num_classes and config.get('mlp_head'):
         dense('hidden layer of the head', features, d)
         features = d
     if num_classes:
         dense('head', features, num_classes, 2 if config.get('distilled') else 1)
     return tuple(found)
+
+
+def _block(encoder: Mapping[str, Any], s: Sizes) -> Part:
+    """A block of a ViT."""
+    d, m, t = s.width, s.hidden, s.tokens
+    shapes = ((d,),) * 4 + _attention(s) + _mlp(s)
+    inner = 2  # matrix products of the MLP
+    if encoder.get('layer_scale'):
+        shapes += ((d,),) * 2
+    if encoder.get('qk_norm'):
+        shapes += ((d // s.heads,),) * 4
+    if encoder.get('gated_mlp'):
+        shapes += ((d, m), (m,))
+        inner = 3
+    products, last = 2 * t * t * d, t * d * m  # of attention; of the MLP's second layer
+    macs = 4 * t * d * d + products + inner * last
+    return Part('block', shapes, macs, s.blocks, weightless_macs=products, last_macs=last)
+
+
+def _attention(s: Sizes) -> tuple[Shape, ...]:
+    heads = (s.heads, s.width // s.heads)
+    return ((s.width, *heads), heads) * 3 + ((*heads, s.width), (s.width,))
+
+
+def _mlp(s: Sizes) -> tuple[Shape, ...]:
+    return (s.width, s.hidden), (s.hidden,), (s.hidden, s.width), (s.width,)
+
+
+def _map_head(s: Sizes) -> Part:
+    """Attention pooling of the patches with one query, and its MLP."""
+    d, n = s.width, s.patches
+    shapes = ((1, 1, d), (d,), (d,)) + _attention(s) + _mlp(s)
+    products = 2 * n * d
+    macs = 2 * d * d + 2 * n * d * d + products + 2 * d * s.hidden
+    return Part('attention pooling', shapes, macs, weightless_macs=products)
 
 
 def _mixer(config: Mapping[str, Any], s: Sizes, num_classes: int) -> tuple[Part, ...]:

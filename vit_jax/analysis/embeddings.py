@@ -52,7 +52,7 @@ def filter_components(
 def position_similarity(model: model_folder.Model) -> np.ndarray:
     """Cosine similarity between the position embeddings of all patches.
 
-    Embeddings of the class token and the distillation token are left out.
+    Embeddings of the tokens in front of the patches are left out.
 
     Args:
       model: what `model_folder.load` gives.
@@ -68,7 +68,7 @@ def position_similarity(model: model_folder.Model) -> np.ndarray:
     if found is None:
         raise UserError('this model has no position embeddings')
     embeddings = np.asarray(found['pos_embedding'], np.float64)[0]
-    embeddings = embeddings[module.prefix_tokens :]
+    embeddings = embeddings[module.prefix_positions :]
     norms = np.linalg.norm(embeddings, axis=-1, keepdims=True)
     embeddings = embeddings / np.maximum(norms, np.finfo(np.float64).tiny)
     side = math.isqrt(len(embeddings))  # models of this package have square inputs

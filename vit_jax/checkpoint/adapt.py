@@ -164,6 +164,22 @@ def adapt(
     return flax.core.freeze(tree) if isinstance(init_params, flax.core.FrozenDict) else tree, report
 
 
+def prefix_positions(flat: Mapping[str, Any], grid: Grid | None = None) -> int:
+    """How many rows of the position embeddings are of tokens in front of the patches.
+
+    Class and distillation token have one; registers may have theirs: then the rest is the grid.
+
+    Args:
+        flat: arrays with Linen names, position embeddings among them; shapes are enough.
+        grid: (rows, columns) of the patches, where it is known; else a square is looked for.
+    """
+    tokens = sum(name in flat for name in _TOKENS)
+    registers = flat['registers'].shape[1] if 'registers' in flat else 0
+    count = flat[POSITION_EMBEDDING].shape[1] - tokens - registers
+    fits = count == math.prod(grid) if grid else bool(resize.square(count))
+    return tokens + registers if registers and fits else tokens
+
+
 def describe(params: Mapping[str, Any]) -> str:
     """Tells the architecture of ViT-like parameters from their shapes, for people.
 
@@ -211,8 +227,11 @@ def _not_shared(
             name: tuple(leaf.shape) for name, leaf in flat.items() if name.split('/')[0] in modules
         }
 
+    pooling = f' (classifier {classifier!r})'
     for module, words, why in (
-        *((token, words, f' (classifier {classifier!r})') for token, words in _TOKENS.items()),
+        *((token, words, pooling) for token, words in _TOKENS.items()),
+        ('MAPHead_0', 'attention pooling', pooling),
+        ('fc_norm', 'norm behind the pooling', ' (fc_norm is off)'),
         ('pre_logits', 'pre_logits layer', ' (representation_size is None)'),
     ):
         in_file, in_model = shapes(found, module), shapes(expected, module)
@@ -220,6 +239,10 @@ def _not_shared(
             initialised |= dict.fromkeys(in_model, f'the checkpoint has no {words}')
         elif in_file and not in_model:
             ignored |= dict.fromkeys(in_file, f'the model{why} has no {words}')
+    norm = 'Transformer/encoder_norm/'
+    if 'fc_norm/scale' in expected and f'{norm}scale' not in expected:
+        why = 'the model has its norm behind the pooling (fc_norm)'
+        ignored |= {name: why for name in found if name.startswith(norm)}
     one_pre_logits = any(name.startswith('pre_logits/') for name in (*initialised, *ignored))
 
     for words, modules in (
@@ -279,8 +302,8 @@ def _grids(
     if len(shapes) != 2 or any(len(shape) != 3 for shape in shapes):
         return None, None, ()
     count, old = (
-        shape[1] - sum(name in flat for name in _TOKENS)
-        for shape, flat in zip(shapes, flats, strict=True)
+        shape[1] - prefix_positions(flat, known)
+        for shape, flat, known in zip(shapes, flats, (grid, source_grid), strict=True)
     )
     for given, positions, owner in ((grid, count, 'the model'), (source_grid, old, source)):
         if given:
@@ -344,13 +367,18 @@ def _fit_positions(
     expected: Mapping[str, Any],
     grids: tuple[Grid | None, Grid | None],
     source: str,
-) -> tuple[np.ndarray, str]:
+) -> tuple[np.ndarray, str] | None:
     """Position embeddings with the model's tokens in front of the model's grid."""
     array = np.asarray(found[POSITION_EMBEDDING])
     old = [name for name in _TOKENS if name in found]
     new = [name for name in _TOKENS if name in expected]
-    patches = array[:, len(old) :]
-    count = expected[POSITION_EMBEDDING].shape[1] - len(new)
+    first = [
+        prefix_positions(flat, grid) for flat, grid in zip((expected, found), grids, strict=True)
+    ]
+    patches, registers = array[:, first[1] :], array[:, len(old) : first[1]]
+    if registers.shape[1] != first[0] - len(new):
+        return None
+    count = expected[POSITION_EMBEDDING].shape[1] - first[0]
     resized = patches.shape[1] != count or grids[0] != grids[1]
     if resized:
         patches = resize.resize_position_embedding(
@@ -361,7 +389,7 @@ def _fit_positions(
     how = ['bilinear'] if resized else []
     how += [f'without the place of {_TOKENS[name]}' for name in old if name not in new]
     how += [f'zeros in the place of {_TOKENS[name]}' for name in new if name not in old]
-    return np.concatenate([*rows, patches], axis=1), ', '.join(how)
+    return np.concatenate([*rows, registers, patches], axis=1), ', '.join(how)
 
 
 def _misfit(

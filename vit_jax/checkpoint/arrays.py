@@ -91,7 +91,8 @@ class Weights:
         assumed: those of the notes that are guesses.
         class_names: in label order, () where the file does not tell.
         image_size: side or (height, width) of the input in pixels, 0 where only the arrays tell.
-        settings: arguments of the model that the arrays do not tell, such as `act`.
+        settings: arguments of the model that the arrays do not tell, such as `act`; under
+            'told_by_arrays' those that they have to agree with.
         preprocess: from decoded images to pixels, as the file tells; None where it does not.
         refused: how it says that images become pixels, where that is not computed here.
     """

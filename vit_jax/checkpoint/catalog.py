@@ -6,6 +6,10 @@ figures: the README of the original release, "How to train your ViT?"
 (https://arxiv.org/abs/2106.10270). AugReg released 52,268 files; in the table are the recommended
 ones of the original's README, with their fine-tuning on ImageNet, and those that timm names. Of the
 models trained with SAM and GSAM, those of GSAM have no class token.
+
+`libraries.csv` lists weights of other families, which timm and Hugging Face distribute: where they
+are, their licence, and the accuracy that their papers, DINOv2's README or timm's table of results
+publish.
 """
 
 import csv
@@ -65,6 +69,43 @@ def _read_table() -> tuple[Checkpoint, ...]:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class LibraryCheckpoint:
+    """Weights of another library that are read here; they are not downloaded.
+
+    Attributes:
+        source: repository on Hugging Face's hub, whose folder is what to load.
+        variant: name from `models.variants.VARIANTS`.
+        resolution: side of the images that the weights are for, pixels.
+        num_classes: classes of the head; 0 without one.
+        licence: of the weights.
+        accuracy: published accuracy, as text; '' where none is.
+    """
+
+    source: str
+    variant: str
+    resolution: int
+    num_classes: int
+    licence: str
+    accuracy: str
+
+
+def _read_libraries() -> tuple[LibraryCheckpoint, ...]:
+    with open(pathlib.Path(__file__).with_name('libraries.csv'), encoding='utf-8') as file:
+        return tuple(
+            LibraryCheckpoint(
+                row['source'],
+                row['variant'],
+                int(row['resolution']),
+                int(row['num_classes']),
+                row['licence'],
+                row['accuracy'],
+            )
+            for row in csv.DictReader(file)
+        )
+
+
+LIBRARY_CHECKPOINTS = _read_libraries()
 CHECKPOINTS = _read_table()
 # Name -> size in MiB as the bucket's listing shows it; None where only the name is known.
 RELEASED: dict[str, float | None] = {

@@ -219,7 +219,7 @@ def _recognise(
     num_heads: int,
     config: Mapping[str, Any],
 ) -> Weights:
-    library = key_tables.recognise(list(found))
+    library = key_tables.recognise(found)
     if not library:
         if any('/' in name for name in found):
             return npz.from_flat(found, path)

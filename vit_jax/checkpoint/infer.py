@@ -11,7 +11,7 @@ from typing import Any
 import flax.linen as nn
 
 from vit_jax import models, variants
-from vit_jax.checkpoint.adapt import POSITION_EMBEDDING, describe
+from vit_jax.checkpoint.adapt import POSITION_EMBEDDING, describe, prefix_positions
 from vit_jax.checkpoint.npz import flatten
 from vit_jax.errors import UserError
 
@@ -22,7 +22,9 @@ _SHAPES = {
     *('representation_size', 'head_bias_init', 'encoder', 'num_blocks', 'hidden_dim'),
     *('tokens_mlp_dim', 'channels_mlp_dim', 'parent', 'name', 'dtype', 'attention', 'remat'),
     *('scan_layers', 'head_tokens_only', 'cpu_training'),
+    *('registers', 'register_positions', 'patch_bias'),
 }
+_ACT = models.VisionTransformer.act
 _NO_DROPOUT = {'attention_dropout_rate': 0.0, 'dropout_rate': 0.0}
 
 
@@ -60,13 +62,18 @@ def architecture(
         ) from e
     if asked and variants.is_mixer(asked) != variants.is_mixer(config):
         raise UserError(f'{source} does not fit the model {variant}: it holds {describe(flat)}')
-    stated = _not_default(settings or {}, config, source)
+    settings = _checked_settings(settings or {}, config, source)
+    stated = _not_default(settings, config, source)
     config |= {name: value for name, value in stated.items() if name not in EVERY_MODEL}
     sizes = _sizes(config)
-    found = asked or next((v for v in variants.VARIANTS.values() if _sizes(v) == sizes), None)
-    if found is None:
+    same = [asked] if asked else [v for v in variants.VARIANTS.values() if _sizes(v) == sizes]
+    if not same:
         return config | stated
+    told = {name: settings[name] for name in EVERY_MODEL if name in settings}
+    found = next((v for v in same if v.get('act', _ACT) == told.get('act', _ACT)), same[0])
     found = copy.deepcopy(dict(found))
+    for name in told:  # what is the default is not in `stated`
+        found.pop(name, None)
     if 'representation_size' in found:  # a Mixer has none
         found['representation_size'] = config['representation_size']
     return found | stated
@@ -86,7 +93,7 @@ def settings(config: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, 
     default = functools.partial(getattr, _module(config))
     return {
         name: value
-        for name, value in config.items()
+        for name, value in ({name: default(name) for name in EVERY_MODEL} | dict(config)).items()
         if name not in _SHAPES and value is not None and value != told.get(name, default(name))
     }
 
@@ -127,7 +134,7 @@ def image_size(
     if variants.is_mixer(config):
         tokens = flat['MixerBlock_0/token_mixing/Dense_0/kernel'].shape[0]
     else:
-        tokens = flat[POSITION_EMBEDDING].shape[1] - ('cls' in flat) - ('dist' in flat)
+        tokens = flat[POSITION_EMBEDDING].shape[1] - variants.prefix_positions(config)
     stride = variants.token_stride(config)
     if stated:
         height, width = variants.sides(stated)
@@ -196,8 +203,9 @@ def _vit(flat: Mapping[str, Any]) -> dict[str, Any]:
             'num_heads': flat[f'{block}/MultiHeadDotProductAttention_0/query/kernel'].shape[1],
             'num_layers': _count(flat, r'Transformer/encoderblock_(\d+)/.*'),
             **_NO_DROPOUT,
+            **{piece: True for piece, name in _ENCODER_PIECES.items() if name in flat},
         },
-        'classifier': 'gap' if 'fc_norm/scale' in flat or 'cls' not in flat else 'token',
+        'classifier': _classifier(flat),
         'representation_size': None,
     }
     flat[POSITION_EMBEDDING].shape[1]  # every ViT here has it: missing, it is named as the others
@@ -212,11 +220,38 @@ def _vit(flat: Mapping[str, Any]) -> dict[str, Any]:
             ),
             'width_factor': int(width_factor) if width_factor >= 1 else width_factor,
         }
-    config |= {'fc_norm': True} if 'fc_norm/scale' in flat else {}
-    config |= {'class_token': True} if config['classifier'] != 'token' and 'cls' in flat else {}
-    config |= {'distilled': True} if 'dist' in flat else {}
-    config |= {'mlp_head': True} if 'head_hidden/kernel' in flat else {}
+    if 'registers' in flat:
+        config['registers'] = flat['registers'].shape[1]
+        tokens = ('cls' in flat) + ('dist' in flat)
+        config |= {'register_positions': True} if prefix_positions(flat) > tokens else {}
+    by_class_token = config['classifier'].startswith('token')
+    config |= {'class_token': True} if 'cls' in flat and not by_class_token else {}
+    config |= {piece: True for piece, name in _PIECES.items() if name in flat}
+    config |= {} if 'embedding/bias' in flat else {'patch_bias': False}
+    if 'Transformer/encoder_norm/scale' not in flat and 'fc_norm' not in config:
+        config['final_norm'] = False
     return config
+
+
+def _classifier(flat: Mapping[str, Any]) -> str:
+    """What the head reads, as far as the arrays tell."""
+    if 'MAPHead_0/probe' in flat:
+        return 'map'
+    if 'cls' not in flat or 'fc_norm/scale' in flat:
+        return 'gap'
+    head, width = flat.get('head/kernel'), flat['embedding/kernel'].shape[3]
+    twice = head is not None and head.shape[0] == 2 * width and 'pre_logits/kernel' not in flat
+    return 'token_gap' if twice else 'token'
+
+
+# Arguments of the encoder, and of the model, that are true where there is an array of this name.
+_ENCODER_PIECES = {
+    'pre_norm': 'Transformer/pre_norm/scale',
+    'layer_scale': 'Transformer/encoderblock_0/LayerScale_0/scale',
+    'gated_mlp': 'Transformer/encoderblock_0/MlpBlock_0/gate/kernel',
+    'qk_norm': 'Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query_ln/scale',
+}
+_PIECES = {'fc_norm': 'fc_norm/scale', 'distilled': 'dist', 'mlp_head': 'head_hidden/kernel'}
 
 
 def _mixer(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,6 +266,26 @@ def _mixer(flat: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _checked_settings(
+    settings: Mapping[str, Any], config: Mapping[str, Any], source: str
+) -> dict[str, Any]:
+    """Those settings that the arrays do not tell.
+
+    Raises:
+        UserError: the arrays tell something else.
+    """
+    settings = dict(settings)
+    told = settings.pop('told_by_arrays', {})
+    arrays = {**config, **config.get('transformer', {})}
+    for name, value in told.items():
+        if (found := arrays.get(name, type(value)())) != value:
+            raise UserError(
+                f'{source}: its configuration says {name}={value!r}, its arrays are those of a '
+                f'model with {name}={found!r}: they do not belong together'
+            )
+    return settings
+
+
 def _not_default(
     settings: Mapping[str, Any], config: Mapping[str, Any], source: str
 ) -> dict[str, Any]:
@@ -243,7 +298,7 @@ def _not_default(
         raise UserError(f'{source} states {unknown[0]!r}, which is no setting of a model here')
     told = dict(settings)
     classifier = told.pop('classifier', config['classifier'])
-    if told.get('class_token') == (classifier == 'token'):
+    if told.get('class_token') == classifier.startswith('token'):
         told['class_token'] = None  # follows from the classifier
     told = {name: v for name, v in told.items() if v != getattr(models.VisionTransformer, name)}
     if config['representation_size'] is None:
@@ -261,6 +316,7 @@ def _sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     sizes = {
         key: value
         for key, value in flatten(config).items()
-        if not key.endswith('_rate') and key not in ('model_name', 'representation_size')
+        if not key.endswith('_rate')
+        and key not in ('model_name', 'representation_size', *EVERY_MODEL)
     }
     return sizes | {'patches/size': tuple(config['patches']['size'])}

@@ -12,12 +12,15 @@ unit of a ResNet counted from 0, {S} and {U} the same counted from 1. The layout
     heads   kernel [D, H, K], bias [H, K]          <-> weight [H * K, D], bias [H * K]
     out     kernel [H, K, D], bias                 <-> weight [D, H * K], bias
     qkv     `heads` of query, key and value        <-> one weight [3 * H * K, D], one bias
+    kv      `heads` of key and value               <-> one weight [2 * H * K, D], one bias
+    gated   `dense` of gate and Dense_0            <-> one weight [2 * out, in], one bias
 """
 
 import csv
+import functools
 import pathlib
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,7 +28,7 @@ import numpy as np
 from vit_jax.checkpoint.arrays import LazyArray, derive
 from vit_jax.errors import UserError, printable
 
-# An array: our name (three for qkv), their name, how it is laid out.
+# An array: our name (or those whose arrays are one of theirs), their name, how each is laid out.
 Line = tuple[tuple[str, ...], str, str]
 
 # Layout of a layer -> its arrays: the ends of our and of their name, and the array's layout.
@@ -37,7 +40,14 @@ _ARRAYS = {
     'kernel': [('/kernel', '.weight', 'conv')],
     'heads': [('/kernel', '.weight', 'heads'), ('/bias', '.bias', 'heads_bias')],
     'out': [('/kernel', '.weight', 'out'), ('/bias', '.bias', 'same')],
-    'qkv': [('/kernel', 'weight', 'qkv'), ('/bias', 'bias', 'qkv_bias')],
+}
+_HEADS = [('/kernel', 'weight', 'heads'), ('/bias', 'bias', 'heads_bias')]
+_DENSE = [('/kernel', 'weight', 'dense'), ('/bias', 'bias', 'same')]
+# Layout of several layers that are one of theirs -> their names, and the arrays of each.
+_PACKED = {
+    'qkv': (('/query', '/key', '/value'), _HEADS),
+    'kv': (('/key', '/value'), _HEADS),
+    'gated': (('/gate', '/Dense_0'), _DENSE),
 }
 
 
@@ -45,25 +55,39 @@ def _read_tables() -> dict[str, list[Line]]:
     tables: dict[str, list[Line]] = {}
     with open(pathlib.Path(__file__).with_name('key_tables.csv'), encoding='utf-8') as file:
         for row in csv.DictReader(file):
-            parts = ('/query', '/key', '/value') if row['layout'] == 'qkv' else ('',)
+            layout = row['layout']
+            parts, arrays = _PACKED[layout] if layout in _PACKED else (('',), _ARRAYS[layout])
             tables.setdefault(row['library'], []).extend(
-                (tuple(row['ours'] + part + our_end for part in parts), row['theirs'] + end, layout)
-                for our_end, end, layout in _ARRAYS[row['layout']]
+                (tuple(row['ours'] + part + our_end for part in parts), row['theirs'] + end, array)
+                for our_end, end, array in arrays
             )
     hybrid = tables['timm'] + tables['timm hybrid']
     # timm has no extra name for the stem of a backbone that is only a stem (R+ViT-Ti_16).
     stem = [(ours, theirs.replace('.stem.', '.'), layout) for ours, theirs, layout in hybrid]
+    for name in ('timm', 'DINOv2'):  # gated MLPs in place of plain ones
+        others = [line for line in tables[name] if '}/MlpBlock_0/' not in line[0][0]]
+        tables[f'{name} gated'] = others + tables[f'{name} gated']
     return tables | {'timm hybrid': hybrid, 'timm stem hybrid': stem}
 
 
 TABLES = _read_tables()
 
+_PROJECTION = re.compile(r'(.*/MultiHeadDotProductAttention_0/(query|key|value))/kernel')
 _UNUSED = ('embeddings.mask_token', 'mask_token')  # by a classifier
+# What the names of the base model's tensors begin with where it is a part of another.
+_BASE_MODELS = {
+    'Hugging Face': re.compile(r'^(vit|deit)\.'),
+    'DINOv2': re.compile(r'^dinov2(_with_registers)?\.'),
+}
 _OLD_TORCHVISION = re.compile(r'(\.mlp)\.linear_([12])\.')
 
 
-def recognise(keys: Sequence[str]) -> str:
-    """The key of `TABLES` for the names of a state dict, or '' if they are of no known library."""
+def recognise(tensors: Mapping[str, Any]) -> str:
+    """The key of `TABLES` for a state dict (name -> array), or '' if it is of no known library."""
+    keys = list(tensors)
+    if any(key.endswith('layer_scale1.lambda1') for key in keys):
+        gated = any(key.endswith(('mlp.weights_in.weight', 'mlp.gate_proj.weight')) for key in keys)
+        return 'DINOv2 gated' if gated else 'DINOv2'
     if any(key.endswith('embeddings.patch_embeddings.projection.weight') for key in keys):
         old = any('encoder.layer.' in key for key in keys)
         return 'Hugging Face' if old else 'Hugging Face v5'
@@ -75,7 +99,11 @@ def recognise(keys: Sequence[str]) -> str:
         return 'timm hybrid'
     if 'patch_embed.backbone.conv.weight' in keys:
         return 'timm stem hybrid'
-    return 'timm' if 'patch_embed.proj.weight' in keys else ''
+    if 'patch_embed.proj.weight' not in keys:
+        return ''
+    first, second = (tensors.get(f'blocks.0.mlp.fc{n}.weight') for n in (1, 2))
+    gated = first is not None and second is not None and first.shape[0] == 2 * second.shape[-1]
+    return 'timm gated' if gated else 'timm'
 
 
 def to_params(
@@ -95,9 +123,10 @@ def to_params(
     Raises:
         UserError: tensors that the table does not know; all are listed.
     """
-    if table.startswith('Hugging Face'):
-        tensors = {re.sub(r'^(vit|deit)\.', '', key): array for key, array in tensors.items()}
-    elif table == 'torchvision':
+    for library, prefix in _BASE_MODELS.items():
+        if table.startswith(library):
+            tensors = {prefix.sub('', key): array for key, array in tensors.items()}
+    if table == 'torchvision':
         tensors = {
             _OLD_TORCHVISION.sub(lambda m: f'{m[1]}.{0 if m[2] == "1" else 3}.', key): array
             for key, array in tensors.items()
@@ -109,21 +138,22 @@ def to_params(
         used.add(theirs)
         for index, name in enumerate(ours):
             try:
-                params[name] = derive(_from_theirs(layout, num_heads, index), tensors[theirs])
+                convert = _from_theirs(layout, num_heads, index, len(ours))
+                params[name] = derive(convert, tensors[theirs])
             except (ValueError, IndexError) as e:
-                with_heads = f' of {num_heads} heads' if 'heads' in layout or 'q' in layout else ''
+                with_heads = f' of {num_heads} heads' if 'heads' in layout else ''
                 raise UserError(
                     f'{path}: the tensor {theirs!r} has shape {tuple(tensors[theirs].shape)}, '
                     f'which does not fit {table} tensors for {name}{with_heads}: the file is '
                     'of another model, or mixed up'
                 ) from e
+    notes += _add_missing_biases(params)
     if any(key in tensors for key in _UNUSED):
         notes.append('mask_token, for masked pre-training, is left out')
     if unknown := [key for key in tensors if key not in used and key not in _UNUSED]:
         raise UserError(
             f'{path} looks like {table} weights, but {len(unknown)} of its {len(tensors)} tensors '
-            'are of no model here (another architecture: layer scale, registers, attention '
-            'pooling, ...):\n  '
+            'are of no model here (another architecture):\n  '
             + '\n  '.join(printable(f'{key} {tuple(tensors[key].shape)}') for key in unknown)
         )
     return params, notes
@@ -133,6 +163,19 @@ def unknown(names: Collection[str], table: str) -> list[str]:
     """Those names of tensors that a table of `TABLES` does not have."""
     used = {theirs for _, theirs, _ in _expand(TABLES[table], names, 1)}
     return [name for name in names if name not in used and name not in _UNUSED]
+
+
+def _add_missing_biases(params: dict[str, LazyArray]) -> list[str]:
+    """Gives queries, keys and values the biases that they lack; what was done."""
+    lacking = {}
+    for name in list(params):
+        match = _PROJECTION.fullmatch(name)
+        if match and (bias := f'{match[1]}/bias') not in params:
+            shape = params[name].shape[1:]
+            params[bias] = LazyArray(shape, functools.partial(np.zeros, shape, np.float32))
+            lacking[match[2]] = bias
+    words = f'{" and ".join(lacking)} of the attention have no bias: it is zeros'
+    return [words] if lacking else []
 
 
 def from_params(params: Mapping[str, Any], table: str) -> tuple[dict[str, LazyArray], list[str]]:
@@ -151,7 +194,7 @@ def from_params(params: Mapping[str, Any], table: str) -> tuple[dict[str, LazyAr
         if not used.isdisjoint(ours) or not all(name in params for name in ours):
             continue
         used.update(ours)
-        tensors[theirs] = derive(_TO_THEIRS[layout], *(params[name] for name in ours))
+        tensors[theirs] = derive(_to_theirs(layout), *(params[name] for name in ours))
     return tensors, [name for name in params if name not in used]
 
 
@@ -185,18 +228,24 @@ _TO_THEIRS: dict[str, Callable[..., np.ndarray]] = {
     'heads': _matrix,
     'heads_bias': lambda x: x.reshape(-1),
     'out': lambda x: x.reshape(-1, x.shape[-1]).T,
-    'qkv': lambda *x: np.concatenate([_matrix(kernel) for kernel in x]),
-    'qkv_bias': lambda *x: np.concatenate([bias.reshape(-1) for bias in x]),
 }
 
 
-def _from_theirs(layout: str, heads: int, index: int) -> Callable[[np.ndarray], np.ndarray]:
-    """The inverse of `_TO_THEIRS[layout]`, its output number `index`."""
+def _to_theirs(layout: str) -> Callable[..., np.ndarray]:
+    """From our arrays, one or several, to theirs, one."""
+    convert = _TO_THEIRS[layout]
 
-    def part(x: np.ndarray) -> np.ndarray:
-        size = x.shape[0] // 3
-        return x[index * size : (index + 1) * size]
+    def pack(*arrays: np.ndarray) -> np.ndarray:
+        converted = [convert(array) for array in arrays]
+        return np.concatenate(converted) if len(converted) > 1 else converted[0]
 
+    return pack
+
+
+def _from_theirs(
+    layout: str, heads: int, index: int, count: int
+) -> Callable[[np.ndarray], np.ndarray]:
+    """From their array to ours, number `index` of `count`: the inverse of `_to_theirs`."""
     inverse: dict[str, Callable[[np.ndarray], np.ndarray]] = {
         'same': lambda x: x,
         'dense': lambda x: x.T,
@@ -204,7 +253,6 @@ def _from_theirs(layout: str, heads: int, index: int) -> Callable[[np.ndarray], 
         'heads': lambda x: x.T.reshape(x.shape[1], heads, -1),
         'heads_bias': lambda x: x.reshape(heads, -1),
         'out': lambda x: x.T.reshape(heads, -1, x.shape[0]),
-        'qkv': lambda x: part(x).T.reshape(x.shape[1], heads, -1),
-        'qkv_bias': lambda x: part(x).reshape(heads, -1),
     }
-    return inverse[layout]
+    convert = inverse[layout]
+    return lambda x: convert(np.split(x, count)[index] if count > 1 else x)

@@ -42,36 +42,40 @@ TO_HUGGING_FACE = {'gelu_tanh': 'gelu_pytorch_tanh'} | {
     name: name for name in ('gelu', 'quick_gelu', 'relu', 'silu', 'tanh')
 }
 # Types of Hugging Face's that are this ViT -> the epsilon of their configuration.
-_HUGGING_FACE_TYPES = {'vit': 1e-12, 'deit': 1e-12, 'vit_msn': 1e-6}
+_HUGGING_FACE_TYPES = {
+    'vit': 1e-12,
+    'deit': 1e-12,
+    'vit_msn': 1e-6,
+    'dinov2': 1e-6,
+    'dinov2_with_registers': 1e-6,
+}
 
-_POOLING = {'token': 'token', 'avg': 'gap', 'max': 'max', 'avgmax': 'avgmax'}
+# SwiGLU, of DINOv2's giant.
+_GATED = {'name': 'GluMlp', 'act_layer': 'SiLU', 'gate_last': False}
+_POOLING = {'token': 'token', 'avg': 'gap', 'max': 'max', 'avgmax': 'avgmax', 'map': 'map'}
 # Arguments of timm's models that change no result of a trained model, or that the arrays tell.
 _TIMM_FREE = {
     *('img_size', 'patch_size', 'in_chans', 'num_classes', 'embed_dim', 'depth', 'mlp_ratio'),
     *('dynamic_img_size', 'dynamic_img_pad', 'drop_rate', 'pos_drop_rate', 'patch_drop_rate'),
     *('proj_drop_rate', 'attn_drop_rate', 'drop_path_rate', 'weight_init', 'fix_init', 'distilled'),
     *('qkv_bias', 'num_blocks', 'stem_norm', 'nlhb', 'pretrained_cfg', 'features_only'),
+    *('init_values', 'no_embed_class', 'reg_tokens', 'pre_norm', 'qk_norm'),
 }
 # The values of others that this package computes, beside those that `_timm_settings` reads.
 _TIMM_KNOWN: Mapping[str, Sequence[Any]] = {
-    'qk_norm': (False,),
     'scale_attn_norm': (False,),
     'scale_mlp_norm': (False,),
     'proj_bias': (True,),
-    'init_values': (None,),
     'pos_embed': ('learn',),
-    'no_embed_class': (False,),
-    'reg_tokens': (0,),
-    'pre_norm': (False,),
-    'final_norm': (True,),
     'pool_include_prefix': (False,),
     'norm_layer': (None, '', 'layernorm'),
+    'mlp_layer': (None, _GATED),
     'embed_norm_layer': (None, ''),
     'stem_norm': (False,),
 }
 
 
-_TIMM_READ = ('act_layer', 'global_pool', 'class_token', 'fc_norm', 'num_heads')
+_TIMM_READ = ('act_layer', 'global_pool', 'class_token', 'fc_norm', 'final_norm', 'num_heads')
 
 
 def read(folder: pathlib.Path) -> dict[str, Any]:
@@ -123,7 +127,8 @@ def from_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 @functools.cache
-def _timm_models() -> dict[str, dict[str, Any]]:
+def timm_models() -> dict[str, dict[str, Any]]:
+    """The arguments that each architecture of timm 1.0.31 sets by itself."""
     with open(pathlib.Path(__file__).with_name('timm_models.csv'), encoding='utf-8') as file:
         return {row['architecture']: json.loads(row['arguments']) for row in csv.DictReader(file)}
 
@@ -132,7 +137,7 @@ def _timm(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:
     pretrained = config.get('pretrained_cfg', config)
     architecture = str(config['architecture']).split('.')[0]
     stated = config.get('model_args') or {}
-    arguments = {**_timm_models().get(architecture, {}), **stated}
+    arguments = {**timm_models().get(architecture, {}), **stated}
     known: dict[str, Any] = {'settings': _timm_settings(folder, architecture, arguments)}
     if 'num_heads' in arguments:
         known['num_heads'] = int(arguments['num_heads'])
@@ -149,7 +154,8 @@ def _timm_settings(
     for name, value in arguments.items():
         if name == 'norm_layer' and isinstance(value, dict) and value.get('name') == 'LayerNorm':
             continue
-        if name in _TIMM_KNOWN and value not in _TIMM_KNOWN[name]:
+        known = _TIMM_KNOWN.get(name, (value,))
+        if value not in known and not (name == 'norm_layer' and _is_layer_norm(value)):
             raise UserError(f'{place} has {name}={value!r}, which no model here computes')
         if name not in {*_TIMM_KNOWN, *_TIMM_FREE, *_TIMM_READ}:
             raise UserError(f'{place} has the argument {name}={value!r}, which is not known here')
@@ -159,6 +165,9 @@ def _timm_settings(
             f'{place} has the activation {act!r}; known: {", ".join(_TIMM_ACTIVATIONS)}'
         )
     settings = {**DEFAULTS['timm'], 'act': _TIMM_ACTIVATIONS[act]}
+    norm = arguments.get('norm_layer')
+    if isinstance(norm, Mapping):
+        settings['layer_norm_eps'] = float(norm['eps'])
     norm = arguments.get('norm_layer')
     if isinstance(norm, dict):  # an architecture's own
         settings['layer_norm_eps'] = norm['eps']
@@ -170,8 +179,27 @@ def _timm_settings(
     fc_norm = arguments.get('fc_norm')
     settings['classifier'] = _POOLING[pooling]
     settings['class_token'] = bool(arguments.get('class_token', True))
-    settings['fc_norm'] = pooling != 'token' if fc_norm is None else bool(fc_norm)
+    if fc_norm is None:
+        fc_norm = pooling in ('avg', 'max', 'avgmax')
+    final_norm = bool(arguments.get('final_norm', True))
+    settings['fc_norm'] = bool(fc_norm) and final_norm
+    settings['final_norm'] = final_norm
+    settings['told_by_arrays'] = {
+        'qk_norm': bool(arguments.get('qk_norm')),
+        'pre_norm': bool(arguments.get('pre_norm')),
+        'layer_scale': arguments.get('init_values') is not None,
+        'gated_mlp': arguments.get('mlp_layer') is not None,
+        'registers': int(arguments.get('reg_tokens', 0)),
+    }
     return settings
+
+
+def _is_layer_norm(layer: Any) -> bool:
+    return (
+        isinstance(layer, Mapping)
+        and layer.keys() == {'name', 'eps'}
+        and layer['name'] == 'LayerNorm'
+    )
 
 
 def _torchvision(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,6 +228,14 @@ def _hugging_face(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, 
         },
         'num_heads': int(config.get('num_attention_heads', 12)),
     }
+    if kind.startswith('dinov2'):
+        classifies = 'ForImageClassification' in str(config.get('architectures'))
+        known['settings']['classifier'] = 'token_gap' if classifies else 'token'
+        gated = bool(config.get('use_swiglu_ffn', False))
+        if gated:  # whatever hidden_act says
+            known['settings']['act'] = 'silu'
+        registers = config.get('num_register_tokens', 4) if 'registers' in kind else 0
+        known['settings']['told_by_arrays'] = {'gated_mlp': gated, 'registers': int(registers)}
     labels = {int(index): str(name) for index, name in (config.get('id2label') or {}).items()}
     if labels and labels != {index: f'LABEL_{index}' for index in range(len(labels))}:
         known['class_names'] = [labels[index] for index in sorted(labels)]

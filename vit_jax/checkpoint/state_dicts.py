@@ -57,7 +57,8 @@ def clean(tensors: Mapping[str, Any], path: Any) -> tuple[dict[str, Any], list[s
     if prefix:
         inside = {name.removeprefix(prefix) for name in found if name.startswith(prefix)}
         outside = {name for name in found if not name.startswith(prefix)} - left_out
-        table = key_tables.recognise([*inside, *outside])
+        kept = {name: array for name, array in found.items() if name not in left_out}
+        table = key_tables.recognise({n.removeprefix(prefix): a for n, a in kept.items()})
         known = outside - set(key_tables.unknown(outside, table)) if table else set()
         if known != outside or inside & outside:  # of more than the model and its head
             left_out |= outside

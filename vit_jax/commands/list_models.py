@@ -1,7 +1,9 @@
 """Lists the released checkpoints: variant, size, resolution, classes, name, published accuracy.
 
 A name is what --config.pretrained takes. It is downloaded from https://storage.googleapis.com/ +
-vit_models/ + name (with the bucket in the name, as mixer_models/..., without vit_models/).
+vit_models/ + name (with the bucket in the name, as mixer_models/..., without vit_models/). Weights
+of other libraries, which have no .npz in their names, are repositories of https://huggingface.co:
+download the folder yourself, and name it.
 
 Examples:
     vit_jax list_models
@@ -43,15 +45,23 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _checkpoints(addresses: bool) -> list[tuple[str, ...]]:
+    from vit_jax import variants
+    from vit_jax.analysis import counts
     from vit_jax.checkpoint import catalog
 
-    rows: list[tuple[str, ...]] = [
-        ('VARIANT', 'MIB', 'PIXELS', 'CLASSES', 'NAME', 'PUBLISHED ACCURACY')
-    ]
+    header = ('VARIANT', 'MIB', 'PIXELS', 'CLASSES', 'NAME', 'LICENCE', 'PUBLISHED ACCURACY')
+    rows: list[tuple[str, ...]] = [header]
     for c in catalog.CHECKPOINTS:
         size = f'{"" if c.size_is_listed else "~"}{c.mib:.0f}'
         name = f'{catalog.BASE_URL}/{c.address.removeprefix("gs://")}' if addresses else c.name
-        rows.append((c.variant, size, str(c.resolution), str(c.num_classes), name, c.accuracy))
+        numbers = size, str(c.resolution), str(c.num_classes)
+        rows.append((c.variant, *numbers, name, 'Apache-2.0', c.accuracy))
+    for other in catalog.LIBRARY_CHECKPOINTS:
+        config = variants.VARIANTS[other.variant]
+        count = counts.parameters(config, other.num_classes, other.resolution)
+        numbers = f'~{4 * count / 2**20:.0f}', str(other.resolution), str(other.num_classes)
+        name = f'https://huggingface.co/{other.source}' if addresses else other.source
+        rows.append((other.variant, *numbers, name, other.licence, other.accuracy))
     return rows
 
 

@@ -60,7 +60,8 @@ def build(model: model_folder.Model, options: Options = DEFAULT) -> onnx.ModelPr
             f'a model with classifier {classifier!r} gives scores for each token, not for each '
             'image: it cannot be exported to ONNX'
         )
-    settings = {name: config[name] for name in ('act', 'layer_norm_eps') if name in config}
+    names = ('act', 'layer_norm_eps')
+    settings = {name: config[name] for name in names if config.get(name) is not None}
     graph = Graph(options.opset, FLOAT16 if options.dtype == 'float16' else FLOAT32, **settings)
     image = _image(graph, side, options)
     values = onnx_models.build(graph, image, params, config, side, attention=options.attention)
@@ -68,7 +69,7 @@ def build(model: model_folder.Model, options: Options = DEFAULT) -> onnx.ModelPr
         x = graph.softmax(values.logits, 'softmax') if options.probabilities else values.logits
         graph.output(x, outputs[0], (BATCH, params['head']['bias'].shape[0]))
     if options.features:
-        width = config['hidden_dim' if variants.is_mixer(config) else 'hidden_size']
+        width = variants.pooled_width(config)
         if 'pre_logits' in params:
             width = params['pre_logits']['bias'].shape[0]
         graph.output(values.features, 'features', (BATCH, width))

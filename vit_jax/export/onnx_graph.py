@@ -255,17 +255,30 @@ class Graph:
         y = self.op('Mul', [y, self.scalar(float(np.sqrt(2 / np.pi)))], f'{name}/inner_scaled')
         return self.op('Tanh', [y], f'{name}/tanh')
 
+    def scale(self, x: str, params: Any, name: str) -> str:
+        """LayerScale: each channel times a constant, in float32, the type of what it is added to.
+
+        It is no part of the product before it: in float16 the product of small numbers would be 0.
+        """
+        scale = self.weight(f'{name}/scale', params['scale'], FLOAT32)
+        return self.op('Mul', [self.cast(x, FLOAT32), scale], name)
+
     def mlp(self, x: str, params: Any, name: str) -> str:
-        """Two dense layers with the graph's activation between them, on rows [R, D]."""
-        x = self.dense(x, params['Dense_0'], f'{name}/Dense_0')
-        x = self.activation(x, self.act, f'{name}/{self.act}')
+        """Two dense layers with the graph's activation between them, gated or not; rows [R, D]."""
+        inner = self.dense(x, params['Dense_0'], f'{name}/Dense_0')
+        if 'gate' in params:
+            gate = self.dense(x, params['gate'], f'{name}/gate')
+            gate = self.cast(self.activation(gate, self.act, f'{name}/{self.act}'), self.compute)
+            x = self.op('Mul', [gate, inner], f'{name}/gated')
+        else:
+            x = self.activation(inner, self.act, f'{name}/{self.act}')
         return self.dense(x, params['Dense_1'], f'{name}/Dense_1')
 
     def patches(
         self, x: str, params: Any, patch: tuple[int, int], shape: tuple[str, int, int], name: str
     ) -> str:
         """Cuts [B, F, h, w] into patches and projects them: tokens of `shape` (BATCH, N, D)."""
-        x = self.conv(x, params['kernel'], name, bias=params['bias'], strides=patch)
+        x = self.conv(x, params['kernel'], name, bias=params.get('bias'), strides=patch)
         batch, tokens, width = shape
         x = self.reshape(x, (batch, width, tokens), f'{name}/positions')
         return self.transpose(x, (0, 2, 1), f'{name}/tokens')

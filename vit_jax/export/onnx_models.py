@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from vit_jax import variants
+from vit_jax.export import onnx_heads
 from vit_jax.export.onnx_graph import BATCH, FLOAT32, ROWS, Graph
+from vit_jax.export.onnx_heads import Sizes
 from vit_jax.models.resnet import GROUP_NORM_EPSILON, GROUPS, STANDARDISATION_EPSILON
 
 _Tree = Mapping[str, Any]
@@ -38,20 +40,6 @@ class Values:
     attention: list[str]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Sizes:
-    """N, H and D."""
-
-    tokens: int
-    heads: int
-    width: int
-
-    @property
-    def head_size(self) -> int:
-        """K."""
-        return self.width // self.heads
-
-
 def build(
     graph: Graph, image: str, params: _Tree, config: _Tree, side: int, *, attention: bool = False
 ) -> Values:
@@ -68,45 +56,32 @@ def build(
     """
     if variants.is_mixer(config):
         return _mixer(graph, image, params, config, side)
-    front = ('cls', 'dist')[: variants.prefix_tokens(config)]
     classifier = config.get('classifier', 'token')
-    x, num_tokens = _embed(graph, image, params, config, side, front)
-    sizes = _Sizes(num_tokens, config['transformer']['num_heads'], config['hidden_size'])
+    x, num_tokens = _embed(graph, image, params, config, side)
+    sizes = Sizes(num_tokens, config['transformer']['num_heads'], config['hidden_size'])
     num_layers = config['transformer']['num_layers']
+    heads = 2 if config.get('distilled') else 1
     weights, read = [], 0
     for layer in range(num_layers):
         name = f'Transformer/encoderblock_{layer}'
         if layer == num_layers - 1 and not attention and classifier == 'token':
-            read = len(front)
+            read = heads
         x, w = _block(graph, x, params['Transformer'][f'encoderblock_{layer}'], sizes, name, read)
         weights.append(w)
     if classifier == 'token' and not read:
-        x = _front(graph, x, sizes, len(front), 'tokens')
+        x = _front(graph, x, sizes, heads, 'tokens')
 
-    if not config.get('fc_norm'):
+    if config.get('final_norm', True) and not config.get('fc_norm'):
         x = graph.layer_norm(x, params['Transformer']['encoder_norm'], 'Transformer/encoder_norm')
     if classifier != 'token':
         x = graph.reshape(x, (BATCH, num_tokens, sizes.width), 'tokens')
-        x = _pool(graph, x, classifier, range(len(front), num_tokens))
+        x = onnx_heads.pool(graph, x, params, config, sizes)
     if config.get('fc_norm'):
         x = graph.layer_norm(x, params['fc_norm'], 'fc_norm')
     if config.get('distilled'):
-        return Values(*_classify_distilled(graph, x, params), num_tokens, weights)
+        return Values(*onnx_heads.classify_distilled(graph, x, params), num_tokens, weights)
     act = config.get('representation_act', 'tanh')
-    return Values(*_classify(graph, x, params, act), num_tokens, weights)
-
-
-def _pool(graph: Graph, x: str, classifier: str, patches: range) -> str:
-    """Tokens [B, N, D] to the mean, the maximum, or the mean of both, of the patches, [B, D]."""
-    if patches.start:
-        x = graph.op('Gather', [x, graph.integers(patches)], 'tokens/patches', axis=1)
-    if classifier == 'max':
-        return graph.max(x, 1, 'maximum_of_tokens')
-    mean = graph.mean(x, 1, 'mean_of_tokens')
-    if classifier == 'gap':
-        return mean
-    both = graph.add(mean, graph.max(x, 1, 'maximum_of_tokens'), 'mean_and_maximum')
-    return graph.op('Mul', [both, graph.scalar(0.5)], 'mean_of_both')
+    return Values(*onnx_heads.classify(graph, x, params, act), num_tokens, weights)
 
 
 def _mixer(graph: Graph, image: str, params: _Tree, config: _Tree, side: int) -> Values:
@@ -127,7 +102,7 @@ def _mixer(graph: Graph, image: str, params: _Tree, config: _Tree, side: int) ->
         x = graph.add(x, y, f'{name}/channels_mlp')
     x = graph.layer_norm(x, params['pre_head_layer_norm'], 'pre_head_layer_norm')
     x = graph.mean(graph.reshape(x, shape, 'tokens'), 1, 'mean_of_tokens')
-    return Values(*_classify(graph, x, params), num_tokens, [])
+    return Values(*onnx_heads.classify(graph, x, params), num_tokens, [])
 
 
 def _token_mixing(graph: Graph, x: str, params: _Tree, name: str) -> str:
@@ -146,14 +121,7 @@ def _token_mixing(graph: Graph, x: str, params: _Tree, name: str) -> str:
     return x
 
 
-def _embed(
-    graph: Graph,
-    image: str,
-    params: _Tree,
-    config: _Tree,
-    side: int,
-    token_names: tuple[str, ...],
-) -> tuple[str, int]:
+def _embed(graph: Graph, image: str, params: _Tree, config: _Tree, side: int) -> tuple[str, int]:
     """Images [B, 3, side, side] to the encoder's input, rows [B * N, D]; and N."""
     x, width = image, config['hidden_size']
     if config.get('resnet'):
@@ -161,26 +129,34 @@ def _embed(
         x, side = _resnet(graph, x, params, side, num_layers)
     patch = tuple(config['patches']['size'])
     grid = side // patch[0] * (side // patch[1])
-    num_tokens = len(token_names) + grid
+    front = variants.tokens_in_front(config)
+    prefix = sum(front.values())
+    num_tokens = prefix + grid
     x = graph.patches(x, params['embedding'], patch, (BATCH, grid, width), 'embedding')
 
     # The tokens in front are zeros at first, and get their values with the position embeddings.
     added = np.zeros((1, num_tokens, width), np.float32)
-    for i, name in enumerate(token_names):
-        added[:, i] = np.asarray(params[name])[:, 0]
+    if front:
+        added[:, :prefix] = np.concatenate([np.asarray(params[name]) for name in front], axis=1)
     positions = params['Transformer'].get('posembed_input')
     if positions:
-        added += np.asarray(positions['pos_embedding'])
-    if token_names:
-        pads = graph.integers([0, len(token_names), 0, 0, 0, 0])
+        table = np.asarray(positions['pos_embedding'])
+        count = variants.prefix_positions(config)
+        added[:, :count] += table[:, :count]
+        added[:, prefix:] += table[:, count:]
+    if front:
+        pads = graph.integers([0, prefix, 0, 0, 0, 0])
         x = graph.op('Pad', [graph.cast(x, FLOAT32), pads], 'tokens_in_front')
-    if token_names or positions:
+    if front or positions:
         constant = graph.weight('Transformer/posembed_input/pos_embedding', added, FLOAT32)
         x = graph.add(x, constant, 'Transformer/posembed_input')
-    return graph.reshape(x, (ROWS, width), 'rows'), num_tokens
+    x = graph.reshape(x, (ROWS, width), 'rows')
+    if 'pre_norm' in params['Transformer']:
+        x = graph.layer_norm(x, params['Transformer']['pre_norm'], 'Transformer/pre_norm')
+    return x, num_tokens
 
 
-def _front(graph: Graph, x: str, sizes: _Sizes, count: int, name: str) -> str:
+def _front(graph: Graph, x: str, sizes: Sizes, count: int, name: str) -> str:
     """Of rows [B * N, D] those of the first `count` tokens of each image, [B * count, D]."""
     x = graph.reshape(x, (BATCH, sizes.tokens, sizes.width), name)
     if count == 1:
@@ -190,7 +166,7 @@ def _front(graph: Graph, x: str, sizes: _Sizes, count: int, name: str) -> str:
 
 
 def _block(
-    graph: Graph, x: str, params: _Tree, sizes: _Sizes, name: str, read: int
+    graph: Graph, x: str, params: _Tree, sizes: Sizes, name: str, read: int
 ) -> tuple[str, str]:
     """An encoder block: rows [B * N, D] to the same, and attention weights [B, H, N, N].
 
@@ -203,14 +179,18 @@ def _block(
         query = _front(graph, y, sizes, read, f'{name}/LayerNorm_0/tokens')
     layer = 'MultiHeadDotProductAttention_0'
     y, weights = _attention(graph, query, y, params[layer], sizes, f'{name}/{layer}', read)
+    if 'LayerScale_0' in params:
+        y = graph.scale(y, params['LayerScale_0'], f'{name}/LayerScale_0')
     x = graph.add(x, y, f'{name}/self_attention')
     y = graph.layer_norm(x, params['LayerNorm_1'], f'{name}/LayerNorm_1')
     y = graph.mlp(y, params['MlpBlock_0'], f'{name}/MlpBlock_0')
+    if 'LayerScale_1' in params:
+        y = graph.scale(y, params['LayerScale_1'], f'{name}/LayerScale_1')
     return graph.add(x, y, f'{name}/mlp'), weights
 
 
 def _attention(
-    graph: Graph, rows: str, x: str, params: _Tree, sizes: _Sizes, name: str, read: int
+    graph: Graph, rows: str, x: str, params: _Tree, sizes: Sizes, name: str, read: int
 ) -> tuple[str, str]:
     """Attention of the tokens in `rows`, [B * n, D], to all, `x` [B * N, D].
 
@@ -223,7 +203,7 @@ def _attention(
     def project(x: str, tokens: int, *names: str) -> list[str]:
         """Rows [B * tokens, D] to as many [B, H, tokens, K] as there are names."""
         path = f'{name}/{"_".join(names)}'
-        x = graph.dense(x, _projections(params, names, sizes), path)
+        x = graph.dense(x, onnx_heads.projections(params, names, sizes), path)
         shape = (BATCH, tokens, len(names) * sizes.heads, sizes.head_size)
         x = graph.transpose(
             graph.reshape(x, shape, f'{path}/heads'), (0, 2, 1, 3), f'{path}/heads_first'
@@ -237,6 +217,8 @@ def _attention(
         key, value = project(x, sizes.tokens, 'key', 'value')
     else:
         query, key, value = project(x, sizes.tokens, 'query', 'key', 'value')
+    if 'query_ln' in params:
+        query, key = _normalised(graph, query, key, params, sizes, name)
     key = graph.transpose(key, (0, 1, 3, 2), f'{name}/key_transposed')
     weights = graph.softmax(graph.matmul(query, key, f'{name}/scores'), f'{name}/weights')
     x = graph.matmul(weights, value, f'{name}/weighted')
@@ -248,47 +230,16 @@ def _attention(
     return graph.dense(x, layer, f'{name}/out'), weights
 
 
-def _projections(params: _Tree, names: Sequence[str], sizes: _Sizes) -> dict[str, np.ndarray]:
-    """Kernels side by side [D, names * D], and biases, float64; queries with the factor of scores.
-
-    In float64, so that the factor adds one rounding and no more.
-    """
-    kernels, biases = [], []
-    for name in names:
-        factor = np.float64(sizes.head_size) ** (-0.5 if name == 'query' else 0)
-        kernel, bias = np.asarray(params[name]['kernel']), np.asarray(params[name]['bias'])
-        kernels.append(kernel.reshape(sizes.width, sizes.width) * factor)
-        biases.append(bias.reshape(sizes.width) * factor)
-    return {'kernel': np.concatenate(kernels, axis=1), 'bias': np.concatenate(biases)}
-
-
-def _classify(graph: Graph, x: str, params: _Tree, act: str = 'tanh') -> tuple[str, str | None]:
-    """Normalised class token, or mean of the tokens, [B, D], to features and logits."""
-    if 'pre_logits' in params:
-        x = graph.dense(x, params['pre_logits'], 'pre_logits')
-        x = graph.activation(x, act, f'pre_logits/{act}')
-    features = x
-    if 'head_hidden' in params:
-        x = graph.dense(x, params['head_hidden'], 'head_hidden')
-        x = graph.op('Relu', [x], 'head_hidden/relu')
-    return features, graph.dense(x, params['head'], 'head') if 'head' in params else None
-
-
-def _classify_distilled(graph: Graph, x: str, params: _Tree) -> tuple[str, str | None]:
-    """Normalised class and distillation tokens [B * 2, D] to features (their mean) and logits.
-
-    The logits are the mean of what two heads make of one token each: one product with both heads,
-    halved, one above the other.
-    """
-    width = np.asarray(params['cls']).shape[-1]
-    features = graph.mean(graph.reshape(x, (BATCH, 2, width), 'pre_logits/tokens'), 1, 'pre_logits')
-    if 'head' not in params:
-        return features, None
-    heads = params['head'], params['head_dist']
-    kernel = np.concatenate([np.asarray(head['kernel']) for head in heads]) * np.float32(0.5)
-    bias = sum(np.asarray(head['bias']) for head in heads) * np.float32(0.5)
-    x = graph.reshape(x, (BATCH, 2 * width), 'pre_logits/side_by_side')
-    return features, graph.dense(x, {'kernel': kernel, 'bias': bias}, 'head')
+def _normalised(
+    graph: Graph, query: str, key: str, params: _Tree, sizes: Sizes, name: str
+) -> tuple[str, str]:
+    """Queries, with the factor of the scores, and keys [B, H, n, K] after their LayerNorms."""
+    factor = float(sizes.head_size) ** -0.5
+    ask = {part: np.asarray(array) * factor for part, array in params['query_ln'].items()}
+    return (
+        graph.layer_norm(query, ask, f'{name}/query_ln'),
+        graph.layer_norm(key, params['key_ln'], f'{name}/key_ln'),
+    )
 
 
 def _resnet(

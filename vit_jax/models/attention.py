@@ -66,12 +66,15 @@ class MultiHeadDotProductAttention(nn.Module):
       implementation: 'xla' (`dot_product_attention`), 'cudnn' (NVIDIA's fused kernel: 16-bit types
         on a GPU, no attention dropout), or 'auto': 'xla', and in training on CPUs attention in
         chunks, see `models.cpu`. Not measured on a GPU yet.
+      norm: makes the normalisation of queries and keys, `query_ln` and `key_ln`, from a name; None
+        for none.
     """
 
     num_heads: int
     dropout_rate: float = 0.0
     dtype: Any = jnp.float32
     implementation: str = 'auto'
+    norm: Callable[..., nn.Module] | None = None
 
     @nn.compact
     def __call__(
@@ -81,6 +84,7 @@ class MultiHeadDotProductAttention(nn.Module):
         deterministic: bool,
         queries: int | None = None,
         mask: jax.Array | None = None,
+        probe: jax.Array | None = None,
     ) -> jax.Array:
         """Lets the first tokens look at all.
 
@@ -89,6 +93,7 @@ class MultiHeadDotProductAttention(nn.Module):
           deterministic: no dropout.
           queries: Q, how many tokens, from the first, are computed; None for all.
           mask: bool [B, N], which tokens are looked at; None for all.
+          probe: [B, Q, D], what looks at the tokens in place of themselves.
 
         Returns:
           Tokens [B, Q, D].
@@ -100,9 +105,11 @@ class MultiHeadDotProductAttention(nn.Module):
             nn.DenseGeneral, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform()
         )
         heads = (self.num_heads, width // self.num_heads)
-        query = dense(heads, name='query')(inputs[:, :queries])
+        query = dense(heads, name='query')(inputs[:, :queries] if probe is None else probe)
         key = dense(heads, name='key')(inputs)
         value = dense(heads, name='value')(inputs)
+        if self.norm is not None:
+            query, key = self.norm(name='query_ln')(query), self.norm(name='key_ln')(key)
         dropout_rate = 0.0 if deterministic else self.dropout_rate
         x = self.attend(query, key, value, dropout_rate=dropout_rate, mask=mask)
         return dense(width, axis=(-2, -1), name='out')(x)

@@ -60,7 +60,10 @@ def _applies(module: nn.Module, options: dict[str, Any]) -> bool:
         plain = not options['dropout_rate'] and options['mask'] is None
         return module.implementation == 'auto' and plain
     if isinstance(module, layers.MlpBlock):
-        return options.get('deterministic', True) or not module.dropout_rate
+        dropout = module.dropout_rate and not options.get('deterministic', True)
+        return not module.gated and not dropout
+    if isinstance(module, nn.Conv):
+        return module.use_bias
     return True
 
 

@@ -50,14 +50,17 @@ class MlpBlock(nn.Module):
       dropout_rate: dropout after each of the two layers.
       dtype: type of the matrix products.
       act: the activation function, a name in `ACTIVATIONS`.
-      kernel_init: of both kernels [inputs, outputs].
-      bias_init: of both biases [outputs].
+      gated: multiply what the activation function gives by a second layer's output, act(gate(x)) *
+        Dense_0(x), as in SwiGLU, where the function is 'silu' (https://arxiv.org/abs/2002.05202).
+      kernel_init: of all kernels [inputs, outputs].
+      bias_init: of all biases [outputs].
     """
 
     mlp_dim: int
     dropout_rate: float = 0.0
     dtype: Any = jnp.float32
     act: str = 'gelu_tanh'
+    gated: bool = False
     kernel_init: Callable[..., jax.Array] = nn.initializers.xavier_uniform()
     bias_init: Callable[..., jax.Array] = nn.initializers.normal(stddev=1e-6)
 
@@ -67,7 +70,11 @@ class MlpBlock(nn.Module):
         dense = functools.partial(
             nn.Dense, dtype=self.dtype, kernel_init=self.kernel_init, bias_init=self.bias_init
         )
-        x = self.activation(dense(self.mlp_dim, name='Dense_0')(inputs))
+        x = dense(self.mlp_dim, name='Dense_0')(inputs)
+        if self.gated:
+            x = self.activation(dense(self.mlp_dim, name='gate')(inputs)) * x
+        else:
+            x = self.activation(x)
         x = nn.Dropout(self.dropout_rate, name='Dropout_0')(x, deterministic=deterministic)
         x = dense(inputs.shape[-1], name='Dense_1')(x)
         return nn.Dropout(self.dropout_rate, name='Dropout_1')(x, deterministic=deterministic)
@@ -75,6 +82,22 @@ class MlpBlock(nn.Module):
     def activation(self, x: jax.Array) -> jax.Array:
         """[..., M] to [..., M]."""
         return activation(self.act)(x)
+
+
+class LayerScale(nn.Module):
+    """Multiplies each channel by a learned factor, `scale` [D], at first 1e-5.
+
+    Source: https://arxiv.org/abs/2103.17239.
+    """
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] to [..., D]."""
+        init = nn.initializers.constant(1e-5)
+        scale = self.param('scale', init, x.shape[-1:], jnp.float32).astype(self.dtype)
+        return x * jnp.expand_dims(scale, tuple(range(x.ndim - 1)))
 
 
 def rematerialised(
@@ -143,13 +166,16 @@ def check_patches(patch: Sequence[int], image: Sequence[int], features: Sequence
         )
 
 
-def patch_embedding(features: int, patch: tuple[int, int], *, name: str, dtype: Any) -> nn.Conv:
+def patch_embedding(
+    features: int, patch: tuple[int, int], *, name: str, dtype: Any, use_bias: bool = True
+) -> nn.Conv:
     """Cuts a map into patches and projects each: [B, h, w, C] to [B, h / P, w / P, features]."""
     return nn.Conv(
         features,
         patch,
         strides=patch,
         padding='VALID',
+        use_bias=use_bias,
         dtype=dtype,
         conv_general_dilated=_project_patches,
         name=name,

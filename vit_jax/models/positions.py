@@ -45,7 +45,7 @@ def for_image_size(
     if not isinstance(model, VisionTransformer) or 'posembed_input' not in params['Transformer']:
         raise ValueError('the model has no position embeddings that could be resized')
     embedding = jnp.asarray(params['Transformer']['posembed_input']['pos_embedding'])
-    prefix = model.prefix_tokens
+    prefix = model.prefix_positions
     count = embedding.shape[1] - prefix
     grid = grid or (math.isqrt(count),) * 2
     if grid[0] * grid[1] != count:

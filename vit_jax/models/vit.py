@@ -22,10 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax import variants
-from vit_jax.models import cpu, layers, resnet
-from vit_jax.models.attention import MultiHeadDotProductAttention
-
-CLASSIFIERS = ('token', 'gap', 'max', 'avgmax', 'unpooled', 'token_unpooled')
+from vit_jax.models import cpu, heads, layers, resnet
+from vit_jax.models.encoder import Encoder
 
 
 class IdentityLayer(nn.Module):
@@ -34,179 +32,6 @@ class IdentityLayer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns `x`."""
-        return x
-
-
-class AddPositionEmbs(nn.Module):
-    """Adds learned position embeddings, `pos_embedding` [1, N, D] float32, to the tokens."""
-
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Tokens [B, N, D] in, tokens [B, N, D] of `dtype` out."""
-        if inputs.ndim != 3:
-            raise ValueError(
-                f'position embeddings are added to [batch, tokens, width], not to {inputs.shape}'
-            )
-        shape = (1, inputs.shape[1], inputs.shape[2])
-        normal = nn.initializers.normal(stddev=0.02)
-        embedding = self.param('pos_embedding', normal, shape, jnp.float32)
-        return inputs.astype(self.dtype) + embedding.astype(self.dtype)
-
-
-class Encoder1DBlock(nn.Module):
-    """One pre-norm encoder block: x += attention(LayerNorm(x)); x += mlp(LayerNorm(x))."""
-
-    mlp_dim: int
-    num_heads: int
-    dtype: Any = jnp.float32
-    dropout_rate: float = 0.1
-    attention_dropout_rate: float = 0.1
-    attention: str = 'auto'
-    outputs: int | None = None
-    act: str = 'gelu_tanh'
-    layer_norm_eps: float = 1e-6
-
-    @nn.compact
-    def __call__(
-        self, inputs: jax.Array, deterministic: bool, mask: jax.Array | None = None
-    ) -> jax.Array:
-        """Tokens [B, N, D] in, tokens [B, N, D] out, or of them the first `outputs`.
-
-        `mask`, bool [B, N], says which tokens are looked at.
-        """
-        norm = functools.partial(nn.LayerNorm, epsilon=self.layer_norm_eps, dtype=self.dtype)
-        x = norm(name='LayerNorm_0')(inputs)
-        x = MultiHeadDotProductAttention(
-            num_heads=self.num_heads,
-            dropout_rate=self.attention_dropout_rate,
-            dtype=self.dtype,
-            implementation=self.attention,
-            name='MultiHeadDotProductAttention_0',
-        )(x, deterministic=deterministic, queries=self.outputs, mask=mask)
-        x = nn.Dropout(self.dropout_rate)(x, deterministic=deterministic)
-        self.sow('intermediates', 'self_attention', x)
-        x = x + inputs[:, : self.outputs]
-
-        mlp = layers.MlpBlock(
-            self.mlp_dim, self.dropout_rate, self.dtype, self.act, name='MlpBlock_0'
-        )
-        y = mlp(norm(name='LayerNorm_1')(x), deterministic=deterministic)
-        self.sow('intermediates', 'mlp', y)
-        x = x + y
-        self.sow('intermediates', 'tokens', x)
-        return x
-
-
-class Encoder(nn.Module):
-    """Position embeddings, `num_layers` blocks, and the final LayerNorm.
-
-    Attributes:
-      num_layers, mlp_dim, num_heads: size of the encoder.
-      dropout_rate: dropout after the position embeddings and in every block.
-      attention_dropout_rate: dropout of the attention weights.
-      add_position_embedding: whether to add learned position embeddings.
-      dtype: type of activations and matrix products; parameters stay float32.
-      attention: see `MultiHeadDotProductAttention.implementation`.
-      remat: '' keeps all activations for the backward pass; 'dots' keeps results of matrix products
-        and recomputes the rest; 'full' keeps only each block's input. Less memory, up to a third
-        more work.
-      outputs: how many tokens, from the first, the last block computes; None for all. It leaves out
-        what nothing depends on: of Ti/16 to B/16, with 12 blocks, 7 % of the work.
-      scan_layers: trace and compile one block for all but the last, over which `jax.lax.scan`
-        loops; parameters, and what can be read out, stay the same. Dropout draws other masks.
-      act: activation function of the MLPs, a name in `layers.ACTIVATIONS`.
-      layer_norm_eps: what LayerNorm adds to the variance.
-      final_norm: whether there is a final LayerNorm.
-    """
-
-    num_layers: int
-    mlp_dim: int
-    num_heads: int
-    dropout_rate: float = 0.1
-    attention_dropout_rate: float = 0.1
-    add_position_embedding: bool = True
-    dtype: Any = jnp.float32
-    attention: str = 'auto'
-    remat: str = ''
-    outputs: int | None = None
-    scan_layers: bool = False
-    act: str = 'gelu_tanh'
-    layer_norm_eps: float = 1e-6
-    final_norm: bool = True
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
-        """Tokens [B, N, D] to normalised tokens.
-
-        Args:
-          x: tokens [B, N, D].
-          train: whether dropout is active.
-          mask: bool [B, N], which tokens there are, where sequences of several lengths are padded
-            to N; None for all. The others change nothing of these; what comes out in their places
-            has no meaning.
-
-        Returns:
-          [B, outputs or N, D].
-        """
-        if self.add_position_embedding:
-            x = AddPositionEmbs(self.dtype, name='posembed_input')(x)
-            self.sow('intermediates', 'with_position_embedding', x)
-        x = nn.Dropout(self.dropout_rate)(x, deterministic=not train)
-
-        block = functools.partial(
-            layers.rematerialised(Encoder1DBlock, self.remat, static_argnums=(2,)),
-            mlp_dim=self.mlp_dim,
-            num_heads=self.num_heads,
-            dtype=self.dtype,
-            dropout_rate=self.dropout_rate,
-            attention_dropout_rate=self.attention_dropout_rate,
-            attention=self.attention,
-            act=self.act,
-            layer_norm_eps=self.layer_norm_eps,
-        )
-        last = self.num_layers - 1
-        names = [f'encoderblock_{layer}' for layer in range(self.num_layers)]
-        if self.scan_layers and last > 1 and not self.is_initializing():
-            x = self._scan(block(parent=None), names[:last], x, not train, mask)
-            names = names[last:]
-        for name in names:
-            outputs = self.outputs if name == f'encoderblock_{last}' else None
-            x = block(outputs=outputs, name=name)(x, not train, mask)
-        if not self.final_norm:
-            return x
-        return nn.LayerNorm(self.layer_norm_eps, dtype=self.dtype, name='encoder_norm')(x)
-
-    def _scan(
-        self,
-        block: nn.Module,
-        names: list[str],
-        x: jax.Array,
-        deterministic: bool,
-        mask: jax.Array | None,
-    ) -> jax.Array:
-        """Blocks of these names, one after the other, as a loop over their stacked variables."""
-        layers_of = [
-            {kind: tree[name] for kind, tree in self.variables.items() if name in tree}
-            for name in names
-        ]
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers_of)
-        keys = None
-        if self.has_rng('dropout'):
-            keys = jax.random.split(self.make_rng('dropout'), len(names))
-        sown = list(filter(self.is_mutable_collection, ('intermediates', 'attention_weights')))
-
-        def body(x, layer):
-            variables, key = layer
-            rngs = None if key is None else {'dropout': key}
-            return block.apply(variables, x, deterministic, mask, rngs=rngs, mutable=sown)
-
-        x, state = jax.lax.scan(body, x, (stacked, keys))
-        for kind, tree in state.items():
-            for index, name in enumerate(names):
-                part = jax.tree.map(lambda leaf, index=index: leaf[index], tree)
-                self.put_variable(kind, name, part)
         return x
 
 
@@ -226,8 +51,9 @@ class VisionTransformer(nn.Module):
         `width_factor`, see `resnet.backbone`; None for a plain ViT.
       representation_size: width of the `pre_logits` layer (dense + tanh); None for none.
       classifier: what the head reads: 'token' (class token), 'gap' (mean of all patch tokens),
-        'max' (their maximum), 'avgmax' (the mean of both), 'unpooled' (all patch tokens),
-        'token_unpooled' (class token and all patch tokens).
+        'max' (their maximum), 'avgmax' (the mean of both), 'token_gap' (class token and mean side
+        by side, 2 D features), 'map' (attention pooling, see `heads.MAPHead`), 'unpooled' (all
+        patch tokens), 'token_unpooled' (class token and all patch tokens).
       head_bias_init: initial value of the head's bias.
       encoder: the encoder's class. One of your own gets `transformer`, and of `dtype`, `attention`,
         `remat`, `scan_layers`, `act`, `layer_norm_eps`, `final_norm` and `outputs` (see `Encoder`)
@@ -251,6 +77,11 @@ class VisionTransformer(nn.Module):
       class_token: whether there is a class token; None for those classifiers only that read it.
       fc_norm: a LayerNorm of what the head reads, in place of the encoder's final one.
       representation_act: activation function of the `pre_logits` layer.
+      registers: how many learned tokens, `registers` [1, R, D], that no head reads, stand between
+        the class token and the patches (https://arxiv.org/abs/2309.16588).
+      register_positions: whether registers have position embeddings, too.
+      patch_bias: whether the patch embedding has a bias.
+      final_norm: whether there is a LayerNorm behind the encoder, or `fc_norm` in its place.
     """
 
     num_classes: int
@@ -276,6 +107,10 @@ class VisionTransformer(nn.Module):
     class_token: bool | None = None
     fc_norm: bool = False
     representation_act: str = 'tanh'
+    registers: int = 0
+    register_positions: bool = False
+    patch_bias: bool = True
+    final_norm: bool = True
 
     def __post_init__(self) -> None:
         """Makes the module hashable, as Flax and `jax.jit` (`static_argnames`) want it."""
@@ -285,9 +120,24 @@ class VisionTransformer(nn.Module):
 
     @property
     def prefix_tokens(self) -> int:
-        """How many tokens stand in front of the patches: class and distillation token."""
-        names = ('classifier', 'class_token', 'distilled')
-        return variants.prefix_tokens({name: getattr(self, name) for name in names})
+        """How many tokens stand in front of the patches, see `variants.tokens_in_front`."""
+        return variants.prefix_tokens(self._tokens)
+
+    @property
+    def prefix_positions(self) -> int:
+        """How many of these, from the first, have a position embedding."""
+        return variants.prefix_positions(self._tokens)
+
+    @property
+    def reads_class_token(self) -> bool:
+        """Whether the head reads the class token; else it reads all patches."""
+        return self.classifier.startswith('token')
+
+    @property
+    def _tokens(self) -> dict[str, Any]:
+        """What of the architecture says which tokens there are."""
+        names = ('classifier', 'class_token', 'distilled', 'registers', 'register_positions')
+        return {name: getattr(self, name) for name in names}
 
     @nn.compact
     @cpu.switchable
@@ -312,10 +162,17 @@ class VisionTransformer(nn.Module):
         layers.check_images(inputs)
         x = self._embed(inputs.astype(self.dtype))
         if self.prefix_tokens:
-            names = ('cls', 'dist')[: self.prefix_tokens]
-            shape = (1, 1, self.hidden_size)
-            zeros = nn.initializers.zeros
-            learned = [self.param(name, zeros, shape, jnp.float32) for name in names]
+            # Registers that are alike at first would stay so.
+            init = {'registers': nn.initializers.normal(stddev=0.02)}
+            learned = [
+                self.param(
+                    name,
+                    init.get(name, nn.initializers.zeros),
+                    (1, count, self.hidden_size),
+                    jnp.float32,
+                )
+                for name, count in variants.tokens_in_front(self._tokens).items()
+            ]
             tokens = jnp.concatenate(learned, axis=1).astype(self.dtype)
             # On explicit axes, the tokens have to be spread over devices as the images are.
             x = jnp.concatenate([tokens + jnp.zeros_like(x[:, :1]), x], axis=1)
@@ -339,7 +196,10 @@ class VisionTransformer(nn.Module):
 
     def _create_encoder(self) -> nn.Module:
         names = ('dtype', 'attention', 'remat', 'scan_layers', 'act', 'layer_norm_eps')
-        ours = {name: getattr(self, name) for name in names} | {'final_norm': not self.fc_norm}
+        ours = {name: getattr(self, name) for name in names}
+        ours['final_norm'] = self.final_norm and not self.fc_norm
+        if self.prefix_positions != self.prefix_tokens:
+            ours['without_position'] = (self.prefix_positions, self.prefix_tokens)
         known = {field.name for field in dataclasses.fields(self.encoder)}
         for name, value in ours.items():
             if name not in known and value != getattr(Encoder, name):
@@ -353,25 +213,26 @@ class VisionTransformer(nn.Module):
         """Encoded tokens [B, N, D] to what the head reads, see `classifier`."""
         if self.distilled:
             return x[:, :2]
-        if self.classifier == 'token':
-            return x[:, 0]
-        if self.classifier == 'token_unpooled':
-            return x
-        x = x[:, self.prefix_tokens :]
-        if self.classifier == 'gap':
-            return jnp.mean(x, axis=1)
-        if self.classifier == 'max':
-            return jnp.max(x, axis=1)
-        return (jnp.mean(x, axis=1) + jnp.max(x, axis=1)) / 2 if self.classifier == 'avgmax' else x
+        if self.classifier == 'map':
+            pool = heads.MAPHead(
+                self.transformer['mlp_dim'],
+                self.transformer['num_heads'],
+                self.dtype,
+                self.act,
+                self.layer_norm_eps,
+                name='MAPHead_0',
+            )
+            return pool(x[:, self.prefix_tokens :])
+        return heads.pool(x, self.classifier, self.prefix_tokens)
 
     def _check(self) -> None:
-        if self.class_token is False and self.classifier in ('token', 'token_unpooled'):
+        if self.classifier not in heads.CLASSIFIERS:
+            raise ValueError(
+                f'unknown classifier {self.classifier!r}: one of {", ".join(heads.CLASSIFIERS)}'
+            )
+        if self.class_token is False and self.reads_class_token:
             raise ValueError(
                 f'classifier {self.classifier!r} reads a class token: class_token=False'
-            )
-        if self.classifier not in CLASSIFIERS:
-            raise ValueError(
-                f'unknown classifier {self.classifier!r}: one of {", ".join(CLASSIFIERS)}'
             )
         if self.distilled and (
             self.classifier != 'token' or self.representation_size is not None or self.mlp_head
@@ -389,7 +250,9 @@ class VisionTransformer(nn.Module):
             self.sow('intermediates', 'resnet', x)
         patch = tuple(self.patches['size'])
         layers.check_patches(patch, images.shape[1:3], x.shape[1:3])
-        x = layers.patch_embedding(self.hidden_size, patch, dtype=self.dtype, name='embedding')(x)
+        x = layers.patch_embedding(
+            self.hidden_size, patch, dtype=self.dtype, use_bias=self.patch_bias, name='embedding'
+        )(x)
         self.sow('intermediates', 'patch_embedding', x)
         return layers.as_tokens(x)
 

@@ -1,0 +1,176 @@
+"""Families of today, made by transformers' own classes: read, computed, written back, trained."""
+
+import functools
+
+import jax
+import numpy as np
+import onnxruntime
+import pytest
+
+from vit_jax import models
+from vit_jax.analysis import compare
+from vit_jax.checkpoint import npz
+from vit_jax.export import onnx as onnx_export
+from vit_jax.export import pytorch as export
+from vit_jax.export.options import Options
+from vit_jax.inference import model_folder
+
+SIZES = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=28)
+SIZES |= dict(patch_size=14)
+# Name -> class of transformers, its configuration, and what the model is here.
+CASES = {
+    'dinov2': (
+        'Dinov2ForImageClassification',
+        dict(num_labels=5),
+        dict(classifier='token_gap', act='gelu'),
+    ),
+    'dinov2_features': ('Dinov2Model', dict(use_swiglu_ffn=True), dict(act='silu')),
+    'dinov2_reg': (
+        'Dinov2WithRegistersForImageClassification',
+        dict(num_labels=5),
+        dict(classifier='token_gap', registers=4),
+    ),
+    'dinov2_reg_features': (
+        'Dinov2WithRegistersModel',
+        dict(num_register_tokens=2, hidden_act='relu', layer_norm_eps=1e-3),
+        dict(classifier='token', registers=2, act='relu', layer_norm_eps=1e-3),
+    ),
+}
+
+
+@pytest.fixture(scope='module')
+def transformers():
+    pytest.importorskip('torch')
+    library = pytest.importorskip('transformers')
+    library.logging.set_verbosity_error()
+    library.logging.disable_progress_bar()
+    return library
+
+
+@pytest.fixture(scope='module')
+def case(transformers, tmp_path_factory):
+    """`case(name)`: (transformers' model, ours), of random weights, made once."""
+
+    @functools.cache
+    def make(name):
+        kind, settings, _ = CASES[name]
+        model_class = getattr(transformers, kind)
+        theirs = randomise(model_class(model_class.config_class(**SIZES, **settings)))
+        folder = tmp_path_factory.mktemp(name)
+        theirs.save_pretrained(folder)
+        (folder / 'preprocessor_config.json').write_text(
+            '{"do_normalize": true, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}'
+        )
+        return theirs, model_folder.load(folder)
+
+    return make
+
+
+def randomise(module):
+    """Random weights of realistic scale, also where a new model has zeros or ones."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            values = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                inputs = parameter.shape[-1] if parameter.ndim == 2 else parameter[0].numel()
+                parameter.copy_(values * inputs**-0.5)
+            else:
+                scale = ('norm' in name and 'weight' in name) or 'lambda' in name
+                parameter.copy_(values * 0.2 + float(scale))
+    return module.eval()
+
+
+def images(model):
+    shape = (3, model.image_size, model.image_size, 3)
+    return np.random.default_rng(1).uniform(-1, 1, shape).astype(np.float32)
+
+
+def outputs_of(theirs, x, dtype='float32'):
+    """Logits, or what the class gives of an image, [B, C] or [B, D]."""
+    import torch
+
+    pixels = torch.from_numpy(x.transpose(0, 3, 1, 2).copy()).to(getattr(torch, dtype))
+    with torch.no_grad():
+        out = theirs.to(pixels.dtype)(pixels)
+    theirs.float()
+    for name in ('logits', 'image_embeds', 'pooler_output'):
+        if name in out:
+            return out[name].numpy()
+    raise AssertionError(out.keys())
+
+
+def compute(model, x, dtype='float32'):
+    module = model.model.clone(dtype=np.dtype(dtype))
+
+    def apply(params, x):
+        return module.apply({'params': params}, x, train=False)
+
+    return np.asarray(compare.compiled(apply, model.params, np.dtype(dtype))(x))
+
+
+def distance(found, expected):
+    """Relative to the largest."""
+    return np.abs(found - expected).max() / np.abs(expected).max()
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_outputs_are_those_of_transformers(name, case):
+    theirs, model = case(name)
+    x = images(model)
+    assert model.image_size == SIZES['image_size']
+    assert CASES[name][2].items() <= model.model_config.items()
+    for dtype, tolerance in (('float32', 1e-5), ('float64', 1e-10)):
+        assert distance(compute(model, x, dtype), outputs_of(theirs, x, dtype)) < tolerance
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_transformers_reads_what_is_written(name, case, tmp_path, transformers):
+    _, model = case(name)
+    export.write(tmp_path / 'hf', model, to='huggingface')
+    config = transformers.AutoConfig.from_pretrained(tmp_path / 'hf')
+    theirs, info = getattr(transformers, config.architectures[0]).from_pretrained(
+        tmp_path / 'hf', output_loading_info=True
+    )
+    assert not any(info.values()), info
+    x = images(model)
+    assert distance(outputs_of(theirs.eval(), x), compute(model, x)) < 1e-5
+    again = model_folder.load(tmp_path / 'hf')
+    assert again.model_config == model.model_config
+    found, expected = npz.flatten(again.params), npz.flatten(model.params)
+    assert found.keys() == expected.keys()
+    for key, array in expected.items():
+        np.testing.assert_array_equal(found[key], array, err_msg=key, strict=True)
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_onnx_computes_the_same(name, case):
+    _, model = case(name)
+    proto = onnx_export.build(model, Options(features=not model.model.num_classes))
+    session = onnxruntime.InferenceSession(proto.SerializeToString())
+    x = images(model)
+    assert distance(session.run(None, {'image': x})[0], compute(model, x)) < 1e-5
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_gradients_of_fine_tuning_are_those_of_float64(name, case):
+    """In the forms for training on a CPU."""
+    _, model = case(name)
+    x = images(model)
+    labels = np.eye(5, dtype=np.float32)[: len(x)]
+
+    def gradients(module, dtype):
+        def loss(params, x):
+            logits = module.apply({'params': params}, x, train=True)[:, :5]
+            return -(labels * jax.nn.log_softmax(logits)).sum(axis=1).mean()
+
+        run = compare.compiled(jax.grad(loss), model.params, np.dtype(dtype))
+        return npz.flatten(run(x))
+
+    expected = gradients(model.model.clone(dtype=np.dtype('float64')), 'float64')
+    found = gradients(models.for_training(model.model), 'float32')
+    largest = max(np.abs(array).max() for array in expected.values())
+    for key, array in expected.items():
+        np.testing.assert_allclose(found[key], array, rtol=0, atol=1e-5 * largest, err_msg=key)

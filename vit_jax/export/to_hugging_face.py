@@ -1,0 +1,146 @@
+"""A model as a folder of Hugging Face's transformers: its class, configuration and names."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from vit_jax import variants
+from vit_jax.checkpoint import model_input
+from vit_jax.checkpoint.library_configs import TO_HUGGING_FACE
+from vit_jax.export.expressible import UnsupportedError, check_pieces, check_plain, settings_of
+from vit_jax.inference import model_folder
+
+# A key of `key_tables.TABLES`, and config.json.
+_Described = tuple[str, dict[str, Any]]
+
+
+def describe(model: model_folder.Model, flat: Mapping[str, Any]) -> _Described:
+    """What a model is in transformers.
+
+    Args:
+        model: what is written.
+        flat: its parameters, Linen name -> array.
+
+    Returns:
+        The key of `key_tables.TABLES`; name -> content of each JSON file.
+
+    Raises:
+        UnsupportedError: transformers has no class that computes it.
+    """
+    config = model.model_config
+    family = _vit
+    if not variants.is_mixer(config) and config['transformer'].get('layer_scale'):
+        family = _dinov2
+    table, described = family(model, flat)
+    processor = model_input.to_hugging_face(model.preprocess)
+    return table, {'config.json': described, 'preprocessor_config.json': processor}
+
+
+def name(named: Mapping[str, Any], described: Mapping[str, Any]) -> dict[str, Any]:
+    """The names of a class, from those of its base model.
+
+    A classifier has its base model as a part; a DeiT with two heads calls the first one otherwise.
+
+    Args:
+        named: the tensors, as `key_tables.from_params` names them.
+        described: config.json.
+    """
+    kind, named = described['model_type'], dict(named)
+    if kind == 'dinov2_with_registers':  # which always has one, for masked pre-training
+        named['embeddings.mask_token'] = np.zeros((1, described['hidden_size']), np.float32)
+    if 'ForImageClassification' not in described['architectures'][0]:
+        return named
+    new = {}
+    for theirs, array in named.items():
+        if kind == 'deit' and theirs.startswith('classifier.'):
+            theirs = f'cls_{theirs}'
+        head = theirs.startswith(('classifier.', 'cls_classifier.', 'distillation_classifier.'))
+        new[theirs if head else f'{kind}.{theirs}'] = array
+    return new
+
+
+def _common(model: model_folder.Model, flat: Mapping[str, Any]) -> dict[str, Any]:
+    """What the configurations of all classes have."""
+    config, classes = model.model_config, model.model.num_classes
+    encoder, settings = config['transformer'], settings_of(config)
+    labels = model_folder.own_class_names(model) or [f'LABEL_{i}' for i in range(classes)]
+    return {
+        'hidden_size': config['hidden_size'],
+        'num_hidden_layers': encoder['num_layers'],
+        'num_attention_heads': encoder['num_heads'],
+        'hidden_act': TO_HUGGING_FACE[settings['act']],
+        'layer_norm_eps': settings['layer_norm_eps'],
+        'hidden_dropout_prob': 0.0,
+        'attention_probs_dropout_prob': 0.0,
+        'initializer_range': 0.02,
+        'image_size': model.image_size,
+        'patch_size': config['patches']['size'][0],
+        'num_channels': flat['embedding/kernel'].shape[2],
+        'qkv_bias': True,
+        'id2label': {str(i): label for i, label in enumerate(labels)},
+        'label2id': {label: i for i, label in enumerate(labels)},
+    }
+
+
+def _vit(model: model_folder.Model, flat: Mapping[str, Any]) -> _Described:
+    config, classes, distilled = model.model_config, model.model.num_classes, 'dist' in flat
+    check_plain(config)
+    check_pieces(config, ('distilled',), 'its ViT')
+    if classes and 'pre_logits/kernel' in flat:
+        raise UnsupportedError('its classifier has no pre_logits in front of the head')
+    if distilled and not classes:
+        raise UnsupportedError('it loads a DeiT of two tokens with its heads only')
+    kind = 'DeiTForImageClassificationWithTeacher' if distilled else 'ViTForImageClassification'
+    described = {
+        'architectures': [kind if classes else 'ViTModel'],
+        'model_type': 'deit' if distilled else 'vit',
+        'intermediate_size': config['transformer']['mlp_dim'],
+        'encoder_stride': config['patches']['size'][0],
+        **_common(model, flat),
+    }
+    if 'pre_logits/bias' in flat:
+        act = settings_of(config)['representation_act']
+        described['pooler_output_size'] = flat['pre_logits/bias'].shape[0]
+        described['pooler_act'] = TO_HUGGING_FACE[act]
+    return 'Hugging Face', described
+
+
+def _dinov2(model: model_folder.Model, flat: Mapping[str, Any]) -> _Described:
+    config, classes = model.model_config, model.model.num_classes
+    check_pieces(config, ('layer_scale', 'gated_mlp', 'registers'), 'its DINOv2')
+    reads, needed = config['classifier'], 'token_gap' if classes else 'token'
+    if reads != needed:
+        has = 'classifier' if classes else 'model without a head'
+        raise UnsupportedError(f"its DINOv2's {has} has {needed!r}, not {reads!r}")
+    if 'pre_logits/kernel' in flat:
+        raise UnsupportedError('its DINOv2 has no pre_logits')
+    settings, encoder = settings_of(config), config['transformer']
+    gated = bool(encoder.get('gated_mlp'))
+    if gated and settings['act'] != 'silu':
+        raise UnsupportedError(f'its gated MLPs have the activation silu, not {settings["act"]}')
+    name = 'Dinov2WithRegisters' if 'registers' in flat else 'Dinov2'
+    described = {
+        'architectures': [f'{name}{"ForImageClassification" if classes else "Model"}'],
+        'model_type': 'dinov2_with_registers' if 'registers' in flat else 'dinov2',
+        **_common(model, flat),
+        'mlp_ratio': _mlp_ratio(config['hidden_size'], encoder['mlp_dim'], gated),
+        'layerscale_value': 1.0,
+        'drop_path_rate': 0.0,
+        'use_swiglu_ffn': gated,
+    }
+    if 'registers' in flat:
+        described['num_register_tokens'] = flat['registers'].shape[1]
+    else:
+        described['use_mask_token'] = False
+    return 'DINOv2 gated' if gated else 'DINOv2', described
+
+
+def _mlp_ratio(width: int, hidden: int, gated: bool) -> float:
+    """What makes DINOv2's MLPs as wide as `hidden`: of gated ones, 8 divides two thirds of it."""
+    ratio = hidden * 3 / 2 / width if gated else hidden / width
+    for near in (round(ratio), ratio, ratio + 1 / width):
+        outer = int(width * near)
+        if hidden == ((int(outer * 2 / 3) + 7) // 8 * 8 if gated else outer):
+            return near
+    raise UnsupportedError(f'its DINOv2 has no MLP of {hidden} hidden units')
