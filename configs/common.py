@@ -96,8 +96,18 @@ def get_defaults() -> ml_collections.ConfigDict:
     config.optimizer = 'sgd'
     # Of sgd and adafactor; the others have their papers'.
     config.momentum = 0.9
-    # On kernels. sgd: added to the gradient; the others: decoupled.
+    # Times the factor of `wd_mults`. sgd: added to the gradient; the others: decoupled.
     config.weight_decay = 0.0
+    # Factors of weight decay and learning rate: pairs of a regular expression that fits the whole
+    # name of a parameter ('head/kernel') and a number; the first that fits counts, and where none
+    # does, weight decay is off and the rate as it is.
+    config.wd_mults = (('(.*/)?kernel', 1.0),)
+    config.lr_mults = ()
+    # Each block's rate is that of the next one times this, usually 0.75. 0.0: all alike.
+    config.layer_decay = 0.0
+    # Regular expression: parameters of these names stay as they are ('(?!head/).*': all but the
+    # head). Empty: none.
+    config.frozen = ''
     # How momentum, or the first moment, is stored: 'bfloat16' or 'float32'.
     config.optim_dtype = 'bfloat16'
     # 'softmax' (cross-entropy), or 'sigmoid': each class on its own, summed over classes.

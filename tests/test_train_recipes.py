@@ -14,6 +14,8 @@ PIXELS = RNG.randint(0, 256, (40, 16, 16, 3)).astype(np.uint8)
 LABELS = RNG.randint(0, 3, 40)
 RECIPE = {
     'epochs': 1.6, 'decay_type': 'rsqrt', 'cooldown_steps': 2, 'optimizer': 'muon', 'base_lr': 1e-3,
+    'weight_decay': 0.1, 'wd_mults': (('.*', 1.0),), 'lr_mults': (('head/.*', 5.0),),
+    'layer_decay': 0.75, 'frozen': 'embedding/.*',
     'loss': 'sigmoid', 'label_smoothing': 0.1, 'class_weights': 'balanced',
 }  # fmt: skip
 

@@ -6,6 +6,7 @@ Fills what is unset and checks what can be checked without data.
 value of its type.
 """
 
+import math
 import os
 import pathlib
 import re
@@ -41,7 +42,7 @@ _AT_LEAST_ONE = (
 _NOT_NEGATIVE = (
     'data_threads', 'cache', 'accum_steps', 'epochs', 'total_examples', 'warmup_steps',
     'cooldown_steps', 'base_lr', 'grad_norm_clip', 'momentum', 'weight_decay', 'seed',
-    'max_unreadable', 'label_smoothing',
+    'max_unreadable', 'label_smoothing', 'layer_decay',
 )  # fmt: skip
 
 
@@ -271,6 +272,18 @@ def _check(config: ml_collections.ConfigDict) -> None:
             f'config.label_smoothing={config.label_smoothing} leaves nothing of the labels: it is '
             'a share below 1, usually 0.1'
         )
+    if config.layer_decay > 1:
+        raise UserError(
+            f'config.layer_decay={config.layer_decay} would give the first layers the largest '
+            'rates: it is at most 1, usually 0.75'
+        )
+    for key in ('wd_mults', 'lr_mults'):
+        for pair in config[key]:
+            if not _is_factor(pair):
+                raise UserError(
+                    f'config.{key}: {pair!r} is no pair of a regular expression and a number from '
+                    f"0 on; write (('head/.*', 10.0), ('.*/bias', 2.0))"
+                )
     if not config.epochs:
         _check_schedule(config)
     if config.pp.resize and config.pp.inception_crop and config.pp.eval == 'squash':
@@ -282,6 +295,13 @@ def _check(config: ml_collections.ConfigDict) -> None:
         )
     preprocess_of(config)
     _check_model(config)
+
+
+def _is_factor(pair: Any) -> bool:
+    """Whether this is (text, finite number from 0 on)."""
+    if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[0], str):
+        return False
+    return isinstance(pair[1], int | float) and 0 <= pair[1] < math.inf
 
 
 def _check_schedule(config: ml_collections.ConfigDict) -> None:

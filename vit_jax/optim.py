@@ -1,13 +1,17 @@
 """Learning-rate schedule and optimizer of a run, from optax."""
 
+import functools
 import inspect
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
+
+from vit_jax import groups
 
 
 def create_learning_rate_schedule(
@@ -88,7 +92,9 @@ def schedule_of(config: ml_collections.ConfigDict) -> optax.Schedule:
 
 
 def create_optimizer(
-    config: ml_collections.ConfigDict, schedule: optax.Schedule
+    config: ml_collections.ConfigDict,
+    schedule: optax.Schedule,
+    rate_factor: Callable[[str], float] | None = None,
 ) -> optax.GradientTransformation:
     """The optimizer that a resolved config asks for.
 
@@ -97,25 +103,70 @@ def create_optimizer(
       params - lr * m. This is the original release's optimizer (there with momentum 0.9 and
       bfloat16, whatever its config said).
     - All others: see `_direction`; the first moment is stored as `optim_dtype`.
-    - `weight_decay` acts on kernels (arrays of two and more dimensions under a name that is no
-      embedding or token): added to the gradient for 'sgd', decoupled for all others, times the
-      learning rate (https://arxiv.org/abs/1711.05101).
+    - `weight_decay`, times the factors of `wd_mults`, by default 1 for kernels and 0 for all else:
+      added to the gradient for 'sgd', decoupled for all others, times the learning rate
+      (https://arxiv.org/abs/1711.05101).
+
+    Args:
+      config: resolved.
+      schedule: the learning rate.
+      rate_factor: from the name of a parameter to what its learning rate is multiplied by; None for
+        1.
     """
     clip = (
         optax.clip_by_global_norm(config.grad_norm_clip)
         if config.grad_norm_clip
         else optax.identity()
     )
-    decay = optax.add_decayed_weights(config.weight_decay, _kernels)
+    decay = _weight_decay(config.weight_decay, config.wd_mults)
     if config.optimizer == 'sgd':
         dtype = jnp.dtype(config.optim_dtype)
-        decay = decay if config.weight_decay else optax.identity()
         sgd = optax.sgd(schedule, momentum=config.momentum, accumulator_dtype=dtype)
-        return optax.chain(clip, decay, sgd)
-    parts = [_direction(config), decay]
-    if config.optimizer == 'lamb':
-        parts.append(optax.scale_by_trust_ratio())
-    return optax.chain(clip, optax.chain(*parts, optax.scale_by_learning_rate(schedule)))
+        parts = [clip, decay if config.weight_decay else optax.identity(), sgd]
+    else:
+        trust = [optax.scale_by_trust_ratio()] if config.optimizer == 'lamb' else []
+        rate = optax.scale_by_learning_rate(schedule)
+        parts = [clip, optax.chain(_direction(config), decay, *trust, rate)]
+    if rate_factor is not None:
+        parts.append(_scale_by_name(rate_factor))
+    return optax.chain(*parts)
+
+
+def _weight_decay(weight_decay: float, mults: groups.Patterns) -> optax.GradientTransformation:
+    """Adds to the update of each array `weight_decay` times its factor times the array."""
+    factor_of = groups.factor_of(mults, 0.0)
+    parts = [
+        optax.add_decayed_weights(
+            weight_decay * factor,
+            functools.partial(groups.map_names, lambda name, f=factor: factor_of(name) == f),
+        )
+        for factor in dict.fromkeys(float(factor) for _, factor in mults)
+        if factor
+    ]
+    return parts[0] if len(parts) == 1 else optax.chain(*parts)
+
+
+def _scale_by_name(factor: Callable[[str], float]) -> optax.GradientTransformation:
+    """Multiplies the update of each array by a factor that goes with its name."""
+
+    def update(updates: Any, params: Any) -> Any:
+        del params
+        return jax.tree.map(lambda u, f: f * u, updates, groups.map_names(factor, updates))
+
+    return optax.stateless(update)
+
+
+def trained_only(tx: optax.GradientTransformation, frozen: str) -> optax.GradientTransformation:
+    """The optimizer of the parameters that are trained, see `groups.partition`.
+
+    Its state is made from all of them; its gradients and updates are those of the trained ones.
+    """
+    if not frozen:
+        return tx
+    return optax.GradientTransformationExtraArgs(
+        lambda params: tx.init(groups.partition(params, frozen)[0]),
+        functools.partial(update, tx),
+    )
 
 
 def _direction(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
@@ -161,7 +212,7 @@ def _matrices(params: Any) -> Any:
     """
 
     def axes(path: Any, leaf: Any) -> Any:
-        name = name_of(path)
+        name = groups.name_of(path)
         if not re.fullmatch(r'(.*/)?(encoderblock|MixerBlock)_\d+/.*/kernel', name):
             return None
         inputs = 2 if name.endswith('/out/kernel') and leaf.ndim == 3 else 1
@@ -169,11 +220,6 @@ def _matrices(params: Any) -> Any:
         return optax.contrib.MuonDimensionNumbers(dimensions[:inputs], dimensions[inputs:])
 
     return jax.tree_util.tree_map_with_path(axes, params)
-
-
-def name_of(path: Any) -> str:
-    """The name of a parameter from its path in the tree: 'head/kernel'."""
-    return '/'.join(str(key.key) for key in path)
 
 
 def update(
@@ -211,8 +257,3 @@ def select(finite: jax.Array, new: Any, old: Any) -> Any:
 
 def _is_schedule(node: Any) -> bool:
     return isinstance(node, optax.ScaleByScheduleState | optax.InjectStatefulHyperparamsState)
-
-
-def _kernels(params):
-    """Mask of what weight decay acts on."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == 'kernel', params)

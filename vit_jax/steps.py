@@ -19,7 +19,7 @@ import optax
 from jax.extend.core import get_opaque_trace_state
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vit_jax import evaluate, losses, models, optim, sharding
+from vit_jax import evaluate, groups, losses, models, optim, sharding
 from vit_jax.data import augment
 from vit_jax.data.preprocess import normalize
 from vit_jax.errors import UserError
@@ -48,6 +48,7 @@ def train_step_fn(
     flip: bool = True,
     skip_nonfinite: bool = False,
     loss_fn: losses.LossFn | None = None,
+    frozen: str = '',
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Builds the training step, a pure function for programs of one's own.
 
@@ -67,6 +68,8 @@ def train_step_fn(
         optimizer as they were, but for the counts of its schedules, and is counted in
         `state.skipped`. Else they get what comes out; `finite` tells.
       loss_fn: see `losses.LossFn`; None for `losses.softmax_cross_entropy`.
+      frozen: pattern of the names of parameters that stay as they are, see `groups.partition`; `tx`
+        is then one of `optim.trained_only`.
 
     Returns:
       A function (state, batch) -> (state, metrics). batch: `image` [B, height, width, channels],
@@ -79,9 +82,12 @@ def train_step_fn(
       micro-batches, or a metric of `loss_fn` is no scalar or has one of these names.
     """
     loss_fn = loss_fn or losses.softmax_cross_entropy
-    param_shardings = state_shardings and state_shardings.params
+    grad_shardings = state_shardings and groups.partition(state_shardings.params, frozen)[0]
 
-    def loss_and_metrics(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+    def loss_and_metrics(
+        trained: Any, kept: Any, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        params = groups.combine(trained, kept)
         images, rngs = _model_input(batch['image']), {'dropout': key}
         logits: Any = model.apply({'params': params}, images, train=True, rngs=rngs)
         loss, metrics = loss_fn(logits, batch, params)
@@ -95,32 +101,34 @@ def train_step_fn(
             key = augment.step_key(seed, state.step, augment.FLIP)
             batch = {**batch, 'image': augment.random_flip(images, position, key)}
         key = augment.step_key(seed, state.step, augment.DROPOUT)
+        trained, kept = groups.partition(state.params, frozen)
 
-        def mean(params: Any, *, gradient: bool) -> Any:
-            spread = (max(1, accum_steps), mesh, param_shardings)
-            return _mean(loss_and_metrics, params, batch, key, *spread, gradient=gradient)
+        def mean(trained: Any, *, gradient: bool) -> Any:
+            spread = (max(1, accum_steps), mesh, grad_shardings)
+            return _mean(loss_and_metrics, (trained, kept), batch, key, *spread, gradient=gradient)
 
-        (loss, metrics), grads = mean(state.params, gradient=True)
+        (loss, metrics), grads = mean(trained, gradient=True)
         updates, opt_state = optim.update(
             tx,
             grads,
             state.opt_state,
-            state.params,
+            trained,
             value=loss,
             grad=grads,
-            value_fn=lambda params: mean(params, gradient=False)[0][0],
+            value_fn=lambda trained: mean(trained, gradient=False)[0][0],
         )
-        params = optax.apply_updates(state.params, updates)
+        new = optax.apply_updates(trained, updates)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         skipped = state.skipped
         if skip_nonfinite:
-            params = optim.select(finite, params, state.params)
+            new = optim.select(finite, new, trained)
             opt_state = optim.select(finite, opt_state, state.opt_state)
             skipped += (~finite).astype(jnp.int32)
         metrics |= {'train_loss': loss, 'gradient_norm': norm, 'finite': finite, 'skipped': skipped}
         if schedule is not None:
             metrics['lr'] = schedule(state.step)
+        params = groups.combine(new, kept)
         return TrainState(state.step + 1, params, opt_state, skipped), metrics
 
     return train_step
@@ -318,10 +326,11 @@ def _check_metrics(metrics: Metrics) -> None:
             )
 
 
-def _mean(loss_fn, params, batch, key, accum_steps, mesh, param_shardings, *, gradient):
+def _mean(loss_fn, params, batch, key, accum_steps, mesh, grad_shardings, *, gradient):
     """Means over the batch of what `loss_fn` gives: ((loss, metrics), gradients or None).
 
-    `loss_fn` is (params, batch, key) -> (loss, metrics), all scalars, means over a micro-batch.
+    `loss_fn` is (*params, batch, key) -> (loss, metrics), all scalars, means over a micro-batch;
+    gradients are those of the first of `params`.
     """
     count, parts = batch['image'].shape[0], accum_steps * (mesh.size if mesh else 1)
     if count % parts:
@@ -332,7 +341,7 @@ def _mean(loss_fn, params, batch, key, accum_steps, mesh, param_shardings, *, gr
         )
     accumulate = functools.partial(_accumulate, loss_fn, gradient)
     if mesh is not None and mesh.shape['fsdp'] > 1:
-        return _fsdp(accumulate, params, batch, key, accum_steps, mesh, param_shardings)
+        return _fsdp(accumulate, params, batch, key, accum_steps, mesh, grad_shardings)
     return _data_parallel(accumulate, params, batch, key, accum_steps, mesh)
 
 
@@ -341,7 +350,7 @@ def _accumulate(loss_fn, gradient, params, batches, key, constrain=lambda grads:
     evaluate_one = jax.value_and_grad(loss_fn, has_aux=True) if gradient else loss_fn
 
     def of_one(index, batch):
-        told = evaluate_one(params, batch, jax.random.fold_in(key, index))
+        told = evaluate_one(*params, batch, jax.random.fold_in(key, index))
         return told if gradient else (told, None)
 
     accum_steps = batches['image'].shape[0]
@@ -353,7 +362,7 @@ def _accumulate(loss_fn, gradient, params, batches, key, constrain=lambda grads:
         scalars, grads = of_one(*item)
         return constrain(jax.tree.map(jnp.add, total, grads)), scalars
 
-    zeros = constrain(jax.tree.map(jnp.zeros_like, params)) if gradient else None
+    zeros = constrain(jax.tree.map(jnp.zeros_like, params[0])) if gradient else None
     total, scalars = jax.lax.scan(body, zeros, (jnp.arange(accum_steps), batches))
     return jax.tree.map(jnp.mean, scalars), jax.tree.map(lambda x: x / accum_steps, total)
 
@@ -385,7 +394,7 @@ def _data_parallel(accumulate, params, batch, key, accum_steps, mesh):
     return local(params, batch, key)
 
 
-def _fsdp(accumulate, params, batch, key, accum_steps, mesh, param_shardings):
+def _fsdp(accumulate, params, batch, key, accum_steps, mesh, grad_shardings):
     """Fully sharded: XLA gathers parameters and scatters gradients, once per micro-batch."""
 
     def split(x):
@@ -396,6 +405,6 @@ def _fsdp(accumulate, params, batch, key, accum_steps, mesh, param_shardings):
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
     def constrain(grads):
-        return grads and jax.lax.with_sharding_constraint(grads, param_shardings)
+        return grads and jax.lax.with_sharding_constraint(grads, grad_shardings)
 
     return accumulate(params, jax.tree.map(split, batch), key, constrain)

@@ -1,6 +1,8 @@
 """What of a recipe depends on the examples."""
 
+import jax
 import numpy as np
+import optax
 import pytest
 
 from vit_jax import data, losses
@@ -104,3 +106,29 @@ def test_knobs_of_the_loss_are_refused_beside_a_loss_of_ones_own():
     config = make_config(label_smoothing=0.1)
     with pytest.raises(UserError, match='label_smoothing=0.1 has no effect on a loss_fn'):
         recipe.losses_of(config, images([0]), losses.squared_error)
+
+
+@pytest.mark.parametrize(
+    ('knobs', 'own', 'message'),
+    [
+        ({'frozen': '.*'}, None, 'leaves no parameter to train'),
+        ({'frozen': 'haed'}, None, "config.frozen: 'haed' fits no parameter"),
+        ({'lr_mults': (('haed/.*', 2.0),)}, None, 'config.lr_mults: .* fits no parameter'),
+        ({'wd_mults': (('.*', 1.0),)}, None, 'factors of config.weight_decay, which is 0'),
+        ({'layer_decay': 0.75}, None, 'no encoderblock_0'),
+        ({'layer_decay': 0.75}, optax.sgd(0.1), 'no effect on an optimizer of your own'),
+        ({'lr_mults': (('.*', 2.0),)}, optax.sgd(0.1), 'no effect on an optimizer of your own'),
+    ],
+)
+def test_groups_that_do_not_fit_are_refused(knobs, own, message):
+    with pytest.raises(UserError, match=message):
+        recipe.optimizer_of(make_config(**knobs), lambda _: 0.1, own, lambda: ['head/kernel'])
+
+
+def test_what_is_frozen_is_so_with_an_optimizer_of_ones_own():
+    config = make_config(frozen='a')
+    tx = recipe.optimizer_of(config, None, optax.adam(0.1), lambda: ['a', 'b'])
+    state = tx.init({'a': np.ones(2), 'b': np.ones(3)})
+    assert sorted(leaf.shape for leaf in jax.tree.leaves(state)) == [(), (3,), (3,)]
+    own = optax.adam(0.1)
+    assert recipe.optimizer_of(make_config(), None, own, lambda: 1 / 0) is own

@@ -1,12 +1,15 @@
-"""What of a recipe depends on the examples: how long to train, the loss."""
+"""What of a recipe depends on the examples or the model: duration, loss, optimizer."""
 
 import math
+import re
+from collections.abc import Callable
 
 import ml_collections
 import numpy as np
+import optax
 
 from vit_jax import config as config_lib
-from vit_jax import losses
+from vit_jax import groups, losses, optim
 from vit_jax.configs import common
 from vit_jax.data.dataset import CLASS_INDEX, Selection
 from vit_jax.data.stream import BatchStream
@@ -48,6 +51,58 @@ def describe_schedule(config: ml_collections.ConfigDict, train: Selection | Batc
             f'{config.base_lr * config.batch / usual:.3g} for {config.batch}'
         )
     return told
+
+
+def optimizer_of(
+    config: ml_collections.ConfigDict,
+    schedule: optax.Schedule | None,
+    own: optax.GradientTransformation | None,
+    names: Callable[[], list[str]],
+) -> optax.GradientTransformation:
+    """The optimizer: the config's, or the caller's, of the parameters that are trained.
+
+    Args:
+      config: resolved.
+      schedule: the learning rate of the config's.
+      own: the caller's.
+      names: gives the names of all parameters.
+
+    Raises:
+      UserError: a setting has no effect, or does not fit the model.
+    """
+    grouped = {
+        name: config[name]
+        for name in ('lr_mults', 'wd_mults', 'layer_decay', 'frozen')
+        if config[name] != common.get_defaults()[name]
+    }
+    found = names() if grouped else []
+    for knob, value in grouped.items():
+        if own is not None and knob != 'frozen':
+            raise UserError(
+                f'config.{knob}={value!r} has no effect on an optimizer of your own: leave out one '
+                'of them'
+            )
+        if knob != 'layer_decay':
+            patterns = [value] if knob == 'frozen' else [pattern for pattern, _ in value]
+            groups.check_patterns(f'config.{knob}', patterns, found)
+    if 'wd_mults' in grouped and not config.weight_decay:
+        raise UserError(
+            f'config.wd_mults={config.wd_mults!r} are factors of config.weight_decay, which is 0: '
+            'set both, or none'
+        )
+    if config.frozen and all(re.fullmatch(config.frozen, name) for name in found):
+        raise UserError(
+            f'config.frozen={config.frozen!r} leaves no parameter to train; all but the head are '
+            "'(?!head/).*'"
+        )
+    factors = [groups.factor_of(config.lr_mults, 1.0)] if config.lr_mults else []
+    if config.layer_decay:
+        factors.append(groups.layer_decay(config.layer_decay, found))
+    tx = own
+    if tx is None:
+        together = (lambda name: math.prod(f(name) for f in factors)) if factors else None
+        tx = optim.create_optimizer(config, schedule, together)
+    return optim.trained_only(tx, config.frozen)
 
 
 def losses_of(

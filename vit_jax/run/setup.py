@@ -18,7 +18,7 @@ import optax
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from vit_jax import checkpoint, losses, models, optim, sharding, steps
+from vit_jax import checkpoint, groups, losses, models, optim, sharding, steps
 from vit_jax import config as config_lib
 from vit_jax import state as state_lib
 from vit_jax.checkpoint import adapt, catalog, infer
@@ -82,10 +82,13 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
             scan_layers=config.scan_layers,
         )
     train_loss, eval_loss = recipe.losses_of(config, train, parts.loss_fn)
-    schedule, tx = None, parts.tx
-    if tx is None:
-        schedule = optim.schedule_of(config)
-        tx = optim.create_optimizer(config, schedule)
+    schedule = optim.schedule_of(config) if parts.tx is None else None
+
+    def names() -> list[str]:
+        sizes = {'image_size': config.pp.crop, 'seed': 0, 'channels': train.channels}
+        return groups.names_of(jax.eval_shape(lambda: state_lib.init_params(model, **sizes)))
+
+    tx = recipe.optimizer_of(config, schedule, parts.tx, names)
     state = state_lib.abstract_state(model, tx, config.pp.crop, mesh, channels=train.channels)
     batch = steps.abstract_batch(
         config.batch, config.pp.crop, mesh, channels=train.channels, exact=config.pp.exact
