@@ -79,7 +79,10 @@ def sigmoid_cross_entropy(
 
 
 def cross_entropy(
-    kind: str = 'softmax', *, smoothing: float = 0.0, class_weights: Sequence[float] = ()
+    kind: str = 'softmax',
+    *,
+    smoothing: float = 0.0,
+    class_weights: Sequence[float] | np.ndarray = (),
 ) -> LossFn:
     """Builds the cross-entropy of a recipe.
 

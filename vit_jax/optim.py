@@ -135,14 +135,13 @@ def create_optimizer(
 def _weight_decay(weight_decay: float, mults: groups.Patterns) -> optax.GradientTransformation:
     """Adds to the update of each array `weight_decay` times its factor times the array."""
     factor_of = groups.factor_of(mults, 0.0)
-    parts = [
-        optax.add_decayed_weights(
-            weight_decay * factor,
-            functools.partial(groups.map_names, lambda name, f=factor: factor_of(name) == f),
-        )
-        for factor in dict.fromkeys(float(factor) for _, factor in mults)
-        if factor
-    ]
+
+    def of_one(factor: float) -> optax.GradientTransformation:
+        mask = functools.partial(groups.map_names, lambda name: factor_of(name) == factor)
+        return optax.add_decayed_weights(weight_decay * factor, mask)
+
+    factors = dict.fromkeys(float(factor) for _, factor in mults)
+    parts = [of_one(factor) for factor in factors if factor]
     return parts[0] if len(parts) == 1 else optax.chain(*parts)
 
 

@@ -260,8 +260,9 @@ def _introduce(run: loop.Run, setup: Setup) -> None:
 
 def _coverage_notes(run: loop.Run) -> tuple[str, ...]:
     """See `dataset.coverage_notes`; nothing where labels are not known without reading."""
-    known = [s.labels() for s in (run.train, run.test) if isinstance(s, Selection)]
-    if len(known) < 2 or any(labels is None for labels in known):
+    found = [s.labels() for s in (run.train, run.test) if isinstance(s, Selection)]
+    known = [labels for labels in found if labels is not None]
+    if len(known) < 2:
         return ()
     names = run.train.class_names
     return coverage_notes(names, *(np.bincount(labels, minlength=len(names)) for labels in known))

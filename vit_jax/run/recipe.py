@@ -24,13 +24,14 @@ def settle_duration(config: ml_collections.ConfigDict, train: Selection | BatchS
     Raises:
       UserError: there are no epochs, or they are too short, see `config.set_epochs`.
     """
-    if config.epochs and isinstance(train, BatchStream):
+    if not config.epochs:
+        return
+    if isinstance(train, BatchStream):
         raise UserError(
             f'config.epochs={config.epochs:g}: batches of an iterator do not tell how many '
             'examples there are; set config.total_steps or config.total_examples'
         )
-    if config.epochs:
-        config_lib.set_epochs(config, len(train))
+    config_lib.set_epochs(config, len(train))
 
 
 def describe_schedule(config: ml_collections.ConfigDict, train: Selection | BatchStream) -> str:

@@ -84,11 +84,12 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
     train_loss, eval_loss = recipe.losses_of(config, train, parts.loss_fn)
     schedule = optim.schedule_of(config) if parts.tx is None else None
 
-    def names() -> list[str]:
-        sizes = {'image_size': config.pp.crop, 'seed': 0, 'channels': train.channels}
-        return groups.names_of(jax.eval_shape(lambda: state_lib.init_params(model, **sizes)))
-
-    tx = recipe.optimizer_of(config, schedule, parts.tx, names)
+    init = functools.partial(
+        state_lib.init_params, model, config.pp.crop, config.seed, channels=train.channels
+    )
+    tx = recipe.optimizer_of(
+        config, schedule, parts.tx, names=lambda: groups.names_of(jax.eval_shape(init))
+    )
     state = state_lib.abstract_state(model, tx, config.pp.crop, mesh, channels=train.channels)
     batch = steps.abstract_batch(
         config.batch, config.pp.crop, mesh, channels=train.channels, exact=config.pp.exact
