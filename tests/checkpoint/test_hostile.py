@@ -217,6 +217,21 @@ def test_shards_are_files_beside_their_index(tmp_path, name):
     refused(tmp_path, 'not in the folder')
 
 
+@pytest.mark.parametrize(
+    'packed',
+    [
+        b'\x81\xa1a\xdd' + struct.pack('>I', 200_000) + b'\x80' * 200_000,
+        b'\x81\xa1a\xdf' + struct.pack('>I', 200_000) + b'\x01\x80' * 200_000,
+        b'\x81\xa1a\xc9' + struct.pack('>IB', 200_005, 1) + b'\xdd' + struct.pack('>I', 200_000)
+        + b'\xc0' * 200_000,
+        b'\x81\xa1a\xdd' + struct.pack('>I', 50_000) + b'\x92\x80\x80' * 50_000,
+    ],
+)  # fmt: skip
+def test_flax_files_of_many_objects(tmp_path, packed):
+    (tmp_path / 'a.msgpack').write_bytes(packed)
+    refused(tmp_path / 'a.msgpack', 'more than 100,000 objects|exceeds max_')
+
+
 def test_a_header_of_a_safetensors_file_as_large_as_it_says(tmp_path):
     header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}' + b' ' * (9 << 20) + b'}'
     data = struct.pack('<Q', len(header)) + header + bytes(4)

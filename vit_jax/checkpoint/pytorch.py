@@ -17,7 +17,7 @@ import re
 import struct
 import warnings
 from collections.abc import Mapping
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
@@ -171,14 +171,14 @@ def _refuse_bombs(path: pathlib.Path) -> None:
                 open(path, 'rb') as file,
                 mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view,
             ):
-                _check_pickles(view, view, path)
+                _check_pickles(view, cast('BinaryIO', view), path)
     except (MemoryError, UserError):
         raise
     except Exception as e:  # whatever zipfile raises for damage
         raise UserError(f'{path} is damaged ({e}): download it again') from e
 
 
-def _check_pickles(data: bytes | mmap.mmap, file: BinaryIO | mmap.mmap, path: pathlib.Path) -> None:
+def _check_pickles(data: bytes | mmap.mmap, file: BinaryIO, path: pathlib.Path) -> None:
     """Looks at the first pickles of a file without executing them.
 
     PyTorch's unpickler knows the names of Python objects only as plain text, so looking for the
