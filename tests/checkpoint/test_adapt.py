@@ -399,3 +399,11 @@ def test_load_pretrained_takes_the_size_of_images(tmp_path, caplog):
     assert infer.token_grid(_tree(hybrid), 64) is None
     with pytest.raises(UserError, match='give grid=.rows, columns., not image_size'):
         infer.token_grid(_tree(positions), 64)
+
+
+@pytest.mark.parametrize('wrong', [(0, 16), (-4, -4), (4, 4, 1), (4.0, 4.0), 'ab', 16, ()])
+@pytest.mark.parametrize('argument', ['grid', 'source_grid'])
+def test_impossible_grids(argument, wrong):
+    square = {POSITIONS: np.zeros((1, 16, 8), np.float32)}
+    with pytest.raises(UserError, match=rf'{argument}=.*two numbers from 1 up'):
+        _adapt(square, square, **{argument: wrong})

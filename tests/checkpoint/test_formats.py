@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import pathlib
 import pickle
 import struct
 import zipfile
@@ -16,6 +17,8 @@ from vit_jax import checkpoint
 from vit_jax.checkpoint import formats, npz
 from vit_jax.errors import UserError
 from vit_jax.inference import model_folder
+
+FIXTURES = pathlib.Path(__file__).parents[1] / 'fixtures' / 'conformance'
 
 POSITIONS = 'Transformer/posembed_input/pos_embedding'
 
@@ -100,6 +103,8 @@ def test_big_vision_files(tmp_path, prefix, scan, cls):
     assert weights.format == 'big_vision .npz'
     for said in ('position embeddings', 'other arrays are left out', *(['scan'] * scan)):
         assert said in str(weights)
+    if 'img/' in prefix:  # beside texts, a head gives an embedding: features are compared
+        params = {name: leaf for name, leaf in params.items() if name != 'head'}
     checkpoint.save(tmp_path / 'google.npz', params)
     assert formats.open_weights(tmp_path / 'google.npz').format == 'Google .npz'
     np.testing.assert_allclose(
@@ -292,3 +297,29 @@ def test_no_places_for_patches(tmp_path, tokens):
     checkpoint.save(tmp_path / 'a.npz', params)
     with pytest.raises(UserError, match='positions are not a square grid'):
         model_folder.load(tmp_path / 'a.npz')
+
+
+@pytest.mark.parametrize(
+    'case, block', [('vit_token', 'encoderblock'), ('mixer', 'MixerBlock'), ('vit_gap', '')]
+)
+def test_a_model_with_a_block_missing_is_no_smaller_one(tmp_path, case, block):
+    arrays = dict(np.load(FIXTURES / f'{case}.checkpoint.npz'))
+    if not block:  # and one of three, in between
+        block = 'encoderblock'
+        arrays |= {n.replace('block_1/', 'block_2/'): x for n, x in arrays.items()}
+        arrays = {n: x for n, x in arrays.items() if f'{block}_1/' not in n}
+    else:
+        arrays = {n: x for n, x in arrays.items() if f'{block}_0/' not in n}
+    np.savez(tmp_path / 'a.npz', **arrays)
+    with pytest.raises(UserError, match=rf'a.npz.*{block}_\d.* is missing'):
+        model_folder.load(tmp_path / 'a.npz')
+
+
+def test_an_image_tower_beside_texts_is_no_classifier(tmp_path):
+    arrays = dict(np.load(FIXTURES / 'vit_token.checkpoint.npz'))
+    tower = {f'params/img/{name}': x for name, x in arrays.items()}
+    np.savez(tmp_path / 'lit.npz', **tower, **{'params/txt/head/bias': np.ones(3, np.float32)})
+    loaded = model_folder.load(tmp_path / 'lit.npz')
+    assert loaded.class_names == () and 'head' not in loaded.params
+    assert 'is left out: it knows no classes' in ' '.join(loaded.source['notes'])
+    assert 'head' in checkpoint.load(tmp_path / 'lit.npz')

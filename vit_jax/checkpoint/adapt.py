@@ -7,6 +7,7 @@ that are missing, unknown or of another shape) is an error here.
 import dataclasses
 import fnmatch
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -295,8 +296,7 @@ def _grids(
 
     A grid that was not given is None if there is nothing to tell it from.
     """
-    grid = (grid[0], grid[1]) if grid else None
-    source_grid = (source_grid[0], source_grid[1]) if source_grid else None
+    grid, source_grid = _as_grid(grid, 'grid'), _as_grid(source_grid, 'source_grid')
     flats = expected, found
     shapes = [flat[POSITION_EMBEDDING].shape for flat in flats if POSITION_EMBEDDING in flat]
     if len(shapes) != 2 or any(len(shape) != 3 for shape in shapes):
@@ -318,6 +318,18 @@ def _grids(
     assumed = [name for name, g in (('model', grid), ('checkpoint', source_grid)) if not g]
     grid, source_grid = grid or resize.square(count), source_grid or resize.square(old)
     return grid, source_grid, tuple(assumed)
+
+
+def _as_grid(grid: Any, argument: str) -> Grid | None:
+    if grid is None:
+        return None
+    try:
+        rows, columns = map(operator.index, grid)
+    except (TypeError, ValueError):
+        rows = columns = 0
+    if rows < 1 or columns < 1:
+        raise UserError(f'{argument}={grid!r} should be (rows, columns), two numbers from 1 up')
+    return rows, columns
 
 
 def _words(grid: Grid) -> str:

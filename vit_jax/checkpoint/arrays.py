@@ -93,6 +93,7 @@ class Weights:
         image_size: side or (height, width) of the input in pixels, 0 where only the arrays tell.
         settings: arguments of the model that the arrays do not tell, such as `act`; under
             'told_by_arrays' those that they have to agree with.
+        projects: whether its head gives an embedding beside texts', and no scores of classes.
         preprocess: from decoded images to pixels, as the file tells; None where it does not.
         refused: how it says that images become pixels, where that is not computed here.
     """
@@ -105,6 +106,7 @@ class Weights:
     class_names: tuple[str, ...] = ()
     image_size: int | tuple[int, int] = 0
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    projects: bool = False
     preprocess: Preprocess | None = None
     refused: str = ''
 

@@ -54,7 +54,10 @@ def architecture(
     asked = find_variant(variant) if variant else None
     flat = flatten(params)
     try:
-        config = _mixer(flat) if 'MixerBlock_0' in params else _vit(flat)
+        mixer = any(name.startswith('MixerBlock_') for name in params)
+        config = _mixer(flat) if mixer else _vit(flat)
+    except UserError as e:
+        raise UserError(f'{source}: {e}') from e
     except (KeyError, IndexError) as e:
         raise UserError(
             f'{source} does not hold the weights of a Vision Transformer or an MLP-Mixer: '
@@ -307,8 +310,17 @@ def _not_default(
 
 
 def _count(names: Iterable[str], pattern: str) -> int:
-    """How many different numbers the names have where the pattern has its group."""
-    return len({match[1] for name in names if (match := re.fullmatch(pattern, name))})
+    """How many different numbers the names have where the pattern has its group.
+
+    Raises:
+        UserError: one is missing in between, or the first ones are.
+    """
+    found = {int(match[1]) for name in names if (match := re.fullmatch(pattern, name))}
+    first = 1 if pattern.startswith('block') else 0  # of a ResNet, they are counted from 1
+    missing = set(range(first, max(found, default=0) + 1)) - found
+    if missing:
+        raise UserError(f'{pattern.split("(")[0]}{min(missing)} is missing, and later ones are not')
+    return len(found)
 
 
 def _sizes(config: Mapping[str, Any]) -> dict[str, Any]:

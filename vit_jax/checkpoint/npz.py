@@ -105,7 +105,8 @@ def open_file(path: str | os.PathLike[str], *, whole: bool = False) -> Weights:
     if not flat:
         raise UserError(f'{path} holds no arrays')
     weights = from_flat(flat, path, prefix, left_out, as_named=as_named)
-    return dataclasses.replace(weights, settings=settings)
+    projects = prefix.endswith('img/') and 'head' in weights.params
+    return dataclasses.replace(weights, settings=settings, projects=projects)
 
 
 def from_flat(

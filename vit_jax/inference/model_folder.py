@@ -297,6 +297,10 @@ def _from_weights(path: pathlib.Path, weights: formats.Weights, variant: str) ->
     _log.info('%s', weights)
     for guess in weights.assumed:
         _log.warning('%s: %s', path, guess)
+    if weights.projects:
+        params = {name: leaf for name, leaf in weights.params.items() if name != 'head'}
+        note = 'its head, which projects to the space of texts, is left out: it knows no classes'
+        weights = dataclasses.replace(weights, params=params, notes=(*weights.notes, note))
     config = infer.architecture(
         weights.params, str(path), variant=variant, settings=weights.settings
     )
