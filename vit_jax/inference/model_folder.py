@@ -69,8 +69,8 @@ class Model:
     source: Mapping[str, Any]
 
     @property
-    def image_size(self) -> int:
-        """Side of the (square) input, pixels."""
+    def image_size(self) -> int | tuple[int, int]:
+        """Side of the input, or (height, width), pixels."""
         return self.preprocess.crop
 
 
