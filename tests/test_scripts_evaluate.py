@@ -1,14 +1,17 @@
 """vit_jax evaluate and what it is made of: metrics, pictures, tables."""
 
+import csv
 import json
 import os
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 from PIL import Image
+from pyarrow import parquet
 
 from vit_jax import evaluate as training_evaluation
 from vit_jax import sharding, steps
@@ -75,7 +78,7 @@ def test_metrics_by_hand():
     assert (found.count, found.unreadable, found.accuracy_top5) == (6, 1, None)
     assert found.accuracy == pytest.approx(3 / 6), 'the unreadable one is not right'
     assert found.loss == pytest.approx(-np.log([0.7, 0.3, 0.5, 0.9, 0.3]).mean(), abs=1e-6)
-    assert found.confusion.tolist() == [[1, 1, 0], [1, 2, 0], [0, 0, 0]]
+    assert found.confusion.toarray().tolist() == [[1, 1, 0], [1, 2, 0], [0, 0, 0]]
     assert found.support.tolist() == [2, 3, 1]
     np.testing.assert_allclose(found.precision, [1 / 2, 2 / 3, np.nan])
     np.testing.assert_allclose(found.recall, [1 / 2, 2 / 3, 0])
@@ -83,7 +86,12 @@ def test_metrics_by_hand():
     assert found.macro(found.precision) == pytest.approx((1 / 2 + 2 / 3) / 3)
     # confidences 0.7 right, 0.6 wrong, 0.5 right, 0.9 right, 0.4 wrong: each in a bin of its own.
     assert found.calibration.expected_error == pytest.approx((0.3 + 0.6 + 0.5 + 0.1 + 0.4) / 5)
-    text = json.dumps(found.to_dict(), allow_nan=False)
+    told = found.to_dict()
+    assert told['confusion']['counts'] == [[0, 0, 1], [0, 1, 1], [1, 0, 1], [1, 1, 2]]
+    assert [tuple(pair.values()) for pair in told['most_confused']] == [
+        ('a', 'b', 1, 1 / 2), ('b', 'a', 1, 1 / 3)
+    ]  # fmt: skip
+    text = json.dumps(told, allow_nan=False)
     assert json.loads(text)['classes'][2] == {
         'class': 'c', 'precision': None, 'recall': 0.0, 'f1': 0.0, 'support': 1,
     }  # fmt: skip
@@ -209,6 +217,29 @@ def test_unreadable_images_are_reported(run, main, no_pictures, tmp_path):
     assert err == 'evaluate.py: not one of the 7 images to evaluate on can be read\n'
 
 
+def test_what_each_image_was_taken_for(run, main, tmp_path):
+    shutil.copytree(run / 'photos', tmp_path / 'photos')
+    (tmp_path / 'photos/test/iris/1.png').write_bytes(b'broken')
+    words = ('--model', run / 'model.onnx', '--dataset', tmp_path / 'photos', '--predictions')
+    for name in ('a.csv', 'a.parquet'):
+        assert main(*words, tmp_path / name)[0] == 1, 'one image cannot be read'
+    with open(tmp_path / 'a.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    table = parquet.read_table(tmp_path / 'a.parquet').to_pylist()
+    assert len(rows) == len(table) == 21
+    for row, typed in zip(rows, table, strict=True):
+        assert [str('' if value is None else value) for value in typed.values()] == [*row.values()]
+        assert pathlib.Path(row['image']).parent.name == row['true']
+        if row['readable'] == 'True':
+            assert (row['rank'] == '1') == (row['predicted'] == row['true'])
+            assert 0 < typed['probability'] <= typed['confidence'] <= 1
+        else:
+            assert row['image'].endswith('iris/1.png') and row['predicted'] == row['rank'] == ''
+    status, _, err = main(*words, tmp_path / 'a.csv')
+    assert status == 1 and 'exists' in err
+    assert 'NAME.csv or NAME.parquet' in main(*words, tmp_path / 'a.txt')[2]
+
+
 def test_output_is_whole_new_and_replaced_on_request_only(
     run, main, no_pictures, tmp_path, monkeypatch
 ):
@@ -266,16 +297,65 @@ def test_split_is_the_one_that_training_holds_out(main, tiny_model, tmp_path, ca
     )
 
 
-def test_many_classes_show_those_with_most_mistakes(tmp_path):
+def many_classes(count):
+    """Metrics of 5 images of each; the first half of the classes is never mistaken."""
     rng = np.random.default_rng(0)
-    wanted = np.repeat(np.arange(100), 5)
-    logits = rng.normal(0, 1, (500, 100)).astype(np.float32)
-    logits[np.arange(500), wanted] += np.where(wanted < 50, 9, 1)
-    names = [f'[b]class {i}[/b]' if i else '$a$ 写' for i in range(100)]
-    found = metrics_lib.compute(outcomes(logits, wanted, np.ones(500, bool)), names)
-    chosen, note = metrics_report._choose(found)
-    assert len(chosen) == metrics_report.MAX_CLASSES and chosen.min() >= 50
-    assert 'the 40 of 100 classes with most mistakes' in note
+    wanted = np.repeat(np.arange(count), 5)
+    logits = rng.normal(0, 1, (5 * count, count)).astype(np.float32)
+    logits[np.arange(5 * count), wanted] += np.where(wanted < count // 2, 90, 1)
+    names = [f'[b]class {i}[/b]' if i else '$a$ 写' for i in range(count)]
+    return metrics_lib.compute(outcomes(logits, wanted, np.ones(5 * count, bool)), names)
+
+
+def test_a_thousand_classes_make_a_small_file():
+    found = many_classes(1000)
+    assert len(json.dumps(found.to_dict(), indent=1)) < 500_000
+    counts = found.to_dict()['confusion']['counts']
+    assert sum(images for _, _, images in counts) == 5000
+    pairs = found.to_dict()['most_confused']
+    assert len(pairs) == metrics_lib.MAX_PAIRS
+    assert [p['images'] for p in pairs] == sorted((p['images'] for p in pairs), reverse=True)
+
+
+def test_the_confusion_of_many_classes_has_the_worst_first(monkeypatch):
+    monkeypatch.setattr(metrics_report, 'MAX_CLASSES', 50)
+    found = many_classes(110)
+    title = 'runs/' + 'long/' * 50
+    axes, _ = (figure := metrics_report.draw_confusion(found, title=title)).axes
+    rows = [text.get_text() for text in axes.get_yticklabels()]
+    dense = found.confusion.toarray()
+    mistakes = dense.sum(axis=0) + dense.sum(axis=1) - 2 * dense.diagonal()
+    shown = mistakes[[found.class_names.index(name) for name in rows]].tolist()
+    assert shown == sorted(mistakes.tolist(), reverse=True)[:50]
+    assert axes.get_xticklabels()[-1].get_text() == '(other classes)'
+    drawn = axes.images[0].get_array()
+    np.testing.assert_allclose(drawn.sum(axis=1), 1)
+    assert 'the 50 of 110 classes with most mistakes, the worst first' in figure.get_suptitle()
+    figure.canvas.draw()
+    box = figure._suptitle.get_window_extent()
+    assert 0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+
+
+def test_captions_of_long_names_stay_apart(tmp_path):
+    names = [f'{name} of a very long name, another name, a third one' * 2 for name in CLASSES]
+    Image.new('RGB', (40, 30)).save(tmp_path / 'a.png')
+    figures = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contact_sheet, 'save_figure', lambda figure, *_, **__: figures.append(figure))
+        shown = [(str(tmp_path / 'a.png'), np.ones(7, np.float32) / 7)] * 5
+        contact_sheet.save('x.png', shown, names, title='title ' * 60)
+    (figure,) = figures
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in (*figure.texts, figure._suptitle)]
+    boxes += [axes.get_window_extent() for axes in figure.axes]
+    apart = [not a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i]
+             if a.bounds != b.bounds]  # fmt: skip
+    assert all(apart) and len(figure.texts) >= 5 * 3
+    assert all(0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 for box in boxes)
+
+
+def test_many_classes_in_tables(tmp_path):
+    found = many_classes(100)
     contact_sheet.save_figure(metrics_report.draw_confusion(found, title='$t$'), tmp_path / 'x.png')
     from rich import console
 
@@ -284,6 +364,7 @@ def test_many_classes_show_those_with_most_mistakes(tmp_path):
     text = out.export_text()
     out.file.close()
     assert 'The 30 of 100 classes with the lowest F1' in text and '[b]class' in text
+    assert 'often taken for' in text
 
 
 def test_one_image_that_can_be_read_is_needed():

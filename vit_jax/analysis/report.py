@@ -154,5 +154,6 @@ def _examples(run: Run, number: int, images: int | None) -> dict[str, object]:
         'confusion': report_charts.to_svg(confusion, f'confusion{number}'),
         'reliability': report_charts.to_svg(reliability, f'calibration{number}'),
         'classes': report_tables.classes(found.metrics),
+        'confused': report_tables.confused(found.metrics),
         'results': report_tables.results(found, run),
     }

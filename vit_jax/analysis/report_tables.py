@@ -138,6 +138,15 @@ def classes(metrics: 'Metrics') -> Table:
     return Table('Classes', columns, rows, (note,) if note else ())
 
 
+def confused(metrics: 'Metrics') -> Table:
+    """The classes most often taken for another."""
+    rows = [
+        (f'{right} → {taken}', *numbers)
+        for right, taken, *numbers in classification_report.confused_rows(metrics)
+    ]
+    return Table('Most confused', ('Class → taken for', 'Images>', 'Share of the class>'), rows)
+
+
 def results(found: 'Predictions', run: Run) -> Table:
     """All classes together."""
     metrics = found.metrics

@@ -62,7 +62,12 @@ def _parser() -> argparse.ArgumentParser:
     add('--batch', type=int, default=32, help='images at once (default: 32)')
     cli.add_max_memory(parser)
     add('--output', metavar='DIR', help=f'write {RESULT} and pictures to this new folder')
-    add('--overwrite', action='store_true', help='replace DIR, if it is of an earlier evaluation')
+    add(
+        '--predictions',
+        metavar='FILE',
+        help='write what each image was taken for to this new file, NAME.csv or NAME.parquet',
+    )
+    add('--overwrite', action='store_true', help='replace FILE, and an earlier evaluation in DIR')
     return parser
 
 
@@ -74,6 +79,8 @@ def _run(args: argparse.Namespace) -> int:
 
     if args.output:
         _check_output(pathlib.Path(args.output), args.overwrite)
+    if args.predictions:
+        output.check_outcomes(args.predictions, overwrite=args.overwrite)
     cli.limit_memory(args.max_memory)
     model = classifier.open_classifier(
         args.model, variant=args.variant, labels=args.labels, **cli.input_of(args)
@@ -85,15 +92,20 @@ def _run(args: argparse.Namespace) -> int:
     if in_order and labels.numbered(len(to_model)) == model.class_names:
         model.class_names = tuple(source.class_names)
     with output.progress_bar(len(source)) as advance:
+        recorded = metrics_lib.Recorded(source)
         found, unreadable = metrics_lib.collect(
-            model, source, model_labels=to_model, batch=args.batch, advance=advance
+            model, recorded, model_labels=to_model, batch=args.batch, advance=advance
         )
     metrics = metrics_lib.compute(found, model.class_names)
     out = console.Console(highlight=False)
     if not out.is_terminal:
         out.width = 120  # A pipe has no width; 80 columns would fold long names of classes.
     title = f'{args.model} on {source}'
-    out.print(metrics_report.tables(metrics, title=f'{title}\nsplit: {source.spec}, {reason}'))
+    split = f'split: {source.spec}, {reason}'
+    out.print(metrics_report.tables(metrics, title=title, subtitle=split))
+    if args.predictions:
+        output.write_outcomes(args.predictions, recorded.keys, found, model.class_names)
+        print(f'written to {args.predictions}: what each image was taken for')
     if args.output:
         described = {
             'model': args.model,

@@ -3,6 +3,7 @@
 import math
 import os
 import pathlib
+import textwrap
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,17 @@ from vit_jax.errors import extra, printable
 from vit_jax.inference import predict
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MAX_IMAGES = 48
 SHOWN_CLASSES = 3
 _THUMBNAIL = 240  # longer side, pixels
-_NAME_LENGTH = 26  # characters that fit above an image
+# Inches: an image, what is between two, a line of text.
+_SIDE, _GAP, _LINE = 2.0, 0.4, 0.16
+_NAME_LENGTH = 34  # characters of a file's name that fit above an image
+# Of the classes below it: size of the font, and characters that fit into a line.
+_FIRST_CLASS, _OTHER_CLASS = (9, 28), (7.5, 38)
+_MAX_CLASS_NAME = 70  # characters
 
 
 def save(
@@ -29,7 +34,7 @@ def save(
     *,
     title: str,
 ) -> None:
-    """Draws each image with its most probable classes.
+    """Draws each image with its most probable classes; long names take several lines.
 
     Args:
       path: the PNG file to write, whatever its suffix.
@@ -38,24 +43,50 @@ def save(
       title: of the sheet.
     """
     columns = min(len(predictions), max(3, math.ceil(math.sqrt(1.5 * len(predictions)))))
-    rows = math.ceil(len(predictions) / columns)
-    figure = new_figure(max(5, 2.1 * columns), 2.9 * rows + 0.6)
-    # parse_math: a $ in a name of a file or class is a $.
-    figure.suptitle(printable(title), fontsize=11, parse_math=False)
-    for place, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
-        axes.axis('off')
-        if place < len(predictions):
-            _draw(axes, *predictions[place], class_names)
-    # tight: the captions of the last row, too.
-    save_figure(figure, path, dpi=100, bbox_inches='tight', pad_inches=0.15)
+    captions = [_caption(probabilities, class_names) for _, probabilities in predictions]
+    starts = range(0, len(predictions), columns)
+    heights = [
+        _SIDE + _GAP + _LINE * (2 + max(map(len, captions[start : start + columns])))
+        for start in starts
+    ]
+    width, head = max(5, (_SIDE + _GAP) * columns + _GAP), 0.7
+    height = sum(heights) + head
+    figure = new_figure(width, height, layout='none')
+    set_title(figure, printable(title))
+    top = height - head
+    for start, row_height in zip(starts, heights, strict=True):
+        for place in range(start, min(start + columns, len(predictions))):
+            left = (width - (_SIDE + _GAP) * columns + _GAP) / 2 + (_SIDE + _GAP) * (place - start)
+            bottom = top - _LINE - _SIDE
+            axes = figure.add_axes((left / width, bottom / height, _SIDE / width, _SIDE / height))
+            axes.axis('off')
+            file = predictions[place][0]
+            axes.imshow(_thumbnail(predict.read_image(file)))
+            # parse_math: a $ in a name of a file or class is a $.
+            name = shorten(pathlib.PurePath(file).name, _NAME_LENGTH)
+            axes.set_title(name, fontsize=8, color='dimgray', parse_math=False)
+            for line, (text, size, weight) in enumerate(captions[place]):
+                figure.text(
+                    (left + _SIDE / 2) / width, (bottom - 0.05 - _LINE * line) / height, text,
+                    ha='center', va='top', fontsize=size, fontweight=weight, parse_math=False,
+                )  # fmt: skip
+        top -= row_height
+    save_figure(figure, path, dpi=100)
 
 
-def new_figure(width: float, height: float) -> 'Figure':
+def new_figure(width: float, height: float, *, layout: str = 'constrained') -> 'Figure':
     """An empty figure of matplotlib, in inches."""
     with extra('report'):
         from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout='constrained')
+    return Figure(figsize=(width, height), layout=layout)
+
+
+def set_title(figure: 'Figure', title: str) -> None:
+    """Writes a title above a figure, in as many lines as its width takes."""
+    characters = int(12 * figure.get_figwidth())  # of 10 points
+    lines = [line for text in title.split('\n') for line in textwrap.wrap(text, characters)]
+    figure.suptitle('\n'.join(lines), fontsize=10, parse_math=False)
 
 
 def save_figure(figure: 'Figure', path: str | os.PathLike[str], **options: Any) -> None:
@@ -66,25 +97,16 @@ def save_figure(figure: 'Figure', path: str | os.PathLike[str], **options: Any) 
         figure.savefig(path, format='png', **options)
 
 
-def _draw(axes: 'Axes', path: str, probabilities: np.ndarray, class_names: Sequence[str]) -> None:
-    axes.imshow(_thumbnail(predict.read_image(path)))
-    axes.set_title(
-        shorten(pathlib.PurePath(path).name), fontsize=8, color='dimgray', parse_math=False
-    )
-    best = predict.choose_classes(probabilities, top_k=SHOWN_CLASSES)
-    lines = [f'{shorten(class_names[label])}  {100 * probabilities[label]:.1f} %' for label in best]
-    for line, text in enumerate(lines):
-        axes.text(
-            0.5,
-            -0.03 - 0.11 * line,
-            text,
-            transform=axes.transAxes,
-            ha='center',
-            va='top',
-            fontsize=9 if line == 0 else 7.5,
-            fontweight='bold' if line == 0 else 'normal',
-            parse_math=False,
-        )
+def _caption(probabilities: np.ndarray, class_names: Sequence[str]) -> list[tuple[str, float, str]]:
+    """The lines below an image: text, size of the font, weight."""
+    lines = []
+    for place, label in enumerate(predict.choose_classes(probabilities, top_k=SHOWN_CLASSES)):
+        size, characters = _OTHER_CLASS if place else _FIRST_CLASS
+        name = shorten(class_names[label], _MAX_CLASS_NAME)
+        text = f'{name} {100 * probabilities[label]:.1f}\N{NO-BREAK SPACE}%'
+        weight = 'normal' if place else 'bold'
+        lines += [(line, size, weight) for line in textwrap.wrap(text, characters)]
+    return lines
 
 
 def _thumbnail(pixels: np.ndarray) -> np.ndarray:
@@ -99,7 +121,7 @@ def _thumbnail(pixels: np.ndarray) -> np.ndarray:
     return np.asarray(square)
 
 
-def shorten(text: str, length: int = _NAME_LENGTH) -> str:
+def shorten(text: str, length: int) -> str:
     """A text for a picture, of at most about `length` characters: begin and end of a longer one."""
     text = printable(text)
     if len(text) <= length:

@@ -6,16 +6,20 @@ They are computed from the outcome of each image, see `vit_jax.evaluate`.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vit_jax.data.dataset import Source
+from vit_jax.data.dataset import Example, Source
 from vit_jax.data.decode import BadImageError
 from vit_jax.errors import extra
 from vit_jax.evaluate import Outcomes, join, outcomes, totals
 from vit_jax.inference.classifier import Classifier, classify
 
+if TYPE_CHECKING:
+    from scipy import sparse
+
+MAX_PAIRS = 100  # of classes that are confused, in the file
 BINS = 15  # of confidence; the number used by Guo et al. (2017)
 
 
@@ -65,7 +69,8 @@ class Metrics:
       f1: float64 [C], harmonic mean of both, 2 TP / (2 TP + FP + FN); NaN where there was neither
         an image of the class nor one taken for it.
       support: int64 [C], images of each class.
-      confusion: int64 [C, C], images by right class (row) and predicted class (column).
+      confusion: int64 [C, C], images by right class (row) and predicted class (column); sparse, as
+        few of a million pairs of 1,000 classes occur.
       calibration: of the readable images.
     """
 
@@ -79,12 +84,23 @@ class Metrics:
     recall: np.ndarray
     f1: np.ndarray
     support: np.ndarray
-    confusion: np.ndarray
+    confusion: 'sparse.csr_array'
     calibration: Calibration
 
     def macro(self, values: np.ndarray) -> float:
         """Mean over the classes that have images, each counting the same; NaN counts as 0."""
         return float(np.nan_to_num(values[self.support > 0]).mean())
+
+    def confused(self, most: int) -> list[tuple[int, int, int]]:
+        """The classes most often taken for another: (right, predicted, images), most images first.
+
+        Args:
+          most: pairs to give.
+        """
+        row, column, images = _triples(self.confusion)
+        row, column, images = (values[row != column] for values in (row, column, images))
+        order = np.lexsort((column, row, -images))[:most]
+        return [(int(row[i]), int(column[i]), int(images[i])) for i in order]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON; NaN becomes None."""
@@ -103,7 +119,15 @@ class Metrics:
                 {'class': name} | {column: values[i] for column, values in columns.items()}
                 for i, name in enumerate(self.class_names)
             ],
-            'confusion': {'rows': 'true', 'columns': 'predicted', 'counts': _plain(self.confusion)},
+            'confusion': {
+                'columns': ['true label', 'predicted label', 'images'],
+                'counts': np.stack(_triples(self.confusion), axis=-1).tolist(),
+            },
+            'most_confused': [
+                {'true': self.class_names[i], 'predicted': self.class_names[j], 'images': images,
+                 'share_of_true': images / int(self.support[i])}
+                for i, j, images in self.confused(MAX_PAIRS)
+            ],
             'calibration': {
                 'expected_calibration_error': calibration.expected_error,
                 'maximum_calibration_error': calibration.largest_error,
@@ -114,6 +138,31 @@ class Metrics:
                 ],
             },
         }  # fmt: skip
+
+
+class Recorded:
+    """A source that keeps what its examples are called, once they were read.
+
+    Attributes:
+      keys: by index; '' of those that were not read.
+    """
+
+    def __init__(self, source: Source):
+        self.class_names, self.exif = source.class_names, source.exif
+        self.keys = [''] * len(source)
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Example:
+        try:
+            example = self._source[index]
+        except BadImageError as error:
+            self.keys[index] = error.key
+            raise
+        self.keys[index] = example.key
+        return example
 
 
 def collect(
@@ -162,6 +211,7 @@ def compute(found: Outcomes, class_names: Sequence[str]) -> Metrics:
     """
     with extra('report'):
         from sklearn import metrics
+    from scipy import sparse
 
     readable = found.readable
     overall = totals(found, len(class_names))
@@ -182,9 +232,10 @@ def compute(found: Outcomes, class_names: Sequence[str]) -> Metrics:
         recall=recall,
         f1=f1,
         support=support,
-        confusion=metrics.confusion_matrix(
-            found.label[readable], predicted[readable], labels=labels
-        ),
+        confusion=sparse.coo_array(
+            (np.ones(readable.sum(), np.int64), (found.label[readable], predicted[readable])),
+            shape=(len(labels), len(labels)),
+        ).tocsr(),
         calibration=calibrate(found.confidence[readable], found.right[readable]),
     )
 
@@ -207,6 +258,12 @@ def calibrate(confidence: np.ndarray, right: np.ndarray, *, bins: int = BINS) ->
     return Calibration(
         count, accuracy, mean, float(np.nansum(gap * count) / count.sum()), float(np.nanmax(gap))
     )
+
+
+def _triples(counts: 'sparse.csr_array') -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows, columns and values of what is not 0, by row."""
+    found = counts.tocoo()
+    return found.row, found.col, found.data
 
 
 def _plain(values: np.ndarray) -> list[Any]:

@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     import rich.console
     from matplotlib.figure import Figure
 
-MAX_CLASSES = 40  # of a confusion matrix that can be read
+MAX_CLASSES = 120  # of a confusion matrix that can be read
 MAX_ROWS = 30  # classes in the table
+MAX_PAIRS = 10  # of confused classes in the table
+_LARGE = 40  # classes; with more, the fields are smaller, and the worst come first
 _NUMBERS_UP_TO = 20  # classes; with more, the counts would not fit into the fields
 
 
-def tables(metrics: Metrics, *, title: str) -> 'rich.console.Group':
+def tables(metrics: Metrics, *, title: str, subtitle: str = '') -> 'rich.console.Group':
     """The metrics as tables that rich prints.
 
     Of more than `MAX_ROWS` classes, those of lowest F1 are shown, and a line says so; classes that
@@ -26,6 +28,7 @@ def tables(metrics: Metrics, *, title: str) -> 'rich.console.Group':
     Args:
       metrics: of `metrics.compute`.
       title: first line.
+      subtitle: second line.
     """
     from rich import box, console, table, text
 
@@ -40,9 +43,17 @@ def tables(metrics: Metrics, *, title: str) -> 'rich.console.Group':
     rows, note = class_rows(metrics)
     for name, *numbers, mistake in rows:
         classes.add_row(text.Text(name), *numbers, text.Text(mistake))
-    return console.Group(
-        text.Text(printable(title)), summary, *([text.Text(f'\n{note}')] if note else []), classes
-    )
+    confused = table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ('class', 'often taken for'):
+        confused.add_column(heading, overflow='fold')
+    for heading in ('images', 'share of the class'):
+        confused.add_column(heading, justify='right')
+    for name, other, *numbers in confused_rows(metrics):
+        confused.add_row(text.Text(name), text.Text(other), *numbers)
+    lines = [text.Text(printable(line)) for line in (title, subtitle) if line]
+    notes = [text.Text(f'\n{note}')] if note else []
+    pairs = [confused] if confused.row_count else []
+    return console.Group(*lines, summary, *notes, classes, *pairs)
 
 
 def class_rows(metrics: Metrics) -> tuple[list[tuple[str, ...]], str]:
@@ -72,31 +83,58 @@ def class_rows(metrics: Metrics) -> tuple[list[tuple[str, ...]], str]:
     return rows, note
 
 
+def confused_rows(metrics: Metrics) -> list[tuple[str, str, str, str]]:
+    """Rows of class, the class it is often taken for, images, and their share of the class."""
+    return [
+        (
+            printable(metrics.class_names[right]),
+            printable(metrics.class_names[predicted]),
+            f'{images:,}',
+            _percent(images / metrics.support[right]),
+        )
+        for right, predicted, images in metrics.confused(MAX_PAIRS)
+    ]
+
+
 def draw_confusion(metrics: Metrics, *, title: str) -> 'Figure':
     """Draws the confusion matrix: each row the images of one class, by what they were taken for.
 
-    Colours are shares of a row, numbers are images. Of more than `MAX_CLASSES` classes, those with
-    the most mistakes are drawn, and the title says so; shares are of the whole row all the same.
+    Colours are shares of a row, numbers are images. Many classes are drawn with the most mistakes
+    first; of more than `MAX_CLASSES`, these alone, and a last column for what went to others.
 
     Args:
       metrics: of `metrics.compute`.
       title: first line of the picture.
     """
     chosen, note = _choose(metrics)
-    counts = metrics.confusion[np.ix_(chosen, chosen)]
-    total = metrics.confusion[chosen].sum(axis=1, keepdims=True)
-    shares = counts / np.maximum(total, 1)
-    side = max(4.5, 0.42 * len(chosen) + 2.5)
+    rows = metrics.confusion[chosen]
+    total = np.maximum(np.asarray(rows.sum(axis=1)), 1)[:, None]
+    counts = rows[:, chosen].toarray()
+    names = [contact_sheet.shorten(metrics.class_names[i], 28) for i in chosen]
+    columns = list(names)
+    if len(chosen) < len(metrics.class_names):
+        others = np.asarray(rows.sum(axis=1))[:, None] - counts.sum(axis=1, keepdims=True)
+        counts = np.concatenate([counts, others], axis=1)
+        columns.append('(other classes)')
+    shares = counts / total
+    large = len(names) > _LARGE
+    side = max(4.5, (0.2 if large else 0.42) * len(columns) + 2.5)
     figure = contact_sheet.new_figure(side + 1, side)
     axes = figure.subplots()
     picture = axes.imshow(shares, cmap='Blues', vmin=0, vmax=1)
-    names = [contact_sheet.shorten(metrics.class_names[i], 24) for i in chosen]
-    axes.set_xticks(range(len(names)), names, rotation=90, parse_math=False)
-    axes.set_yticks(range(len(names)), names, parse_math=False)
+    size = 6.5 if large else None
+    axes.set_xticks(range(len(columns)), columns, rotation=90, parse_math=False, fontsize=size)
+    axes.set_yticks(range(len(names)), names, parse_math=False, fontsize=size)
     axes.set_xlabel('predicted class')
     axes.set_ylabel('true class')
-    axes.set_title(f'{printable(title)}\n{note}', fontsize=10, parse_math=False)
-    figure.colorbar(picture, ax=axes, label='share of the true class', shrink=0.8)
+    if large:  # to follow a row or column
+        axes.set_xticks(np.arange(len(columns)) - 0.5, minor=True)
+        axes.set_yticks(np.arange(len(names)) - 0.5, minor=True)
+        axes.grid(True, which='minor', color='gainsboro', linewidth=0.3)
+        axes.tick_params(which='minor', length=0)
+    contact_sheet.set_title(figure, f'{printable(title)}\n{note}')
+    bar = {'aspect': 50, 'fraction': 0.02} if large else {'shrink': 0.8}
+    figure.colorbar(picture, ax=axes, label='share of the true class', **bar)
     if len(names) <= _NUMBERS_UP_TO:
         for (row, column), count in np.ndenumerate(counts):
             if count:
@@ -130,11 +168,10 @@ def draw_reliability(metrics: Metrics, *, title: str) -> 'Figure':
     upper.set_ylim(0, 1.02)
     # Not in the panel, where bars may be anywhere.
     figure.legend(loc='outside lower center', ncols=3, fontsize=8)
-    upper.set_title(
+    contact_sheet.set_title(
+        figure,
         f'{printable(title)}\nexpected calibration error {100 * calibration.expected_error:.2f} % '
         f'({bins} bins, {calibration.count.sum():,} images)',
-        fontsize=10,
-        parse_math=False,
     )
     lower.bar(left, calibration.count, color='lightsteelblue', **style)
     lower.set_xlim(0, 1)
@@ -169,19 +206,22 @@ def _percent(share: float) -> str:
 
 
 def _commonest_mistake(metrics: Metrics, label: int) -> str:
-    mistakes = metrics.confusion[label].copy()
+    mistakes = metrics.confusion[[label]].toarray()[0]
     mistakes[label] = 0
     most = int(mistakes.argmax())
     return f'{printable(metrics.class_names[most])} ({mistakes[most]:,})' if mistakes[most] else ''
 
 
 def _choose(metrics: Metrics) -> tuple[np.ndarray, str]:
-    """Labels to draw, in label order, and a line that says what they are."""
+    """Labels to draw, in their order in the picture, and a line that says what they are."""
     classes = len(metrics.class_names)
     summary = f'accuracy {100 * metrics.accuracy:.2f} % of {metrics.count:,} images'
-    if classes <= MAX_CLASSES:
+    if classes <= _LARGE:
         return np.arange(classes), summary
-    wrong = metrics.confusion - np.diag(np.diag(metrics.confusion))
-    mistakes = wrong.sum(axis=0) + wrong.sum(axis=1)
-    chosen = np.sort(np.argsort(-mistakes, kind='stable')[:MAX_CLASSES])
-    return chosen, f'{summary}; the {MAX_CLASSES} of {classes:,} classes with most mistakes'
+    right = metrics.confusion.diagonal()
+    mistakes = metrics.confusion.sum(axis=0) + metrics.confusion.sum(axis=1) - 2 * right
+    chosen = np.argsort(-mistakes, kind='stable')[:MAX_CLASSES]
+    first = 'those with most mistakes first'
+    if classes > MAX_CLASSES:
+        first = f'the {MAX_CLASSES} of {classes:,} classes with most mistakes, the worst first'
+    return chosen, f'{summary}; {first}'

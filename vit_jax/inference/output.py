@@ -3,14 +3,17 @@
 import contextlib
 import csv
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
 
 import numpy as np
 
+from vit_jax import files
 from vit_jax.data.decode import BadImageError
-from vit_jax.errors import printable
+from vit_jax.errors import UserError, extra, printable
+from vit_jax.evaluate import Outcomes
 from vit_jax.inference import predict
 
 FORMATS = ('table', 'csv', 'jsonl')
@@ -89,6 +92,58 @@ def make_writer(
             file.writelines([f'{shown_path}\n', *lines])
 
     return write
+
+
+def check_outcomes(path: str, *, overwrite: bool) -> None:
+    """Refuses what `write_outcomes` could not write, before there is anything to write."""
+    if not path.endswith(('.csv', '.parquet')):
+        raise UserError(f'--predictions {path}: the file is NAME.csv or NAME.parquet')
+    files.check_output(path, overwrite=overwrite, flag='--predictions')
+    if path.endswith('.parquet'):
+        with extra('train'):
+            import pyarrow  # noqa: F401
+
+
+def write_outcomes(
+    path: str | os.PathLike[str], keys: Sequence[str], found: Outcomes, class_names: Sequence[str]
+) -> None:
+    """Writes what became of each labelled image, as CSV or, with the suffix .parquet, Parquet.
+
+    Columns: image, true, predicted (names of classes), confidence (probability of the predicted
+    class), probability (of the true class), rank (of the true class, from 1), readable; what an
+    image that cannot be read does not have is empty.
+
+    Args:
+      path: the file; replaced if it is there.
+      keys: what the images are called.
+      found: what became of them, in the same order.
+      class_names: in label order.
+    """
+    names = np.array([*map(printable, class_names), ''], object)  # label -1: not known
+    columns = {
+        'image': list(map(printable, keys)),
+        'true': names[found.label].tolist(),
+        'predicted': names[found.predicted].tolist(),
+        'confidence': found.confidence.tolist(),
+        'probability': np.exp(found.log_probability).tolist(),
+        'rank': (1 + found.rank).tolist(),
+    }
+    for name in ('predicted', 'confidence', 'probability', 'rank'):
+        columns[name] = [
+            value if ok else None for value, ok in zip(columns[name], found.readable, strict=True)
+        ]
+    columns['readable'] = found.readable.tolist()
+    with files.atomic_file(path) as part:
+        if os.fspath(path).endswith('.parquet'):
+            with extra('train'):
+                import pyarrow
+                from pyarrow import parquet
+            parquet.write_table(pyarrow.table(columns), part)
+            return
+        with open(part, 'w', newline='', encoding='utf-8') as file:
+            rows = csv.writer(file, lineterminator='\n')
+            rows.writerow(columns)
+            rows.writerows(zip(*columns.values(), strict=True))
 
 
 @contextlib.contextmanager
