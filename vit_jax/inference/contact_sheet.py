@@ -6,7 +6,7 @@ import pathlib
 import textwrap
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -51,7 +51,7 @@ def save(
     ]
     width, head = max(5, (_SIDE + _GAP) * columns + _GAP), 0.7
     height = sum(heights) + head
-    figure = new_figure(width, height, layout='none')
+    figure = new_figure(width, height, layout=None)
     set_title(figure, printable(title))
     top = height - head
     for start, row_height in zip(starts, heights, strict=True):
@@ -74,7 +74,9 @@ def save(
     save_figure(figure, path, dpi=100)
 
 
-def new_figure(width: float, height: float, *, layout: str = 'constrained') -> 'Figure':
+def new_figure(
+    width: float, height: float, *, layout: Literal['constrained'] | None = 'constrained'
+) -> 'Figure':
     """An empty figure of matplotlib, in inches."""
     with extra('report'):
         from matplotlib.figure import Figure

@@ -133,8 +133,11 @@ def draw_confusion(metrics: Metrics, *, title: str) -> 'Figure':
         axes.grid(True, which='minor', color='gainsboro', linewidth=0.3)
         axes.tick_params(which='minor', length=0)
     contact_sheet.set_title(figure, f'{printable(title)}\n{note}')
-    bar = {'aspect': 50, 'fraction': 0.02} if large else {'shrink': 0.8}
-    figure.colorbar(picture, ax=axes, label='share of the true class', **bar)
+    aspect, fraction = (50, 0.02) if large else (20, 0.15)
+    figure.colorbar(
+        picture, ax=axes, label='share of the true class', shrink=0.8, aspect=aspect,
+        fraction=fraction,
+    )  # fmt: skip
     if len(names) <= _NUMBERS_UP_TO:
         for (row, column), count in np.ndenumerate(counts):
             if count:
