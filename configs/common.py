@@ -110,6 +110,11 @@ def get_defaults() -> ml_collections.ConfigDict:
     config.frozen = ''
     # How momentum, or the first moment, is stored: 'bfloat16' or 'float32'.
     config.optim_dtype = 'bfloat16'
+    # Exponential moving average of the parameters, which is evaluated and becomes the model: 0.9999
+    # for long training, 0.99 for some hundred steps. 0.0: none. Until the end of its warm-up, it is
+    # the parameters themselves.
+    config.ema_decay = 0.0
+    config.ema_warmup_steps = 0
     # 'softmax' (cross-entropy), or 'sigmoid': each class on its own, summed over classes.
     config.loss = 'softmax'
     # Share of a label's probability that is spread evenly over all classes.

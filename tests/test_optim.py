@@ -1,12 +1,14 @@
 """Schedules and optimizers of recipes, beside independent computations."""
 
+import flax.linen as nn
 import jax
 import numpy as np
 import optax
 import pytest
 from flax import traverse_util
 
-from vit_jax import optim
+from vit_jax import optim, sharding, steps
+from vit_jax import state as state_lib
 from vit_jax.configs import common
 
 
@@ -170,3 +172,72 @@ def test_first_moments_are_stored_as_asked(optimizer):
     new = jax.eval_shape(tx.update, params, state, params)[1]
     dtypes = [[str(leaf.dtype) for leaf in jax.tree.leaves(tree)] for tree in (state, new)]
     assert dtypes[0] == dtypes[1] and dtypes[0].count('bfloat16') == 1
+
+
+@pytest.mark.parametrize('warmup', [0, 2])
+def test_the_moving_average_is_that_of_a_loop(warmup):
+    rng = np.random.default_rng(0)
+    params = {'a': {'b': rng.normal(size=(3, 2)).astype(np.float32)}, 'c': np.ones(4, np.float32)}
+    plain = optax.adam(0.1)
+    tx = optim.with_average(plain, 0.7, warmup)
+    state, alone, expected = tx.init(params), plain.init(params), params
+    update = jax.jit(tx.update)
+    for step in range(5):
+        grads = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), params)
+        updates, state = update(grads, state, params)
+        same, alone = plain.update(grads, alone, params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), updates, same)
+        params = optax.apply_updates(params, updates)
+        decay = 0.7 if step >= warmup else 0.0
+        expected = jax.tree.map(lambda a, p, d=decay: d * a + (1 - d) * p, expected, params)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+            state.average,
+            expected,
+        )
+    assert int(state.updates) == 5
+
+
+def test_the_moving_average_in_the_step(monkeypatch):
+    """On one device and on four that share it, with frozen parameters, and not after bad steps."""
+    monkeypatch.setattr(sharding, 'MIN_SIZE_TO_SHARD', 16)
+
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, images, *, train):
+            x = nn.Dense(8, name='lower')(images.reshape(images.shape[0], -1))
+            return nn.Dense(4, name='head')(nn.relu(x))
+
+    rng = np.random.default_rng(0)
+    good = {
+        'image': rng.uniform(0, 255, (8, 2, 2, 3)).astype(np.float32),
+        'label': rng.integers(0, 4, 8).astype(np.int32),
+    }
+    bad = {**good, 'image': np.full_like(good['image'], np.inf)}
+    params = jax.device_get(state_lib.init_params(Two(), 2, seed=0))
+    params['head']['kernel'] = rng.normal(size=(8, 4)).astype(np.float32)
+    found = []
+    for devices, accum_steps, frozen in ((1, 1, ''), (4, 2, ''), (1, 1, 'lower/.*')):
+        mesh = sharding.create_mesh(devices, jax.devices()[:devices])
+        tx = optim.trained_only(optim.with_average(optax.sgd(0.1), 0.5), frozen)
+        state = state_lib.create_state(params, tx, mesh)
+        step = steps.make_train_step(
+            Two(), tx, None, mesh, sharding.state_sharding(state, mesh), seed=0, flip=False,
+            accum_steps=accum_steps, skip_nonfinite=True, frozen=frozen,
+        )  # fmt: skip
+        average = params
+        for batch in (good, good, bad, good):
+            state, _ = step(state, sharding.put_batch(batch, mesh))
+            now = jax.device_get(state.params)
+            if batch is good:
+                average = jax.tree.map(lambda a, p: (a + p) / 2, average, now)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+            jax.device_get(state.model_params),
+            average,
+        )
+        found.append(average)
+        if frozen:
+            assert state.model_params['lower']['kernel'] is state.params['lower']['kernel']
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *found[:2])
+    assert np.abs(found[0]['head']['kernel'] - now['head']['kernel']).max() > 1e-3

@@ -1,5 +1,7 @@
 """Whole runs with the pieces of recipes: they survive a stop, and end in the model folder."""
 
+import json
+
 import jax
 import ml_collections
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from vit_jax import config as config_lib
 from vit_jax import data, train
+from vit_jax.checkpoint import npz
 from vit_jax.configs import digits
 
 RNG = np.random.RandomState(0)
@@ -15,7 +18,7 @@ LABELS = RNG.randint(0, 3, 40)
 RECIPE = {
     'epochs': 1.6, 'decay_type': 'rsqrt', 'cooldown_steps': 2, 'optimizer': 'muon', 'base_lr': 1e-3,
     'weight_decay': 0.1, 'wd_mults': (('.*', 1.0),), 'lr_mults': (('head/.*', 5.0),),
-    'layer_decay': 0.75, 'frozen': 'embedding/.*',
+    'layer_decay': 0.75, 'ema_decay': 0.6, 'ema_warmup_steps': 1, 'frozen': 'embedding/.*',
     'loss': 'sigmoid', 'label_smoothing': 0.1, 'class_weights': 'balanced',
 }  # fmt: skip
 
@@ -66,3 +69,31 @@ def test_a_finished_run_of_epochs_started_again_does_nothing(finished, capsys):
     workdir, _ = finished
     assert run(make_config(**RECIPE), workdir) is None
     assert 'this run is finished (6 steps)' in capsys.readouterr().out
+
+
+def test_the_moving_average_is_evaluated_and_becomes_the_model(finished, tmp_path):
+    """A run with the same steps and without it has the same losses, and another model."""
+    workdir, params = finished
+    saved = npz.open_file(workdir / 'model/params.npz').read()
+    jax.tree.map(np.testing.assert_array_equal, saved, dict(params))
+    plain = dict(RECIPE, ema_decay=0.0, ema_warmup_steps=0)
+    states = []
+
+    class Copy:
+        def on_step(self, step, state, metrics):
+            states.append(jax.device_get(state.params))
+
+    last = jax.device_get(run(make_config(**plain), tmp_path / 'run', [Copy()]))
+    jax.tree.map(np.testing.assert_array_equal, last, states[-1])
+    average = states[0]
+    for state in states[1:]:
+        average = jax.tree.map(lambda a, p: 0.6 * a + 0.4 * p, average, state)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, average)
+    assert max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), params, last))) > 1e-3
+    with_and_without = [
+        [json.loads(line) for line in (path / 'metrics.jsonl').read_text().splitlines()]
+        for path in (workdir, tmp_path / 'run')
+    ]
+    for name, differs in (('train_loss', False), ('loss_test', True)):
+        a, b = ([line[name] for line in lines if name in line] for lines in with_and_without)
+        assert (a != b) == differs and len(a) == len(b) > 0

@@ -42,7 +42,7 @@ _AT_LEAST_ONE = (
 _NOT_NEGATIVE = (
     'data_threads', 'cache', 'accum_steps', 'epochs', 'total_examples', 'warmup_steps',
     'cooldown_steps', 'base_lr', 'grad_norm_clip', 'momentum', 'weight_decay', 'seed',
-    'max_unreadable', 'label_smoothing', 'layer_decay',
+    'max_unreadable', 'label_smoothing', 'layer_decay', 'ema_decay', 'ema_warmup_steps',
 )  # fmt: skip
 
 
@@ -272,6 +272,16 @@ def _check(config: ml_collections.ConfigDict) -> None:
             f'config.label_smoothing={config.label_smoothing} leaves nothing of the labels: it is '
             'a share below 1, usually 0.1'
         )
+    if config.ema_decay >= 1:
+        raise UserError(
+            f'config.ema_decay={config.ema_decay} would leave the average where it begins: it is '
+            'below 1, 0.9999 or 0.99'
+        )
+    if config.ema_warmup_steps and not config.ema_decay:
+        raise UserError(
+            f'config.ema_warmup_steps={config.ema_warmup_steps} has no effect without '
+            'config.ema_decay: set it, or leave out both'
+        )
     if config.layer_decay > 1:
         raise UserError(
             f'config.layer_decay={config.layer_decay} would give the first layers the largest '
@@ -317,6 +327,11 @@ def _check_schedule(config: ml_collections.ConfigDict) -> None:
         raise UserError(
             f'config.cooldown_steps={cooldown} and config.warmup_steps={warmup} are more than '
             f'config.total_steps={total}: use --config.cooldown_steps={(total - warmup) // 5}'
+        )
+    if config.ema_warmup_steps >= total:
+        raise UserError(
+            f'config.ema_warmup_steps={config.ema_warmup_steps} is not shorter than the '
+            f'{total} steps of the run, so that nothing would be averaged: use fewer'
         )
 
 

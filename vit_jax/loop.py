@@ -296,7 +296,7 @@ class Loop:
         alone = jax.process_count() == 1
         result = evaluate.evaluate(
             self._eval_step,
-            state.params,
+            state.model_params,
             self._test_images,
             run.preprocess,
             run.mesh,

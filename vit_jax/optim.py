@@ -4,7 +4,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -219,6 +219,50 @@ def _matrices(params: Any) -> Any:
         return optax.contrib.MuonDimensionNumbers(dimensions[:inputs], dimensions[inputs:])
 
     return jax.tree_util.tree_map_with_path(axes, params)
+
+
+class EmaState(NamedTuple):
+    """State of `with_average`.
+
+    Attributes:
+      updates: their number, int32 scalar.
+      average: the moving average of the parameters, their shapes and types.
+      inner: the optimizer's own state.
+    """
+
+    updates: jax.Array
+    average: Any
+    inner: optax.OptState
+
+
+def with_average(
+    tx: optax.GradientTransformation, decay: float, warmup_steps: int = 0
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer that keeps an exponential moving average of the parameters beside its state.
+
+    After each update, average <- decay * average + (1 - decay) * parameters
+    (https://epubs.siam.org/doi/10.1137/0330046). Up to `warmup_steps` updates, the average is the
+    parameters themselves. The parameters are those of `tx`; `TrainState.model_params` are averages.
+
+    Args:
+      tx: the optimizer.
+      decay: in (0, 1); the average is over about 1 / (1 - decay) updates.
+      warmup_steps: number of updates.
+    """
+
+    def init(params: Any) -> EmaState:
+        copy = jax.tree.map(jnp.copy, params)  # what is donated cannot be there twice
+        return EmaState(jnp.zeros((), jnp.int32), copy, tx.init(params))
+
+    def step(grads: Any, state: EmaState, params: Any, **extra: Any) -> tuple[Any, EmaState]:
+        updates, inner = update(tx, grads, state.inner, params, **extra)
+        count = state.updates + 1
+        share = jnp.where(count > warmup_steps, 1.0 - decay, 1.0)
+        new = optax.apply_updates(params, updates)
+        average = optax.incremental_update(new, state.average, share)
+        return updates, EmaState(count, average, inner)
+
+    return optax.GradientTransformationExtraArgs(init, step)
 
 
 def update(

@@ -11,7 +11,7 @@ import optax
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from vit_jax import sharding
+from vit_jax import groups, optim, sharding
 from vit_jax.variants import sides
 
 
@@ -33,6 +33,13 @@ class TrainState:
     params: Mapping[str, Any]
     opt_state: optax.OptState
     skipped: jax.Array
+
+    @property
+    def model_params(self) -> Mapping[str, Any]:
+        """What is evaluated and becomes the model: the moving averages where there are some."""
+        if not isinstance(self.opt_state, optim.EmaState):
+            return self.params
+        return groups.combine(self.opt_state.average, self.params)
 
 
 @flax.struct.dataclass

@@ -62,7 +62,8 @@ def train_and_evaluate(
       callbacks: objects that are called at points of the loop, see `run.callbacks`.
 
     Returns:
-      The parameters, on the devices; None if the run was finished before and nothing was to do.
+      The parameters (with `config.ema_decay`, their averages), on the devices; None if the run was
+      finished before and nothing was to do.
 
     Raises:
       UserError: data, weights, devices, memory, disk or workdir do not fit the config, before
@@ -142,7 +143,7 @@ def _train(run: loop.Run, setup: Setup, checkpoints: workdir_lib.Checkpoints) ->
             reading.close()
             batches = reading.enter_context(steps_loop.reading(start))
         resources.return_freed_memory()
-        params = steps_loop.run_steps(first, start, batches).params
+        params = steps_loop.run_steps(first, start, batches).model_params
     _write_model_folders(run, setup, params, checkpoints, steps_loop.best())
     return params
 
@@ -327,7 +328,7 @@ def _write_model_folders(
                 f'WARNING: no {product.BEST_MODEL_FOLDER}: the checkpoint of step {best} is lost'
             )
         else:
-            write(better.params, product.BEST_MODEL_FOLDER, best)
+            write(better.model_params, product.BEST_MODEL_FOLDER, best)
     write(params, product.MODEL_FOLDER, last)
 
 

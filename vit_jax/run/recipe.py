@@ -103,6 +103,8 @@ def optimizer_of(
     if tx is None:
         together = (lambda name: math.prod(f(name) for f in factors)) if factors else None
         tx = optim.create_optimizer(config, schedule, together)
+    if config.ema_decay:
+        tx = optim.with_average(tx, config.ema_decay, config.ema_warmup_steps)
     return optim.trained_only(tx, config.frozen)
 
 
