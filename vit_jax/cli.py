@@ -46,14 +46,14 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     )
 
 
-def add_model(parser: argparse.ArgumentParser, labels: str) -> None:
+def add_model(parser: argparse.ArgumentParser, labels: str = '') -> None:
     """Adds the options that `classifier.open_classifier` takes.
 
     They are --model, --variant, --labels, and those of `add_input`.
 
     Args:
       parser: of the command.
-      labels: help for --labels.
+      labels: help for --labels; '' for a command that does not have it.
     """
     parser.add_argument(
         '--model',
@@ -66,7 +66,8 @@ def add_model(parser: argparse.ArgumentParser, labels: str) -> None:
     parser.add_argument(
         '--variant', default='', help='architecture of weights, such as ViT-B_16, if not clear'
     )
-    parser.add_argument('--labels', default='', metavar='NAMES', help=labels)
+    if labels:
+        parser.add_argument('--labels', default='', metavar='NAMES', help=labels)
     add_input(parser)
 
 

@@ -5,6 +5,6 @@ and mistakes are quick.
 """
 
 NAMES = (
-    'train', 'predict', 'zeroshot', 'evaluate', 'export', 'convert', 'report', 'attention',
-    'summary', 'cost', 'inspect_checkpoint', 'list_models',
+    'train', 'predict', 'zeroshot', 'evaluate', 'export', 'convert', 'report', 'embed', 'probe',
+    'attention', 'summary', 'cost', 'inspect_checkpoint', 'list_models',
 )  # fmt: skip

@@ -1,0 +1,101 @@
+"""Writes the features of images to a file, and finds the images that look most like one.
+
+IMAGE is a file, a folder, a pattern in quotes, or - for a list of paths on standard input. The file
+is a .npz with `features` float32 [N, D], `paths` [N], `fingerprint` of the model, and of a labelled
+dataset `labels` [N] and `class_names`. It appears once it is complete.
+
+Examples:
+    vit_jax embed --model ViT-B_16.npz --output features.npz photos/
+    vit_jax embed --model runs/x/model --layer 8 --pool mean --dataset tf_flowers --output f.npz
+    vit_jax embed --model runs/x/model --neighbors photo.jpg photos/
+"""
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from vit_jax import cli
+
+if TYPE_CHECKING:
+    from vit_jax.data.dataset import Source
+    from vit_jax.inference.features import Features
+
+
+def main() -> int:
+    """Runs the command line; returns the exit status, 1 if an image could not be read."""
+    args = _parser().parse_args()
+    return cli.run(lambda: _run(args), go_on=bool(args.output))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser(__doc__)
+    add = parser.add_argument
+    cli.add_model(parser)
+    add('--layer', default='', help="index of an encoder block, or 'encoded'; default: what the "
+        'head reads')  # fmt: skip
+    add('--pool', default='', choices=('class', 'mean', 'both'), help='of the tokens of a layer')
+    add('--dataset', default='', help='name of a TFDS set, folder of CLASS/*.jpg, or digits')
+    add('--split', default='', help='of the dataset; default: all of it')
+    add('--tfds_data_dir', default='', metavar='DIR', help='where TFDS sets are')
+    add('--output', metavar='FILE', help='the .npz file to write')
+    add('--overwrite', action='store_true', help='replace FILE if it exists')
+    add('--neighbors', metavar='PHOTO', help='print the images that are most like this one')
+    add('--top_k', type=int, default=10, metavar='K', help='how many of them (default: 10)')
+    add('--batch', type=int, default=32, help='images at once (default: 32)')
+    add('images', nargs='*', metavar='IMAGE', help='file, folder, pattern, or - for standard input')
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    from vit_jax import files
+    from vit_jax.errors import UserError, printable
+    from vit_jax.inference import features, model_folder, output, predict
+
+    if bool(args.dataset) == bool(args.images):
+        raise UserError('name either images or a --dataset')
+    if not args.output and not args.neighbors:
+        raise UserError('say what to do: --output FILE, --neighbors PHOTO, or both')
+    if args.output:
+        files.check_output(args.output, overwrite=args.overwrite, flag='--output')
+    source = _source(args)
+    model = model_folder.load(args.model, variant=args.variant, **cli.input_of(args))
+    options = {'layer': args.layer, 'pooling': args.pool}
+    with output.progress_bar(len(source)) as advance:
+        found, unreadable = features.extract(
+            model, source, batch=args.batch, advance=advance, **options
+        )
+    if args.output:
+        _write(args, found, source, features.fingerprint(model))
+        print(f'{args.output}: {found.values.shape[0]:,} images, {found.values.shape[1]} features')
+    if args.neighbors:
+        query, _ = features.extract(model, predict.Images([args.neighbors]), **options)
+        similar = features.cosines(query.values, found.values)[0]
+        for index in (-similar).argsort(kind='stable')[: args.top_k]:
+            print(f'{similar[index]:.4f}  {printable(found.keys[index])}')
+    return output.report_unreadable(unreadable, len(source))
+
+
+def _source(args: argparse.Namespace) -> 'Source':
+    from vit_jax.data import sources
+    from vit_jax.inference import predict
+
+    if not args.dataset:
+        return predict.Images(predict.find_images(args.images, stdin=sys.stdin.buffer))
+    dataset = sources.open_dataset(args.dataset, tfds_data_dir=args.tfds_data_dir)
+    return dataset.select(args.split or '+'.join(dataset.splits))
+
+
+def _write(args: argparse.Namespace, found: 'Features', source: 'Source', fingerprint: str) -> None:
+    import numpy as np
+
+    from vit_jax import files
+
+    arrays: dict[str, np.ndarray] = {
+        'features': found.values,
+        'paths': np.array(found.keys),
+        'fingerprint': np.array(fingerprint),
+    }
+    if args.dataset:
+        arrays |= {'labels': found.label, 'class_names': np.array(source.class_names)}
+    with files.atomic_file(args.output) as part, open(part, 'wb') as file:
+        np.savez(file, allow_pickle=False, **arrays)
