@@ -145,7 +145,14 @@ def test_a_length_that_the_server_does_not_say(bucket, tmp_path, monkeypatch):
     bucket.answers['/y'] = answer(200, B + A)
     with pytest.raises(UserError, match='the server sends more than'):
         download.fetch(f'{bucket.url}/y', tmp_path / 'y')
-    assert (tmp_path / 'y.part').stat().st_size < 1.1 * len(B)
+    bucket.answers['/z'] = answer(200, b'')
+    with pytest.raises(UserError, match='the server sent nothing'):
+        download.fetch(f'{bucket.url}/z', tmp_path / 'z')
+    # Without an ETag nobody can go on, so nothing is kept.
+    bucket.answers['/u'] = answer(200, B, Content_Length=str(len(B) + 1))
+    with pytest.raises(UserError, match='broke off .* to begin anew'):
+        download.fetch(f'{bucket.url}/u', tmp_path / 'u')
+    assert not [path for path in tmp_path.iterdir() if '.part' in path.name]
 
 
 def test_published_checksums_are_checked(bucket, tmp_path):

@@ -223,6 +223,14 @@ def test_what_pillow_reads_in_python_is_limited(name):
     refused(PYTHON[name], 'takes long|comments|header|more blocks|icons?')
 
 
+def test_nothing_else_opens_images():
+    root = pathlib.Path(__file__).parents[2]
+    files = [path for folder in ('vit_jax', 'scripts') for path in (root / folder).rglob('*.py')]
+    opening = re.compile(r'Image\.open\((?!buffer, formats=)|imread|imdecode')
+    found = {path.name for path in files if opening.search(path.read_text())}
+    assert found == {'image_files.py'}
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason='the cases are not here')
 @pytest.mark.parametrize('name', ['eps.jpg', 'tile_small.tiff', 'fits_gz_empty.jpg'])
 def test_cases(name):

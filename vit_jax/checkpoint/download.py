@@ -141,17 +141,25 @@ def _download(url: str, target: pathlib.Path, published_mib: float | None) -> No
         if not offset:
             _begin(part, etag)
         most = (published_mib or MAX_UNKNOWN_MIB) * (1 + _SIZE_TOLERANCE) * MIB
-        with open(part, 'r+b') as f:
-            f.seek(offset)
-            _copy(response, f, offset, total, most if total is None else total, target.name)
-            f.flush()
-            os.fsync(f.fileno())
-            size = f.tell()
-    if total is not None and size != total:
-        raise UserError(
-            f'the download of {url} broke off after {size:,} of {total:,} bytes. Run the same '
-            f'command again to go on from there (so far: {part})'
-        )
+        try:
+            with open(part, 'r+b') as f:
+                f.seek(offset)
+                _copy(response, f, offset, total, most if total is None else total, target.name)
+                f.flush()
+                os.fsync(f.fileno())
+                size = f.tell()
+            if total is not None and size != total:
+                again = f'go on from there (so far: {part})' if etag else 'begin anew'
+                raise UserError(
+                    f'the download of {url} broke off after {size:,} of {total:,} bytes. Run the '
+                    f'same command again to {again}'
+                )
+            if not size:
+                raise OSError('the server sent nothing')
+        except BaseException:
+            if not etag:  # what the server cannot tell from another file is of no use
+                part.unlink(missing_ok=True)
+            raise
     _check_size(size, published_mib)
     _check_hash(headers, part)
     date = time.strftime('%Y-%m-%d %H:%M:%S')
