@@ -640,3 +640,35 @@ def test_convert_script(tmp_path, run_script):
     assert loaded.class_names == NAMES
     run = run_script('convert.py', tmp_path / 'tv', tmp_path / 'tv', '--to', 'npz')
     assert run.returncode == 1 and run.stderr.startswith('convert.py: ') and 'exists' in run.stderr
+
+
+@pytest.mark.parametrize('kind', ['DeiTForImageClassification', 'DeiTModel'])
+def test_a_distillation_token_that_no_head_reads(tmp_path, transformers, kind):
+    torch = pytest.importorskip('torch')
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
+    torch.manual_seed(0)
+    config = transformers.DeiTConfig(**sizes, image_size=32, patch_size=8, num_labels=3)
+    model = getattr(transformers, kind)(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        model.save_pretrained(tmp_path)
+        out = model(torch.from_numpy(_images().transpose(0, 3, 1, 2).copy()))
+    processor = {'image_processor_type': 'ViTImageProcessor', 'size': 32, 'image_mean': [0.5] * 3}
+    processor |= {'image_std': [0.5] * 3, 'resample': 2}
+    (tmp_path / 'preprocessor_config.json').write_text(json.dumps(processor))
+    expected = out.logits if kind.endswith('Classification') else out.pooler_output
+    np.testing.assert_allclose(_our_logits(tmp_path), expected, rtol=0, atol=1e-5)
+    loaded = model_folder.load(tmp_path)
+    assert 'kept as a register token' in str(loaded.source['notes'])
+    assert 'dist' in checkpoint.load(tmp_path)  # as fine-tuning a distilled model takes it
+
+
+@pytest.mark.parametrize(
+    'settings', [{'num_hidden_layers': 1}, {'hidden_size': 16}, {'intermediate_size': 32}], ids=str
+)
+def test_sizes_that_a_config_states_are_those_of_the_arrays(tmp_path, settings):
+    _write(tmp_path / 'hf', _params(VIT), 'huggingface')
+    _change(tmp_path / 'hf', **settings)
+    with pytest.raises(UserError, match='they do not belong together'):
+        model_folder.load(tmp_path / 'hf')

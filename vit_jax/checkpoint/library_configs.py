@@ -152,8 +152,6 @@ def _timm_settings(
 ) -> dict[str, Any]:
     place = f'{folder / "config.json"}: {architecture} of timm'
     for name, value in arguments.items():
-        if name == 'norm_layer' and isinstance(value, dict) and value.get('name') == 'LayerNorm':
-            continue
         known = _TIMM_KNOWN.get(name, (value,))
         if value not in known and not (name == 'norm_layer' and _is_layer_norm(value)):
             raise UserError(f'{place} has {name}={value!r}, which no model here computes')
@@ -168,9 +166,6 @@ def _timm_settings(
     norm = arguments.get('norm_layer')
     if isinstance(norm, Mapping):
         settings['layer_norm_eps'] = float(norm['eps'])
-    norm = arguments.get('norm_layer')
-    if isinstance(norm, dict):  # an architecture's own
-        settings['layer_norm_eps'] = norm['eps']
     if architecture.startswith('mixer'):
         return settings
     pooling = arguments.get('global_pool', 'token')
@@ -190,8 +185,17 @@ def _timm_settings(
         'layer_scale': arguments.get('init_values') is not None,
         'gated_mlp': arguments.get('mlp_layer') is not None,
         'registers': int(arguments.get('reg_tokens', 0)),
+        **_sizes(arguments, 'embed_dim', 'depth'),
     }
     return settings
+
+
+def _sizes(
+    config: Mapping[str, Any], hidden_size: str, num_layers: str, mlp_dim: str = ''
+) -> dict[str, int]:
+    """The sizes that a configuration states under these names, by the names of ours."""
+    names = {'hidden_size': hidden_size, 'num_layers': num_layers, 'mlp_dim': mlp_dim}
+    return {ours: int(config[theirs]) for ours, theirs in names.items() if theirs in config}
 
 
 def _is_layer_norm(layer: Any) -> bool:
@@ -228,6 +232,8 @@ def _hugging_face(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, 
         },
         'num_heads': int(config.get('num_attention_heads', 12)),
     }
+    sizes = _sizes(config, 'hidden_size', 'num_hidden_layers', 'intermediate_size')
+    known['settings']['told_by_arrays'] = sizes
     if kind.startswith('dinov2'):
         classifies = 'ForImageClassification' in str(config.get('architectures'))
         known['settings']['classifier'] = 'token_gap' if classifies else 'token'
@@ -235,7 +241,8 @@ def _hugging_face(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, 
         if gated:  # whatever hidden_act says
             known['settings']['act'] = 'silu'
         registers = config.get('num_register_tokens', 4) if 'registers' in kind else 0
-        known['settings']['told_by_arrays'] = {'gated_mlp': gated, 'registers': int(registers)}
+        sizes.pop('mlp_dim', None)  # which these have no word for
+        sizes |= {'gated_mlp': gated, 'registers': int(registers)}
     labels = {int(index): str(name) for index, name in (config.get('id2label') or {}).items()}
     if labels and labels != {index: f'LABEL_{index}' for index in range(len(labels))}:
         known['class_names'] = [labels[index] for index in sorted(labels)]
