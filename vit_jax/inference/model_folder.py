@@ -301,10 +301,10 @@ def _from_weights(path: pathlib.Path, weights: formats.Weights, variant: str) ->
         params = {name: leaf for name, leaf in weights.params.items() if name != 'head'}
         note = 'its head, which projects to the space of texts, is left out: it knows no classes'
         weights = dataclasses.replace(weights, params=params, notes=(*weights.notes, note))
-    params = weights.params
     # With a head on the class token alone, as DeiTForImageClassification, or none, as DeiTModel.
-    if 'dist' in params and 'head_dist' not in params and weights.format.startswith('Hugging'):
-        params = {name: leaf for name, leaf in params.items() if name != 'dist'}
+    lonely = 'dist' in weights.params and 'head_dist' not in weights.params
+    if lonely and weights.format.startswith('Hugging Face'):
+        params = {name: leaf for name, leaf in weights.params.items() if name != 'dist'}
         params['registers'] = weights.params['dist']
         note = 'no head reads the distillation token, which is kept as a register token'
         weights = dataclasses.replace(weights, params=params, notes=(*weights.notes, note))
