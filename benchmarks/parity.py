@@ -30,6 +30,7 @@ from vit_jax.data.normalization import Normalization
 from vit_jax.data.preprocess import normalize
 from vit_jax.errors import UserError
 from vit_jax.inference import model_folder, predict
+from vit_jax.variants import in_words
 
 _TOKENS = re.compile(r'(?:Transformer/)?((?:encoderblock|MixerBlock)_\d+)/tokens')
 
@@ -131,7 +132,7 @@ def _introduce(found: Mapping[str, Any], say: Callable[[Any], None]) -> None:
     """Says what is compared."""
     say(
         f'{found["variant"] or "a model of no known variant"}, {found["num_parameters"]:,} '
-        f'parameters, {found["image_size"]} px: {found["model"]}'
+        f'parameters, {in_words(found["image_size"])} px: {found["model"]}'
     )
     say(f'PyTorch reads the weights {found["weights_read"]}')
     for note in found['notes']:
@@ -296,7 +297,7 @@ def _references(
 
     They are told what our model was told: activation, epsilon and pooling.
     """
-    classifier = model.model_config.get('classifier', '')
+    classifier, size = model.model_config.get('classifier', ''), model.preprocess.size
     settings = {name: getattr(model.model, name) for name in ('act', 'layer_norm_eps')}
     pooler = {'representation_act': getattr(model.model, 'representation_act', 'tanh')}
     special = ('conv_root/kernel', 'dist', 'head_hidden/kernel', 'fc_norm/scale')
@@ -313,15 +314,17 @@ def _references(
     os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
     library = _library('transformers', chosen) if is_plain else None
     if library:
-        make = functools.partial(torch_libraries.transformers_model, weights, **settings, **pooler)
+        make = functools.partial(
+            torch_libraries.transformers_model, weights, size, **settings, **pooler
+        )
         found.append((f'ViT of transformers {library.__version__}', make))
     elif chosen in ('auto', 'torch_reference'):
-        sizes = {'classifier': classifier, 'image_size': model.image_size}
+        sizes = {'classifier': classifier, 'image_size': size}
         make_ours = functools.partial(torch_reference.build, weights, **sizes, **settings, **pooler)
         found.append(('benchmarks/torch_reference.py', make_ours))
     if timm_name and (library := _library('timm', chosen)):
         make_timm = functools.partial(
-            torch_libraries.timm_model, timm_name, weights, model.image_size, act=settings['act']
+            torch_libraries.timm_model, timm_name, weights, size, act=settings['act']
         )
         found.append((f'{timm_name} of timm {library.__version__}', make_timm))
     return found

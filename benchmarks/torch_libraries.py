@@ -30,6 +30,7 @@ _TIMM_OTHERS = {
 
 def transformers_model(
     weights: Mapping[str, np.ndarray],
+    image_size: tuple[int, int],
     *,
     act: str,
     layer_norm_eps: float,
@@ -41,6 +42,7 @@ def transformers_model(
         weights: name (published or Linen) -> float32 array, of a ViT with class token; not copied.
             `pre_logits` is the pooler of transformers' `ViTModel`; its class for classification
             leaves that out.
+        image_size: (height, width), pixels.
         act: activation function, one of `torch_reference.ACTIVATIONS`.
         layer_norm_eps: epsilon of LayerNorm.
         representation_act: activation function of the pooler.
@@ -53,8 +55,7 @@ def transformers_model(
     """
     import transformers
 
-    patch, _, _, width = weights['embedding/kernel'].shape
-    positions = weights['Transformer/posembed_input/pos_embedding'].shape[1] - 1
+    *patch, channels, width = weights['embedding/kernel'].shape
     queries = [n for n in weights if n.endswith('/query/kernel')]
     pooled = 'pre_logits/bias' in weights
     config = transformers.ViTConfig(
@@ -67,8 +68,9 @@ def transformers_model(
         hidden_act=_TRANSFORMERS_ACTIVATIONS.get(act, act),
         pooler_act=_TRANSFORMERS_ACTIVATIONS.get(representation_act, representation_act),
         layer_norm_eps=layer_norm_eps,
-        image_size=round(positions**0.5) * patch,
+        image_size=image_size,
         patch_size=patch,
+        num_channels=channels,
         pooler_output_size=len(weights['pre_logits/bias']) if pooled else None,
     )
     with torch.device('meta'):
@@ -182,7 +184,7 @@ def _parts(model: nn.Module) -> list[nn.Module]:
 
 
 def timm_model(
-    name: str, weights: Mapping[str, np.ndarray], image_size: int, *, act: str
+    name: str, weights: Mapping[str, np.ndarray], image_size: tuple[int, int], *, act: str
 ) -> 'Recorded':
     """A timm model with weights that timm itself reads from a `.npz` file of published names.
 

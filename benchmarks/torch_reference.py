@@ -64,7 +64,7 @@ def build(
     weights: Mapping[str, np.ndarray],
     *,
     classifier: str,
-    image_size: int,
+    image_size: int | tuple[int, int],
     act: str = 'gelu_tanh',
     layer_norm_eps: float = 1e-6,
     representation_act: str = 'tanh',
@@ -75,7 +75,7 @@ def build(
         weights: name -> float32 array; not copied.
         classifier: of a Vision Transformer: 'token', 'gap', 'max', 'avgmax' (mean, maximum, and the
             mean of both, of the patch tokens), 'unpooled' or 'token_unpooled'.
-        image_size: height and width of its images, pixels; it is tried on a black one.
+        image_size: side or (height, width) of its images, pixels; it is tried on a black one.
         act: activation function of the MLPs, a name in `ACTIVATIONS`.
         layer_norm_eps: epsilon of LayerNorm.
         representation_act: activation function of `pre_logits`.
@@ -90,7 +90,8 @@ def build(
     acts = ACTIVATIONS[act], ACTIVATIONS[representation_act]
     model = Reference(weights, classifier, acts, layer_norm_eps)
     with torch.inference_mode():
-        model(torch.zeros(1, image_size, image_size, 3))
+        height, width = (image_size,) * 2 if isinstance(image_size, int) else image_size
+        model(torch.zeros(1, height, width, 3))
     if unused := weights.keys() - model.used:
         raise ValueError(f'weights of no part of the model: {", ".join(sorted(unused))}')
     return model

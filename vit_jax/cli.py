@@ -71,6 +71,14 @@ def add_model(parser: argparse.ArgumentParser, labels: str = '') -> None:
     add_input(parser)
 
 
+def size(text: str) -> int | tuple[int, int]:
+    """The type of options for a size: '224' is a side, '32x128' height and width, pixels."""
+    numbers = [int(number) for number in text.replace(',', 'x').split('x')]
+    if len(numbers) > 2:
+        raise ValueError(text)
+    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+
+
 def add_input(parser: argparse.ArgumentParser) -> None:
     """Adds the options that say what input a model takes; `input_of` reads them."""
     add_heads(parser)
@@ -92,7 +100,7 @@ def add_input(parser: argparse.ArgumentParser) -> None:
         help='what is seen of an image: squash (all of it, squashed), resize_crop (its centre, '
         'once the short side is --resize), squash_crop (its centre, once squashed to --resize)',
     )
-    add('--resize', type=int, default=0, metavar='PIXELS', help='see --eval')
+    add('--resize', type=size, default=0, metavar='PIXELS', help='see --eval; 256, or 40x160')
     add(
         '--interpolation',
         default='',

@@ -339,17 +339,17 @@ def _check_model(config: ml_collections.ConfigDict) -> None:
     """Checks the architecture, and that crop and attention fit it."""
     model = config.model
     patch = tuple(model.patches['size'])
-    if patch[0] != patch[1] or patch[0] < 1:
-        raise UserError(f'config.model.patches.size={patch}: patches are square, (16, 16)')
-    stride = variants.token_stride(model)
-    if config.pp.crop % stride:
-        below = config.pp.crop // stride * stride
-        nearest = ' or '.join(str(side) for side in (below, below + stride) if side)
-        what = 'the patch size' if stride == patch[0] else "the hybrid's pixels per token,"
+    if len(patch) != 2 or not all(type(side) is int and side >= 1 for side in patch):
         raise UserError(
-            f'config.pp.crop={config.pp.crop} is not a multiple of {what} {stride}: '
-            f'use --config.pp.crop={nearest}'
+            f'config.model.patches.size={patch} should be (height, width) of a patch, pixels'
         )
+    try:
+        variants.token_grid(model, preprocess_of(config).crop)
+    except ValueError as error:
+        why, sizes = error.args
+        raise UserError(
+            f'config.pp.crop={config.pp.crop} {why} --config.pp.crop={sizes}'
+        ) from error
     if variants.is_mixer(model):
         _check_mixer(config)
     else:
@@ -370,7 +370,7 @@ def _check_mixer(config: ml_collections.ConfigDict) -> None:
     # Other files may be made for another size; reading them tells.
     weights = config.pretrained or config.pretrained_dir
     released = re.match(r'(gs://|https://storage.googleapis.com/)?mixer_models/', weights)
-    if released and config.pp.crop != 224 and not pathlib.Path(weights).exists():
+    if released and preprocess_of(config).crop != 224 and not pathlib.Path(weights).exists():
         raise UserError(
             f'config.pp.crop={config.pp.crop}: a Mixer has weights for each token, and the '
             'released ones are made for 224 px. Use --config.pp.crop=224, or train from nothing '

@@ -29,6 +29,7 @@ from vit_jax.run import distributed, product, recipe, resources, resume, run_inf
 from vit_jax.run.callbacks import Callbacks
 from vit_jax.run.setup import Parts, Setup, initial_params, set_up, weights_name
 from vit_jax.state import Checkpoint
+from vit_jax.variants import in_words
 
 
 def train_and_evaluate(
@@ -224,7 +225,7 @@ def _introduce(run: loop.Run, setup: Setup) -> None:
     how += f', {processes} processes' if processes > 1 else ''
     log.info(
         f'model: {name}, {count:,} parameters, {dtype}, '
-        f'{config.pp.crop} px, on {devices} x {kind} ({how})',
+        f'{in_words(run.preprocess.crop)} px, on {devices} x {kind} ({how})',
         'started',
         dtype=dtype,
         devices=devices,

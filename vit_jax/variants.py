@@ -335,17 +335,48 @@ def sides(image_size: int | tuple[int, int]) -> tuple[int, int]:
     return (image_size, image_size) if isinstance(image_size, int) else image_size
 
 
-def token_stride(config: Mapping[str, Any]) -> int:
-    """Pixels between neighbouring tokens: the patch size, for hybrids times the ResNet's stride.
+def in_words(size: int | tuple[int, int]) -> str:
+    """A size of images for people: '224', or '32 x 128' (height x width)."""
+    height, width = sides(size)
+    return str(height) if height == width else f'{height} x {width}'
 
-    An image whose sides are multiples of it gives a grid of `side // token_stride` tokens.
+
+def token_stride(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Pixels from one token to the next, down and across.
+
+    That is the patch size, for hybrids times the ResNet's stride. An image whose sides are
+    multiples of it gives a grid of side // stride tokens, see `token_grid`.
 
     Args:
-      config: an architecture, see `get_config`; patches are square.
+      config: an architecture, see `get_config`.
     """
-    stride = config['patches']['size'][0]
+    height, width = config['patches']['size']
     hybrid = config.get('resnet')
-    return stride if hybrid is None else stride * resnet_stride(hybrid['num_layers'])
+    stride = 1 if hybrid is None else resnet_stride(hybrid['num_layers'])
+    return height * stride, width * stride
+
+
+def token_grid(config: Mapping[str, Any], image_size: int | tuple[int, int]) -> tuple[int, int]:
+    """(rows, columns) of the patches of an image.
+
+    Args:
+      config: an architecture, see `get_config`.
+      image_size: side or (height, width), pixels.
+
+    Raises:
+      ValueError: the image is not a whole number of patches; says what is, and names the nearest
+        sizes, without their unit.
+    """
+    stride, size = token_stride(config), sides(image_size)
+    if any(side < 1 or side % step for side, step in zip(size, stride, strict=True)):
+        nearest = []
+        for more in (0, 1):
+            pair = tuple((a // b + more) * b for a, b in zip(size, stride, strict=True))
+            nearest.append(pair[0] if isinstance(image_size, int) and len({*pair}) == 1 else pair)
+        words = ' or '.join(str(pair).replace(' ', '') for pair in nearest if min(sides(pair)))
+        what = 'the patch size' if 'resnet' not in config else "the hybrid's pixels per token,"
+        raise ValueError(f'is not a multiple of {what} {in_words(stride)}: use', words)
+    return size[0] // stride[0], size[1] // stride[1]
 
 
 def resnet_stride(num_layers: Sequence[int]) -> int:

@@ -254,7 +254,7 @@ def _pretend(monkeypatch, params):
 @pytest.mark.parametrize('name', variants.VARIANTS)
 def test_variant_is_inferred_from_shapes(name, monkeypatch):
     config = variants.get_config(name)
-    size = 4 * variants.token_stride(config)
+    size = 4 * variants.token_stride(config)[0]
     _pretend(monkeypatch, _zeros(config, 11, size))
     opened = model_folder.open_model('made_up.npz')
     assert opened.model_config['model_name'] == name
@@ -360,7 +360,7 @@ def encoder(description):
         (lambda d: d.update(class_names=['x' * 2000, 'b', 'c']), '2,000 characters'),
         (lambda d: d['preprocessing'].update(crop=12.0), 'crop is 12.0, expected a whole'),
         (lambda d: d['preprocessing'].update(inception_crop=1), 'expected true or false'),
-        (lambda d: d['preprocessing'].update(resize=10**5), 'resize is 100000, expected at most'),
+        (lambda d: d['preprocessing'].update(resize=10**5), 'at most 8,192; got 100000'),
         (lambda d: d.update(value_range=[0, float('inf')]), r'value_range\[1\] is inf'),
         (lambda d: d.update(value_range=[0, 1, 2]), 'value_range is a list, expected a list of 2'),
         (lambda d: d.update(source=7), 'source is 7, expected an object'),

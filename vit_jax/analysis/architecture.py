@@ -17,23 +17,23 @@ class Architecture:
       name: of the variant, or path of the model.
       model_config: see `variants.get_config`.
       num_classes: C; 0 without a head.
-      image_size: side of the images, pixels.
+      image_size: side or (height, width) of the images, pixels.
     """
 
     name: str
     model_config: Mapping[str, Any]
     num_classes: int
-    image_size: int
+    image_size: counts.ImageSize
 
     def __str__(self) -> str:
-        return f'{self.name}, {self.image_size} px, {self.num_classes} classes'
+        return f'{self.name}, {variants.in_words(self.image_size)} px, {self.num_classes} classes'
 
 
 def find(
     variant: str,
     model: str = '',
     num_classes: int | None = None,
-    image_size: int | None = None,
+    image_size: counts.ImageSize | None = None,
 ) -> Architecture:
     """The architecture that a command line names.
 

@@ -66,7 +66,7 @@ def maps(model: model_folder.Model, pixels: np.ndarray) -> AttentionMaps:
 
     Args:
       model: what `model_folder.load` gives.
-      pixels: float32 [B, image_size, image_size, 3] in [0, 255], as `Preprocess.evaluate` gives. It
+      pixels: float32 [B, height, width, 3] in [0, 255], as `Preprocess.evaluate` gives. It
         is compiled for each B; all images are computed at once.
 
     Raises:
@@ -168,8 +168,8 @@ def mean_distance(
 def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     """Colours over an image: dark where a map has its minimum, bright yellow at its maximum.
 
-    Models see the whole image squashed to a square, so a map covers the whole image, at any
-    resolution and aspect ratio: patch [i, j] of [h, w] lies over rows i / h to (i + 1) / h.
+    A map covers what the model sees (`Preprocess.seen`: by default the whole image, squashed), at
+    any resolution and aspect ratio: patch [i, j] of [h, w] lies over rows i / h to (i + 1) / h.
 
     Args:
       image: [height, width, 3], uint8 or float, in [0, 255].

@@ -266,7 +266,7 @@ def _draw_image(
         return found, probabilities
     folder = part / name
     folder.mkdir()
-    image = pictures.shrink(image)
+    image = pictures.shrink(model.preprocess.seen(image))
     title = f'{contact_sheet.shorten(pathlib.PurePath(path).name, 36)} · {title}'
     cls = attention.check(model).reads_class_token
     arrays: dict[str, Any] = {'path': printable(path), 'class_names': model.class_names}

@@ -13,6 +13,7 @@ import numpy as np
 from vit_jax.analysis import attention
 from vit_jax.errors import extra
 from vit_jax.inference import contact_sheet
+from vit_jax.variants import in_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -126,13 +127,15 @@ def overlays(
     return figure
 
 
-def distance(mean_distance: np.ndarray, *, images: int, image_size: int, title: str) -> 'Figure':
+def distance(
+    mean_distance: np.ndarray, *, images: int, image_size: int | tuple[int, int], title: str
+) -> 'Figure':
     """Mean attention distance of every head over depth, as in figure 7 of the ViT paper.
 
     Args:
       mean_distance: [L, H] pixels, the mean over images.
       images: how many they are, for the caption.
-      image_size: side of the model's input, pixels.
+      image_size: of the model's input, side or (height, width), pixels.
       title: of the figure.
     """
     figure = _figure(7.5, 5, title)
@@ -143,7 +146,7 @@ def distance(mean_distance: np.ndarray, *, images: int, image_size: int, title: 
         axes.scatter([layer] * heads, mean_distance[layer], c=colours, cmap='tab20', vmax=20, s=24)
     axes.plot(mean_distance.mean(axis=1), color='dimgray', linewidth=1, label='mean of the heads')
     axes.set_xlabel('layer (0 is nearest to the image); a point is a head')
-    axes.set_ylabel(f'mean attention distance (pixels of {image_size})')
+    axes.set_ylabel(f'mean attention distance (pixels of {in_words(image_size)})')
     axes.set_ylim(bottom=0)
     axes.locator_params(axis='x', integer=True)
     axes.grid(alpha=0.3)

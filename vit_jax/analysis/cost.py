@@ -20,6 +20,7 @@ from vit_jax.analysis.architecture import Architecture
 from vit_jax.configs import common
 from vit_jax.models.cpu import CHUNK
 from vit_jax.run import resources
+from vit_jax.variants import sides
 
 BYTES = {'float32': 4, 'bfloat16': 2}
 _LIBRARIES = {'gpu': 32 * 2**20, 'cpu': 0}  # bytes that cuBLAS works in, on Hopper
@@ -152,7 +153,7 @@ def training_memory(of: Architecture, plan: Plan) -> Memory:
     if plan.optimizer == 'adamw':
         optimizer += 4 * size + 4
     images = -(-plan.batch // plan.devices)
-    pixels = images * 12 * of.image_size**2
+    pixels = images * 12 * math.prod(sides(of.image_size))
     micro = -(-images // max(1, plan.accum_steps))
     activations = micro * _per_image(of, plan, micro)
     gradients = weights
@@ -216,7 +217,7 @@ def _per_image(of: Architecture, plan: Plan, batch: int) -> float:
     numbers += (s.blocks - blocks) * size(_LAST)
     for index, group in enumerate(counts.convolutions(config, of.image_size)):
         numbers += _RESNET[key[:2]][min(index, 1)] * sum(c.outputs for c in group)
-    return plan.width * numbers + images * 12 * of.image_size**2
+    return plan.width * numbers + images * 12 * math.prod(sides(of.image_size))
 
 
 def training_parts(
@@ -267,7 +268,7 @@ def inference_memory(of: Architecture, plan: Plan) -> Memory:
     """
     s = counts.sizes(of.model_config, of.image_size)
     weights = 4 * counts.parameters(of.model_config, of.num_classes, of.image_size)
-    image, tokens = 12 * of.image_size**2, plan.width * s.tokens * s.width
+    image, tokens = 12 * math.prod(sides(of.image_size)), plan.width * s.tokens * s.width
     hidden = plan.width * max(s.tokens * s.hidden, s.width * s.tokens_hidden)
     phases = [
         image,

@@ -138,14 +138,16 @@ def _speed(of: Architecture, plan: cost.Plan, target: Target) -> Table:
 
 
 def largest_batches(
-    plan: cost.Plan, target: Target, num_classes: int, image_sizes: Sequence[int]
+    plan: cost.Plan, target: Target, num_classes: int, image_sizes: Sequence[counts.ImageSize]
 ) -> Table:
     """The largest batch of every variant at every image size, for each form of remat."""
     rows = []
     for name in variants.VARIANTS:
         config = variants.get_config(name).to_dict()
         for size in image_sizes:
-            if size % variants.token_stride(config):
+            try:
+                variants.token_grid(config, size)
+            except ValueError:
                 continue
             of = Architecture(name, config, num_classes, size)
             rate = target.images_per_second(counts.training_macs(config, num_classes, size), plan)
@@ -153,7 +155,9 @@ def largest_batches(
                 target.largest(of, dataclasses.replace(plan, remat=remat))
                 for remat in ('', 'dots', 'full')
             ]
-            rows.append((name, str(size), *(f'{b:,}' for b in batches), f'{rate:,.0f}'))
+            rows.append(
+                (name, variants.in_words(size), *(f'{b:,}' for b in batches), f'{rate:,.0f}')
+            )
     device = target.device
     title = (
         f'Largest training batch, predicted: {plan.devices} x {device.name}, '

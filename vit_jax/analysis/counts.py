@@ -4,7 +4,7 @@ Nothing is built, traced or loaded: it takes about a millisecond. The
 formulas give exactly the arrays of the real modules, which the tests hold against `jax.eval_shape`
 for every variant; multiply-accumulates are those of convolutions and matrix products.
 
-Letters: S side of the image, P patch size, N patches, T tokens (N and the class token, if any), D
+Letters: S size of the image, P patch size, N patches, T tokens (N and the class token, if any), D
 width, M hidden width of the MLP, H heads, L blocks, C classes.
 """
 
@@ -17,6 +17,7 @@ from vit_jax import variants
 from vit_jax.errors import UserError
 
 Shape = tuple[int, ...]
+ImageSize = int | tuple[int, int]  # the side, or (height, width), pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,20 +49,20 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Convolution:
-    """A convolution of a hybrid's ResNet: its kernel's shape and the side of its output."""
+    """A convolution of a hybrid's ResNet: its kernel's shape, its output's height and width."""
 
     kernel: Shape
-    side: int
+    size: tuple[int, int]
 
     @property
     def outputs(self) -> int:
         """Numbers in its output, for one image."""
-        return self.side**2 * self.kernel[-1]
+        return math.prod(self.size) * self.kernel[-1]
 
     @property
     def macs(self) -> int:
         """Multiply-accumulates for one image."""
-        return self.side**2 * math.prod(self.kernel)
+        return math.prod(self.size) * math.prod(self.kernel)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,25 +88,25 @@ class Sizes:
     tokens_hidden: int = 0
 
 
-def sizes(model_config: Mapping[str, Any], image_size: int) -> Sizes:
+def sizes(model_config: Mapping[str, Any], image_size: ImageSize) -> Sizes:
     """The sizes of an architecture at an image size.
 
     Args:
       model_config: see `variants.get_config`.
-      image_size: side of the (square) images, pixels.
+      image_size: side or (height, width) of the images, pixels.
 
     Raises:
       UserError: the image is not a whole number of patches.
     """
-    stride = variants.token_stride(model_config)
-    if image_size < 1 or image_size % stride:
-        below = image_size // stride * stride
-        nearest = ' or '.join(str(side) for side in (below, below + stride) if side > 0)
+    try:
+        grid = variants.token_grid(model_config, image_size)
+    except ValueError as error:
         raise UserError(
-            f'image size {image_size}: {model_config.get("model_name") or "the model"} takes '
-            f'multiples of {stride} pixels: use {nearest}'
-        )
-    patches = (image_size // stride) ** 2
+            f'image size {variants.in_words(image_size)}: '
+            f'{model_config.get("model_name") or "the model"} takes multiples of '
+            f'{variants.in_words(variants.token_stride(model_config))} pixels: use {error.args[1]}'
+        ) from error
+    patches = grid[0] * grid[1]
     if variants.is_mixer(model_config):
         return Sizes(
             patches,
@@ -127,7 +128,9 @@ def sizes(model_config: Mapping[str, Any], image_size: int) -> Sizes:
     )
 
 
-def parts(model_config: Mapping[str, Any], num_classes: int, image_size: int) -> tuple[Part, ...]:
+def parts(
+    model_config: Mapping[str, Any], num_classes: int, image_size: ImageSize
+) -> tuple[Part, ...]:
     """Everything a model consists of, in the order of the computation.
 
     Args:
@@ -147,12 +150,12 @@ def parts(model_config: Mapping[str, Any], num_classes: int, image_size: int) ->
     return _vit(model_config, s, num_classes, image_size)
 
 
-def parameters(model_config: Mapping[str, Any], num_classes: int, image_size: int) -> int:
+def parameters(model_config: Mapping[str, Any], num_classes: int, image_size: ImageSize) -> int:
     """How many parameters a model has; arguments as for `parts`."""
     return sum(part.parameters for part in parts(model_config, num_classes, image_size))
 
 
-def forward_macs(model_config: Mapping[str, Any], num_classes: int, image_size: int) -> int:
+def forward_macs(model_config: Mapping[str, Any], num_classes: int, image_size: ImageSize) -> int:
     """Multiply-accumulates of one image's forward pass; arguments as for `parts`.
 
     ViT: N 3P^2 D + L (T (4D^2 + 2DM) + 2T^2 D) + DC. Norms, softmax, GELU and additions are not
@@ -162,7 +165,7 @@ def forward_macs(model_config: Mapping[str, Any], num_classes: int, image_size: 
 
 
 def training_macs(
-    model_config: Mapping[str, Any], num_classes: int, image_size: int, remat: str = ''
+    model_config: Mapping[str, Any], num_classes: int, image_size: ImageSize, remat: str = ''
 ) -> int:
     """Multiply-accumulates of one image's training step; other arguments as for `parts`.
 
@@ -192,7 +195,11 @@ def training_macs(
 
 
 def unused_macs(
-    model_config: Mapping[str, Any], image_size: int, *, training: bool = False, remat: str = ''
+    model_config: Mapping[str, Any],
+    image_size: ImageSize,
+    *,
+    training: bool = False,
+    remat: str = '',
 ) -> int:
     """Multiply-accumulates for one image that belong to the architecture but are not done.
 
@@ -219,7 +226,7 @@ def unused_macs(
     return 3 * macs + {'full': macs - last, 'dots': products}.get(remat, 0)
 
 
-def convolutions(model_config: Mapping[str, Any], image_size: int) -> list[list[Convolution]]:
+def convolutions(model_config: Mapping[str, Any], image_size: ImageSize) -> list[list[Convolution]]:
     """The convolutions of a hybrid's ResNet: the root, then one list per residual unit.
 
     Args:
@@ -230,25 +237,29 @@ def convolutions(model_config: Mapping[str, Any], image_size: int) -> list[list[
     if not resnet:
         return []
     channels = int(64 * resnet['width_factor'])
-    side = -(-image_size // 2)
-    groups = [[Convolution((7, 7, 3, channels), side)]]
-    side, features = -(-side // 2), channels  # after the pooling
+    size = _half(variants.sides(image_size))
+    groups = [[Convolution((7, 7, 3, channels), size)]]
+    size, features = _half(size), channels  # after the pooling
     for stage, units in enumerate(resnet['num_layers']):
         for unit in range(units):
-            before, side = side, -(-side // 2) if stage and not unit else side
+            before, size = size, _half(size) if stage and not unit else size
             shapes = (1, 1, channels, features), (3, 3, features, features)
-            group = [Convolution(shapes[0], before), Convolution(shapes[1], side)]
-            group.append(Convolution((1, 1, features, 4 * features), side))
-            if channels != 4 * features or before != side:  # the projection of the shortcut
-                group.insert(0, Convolution((1, 1, channels, 4 * features), side))
+            group = [Convolution(shapes[0], before), Convolution(shapes[1], size)]
+            group.append(Convolution((1, 1, features, 4 * features), size))
+            if channels != 4 * features or before != size:  # the projection of the shortcut
+                group.insert(0, Convolution((1, 1, channels, 4 * features), size))
             groups.append(group)
             channels = 4 * features
         features *= 2
     return groups
 
 
+def _half(size: tuple[int, int]) -> tuple[int, int]:
+    return -(-size[0] // 2), -(-size[1] // 2)
+
+
 def _vit(
-    config: Mapping[str, Any], s: Sizes, num_classes: int, image_size: int
+    config: Mapping[str, Any], s: Sizes, num_classes: int, image_size: ImageSize
 ) -> tuple[Part, ...]:
     d = s.width
     found, channels = [], 3

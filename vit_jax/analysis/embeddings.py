@@ -4,10 +4,9 @@ The two other pictures of "An Image is Worth 16x16 Words" (https://arxiv.org/abs
 7 left and centre. P is the patch size, D the width, [h, w] the grid of patches.
 """
 
-import math
-
 import numpy as np
 
+from vit_jax import variants
 from vit_jax.analysis import attention
 from vit_jax.errors import UserError
 from vit_jax.inference import model_folder
@@ -71,5 +70,5 @@ def position_similarity(model: model_folder.Model) -> np.ndarray:
     embeddings = embeddings[module.prefix_positions :]
     norms = np.linalg.norm(embeddings, axis=-1, keepdims=True)
     embeddings = embeddings / np.maximum(norms, np.finfo(np.float64).tiny)
-    side = math.isqrt(len(embeddings))  # models of this package have square inputs
-    return (embeddings @ embeddings.T).reshape((side,) * 4).astype(np.float32)
+    grid = variants.token_grid(model.model_config, model.image_size)
+    return (embeddings @ embeddings.T).reshape(grid * 2).astype(np.float32)

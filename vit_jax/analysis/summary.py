@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vit_jax import variants
 from vit_jax.analysis import counts, tables
 from vit_jax.errors import UserError
 
@@ -38,17 +39,17 @@ class Layer:
     flops: int
 
 
-def layers(model: nn.Module, image_size: int) -> list[Layer]:
+def layers(model: nn.Module, image_size: counts.ImageSize) -> list[Layer]:
     """Every layer of a model in the order of the computation, each after the one it lies in.
 
     Args:
       model: a module of `vit_jax.models`.
-      image_size: side of the (square) images, pixels.
+      image_size: side or (height, width) of the images, pixels.
 
     Raises:
       UserError: the model takes no such image.
     """
-    image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    image = jax.ShapeDtypeStruct((1, *variants.sides(image_size), 3), jnp.float32)
     outputs: dict[tuple[str, ...], tuple[str, tuple[int, ...]]] = {}
 
     def record(call, args, kwargs, context):
@@ -66,7 +67,7 @@ def layers(model: nn.Module, image_size: int) -> list[Layer]:
     try:
         params = jax.eval_shape(init, image)
     except ValueError as e:
-        raise UserError(f'image size {image_size}: {e}') from e
+        raise UserError(f'image size {variants.in_words(image_size)}: {e}') from e
 
     def apply(params, x):
         return model.apply({'params': params}, x, train=False)
@@ -209,7 +210,7 @@ def _likeness(found: Sequence[Layer], root: Layer) -> tuple:
 def torchsummary(
     model_config: Mapping[str, Any],
     num_classes: int,
-    image_size: int,
+    image_size: counts.ImageSize,
     *,
     title: str,
     style: str = 'terminal',
@@ -225,7 +226,7 @@ def torchsummary(
     Args:
       model_config: see `variants.get_config`.
       num_classes: C, at least 1.
-      image_size: side of the images, pixels.
+      image_size: side or (height, width) of the images, pixels.
       title: above the table.
       style: one of `tables.FORMATS`; CSV is for programs: layer, output_shape ('[-1,197,768]'),
         params, plain numbers.
@@ -243,7 +244,7 @@ def torchsummary(
     sizes = counts.sizes(model_config, image_size)
     cls, positions = sizes.width, sizes.tokens * sizes.width
     mib = 4 / 2**20  # of a float32 number
-    image = 3 * image_size**2 * mib
+    image = 3 * math.prod(variants.sides(image_size)) * mib
     passes = 2 * sum(math.prod(output) for _, output, _ in rows) * mib
     notes = (
         f'Total params: {counted:,}',
@@ -261,12 +262,12 @@ def torchsummary(
 
 
 def _torch_rows(
-    model_config: Mapping[str, Any], num_classes: int, image_size: int
+    model_config: Mapping[str, Any], num_classes: int, image_size: counts.ImageSize
 ) -> list[tuple[str, tuple[int, ...], int]]:
     """Class, output shape of an image, and parameters of each leaf module of the PyTorch ViT."""
     s = counts.sizes(model_config, image_size)
     d, m, t, n = s.width, s.hidden, s.tokens, s.patches
-    side = math.isqrt(n)
+    grid = variants.token_grid(model_config, image_size)
     patch = math.prod(model_config['patches']['size'])
     block = [
         ('LayerNorm', (t, d), 2 * d),
@@ -286,7 +287,7 @@ def _torch_rows(
     else:
         pooled = [('Identity', (d,), 0)]
     return [
-        ('Conv2d', (d, side, side), 3 * patch * d + d),
+        ('Conv2d', (d, *grid), 3 * patch * d + d),
         ('Identity', (n, d), 0),
         ('PatchEmbed', (n, d), 0),
         ('Dropout', (t, d), 0),

@@ -104,13 +104,14 @@ def _group(tree: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return group if isinstance(group, Mapping) else {}
 
 
-def with_class_position(tree: dict[str, Any]) -> list[str]:
+def with_class_position(tree: dict[str, Any], grid: tuple[int, int] | None = None) -> list[str]:
     """Gives position embeddings the rows of class and distillation token where they lack them.
 
     Some models (timm's `no_embed_class`) add position embeddings to the patches only.
 
     Args:
         tree: nested dict with Linen names; changed in place.
+        grid: (rows, columns) of the patches; None where nothing tells, and a square is looked for.
 
     Returns:
         What was done.
@@ -121,7 +122,10 @@ def with_class_position(tree: dict[str, Any]) -> list[str]:
         count = holder['pos_embedding'].shape[1]
     except (KeyError, IndexError, TypeError):
         return []
-    if not tokens or _is_square(count - tokens) or not _is_square(count):
+    lacks = not _is_square(count - tokens) and _is_square(count)
+    if grid:
+        lacks = count == grid[0] * grid[1]
+    if not tokens or not lacks:
         return []
     for _ in range(tokens):
         holder['pos_embedding'] = derive(_with_class_token, holder['pos_embedding'])

@@ -233,7 +233,9 @@ def _recognise(
     notes += said
     assumed = [] if variant or num_heads else said
     tree = npz.nest(flat, path)
-    notes += big_vision.with_class_position(tree)
+    size = config['input'].image_size if 'input' in config else 0
+    grid = infer.token_grid(tree, size) if size and 'embedding' in tree else None
+    notes += big_vision.with_class_position(tree, grid)
     settings = config.get('settings')
     if settings is None:
         settings = next(DEFAULTS[name] for name in DEFAULTS if library.startswith(name))

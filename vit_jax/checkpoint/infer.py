@@ -11,8 +11,10 @@ from typing import Any
 import flax.linen as nn
 
 from vit_jax import models, variants
+from vit_jax.checkpoint import resize
 from vit_jax.checkpoint.adapt import POSITION_EMBEDDING, describe, prefix_positions
 from vit_jax.checkpoint.npz import flatten
+from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 
 EVERY_MODEL = ('act', 'layer_norm_eps')  # arguments that name no architecture
@@ -82,19 +84,27 @@ def architecture(
     return found | stated
 
 
-def settings(config: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
+def settings(
+    config: Mapping[str, Any], params: Mapping[str, Any], preprocess: Preprocess
+) -> dict[str, Any]:
     """The arguments of a module that its arrays do not tell, where they are not the default.
+
+    Beside them 'preprocessing', where images are not squares that are squashed as by default.
 
     Args:
         config: the arguments, see `variants.get_config`.
         params: its parameters; leaves need a shape only.
+        preprocess: from decoded images to its input.
     """
     try:
         told = architecture(params, '')
     except UserError:  # an encoder of another kind
         told = {}
     default = functools.partial(getattr, _module(config))
-    return {
+    side = preprocess.size[0]
+    usual = preprocess.describe() == Preprocess(side).describe()
+    more = {} if usual else {'preprocessing': preprocess.to_dict()}
+    return more | {
         name: value
         for name, value in ({name: default(name) for name in EVERY_MODEL} | dict(config)).items()
         if name not in _SHAPES and value is not None and value != told.get(name, default(name))
@@ -140,11 +150,17 @@ def image_size(
         tokens = flat[POSITION_EMBEDDING].shape[1] - variants.prefix_positions(config)
     stride = variants.token_stride(config)
     if stated:
-        height, width = variants.sides(stated)
-        if height % stride or width % stride or height * width != tokens * stride**2:
+        try:
+            grid = variants.token_grid(config, stated)
+        except ValueError as error:
             raise UserError(
-                f'{source}: its configuration tells images of {height} x {width} pixels, so '
-                f'{height / stride:g} x {width / stride:g} tokens, and it has {tokens} positions'
+                f'{source}: its configuration tells images of {variants.in_words(stated)} pixels, '
+                f'which {" ".join(error.args)}'
+            ) from error
+        if grid[0] * grid[1] != tokens:
+            raise UserError(
+                f'{source}: its configuration tells images of {variants.in_words(stated)} pixels, '
+                f'so {grid[0]} x {grid[1]} tokens, and it has {tokens} positions'
             )
         return stated
     side = math.isqrt(max(tokens, 0))
@@ -153,7 +169,19 @@ def image_size(
             f'{source}: its {tokens} positions are not a square grid, and nothing tells the size '
             'of its images: config.json of its folder does'
         )
-    return side * stride
+    return side * stride[0] if stride[0] == stride[1] else (side * stride[0], side * stride[1])
+
+
+def square_grid(params: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(rows, columns) of the patches of a ViT, if their positions are as many as a square has.
+
+    Args:
+        params: nested dict with Linen names; leaves need a shape only.
+    """
+    flat = flatten(params)
+    if POSITION_EMBEDDING not in flat:
+        return None
+    return resize.square(flat[POSITION_EMBEDDING].shape[1] - prefix_positions(flat))
 
 
 def token_grid(

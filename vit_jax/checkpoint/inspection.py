@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax import files, models
+from vit_jax import files, models, variants
 from vit_jax.checkpoint import adapt, catalog, formats, infer, npz
 from vit_jax.errors import UserError, printable
-from vit_jax.variants import sides
 
 MIB = 2**20
 # Listings are rounded, to 0.01 GiB for the large files.
@@ -56,7 +55,7 @@ class Inspection:
         notes: what loading it does or leaves out.
         variant: name of the variant, or a description where no variant has these sizes.
         computes: heads, activation, epsilon, pooling.
-        image_size: side, or height and width, of the input, pixels; 0 where it cannot be told.
+        image_size: side or (height, width) of the input, pixels; 0 where it cannot be told.
         num_classes: outputs of the head; 0 without a head.
         class_names: where the file tells them.
         arrays: all arrays of weights.
@@ -84,13 +83,13 @@ class Inspection:
 
     def __str__(self) -> str:
         names = ', '.join(self.class_names[:5]) + (', ...' if len(self.class_names) > 5 else '')
-        size = f'{" x ".join(map(str, dict.fromkeys(sides(self.image_size))))} px'
+        size = f'{variants.in_words(self.image_size)} px' if self.image_size else 'cannot be told'
         lines = [
             self.path,
             f'  format      {self.format}',
             f'  variant     {self.variant}',
             f'  computes    {self.computes}',
-            f'  image size  {size if self.image_size else "cannot be told"}',
+            f'  image size  {size}',
             f'  classes     {self.num_classes or "none (no head)"}{f": {names}" if names else ""}',
             f'  parameters  {self.num_parameters:,} in {len(self.arrays)} arrays',
             f'  file size   {self.mib:.2f} MiB; {self.catalogue}',
@@ -142,7 +141,7 @@ def inspect(path: str | os.PathLike[str], *, variant: str = '', num_heads: int =
         weights.params, str(path), variant=variant, settings=weights.settings
     )
     try:
-        image_size = weights.image_size or infer.image_size(weights.params, config, str(path))
+        image_size = infer.image_size(weights.params, config, str(path), weights.image_size)
     except UserError:  # not square
         image_size = 0
     arrays = tuple(_arrays(weights.params))
@@ -169,10 +168,9 @@ def _inspect_model_folder(folder: pathlib.Path, variant: str) -> Inspection:
     """A model folder has its weights and its class names in two files."""
     description = files.read_json(folder / 'model.json')
     try:
-        height, width = sides(description['image_size'])
-        size = int(height) if height == width else (int(height), int(width))
-        names = tuple(map(str, description['class_names']))
-    except (KeyError, TypeError, ValueError) as error:
+        size, names = description['image_size'], tuple(map(str, description['class_names']))
+        size = size if isinstance(size, int) else (int(size[0]), int(size[1]))
+    except (KeyError, IndexError, TypeError, ValueError) as error:
         raise UserError(f'{folder / "model.json"} does not describe a model: {error}') from error
     return dataclasses.replace(
         inspect(folder / 'params.npz', variant=variant),

@@ -13,9 +13,9 @@ from typing import Any
 from vit_jax import files
 from vit_jax.data import resample
 from vit_jax.data.normalization import CLIP, HALF, IMAGENET, NORMALIZATIONS, Normalization
-from vit_jax.data.preprocess import Preprocess, in_words
+from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
-from vit_jax.variants import sides
+from vit_jax.variants import in_words, sides
 
 _SQUARE, _SHORT = {'height': 224, 'width': 224}, {'shortest_edge': 224}
 _CENTRE = {'do_center_crop': True, 'crop_size': 224}
@@ -82,8 +82,8 @@ def of_timm(config: Mapping[str, Any]) -> ModelInput:
     """Reads the config.json of a timm folder, by the rules of timm 1.0.31's `data.config`."""
     stated = config.get('pretrained_cfg') or config
     arguments = config.get('model_args') or {}
-    size = arguments.get('img_size') or tuple(stated.get('input_size') or ())[1:] or 224
-    size = _size(size)
+    told = arguments.get('img_size') or tuple(stated.get('input_size') or ())[1:]
+    image_size, size = (_size(told), _size(told)) if told else (0, 224)
     notes: tuple[str, ...] = ()
     if stated.get('mean') and stated.get('std'):
         normalization: Normalization = (tuple(stated['mean']), tuple(stated['std']))
@@ -96,7 +96,7 @@ def of_timm(config: Mapping[str, Any]) -> ModelInput:
     mode, share = stated.get('crop_mode') or 'center', stated.get('crop_pct') or 0.875
     if mode not in ('center', 'squash') or interpolation not in resample.INTERPOLATIONS:
         refused = f'crop_mode {mode!r} and interpolation {interpolation!r} of its config.json'
-        return ModelInput(size, normalization, refused=refused, notes=notes)
+        return ModelInput(image_size, normalization, refused=refused, notes=notes)
     resize = tuple(math.floor(side / float(share)) for side in sides(size))
     whole = mode == 'squash' and resize == sides(size)
     try:
@@ -109,8 +109,8 @@ def of_timm(config: Mapping[str, Any]) -> ModelInput:
             centre='half_even',
         )
     except UserError as why:
-        return ModelInput(size, normalization, refused=str(why), notes=notes)
-    return ModelInput(size, normalization, preprocess, notes=notes)
+        return ModelInput(image_size, normalization, refused=str(why), notes=notes)
+    return ModelInput(image_size, normalization, preprocess, notes=notes)
 
 
 def of_hugging_face(folder: pathlib.Path, config: Mapping[str, Any]) -> ModelInput:

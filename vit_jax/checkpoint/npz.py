@@ -35,6 +35,7 @@ from vit_jax.checkpoint.arrays import (
     from_file,
     is_shape_of_weights,
 )
+from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 
 # Names joined by '/': no absolute path, no '..', nothing empty, not nested without end.
@@ -106,7 +107,15 @@ def open_file(path: str | os.PathLike[str], *, whole: bool = False) -> Weights:
         raise UserError(f'{path} holds no arrays')
     weights = from_flat(flat, path, prefix, left_out, as_named=as_named)
     projects = prefix.endswith('img/') and 'head' in weights.params
-    return dataclasses.replace(weights, settings=settings, projects=projects)
+    told = settings.pop('preprocessing', None)
+    preprocess = Preprocess.from_dict(told) if told else None
+    return dataclasses.replace(
+        weights,
+        settings=settings,
+        projects=projects,
+        image_size=preprocess.crop if preprocess else 0,
+        preprocess=preprocess,
+    )
 
 
 def from_flat(
@@ -175,8 +184,9 @@ def save(
             arrays of a float type, or Python floats. They are written as float32, the only type
             that the published format has; GroupNorm's [channels] as [1, 1, 1, channels]. Of
             variables, {'params': ...} and nothing else, the parameters are written.
-        settings: arguments of the model that neither its arrays tell nor are the released models'
-            (`infer.settings`); they go into the comment of the zip archive.
+        settings: arguments of the model that neither its arrays tell nor are the released models',
+            and how its images become pixels (`infer.settings`); they go into the comment of the
+            zip archive.
 
     Raises:
         UserError: the file cannot be written (no such folder, disk full, no permission); or `load`

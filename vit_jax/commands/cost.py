@@ -40,7 +40,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add('--all', action='store_true', help='every variant: the largest batch that fits')
     add('--num_classes', type=int, help='default: 1000, or those of --model')
-    add('--image_size', type=int, nargs='+', help='default: 224, or that of --model')
+    add(
+        '--image_size',
+        type=cli.size,
+        nargs='+',
+        help='side, or height x width (32x128); default: 224, or that of --model',
+    )
     add('--batch', type=int, default=256, help='images per step, over all devices; default: 256')
     add('--accum_steps', type=int, default=1, help='micro-batches per device; default: 1')
     add('--dtype', choices=('float32', 'bfloat16'), default='bfloat16', help='default: bfloat16')

@@ -73,5 +73,5 @@ def _variants() -> list[tuple[str, ...]]:
         mixer = variants.is_mixer(config)
         width = config['hidden_dim' if mixer else 'hidden_size']
         blocks = config['num_blocks'] if mixer else config['transformer']['num_layers']
-        rows.append((name, str(variants.token_stride(config)), str(width), str(blocks)))
+        rows.append((name, str(variants.token_stride(config)[0]), str(width), str(blocks)))
     return rows

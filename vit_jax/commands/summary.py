@@ -26,7 +26,11 @@ def main() -> int:
     what.add_argument('--variant', help='a name of vit_jax list_models --variants')
     what.add_argument('--model', help='model folder, weights of any known kind, or a released name')
     parser.add_argument('--num_classes', type=int, help='default: 1000, or those of --model')
-    parser.add_argument('--image_size', type=int, help='default: 224, or that of --model')
+    parser.add_argument(
+        '--image_size',
+        type=cli.size,
+        help='side, or height x width (32x128); default: 224, or that of --model',
+    )
     parser.add_argument('--style', choices=STYLES, default='jax', help='default: jax')
     parser.add_argument('--format', choices=FORMATS, default='terminal', help='default: terminal')
     parser.add_argument('--expand', action='store_true', help='every layer of every block')

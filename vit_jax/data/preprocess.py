@@ -5,6 +5,7 @@ all use it, and it is stored with the model, so they cannot drift apart.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,10 +14,12 @@ import numpy as np
 from vit_jax.data import resample
 from vit_jax.data.inception_crop import sample_inception_box
 from vit_jax.errors import UserError
-from vit_jax.variants import sides
+from vit_jax.variants import in_words, sides
 
 # Of an image that keeps its aspect ratio, the middle part that is no longer than this is resized.
 MAX_ASPECT_SEEN = 100
+# Pixels; a file must not say how much memory is taken.
+MAX_RESIZE = 8192
 # What evaluation sees, see `Preprocess.eval`.
 EVALS = ('squash', 'squash_crop', 'resize_crop')
 _CHOICES = {
@@ -103,6 +106,9 @@ class Preprocess:
             if getattr(self, name) not in choices:
                 words = ', '.join(repr(choice) for choice in choices)
                 raise UserError(f'pp.{name}={getattr(self, name)!r} is not one of {words}')
+        for name in ('inception_crop', 'antialias'):
+            if type(getattr(self, name)) is not bool:
+                raise UserError(f'pp.{name}={getattr(self, name)!r} is neither True nor False')
         if self.resize and (self.eval != 'squash' or not self.inception_crop):
             if any(a < b for a, b in zip(sides(self.resize), self.size, strict=True)):
                 raise UserError(
@@ -242,6 +248,24 @@ class Preprocess:
         resized = resample.resize(whole.part(image), whole.size, **how)
         return _put(whole._replace(top=top, left=left).cut(resized, self.size), out)
 
+    def seen(self, image: np.ndarray) -> np.ndarray:
+        """The part of an image that evaluation sees, at the image's own resolution.
+
+        Args:
+          image: [height, width, channels].
+
+        Returns:
+          A view of it; where the part ends between pixels, of the nearest ones.
+        """
+        if self.eval == 'squash':
+            return image
+        whole = self._whole(*image.shape[:2])
+        part, cut = whole.part(image), []
+        for old, new, crop in zip(part.shape, whole.size, self.size, strict=False):
+            start = self._half(new - crop)
+            cut.append(slice(round(start * old / new), max(1, round((start + crop) * old / new))))
+        return part[cut[0], cut[1]]
+
     def _whole(self, height: int, width: int) -> CropBox:
         """An image that is resized and then cropped, before the crop."""
         target = sides(self.resize or self.crop)
@@ -342,20 +366,16 @@ def normalize(pixels: Any) -> Any:
     return (pixels - np.float32(127.5)) / np.float32(127.5)
 
 
-def in_words(size: int | tuple[int, int]) -> str:
-    """'224', or '32 x 128' (height x width)."""
-    return str(size) if isinstance(size, int) else f'{size[0]} x {size[1]}'
-
-
 def _size(size: Any, name: str) -> int | tuple[int, int]:
     """A side or (height, width), in the one form that each size has: an int for squares."""
     pair = tuple(size) if isinstance(size, tuple | list) else (size, size)
-    least = 1 if name == 'crop' else 0
-    if len(pair) != 2 or not all(type(side) is int and side >= least for side in pair):
+    least, most = (1, math.inf) if name == 'crop' else (0, MAX_RESIZE)
+    if len(pair) != 2 or not all(type(side) is int and least <= side <= most for side in pair):
         what = "the model's input" if name == 'crop' else 'the image that the crop is cut from'
+        limit = f', at most {most:,}' if name == 'resize' else ''
         raise UserError(
-            f'pp.{name} is the side of {what} in pixels, or its (height, width), at least {least}; '
-            f'got {size!r}'
+            f'pp.{name} is the side of {what} in pixels, or its (height, width), at least {least}'
+            f'{limit}; got {size!r}'
         )
     return pair[0] if pair[0] == pair[1] else pair
 

@@ -10,6 +10,7 @@ from vit_jax.data.batches import READ_AHEAD, Batch, in_order, reading_threads
 from vit_jax.data.dataset import CLASS_INDEX, check_class_names, label_dtype
 from vit_jax.data.decode import pixels_of
 from vit_jax.errors import UserError
+from vit_jax.variants import sides
 
 
 class BatchStream:
@@ -73,14 +74,20 @@ class BatchStream:
         return ''
 
     def from_step(
-        self, start: int, *, batch: int, crop: int, exact: bool, process_index: int
+        self,
+        start: int,
+        *,
+        batch: int,
+        crop: int | tuple[int, int],
+        exact: bool,
+        process_index: int,
     ) -> Generator[Batch]:
         """Batches as `BatchLoader.from_step` gives them, two ahead, made in a thread.
 
         Args:
           start: the number of the first step; the iterator does not know it.
           batch: examples that a batch must have.
-          crop: side that images must have, pixels.
+          crop: side or (height, width) that images must have, pixels.
           exact: whether images are float32; else uint8, rounded.
           process_index: of this process.
 
@@ -97,7 +104,8 @@ class BatchStream:
                     f'process takes {batch} at a time (drop_last or drop_remainder leaves out the '
                     'last, smaller batch)'
                 )
-            out = np.empty((batch, crop, crop, self.channels), np.float32 if exact else np.uint8)
+            shape = (batch, *sides(crop), self.channels)
+            out = np.empty(shape, np.float32 if exact else np.uint8)
             for row, image in enumerate(images):
                 pixels = pixels_of(image, key=f'{self._name}/{row}', channels=self.channels)
                 if pixels.shape != out.shape[1:]:

@@ -19,6 +19,12 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: config.get(name, getattr(module, name)) for name in names}
 
 
+def patch_size(config: Mapping[str, Any]) -> int | tuple[int, int]:
+    """Side of a patch, or (height, width), pixels."""
+    height, width = config['patches']['size']
+    return height if height == width else (height, width)
+
+
 def check_epsilon(settings: Mapping[str, Any]) -> None:
     """Refuses what a library's fixed epsilon, 1e-6, would change by more than rounding."""
     if settings['layer_norm_eps'] > 1e-5:

@@ -13,7 +13,7 @@ import numpy as np
 import rich.console
 
 import vit_jax
-from vit_jax import files
+from vit_jax import files, variants
 from vit_jax.errors import UserError, printable
 from vit_jax.export import pytorch, stablehlo, verify
 from vit_jax.export.options import DEFAULT, REPORT_SUFFIX, Options, check
@@ -112,7 +112,8 @@ def _described(model: model_folder.Model, options: Options, made: pathlib.Path) 
     count = sum(leaf.size for leaf in jax.tree.leaves(model.params))
     size = sum(file.stat().st_size for file in _files(made)) / 2**20
     return (
-        f'{name}, {count:,} parameters, {model.image_size} px, {len(model.class_names)} classes: '
+        f'{name}, {count:,} parameters, {variants.in_words(model.image_size)} px, '
+        f'{len(model.class_names)} classes: '
         f'{size:.1f} MiB, {options.dtype}'
     )
 

@@ -51,7 +51,7 @@ def build(model: model_folder.Model, options: Options = DEFAULT) -> onnx.ModelPr
     Raises:
         UserError: an output that the model does not have, or weights beyond the range of float16.
     """
-    config, params, side = model.model_config, model.params, model.image_size
+    config, params, size = model.model_config, model.params, model.preprocess.size
     outputs = options.outputs(model.model.num_classes)
     verify.check_outputs(model.model, outputs)
     classifier = config.get('classifier', 'token')
@@ -63,8 +63,8 @@ def build(model: model_folder.Model, options: Options = DEFAULT) -> onnx.ModelPr
     names = ('act', 'layer_norm_eps')
     settings = {name: config[name] for name in names if config.get(name) is not None}
     graph = Graph(options.opset, FLOAT16 if options.dtype == 'float16' else FLOAT32, **settings)
-    image = _image(graph, side, options)
-    values = onnx_models.build(graph, image, params, config, side, attention=options.attention)
+    image = _image(graph, size, options)
+    values = onnx_models.build(graph, image, params, config, size, attention=options.attention)
     if values.logits:
         x = graph.softmax(values.logits, 'softmax') if options.probabilities else values.logits
         graph.output(x, outputs[0], (BATCH, params['head']['bias'].shape[0]))
@@ -88,7 +88,8 @@ def _metadata(model: model_folder.Model, options: Options, output: str) -> dict[
 
     Returns:
         'vit_jax.format' ('1'); 'vit_jax.version'; 'model_name' ('' for no known variant);
-        'class_names' (JSON list, in the order of the logits); 'image_size', pixels; 'layout';
+        'class_names' (JSON list, in the order of the logits); 'image_size', pixels
+        (JSON: side or [height, width]); 'layout';
         'value_range' (JSON: [-1, 1] or [0, 255]); 'preprocessing' (JSON of `Preprocess.to_dict`);
         'output' ('features' for a model without a head); 'dtype'; 'source' (JSON).
     """
@@ -101,7 +102,7 @@ def _metadata(model: model_folder.Model, options: Options, output: str) -> dict[
         'vit_jax.version': vit_jax.__version__,
         'model_name': str(model.model_config.get('model_name') or ''),
         'class_names': text(list(model.class_names)),
-        'image_size': str(model.image_size),
+        'image_size': text(model.image_size),
         'layout': options.layout,
         'value_range': text([0, 255] if options.preprocessing else [-1, 1]),
         'preprocessing': text(model.preprocess.to_dict()),
@@ -137,10 +138,10 @@ def save(
         (folder / path.name).write_bytes(proto.SerializeToString())
 
 
-def _image(graph: Graph, side: int, options: Options) -> str:
-    """Declares the input; gives [B, 3, side, side] in [-1, 1]."""
+def _image(graph: Graph, size: tuple[int, int], options: Options) -> str:
+    """Declares the input; gives [B, 3, *size] in [-1, 1]."""
     channels_last = options.layout == 'NHWC'
-    shape = (BATCH, side, side, 3) if channels_last else (BATCH, 3, side, side)
+    shape = (BATCH, *size, 3) if channels_last else (BATCH, 3, *size)
     x = graph.input('image', UINT8 if options.preprocessing else FLOAT32, shape)
     if options.preprocessing:
         x = graph.cast(x, FLOAT32)

@@ -21,6 +21,7 @@ from vit_jax.export.onnx_heads import Sizes
 from vit_jax.models.resnet import GROUP_NORM_EPSILON, GROUPS, STANDARDISATION_EPSILON
 
 _Tree = Mapping[str, Any]
+_Size = tuple[int, int]  # height and width, pixels
 
 
 @dataclasses.dataclass
@@ -41,23 +42,23 @@ class Values:
 
 
 def build(
-    graph: Graph, image: str, params: _Tree, config: _Tree, side: int, *, attention: bool = False
+    graph: Graph, image: str, params: _Tree, config: _Tree, size: _Size, *, attention: bool = False
 ) -> Values:
     """Adds a model to a graph.
 
     Args:
         graph: where to.
-        image: [B, 3, side, side] in [-1, 1].
+        image: [B, 3, height, width] in [-1, 1].
         params: of `models.VisionTransformer` or `models.MlpMixer`.
         config: its arguments; the classifier is not an unpooled one.
-        side: of the image, pixels.
+        size: height and width of the image, pixels.
         attention: whether the attention weights are needed. If not, the last block of a model that
             reads only its class token computes no other.
     """
     if variants.is_mixer(config):
-        return _mixer(graph, image, params, config, side)
+        return _mixer(graph, image, params, config, size)
     classifier = config.get('classifier', 'token')
-    x, num_tokens = _embed(graph, image, params, config, side)
+    x, num_tokens = _embed(graph, image, params, config, size)
     sizes = Sizes(num_tokens, config['transformer']['num_heads'], config['hidden_size'])
     num_layers = config['transformer']['num_layers']
     heads = 2 if config.get('distilled') else 1
@@ -84,9 +85,9 @@ def build(
     return Values(*onnx_heads.classify(graph, x, params, act), num_tokens, weights)
 
 
-def _mixer(graph: Graph, image: str, params: _Tree, config: _Tree, side: int) -> Values:
+def _mixer(graph: Graph, image: str, params: _Tree, config: _Tree, size: _Size) -> Values:
     patch = tuple(config['patches']['size'])
-    num_tokens = side // patch[0] * (side // patch[1])
+    num_tokens = size[0] // patch[0] * (size[1] // patch[1])
     shape = (BATCH, num_tokens, config['hidden_dim'])
     x = graph.patches(image, params['stem'], patch, shape, 'stem')
     x = graph.reshape(x, (ROWS, shape[2]), 'rows')
@@ -121,14 +122,14 @@ def _token_mixing(graph: Graph, x: str, params: _Tree, name: str) -> str:
     return x
 
 
-def _embed(graph: Graph, image: str, params: _Tree, config: _Tree, side: int) -> tuple[str, int]:
-    """Images [B, 3, side, side] to the encoder's input, rows [B * N, D]; and N."""
+def _embed(graph: Graph, image: str, params: _Tree, config: _Tree, size: _Size) -> tuple[str, int]:
+    """Images [B, 3, height, width] to the encoder's input, rows [B * N, D]; and N."""
     x, width = image, config['hidden_size']
     if config.get('resnet'):
         num_layers = config['resnet']['num_layers']
-        x, side = _resnet(graph, x, params, side, num_layers)
+        x, size = _resnet(graph, x, params, size, num_layers)
     patch = tuple(config['patches']['size'])
-    grid = side // patch[0] * (side // patch[1])
+    grid = size[0] // patch[0] * (size[1] // patch[1])
     front = variants.tokens_in_front(config)
     prefix = sum(front.values())
     num_tokens = prefix + grid
@@ -243,38 +244,38 @@ def _normalised(
 
 
 def _resnet(
-    graph: Graph, images: str, params: _Tree, side: int, num_layers: Sequence[int]
-) -> tuple[str, int]:
-    """The ResNet of a hybrid: images [B, 3, side, side] to features [B, F, h, h], and h.
+    graph: Graph, images: str, params: _Tree, size: _Size, num_layers: Sequence[int]
+) -> tuple[str, _Size]:
+    """The ResNet of a hybrid: images [B, 3, height, width] to features [B, F, h, w], and (h, w).
 
     Its kernels are standardised here, so the graph has plain convolutions.
     """
-    x, side = _conv(graph, images, params['conv_root'], side, 2, 'conv_root')
-    x = _group_norm(graph, x, params['gn_root'], side, 'gn_root', relu=True)
+    x, size = _conv(graph, images, params['conv_root'], size, 2, 'conv_root')
+    x = _group_norm(graph, x, params['gn_root'], size, 'gn_root', relu=True)
     # Padding of a maximum is minus infinity, in XLA and in ONNX.
-    pads, side = _same(side, 3, 2)
+    pads, size = _same(size, 3, 2)
     x = graph.op('MaxPool', [x], 'max_pool', kernel_shape=(3, 3), strides=(2, 2), pads=pads)
     for stage, units in enumerate(num_layers):
         for unit in range(units):
             name = f'block{stage + 1}/unit{unit + 1}'
             stride = 2 if stage and not unit else 1
-            x, side = _unit(
-                graph, x, params[f'block{stage + 1}'][f'unit{unit + 1}'], side, stride, name
+            x, size = _unit(
+                graph, x, params[f'block{stage + 1}'][f'unit{unit + 1}'], size, stride, name
             )
-    return x, side
+    return x, size
 
 
 def _unit(
-    graph: Graph, x: str, params: _Tree, side: int, stride: int, name: str
-) -> tuple[str, int]:
-    """A bottleneck unit: [B, F, h, h] to [B, 4 features, h / stride, h / stride], and that side."""
-    shortcut, out = x, -(-side // stride)
+    graph: Graph, x: str, params: _Tree, size: _Size, stride: int, name: str
+) -> tuple[str, _Size]:
+    """A bottleneck unit: [B, F, h, w] to [B, 4 features, h / stride, w / stride]; and its size."""
+    shortcut, out = x, _divided(size, stride)
     if 'conv_proj' in params:
-        shortcut, _ = _conv(graph, x, params['conv_proj'], side, stride, f'{name}/conv_proj')
+        shortcut, _ = _conv(graph, x, params['conv_proj'], size, stride, f'{name}/conv_proj')
         shortcut = _group_norm(graph, shortcut, params['gn_proj'], out, f'{name}/gn_proj')
-    y, _ = _conv(graph, x, params['conv1'], side, 1, f'{name}/conv1')
-    y = _group_norm(graph, y, params['gn1'], side, f'{name}/gn1', relu=True)
-    y, _ = _conv(graph, y, params['conv2'], side, stride, f'{name}/conv2')
+    y, _ = _conv(graph, x, params['conv1'], size, 1, f'{name}/conv1')
+    y = _group_norm(graph, y, params['gn1'], size, f'{name}/gn1', relu=True)
+    y, _ = _conv(graph, y, params['conv2'], size, stride, f'{name}/conv2')
     y = _group_norm(graph, y, params['gn2'], out, f'{name}/gn2', relu=True)
     y, _ = _conv(graph, y, params['conv3'], out, 1, f'{name}/conv3')
     y = _group_norm(graph, y, params['gn3'], out, f'{name}/gn3')
@@ -282,43 +283,46 @@ def _unit(
 
 
 def _conv(
-    graph: Graph, x: str, params: _Tree, side: int, stride: int, name: str
-) -> tuple[str, int]:
-    """A convolution with standardised kernel and 'SAME' padding; and the side of its output."""
+    graph: Graph, x: str, params: _Tree, size: _Size, stride: int, name: str
+) -> tuple[str, _Size]:
+    """A convolution with standardised kernel and 'SAME' padding; and the size of its output."""
     kernel = np.asarray(params['kernel'], np.float64)
     kernel = kernel - kernel.mean((0, 1, 2), keepdims=True)
     kernel /= kernel.std((0, 1, 2), keepdims=True) + STANDARDISATION_EPSILON
-    pads, out = _same(side, kernel.shape[0], stride)
+    pads, out = _same(size, kernel.shape[0], stride)
     return graph.conv(x, kernel, name, strides=(stride, stride), pads=pads), out
 
 
-def _same(side: int, size: int, stride: int) -> tuple[tuple[int, int, int, int], int]:
+def _divided(size: _Size, stride: int) -> _Size:
+    return -(-size[0] // stride), -(-size[1] // stride)
+
+
+def _same(size: _Size, kernel: int, stride: int) -> tuple[tuple[int, int, int, int], _Size]:
     """XLA's 'SAME' padding (top, left, bottom, right; an odd one is the last); and the output.
 
     With a stride it depends on the size of the image, so that PyTorch's fixed padding is another.
     """
-    out = -(-side // stride)
-    total = max((out - 1) * stride + size - side, 0)
-    before, after = total // 2, total - total // 2
-    return (before, before, after, after), out
+    out = _divided(size, stride)
+    totals = [max((o - 1) * stride + kernel - side, 0) for side, o in zip(size, out, strict=True)]
+    return (*(total // 2 for total in totals), *(total - total // 2 for total in totals)), out
 
 
 def _group_norm(
-    graph: Graph, x: str, params: _Tree, side: int, name: str, *, relu: bool = False
+    graph: Graph, x: str, params: _Tree, size: _Size, name: str, *, relu: bool = False
 ) -> str:
-    """GroupNorm of [B, F, side, side], in float32, and on request what ReLU leaves of it.
+    """GroupNorm of [B, F, height, width], in float32, and on request what ReLU leaves of it.
 
     ONNX has GroupNormalization from opset 18, in its present meaning from opset 21; at all opsets
     it is an InstanceNormalization in which each group is one channel.
     """
     channels = np.asarray(params['scale']).size
-    size = channels // GROUPS * side * side
-    y = graph.reshape(graph.cast(x, FLOAT32), (BATCH, GROUPS, size), f'{name}/groups')
+    values = channels // GROUPS * size[0] * size[1]
+    y = graph.reshape(graph.cast(x, FLOAT32), (BATCH, GROUPS, values), f'{name}/groups')
     no_change = graph.full(GROUPS, 1.0), graph.full(GROUPS, 0.0)  # of scale and bias
     y = graph.op(
         'InstanceNormalization', [y, *no_change], f'{name}/normalised', epsilon=GROUP_NORM_EPSILON
     )
-    y = graph.reshape(y, (BATCH, channels, side, side), f'{name}/channels')
+    y = graph.reshape(y, (BATCH, channels, *size), f'{name}/channels')
     for op_type, key, result in (('Mul', 'scale', f'{name}/times_scale'), ('Add', 'bias', name)):
         array = np.asarray(params[key]).reshape(channels, 1, 1)
         y = graph.op(op_type, [y, graph.weight(f'{name}/{key}', array, FLOAT32)], result)

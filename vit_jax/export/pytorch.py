@@ -21,6 +21,7 @@ from vit_jax.export.expressible import (
     check_epsilon,
     check_pieces,
     check_plain,
+    patch_size,
     settings_of,
 )
 from vit_jax.inference import model_folder
@@ -53,7 +54,8 @@ def write(destination: str | os.PathLike[str], model: model_folder.Model, *, to:
         raise UserError(f'{destination} exists; remove it, or name another place')
     class_names = model_folder.own_class_names(model)
     if to == 'npz':
-        npz.save(destination, model.params, infer.settings(model.model_config, model.params))
+        settings = infer.settings(model.model_config, model.params, model.preprocess)
+        npz.save(destination, model.params, settings)
         return ['a .npz file has no place for class names: keep them elsewhere'] * bool(class_names)
     if destination.suffix in ('.safetensors', '.pth', '.pt', '.npz'):
         raise UserError(f'--to {to} writes a folder; {destination} looks like the name of a file')
@@ -139,6 +141,9 @@ def _torchvision(model: model_folder.Model, flat: Mapping[str, Any]) -> tuple[st
         raise UnsupportedError('it has no distillation token (dist, head_dist)')
     if not model.model.num_classes:
         raise UnsupportedError('its VisionTransformer always has a head, and this model has none')
+    for what, size in (('images', model.image_size), ('patches', patch_size(config))):
+        if not isinstance(size, int):
+            raise UnsupportedError(f'its {what} are square, not {variants.in_words(size)}')
     encoder = config['transformer']
     arguments = {
         'image_size': model.image_size,

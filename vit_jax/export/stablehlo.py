@@ -63,8 +63,9 @@ def build(model: model_folder.Model, options: Options = DEFAULT) -> jax.export.E
             image = normalize(image.astype(jnp.float32))
         return compute(params, image)
 
-    side = model.image_size
-    shape = f'batch, {side}, {side}, 3' if channels_last else f'batch, 3, {side}, {side}'
+    height, width = model.preprocess.size
+    sides = f'{height}, {width}'
+    shape = f'batch, {sides}, 3' if channels_last else f'batch, 3, {sides}'
     dtype = np.uint8 if options.preprocessing else np.float32
     image = jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape), dtype)
     # What the session asks for would be written into the file.

@@ -8,7 +8,13 @@ import numpy as np
 from vit_jax import variants
 from vit_jax.checkpoint import model_input
 from vit_jax.checkpoint.library_configs import TO_HUGGING_FACE
-from vit_jax.export.expressible import UnsupportedError, check_pieces, check_plain, settings_of
+from vit_jax.export.expressible import (
+    UnsupportedError,
+    check_pieces,
+    check_plain,
+    patch_size,
+    settings_of,
+)
 from vit_jax.inference import model_folder
 
 # A key of `key_tables.TABLES`, and config.json.
@@ -75,7 +81,7 @@ def _common(model: model_folder.Model, flat: Mapping[str, Any]) -> dict[str, Any
         'attention_probs_dropout_prob': 0.0,
         'initializer_range': 0.02,
         'image_size': model.image_size,
-        'patch_size': config['patches']['size'][0],
+        'patch_size': patch_size(config),
         'num_channels': flat['embedding/kernel'].shape[2],
         'qkv_bias': True,
         'id2label': {str(i): label for i, label in enumerate(labels)},

@@ -11,6 +11,7 @@ from vit_jax.export.expressible import (
     UnsupportedError,
     check_epsilon,
     check_pieces,
+    patch_size,
     pieces,
     settings_of,
 )
@@ -48,7 +49,7 @@ _TIMM_MIXERS = {
 
 def describe(model: model_folder.Model, flat: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """What a model is in timm; arguments and result as of `to_hugging_face.describe`."""
-    config, patch = model.model_config, model.model_config['patches']['size'][0]
+    config, patch = model.model_config, patch_size(model.model_config)
     settings = settings_of(config)
     check_epsilon(settings)
     arguments: dict[str, Any] = {'img_size': model.image_size}
@@ -88,7 +89,7 @@ def describe(model: model_folder.Model, flat: Mapping[str, Any]) -> tuple[str, d
         'global_pool': pool,
         'model_args': arguments,
         'pretrained_cfg': {
-            'input_size': [3, model.image_size, model.image_size],
+            'input_size': [3, *model.preprocess.size],
             'fixed_input_size': True,
             **model_input.to_timm(model.preprocess),
             'mean': [0.5] * 3,
@@ -153,7 +154,7 @@ def _timm_vit(flat: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, 
     """(table, architecture) of a ViT, DeiT or hybrid."""
     if 'pre_logits/kernel' in flat:  # old timm had one, as pre_logits.fc: it is read, not written
         raise UnsupportedError('it has no pre_logits')
-    width, patch = config['hidden_size'], config['patches']['size'][0]
+    width, patch = config['hidden_size'], patch_size(config)
     hybrid = config.get('resnet')
     if hybrid is not None:
         units = tuple(hybrid['num_layers'])

@@ -59,11 +59,9 @@ class Description:
     source: dict[str, Any]
 
     def __post_init__(self) -> None:
-        crop, resize = self.preprocessing.crop, self.preprocessing.resize
+        crop = self.preprocessing.crop
         if sides(self.image_size) != self.preprocessing.size:
             raise UserError(f'image_size {self.image_size}, crop {crop} do not agree')
-        if max(sides(resize)) > MAX_IMAGE_SIZE:
-            raise UserError(f'resize is {resize}, expected at most {MAX_IMAGE_SIZE}')
         if len(self.class_names) > MAX_CLASSES:
             raise UserError(f'{len(self.class_names):,} class_names; at most {MAX_CLASSES:,} fit')
         low, high = self.value_range

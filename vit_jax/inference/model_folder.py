@@ -24,7 +24,7 @@ import ml_collections
 import numpy as np
 
 import vit_jax
-from vit_jax import files, models
+from vit_jax import files, models, variants
 from vit_jax.checkpoint import adapt, catalog, formats, infer, npz
 from vit_jax.checkpoint.arrays import count_not_finite
 from vit_jax.data.preprocess import Preprocess
@@ -52,7 +52,7 @@ class Model:
     """A model that is ready to use: `model.model.apply({'params': model.params}, x, train=False)`.
 
     Attributes:
-        model: the Flax module; takes [batch, image_size, image_size, 3] float32 in [-1, 1].
+        model: the Flax module; takes [batch, height, width, 3] float32 in [-1, 1].
         params: nested dict of float32 NumPy arrays, on the host.
         model_config: the module's arguments without `num_classes` (plain dict; 'model_name' among
             them, None where no known variant has this architecture).
@@ -142,7 +142,7 @@ def save(
                 f'{folder} could not be loaded. Save an earlier state'
             )
     with files.atomic_folder(folder, exists='replace') as part:
-        npz.save(part / PARAMS_FILE, params, infer.settings(config, params))
+        npz.save(part / PARAMS_FILE, params, infer.settings(config, params, preprocess))
         described['params'] = {'file': PARAMS_FILE, 'sha256': _sha256(part / PARAMS_FILE)}
         files.write_json(part / MODEL_FILE, described)
 
@@ -322,7 +322,7 @@ def _from_weights(path: pathlib.Path, weights: formats.Weights, variant: str) ->
         weights.params,
         config,
         class_names,
-        weights.preprocess or Preprocess(crop=image_size),
+        weights.preprocess.at(image_size) if weights.preprocess else Preprocess(image_size),
         source | ({'notes': list(weights.notes)} if weights.notes else {}),
     )
 
@@ -344,7 +344,7 @@ def check(opened: Model) -> None:
 
 def _check(opened: Model, what: str) -> None:
     """`check` of a model that messages call `what`."""
-    image = jax.ShapeDtypeStruct((1, opened.image_size, opened.image_size, 3), np.float32)
+    image = jax.ShapeDtypeStruct((1, *opened.preprocess.size, 3), np.float32)
     try:
         init = jax.eval_shape(
             lambda x: opened.model.init(jax.random.key(0), x, train=False)['params'], image
@@ -360,7 +360,8 @@ def _check(opened: Model, what: str) -> None:
         if shape != needed:
             raise UserError(
                 f'{what} has position embeddings {shape}, the model has {needed} for images of '
-                f'{opened.image_size} pixels. Use the size that the weights were trained at'
+                f'{variants.in_words(opened.image_size)} pixels. Use the size that the weights '
+                'were trained at'
             )
         del found[adapt.POSITION_EMBEDDING], expected[adapt.POSITION_EMBEDDING]
     classifier = opened.model_config.get('classifier', '')

@@ -70,7 +70,7 @@ class OnnxClassifier:
         """Scores whose softmax gives the probabilities.
 
         Args:
-          pixels: float32 [B, crop, crop, 3] in [0, 255], any B. A file whose graph
+          pixels: float32 [B, *preprocess.size, 3] in [0, 255], any B. A file whose graph
             takes bytes gets them rounded.
 
         Returns:
@@ -165,7 +165,7 @@ def _check_graph(session: Any, described: Metadata, path: str) -> None:
         {node.name: node.shape if node.type.startswith('tensor(') else node.type for node in nodes}
         for nodes in (session.get_inputs(), session.get_outputs())
     )
-    size, output = described.preprocessing.size, described.output
+    size, output = list(described.preprocessing.size), described.output
     shape = [*size, 3] if described.layout == 'NHWC' else [3, *size]
     classes = len(described.class_names)
     if list(inputs) != [INPUT] or not _fits(inputs[INPUT], shape):

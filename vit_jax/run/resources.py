@@ -23,6 +23,7 @@ from vit_jax.data import loader
 from vit_jax.data.reader import default_threads
 from vit_jax.errors import UserError
 from vit_jax.state import TrainState
+from vit_jax.variants import sides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +255,8 @@ def _host_memory_left() -> int:
 
 def _waiting_batches(config: ml_collections.ConfigDict) -> int:
     """Bytes of the batches that wait for the device."""
-    size = config.batch // jax.process_count() * config.pp.crop**2 * 3
+    height, width = sides(config.pp.crop)
+    size = config.batch // jax.process_count() * (height * width * 3)
     size *= 4 if config.pp.exact else 1
     threads = config.data_threads or default_threads()
     return size * loader.batches_ahead(size, threads)

@@ -247,10 +247,13 @@ def initial_params(
         return params, 'new weights (no pretrained ones were asked for)'
     weights = _open_weights(config, path)
     ours = isinstance(model, models.VisionTransformer)
+    grid = infer.token_grid(shapes, config_lib.preprocess_of(config).crop) if ours else None
+    source_grid, assumed = _source_grid(weights, grid)
     params, report = adapt.adapt(
         weights.params,
         shapes,
-        grid=infer.token_grid(shapes, config.pp.crop) if ours else None,
+        grid=grid,
+        source_grid=source_grid,
         classifier=config.model.get('classifier', 'gap'),
         keep_head=config.keep_head,
         source=f'{path} ({weights.format})',
@@ -265,8 +268,28 @@ def initial_params(
         if name in (*infer.EVERY_MODEL, 'classifier')
         and (ours := getattr(model, name, told)) != told
     ]
-    notes = [*weights.notes, *other, *_other_pixels(weights, config)]
+    notes = [*weights.notes, *assumed, *other, *_other_pixels(weights, config)]
     return params, '\n  '.join([str(report), *notes])
+
+
+def _source_grid(
+    weights: checkpoint.Weights, grid: adapt.Grid | None
+) -> tuple[adapt.Grid | None, list[str]]:
+    """(rows, columns) of the weights' patches, None where their number tells; and what is assumed.
+
+    Args:
+      weights: to start from.
+      grid: of the model's patches.
+    """
+    if weights.image_size:
+        return infer.token_grid(weights.params, weights.image_size), []
+    square = infer.square_grid(weights.params)
+    if not grid or not square or grid == square or grid[0] * grid[1] != square[0] ** 2:
+        return None, []
+    return square, [
+        f'their {square[0] ** 2} positions are taken for a square of {square[0]} x {square[0]} '
+        f'patches, not for {grid[0]} x {grid[1]}: nothing tells'
+    ]
 
 
 def _other_pixels(weights: checkpoint.Weights, config: ml_collections.ConfigDict) -> list[str]:
