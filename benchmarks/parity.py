@@ -319,8 +319,8 @@ def _references(
         )
         found.append((f'ViT of transformers {library.__version__}', make))
     elif chosen in ('auto', 'torch_reference'):
-        sizes = {'classifier': classifier, 'image_size': size}
-        make_ours = functools.partial(torch_reference.build, weights, **sizes, **settings, **pooler)
+        more: dict[str, Any] = {'classifier': classifier, 'image_size': size, **settings, **pooler}
+        make_ours = functools.partial(torch_reference.build, weights, **more)
         found.append(('benchmarks/torch_reference.py', make_ours))
     if timm_name and (library := _library('timm', chosen)):
         make_timm = functools.partial(

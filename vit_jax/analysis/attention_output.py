@@ -293,7 +293,8 @@ def _draw_image(
         maps = attention.relevance(model, pixels, labels[None])[0]
         arrays |= {'relevance': maps, 'relevance_labels': labels}
         captions = (
-            f'{contact_sheet.shorten(model.class_names[label])}  {100 * probabilities[label]:.1f} %'
+            f'{contact_sheet.shorten(model.class_names[label], 28)}  '
+            f'{100 * probabilities[label]:.1f} %'
             for label in labels
         )
         figure = pictures.overlays(
