@@ -313,13 +313,12 @@ def _references(
     found: list[tuple[str, Callable[..., torch.nn.Module]]] = []
     os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
     library = _library('transformers', chosen) if is_plain else None
+    more: dict[str, Any] = settings | pooler
     if library:
-        make = functools.partial(
-            torch_libraries.transformers_model, weights, size, **settings, **pooler
-        )
+        make = functools.partial(torch_libraries.transformers_model, weights, size, **more)
         found.append((f'ViT of transformers {library.__version__}', make))
     elif chosen in ('auto', 'torch_reference'):
-        more: dict[str, Any] = {'classifier': classifier, 'image_size': size, **settings, **pooler}
+        more |= {'classifier': classifier, 'image_size': size}
         make_ours = functools.partial(torch_reference.build, weights, **more)
         found.append(('benchmarks/torch_reference.py', make_ours))
     if timm_name and (library := _library('timm', chosen)):

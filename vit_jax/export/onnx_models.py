@@ -303,8 +303,10 @@ def _same(size: _Size, kernel: int, stride: int) -> tuple[tuple[int, int, int, i
     With a stride it depends on the size of the image, so that PyTorch's fixed padding is another.
     """
     out = _divided(size, stride)
-    totals = [max((o - 1) * stride + kernel - side, 0) for side, o in zip(size, out, strict=True)]
-    return (*(total // 2 for total in totals), *(total - total // 2 for total in totals)), out
+    down, across = (
+        max((o - 1) * stride + kernel - side, 0) for side, o in zip(size, out, strict=True)
+    )
+    return (down // 2, across // 2, down - down // 2, across - across // 2), out
 
 
 def _group_norm(
