@@ -371,9 +371,11 @@ def token_grid(config: Mapping[str, Any], image_size: int | tuple[int, int]) -> 
     if any(side < 1 or side % step for side, step in zip(size, stride, strict=True)):
         nearest = []
         for more in (0, 1):
-            pair = tuple((a // b + more) * b for a, b in zip(size, stride, strict=True))
-            nearest.append(pair[0] if isinstance(image_size, int) and len({*pair}) == 1 else pair)
-        words = ' or '.join(str(pair).replace(' ', '') for pair in nearest if min(sides(pair)))
+            rows, columns = ((a // b + more) * b for a, b in zip(size, stride, strict=True))
+            if rows and columns:
+                square = isinstance(image_size, int) and rows == columns
+                nearest.append(str(rows) if square else f'({rows},{columns})')
+        words = ' or '.join(nearest)
         what = 'the patch size' if 'resnet' not in config else "the hybrid's pixels per token,"
         raise ValueError(f'is not a multiple of {what} {in_words(stride)}: use', words)
     return size[0] // stride[0], size[1] // stride[1]

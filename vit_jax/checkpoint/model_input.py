@@ -19,21 +19,24 @@ from vit_jax.variants import in_words, sides
 
 _SQUARE, _SHORT = {'height': 224, 'width': 224}, {'shortest_edge': 224}
 _CENTRE = {'do_center_crop': True, 'crop_size': 224}
+
+
+def _scaled(normalization: Normalization) -> dict[str, Any]:
+    return dict(zip(('image_mean', 'image_std'), normalization, strict=True))
+
+
 # What transformers 5.23 has for the keys that a preprocessor_config.json leaves out, by the class
 # that it names; `int_is_short`: a size of one number is that of the short side.
 _PROCESSORS: dict[str, dict[str, Any]] = {
-    name: {'resample': resample_, 'size': size, 'image_mean': mean, 'image_std': std, **more}
-    for name, resample_, size, (mean, std), more in (
-        ('ViT', 2, _SQUARE, HALF, {}),
-        ('DeiT', 3, {'height': 256, 'width': 256}, HALF, _CENTRE),
-        ('Siglip', 3, _SQUARE, HALF, {'int_is_short': True}),
-        ('DINOv3ViT', 2, _SQUARE, IMAGENET, {}),
-        *(
-            (name, 3, _SHORT, CLIP, _CENTRE | {'int_is_short': True})
-            for name in ('CLIP', 'Bit')
-        ),
-    )
-}  # fmt: skip
+    'ViT': {'resample': 2, 'size': _SQUARE, **_scaled(HALF)},
+    'DeiT': {'resample': 3, 'size': {'height': 256, 'width': 256}, **_scaled(HALF), **_CENTRE},
+    'Siglip': {'resample': 3, 'size': _SQUARE, **_scaled(HALF), 'int_is_short': True},
+    'DINOv3ViT': {'resample': 2, 'size': _SQUARE, **_scaled(IMAGENET)},
+    **dict.fromkeys(
+        ('CLIP', 'Bit'),
+        {'resample': 3, 'size': _SHORT, **_scaled(CLIP), **_CENTRE, 'int_is_short': True},
+    ),
+}
 # The processor that the models of a type come with, and the normalisation that their files state.
 _FAMILIES: dict[str, tuple[str, Normalization]] = {
     'vit': ('ViT', HALF),
@@ -97,7 +100,8 @@ def of_timm(config: Mapping[str, Any]) -> ModelInput:
     if mode not in ('center', 'squash') or interpolation not in resample.INTERPOLATIONS:
         refused = f'crop_mode {mode!r} and interpolation {interpolation!r} of its config.json'
         return ModelInput(image_size, normalization, refused=refused, notes=notes)
-    resize = tuple(math.floor(side / float(share)) for side in sides(size))
+    height, width = (math.floor(side / float(share)) for side in sides(size))
+    resize = height, width
     whole = mode == 'squash' and resize == sides(size)
     try:
         preprocess = Preprocess(
@@ -125,7 +129,7 @@ def of_hugging_face(folder: pathlib.Path, config: Mapping[str, Any]) -> ModelInp
     found = _processor(folder)
     notes: tuple[str, ...] = ()
     if found is None:
-        found = dict(zip(('image_mean', 'image_std'), known, strict=True))
+        found = _scaled(known)
         notes = (
             f'it has no preprocessor_config.json: {_words(known)}, as most models of its type have '
             'it, is assumed (--normalization for another)',
@@ -182,8 +186,8 @@ def _processor(folder: pathlib.Path) -> dict[str, Any] | None:
     places = (('preprocessor_config.json', ''), ('processor_config.json', 'image_processor'))
     for name, key in places:
         if (folder / name).is_file():
-            found = files.read_json(folder / name)
-            found = found.get(key) if key else found
+            stored = files.read_json(folder / name)
+            found = stored.get(key) if key else stored
             if isinstance(found, dict):
                 return found
     return None

@@ -240,7 +240,10 @@ class Preprocess:
         """
         if self.eval == 'squash' and (self.interpolation, self.antialias) == ('bilinear', False):
             return resample.resize_bilinear(image, self.size, out)
-        how = {'interpolation': self.interpolation, 'antialias': self.antialias}
+        how: dict[str, Any] = {
+            'interpolation': self.interpolation,
+            'antialias': self.antialias,
+        }
         if self.eval == 'squash':
             return _put(resample.resize(image, self.size, **how), out)
         whole = self._whole(*image.shape[:2])
@@ -292,9 +295,9 @@ class Preprocess:
         Args:
           crop: side or (height, width) of what that model sees, pixels.
         """
-        scales = [new / old for new, old in zip(sides(crop), self.size, strict=True)]
-        resize = [round(a * b) for a, b in zip(sides(self.resize), scales, strict=True)]
-        return dataclasses.replace(self, crop=crop, resize=tuple(resize))
+        (height, width), (rows, columns) = sides(crop), sides(self.resize)
+        resize = round(rows * height / self.size[0]), round(columns * width / self.size[1])
+        return dataclasses.replace(self, crop=crop, resize=resize)
 
     def but(self, changes: Mapping[str, Any]) -> 'Preprocess':
         """The same with other settings of evaluation.
