@@ -110,6 +110,9 @@ def get_defaults() -> ml_collections.ConfigDict:
     config.frozen = ''
     # How momentum, or the first moment, is stored: 'bfloat16' or 'float32'.
     config.optim_dtype = 'bfloat16'
+    # Share of the images for which a branch of the last block is left out; linear from 0 for the
+    # first block. 0.0: none.
+    config.stochastic_depth = 0.0
     # Exponential moving average of the parameters, which is evaluated and becomes the model: 0.9999
     # for long training, 0.99 for some hundred steps. 0.0: none. Until the end of its warm-up, it is
     # the parameters themselves.

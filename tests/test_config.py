@@ -256,6 +256,7 @@ def test_resize_alone_asks_for_random_crops():
         ({'batch': 0}, 'config.batch=0 must be at least 1'),
         ({'base_lr': float('nan')}, 'config.base_lr=nan must be at least 0'),
         ({'layer_decay': 1.1}, 'it is at most 1'),
+        ({'stochastic_depth': 1.0}, 'would leave out the last block always'),
         ({'ema_decay': 1.0}, 'would leave the average where it begins'),
         ({'ema_warmup_steps': 5}, 'has no effect without config.ema_decay'),
         ({'ema_decay': 0.9, 'ema_warmup_steps': 500}, 'is not shorter than the 500 steps'),

@@ -43,6 +43,7 @@ _NOT_NEGATIVE = (
     'data_threads', 'cache', 'accum_steps', 'epochs', 'total_examples', 'warmup_steps',
     'cooldown_steps', 'base_lr', 'grad_norm_clip', 'momentum', 'weight_decay', 'seed',
     'max_unreadable', 'label_smoothing', 'layer_decay', 'ema_decay', 'ema_warmup_steps',
+    'stochastic_depth',
 )  # fmt: skip
 
 
@@ -271,6 +272,11 @@ def _check(config: ml_collections.ConfigDict) -> None:
         raise UserError(
             f'config.label_smoothing={config.label_smoothing} leaves nothing of the labels: it is '
             'a share below 1, usually 0.1'
+        )
+    if config.stochastic_depth >= 1:
+        raise UserError(
+            f'config.stochastic_depth={config.stochastic_depth} would leave out the last block '
+            'always: it is a share below 1, usually 0.1'
         )
     if config.ema_decay >= 1:
         raise UserError(

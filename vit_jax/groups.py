@@ -16,7 +16,7 @@ Patterns = Sequence[tuple[str, float]]
 
 _BLOCK = re.compile(r'(?:.*/)?(?:encoderblock|MixerBlock)_(\d+)/.*')
 _STEM = re.compile(
-    r'(?:.*/)?(?:embedding|stem|cls|dist|posembed_input|conv_root|gn_root|block\d)(?:/.*)?'
+    r'(?:.*/)?(?:embedding|stem|cls|dist|registers|posembed_input|pre_norm|conv_root|gn_root|block\d)(?:/.*)?'
 )
 
 

@@ -24,6 +24,7 @@ from vit_jax.data import augment
 from vit_jax.data.preprocess import normalize
 from vit_jax.errors import UserError
 from vit_jax.losses import Batch, Metrics
+from vit_jax.models import stochastic_depth
 from vit_jax.state import TrainState
 from vit_jax.variants import sides
 
@@ -32,6 +33,8 @@ from vit_jax.variants import sides
 # products go to Eigen instead of YNNPACK, which was faster for every model measured.
 _KEEPS_NO_BARRIERS, _PRODUCTS_BY_YNNPACK = 'cse_barrier_expander', 'dot-library-rewriter'
 
+# Name in a batch of collections of variables for the model, beside its parameters.
+_VARIABLES = 'variables'
 # What the training step tells by itself.
 OWN_METRICS = ('train_loss', 'gradient_norm', 'lr', 'finite', 'skipped')
 
@@ -49,6 +52,7 @@ def train_step_fn(
     skip_nonfinite: bool = False,
     loss_fn: losses.LossFn | None = None,
     frozen: str = '',
+    depth_rate: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Builds the training step, a pure function for programs of one's own.
 
@@ -70,6 +74,8 @@ def train_step_fn(
       loss_fn: see `losses.LossFn`; None for `losses.softmax_cross_entropy`.
       frozen: pattern of the names of parameters that stay as they are, see `groups.partition`; `tx`
         is then one of `optim.trained_only`.
+      depth_rate: share of the images for which a branch of the last block is left out, rising from
+        0 for the first, see `models.stochastic_depth`.
 
     Returns:
       A function (state, batch) -> (state, metrics). batch: `image` [B, height, width, channels],
@@ -82,6 +88,7 @@ def train_step_fn(
       micro-batches, or a metric of `loss_fn` is no scalar or has one of these names.
     """
     loss_fn = loss_fn or losses.softmax_cross_entropy
+    blocks = models.block_names(model) if depth_rate else []
     grad_shardings = state_shardings and groups.partition(state_shardings.params, frozen)[0]
 
     def loss_and_metrics(
@@ -89,17 +96,24 @@ def train_step_fn(
     ) -> tuple[jax.Array, Metrics]:
         params = groups.combine(trained, kept)
         images, rngs = _model_input(batch['image']), {'dropout': key}
-        logits: Any = model.apply({'params': params}, images, train=True, rngs=rngs)
-        loss, metrics = loss_fn(logits, batch, params)
+        beside: Any = batch.get(_VARIABLES, {})
+        logits: Any = model.apply({'params': params, **beside}, images, train=True, rngs=rngs)
+        seen = {name: value for name, value in batch.items() if name != _VARIABLES}
+        loss, metrics = loss_fn(logits, seen, params)
         _check_metrics(metrics)
         return jax.tree.map(losses.at_least_float, (loss, metrics))
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if flip:
-            images = batch['image']
-            position = batch.get('position', jnp.arange(images.shape[0], dtype=jnp.int32))
             key = augment.step_key(seed, state.step, augment.FLIP)
-            batch = {**batch, 'image': augment.random_flip(images, position, key)}
+            images = augment.random_flip(batch['image'], _places(batch), key)
+            batch = {**batch, 'image': images}
+        if depth_rate:
+            key = augment.step_key(seed, state.step, augment.DEPTH)
+            draws = augment.draw(_places(batch), key, (len(blocks), stochastic_depth.BRANCHES))
+            factors = stochastic_depth.factors(depth_rate, blocks, draws)
+            beside: Any = {_VARIABLES: {stochastic_depth.COLLECTION: factors}}
+            batch = {**batch, **beside}
         key = augment.step_key(seed, state.step, augment.DROPOUT)
         trained, kept = groups.partition(state.params, frozen)
 
@@ -307,6 +321,11 @@ def _compiler_options(model: nn.Module) -> dict[str, str] | None:
     narrow = jnp.dtype(getattr(model, 'dtype', jnp.float32)) == jnp.bfloat16
     left_out = [_KEEPS_NO_BARRIERS] + ([] if narrow else [_PRODUCTS_BY_YNNPACK])
     return {'xla_disable_hlo_passes': ','.join(left_out)}
+
+
+def _places(batch: Batch) -> jax.Array:
+    """The places of the examples in the global batch, [B] int32."""
+    return batch.get('position', jnp.arange(batch['image'].shape[0], dtype=jnp.int32))
 
 
 def _model_input(pixels: jax.Array) -> jax.Array:

@@ -169,6 +169,7 @@ def _compile(run: loop.Run, setup: Setup) -> jax.stages.Compiled:
         skip_nonfinite=config.nan_policy == 'skip',
         loss_fn=setup.train_loss,
         frozen=config.frozen,
+        depth_rate=config.stochastic_depth,
     )
     run.log.info('compiling the training step: seconds, or a minute or two for a large model')
     before = resources.resident_bytes()

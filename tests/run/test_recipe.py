@@ -1,5 +1,6 @@
 """What of a recipe depends on the examples."""
 
+import flax.linen as nn
 import jax
 import numpy as np
 import optax
@@ -132,3 +133,10 @@ def test_what_is_frozen_is_so_with_an_optimizer_of_ones_own():
     assert sorted(leaf.shape for leaf in jax.tree.leaves(state)) == [(), (3,), (3,)]
     own = optax.adam(0.1)
     assert recipe.optimizer_of(make_config(), None, own, lambda: 1 / 0) is own
+
+
+def test_stochastic_depth_needs_blocks():
+    config = make_config(stochastic_depth=0.1)
+    with pytest.raises(UserError, match='this model, a Dense, has no others'):
+        recipe.check_depth(config, nn.Dense(3))
+    recipe.check_depth(make_config(), nn.Dense(3))

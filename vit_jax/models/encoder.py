@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.models import layers
+from vit_jax.models import layers, stochastic_depth
 from vit_jax.models.attention import MultiHeadDotProductAttention
 
 
@@ -82,7 +82,7 @@ class Encoder1DBlock(nn.Module):
             x = layers.LayerScale(self.dtype, name='LayerScale_0')(x)
         x = nn.Dropout(self.dropout_rate)(x, deterministic=deterministic)
         self.sow('intermediates', 'self_attention', x)
-        x = x + inputs[:, : self.outputs]
+        x = stochastic_depth.drop(self, 0, x) + inputs[:, : self.outputs]
 
         mlp = layers.MlpBlock(
             self.mlp_dim, self.dropout_rate, self.dtype, self.act, self.gated_mlp, name='MlpBlock_0'
@@ -91,7 +91,7 @@ class Encoder1DBlock(nn.Module):
         if self.layer_scale:
             y = layers.LayerScale(self.dtype, name='LayerScale_1')(y)
         self.sow('intermediates', 'mlp', y)
-        x = x + y
+        x = x + stochastic_depth.drop(self, 1, y)
         self.sow('intermediates', 'tokens', x)
         return x
 

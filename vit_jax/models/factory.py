@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 
 from vit_jax import variants
+from vit_jax.models.encoder import Encoder
 from vit_jax.models.mixer import MlpMixer
 from vit_jax.models.two_tower import LitModel
 from vit_jax.models.vit import VisionTransformer
@@ -78,3 +79,16 @@ def for_training(model: nn.Module) -> nn.Module:
     if isinstance(model, VisionTransformer | MlpMixer):
         return model.clone(cpu_training=True)
     return model
+
+
+def block_names(model: nn.Module) -> list[tuple[str, ...]]:
+    """Where the blocks of a model are in its tree of parameters, the first one first.
+
+    Empty for a model of another package, or with an encoder of one's own.
+    """
+    if isinstance(model, MlpMixer):
+        return [(f'MixerBlock_{i}',) for i in range(model.num_blocks)]
+    if isinstance(model, VisionTransformer) and model.encoder is Encoder:
+        count = model.transformer['num_layers']
+        return [('Transformer', f'encoderblock_{i}') for i in range(count)]
+    return []

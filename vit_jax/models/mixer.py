@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.models import cpu, layers
+from vit_jax.models import cpu, layers, stochastic_depth
 
 
 class MixerBlock(nn.Module):
@@ -39,12 +39,12 @@ class MixerBlock(nn.Module):
         y = norm(name='LayerNorm_0')(x).swapaxes(1, 2)
         y = mlp(self.tokens_mlp_dim, name='token_mixing')(y, deterministic=True).swapaxes(1, 2)
         self.sow('intermediates', 'tokens_mlp', y)
-        x = x + y
+        x = x + stochastic_depth.drop(self, 0, y)
 
         y = norm(name='LayerNorm_1')(x)
         y = mlp(self.channels_mlp_dim, name='channel_mixing')(y, deterministic=True)
         self.sow('intermediates', 'channels_mlp', y)
-        x = x + y
+        x = x + stochastic_depth.drop(self, 1, y)
         self.sow('intermediates', 'tokens', x)
         return x
 

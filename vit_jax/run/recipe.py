@@ -4,12 +4,13 @@ import math
 import re
 from collections.abc import Callable
 
+import flax.linen as nn
 import ml_collections
 import numpy as np
 import optax
 
 from vit_jax import config as config_lib
-from vit_jax import groups, losses, optim
+from vit_jax import groups, losses, models, optim
 from vit_jax.configs import common
 from vit_jax.data.dataset import CLASS_INDEX, Selection
 from vit_jax.data.stream import BatchStream
@@ -52,6 +53,20 @@ def describe_schedule(config: ml_collections.ConfigDict, train: Selection | Batc
             f'{config.base_lr * config.batch / usual:.3g} for {config.batch}'
         )
     return told
+
+
+def check_depth(config: ml_collections.ConfigDict, model: nn.Module) -> None:
+    """Checks that `config.stochastic_depth` has blocks to leave out.
+
+    Raises:
+      UserError: it has not.
+    """
+    if config.stochastic_depth and len(models.block_names(model)) < 2:
+        raise UserError(
+            f'config.stochastic_depth={config.stochastic_depth} leaves out branches of a '
+            f"VisionTransformer's or an MlpMixer's blocks, never of the first one; this model, a "
+            f'{type(model).__name__}, has no others: leave it out'
+        )
 
 
 def optimizer_of(

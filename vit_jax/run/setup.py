@@ -81,6 +81,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
             remat=config.remat,
             scan_layers=config.scan_layers,
         )
+    recipe.check_depth(config, model)
     train_loss, eval_loss = recipe.losses_of(config, train, parts.loss_fn)
     schedule = optim.schedule_of(config) if parts.tx is None else None
 
