@@ -101,7 +101,7 @@ def photos(tmp_path) -> pathlib.Path:
     (folder / 'train/dark/5.png').write_bytes((folder / 'train/dark/6.png').read_bytes()[:60])
     (folder / 'train/light/7.png').write_text('no image')
     (folder / 'test/dark/1.png').write_bytes(b'')
-    (folder / 'test/light/2.png').write_text('no image')
+    (folder / 'test/light/2.png').write_text('no image either')
     return folder
 
 

@@ -16,7 +16,8 @@ from vit_jax.inference.description import TrainingData
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):
-    """24 dark images, 3 light ones, and a single grey one."""
+    """24 dark images, 3 light ones, and a single grey one; a dark one that
+    is held out is a copy of another."""
     root = tmp_path_factory.mktemp('photos')
     rng = np.random.default_rng(0)
     for level, (name, count) in enumerate({'dark': 24, 'grey': 1, 'light': 3}.items()):
@@ -24,6 +25,7 @@ def photos(tmp_path_factory):
         for i in range(count):
             pixels = rng.integers(0, 80, (20, 20, 3)) + 85 * level
             Image.fromarray(pixels.astype(np.uint8)).save(root / name / f'{i}.png')
+    shutil.copy(root / 'dark/0.png', root / 'dark/13.png')
     return root
 
 
@@ -40,12 +42,15 @@ def workdir(photos, tmp_path_factory):
     return workdir
 
 
-def test_classes_that_are_not_tested_are_named(workdir):
+def test_what_is_wrong_with_the_data_is_named(workdir, photos):
     log = (workdir / 'train.log').read_text()
     assert (
         'WARNING: of 3 classes, 1 with a single image, which is trained on, not tested: grey' in log
     )
-    assert log.count('WARNING') == 1
+    pair = f'{photos}/dark/13.png and {photos}/dark/0.png'
+    assert 'WARNING: 1 of the 3 test images are copies of training images, byte for byte' in log
+    assert pair in log
+    assert log.count('WARNING') == 2
 
 
 def test_what_is_evaluated_without_being_asked_for(photos, workdir, tmp_path, run_script):

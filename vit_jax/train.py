@@ -22,6 +22,7 @@ from vit_jax import config as config_lib
 from vit_jax import loop, losses, steps
 from vit_jax import state as state_lib
 from vit_jax.checkpoint import workdir as workdir_lib
+from vit_jax.data import copies
 from vit_jax.data.dataset import Selection, Source, coverage_notes
 from vit_jax.data.stream import BatchStream
 from vit_jax.errors import UserError
@@ -244,7 +245,7 @@ def _introduce(run: loop.Run, setup: Setup) -> None:
             f'WARNING: {common:,} of the {len(run.test):,} test images are trained on as well: '
             'set both --config.pp.train and --config.pp.test'
         )
-    for note in _coverage_notes(run):
+    for note in _data_notes(run):
         log.info(f'WARNING: {note}')
     if processes > 1:
         log.info(
@@ -261,14 +262,18 @@ def _introduce(run: loop.Run, setup: Setup) -> None:
     log.info(f'workdir: {run.workdir}')
 
 
-def _coverage_notes(run: loop.Run) -> tuple[str, ...]:
-    """See `dataset.coverage_notes`; nothing where labels are not known without reading."""
-    found = [s.labels() for s in (run.train, run.test) if isinstance(s, Selection)]
-    known = [labels for labels in found if labels is not None]
-    if len(known) < 2:
-        return ()
-    names = run.train.class_names
-    return coverage_notes(names, *(np.bincount(labels, minlength=len(names)) for labels in known))
+def _data_notes(run: loop.Run) -> list[str]:
+    """What is known to be wrong with the examples; labels and files are, where none is read."""
+    if not isinstance(run.train, Selection):
+        return []
+    known = run.train.labels(), run.test.labels()
+    names, notes = run.train.class_names, []
+    if known[0] is not None and known[1] is not None:
+        counts = [np.bincount(labels, minlength=len(names)) for labels in known]
+        notes += coverage_notes(names, *counts)
+    if jax.process_index() == 0:
+        notes += copies.notes(run.train, run.test, run.config.dataset)
+    return notes
 
 
 def _is_finished(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> bool:

@@ -6,5 +6,5 @@ and mistakes are quick.
 
 NAMES = (
     'train', 'predict', 'zeroshot', 'evaluate', 'export', 'convert', 'report', 'embed', 'probe',
-    'attention', 'summary', 'cost', 'inspect_checkpoint', 'list_models',
+    'attention', 'summary', 'cost', 'inspect_checkpoint', 'list_models', 'find_copies',
 )  # fmt: skip

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -232,13 +232,22 @@ class Selection:
 
         Known are those of folders, digits and arrays; those of TFDS sets stand in the records.
         """
-        parts = []
-        for name, first, end in self._ranges:
-            known = getattr(self._splits[name], 'labels', None)
-            if known is None:
-                return None
-            parts.append(known[first:end])
-        return np.concatenate(parts)
+        parts = self._known('labels')
+        return parts if parts is None else np.concatenate(parts)
+
+    def paths(self) -> list[str] | None:
+        """The files of all examples, where each is a file; else None."""
+        parts = self._known('paths')
+        return parts if parts is None else [path for part in parts for path in part]
+
+    def _known(self, attribute: str) -> list[Any] | None:
+        """The parts of what the stored splits know of each example; None if one does not."""
+        found = [getattr(self._splits[name], attribute, None) for name, _, _ in self._ranges]
+        if any(known is None for known in found):
+            return None
+        return [
+            known[first:end] for known, (_, first, end) in zip(found, self._ranges, strict=True)
+        ]
 
     def fingerprint(self) -> str:
         """Tells whether this is the same sequence of examples as another time; no image is read.
