@@ -266,11 +266,11 @@ def _data_notes(run: loop.Run) -> list[str]:
     """What is known to be wrong with the examples; labels and files are, where none is read."""
     if not isinstance(run.train, Selection):
         return []
-    known = run.train.labels(), run.test.labels()
-    names, notes = run.train.class_names, []
-    if known[0] is not None and known[1] is not None:
-        counts = [np.bincount(labels, minlength=len(names)) for labels in known]
-        notes += coverage_notes(names, *counts)
+    names, notes = run.train.class_names, list[str]()
+    train, test = run.train.labels(), run.test.labels()
+    if train is not None and test is not None:
+        train, test = (np.bincount(labels, minlength=len(names)) for labels in (train, test))
+        notes += coverage_notes(names, train, test)
     if jax.process_index() == 0:
         notes += copies.notes(run.train, run.test, run.config.dataset)
     return notes

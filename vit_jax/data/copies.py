@@ -48,7 +48,7 @@ def find(
         return None
     end = time.monotonic() + seconds
     if pixels:
-        candidates = [(list(test_paths), list(train_paths))]
+        candidates: list[tuple[Sequence[str], Sequence[str]]] = [(test_paths, train_paths)]
     else:
         of_test = _by(_size, test_paths, end)
         of_train = _by(_size, train_paths, end)

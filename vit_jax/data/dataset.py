@@ -242,12 +242,13 @@ class Selection:
 
     def _known(self, attribute: str) -> list[Any] | None:
         """The parts of what the stored splits know of each example; None if one does not."""
-        found = [getattr(self._splits[name], attribute, None) for name, _, _ in self._ranges]
-        if any(known is None for known in found):
-            return None
-        return [
-            known[first:end] for known, (_, first, end) in zip(found, self._ranges, strict=True)
-        ]
+        parts = []
+        for name, first, end in self._ranges:
+            known = getattr(self._splits[name], attribute, None)
+            if known is None:
+                return None
+            parts.append(known[first:end])
+        return parts
 
     def fingerprint(self) -> str:
         """Tells whether this is the same sequence of examples as another time; no image is read.
@@ -292,7 +293,7 @@ def coverage_notes(
         ((train == 1) & (test == 0), 'a single image, which is trained on, not tested'),
         ((train > 1) & (test == 0), 'no test images'),
     ):
-        names = [class_names[label] for label in np.flatnonzero(missing)]
+        names = [class_names[label] for label in np.flatnonzero(missing).tolist()]
         if names:
             shown = ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')
             notes.append(f'of {len(class_names):,} classes, {len(names):,} with {what}: {shown}')
