@@ -274,7 +274,8 @@ def npy_member(rng: random.Random, name: str, data: bytes) -> bytes:
 
 
 def npy_header(text: str, version: bytes = b'\1') -> bytes:
-    length = struct.pack('<H' if version == b'\1' else '<I', len(text) + 1)
+    short = version == b'\1' and len(text) < 65_535
+    length = struct.pack('<H' if short else '<I', len(text) + 1)
     return b'\x93NUMPY' + version + b'\0' + length + text.encode('latin1', 'replace') + b'\n'
 
 
