@@ -12,10 +12,12 @@ import zipfile
 import numpy as np
 import pytest
 
-from vit_jax.checkpoint import archives, catalog, formats, npz, tensors
+from vit_jax.checkpoint import archives, catalog, formats, inspection, npz, tensors
 from vit_jax.errors import UserError
 
 SHARED = pathlib.Path(__file__).parents[3] / 'shared' / 'cases' / 'hostile'
+
+FIXTURES = pathlib.Path(__file__).parents[1] / 'fixtures' / 'conformance'
 
 
 def refused(path, words):
@@ -237,6 +239,21 @@ def test_a_header_of_a_safetensors_file_as_large_as_it_says(tmp_path):
     data = struct.pack('<Q', len(header)) + header + bytes(4)
     (tmp_path / 'a.safetensors').write_bytes(data)
     refused(tmp_path / 'a.safetensors', 'its header has 9,437,')
+
+
+@pytest.mark.parametrize(
+    'stated',
+    [
+        {'layer_norm_eps': [1]}, {'layer_norm_eps': 0.0}, {'layer_norm_eps': 1e308}, {'act': 3},
+        {'act': 'posix.system'}, {'class_token': 'yes'}, {'classifier': {}}, {'hidden_size': 10**9},
+        {'__class__': 1}, {'x' * 9999: 1},
+    ],
+)  # fmt: skip
+def test_settings_from_a_file(tmp_path, stated):
+    params = npz.open_file(FIXTURES / 'vit_token.checkpoint.npz').read()
+    npz.save(tmp_path / 'a.npz', params, stated)
+    with pytest.raises(UserError, match='states'):
+        inspection.inspect(tmp_path / 'a.npz')
 
 
 @pytest.mark.parametrize('activation', [3, True, ['gelu'], 'x' * 9999])

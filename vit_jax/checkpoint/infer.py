@@ -16,6 +16,7 @@ from vit_jax.checkpoint.adapt import POSITION_EMBEDDING, describe, prefix_positi
 from vit_jax.checkpoint.npz import flatten
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
+from vit_jax.models.layers import ACTIVATIONS
 
 EVERY_MODEL = ('act', 'layer_norm_eps')  # arguments that name no architecture
 # Arguments that the arrays tell, and what is no part of an architecture.
@@ -320,13 +321,11 @@ def _checked_settings(
 def _not_default(
     settings: Mapping[str, Any], config: Mapping[str, Any], source: str
 ) -> dict[str, Any]:
-    """Those settings that the module needs to be told."""
+    """Those settings that the module needs to be told; they may come from a file."""
+    _check_settings(settings, source)
     if variants.is_mixer(config):
         settings = {name: settings[name] for name in EVERY_MODEL if name in settings}
         return {name: v for name, v in settings.items() if v != getattr(models.MlpMixer, name)}
-    known = {field.name for field in dataclasses.fields(models.VisionTransformer)}
-    if unknown := [name for name in settings if name not in known or name in _SHAPES]:
-        raise UserError(f'{source} states {unknown[0]!r}, which is no setting of a model here')
     told = dict(settings)
     classifier = told.pop('classifier', config['classifier'])
     if told.get('class_token') == classifier.startswith('token'):
@@ -335,6 +334,18 @@ def _not_default(
     if config['representation_size'] is None:
         told.pop('representation_act', None)
     return told | ({} if classifier == config['classifier'] else {'classifier': classifier})
+
+
+def _check_settings(settings: Mapping[str, Any], source: str) -> None:
+    """Raises `UserError` for what is no setting of a model, or of another type."""
+    types = {field.name: field.type for field in dataclasses.fields(models.VisionTransformer)}
+    for name, value in settings.items():
+        if name not in types or name in _SHAPES:
+            raise UserError(f'{source} states {name!r}, which is no setting of a model here')
+        kind: Any = types[name]
+        right = isinstance(value, kind) and (kind is not float or 0 < value < 1)
+        if not right or (name in ('act', 'representation_act') and value not in ACTIVATIONS):
+            raise UserError(f'{source} states {name} = {value!r:.100}, which no model here has')
 
 
 def _count(names: Iterable[str], pattern: str) -> int:
