@@ -23,6 +23,7 @@ class Classifier:
         self.low, self.high = json.loads(metadata['value_range'])
         self.layout = metadata['layout']
         self.output = metadata['output']  # 'logits' or 'probabilities'
+        self.multi_label = 'multi_label' in metadata  # classes do not exclude each other
         self.takes_bytes = self.session.get_inputs()[0].type == 'tensor(uint8)'
 
     def __call__(self, paths):
@@ -36,7 +37,9 @@ class Classifier:
         if self.layout == 'NCHW':
             pixels = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
         (scores,) = self.session.run([self.output], {'image': pixels})
-        return softmax(scores) if self.output == 'logits' else scores
+        if self.output == 'probabilities':
+            return scores
+        return 1 / (1 + np.exp(-scores)) if self.multi_label else softmax(scores)
 
 
 def read_image(path, settings):

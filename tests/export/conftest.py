@@ -36,6 +36,7 @@ CONFIGS = {
     'mlp_head': (_VIT | {'mlp_head': True}, 32),
     'distilled': (_VIT | {'distilled': True}, 32),
     'gelu': (_VIT | {'act': 'gelu', 'representation_size': 20, 'representation_act': 'relu'}, 32),
+    'multi_label': (_VIT | {'multi_label': True}, 32),
     'avgmax': (
         _VIT
         | {'classifier': 'avgmax', 'class_token': True, 'fc_norm': True}

@@ -22,8 +22,7 @@ from vit_jax.analysis import attention, embeddings
 from vit_jax.analysis import attention_pictures as pictures
 from vit_jax.data.decode import BadImageError, load_image
 from vit_jax.errors import UserError, printable
-from vit_jax.inference import contact_sheet, model_folder, predict
-from vit_jax.inference.classifier import softmax
+from vit_jax.inference import classifier, contact_sheet, model_folder, predict
 
 OF_EACH_IMAGE = ('class_token', 'rollout', 'relevance')
 OF_IMAGES = (*OF_EACH_IMAGE, 'distance')
@@ -261,7 +260,9 @@ def _draw_image(
     found = attention.maps(model, pixels)
     if not np.isfinite(found.logits).all():
         raise UserError(f'the model gives NaN or infinite numbers for {printable(path)}')
-    probabilities = softmax(found.logits[0]) if model.class_names else None
+    probabilities = None
+    if model.class_names:
+        probabilities = classifier.probabilities(model, found.logits[0])
     if not name:
         return found, probabilities
     folder = part / name

@@ -19,6 +19,7 @@ from vit_jax.errors import UserError
 from vit_jax.models.layers import ACTIVATIONS
 
 EVERY_MODEL = ('act', 'layer_norm_eps')  # arguments that name no architecture
+_NO_ARCHITECTURE = (*EVERY_MODEL, 'representation_act', 'multi_label')  # nor do these, of a ViT
 # Arguments that the arrays tell, and what is no part of an architecture.
 _SHAPES = {
     *('model_name', 'num_classes', 'patches', 'transformer', 'hidden_size', 'resnet'),
@@ -70,7 +71,7 @@ def architecture(
         raise UserError(f'{source} does not fit the model {variant}: it holds {describe(flat)}')
     settings = _checked_settings(settings or {}, config, source)
     stated = _not_default(settings, config, source)
-    config |= {name: value for name, value in stated.items() if name not in EVERY_MODEL}
+    config |= {name: value for name, value in stated.items() if name not in _NO_ARCHITECTURE}
     sizes = _sizes(config)
     same = [asked] if asked else [v for v in variants.VARIANTS.values() if _sizes(v) == sizes]
     if not same:
@@ -368,6 +369,6 @@ def _sizes(config: Mapping[str, Any]) -> dict[str, Any]:
         key: value
         for key, value in flatten(config).items()
         if not key.endswith('_rate')
-        and key not in ('model_name', 'representation_size', *EVERY_MODEL)
+        and key not in ('model_name', 'representation_size', *_NO_ARCHITECTURE)
     }
     return sizes | {'patches/size': tuple(config['patches']['size'])}

@@ -232,6 +232,14 @@ def _hugging_face(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, 
         },
         'num_heads': int(config.get('num_attention_heads', 12)),
     }
+    problem = config.get('problem_type')
+    if problem == 'multi_label_classification':
+        known['settings']['multi_label'] = True
+    elif problem not in (None, 'single_label_classification'):
+        raise UserError(
+            f'{folder / "config.json"} has the problem_type {str(problem)[:100]!r}, and models '
+            'here give scores of classes'
+        )
     sizes = _sizes(config, 'hidden_size', 'num_hidden_layers', 'intermediate_size')
     known['settings']['told_by_arrays'] = sizes
     if kind.startswith('dinov2'):

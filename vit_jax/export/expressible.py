@@ -14,9 +14,10 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a model that its arrays do not tell, with their defaults."""
     names: tuple[str, ...] = ('act', 'layer_norm_eps')
     if not variants.is_mixer(config):
-        names += ('classifier', 'class_token', 'fc_norm', 'representation_act')
+        names += ('classifier', 'class_token', 'fc_norm', 'representation_act', 'multi_label')
     module = models.MlpMixer if variants.is_mixer(config) else models.VisionTransformer
-    return {name: config.get(name, getattr(module, name)) for name in names}
+    told = {name: config[name] for name in names if config.get(name) is not None}
+    return {name: getattr(module, name) for name in names} | told
 
 
 def patch_size(config: Mapping[str, Any]) -> int | tuple[int, int]:

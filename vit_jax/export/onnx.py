@@ -66,7 +66,9 @@ def build(model: model_folder.Model, options: Options = DEFAULT) -> onnx.ModelPr
     image = _image(graph, size, options)
     values = onnx_models.build(graph, image, params, config, size, attention=options.attention)
     if values.logits:
-        x = graph.softmax(values.logits, 'softmax') if options.probabilities else values.logits
+        x = values.logits
+        if options.probabilities:
+            x = graph.probabilities(x, model.multi_label)
         graph.output(x, outputs[0], (BATCH, params['head']['bias'].shape[0]))
     if options.features:
         width = variants.pooled_width(config)
@@ -91,7 +93,8 @@ def _metadata(model: model_folder.Model, options: Options, output: str) -> dict[
         'class_names' (JSON list, in the order of the logits); 'image_size', pixels
         (JSON: side or [height, width]); 'layout';
         'value_range' (JSON: [-1, 1] or [0, 255]); 'preprocessing' (JSON of `Preprocess.to_dict`);
-        'output' ('features' for a model without a head); 'dtype'; 'source' (JSON).
+        'output' ('features' for a model without a head); 'dtype'; 'source' (JSON); 'multi_label'
+        ('true') only where classes do not exclude each other.
     """
 
     def text(value: Any) -> str:
@@ -109,6 +112,7 @@ def _metadata(model: model_folder.Model, options: Options, output: str) -> dict[
         'output': output,
         'dtype': 'float16' if options.dtype == 'float16' else 'float32',
         'source': text(dict(model.source)),
+        **({'multi_label': text(True)} if model.multi_label else {}),
     }
 
 

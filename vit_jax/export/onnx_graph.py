@@ -217,6 +217,12 @@ class Graph:
         """Softmax over the last axis, in float32."""
         return self.op('Softmax', [self.cast(x, FLOAT32)], name, axis=-1)
 
+    def probabilities(self, logits: str, multi_label: bool) -> str:
+        """Softmax of the logits, or the sigmoid of each, in float32."""
+        if multi_label:
+            return self.op('Sigmoid', [self.cast(logits, FLOAT32)], 'sigmoid')
+        return self.softmax(logits, 'softmax')
+
     def activation(self, x: str, act: str, name: str) -> str:
         """A function of `models.layers.ACTIVATIONS`."""
         if act.startswith('gelu'):

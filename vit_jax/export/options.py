@@ -27,7 +27,8 @@ class Options:
         opset: version of ONNX's operators, 20, or 17 for older runtimes, which has no Gelu: it is
             spelled out.
         layout: of the input, 'NHWC' for images [batch, S, S, 3], 'NCHW' for [batch, 3, S, S].
-        probabilities: whether the softmax of each image's logits takes their place.
+        probabilities: whether the softmax of each image's logits takes their place; of a model of
+            many labels, the sigmoid of each.
         features: whether `features` is an output, too (see `verify.py`). It is all that a model
             without a head can give.
         attention: whether `attention` is an output, too.

@@ -215,6 +215,8 @@ def _warnings(to: str, model: model_folder.Model) -> list[str]:
     has = {'timm': (1e-5, 1e-6), 'torchvision': (1e-6,)}.get(to)
     if has and settings['layer_norm_eps'] not in has:
         notes.append(f'LayerNorm epsilon is 1e-6 there, {settings["layer_norm_eps"]:g} here')
+    if model.multi_label and to != 'huggingface':
+        notes.append('classes do not exclude each other: take the sigmoid of each logit')
     if to == 'torchvision':
         notes.append('input is [-1, 1]: mean and standard deviation 0.5, not those of ImageNet')
     elif not model.preprocess.antialias:

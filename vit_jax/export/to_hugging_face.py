@@ -84,6 +84,7 @@ def _common(model: model_folder.Model, flat: Mapping[str, Any]) -> dict[str, Any
         'patch_size': patch_size(config),
         'num_channels': flat['embedding/kernel'].shape[2],
         'qkv_bias': True,
+        **({'problem_type': 'multi_label_classification'} if model.multi_label else {}),
         'id2label': {str(i): label for i, label in enumerate(labels)},
         'label2id': {label: i for i, label in enumerate(labels)},
     }

@@ -7,7 +7,7 @@ in exact float32, and `analysis/compare.py` has the limits of what may differ.
 Names and shapes of the outputs (B batch, C classes, D width, L blocks, H heads, N tokens):
 
     logits         [B, C] float32 ([B, N, C] where the tokens are not pooled)
-    probabilities  softmax of the logits over classes
+    probabilities  softmax of the logits over classes; of a multi-label model, sigmoids
     features       [B, D]: what the encoder gives, pooled, before the head and its hidden layer; the
                    output of `pre_logits` where there is one; of a distilled model the mean of both
                    tokens ([B, N, D] where the tokens are not pooled)
@@ -201,7 +201,8 @@ def forward(
         if getattr(module, 'distilled', False):
             values['features'] = values['features'].mean(axis=1)
         if 'probabilities' in outputs:
-            values['probabilities'] = jax.nn.softmax(logits, axis=-1)
+            many = getattr(module, 'multi_label', False)
+            values['probabilities'] = jax.nn.sigmoid(logits) if many else jax.nn.softmax(logits)
         if 'attention' in outputs:
             blocks = [
                 f'Transformer/encoderblock_{i}' for i in range(module.transformer['num_layers'])

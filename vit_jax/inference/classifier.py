@@ -66,6 +66,7 @@ class JaxClassifier:
         if not len(model.class_names):
             raise UserError('this model has no classification head, so it gives no probabilities')
         self.class_names: tuple[str, ...] = tuple(model.class_names)
+        self.multi_label = model.multi_label
         self.preprocess = model.preprocess
         self.source: Mapping[str, Any] = model.source
         self._params = jax.device_put(model.params)
@@ -126,7 +127,11 @@ def open_classifier(
     else:
         from vit_jax.inference import model_folder
 
-        given = {'num_heads': num_heads, 'normalization': normalization, 'pixels': pixels}
+        given: dict[str, Any] = {
+            'num_heads': num_heads,
+            'normalization': normalization,
+            'pixels': pixels,
+        }
         classifier = JaxClassifier(model_folder.load(path, variant=variant, **given))
     classifier.class_names = names.choose(classifier.class_names, labels, str(path))
     return classifier
@@ -168,6 +173,19 @@ def classify(
         return logits
 
     return in_order(start, batches, ahead=1)
+
+
+def probabilities(classifier: Any, logits: np.ndarray) -> np.ndarray:
+    """Of logits [..., classes], float32: of classes that exclude each other, or do not.
+
+    Args:
+      classifier: a `Classifier`, or a model of a model folder; with a true `multi_label`, each
+        class has a probability of its own.
+      logits: its scores.
+    """
+    if not getattr(classifier, 'multi_label', False):
+        return softmax(logits)
+    return (0.5 * (1 + np.tanh(0.5 * np.asarray(logits, np.float64)))).astype(np.float32)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

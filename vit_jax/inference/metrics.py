@@ -12,7 +12,7 @@ import numpy as np
 
 from vit_jax.data.dataset import Example, Source
 from vit_jax.data.decode import BadImageError
-from vit_jax.errors import extra
+from vit_jax.errors import UserError, extra
 from vit_jax.evaluate import Outcomes, join, outcomes, totals
 from vit_jax.inference.classifier import Classifier, classify
 
@@ -186,8 +186,13 @@ def collect(
       The outcomes, in the order of the source, and the errors of the images that could not be read.
 
     Raises:
-      UserError: `batch` less than 1.
+      UserError: `batch` less than 1, or classes do not exclude each other.
     """
+    if getattr(classifier, 'multi_label', False):
+        raise UserError(
+            'this model scores each class by itself (multi-label): an accuracy over classes that '
+            'exclude each other says nothing of it'
+        )
     errors: list[BadImageError] = []
     parts = []
     to_model = np.array([*model_labels, -1])  # the label of an unreadable record may be -1

@@ -69,6 +69,11 @@ class Model:
     source: Mapping[str, Any]
 
     @property
+    def multi_label(self) -> bool:
+        """Whether its classes do not exclude each other."""
+        return getattr(self.model, 'multi_label', False)
+
+    @property
     def image_size(self) -> int | tuple[int, int]:
         """Side of the input, or (height, width), pixels."""
         return self.preprocess.crop

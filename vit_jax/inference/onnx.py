@@ -30,10 +30,12 @@ class Metadata(description.Description):
     Attributes:
       layout: of the input, one of `LAYOUTS`.
       output: whether the graph gives logits or probabilities.
+      multi_label: whether classes do not exclude each other.
     """
 
     layout: Literal['NHWC', 'NCHW']
     output: Literal['logits', 'probabilities']
+    multi_label: bool = False
 
 
 class OnnxClassifier:
@@ -60,6 +62,7 @@ class OnnxClassifier:
         self.class_names = described.class_names
         self.preprocess = described.preprocessing
         self.source: Mapping[str, Any] = described.source
+        self.multi_label = described.multi_label
         self._output = described.output
         self._channels_first = described.layout == 'NCHW'
         self._bytes = self._session.get_inputs()[0].type == 'tensor(uint8)'
@@ -75,7 +78,8 @@ class OnnxClassifier:
 
         Returns:
           float32 [B, classes]; for a file that gives probabilities their logarithm, which is the
-          logits less a constant for each image.
+          logits less a constant for each image (their log odds, where classes do not exclude each
+          other).
 
         Raises:
           UserError: the graph cannot be computed, or gives something else.
@@ -96,7 +100,9 @@ class OnnxClassifier:
                 f'not a score for each of its {len(self.class_names)} classes'
             )
         if self._output == 'probabilities':
-            scores = np.log(np.maximum(scores, np.finfo(np.float32).tiny))
+            tiny = np.finfo(np.float32).tiny
+            others = np.log(np.maximum(1 - scores, tiny)) if self.multi_label else 0
+            scores = np.log(np.maximum(scores, tiny)) - others
         return scores
 
 
@@ -151,6 +157,7 @@ def _read_metadata(session: Any, path: str) -> Metadata:
         found = {key: metadata[key] for key in ('layout', 'output')}
         for key in ('class_names', 'image_size', 'value_range', 'preprocessing', 'source'):
             found[key] = files.parse_json(metadata.get(key, '{}'))
+        found['multi_label'] = files.parse_json(metadata.get('multi_label', 'false'))
         if not found['class_names']:
             raise UserError('it is a model without classification head, with no probabilities')
         described = description.read(Metadata, found)

@@ -13,7 +13,7 @@ from vit_jax.data.dataset import CLASS_INDEX, Example
 from vit_jax.data.decode import BadImageError, decode, read_file
 from vit_jax.data.folders import SUFFIXES, list_images
 from vit_jax.errors import UserError
-from vit_jax.inference.classifier import Classifier, JaxClassifier, classify, softmax
+from vit_jax.inference.classifier import Classifier, JaxClassifier, classify, probabilities
 
 if TYPE_CHECKING:
     from vit_jax.inference import model_folder
@@ -103,7 +103,7 @@ def predict(
 
     Returns:
       An iterator over the images, in the order given: path, and probabilities, float32 [classes],
-      which sum to 1.
+      which sum to 1, but for a model of classes that do not exclude each other.
 
     Raises:
       UserError: `batch` less than 1, or a model without one vector of class scores per image.
@@ -113,8 +113,9 @@ def predict(
     if not paths:
         return iter(())
     errors: collections.deque[BadImageError] = collections.deque()
+    classifier = model if isinstance(model, Classifier) else JaxClassifier(model)
     scored = classify(
-        model if isinstance(model, Classifier) else JaxClassifier(model),
+        classifier,
         Images(paths),
         batch=batch,
         on_bad=errors.append,
@@ -124,7 +125,7 @@ def predict(
         for data, logits in scored:
             for index, good, scores in zip(data['example'], data['readable'], logits, strict=True):
                 if good:
-                    yield paths[index], softmax(scores)
+                    yield paths[index], probabilities(classifier, scores)
                 elif on_error is None:
                     raise errors.popleft()
                 else:

@@ -77,6 +77,8 @@ class VisionTransformer(nn.Module):
       class_token: whether there is a class token; None for those classifiers only that read it.
       fc_norm: a LayerNorm of what the head reads, in place of the encoder's final one.
       representation_act: activation function of the `pre_logits` layer.
+      multi_label: classes do not exclude each other: their probabilities are the sigmoids of the
+        logits, not the softmax; not used in the computation.
       registers: how many learned tokens, `registers` [1, R, D], that no head reads, stand between
         the class token and the patches (https://arxiv.org/abs/2309.16588).
       register_positions: whether registers have position embeddings, too.
@@ -107,6 +109,7 @@ class VisionTransformer(nn.Module):
     class_token: bool | None = None
     fc_norm: bool = False
     representation_act: str = 'tanh'
+    multi_label: bool = False
     registers: int = 0
     register_positions: bool = False
     patch_bias: bool = True

@@ -1,0 +1,74 @@
+"""Models whose classes do not exclude each other: probabilities are sigmoids, everywhere."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vit_jax.data import from_arrays
+from vit_jax.errors import UserError
+from vit_jax.export import onnx as onnx_export
+from vit_jax.export import pytorch, verify
+from vit_jax.export.options import Options
+from vit_jax.inference import classifier, metrics, model_folder, predict
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-np.asarray(x, np.float64)))
+
+
+def test_sigmoids_from_hugging_face_through_a_model_folder_to_onnx(tmp_path, case):
+    tiny = case('multi_label')
+    pytorch.write(tmp_path / 'hf', tiny.model, to='huggingface')
+    config = json.loads((tmp_path / 'hf/config.json').read_text())
+    assert config['problem_type'] == 'multi_label_classification'
+    loaded = model_folder.load(tmp_path / 'hf')
+    assert loaded.multi_label and loaded.model_config['multi_label']
+    model_folder.save(
+        tmp_path / 'model',
+        loaded.params,
+        model_config=loaded.model_config,
+        class_names=loaded.class_names,
+        preprocess=loaded.preprocess,
+        source={},
+    )
+    pytorch.write(tmp_path / 'a.npz', loaded, to='npz')
+    onnx_export.save(onnx_export.build(loaded), tmp_path / 'logits.onnx')
+    both = Options(probabilities=True)
+    onnx_export.save(onnx_export.build(loaded, both), tmp_path / 'probabilities.onnx')
+    pixels = np.random.default_rng(0).uniform(0, 255, (32, 32, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / 'a.png')
+    expected = None
+    for name in ('hf', 'model', 'a.npz', 'logits.onnx', 'probabilities.onnx'):
+        opened = classifier.open_classifier(tmp_path / name)
+        assert opened.multi_label
+        ((_, found),) = predict.predict(opened, [tmp_path / 'a.png'])
+        if expected is None:
+            images = pixels[None] / np.float32(127.5) - 1
+            logits = loaded.model.apply({'params': loaded.params}, images, train=False)
+            expected = sigmoid(logits[0])
+            assert not np.isclose(expected.sum(), 1, atol=0.1)
+        np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=name)
+
+    values = verify.forward(loaded.model, ['probabilities'])(loaded.params, images)
+    np.testing.assert_allclose(values['probabilities'][0], expected, atol=1e-5)
+    for to in ('timm', 'torchvision'):
+        notes = pytorch.write(tmp_path / to, loaded, to=to)
+        assert 'take the sigmoid of each logit' in ' '.join(notes)
+
+
+def test_no_accuracy_over_classes_that_exclude_each_other(case):
+    opened = classifier.JaxClassifier(case('multi_label').model)
+    source = from_arrays(np.zeros((2, 32, 32, 3), np.uint8), [0, 1])
+    with pytest.raises(UserError, match='scores each class by itself'):
+        metrics.collect(opened, source, model_labels=range(5))
+
+
+@pytest.mark.parametrize('problem, message', [('regression', "problem_type 'regression'")])
+def test_other_problems_are_refused(tmp_path, case, problem, message):
+    pytorch.write(tmp_path / 'hf', case('token').model, to='huggingface')
+    config = json.loads((tmp_path / 'hf/config.json').read_text())
+    (tmp_path / 'hf/config.json').write_text(json.dumps(config | {'problem_type': problem}))
+    with pytest.raises(UserError, match=message):
+        model_folder.load(tmp_path / 'hf')
