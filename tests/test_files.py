@@ -205,7 +205,7 @@ def test_json_there_and_back(tmp_path):
         (b'{"a": ' + 100 * b'[' + 100 * b']' + b'}', 'nested too deeply'),
         (b'{"a": ' + 400 * b'9' + b'}', 'a number of 400 digits'),
         (b'{"a": ' + 5_000 * b'1' + b'}', 'is not JSON'),
-        (b'{"a": "' + 100 * b'x' + b'"}', 'has 109 bytes, more than 99'),
+        (b'{"a": "' + 100 * b'x' + b'"}', 'has more than 99 bytes'),
     ],
 )
 def test_json_from_elsewhere(tmp_path, content, words):

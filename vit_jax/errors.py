@@ -1,11 +1,11 @@
 """The exceptions that are shown to the user as a plain line instead of a traceback."""
 
 import contextlib
-import unicodedata
 from collections.abc import Iterator
 
-# Part of words and emoji in many languages; str.isprintable() is false for them.
-_JOINERS = '\u200c\u200d'
+# Joiners in words and emoji, and the spaces that languages write with, for which str.isprintable()
+# is false, too.
+_KEPT = '\u200c\u200d\xa0\u202f\u3000'
 
 
 def printable(text: object) -> str:
@@ -22,9 +22,7 @@ def printable(text: object) -> str:
     if text.isprintable():
         return text
     return ''.join(
-        char
-        if char.isprintable() or char in _JOINERS or unicodedata.category(char) == 'Zs'
-        else char.encode('unicode_escape').decode()
+        char if char.isprintable() or char in _KEPT else char.encode('unicode_escape').decode()
         for char in text
     )
 

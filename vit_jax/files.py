@@ -40,21 +40,31 @@ def expand(path: Path) -> pathlib.Path:
     return expanded
 
 
-def read_text(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> str:
+def read_text(
+    path: Path, *, max_bytes: int = MAX_JSON_BYTES, pipes: bool = False, errors: str = 'strict'
+) -> str:
     """Reads a file of UTF-8 text.
 
+    Args:
+        path: of the file.
+        max_bytes: largest size.
+        pipes: whether a pipe will do as well, `<(sort names)`, for what a person named. One
+            without a writer would never end.
+        errors: what becomes of what is not UTF-8, as of `open`.
+
     Raises:
-        UserError: it is not a regular file (a pipe would never end), larger than `max_bytes`, not
-            UTF-8, or cannot be read.
+        UserError: it is not a regular file, larger than `max_bytes`, not UTF-8, or cannot be read.
     """
     path = pathlib.Path(path)
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode) and not (pipes and stat.S_ISFIFO(mode)):
             raise ValueError('it is not a regular file')
-        if status.st_size > max_bytes:
-            raise ValueError(f'it has {status.st_size:,} bytes, more than {max_bytes:,}')
-        return path.read_text(encoding='utf-8')
+        with open(path, 'rb') as file:
+            content = file.read(max_bytes + 1)
+        if len(content) > max_bytes:
+            raise ValueError(f'it has more than {max_bytes:,} bytes')
+        return content.decode('utf-8', errors)
     except OSError as error:
         raise UserError(f'cannot read {path}: {error.strerror or error}') from error
     except ValueError as error:

@@ -11,6 +11,7 @@ import shutil
 import numpy as np
 from PIL import Image
 
+from fuzzing import runs
 from vit_jax import checkpoint
 from vit_jax.checkpoint import npz
 from vit_jax.data.preprocess import Preprocess
@@ -98,6 +99,7 @@ def make(root: pathlib.Path) -> None:
     _make_pickles(root / 'pickles', files / 'timm.safetensors')
     _make_msgpack(root / 'folders' / 'huggingface', root / 'msgpack' / 'flax')
     _make_images(root / 'images')
+    runs.make(root, root / 'models' / 'model')
     tfds_set = runpy.run_path(str(FIXTURES / 'data' / 'tfds_set.py'))
     pictures = [path.read_bytes() for path in sorted((root / 'images').glob('small*'))]
     tfds_set['make'](

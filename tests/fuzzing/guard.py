@@ -15,7 +15,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, printable_lines
 
 ROOT = pathlib.Path(__file__).parents[2]
 # Where Python, its libraries and this project live; /proc and /sys tell about the machine.
@@ -92,6 +92,8 @@ def watched(
         text = type(error).__name__
         if not str(error) or len(str(error)) > 200_000:
             text, detail = 'FAULT a message of no use', str(error)[:500]
+        elif str(error) != printable_lines(str(error)):
+            text, detail = 'FAULT a message with control characters', ascii(str(error))[:500]
     except _TooLong:
         text, detail = 'FAULT no end', traceback.format_exc()[-1500:]
     except BaseException as error:  # whatever it is, it is a fault

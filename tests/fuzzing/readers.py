@@ -13,7 +13,7 @@ import simplejpeg
 from PIL import Image
 
 from fuzzing import corpus as corpus_lib
-from fuzzing import downloads, mutate, mutate_images
+from fuzzing import downloads, mutate, mutate_images, runs
 from vit_jax.checkpoint import catalog, formats, inspection
 from vit_jax.data import folders, image_files, sources, tfds_sets
 from vit_jax.data.batches import eval_batches
@@ -284,6 +284,9 @@ READERS: dict[str, Callable[[random.Random, pathlib.Path, pathlib.Path], Read]] 
     'index': _index,
     'downloads': _downloads,
     'texts': _texts,
+    'runs': runs.workdirs,
+    'onnx': runs.graphs,
+    'labels': runs.names,
 }
 
 
@@ -320,7 +323,8 @@ def declared_pixels(data: bytes) -> int:
 
 def available(corpus: pathlib.Path) -> list[str]:
     """The readers whose libraries are installed (PyTorch is not everywhere)."""
-    return [name for name in READERS if name != 'pickles' or (corpus / 'pickles').is_dir()]
+    optional = ('pickles', 'onnx')
+    return [name for name in READERS if name not in optional or (corpus / name).is_dir()]
 
 
 def read_undamaged(corpus: pathlib.Path) -> None:
@@ -333,6 +337,7 @@ def read_undamaged(corpus: pathlib.Path) -> None:
     for path in (corpus / 'images').iterdir():
         decode(path.read_bytes(), key=str(path))
     catalog.resolve_augreg('B_16', pretrained_dir=str(corpus / 'index'))
+    runs.read_undamaged(corpus)
     sources.open_dataset('digits').select('train[:10%]')
 
 

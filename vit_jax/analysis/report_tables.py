@@ -1,5 +1,6 @@
 """The tables of a report: numbers formatted for people, from what the run wrote."""
 
+import dataclasses
 import json
 import math
 import statistics
@@ -13,6 +14,7 @@ from vit_jax.analysis.run_files import MODEL_FOLDER, Run
 from vit_jax.analysis.tables import Table
 from vit_jax.configs import common
 from vit_jax.errors import UserError
+from vit_jax.inference import description
 from vit_jax.inference import metrics_report as classification_report
 from vit_jax.run.telemetry import format_duration, format_rate
 
@@ -23,6 +25,15 @@ if TYPE_CHECKING:
 MAX_EVENTS = 200
 _MAX_TEXT = 500  # characters of an event or a setting
 _NONE = '–'
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """What the cost of training depends on beside the model, with the limits of a description."""
+
+    crop: description.Side
+    batch: int
+    remat: str
 
 
 def state(run: Run) -> str:
@@ -64,7 +75,7 @@ def differences(runs: Sequence[Run]) -> Table | None:
     for name in names:
         values = [_setting(settings[name]) if name in settings else _NONE for settings in flat]
         if len(set(values)) > 1:
-            rows.append((name, *values))
+            rows.append((_cut(name), *values))
     notes = () if rows else ('All settings are the same.',)
     columns = ('Setting', *(f'{run.name}>' for run in runs))
     return Table('Settings that differ between the runs', columns, rows, notes)
@@ -79,10 +90,10 @@ def configuration(run: Run) -> tuple[Table, Table]:
     for name in known + sorted(settings.keys() - defaults):
         value = settings[name]
         if name in defaults and defaults[name] == value:
-            same.append((name, _setting(value)))
+            same.append((_cut(name), _setting(value)))
         else:
             default = _setting(defaults[name]) if name in defaults else 'no such setting now'
-            changed.append((name, _setting(value), default))
+            changed.append((_cut(name), _setting(value), default))
     return (
         Table('Other than the defaults', ('Setting', 'This run', 'Default'), changed),
         Table('As the defaults', ('Setting', 'Value'), same),
@@ -93,7 +104,7 @@ def architecture(run: Run) -> Table:
     """The model's own settings."""
     model = run.config.get('model')
     settings = _flatten(model) if isinstance(model, Mapping) else {}
-    rows = [(name, _setting(value)) for name, value in settings.items()]
+    rows = [(_cut(name), _setting(value)) for name, value in settings.items()]
     return Table('Model', ('Setting', 'Value'), rows)
 
 
@@ -107,8 +118,8 @@ def environment(run: Run) -> Table:
         if run.versions.get(name) is not None
     ]
     if run.device:
-        rows.append(('Devices', f'{run.device["devices"]} x {run.device["kind"]}'))
-        rows.append(('Type of activations', run.device['dtype']))
+        rows.append(('Devices', _cut(f'{run.device["devices"]} x {run.device["kind"]}')))
+        rows.append(('Type of activations', _cut(run.device['dtype'])))
     return Table('Environment', ('', ''), rows)
 
 
@@ -116,7 +127,7 @@ def packages(run: Run) -> Table:
     """The packages that were installed."""
     found = run.versions.get('packages')
     found = found if isinstance(found, Mapping) else {}
-    rows = [(name, str(version)) for name, version in found.items()]
+    rows = [(_cut(name), _setting(version)) for name, version in found.items()]
     return Table('Packages', ('Package', 'Version'), rows)
 
 
@@ -125,8 +136,8 @@ def costs(run: Run) -> Table:
     title, columns = 'Cost', ('', '>')
     try:
         rows, notes = _costs(run)
-    except (UserError, KeyError, TypeError, ValueError, ArithmeticError) as error:
-        reason = str(error) if isinstance(error, UserError) else repr(error)
+    except (UserError, LookupError, TypeError, ValueError, ArithmeticError) as error:
+        reason = _cut(str(error) if isinstance(error, UserError) else repr(error))
         return Table(title, columns, (), (f'Left out: config.json does not tell it ({reason}).',))
     return Table(title, columns, rows, notes)
 
@@ -168,7 +179,7 @@ def happened(run: Run) -> Table:
     resumed, unreadable = 'not known', 'not known'
     if run.events is not None:
         resumed = ', '.join(f'{step:,}' for step in run.resumes())
-        resumed = f'from step {resumed}' if resumed else 'no'
+        resumed = _cut(f'from step {resumed}') if resumed else 'no'
         unreadable = f'{run.unreadable():,}'
     not_finite = np.isnan(run.series('train_loss')[1]).sum()
     rows = [
@@ -185,7 +196,8 @@ def happened(run: Run) -> Table:
 def events(run: Run) -> list[tuple[str, str]]:
     """(time, text) of the entries to show; long texts, and the middle of a long list, are cut."""
     # The curves show the evaluations.
-    found = [(e['time'], _cut(e['text'])) for e in run.events or () if e['event'] != 'evaluated']
+    shown = [event for event in run.events or () if event['event'] != 'evaluated']
+    found = [(_cut(event['time']), _cut(event['text'])) for event in shown]
     half = MAX_EVENTS // 2
     if len(found) > MAX_EVENTS:
         gap = f'… {len(found) - 2 * half:,} more events in events.jsonl …'
@@ -197,11 +209,14 @@ def _costs(run: Run) -> tuple[list[tuple[str, str]], list[str]]:
     """Rows and notes; raises nearly anything where the configuration is damaged."""
     from vit_jax.analysis import counts
 
-    config, model = run.config, run.config['model']
-    num_classes, size = len(run.data['class_names']), config['pp']['crop']
+    model, num_classes = description.architecture(
+        {'config': run.config['model'], 'num_classes': len(run.data['class_names'])}
+    )
+    settings = description.read(_Settings, {**run.config, 'crop': run.config['pp']['crop']})
+    size = settings.crop
     forward = counts.forward_macs(model, num_classes, size)
-    training = counts.training_macs(model, num_classes, size, config['remat'])
-    images = run.steps * config['batch']
+    training = counts.training_macs(model, num_classes, size, settings.remat)
+    images = run.steps * settings.batch
     rows = [
         ('Parameters', f'{counts.parameters(model, num_classes, size):,}'),
         ('Forward, one image (GFLOPs)', f'{2 * forward / 1e9:,.4g}'),
@@ -216,9 +231,9 @@ def _costs(run: Run) -> tuple[list[tuple[str, str]], list[str]]:
         rows.append(('Reached on each device, median (TFLOP/s)', f'{rate:,.4g}'))
     compiled = run.happened('compiled')
     for part in ('parameters', 'gradients', 'optimizer', 'inputs', 'activations', 'total'):
-        size = compiled[-1].get(part) if compiled else None
-        if isinstance(size, int):
-            shown = f'{size / 2**20:,.1f}'
+        taken = compiled[-1].get(part) if compiled else None
+        if type(taken) is int and 0 <= taken < 2**60:
+            shown = f'{taken / 2**20:,.1f}'
             rows.append((f'Memory of training, {part} (MiB per device)', shown))
     if not compiled:
         notes.append('No memory: events.jsonl does not tell what the compiled training step takes.')

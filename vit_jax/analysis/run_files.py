@@ -9,9 +9,8 @@ import datetime
 import math
 import os
 import pathlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -21,7 +20,9 @@ from vit_jax.run import resume, run_info, telemetry
 
 MODEL_FOLDER = 'model'  # as `train.MODEL_FOLDER`, which takes the whole of training to import
 
-_LARGEST_STEP = 2**53
+# Larger than any run has; a file from elsewhere may say anything.
+_LARGEST_STEP = 10**12
+_LARGEST_NUMBER = float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Run:
     def total_steps(self) -> int | None:
         """Steps of the whole run; None if config.json does not tell."""
         total = self.config.get('total_steps')
-        return total if type(total) is int and total > 0 else None
+        return total if _is_step(total) and total > 0 else None
 
     @property
     def finished(self) -> bool:
@@ -71,9 +72,9 @@ class Run:
     @property
     def device(self) -> Mapping[str, Any] | None:
         """`dtype`, number of `devices` and their `kind` when it last started; None if not known."""
-        types = {'dtype': str, 'devices': int, 'kind': str}
         for event in reversed(self.happened('started')):
-            if all(isinstance(event.get(name), kind) for name, kind in types.items()):
+            texts = all(isinstance(event.get(name), str) for name in ('dtype', 'kind'))
+            if texts and _is_step(event.get('devices')):
                 return event
         return None
 
@@ -106,7 +107,7 @@ class Run:
     def resumes(self) -> list[int]:
         """The steps from which the run went on after it had been stopped."""
         steps = (event.get('step') for event in self.happened('resumed'))
-        return [step for step in steps if isinstance(step, int)]
+        return [step for step in steps if _is_step(step)]
 
     def unreadable(self) -> int:
         """How many images could not be read, each once."""
@@ -120,9 +121,9 @@ class Run:
             first, last = (
                 datetime.datetime.fromisoformat(self.events[place]['time']) for place in (0, -1)
             )
-        except ValueError:  # not a date
+            return max(0.0, (last - first).total_seconds())  # the clock may have been set back
+        except (ValueError, TypeError):  # not a date, or only one of them with its time zone
             return None
-        return max(0.0, (last - first).total_seconds())
 
 
 def read(workdir: str | os.PathLike[str]) -> Run:
@@ -198,8 +199,8 @@ def _read_rows(
         return None
     try:
         lines = telemetry.read_lines(path)
-    except OSError as error:
-        notes.append(f'{path.name}: {error.strerror}.')
+    except UserError as error:
+        notes.append(f'{error}.')
         return []
     rows: list[Mapping[str, Any]] = [row for _, row in lines if valid(row)]
     if len(rows) < len(lines):
@@ -215,7 +216,7 @@ def _read_lines(path: pathlib.Path, notes: list[str]) -> list[Mapping[str, float
     """The lines of a `.jsonl` file that have a step, with the values that are numbers."""
 
     def has_step(row: Any) -> bool:
-        return type(row.get('step')) is int and 0 <= row['step'] < _LARGEST_STEP
+        return _is_step(row.get('step'))
 
     return [
         {name: _number(value) for name, value in row.items() if _is_number(value)}
@@ -224,12 +225,16 @@ def _read_lines(path: pathlib.Path, notes: list[str]) -> list[Mapping[str, float
     ]
 
 
+def _is_step(value: Any) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < _LARGEST_STEP
+
+
 def _is_number(value: Any) -> bool:
     return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def _number(value: float | None) -> float:
-    """NaN for null, which stands for what was not finite, and for what is too large."""
-    if value is None or abs(value) > sys.float_info.max:
+    """NaN for null, which stands for what was not finite, and for what no float32 can hold."""
+    if value is None or not abs(value) <= _LARGEST_NUMBER:
         return math.nan
     return float(value)

@@ -34,7 +34,7 @@ class Between:
     high: float
 
 
-_Side = Annotated[int, Between(1, MAX_IMAGE_SIZE)]
+Side = Annotated[int, Between(1, MAX_IMAGE_SIZE)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Description:
     """
 
     class_names: tuple[str, ...]
-    image_size: _Side | tuple[_Side, _Side]
+    image_size: Side | tuple[Side, Side]
     preprocessing: Preprocess
     value_range: tuple[float, float]
     source: dict[str, Any]

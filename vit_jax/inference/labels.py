@@ -5,7 +5,6 @@ import functools
 import importlib.resources
 import logging
 import os
-import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -76,15 +75,12 @@ def read(path: str | os.PathLike[str]) -> tuple[str, ...]:
     Raises:
       UserError: no such file, not text, a line without a name, numbers that leave a gap.
     """
-    try:
-        text = pathlib.Path(path).read_text(encoding='utf-8-sig')
-    except FileNotFoundError:
+    if not os.path.exists(path):
         raise UserError(
             f'there is no file of labels {path}; --labels takes imagenet1k, none, or a file with '
             'one name per line'
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'the labels in {path} cannot be read as text ({error})') from error
+        )
+    text = files.read_text(path, pipes=True).removeprefix('\ufeff')
     if text.lstrip()[:1] in ('[', '{'):
         return _from_json(text, str(path))
     names = tuple(printable(line.strip()) for line in text.rstrip().splitlines())
@@ -193,25 +189,25 @@ def read_class_map(path: str | os.PathLike[str], data: Sequence[str]) -> dict[st
     Raises:
       UserError: no such file, or another content.
     """
+    text = files.read_text(path, pipes=True).removeprefix('\ufeff').strip()
     try:
-        text = pathlib.Path(path).read_text(encoding='utf-8-sig').strip()
         found: Any = text.splitlines()
         if text[:1] in ('[', '{'):
             found = files.parse_json(text)
         elif '\t' in text:
             found = dict(line.split('\t', 1) for line in found if line.strip())
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f'--class_map {path} cannot be read: {error}') from error
     if isinstance(found, list):
         found = dict(enumerate(found))
     result: dict[str, str | int] = {}
     for key, value in found.items():
         names = value if isinstance(value, list) else [value]
-        if str(key) not in data and str(key).isdecimal():  # from label to names
+        if str(key) not in data and _is_label(str(key)):  # from label to names
             result |= {name.strip(): int(key) for name in names if isinstance(name, str)}
         elif isinstance(value, str | int):
             text = str(value).strip()
-            result[key] = int(text) if text.isdecimal() else text
+            result[key] = int(text) if _is_label(text) else text
         else:
             raise UserError(f'--class_map {path}: {key} has {str(value)[:60]}, expected a class')
     if not set(result) & set(data):
@@ -220,6 +216,10 @@ def read_class_map(path: str | os.PathLike[str], data: Sequence[str]) -> dict[st
             'expected lines of a name in the data, a tab, and the name or label of the class'
         )
     return result
+
+
+def _is_label(text: str) -> bool:
+    return text.isdecimal() and len(text) < 10
 
 
 class _Classes:

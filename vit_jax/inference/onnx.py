@@ -140,8 +140,11 @@ def _read_metadata(session: Any, path: str) -> Metadata:
     Raises:
       UserError: says what is missing or wrong.
     """
-    metadata = session.get_modelmeta().custom_metadata_map
-    stamp = metadata.get('vit_jax.format')
+    try:
+        metadata = session.get_modelmeta().custom_metadata_map
+    except UnicodeDecodeError as error:
+        raise UserError(f'the metadata of {path} cannot be used: {error}') from error
+    stamp = metadata.get('vit_jax.format', '')[:20]
     missing = [key for key in ('vit_jax.format', *_KEYS) if key not in metadata]
     if missing:
         raise UserError(

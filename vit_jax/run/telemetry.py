@@ -28,12 +28,14 @@ import rich.progress_bar
 import rich.table
 
 from vit_jax import files
-from vit_jax.errors import extra, printable_lines
+from vit_jax.errors import UserError, extra, printable_lines
 
 METRICS_FILE = 'metrics.jsonl'
 TIMING_FILE = 'timing.jsonl'
 LOG_FILE = 'train.log'
 EVENTS_FILE = 'events.jsonl'
+
+MAX_LINES_BYTES = 256 << 20  # of a file of lines: more than a million steps
 
 # Seconds between two progress lines in train.log, and on a console that is not a terminal (a file,
 # a pipe, a batch system).
@@ -78,7 +80,11 @@ class Telemetry:
         self._tensorboard: _EventFile | None = None
 
     def start(self, step: int) -> None:
-        """Opens the files of the run, which begins, or goes on, after so many steps."""
+        """Opens the files of the run, which begins, or goes on, after so many steps.
+
+        Raises:
+          UserError: one of them is something else than a file, or too large.
+        """
         if not self._enabled:
             return
         self._workdir.mkdir(parents=True, exist_ok=True)
@@ -87,6 +93,8 @@ class Telemetry:
             for name in (METRICS_FILE, TIMING_FILE)
         }
         for name in (LOG_FILE, EVENTS_FILE, METRICS_FILE, TIMING_FILE):
+            if (place := self._workdir / name).exists() and not place.is_file():
+                raise UserError(f'{place} is not a regular file: a pipe would be waited for')
             self._files[name] = open(self._workdir / name, 'a', encoding='utf-8', buffering=1)
         self._tensorboard = _EventFile(self._workdir, step)
         for name, line in self._early:
@@ -305,13 +313,13 @@ def read_lines(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
     it.
 
     Raises:
-      OSError: the file cannot be read.
+      UserError: the file cannot be read, or has more than `MAX_LINES_BYTES`.
     """
-    lines = []
+    text = ''
     if path.exists():
-        lines = path.read_text(encoding='utf-8', errors='replace').splitlines(keepends=True)
+        text = files.read_text(path, max_bytes=MAX_LINES_BYTES, errors='replace')
     rows = []
-    for line in lines:
+    for line in text.splitlines(keepends=True):
         try:
             row = files.parse_json(line)
         except ValueError:
