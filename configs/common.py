@@ -110,6 +110,12 @@ def get_defaults() -> ml_collections.ConfigDict:
     config.frozen = ''
     # How momentum, or the first moment, is stored: 'bfloat16' or 'float32'.
     config.optim_dtype = 'bfloat16'
+    # Mix images and labels: mixup blends, cutmix puts a box of one into another. The number is
+    # that of the Beta distribution of the shares; 0.0: not done. With both, one or the other.
+    config.mixup = 0.0
+    config.cutmix = 0.0
+    # Draw shares and boxes for each image, in place of once a batch.
+    config.mix_per_example = False
     # Share of the images for which a branch of the last block is left out; linear from 0 for the
     # first block. 0.0: none.
     config.stochastic_depth = 0.0

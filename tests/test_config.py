@@ -256,6 +256,8 @@ def test_resize_alone_asks_for_random_crops():
         ({'batch': 0}, 'config.batch=0 must be at least 1'),
         ({'base_lr': float('nan')}, 'config.base_lr=nan must be at least 0'),
         ({'layer_decay': 1.1}, 'it is at most 1'),
+        ({'mix_per_example': True}, 'has no effect without config.mixup or config.cutmix'),
+        ({'mixup': 0.2, 'batch': 1, 'accum_steps': 1}, 'config.batch=1 has only one'),
         ({'stochastic_depth': 1.0}, 'would leave out the last block always'),
         ({'ema_decay': 1.0}, 'would leave the average where it begins'),
         ({'ema_warmup_steps': 5}, 'has no effect without config.ema_decay'),

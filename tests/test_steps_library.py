@@ -11,6 +11,7 @@ import pytest
 
 from vit_jax import losses, models, optim, sharding, steps
 from vit_jax import state as state_lib
+from vit_jax.data import augment
 from vit_jax.errors import UserError
 
 CLASSES = 3
@@ -220,6 +221,30 @@ def test_weights_of_classes_do_not_depend_on_devices_and_micro_batches():
         step, state = make_step(optax.sgd(0.1), devices, loss_fn=loss_fn, accum_steps=accum_steps)
         found.append(jax.device_get(step(state, batch)[0].params))
     assert_close(*found)
+
+
+def test_mixing_comes_before_devices_and_micro_batches(monkeypatch):
+    """So that everybody has the same partner; one's own loss gets the mixed labels."""
+    monkeypatch.setattr(sharding, 'MIN_SIZE_TO_SHARD', 16)
+    mix = augment.Mix(mixup=0.5, cutmix=0.5, per_example=True, classes=CLASSES)
+    batch, found = make_batch(count=16), []
+
+    def loss_fn(logits, batch, params):
+        loss, _ = losses.softmax_cross_entropy(logits, batch, params)
+        return loss, {'first_train': batch['label'][:, 0].mean()}
+
+    for devices, fsdp, accum_steps in ((1, 1, 1), (4, 1, 2), (4, 4, 2)):
+        mesh, tx = sharding.create_mesh(fsdp, jax.devices()[:devices]), optax.sgd(0.1)
+        state = state_lib.create_state(make_params(), tx, mesh)
+        step = steps.make_train_step(
+            Linear(), tx, None, mesh, sharding.state_sharding(state, mesh),
+            seed=0, accum_steps=accum_steps, loss_fn=loss_fn, mix=mix,
+        )  # fmt: skip
+        new, metrics = step(state, sharding.put_batch(batch, mesh))
+        found.append(jax.device_get((new.params, metrics['train_loss'], metrics['first_train'])))
+    for other in found[1:]:
+        assert_close(found[0], other)
+    assert_close(found[0][2], (batch['label'] == 0).mean(), atol=0.2)
 
 
 def test_what_is_wrong_with_a_loss_is_said():

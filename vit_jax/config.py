@@ -43,7 +43,7 @@ _NOT_NEGATIVE = (
     'data_threads', 'cache', 'accum_steps', 'epochs', 'total_examples', 'warmup_steps',
     'cooldown_steps', 'base_lr', 'grad_norm_clip', 'momentum', 'weight_decay', 'seed',
     'max_unreadable', 'label_smoothing', 'layer_decay', 'ema_decay', 'ema_warmup_steps',
-    'stochastic_depth',
+    'stochastic_depth', 'mixup', 'cutmix',
 )  # fmt: skip
 
 
@@ -272,6 +272,17 @@ def _check(config: ml_collections.ConfigDict) -> None:
         raise UserError(
             f'config.label_smoothing={config.label_smoothing} leaves nothing of the labels: it is '
             'a share below 1, usually 0.1'
+        )
+    mixes = config.mixup or config.cutmix
+    if config.mix_per_example and not mixes:
+        raise UserError(
+            'config.mix_per_example=True has no effect without config.mixup or config.cutmix: set '
+            'one of them, or leave it out'
+        )
+    if mixes and config.batch < 2:
+        raise UserError(
+            f'config.mixup={config.mixup} and config.cutmix={config.cutmix} mix images of a batch, '
+            f'and config.batch={config.batch} has only one: use a larger batch'
         )
     if config.stochastic_depth >= 1:
         raise UserError(

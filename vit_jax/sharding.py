@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -75,6 +76,26 @@ def state_sharding(tree: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, PartitionSpec(*[None] * axis, 'fsdp'))
 
     return jax.tree.map(rule, tree)
+
+
+def previous(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Moves what is in each row to the next one, the last to the first: `jnp.roll(x, 1, axis=0)`.
+
+    Where rows are spread over devices, one row goes from each to the next, and nothing is gathered.
+
+    Args:
+      x: [B, ...], spread as batches are.
+      mesh: of `create_mesh`; None to leave it to XLA.
+    """
+    if mesh is None or mesh.size == 1:
+        return jnp.roll(x, 1, axis=0)
+    ring = [(device, (device + 1) % mesh.size) for device in range(mesh.size)]
+
+    def local(x: jax.Array) -> jax.Array:
+        return jnp.concatenate([jax.lax.ppermute(x[-1:], BATCH_AXES, ring), x[:-1]])
+
+    spec = PartitionSpec(BATCH_AXES)
+    return jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec)(x)
 
 
 def steps_ahead() -> int:

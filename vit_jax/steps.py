@@ -53,6 +53,7 @@ def train_step_fn(
     loss_fn: losses.LossFn | None = None,
     frozen: str = '',
     depth_rate: float = 0.0,
+    mix: augment.Mix | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Builds the training step, a pure function for programs of one's own.
 
@@ -76,6 +77,8 @@ def train_step_fn(
         is then one of `optim.trained_only`.
       depth_rate: share of the images for which a branch of the last block is left out, rising from
         0 for the first, see `models.stochastic_depth`.
+      mix: mixup and CutMix, after mirroring; `loss_fn` then gets mixed labels, of classes
+        probabilities [B, classes].
 
     Returns:
       A function (state, batch) -> (state, metrics). batch: `image` [B, height, width, channels],
@@ -108,6 +111,9 @@ def train_step_fn(
             key = augment.step_key(seed, state.step, augment.FLIP)
             images = augment.random_flip(batch['image'], _places(batch), key)
             batch = {**batch, 'image': images}
+        if mix:
+            key = augment.step_key(seed, state.step, augment.MIX)
+            batch = mix(batch, key, functools.partial(sharding.previous, mesh=mesh))
         if depth_rate:
             key = augment.step_key(seed, state.step, augment.DEPTH)
             draws = augment.draw(_places(batch), key, (len(blocks), stochastic_depth.BRANCHES))

@@ -171,6 +171,7 @@ def _compile(run: loop.Run, setup: Setup) -> jax.stages.Compiled:
         loss_fn=setup.train_loss,
         frozen=config.frozen,
         depth_rate=config.stochastic_depth,
+        mix=recipe.mix_of(config, setup.train),
     )
     run.log.info('compiling the training step: seconds, or a minute or two for a large model')
     before = resources.resident_bytes()

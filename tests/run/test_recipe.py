@@ -8,7 +8,7 @@ import pytest
 
 from vit_jax import data, losses
 from vit_jax.configs import common
-from vit_jax.data import own
+from vit_jax.data import augment, own
 from vit_jax.errors import UserError
 from vit_jax.run import recipe
 
@@ -140,3 +140,10 @@ def test_stochastic_depth_needs_blocks():
     with pytest.raises(UserError, match='this model, a Dense, has no others'):
         recipe.check_depth(config, nn.Dense(3))
     recipe.check_depth(make_config(), nn.Dense(3))
+
+
+def test_labels_are_mixed_as_classes_or_as_vectors():
+    config = make_config(mixup=0.2, mix_per_example=True)
+    assert recipe.mix_of(config, images([0, 1, 2])) == augment.Mix(0.2, 0.0, True, 3)
+    assert recipe.mix_of(config, images(np.eye(3, dtype=np.float32))).classes == 0
+    assert not recipe.mix_of(make_config(), images([0]))

@@ -1,10 +1,13 @@
 """Augmentation on the device, inside the jitted training step."""
 
+import dataclasses
+from collections.abc import Callable, Mapping
+
 import jax
 import jax.numpy as jnp
 
 # Names of the random streams of a step, so that adding one does not change the others.
-FLIP, DROPOUT, DEPTH = 0, 1, 2
+FLIP, DROPOUT, DEPTH, MIX = 0, 1, 2, 3
 
 
 def step_key(seed: int, step: jax.Array, stream: int) -> jax.Array:
@@ -13,7 +16,7 @@ def step_key(seed: int, step: jax.Array, stream: int) -> jax.Array:
     Args:
       seed: of the run.
       step: number of updates done, int32 scalar.
-      stream: which use of randomness, `FLIP`, `DROPOUT` or `DEPTH`.
+      stream: which use of randomness, `FLIP`, `DROPOUT`, `DEPTH` or `MIX`.
     """
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), step)
 
@@ -45,3 +48,102 @@ def random_flip(images: jax.Array, position: jax.Array, key: jax.Array) -> jax.A
     """
     flip = jax.vmap(lambda place: jax.random.bernoulli(jax.random.fold_in(key, place)))(position)
     return jnp.where(jnp.expand_dims(flip, (1, 2, 3)), jnp.flip(images, axis=2), images)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mix:
+    """How images are mixed with those of the places before them; the first one's is the last.
+
+    mixup (https://arxiv.org/abs/1710.09412) blends two images; CutMix
+    (https://arxiv.org/abs/1905.04899) puts a box of one into the other. Labels are mixed by the
+    same shares. With both, each is drawn as often as the other.
+
+    Attributes:
+      mixup: both parameters of the Beta distribution of the first image's share; 0 for no mixup.
+      cutmix: the same of CutMix, in which one minus the share is the box's area before it is cut at
+        the border of the image; 0 for no CutMix.
+      per_example: whether shares and boxes are drawn for each place, not once for the batch.
+      classes: number of classes where labels are indices of them; 0 for other labels.
+    """
+
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    per_example: bool = False
+    classes: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.mixup or self.cutmix)
+
+    def __call__(
+        self,
+        batch: Mapping[str, jax.Array],
+        key: jax.Array,
+        previous: Callable[[jax.Array], jax.Array],
+    ) -> dict[str, jax.Array]:
+        """Mixes a global batch, whose row r is place r.
+
+        Args:
+          batch: `image` [B, height, width, channels] and `label` [B, ...].
+          key: of the step; draws depend on it and the places alone.
+          previous: moves what is in each row to the next one, the last to the first.
+
+        Returns:
+          The batch, with `image` float32, and `label` float32: [B, classes] of indices of classes.
+        """
+        images, labels = batch['image'].astype(jnp.float32), batch['label']
+        count, height, width = images.shape[:3]
+        weights, shares = self.draw(key, count, height, width)
+        weights = jnp.expand_dims(weights, -1)
+        images = weights * images + (1 - weights) * previous(images)
+        theirs = previous(labels)
+        if self.classes:
+            labels, theirs = (jax.nn.one_hot(x, self.classes) for x in (labels, theirs))
+        shares = jnp.expand_dims(shares, range(1, labels.ndim))
+        return {**batch, 'image': images, 'label': shares * labels + (1 - shares) * theirs}
+
+    def draw(
+        self, key: jax.Array, count: int, height: int, width: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """Weights of each image's own pixels, and of its label.
+
+        Returns:
+          Both in [0, 1], float32: [B, height, width], [B]; or [1, height, width], [1] for all.
+        """
+        keys = key[None]
+        if self.per_example:
+            keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(jnp.arange(count))
+        return jax.vmap(lambda key: self._draw_one(key, height, width))(keys)
+
+    def _draw_one(self, key: jax.Array, height: int, width: int) -> tuple[jax.Array, jax.Array]:
+        """Weights of an image's own pixels [height, width], and of its label."""
+        of_mixup, of_box, of_centre, of_choice = jax.random.split(key, 4)
+        share = jax.random.beta(of_mixup, self.mixup, self.mixup) if self.mixup else 0.0
+        share, weights = jnp.float32(share), jnp.full((height, width), share, jnp.float32)
+        if self.cutmix:
+            area = jax.random.beta(of_box, self.cutmix, self.cutmix)
+            box = cutmix_box(area, jax.random.uniform(of_centre, (2,)), height, width)
+            cut = jax.random.bernoulli(of_choice) if self.mixup else True
+            weights = jnp.where(cut, 1.0 - box, weights)
+            share = jnp.where(cut, 1.0 - box.mean(), share)
+        return weights, share
+
+
+def cutmix_box(share: jax.Array, centre: jax.Array, height: int, width: int) -> jax.Array:
+    """The box that the other image fills, as timm's `rand_bbox` has it.
+
+    Args:
+      share: of the area outside the box, scalar.
+      centre: [2] down and across, in [0, 1), of the sides of the image.
+      height: of the image, pixels.
+      width: of the image, pixels.
+
+    Returns:
+      [height, width] float32, 1 inside, 0 outside.
+    """
+    inside = []
+    for place, side in zip(centre, (height, width), strict=True):
+        half = jnp.floor(side * jnp.sqrt(1 - share)) // 2
+        middle = jnp.floor(place * side)
+        pixels = jnp.arange(side, dtype=jnp.float32)
+        inside.append((pixels >= middle - half) & (pixels < middle + half))
+    return (inside[0][:, None] & inside[1][None]).astype(jnp.float32)

@@ -12,6 +12,7 @@ import optax
 from vit_jax import config as config_lib
 from vit_jax import groups, losses, models, optim
 from vit_jax.configs import common
+from vit_jax.data import augment
 from vit_jax.data.dataset import CLASS_INDEX, Selection
 from vit_jax.data.stream import BatchStream
 from vit_jax.errors import UserError
@@ -53,6 +54,12 @@ def describe_schedule(config: ml_collections.ConfigDict, train: Selection | Batc
             f'{config.base_lr * config.batch / usual:.3g} for {config.batch}'
         )
     return told
+
+
+def mix_of(config: ml_collections.ConfigDict, train: Selection | BatchStream) -> augment.Mix:
+    """Mixup and CutMix as the config asks for them."""
+    classes = len(train.class_names) if train.label_dtype == CLASS_INDEX else 0
+    return augment.Mix(config.mixup, config.cutmix, config.mix_per_example, classes)
 
 
 def check_depth(config: ml_collections.ConfigDict, model: nn.Module) -> None:
