@@ -121,8 +121,10 @@ def ours(setup: Mapping[str, Any]) -> tuple[Stages, Stream]:
         # The crop box decides how much is decoded, so it is drawn first.
         size = decode.size_of_jpeg(image, exif=True)
         assert size, 'only JPEG files'
-        box = settings.draw_box(*size, rng)
-        return decode.decode(image, key='', exif=True, reduction=box.reduction()), box, size
+        whole = size.height, size.width
+        box = settings.draw_box(*whole, rng)
+        reduction = min(box.reduction(), size.most)
+        return decode.decode(image, key='', exif=True, reduction=reduction), box, whole
 
     def crop(image: Any) -> Any:
         if not exact:

@@ -7,7 +7,7 @@ import pathlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from vit_jax.data.decode import MAX_PIXELS, BadImageError, decode, load_image, size_of_jpeg
 from vit_jax.data.preprocess import Preprocess
@@ -216,7 +216,7 @@ def test_a_smaller_size_of_a_jpeg_file(k):
     image = np.zeros((53, 38, 3), np.uint8)
     image[:26] = 200
     file = encode(image, 'JPEG')
-    assert size_of_jpeg(file) == (53, 38)
+    assert size_of_jpeg(file) == (53, 38, 8)
     small = decode(file, key='', reduction=k)
     assert small.shape == (-(-53 // k), -(-38 // k), 3)
     assert abs(float(small[0, 0, 0]) - 200) < 9 and small[-1, 0, 0] < 9
@@ -231,7 +231,7 @@ def test_the_size_of_a_turned_jpeg_file(picture):
     exif = Image.Exif()
     exif[0x0112] = 6
     file = encode(picture, 'JPEG', exif=exif)
-    assert size_of_jpeg(file) == (48, 64) and size_of_jpeg(file, exif=True) == (64, 48)
+    assert size_of_jpeg(file) == (48, 64, 8) and size_of_jpeg(file, exif=True) == (64, 48, 8)
     assert decode(file, key='', exif=True, reduction=2).shape == (32, 24, 3)
 
 
@@ -248,6 +248,55 @@ def test_exif_data_wherever_they_are_before_the_picture(picture, between):
     comment = b'\xff\xfe\x00\x08Exif\x00\x00'
     file = plain[:place] + between + comment + plain[place:]
     assert decode(file, key='', exif=True).shape == (48, 64, 3)
+
+
+def stray_at(file: bytes):
+    """Where a segment of a JPEG file begins, up to that of the picture."""
+    place = 2
+    while True:
+        yield place
+        if file[place + 1] == 0xDA:
+            return
+        place += 2 + int.from_bytes(file[place + 2 : place + 4], 'big')
+
+
+@pytest.mark.parametrize('stray', [b'\0', b'abcd', b'\xff\x00\xff\x00', b'x' * 70_000])
+def test_stray_bytes_between_segments_of_a_jpeg_header_are_skipped(picture, stray):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = encode(picture, 'JPEG', exif=exif)
+    expected = decode(file, key='', exif=True)
+    for place in stray_at(file):
+        odd = file[:place] + stray + file[place:]
+        assert np.array_equal(decode(odd, key='', exif=True), expected), place
+        assert size_of_jpeg(odd, exif=True) == (64, 48, 8)
+        assert decode(odd, key='', exif=True, reduction=4).shape == (16, 12, 3)
+    for cut in (40, len(odd) - 200):  # what is missing is still missed
+        with pytest.raises(BadImageError):
+            decode(odd[:cut], key='')
+
+
+def test_stray_bytes_of_a_file_from_the_web(shared_dir):
+    """Whose pixels TensorFlow gives to the bit."""
+    pixels = decode((shared_dir / 'cases/images/extraneous_before_dqt.jpg').read_bytes(), key='')
+    assert hashlib.sha256(pixels.tobytes()).hexdigest()[:16] == 'c2fdd70e7ed6183e'
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_orientation_is_undone_once_in_every_format(picture, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(
+        io.BytesIO(encode(picture, 'PNG', exif=exif)))))  # fmt: skip
+    for format, options in (
+        ('PNG', {}), ('TIFF', {}), ('TIFF', {'compression': 'tiff_lzw'}),
+        ('WEBP', {'quality': 95}), ('JPEG', {'quality': 95}), ('AVIF', {'quality': 95}),
+    ):  # fmt: skip
+        file = encode(picture, format, exif=exif, **options)
+        loaded = Image.open(io.BytesIO(file))
+        loaded.load()
+        for image in (file, Image.open(io.BytesIO(file)), loaded):
+            assert distance(decode(image, key='', exif=True), upright) < 5, (format, type(image))
 
 
 def test_one_image_from_path_bytes_and_pixels(tmp_path):

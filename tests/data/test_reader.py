@@ -1,15 +1,18 @@
 """The cache of images: the same pixels, never more than it has room for, each read once."""
 
+import io
 import threading
 
+import cv2
 import numpy as np
 import pytest
 import simplejpeg
+from PIL import Image
 
 from vit_jax.data import decode, loader, reader
 from vit_jax.data.dataset import Example
 from vit_jax.data.decode import BadImageError
-from vit_jax.data.preprocess import Preprocess
+from vit_jax.data.preprocess import CropBox, Preprocess
 
 PIXELS = np.random.RandomState(0).randint(0, 256, (12, 40, 48, 3)).astype(np.uint8)
 SIZE = PIXELS[0].nbytes + reader._OVERHEAD
@@ -111,3 +114,39 @@ def test_pixels_that_are_in_memory_anyway_take_no_room():
     cache = reader.ImageCache(100 * SIZE)
     images = reader.Reader(InMemory(), cache)
     assert np.array_equal(images.read(5)[0], PIXELS[5]) and cache.used == 0
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+@pytest.mark.parametrize('height, width', [(601, 803), (604, 801), (608, 800)])
+def test_reduced_images_are_where_the_whole_ones_are(orientation, height, width):
+    """The last row and column of a reduced image stand for less, and EXIF may turn them."""
+    y, x = np.mgrid[:height, :width]
+    pixels = np.stack([x / width * 255, y / height * 255, (np.sin(x / 40) + 1) * 127], -1)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    out = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(out, 'JPEG', quality=95, exif=exif)
+
+    class Source:
+        exif, class_names = True, ('a', 'b')
+
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            return Example(out.getvalue(), 0, 'x')
+
+    pp, drawn = Preprocess(crop=64), []
+
+    def reduction(high, wide):
+        drawn.append(CropBox(0, 0, high, wide, (64, 64)))
+        return drawn[0].reduction()
+
+    reduced, _, size = reader.Reader(Source()).read_reduced(0, reduction)
+    whole = decode.decode(out.getvalue(), key='x', exif=True)
+    assert size == whole.shape[:2]
+    if orientation in (1, 5) or (height % 8, width % 8) == (0, 0):
+        assert len(reduced) < len(whole) / 7
+    found = pp.render_uint8(reduced, drawn[0], size, np.empty((64, 64, 3), np.uint8))
+    expected = cv2.resize(whole, (64, 64), interpolation=cv2.INTER_AREA)
+    assert np.abs(found.astype(float) - expected).mean() < 1.2

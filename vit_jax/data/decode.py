@@ -10,14 +10,14 @@ import errno
 import os
 import stat
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import simplejpeg
 
 from vit_jax.data import image_files
 from vit_jax.data.dataset import Label
-from vit_jax.data.preprocess import Preprocess
+from vit_jax.data.preprocess import REDUCTIONS, Preprocess
 from vit_jax.errors import UserError, printable
 
 if TYPE_CHECKING:
@@ -34,6 +34,9 @@ _NOT_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 _EXIF_ORIENTATION = 0x0112
 _TURNED = (5, 6, 7, 8)  # orientations that swap height and width
+_LAST_ROW_FIRST = (3, 4, 7, 8)  # that, after this, turn it upside down
+_LAST_LEFT = (2, 3, 6, 7)  # that mirror it
+_STRAY = 'extraneous bytes'  # in what libjpeg says of bytes between segments
 # A PIL image reads its file when it is first needed, which two threads must not do at once.
 _LOADING = threading.Lock()
 
@@ -127,9 +130,25 @@ def load_image(
     return preprocess.evaluate(pixels, out)
 
 
+class JpegSize(NamedTuple):
+    """What is known of a JPEG file's picture without decoding it.
+
+    Attributes:
+      height: pixels.
+      width: pixels.
+      most: the largest `reduction` for `decode`. The last row and column of a reduced picture may
+        stand for fewer pixels than the others; where EXIF turns these to the first place, only a
+        divisor of that side keeps all where they are.
+    """
+
+    height: int
+    width: int
+    most: int
+
+
 def size_of_jpeg(
     image: 'bytes | np.ndarray | Image.Image', *, exif: bool = False
-) -> tuple[int, int] | None:
+) -> JpegSize | None:
     """Height and width of a JPEG file's picture, pixels, without decoding it.
 
     Args:
@@ -143,10 +162,21 @@ def size_of_jpeg(
     if not isinstance(image, bytes) or image[:2] != b'\xff\xd8':
         return None
     try:
-        height, width, _, _ = simplejpeg.decode_jpeg_header(image)
+        try:
+            height, width, _, _ = simplejpeg.decode_jpeg_header(image)
+        except ValueError as error:
+            if _STRAY not in str(error):
+                raise
+            clean = image_files.without_stray_bytes(image)
+            height, width, _, _ = simplejpeg.decode_jpeg_header(clean)
     except ValueError:
         return None
-    return (width, height) if exif and _jpeg_orientation(image) in _TURNED else (height, width)
+    orientation = _jpeg_orientation(image) if exif else 1
+    if orientation in _TURNED:
+        height, width = width, height
+    sides = [height] * (orientation in _LAST_ROW_FIRST) + [width] * (orientation in _LAST_LEFT)
+    most = max(k for k in REDUCTIONS if not any(side % k for side in sides))
+    return JpegSize(height, width, most)
 
 
 def decode(
@@ -269,6 +299,8 @@ def _decode_jpeg(image: bytes, key: str, reduction: int, fast: bool) -> np.ndarr
         return simplejpeg.decode_jpeg(image, 'RGB', **options)
     except ValueError as error:
         reason = str(error)
+    if _STRAY in reason and (clean := image_files.without_stray_bytes(image)) != image:
+        return _decode_jpeg(clean, key, reduction, fast)
     try:
         # libjpeg's warnings are errors to simplejpeg but not to TensorFlow (stray bytes between
         # markers are common in photos from the web), except where pixels are missing: a file that
@@ -332,6 +364,8 @@ def _jpeg_orientation(image: bytes) -> int:
     if not image_files.has_exif(image):  # Saves Pillow's parsing for the many files without it.
         return 1
     try:
+        if image[2] != 0xFF:  # where Pillow sees no JPEG file
+            image = image_files.without_stray_bytes(image)
         return image_files.exif_of(image_files.open_image(image)).get(_EXIF_ORIENTATION, 1)
     except Exception:  # Damaged metadata of a picture that did decode: as it is stored.
         return 1
@@ -341,8 +375,8 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """Undoes an EXIF orientation (EXIF 2.32, section 4.6.4 A, tag 0x0112), 1 to 8."""
     if orientation in _TURNED:
         pixels = pixels.transpose(1, 0, 2)
-    if orientation in (3, 4, 7, 8):
+    if orientation in _LAST_ROW_FIRST:
         pixels = pixels[::-1]
-    if orientation in (2, 3, 6, 7):
+    if orientation in _LAST_LEFT:
         pixels = pixels[:, ::-1]
     return np.ascontiguousarray(pixels)

@@ -31,6 +31,7 @@ _SCAN_PIXELS = _MAX_SCANS * 25_000_000
 _SCAN_COST = 4096  # what beginning one takes, in pixels
 _SCAN_BYTES = 10  # at least
 _MAX_SEGMENTS = 50_000
+_NEXT_MARKER = re.compile(b'\xff[^\x00\xff\xd0-\xd7]')  # of a segment
 
 # Text, profiles, EXIF and other data beside the picture, where the picture is small.
 _MAX_METADATA = 8 * _MIB
@@ -154,9 +155,12 @@ def _jpeg_start(data: bytes) -> tuple[bool, bool]:
     place, components, has_exif = 2, 0, False
     try:
         for _ in range(_MAX_SEGMENTS):
-            if data[place] != 0xFF:
-                break
+            if data[place] != 0xFF:  # stray bytes, which decoders skip
+                place = data.index(b'\xff', place)
             marker = data[place + 1]
+            if marker == 0:  # no marker either
+                place += 2
+                continue
             if marker == 0xFF:  # padding
                 place += 1
                 continue
@@ -167,17 +171,34 @@ def _jpeg_start(data: bytes) -> tuple[bool, bool]:
             elif marker == 0xE1 and data[place + 4 : place + 9] == b'Exif\x00':
                 has_exif = True
             place += 2 + (data[place + 2] << 8) + data[place + 3]
-    except IndexError:
+    except (IndexError, ValueError):  # no picture
         pass
-    return has_exif, False  # stray bytes
+    return has_exif, False
+
+
+def without_stray_bytes(data: bytes) -> bytes:
+    """A JPEG file without the bytes between the segments of its header, which decoders skip.
+
+    Returns:
+      The same file where there are none, or no picture.
+    """
+    parts, place = [data[:2]], 2
+    for _ in range(_MAX_SEGMENTS):
+        found = _NEXT_MARKER.search(data, place)
+        if found is None:
+            return data
+        if found[0] == b'\xff\xda':  # the picture begins
+            return b''.join([*parts, data[found.start() :]])
+        place = found.end() + int.from_bytes(data[found.end() : found.end() + 2], 'big')
+        parts.append(data[found.start() : place])
+    return data
 
 
 def _count_scans(data: bytes, limit: int) -> int:
     """How many scans come before the end of the picture, or more than `limit`."""
-    next_marker = re.compile(b'\xff[^\x00\xff\xd0-\xd7]')
     place, scans = 2, 0
     for _ in range(_MAX_SEGMENTS):
-        found = next_marker.search(data, place)
+        found = _NEXT_MARKER.search(data, place)
         if found is None or found[0] == b'\xff\xd9' or scans > limit:
             return scans
         scans += found[0] == b'\xff\xda'

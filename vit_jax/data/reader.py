@@ -89,7 +89,7 @@ class Reader:
         # By index, divisor, and whether JPEG is decoded accurately; with the labels.
         self._pixels: dict[tuple[int, int, bool], tuple[np.ndarray, Label]] = {}
         # Of the whole images, for `read_reduced`; None of other formats than JPEG.
-        self._sizes: dict[int, tuple[int, int] | None] = {}
+        self._sizes: dict[int, decode.JpegSize | None] = {}
         self._label_dtype: np.dtype | None = None
         self._lock = threading.Lock()
 
@@ -140,14 +140,15 @@ class Reader:
         else:
             example = self._source[index]
             size = decode.size_of_jpeg(example.image, exif=self.exif)
-        divisor = reduction(*size) if size else 1
+        divisor = min(reduction(size.height, size.width), size.most) if size else 1
         pixels, label = self._decode((index, divisor, False), example)
         if (index, divisor, False) in self._pixels:
             self._sizes[index] = size
-        if size is None:
-            size = pixels.shape[:2]
-            reduction(*size)
-        return pixels, label, size
+        if size is not None:
+            return pixels, label, (size.height, size.width)
+        height, width = pixels.shape[:2]
+        reduction(height, width)
+        return pixels, label, (height, width)
 
     def _decode(
         self, key: tuple[int, int, bool], example: Example | None
