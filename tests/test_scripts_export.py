@@ -166,9 +166,9 @@ ERRORS = {
         'ViT-B_17',
     ),
     'no place for it': (
-        ['--format', 'huggingface', '--output', 'x', '--model']
+        ['--format', 'torchvision', '--output', 'x', '--model']
         + [str(FIXTURES / 'vit_gap.checkpoint.npz')],
-        'huggingface cannot express this model',
+        'torchvision cannot express this model',
     ),
     'mixer': (
         ['--attention', '--model', str(FIXTURES / 'mixer.checkpoint.npz')],

@@ -150,6 +150,34 @@ def _timm_gap() -> Iterator[dict]:
     )
 
 
+def _siglip() -> Iterator[dict]:
+    """Image towers of SigLIP (https://arxiv.org/abs/2303.15343) and SigLIP 2."""
+    for size, patch, side in (
+        *(('base', 16, 224), ('base', 32, 256), ('large', 16, 256), ('so400m', 14, 224)),
+        *(('so400m', 16, 256), ('giantopt', 16, 256)),
+    ):
+        name = f'vit_{size}_patch{patch}_siglip_{side}'
+        yield _later(name, size, patch, classifier='map', act='gelu_tanh')
+
+
+def _clip() -> Iterator[dict]:
+    """Image towers of CLIP (https://arxiv.org/abs/2103.00020): OpenAI's have QuickGELU."""
+    for act, name in (('gelu', ''), ('quick_gelu', '_quickgelu')):
+        for size, patch in (
+            *(('base', 32), ('base', 16), ('large', 14), ('huge', 14)),
+            *((('giant', 14), ('gigantic', 14)) if act == 'gelu' else ()),
+        ):
+            yield _later(
+                f'vit_{size}_patch{patch}_clip{name}_224',
+                size,
+                patch,
+                dict(pre_norm=True),
+                patch_bias=False,
+                act=act,
+                layer_norm_eps=1e-5,
+            )
+
+
 def _mixer(size: str, patch: int, hidden_dim: int, num_blocks: int, tokens_mlp_dim: int) -> dict:
     return dict(
         model_name=f'Mixer-{size}_{patch}',
@@ -204,6 +232,8 @@ VARIANTS: dict[str, dict] = {
         *_dinov2(),
         *_deit3(),
         *_timm_gap(),
+        *_siglip(),
+        *_clip(),
     )
 }
 

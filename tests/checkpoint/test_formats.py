@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from vit_jax import checkpoint
+from vit_jax import checkpoint, models, variants
 from vit_jax.checkpoint import formats, npz
 from vit_jax.errors import UserError
 from vit_jax.inference import model_folder
@@ -135,13 +135,23 @@ def test_fixed_position_embeddings_are_made(tmp_path):
     np.testing.assert_allclose(position[y, x], expected, atol=1e-6)
 
 
-def test_attention_pooling_is_refused(tmp_path):
-    np.savez(
-        tmp_path / 'a.npz',
-        **npz.flatten({'params': _vit(cls=False) | {'MAPHead_0': {'probe': np.ones((1, 1, 8))}}}),
-    )
-    with pytest.raises(UserError, match='a.npz pools its tokens with attention .MAPHead_0'):
-        checkpoint.load(tmp_path / 'a.npz')
+def test_the_image_tower_of_siglip(tmp_path):
+    """As big_vision stores it: beside the text tower, position embeddings at the top."""
+    config = variants.get_config('vit_base_patch16_siglip_224').to_dict() | {'hidden_size': 8}
+    config['transformer'] |= {'mlp_dim': 16, 'num_heads': 2, 'num_layers': 2}
+    model = models.from_config(config, num_classes=0)
+    images = np.zeros((1, 32, 32, 3), np.float32)
+    params = model.init(jax.random.key(0), images, train=False)['params']
+    stored = {**params, 'Transformer': dict(params['Transformer'])}
+    stored['pos_embedding'] = stored['Transformer'].pop('posembed_input')['pos_embedding']
+    others = {'params/txt/head/bias': np.ones(3), 'params/t': np.ones(1), 'params/b': np.ones(1)}
+    flat = {f'params/img/{name}': array for name, array in npz.flatten(stored).items()}
+    np.savez(tmp_path / 'a.npz', **flat, **others)
+    opened = model_folder.load(tmp_path / 'a.npz')
+    assert (opened.model_config['classifier'], opened.image_size) == ('map', 32)
+    assert '3 other arrays are left out (params/txt, params/t, params/b)' in str(opened.source)
+    for name, array in npz.flatten(params).items():
+        np.testing.assert_array_equal(npz.flatten(opened.params)[name], array)
 
 
 def test_layers_that_do_not_agree(tmp_path):

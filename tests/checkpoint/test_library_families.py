@@ -9,7 +9,8 @@ import pytest
 
 from vit_jax import models
 from vit_jax.analysis import compare
-from vit_jax.checkpoint import npz
+from vit_jax.checkpoint import formats, key_tables, npz
+from vit_jax.data import normalization
 from vit_jax.export import onnx as onnx_export
 from vit_jax.export import pytorch as export
 from vit_jax.export.options import Options
@@ -17,6 +18,7 @@ from vit_jax.inference import model_folder
 
 SIZES = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=28)
 SIZES |= dict(patch_size=14)
+TOWER = SIZES | dict(intermediate_size=96)
 # Name -> class of transformers, its configuration, and what the model is here.
 CASES = {
     'dinov2': (
@@ -34,6 +36,27 @@ CASES = {
         'Dinov2WithRegistersModel',
         dict(num_register_tokens=2, hidden_act='relu', layer_norm_eps=1e-3),
         dict(classifier='token', registers=2, act='relu', layer_norm_eps=1e-3),
+    ),
+    'siglip': (
+        'SiglipForImageClassification',
+        dict(num_labels=5, vision_config=TOWER),
+        dict(classifier='gap'),
+    ),
+    'siglip_features': ('SiglipVisionModel', TOWER, dict(classifier='map')),
+    'clip': (
+        'CLIPForImageClassification',
+        dict(num_labels=5, vision_config=TOWER),
+        dict(classifier='gap', final_norm=False, class_token=True, act='quick_gelu'),
+    ),
+    'clip_features': (
+        'CLIPVisionModel',
+        TOWER | dict(hidden_act='gelu'),
+        dict(classifier='token', act='gelu', layer_norm_eps=1e-5, patch_bias=False),
+    ),
+    'clip_projected': (
+        'CLIPVisionModelWithProjection',
+        TOWER | dict(projection_dim=40),
+        dict(representation_size=40, representation_act='linear'),
     ),
 }
 
@@ -55,7 +78,7 @@ def case(transformers, tmp_path_factory):
     def make(name):
         kind, settings, _ = CASES[name]
         model_class = getattr(transformers, kind)
-        theirs = randomise(model_class(model_class.config_class(**SIZES, **settings)))
+        theirs = randomise(model_class(model_class.config_class(**{**SIZES, **settings})))
         folder = tmp_path_factory.mktemp(name)
         theirs.save_pretrained(folder)
         (folder / 'preprocessor_config.json').write_text(
@@ -124,6 +147,66 @@ def test_outputs_are_those_of_transformers(name, case):
     assert CASES[name][2].items() <= model.model_config.items()
     for dtype, tolerance in (('float32', 1e-5), ('float64', 1e-10)):
         assert distance(compute(model, x, dtype), outputs_of(theirs, x, dtype)) < tolerance
+
+
+@pytest.mark.parametrize('kind', ['CLIP', 'Siglip'])
+def test_of_image_and_text_the_image_tower_is_taken(kind, transformers, tmp_path):
+    import torch
+
+    text = TOWER | dict(vocab_size=9, max_position_embeddings=4, eos_token_id=1)
+    text |= dict(pad_token_id=0, bos_token_id=1)
+    config = getattr(transformers, f'{kind}Config')(
+        vision_config=TOWER, text_config={k: text[k] for k in text if k not in ('image_size',)},
+    )  # fmt: skip
+    theirs = randomise(getattr(transformers, f'{kind}Model')(config))
+    theirs.save_pretrained(tmp_path)
+    weights = formats.open_weights(tmp_path)
+    assert 'the text tower: ' in str(weights) and 'tensors are left out' in str(weights)
+    mean, deviation = normalization.CLIP if kind == 'CLIP' else normalization.HALF
+    model = model_folder.load(tmp_path)
+    x = images(model)
+    pixels = ((x + 1) / 2 - np.float32(mean)[None, None, None]) / np.float32(deviation)
+    with torch.no_grad():
+        out = theirs.get_image_features(torch.from_numpy(pixels.transpose(0, 3, 1, 2)).float())
+    expected = getattr(out, 'pooler_output', out)
+    assert distance(compute(model, x), expected.numpy()) < 1e-5
+
+
+def test_open_clips_names(case):
+    """The same model as OpenAI and open_clip name it, written out by hand."""
+    theirs, model = case('clip_projected')
+    state = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
+    tower = 'vision_model.'
+    tower += '' if f'{tower}post_layernorm.weight' in state else 'vision_model.'
+    named = {
+        'visual.class_embedding': state[f'{tower}embeddings.class_embedding'],
+        'visual.positional_embedding': state[f'{tower}embeddings.position_embedding.weight'],
+        'visual.conv1.weight': state[f'{tower}embeddings.patch_embedding.weight'],
+        'visual.proj': state['visual_projection.weight'].T,
+        'logit_scale': np.zeros(()),
+        'ln_final.bias': np.zeros(3),
+    }
+    for ours, name in (('ln_pre', 'pre_layrnorm'), ('ln_post', 'post_layernorm')):
+        for part in ('weight', 'bias'):
+            named[f'visual.{ours}.{part}'] = state[f'{tower}{name}.{part}']
+    for i in range(2):
+        block, layer = f'visual.transformer.resblocks.{i}', f'{tower}encoder.layers.{i}'
+        for part in ('weight', 'bias'):
+            named[f'{block}.attn.in_proj_{part}'] = np.concatenate(
+                [state[f'{layer}.self_attn.{x}_proj.{part}'] for x in 'qkv']
+            )
+            for ours, name in (
+                *(('attn.out_proj', 'self_attn.out_proj'), ('ln_1', 'layer_norm1')),
+                *(('ln_2', 'layer_norm2'), ('mlp.c_fc', 'mlp.fc1'), ('mlp.c_proj', 'mlp.fc2')),
+            ):
+                named[f'{block}.{ours}.{part}'] = state[f'{layer}.{name}.{part}']
+    assert key_tables.recognise(named) == 'OpenCLIP'
+    found, notes = key_tables.to_params(named, 'OpenCLIP', 4, 'x')
+    assert 'the text tower: 2 tensors are left out' in notes
+    expected = npz.flatten(model.params)
+    assert found.keys() == expected.keys()
+    for key, array in expected.items():
+        np.testing.assert_array_equal(found[key], array, err_msg=key)
 
 
 @pytest.mark.parametrize('name', CASES)

@@ -149,7 +149,6 @@ def _parts():
         'positions of another kind': vit | {'pos_embedding': {'x': one, 'y': one}},
         'scanned blocks': {'Transformer': scanned},
         'blocks not stacked': {'Transformer': {'encoderblock': {'a': one, 'b': np.float32(1)}}},
-        'attention pooling': {'MAPHead_0': {'probe': one}, 'head': {'bias': one}},
         'two towers': {'img': vit, 'txt': {'head': {'bias': one}}, 't': np.float32(0.5)},
         'beside an optimizer': {'opt': {'mu': one}, 'params': {'w': one}, 'step': np.float32(3)},
         'names of collections': {'target': {'w': one}, 'params': one},

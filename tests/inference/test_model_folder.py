@@ -257,7 +257,8 @@ def test_variant_is_inferred_from_shapes(name, monkeypatch):
     size = 4 * variants.token_stride(config)[0]
     _pretend(monkeypatch, _zeros(config, 11, size))
     opened = model_folder.open_model('made_up.npz')
-    assert opened.model_config['model_name'] == name
+    # Shapes do not tell the activation.
+    assert opened.model_config['model_name'] == name.replace('_quickgelu', '')
     assert opened.image_size == size
     assert len(opened.class_names) == 11
     if name in ('ViT-Ti_16', 'R+ViT-Ti_16', 'Mixer-S_32', 'DeiT-Ti_16'):  # one of each family

@@ -61,14 +61,9 @@ def to_vit(tree: Mapping[str, Any], path: pathlib.Path) -> tuple[dict[str, Any],
         (the tree, what was done: a sentence for each).
 
     Raises:
-        UserError: the model is one that this package does not have (attention pooling).
+        UserError: layers stacked by `scan` are not of one number.
     """
     tree, notes = dict(tree), []
-    if any(name.startswith('MAPHead') for name in tree):
-        raise UserError(
-            f'{path} pools its tokens with attention (MAPHead_0), which no model here does. Use '
-            'weights with a class token or mean pooling (big_vision: pool_type tok or gap)'
-        )
     transformer = dict(_group(tree, 'Transformer'))
     if stacked := _group(transformer, 'encoderblock'):
         del transformer['encoderblock']

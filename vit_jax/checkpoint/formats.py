@@ -245,6 +245,7 @@ def _recognise(
             f'are assumed, the defaults of {library}: a file without configuration does not tell',
         ]
         notes.append(assumed[-1])
+    notes += _drop_unused(tree, settings)
     return Weights(
         str(path),
         library,
@@ -254,6 +255,17 @@ def _recognise(
         tuple(map(printable, config.get('class_names', ()))),
         settings=settings,
     )
+
+
+def _drop_unused(tree: dict[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """Leaves out what a library's class has and does not compute; what that was."""
+    encoder, dropped = tree.get('Transformer', {}), []
+    if settings.get('classifier', 'map') != 'map' and tree.pop('MAPHead_0', None):
+        dropped.append('attention pooling')
+    if settings.get('final_norm') is False and encoder.pop('encoder_norm', None):
+        dropped.append('final norm')
+    words = f'{" and ".join(dropped)}, which the classifier does not use: left out'
+    return [words] if dropped else []
 
 
 def _heads(
@@ -322,15 +334,25 @@ def _normalize(weights: Weights, normalization: Normalization) -> Weights:
             'gives [-1, 1]'
         )
 
+    def offset(kernel: np.ndarray) -> np.ndarray:
+        return np.einsum('hwcd,c->d', kernel, (0.5 - mean) / std)
+
     old = params[layer]
-    params[layer] = {
-        'kernel': derive(lambda kernel: kernel / (2 * std)[None, None, :, None], old['kernel']),
-        'bias': derive(
-            lambda bias, kernel: bias + np.einsum('hwcd,c->d', kernel, (0.5 - mean) / std),
-            old['bias'],
-            old['kernel'],
-        ),
-    }
+    new = {'kernel': derive(lambda kernel: kernel / (2 * std)[None, None, :, None], old['kernel'])}
+    if 'bias' in old:
+        new['bias'] = derive(lambda bias, kernel: bias + offset(kernel), old['bias'], old['kernel'])
+    elif not np.array_equal(mean, HALF[0]):  # what is added to every patch
+        tokens = adapt.prefix_positions(npz.flatten(params))
+
+        def add(rows: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+            patches = rows[:, tokens:] + offset(kernel)[None, None]
+            return np.concatenate([rows[:, :tokens], patches], axis=1)
+
+        encoder = params['Transformer']
+        rows = derive(add, encoder['posembed_input']['pos_embedding'], old['kernel'])
+        params['Transformer'] = {**encoder, 'posembed_input': {'pos_embedding': rows}}
+        layer += ' and position embeddings'
+    params[layer.split()[0]] = new
     note = (
         f'normalisation (mean {", ".join(f"{m:g}" for m in mean)}, standard deviation '
         f'{", ".join(f"{s:g}" for s in std)}) was folded into {layer}: input is [-1, 1] now'

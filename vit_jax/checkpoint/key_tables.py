@@ -5,6 +5,8 @@ ours is that layer of theirs, laid out so. {i} is the number of a block; {s} and
 unit of a ResNet counted from 0, {S} and {U} the same counted from 1. The layouts:
 
     same    a single array, no change (tokens, position embeddings)
+    rows    a single array [1, N, D]               <-> [N, D]
+    vector  a single array [1, 1, D]               <-> [D]
     norm    scale, bias                            <-> weight, bias, no change
     dense   kernel [in, out], bias                 <-> weight [out, in], bias
     conv    kernel [height, width, in, out], bias  <-> weight [out, in, height, width], bias
@@ -33,7 +35,7 @@ Line = tuple[tuple[str, ...], str, str]
 
 # Layout of a layer -> its arrays: the ends of our and of their name, and the array's layout.
 _ARRAYS = {
-    'same': [('', '', 'same')],
+    **{name: [('', '', name)] for name in ('same', 'rows', 'vector')},
     'norm': [('/scale', '.weight', 'same'), ('/bias', '.bias', 'same')],
     'dense': [('/kernel', '.weight', 'dense'), ('/bias', '.bias', 'same')],
     'conv': [('/kernel', '.weight', 'conv'), ('/bias', '.bias', 'same')],
@@ -67,16 +69,26 @@ def _read_tables() -> dict[str, list[Line]]:
     for name in ('timm', 'DINOv2'):  # gated MLPs in place of plain ones
         others = [line for line in tables[name] if '}/MlpBlock_0/' not in line[0][0]]
         tables[f'{name} gated'] = others + tables[f'{name} gated']
+    tables['SigLIP'] = tables['CLIP']  # of the same classes
     return tables | {'timm hybrid': hybrid, 'timm stem hybrid': stem}
 
 
 TABLES = _read_tables()
 
 _PROJECTION = re.compile(r'(.*/MultiHeadDotProductAttention_0/(query|key|value))/kernel')
-_UNUSED = ('embeddings.mask_token', 'mask_token')  # by a classifier
+# What no image needs.
+_LEFT_OUT = {
+    'mask_token, for masked pre-training': re.compile(r'(embeddings\.)?mask_token'),
+    'the text tower': re.compile(
+        r'text_model\..*|text_projection(\.weight)?|logit_(scale|bias)|transformer\..*'
+        r'|token_embedding\.weight|positional_embedding|ln_final\..*|attn_mask'
+    ),
+}
 # What the names of the base model's tensors begin with where it is a part of another.
 _BASE_MODELS = {
     'Hugging Face': re.compile(r'^(vit|deit)\.'),
+    'CLIP': re.compile(r'^vision_model\.'),
+    'SigLIP': re.compile(r'^vision_model\.'),
     'DINOv2': re.compile(r'^dinov2(_with_registers)?\.'),
 }
 _OLD_TORCHVISION = re.compile(r'(\.mlp)\.linear_([12])\.')
@@ -88,6 +100,10 @@ def recognise(tensors: Mapping[str, Any]) -> str:
     if any(key.endswith('layer_scale1.lambda1') for key in keys):
         gated = any(key.endswith(('mlp.weights_in.weight', 'mlp.gate_proj.weight')) for key in keys)
         return 'DINOv2 gated' if gated else 'DINOv2'
+    if any(key.endswith('embeddings.patch_embedding.weight') for key in keys):
+        return 'CLIP' if any(key.endswith('class_embedding') for key in keys) else 'SigLIP'
+    if 'visual.conv1.weight' in keys:
+        return 'OpenCLIP'
     if any(key.endswith('embeddings.patch_embeddings.projection.weight') for key in keys):
         old = any('encoder.layer.' in key for key in keys)
         return 'Hugging Face' if old else 'Hugging Face v5'
@@ -148,9 +164,11 @@ def to_params(
                     'of another model, or mixed up'
                 ) from e
     notes += _add_missing_biases(params)
-    if any(key in tensors for key in _UNUSED):
-        notes.append('mask_token, for masked pre-training, is left out')
-    if unknown := [key for key in tensors if key not in used and key not in _UNUSED]:
+    for words, pattern in _LEFT_OUT.items():
+        unused = {key for key in tensors if key not in used and pattern.fullmatch(key)}
+        notes += [f'{words}: {len(unused)} tensors are left out'] if unused else []
+        used |= unused
+    if unknown := [key for key in tensors if key not in used]:
         raise UserError(
             f'{path} looks like {table} weights, but {len(unknown)} of its {len(tensors)} tensors '
             'are of no model here (another architecture):\n  '
@@ -162,11 +180,15 @@ def to_params(
 def unknown(names: Collection[str], table: str) -> list[str]:
     """Those names of tensors that a table of `TABLES` does not have."""
     used = {theirs for _, theirs, _ in _expand(TABLES[table], names, 1)}
-    return [name for name in names if name not in used and name not in _UNUSED]
+    return [
+        name
+        for name in names
+        if name not in used and not any(p.fullmatch(name) for p in _LEFT_OUT.values())
+    ]
 
 
 def _add_missing_biases(params: dict[str, LazyArray]) -> list[str]:
-    """Gives queries, keys and values the biases that they lack; what was done."""
+    """Gives queries, keys, values and projection the biases that they lack; what is to be known."""
     lacking = {}
     for name in list(params):
         match = _PROJECTION.fullmatch(name)
@@ -174,6 +196,9 @@ def _add_missing_biases(params: dict[str, LazyArray]) -> list[str]:
             shape = params[name].shape[1:]
             params[bias] = LazyArray(shape, functools.partial(np.zeros, shape, np.float32))
             lacking[match[2]] = bias
+    if 'pre_logits/kernel' in params and 'pre_logits/bias' not in params:  # CLIP's projection
+        shape = params['pre_logits/kernel'].shape[1:]
+        params['pre_logits/bias'] = LazyArray(shape, functools.partial(np.zeros, shape, np.float32))
     words = f'{" and ".join(lacking)} of the attention have no bias: it is zeros'
     return [words] if lacking else []
 
@@ -223,6 +248,8 @@ def _matrix(kernel: np.ndarray) -> np.ndarray:
 
 _TO_THEIRS: dict[str, Callable[..., np.ndarray]] = {
     'same': lambda x: x,
+    'rows': lambda x: x[0],
+    'vector': lambda x: x[0, 0],
     'dense': lambda x: x.T,
     'conv': lambda x: x.transpose(3, 2, 0, 1),
     'heads': _matrix,
@@ -248,6 +275,8 @@ def _from_theirs(
     """From their array to ours, number `index` of `count`: the inverse of `_to_theirs`."""
     inverse: dict[str, Callable[[np.ndarray], np.ndarray]] = {
         'same': lambda x: x,
+        'rows': lambda x: x[None],
+        'vector': lambda x: x[None, None],
         'dense': lambda x: x.T,
         'conv': lambda x: x.transpose(2, 3, 1, 0),
         'heads': lambda x: x.T.reshape(x.shape[1], heads, -1),

@@ -14,13 +14,20 @@ from typing import Any
 
 from vit_jax import files
 from vit_jax.checkpoint import model_input
+from vit_jax.checkpoint.hugging_face_families import FAMILIES, image_tower, settings
 from vit_jax.data.normalization import HALF
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 
 # What a library computes unless it is told otherwise.
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    'timm gated': {'act': 'silu', 'layer_norm_eps': 1e-6},
     'timm': {'act': 'gelu', 'layer_norm_eps': 1e-6},
+    'DINOv2 gated': {'act': 'silu', 'layer_norm_eps': 1e-6},
+    'DINOv2': {'act': 'gelu', 'layer_norm_eps': 1e-6},
+    'CLIP': {'act': 'quick_gelu', 'layer_norm_eps': 1e-5, 'representation_act': 'linear'},
+    'OpenCLIP': {'act': 'gelu', 'layer_norm_eps': 1e-5, 'representation_act': 'linear'},
+    'SigLIP': {'act': 'gelu_tanh', 'layer_norm_eps': 1e-6},
     'Hugging Face': {'act': 'gelu', 'layer_norm_eps': 1e-12},
     'torchvision': {'act': 'gelu', 'layer_norm_eps': 1e-6},
 }
@@ -34,22 +41,13 @@ _HUGGING_FACE_ACTIVATIONS = {
     **dict.fromkeys(('gelu', 'gelu_python'), 'gelu'),
     **dict.fromkeys(('gelu_new', 'gelu_fast', 'gelu_pytorch_tanh'), 'gelu_tanh'),
     **dict.fromkeys(('gelu_python_tanh', 'gelu_accurate'), 'gelu_tanh'),
-    **{name: name for name in ('quick_gelu', 'relu', 'silu', 'tanh')},
+    **{name: name for name in ('quick_gelu', 'relu', 'silu', 'tanh', 'linear')},
     'swish': 'silu',
 }
 # Our names, for export.
 TO_HUGGING_FACE = {'gelu_tanh': 'gelu_pytorch_tanh'} | {
-    name: name for name in ('gelu', 'quick_gelu', 'relu', 'silu', 'tanh')
+    name: name for name in ('gelu', 'quick_gelu', 'relu', 'silu', 'tanh', 'linear')
 }
-# Types of Hugging Face's that are this ViT -> the epsilon of their configuration.
-_HUGGING_FACE_TYPES = {
-    'vit': 1e-12,
-    'deit': 1e-12,
-    'vit_msn': 1e-6,
-    'dinov2': 1e-6,
-    'dinov2_with_registers': 1e-6,
-}
-
 # SwiGLU, of DINOv2's giant.
 _GATED = {'name': 'GluMlp', 'act_layer': 'SiLU', 'gate_last': False}
 _POOLING = {'token': 'token', 'avg': 'gap', 'max': 'max', 'avgmax': 'avgmax', 'map': 'map'}
@@ -219,18 +217,19 @@ def _torchvision(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _hugging_face(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:
     kind = config.get('model_type', 'vit')
-    if kind not in _HUGGING_FACE_TYPES:
+    if kind not in FAMILIES:
         raise UserError(
-            f'{folder / "config.json"} has the model_type {kind!r}; known: '
-            f'{", ".join(_HUGGING_FACE_TYPES)}'
+            f'{folder / "config.json"} has the model_type {kind!r}; known: {", ".join(FAMILIES)}'
         )
+    family, tower = FAMILIES[kind], image_tower(config)
     known: dict[str, Any] = {
         'settings': {
-            'act': _hugging_face_activation(folder, config, 'hidden_act', 'gelu'),
-            'layer_norm_eps': float(config.get('layer_norm_eps', _HUGGING_FACE_TYPES[kind])),
+            'act': _hugging_face_activation(folder, tower, 'hidden_act', family.hidden_act),
+            'layer_norm_eps': float(tower.get('layer_norm_eps', family.layer_norm_eps)),
             'representation_act': _hugging_face_activation(folder, config, 'pooler_act', 'tanh'),
+            **settings(kind, config),
         },
-        'num_heads': int(config.get('num_attention_heads', 12)),
+        'num_heads': int(tower.get('num_attention_heads', 12)),
     }
     problem = config.get('problem_type')
     if problem == 'multi_label_classification':
@@ -240,21 +239,17 @@ def _hugging_face(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, 
             f'{folder / "config.json"} has the problem_type {str(problem)[:100]!r}, and models '
             'here give scores of classes'
         )
-    sizes = _sizes(config, 'hidden_size', 'num_hidden_layers', 'intermediate_size')
-    known['settings']['told_by_arrays'] = sizes
+    sizes = _sizes(tower, 'hidden_size', 'num_hidden_layers', 'intermediate_size')
     if kind.startswith('dinov2'):
-        classifies = 'ForImageClassification' in str(config.get('architectures'))
-        known['settings']['classifier'] = 'token_gap' if classifies else 'token'
-        gated = bool(config.get('use_swiglu_ffn', False))
-        if gated:  # whatever hidden_act says
-            known['settings']['act'] = 'silu'
-        registers = config.get('num_register_tokens', 4) if 'registers' in kind else 0
         sizes.pop('mlp_dim', None)  # which these have no word for
-        sizes |= {'gated_mlp': gated, 'registers': int(registers)}
+    told = known['settings'].get('told_by_arrays', {})
+    known['settings']['told_by_arrays'] = {**sizes, **told}
     labels = {int(index): str(name) for index, name in (config.get('id2label') or {}).items()}
     if labels and labels != {index: f'LABEL_{index}' for index in range(len(labels))}:
         known['class_names'] = [labels[index] for index in sorted(labels)]
-    return known | {'input': model_input.of_hugging_face(folder, config)}
+    return known | {
+        'input': model_input.of_hugging_face(folder, {**config, **tower, 'model_type': kind})
+    }
 
 
 def _hugging_face_activation(

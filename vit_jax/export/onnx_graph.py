@@ -227,6 +227,8 @@ class Graph:
         """A function of `models.layers.ACTIVATIONS`."""
         if act.startswith('gelu'):
             return self._gelu(x, act, name)
+        if act == 'linear':
+            return x
         if act in ('relu', 'tanh'):
             return self.op(act.title(), [x], name)
         x = scaled = self.cast(x, FLOAT32)  # x sigmoid(x), or x sigmoid(1.702 x)

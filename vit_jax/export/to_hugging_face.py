@@ -1,11 +1,10 @@
 """A model as a folder of Hugging Face's transformers: its class, configuration and names."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from vit_jax import variants
 from vit_jax.checkpoint import model_input
 from vit_jax.checkpoint.library_configs import TO_HUGGING_FACE
 from vit_jax.export.expressible import (
@@ -35,12 +34,21 @@ def describe(model: model_folder.Model, flat: Mapping[str, Any]) -> _Described:
         UnsupportedError: transformers has no class that computes it.
     """
     config = model.model_config
-    family = _vit
-    if not variants.is_mixer(config) and config['transformer'].get('layer_scale'):
-        family = _dinov2
-    table, described = family(model, flat)
+    table, described = _family(config)(model, flat)
     processor = model_input.to_hugging_face(model.preprocess)
     return table, {'config.json': described, 'preprocessor_config.json': processor}
+
+
+def _family(config: Mapping[str, Any]) -> Callable[..., _Described]:
+    """The function below that describes the nearest family."""
+    encoder = config.get('transformer', {})
+    if encoder.get('layer_scale'):
+        return _dinov2
+    if encoder.get('pre_norm'):
+        return _clip
+    if config.get('resnet') is None and config.get('classifier') in ('map', 'gap'):
+        return _siglip
+    return _vit
 
 
 def name(named: Mapping[str, Any], described: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,26 +59,37 @@ def name(named: Mapping[str, Any], described: Mapping[str, Any]) -> dict[str, An
     Args:
         named: the tensors, as `key_tables.from_params` names them.
         described: config.json.
+
+    Raises:
+        UnsupportedError: a bias that is not zero, where the class has none.
     """
     kind, named = described['model_type'], dict(named)
     if kind == 'dinov2_with_registers':  # which always has one, for masked pre-training
         named['embeddings.mask_token'] = np.zeros((1, described['hidden_size']), np.float32)
+    if described['architectures'][0] == 'CLIPVisionModelWithProjection':
+        if np.any(named.pop('visual_projection.bias')):
+            raise UnsupportedError('its projection has no bias')
+        return {k if k[:7] == 'visual_' else f'vision_model.{k}': named[k] for k in named}
     if 'ForImageClassification' not in described['architectures'][0]:
         return named
+    if kind == 'clip':  # whose classifier has a final norm and does not use it
+        width = described['vision_config']['hidden_size']
+        named['post_layernorm.weight'] = np.ones(width, np.float32)
+        named['post_layernorm.bias'] = np.zeros(width, np.float32)
+    prefix = 'vision_model' if kind in ('clip', 'siglip') else kind
     new = {}
     for theirs, array in named.items():
         if kind == 'deit' and theirs.startswith('classifier.'):
             theirs = f'cls_{theirs}'
         head = theirs.startswith(('classifier.', 'cls_classifier.', 'distillation_classifier.'))
-        new[theirs if head else f'{kind}.{theirs}'] = array
+        new[theirs if head else f'{prefix}.{theirs}'] = array
     return new
 
 
 def _common(model: model_folder.Model, flat: Mapping[str, Any]) -> dict[str, Any]:
     """What the configurations of all classes have."""
-    config, classes = model.model_config, model.model.num_classes
+    config, labels = model.model_config, _labels(model)
     encoder, settings = config['transformer'], settings_of(config)
-    labels = model_folder.own_class_names(model) or [f'LABEL_{i}' for i in range(classes)]
     return {
         'hidden_size': config['hidden_size'],
         'num_hidden_layers': encoder['num_layers'],
@@ -88,6 +107,11 @@ def _common(model: model_folder.Model, flat: Mapping[str, Any]) -> dict[str, Any
         'id2label': {str(i): label for i, label in enumerate(labels)},
         'label2id': {label: i for i, label in enumerate(labels)},
     }
+
+
+def _labels(model: model_folder.Model) -> Sequence[str]:
+    classes = range(model.model.num_classes)
+    return model_folder.own_class_names(model) or [f'LABEL_{i}' for i in classes]
 
 
 def _vit(model: model_folder.Model, flat: Mapping[str, Any]) -> _Described:
@@ -141,6 +165,71 @@ def _dinov2(model: model_folder.Model, flat: Mapping[str, Any]) -> _Described:
     else:
         described['use_mask_token'] = False
     return 'DINOv2 gated' if gated else 'DINOv2', described
+
+
+def _clip(model: model_folder.Model, flat: Mapping[str, Any]) -> _Described:
+    config, classes = model.model_config, model.model.num_classes
+    check_pieces(config, ('pre_norm', 'patch_bias', 'final_norm'), 'its CLIP')
+    if config.get('patch_bias', True):
+        raise UnsupportedError('its CLIP has no bias of the patches (patch_bias)')
+    reads = config['classifier'], config.get('final_norm', True), 'pre_logits/kernel' in flat
+    if classes and reads != ('gap', False, False):
+        raise UnsupportedError(
+            "its CLIP's classifier reads the mean of the patches without a final norm "
+            "(classifier='gap', class_token=True, final_norm=False)"
+        )
+    if not classes and reads[:2] != ('token', True):
+        raise UnsupportedError("its CLIP without a head has classifier 'token' and a final norm")
+    tower = _tower(model, flat) | {'model_type': 'clip_vision_model'}
+    if classes:
+        return 'CLIP', _classifier('CLIPForImageClassification', 'clip', tower, model)
+    kind = 'CLIPVisionModelWithProjection' if reads[2] else 'CLIPVisionModel'
+    if reads[2]:
+        if (act := settings_of(config)['representation_act']) != 'linear':
+            raise UnsupportedError(f'its projection has no activation, and not {act}')
+        tower['projection_dim'] = flat['pre_logits/kernel'].shape[1]
+    return 'CLIP', {'architectures': [kind], **tower}
+
+
+def _siglip(model: model_folder.Model, flat: Mapping[str, Any]) -> _Described:
+    config, classes = model.model_config, model.model.num_classes
+    check_pieces(config, (), 'its SigLIP')
+    reads, needed = config['classifier'], 'gap' if classes else 'map'
+    if reads != needed or 'cls' in flat:
+        has = 'classifier' if classes else 'model without a head'
+        raise UnsupportedError(f"its SigLIP's {has} has {needed!r}, not {reads!r}")
+    if 'pre_logits/kernel' in flat:
+        raise UnsupportedError('its SigLIP has no pre_logits')
+    tower = _tower(model, flat) | {'model_type': 'siglip_vision_model'}
+    if classes:
+        tower['vision_use_head'] = False
+        return 'SigLIP', _classifier('SiglipForImageClassification', 'siglip', tower, model)
+    return 'SigLIP', {'architectures': ['SiglipVisionModel'], **tower}
+
+
+def _tower(model: model_folder.Model, flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of an image tower."""
+    names = (
+        *('hidden_size', 'num_hidden_layers', 'num_attention_heads', 'hidden_act'),
+        *('layer_norm_eps', 'image_size', 'patch_size', 'num_channels'),
+    )
+    common = _common(model, flat)
+    tower = {name: common[name] for name in names}
+    return tower | {'intermediate_size': model.model_config['transformer']['mlp_dim']}
+
+
+def _classifier(
+    name: str, kind: str, tower: Mapping[str, Any], model: model_folder.Model
+) -> dict[str, Any]:
+    """The configuration of a classifier, which has its tower's inside."""
+    labels = _labels(model)
+    return {
+        'architectures': [name],
+        'model_type': kind,
+        'vision_config': dict(tower),
+        'id2label': {str(i): label for i, label in enumerate(labels)},
+        'label2id': {label: i for i, label in enumerate(labels)},
+    }
 
 
 def _mlp_ratio(width: int, hidden: int, gated: bool) -> float:

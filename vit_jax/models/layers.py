@@ -18,6 +18,7 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     'relu': nn.relu,
     'silu': nn.silu,
     'tanh': nn.tanh,
+    'linear': lambda x: x,
 }
 
 REMAT_POLICIES: Mapping[str, Callable | None] = {

@@ -1,0 +1,77 @@
+"""What the classes of Hugging Face's transformers compute, by their `model_type`.
+
+Source: transformers 5.23.0. A configuration leaves out what is the default of its class.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Models of one `model_type`.
+
+    Attributes:
+        layer_norm_eps: default of its configuration.
+        hidden_act: default of its configuration, the library's name.
+        classifies: what the head of its classifier reads, see `models.VisionTransformer`.
+        pools: what a model without a head gives of an image, the same.
+    """
+
+    layer_norm_eps: float = 1e-12
+    hidden_act: str = 'gelu'
+    classifies: str = 'token'
+    pools: str = 'token'
+
+
+_CLIP = Family(1e-5, 'quick_gelu', classifies='gap')
+_SIGLIP = Family(1e-6, 'gelu_pytorch_tanh', classifies='gap', pools='map')
+_DINOV2 = Family(1e-6, classifies='token_gap')
+
+FAMILIES: Mapping[str, Family] = {
+    'vit': Family(),
+    'deit': Family(),
+    'vit_msn': Family(1e-6),
+    'dinov2': _DINOV2,
+    'dinov2_with_registers': _DINOV2,
+    'clip': _CLIP,
+    'clip_vision_model': _CLIP,
+    'siglip': _SIGLIP,
+    'siglip_vision_model': _SIGLIP,
+}
+
+
+def image_tower(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration of the image tower, which a model of image and text has inside its own."""
+    return config.get('vision_config') or config
+
+
+def settings(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the model that its class decides.
+
+    Args:
+        kind: the model type, a key of `FAMILIES`.
+        config: the whole of config.json.
+
+    Returns:
+        Arguments of `models.VisionTransformer`; 'told_by_arrays' as in `arrays.Weights.settings`.
+    """
+    family, tower = FAMILIES[kind], image_tower(config)
+    head = 'ForImageClassification' in str(config.get('architectures'))
+    classifier = family.classifies if head else family.pools
+    if family is _SIGLIP and not tower.get('vision_use_head', True):
+        classifier = 'gap'
+    found: dict[str, Any] = {}
+    if family in (_CLIP, _SIGLIP, _DINOV2):
+        found['classifier'] = classifier
+    if family is _CLIP:
+        found['representation_act'] = 'linear'  # of the projection
+        # A classifier reads the patches as they leave the last block.
+        found |= {'final_norm': False, 'class_token': True} if head else {}
+    if family is _DINOV2:
+        gated = bool(tower.get('use_swiglu_ffn', False))
+        found |= {'act': 'silu'} if gated else {}  # whatever hidden_act says
+        registers = tower.get('num_register_tokens', 4) if kind != 'dinov2' else 0
+        found['told_by_arrays'] = {'gated_mlp': gated, 'registers': int(registers)}
+    return found
