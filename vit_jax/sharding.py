@@ -4,8 +4,13 @@ The mesh has the axes `data` and `fsdp`. The batch is spread over both. Paramete
 state are the same on all devices along `data`, and along `fsdp` each device holds a part of every
 large array (ZeRO, https://arxiv.org/abs/1910.02054). With `fsdp` of size 1 that is plain data
 parallelism.
+
+Accumulation. A device splits its own share of the batch into `accum_steps` micro-batches, one after
+the other, sums their gradients, and takes part in a single mean over devices at the end. Splitting
+the *global* batch instead would make XLA gather all images on every device.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from vit_jax.errors import UserError
 
 BATCH_AXES = ('data', 'fsdp')
 # Smaller arrays (biases, norms) are kept whole: gathering them costs more than it saves. Elements.
@@ -160,3 +167,110 @@ def put_tree(tree: Any, shardings: Any) -> Any:
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
     return jax.tree.map(put, tree, shardings)
+
+
+def mean_over_batch(
+    loss_fn: Callable,
+    params: tuple[Any, Any],
+    batch: Any,
+    key: jax.Array,
+    accum_steps: int,
+    mesh: Mesh | None,
+    grad_shardings: Any,
+    *,
+    gradient: bool,
+) -> Any:
+    """Means over a batch of what a loss function gives, and of its gradients.
+
+    Args:
+      loss_fn: (*params, micro-batch, key) -> (loss, metrics), all scalars, means over its examples.
+      params: those that gradients are for, and others.
+      batch: arrays [B, ...], spread as batches are.
+      key: of which each micro-batch gets another.
+      accum_steps: micro-batches of a device.
+      mesh: of `create_mesh`; None for one device, or to leave it to XLA.
+      grad_shardings: of the gradients; only `fsdp` needs it.
+      gradient: whether gradients are wanted.
+
+    Returns:
+      ((loss, metrics), gradients of the first of `params`, or None).
+
+    Raises:
+      UserError: the batch cannot be cut into micro-batches.
+    """
+    count, parts = batch['image'].shape[0], accum_steps * (mesh.size if mesh else 1)
+    if count % parts:
+        devices = f'{mesh.size} devices x ' if mesh else ''
+        raise UserError(
+            f'a batch of {count} is not a multiple of {devices}{accum_steps} micro-batches: '
+            'set batch or accum_steps'
+        )
+    accumulate = functools.partial(_accumulate, loss_fn, gradient)
+    if mesh is not None and mesh.shape['fsdp'] > 1:
+        return _fsdp(accumulate, params, batch, key, accum_steps, mesh, grad_shardings)
+    return _data_parallel(accumulate, params, batch, key, accum_steps, mesh)
+
+
+def _accumulate(loss_fn, gradient, params, batches, key, constrain=lambda grads: grads):
+    """`mean_over_batch` of micro-batches `batches` [accum_steps, b, ...], one after the other."""
+    evaluate_one = jax.value_and_grad(loss_fn, has_aux=True) if gradient else loss_fn
+
+    def of_one(index, batch):
+        told = evaluate_one(*params, batch, jax.random.fold_in(key, index))
+        return told if gradient else (told, None)
+
+    accum_steps = batches['image'].shape[0]
+    if accum_steps == 1:
+        scalars, grads = of_one(0, jax.tree.map(lambda x: x[0], batches))
+        return scalars, constrain(grads)
+
+    def body(total, item):
+        scalars, grads = of_one(*item)
+        return constrain(jax.tree.map(jnp.add, total, grads)), scalars
+
+    zeros = constrain(jax.tree.map(jnp.zeros_like, params[0])) if gradient else None
+    total, scalars = jax.lax.scan(body, zeros, (jnp.arange(accum_steps), batches))
+    return jax.tree.map(jnp.mean, scalars), jax.tree.map(lambda x: x / accum_steps, total)
+
+
+def _data_parallel(accumulate, params, batch, key, accum_steps, mesh):
+    """Each device works on its share alone; one mean over devices at the end."""
+
+    def share(params, batch, key):
+        batches = jax.tree.map(lambda x: x.reshape(accum_steps, -1, *x.shape[1:]), batch)
+        return accumulate(params, batches, key)
+
+    if mesh is None or mesh.size == 1:  # a mean over one device is a copy of all gradients
+        return share(params, batch, jax.random.fold_in(key, 0))
+    axes = BATCH_AXES
+
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(axes), PartitionSpec()),
+        out_specs=PartitionSpec(),
+    )
+    def local(params, batch, key):
+        # Without this JAX takes the parameters for one shared copy and sums their gradients over
+        # the devices itself, in every micro-batch; they would come out times the number of devices.
+        params = jax.tree.map(lambda p: jax.lax.pcast(p, axes, to='varying'), params)
+        key = jax.random.fold_in(key, jax.lax.axis_index(axes))
+        return jax.lax.pmean(share(params, batch, key), axes)
+
+    return local(params, batch, key)
+
+
+def _fsdp(accumulate, params, batch, key, accum_steps, mesh, grad_shardings):
+    """Fully sharded: XLA gathers parameters and scatters gradients, once per micro-batch."""
+
+    def split(x):
+        # Micro-batch i takes every accum_steps-th example, so each of them stays spread over all
+        # devices.
+        x = x.reshape(-1, accum_steps, *x.shape[1:]).swapaxes(0, 1)
+        spec = PartitionSpec(None, BATCH_AXES)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    def constrain(grads):
+        return grads and jax.lax.with_sharding_constraint(grads, grad_shardings)
+
+    return accumulate(params, jax.tree.map(split, batch), key, constrain)

@@ -2,10 +2,6 @@
 
 Each as a pure function (`train_step_fn`, `eval_step_fn`, `predict_step_fn`) and jitted
 (`make_train_step`, `make_eval_step`, `make_predict_step`).
-
-Accumulation. A device splits its own share of the batch into `accum_steps` micro-batches, one after
-the other, sums their gradients, and takes part in a single mean over devices at the end. Splitting
-the *global* batch instead would make XLA gather all images on every device.
 """
 
 import functools
@@ -17,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.extend.core import get_opaque_trace_state
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from vit_jax import evaluate, groups, losses, models, optim, sharding
 from vit_jax.data import augment
@@ -125,7 +121,9 @@ def train_step_fn(
 
         def mean(trained: Any, *, gradient: bool) -> Any:
             spread = (max(1, accum_steps), mesh, grad_shardings)
-            return _mean(loss_and_metrics, (trained, kept), batch, key, *spread, gradient=gradient)
+            return sharding.mean_over_batch(
+                loss_and_metrics, (trained, kept), batch, key, *spread, gradient=gradient
+            )
 
         (loss, metrics), grads = mean(trained, gradient=True)
         updates, opt_state = optim.update(
@@ -349,87 +347,3 @@ def _check_metrics(metrics: Metrics) -> None:
             raise UserError(
                 f'loss_fn: a metric cannot be called {name!r}: the step has one of this name'
             )
-
-
-def _mean(loss_fn, params, batch, key, accum_steps, mesh, grad_shardings, *, gradient):
-    """Means over the batch of what `loss_fn` gives: ((loss, metrics), gradients or None).
-
-    `loss_fn` is (*params, batch, key) -> (loss, metrics), all scalars, means over a micro-batch;
-    gradients are those of the first of `params`.
-    """
-    count, parts = batch['image'].shape[0], accum_steps * (mesh.size if mesh else 1)
-    if count % parts:
-        devices = f'{mesh.size} devices x ' if mesh else ''
-        raise UserError(
-            f'a batch of {count} is not a multiple of {devices}{accum_steps} micro-batches: '
-            'set batch or accum_steps'
-        )
-    accumulate = functools.partial(_accumulate, loss_fn, gradient)
-    if mesh is not None and mesh.shape['fsdp'] > 1:
-        return _fsdp(accumulate, params, batch, key, accum_steps, mesh, grad_shardings)
-    return _data_parallel(accumulate, params, batch, key, accum_steps, mesh)
-
-
-def _accumulate(loss_fn, gradient, params, batches, key, constrain=lambda grads: grads):
-    """`_mean` over micro-batches `batches` [accum_steps, b, ...], one after the other."""
-    evaluate_one = jax.value_and_grad(loss_fn, has_aux=True) if gradient else loss_fn
-
-    def of_one(index, batch):
-        told = evaluate_one(*params, batch, jax.random.fold_in(key, index))
-        return told if gradient else (told, None)
-
-    accum_steps = batches['image'].shape[0]
-    if accum_steps == 1:
-        scalars, grads = of_one(0, jax.tree.map(lambda x: x[0], batches))
-        return scalars, constrain(grads)
-
-    def body(total, item):
-        scalars, grads = of_one(*item)
-        return constrain(jax.tree.map(jnp.add, total, grads)), scalars
-
-    zeros = constrain(jax.tree.map(jnp.zeros_like, params[0])) if gradient else None
-    total, scalars = jax.lax.scan(body, zeros, (jnp.arange(accum_steps), batches))
-    return jax.tree.map(jnp.mean, scalars), jax.tree.map(lambda x: x / accum_steps, total)
-
-
-def _data_parallel(accumulate, params, batch, key, accum_steps, mesh):
-    """Each device works on its share alone; one mean over devices at the end."""
-
-    def share(params, batch, key):
-        batches = jax.tree.map(lambda x: x.reshape(accum_steps, -1, *x.shape[1:]), batch)
-        return accumulate(params, batches, key)
-
-    if mesh is None or mesh.size == 1:  # a mean over one device is a copy of all gradients
-        return share(params, batch, jax.random.fold_in(key, 0))
-    axes = sharding.BATCH_AXES
-
-    @functools.partial(
-        jax.shard_map,
-        mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec(axes), PartitionSpec()),
-        out_specs=PartitionSpec(),
-    )
-    def local(params, batch, key):
-        # Without this JAX takes the parameters for one shared copy and sums their gradients over
-        # the devices itself, in every micro-batch; they would come out times the number of devices.
-        params = jax.tree.map(lambda p: jax.lax.pcast(p, axes, to='varying'), params)
-        key = jax.random.fold_in(key, jax.lax.axis_index(axes))
-        return jax.lax.pmean(share(params, batch, key), axes)
-
-    return local(params, batch, key)
-
-
-def _fsdp(accumulate, params, batch, key, accum_steps, mesh, grad_shardings):
-    """Fully sharded: XLA gathers parameters and scatters gradients, once per micro-batch."""
-
-    def split(x):
-        # Micro-batch i takes every accum_steps-th example, so each of them stays spread over all
-        # devices.
-        x = x.reshape(-1, accum_steps, *x.shape[1:]).swapaxes(0, 1)
-        spec = PartitionSpec(None, sharding.BATCH_AXES)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-
-    def constrain(grads):
-        return grads and jax.lax.with_sharding_constraint(grads, grad_shardings)
-
-    return accumulate(params, jax.tree.map(split, batch), key, constrain)

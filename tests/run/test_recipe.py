@@ -1,12 +1,15 @@
 """What of a recipe depends on the examples."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import numpy as np
 import optax
 import pytest
 
-from vit_jax import data, losses
+from vit_jax import data, groups, losses, optim, sharding, steps
+from vit_jax import state as state_lib
 from vit_jax.configs import common
 from vit_jax.data import augment, own
 from vit_jax.errors import UserError
@@ -147,3 +150,40 @@ def test_labels_are_mixed_as_classes_or_as_vectors():
     assert recipe.mix_of(config, images([0, 1, 2])) == augment.Mix(0.2, 0.0, True, 3)
     assert recipe.mix_of(config, images(np.eye(3, dtype=np.float32))).classes == 0
     assert not recipe.mix_of(make_config(), images([0]))
+
+
+@pytest.mark.parametrize('optimizer', ['sgd', 'adamw'])
+def test_without_a_recipe_the_step_is_the_plain_one(optimizer):
+    """No operation and no part of the state is there for what is off."""
+    config, train = make_config(optimizer=optimizer), images([0, 1, 2])
+    mesh = sharding.create_mesh(1, jax.devices()[:1])
+    schedule = optim.schedule_of(config)
+    tx = recipe.optimizer_of(config, schedule, None, lambda: 1 / 0)
+    clip, dtype = optax.clip_by_global_norm(1.0), np.dtype('bfloat16')
+    if optimizer == 'sgd':
+        sgd = optax.sgd(schedule, momentum=0.9, accumulator_dtype=dtype)
+        plain = optax.chain(clip, optax.identity(), sgd)
+    else:
+        mask = functools.partial(groups.map_names, lambda name: name == 'kernel')
+        adamw = optax.adamw(schedule, mu_dtype=dtype, weight_decay=0.0, mask=mask)
+        plain = optax.chain(clip, adamw)
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, images, *, train):
+            return nn.Dense(3)(images.reshape(images.shape[0], -1))
+
+    model, texts, states = Model(), [], []
+    options = {
+        'loss_fn': recipe.losses_of(config, train, None)[0],
+        'mix': recipe.mix_of(config, train),
+        'depth_rate': config.stochastic_depth,
+        'frozen': config.frozen,
+    }
+    for used, given in ((tx, options), (plain, {})):
+        state = state_lib.abstract_state(model, used, 8, mesh)
+        places = jax.tree.map(lambda leaf: leaf.sharding, state)
+        step = steps.make_train_step(model, used, schedule, mesh, places, seed=0, **given)
+        texts.append(step.lower(state, steps.abstract_batch(4, 8, mesh)).as_text())
+        states.append(jax.tree.structure(state))
+    assert texts[0] == texts[1] and states[0] == states[1]
