@@ -170,6 +170,12 @@ def test_scans_of_a_jpeg_are_counted_first():
     refused(jpeg_of_scans(5000), 'more scans than any picture needs')
     refused(jpeg_of_scans(200, between=segment(0xFE, b'\xff\xd9')), 'more scans')
     refused(jpeg_of_scans(30, side=9000), 'more scans')
+    # Markers without a length, after which another reader would skip what follows.
+    for lone in (b'\xff\x01', b'\xff\xd0'):
+        refused(jpeg_of_scans(5000, between=lone), 'more scans')
+        one = jpeg_of_scans(0).replace(b'\xff\xca', b'\xff\xc0')[2:]
+        hidden = jpeg_of_scans(5000)[2:]
+        refused(b'\xff\xd8' + lone + hidden.ljust(65_700, b'\0') + one, 'more scans')
     opened = Image.open(io.BytesIO(jpeg_of_scans(5000)))
     with pytest.raises(BadImageError, match='more scans'):
         decode(opened, key='opened elsewhere')

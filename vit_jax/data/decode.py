@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import simplejpeg
 
-from vit_jax.data import image_files
+from vit_jax.data import image_files, jpeg_files
 from vit_jax.data.dataset import Label
 from vit_jax.data.preprocess import REDUCTIONS, Preprocess
 from vit_jax.errors import UserError, printable
@@ -167,7 +167,7 @@ def size_of_jpeg(
         except ValueError as error:
             if _STRAY not in str(error):
                 raise
-            clean = image_files.without_stray_bytes(image)
+            clean = jpeg_files.without_stray_bytes(image)
             height, width, _, _ = simplejpeg.decode_jpeg_header(clean)
     except ValueError:
         return None
@@ -292,14 +292,14 @@ def _decode_jpeg(image: bytes, key: str, reduction: int, fast: bool) -> np.ndarr
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(image)
         _check_size(height, width, key)
-        if image_files.has_too_many_scans(image, height * width):
+        if jpeg_files.has_too_many_scans(image, height * width):
             raise BadImageError(key, 'it has more scans than any picture needs')
         if reduction > 1:
             options |= {'min_height': -(-height // reduction), 'min_width': -(-width // reduction)}
         return simplejpeg.decode_jpeg(image, 'RGB', **options)
     except ValueError as error:
         reason = str(error)
-    if _STRAY in reason and (clean := image_files.without_stray_bytes(image)) != image:
+    if _STRAY in reason and (clean := jpeg_files.without_stray_bytes(image)) != image:
         return _decode_jpeg(clean, key, reduction, fast)
     try:
         # libjpeg's warnings are errors to simplejpeg but not to TensorFlow (stray bytes between
@@ -361,11 +361,11 @@ def _check_size(height: int, width: int, key: str) -> None:
 
 def _jpeg_orientation(image: bytes) -> int:
     """EXIF orientation (1 to 8) of a JPEG file; 1, upright, if there is none."""
-    if not image_files.has_exif(image):  # Saves Pillow's parsing for the many files without it.
+    if not jpeg_files.has_exif(image):  # Saves Pillow's parsing for the many files without it.
         return 1
     try:
         if image[2] != 0xFF:  # where Pillow sees no JPEG file
-            image = image_files.without_stray_bytes(image)
+            image = jpeg_files.without_stray_bytes(image)
         return image_files.exif_of(image_files.open_image(image)).get(_EXIF_ORIENTATION, 1)
     except Exception:  # Damaged metadata of a picture that did decode: as it is stored.
         return 1

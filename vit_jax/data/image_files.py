@@ -14,6 +14,8 @@ import struct
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from vit_jax.data import jpeg_files
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -24,14 +26,7 @@ _JPEG = b'\xff\xd8'
 _PNG = b'\x89PNG\r\n\x1a\n'
 _JPEG_2000 = b'\xff\x4f\xff\x51'  # its first two markers
 
-# Scans of a JPEG file, each of which passes over all pixels. Encoders write up to 20; where the
-# picture is small, more take no time.
-_MAX_SCANS = 24
-_SCAN_PIXELS = _MAX_SCANS * 25_000_000
-_SCAN_COST = 4096  # what beginning one takes, in pixels
-_SCAN_BYTES = 10  # at least
-_MAX_SEGMENTS = 50_000
-_NEXT_MARKER = re.compile(b'\xff[^\x00\xff\xd0-\xd7]')  # of a segment
+_MAX_SEGMENTS = 50_000  # parts of a file before or around its picture
 
 # Text, profiles, EXIF and other data beside the picture, where the picture is small.
 _MAX_METADATA = 8 * _MIB
@@ -100,7 +95,9 @@ def check_picture(picture: 'Image.Image') -> None:
     data = file.read()
     file.seek(place)
     check(data)
-    if data.startswith(_JPEG) and has_too_many_scans(data, picture.width * picture.height):
+    if data.startswith(_JPEG) and jpeg_files.has_too_many_scans(
+        data, picture.width * picture.height
+    ):
         raise ValueError('it has more scans than any picture needs')
     _check_opened(picture, len(data))
 
@@ -125,85 +122,6 @@ def exif_of(picture: 'Image.Image') -> 'Image.Exif':
     if size > _MAX_EXIF:
         raise ValueError(f'its EXIF data have {size:,} bytes, more than {_MAX_EXIF:,}')
     return picture.getexif()
-
-
-def has_exif(data: bytes) -> bool:
-    """Whether a JPEG file may have EXIF data before its picture."""
-    return _jpeg_start(data)[0]
-
-
-def has_too_many_scans(data: bytes, pixels: int) -> bool:
-    """Whether the decoder of a JPEG file would pass over its pixels more often than any needs.
-
-    Args:
-      data: the file.
-      pixels: height times width.
-    """
-    limit = max(_MAX_SCANS, _SCAN_PIXELS // (pixels + _SCAN_COST))
-    if len(data) <= limit * _SCAN_BYTES or _jpeg_start(data)[1]:
-        return False
-    # What looks like the start of a scan may be in data that follow the picture, a film perhaps.
-    return len(re.findall(b'\xff\xda', data)) > limit and _count_scans(data, limit) > limit
-
-
-def _jpeg_start(data: bytes) -> tuple[bool, bool]:
-    """(whether there may be EXIF data, whether one scan is all that a decoder reads).
-
-    Walks over the segments (ITU T.81, section B.1.1): a search through the first 64 kB took six
-    times as long, with Python's lock held.
-    """
-    place, components, has_exif = 2, 0, False
-    try:
-        for _ in range(_MAX_SEGMENTS):
-            if data[place] != 0xFF:  # stray bytes, which decoders skip
-                place = data.index(b'\xff', place)
-            marker = data[place + 1]
-            if marker == 0:  # no marker either
-                place += 2
-                continue
-            if marker == 0xFF:  # padding
-                place += 1
-                continue
-            if marker == 0xDA:  # the picture begins
-                return has_exif, data[place + 4] == components
-            if marker in (0xC0, 0xC1):  # sequential, unlike the others
-                components = data[place + 9]
-            elif marker == 0xE1 and data[place + 4 : place + 9] == b'Exif\x00':
-                has_exif = True
-            place += 2 + (data[place + 2] << 8) + data[place + 3]
-    except (IndexError, ValueError):  # no picture
-        pass
-    return has_exif, False
-
-
-def without_stray_bytes(data: bytes) -> bytes:
-    """A JPEG file without the bytes between the segments of its header, which decoders skip.
-
-    Returns:
-      The same file where there are none, or no picture.
-    """
-    parts, place = [data[:2]], 2
-    for _ in range(_MAX_SEGMENTS):
-        found = _NEXT_MARKER.search(data, place)
-        if found is None:
-            return data
-        if found[0] == b'\xff\xda':  # the picture begins
-            return b''.join([*parts, data[found.start() :]])
-        place = found.end() + int.from_bytes(data[found.end() : found.end() + 2], 'big')
-        parts.append(data[found.start() : place])
-    return data
-
-
-def _count_scans(data: bytes, limit: int) -> int:
-    """How many scans come before the end of the picture, or more than `limit`."""
-    place, scans = 2, 0
-    for _ in range(_MAX_SEGMENTS):
-        found = _NEXT_MARKER.search(data, place)
-        if found is None or found[0] == b'\xff\xd9' or scans > limit:
-            return scans
-        scans += found[0] == b'\xff\xda'
-        place = found.end() + int.from_bytes(data[found.end() : found.end() + 2], 'big')
-    return limit + 1
 
 
 def _check_opened(picture: 'Image.Image', size: int) -> None:
@@ -274,7 +192,11 @@ def _check_tiff(data: bytes) -> None:
     if sides.get(_TILE_WIDTH, 0) * sides.get(_TILE_HEIGHT, 0) > _MIB + 2 * pixels:
         raise ValueError(f'its tiles are {sides[_TILE_WIDTH]} x {sides[_TILE_HEIGHT]}')
     _check_metadata(texts, 4 * pixels)
-    if jpeg and len(re.findall(b'\xff\xda', data)) > _MAX_SCANS + 4 * parts + len(data) // 9999:
+    if (
+        jpeg
+        and len(re.findall(b'\xff\xda', data))
+        > jpeg_files.MAX_SCANS + 4 * parts + len(data) // 9999
+    ):
         raise ValueError('it has more scans than any picture needs')
 
 
