@@ -24,6 +24,7 @@ from vit_jax import state as state_lib
 from vit_jax.checkpoint import workdir as workdir_lib
 from vit_jax.data import copies
 from vit_jax.data.dataset import Selection, Source, coverage_notes
+from vit_jax.data.sources import lasting_name
 from vit_jax.data.stream import BatchStream
 from vit_jax.errors import UserError
 from vit_jax.run import distributed, product, recipe, resources, resume, run_info, telemetry
@@ -310,7 +311,7 @@ def _write_model_folders(
         run.preprocess,
         {
             'weights': weights_name(config),
-            'dataset': config.dataset,
+            'dataset': lasting_name(config.dataset),
             'train': run.train.spec,
             'test': run.test.spec,
             'train_fingerprint': setup.data['train']['fingerprint'],

@@ -61,6 +61,9 @@ def test_a_folder_named_like_a_set_is_a_folder(tmp_path, name, monkeypatch, capl
     for spelling in (name, f'./{name}', str(tmp_path / name)):
         assert sources.is_folder(spelling)
         assert sources.open_dataset(spelling).class_names == ('a', 'b')
+    assert sources.lasting_name(name) == f'./{name}'
+    for lasting in (f'./{name}', str(tmp_path / name), 'cifar10', ''):
+        assert sources.lasting_name(lasting) == lasting
     assert caplog.text.count(f'the dataset {name} is the folder {tmp_path / name}, not') == 1
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import os
 import pathlib
 
 import numpy as np
@@ -46,6 +47,12 @@ def open_sources(
 def is_folder(dataset: str) -> bool:
     """Whether `open_dataset` takes this for a folder, whatever sets of that name there are."""
     return bool(dataset) and files.expand(dataset).is_dir()
+
+
+def lasting_name(dataset: str) -> str:
+    """A name that means the same once the folder is gone: './cifar10' of a folder 'cifar10'."""
+    plain = os.path.basename(dataset) == dataset
+    return os.path.join(os.curdir, dataset) if plain and is_folder(dataset) else dataset
 
 
 def open_dataset(dataset: str, *, tfds_data_dir: str = '', tfds_manual_dir: str = '') -> Dataset:
