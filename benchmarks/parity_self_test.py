@@ -5,6 +5,7 @@ common value. Loaded from its own folder, our model has to agree with the librar
 other, and so without the setting, it must not.
 """
 
+import importlib.util
 import json
 import pathlib
 import shutil
@@ -29,23 +30,31 @@ _CONFIG = {
     'patch_size': 8,
     'pooler_output_size': 40,
 }
-# What is stated -> (file, the setting, the common value), and whether a folder of the base model is
-# needed, whose features are pooled with a layer of their own.
-_CASES: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any], bool]] = {
-    'relu': ('config', {'hidden_act': 'relu'}, {'hidden_act': 'gelu_pytorch_tanh'}, False),
-    'erf GELU': ('config', {'hidden_act': 'gelu'}, {'hidden_act': 'gelu_pytorch_tanh'}, False),
-    'epsilon 1e-2': ('config', {'layer_norm_eps': 1e-2}, {'layer_norm_eps': 1e-6}, False),
-    '12 heads': ('config', {'num_attention_heads': 12}, {'num_attention_heads': 6}, False),
-    'pooling': ('config', {'pooler_act': 'relu'}, {'pooler_act': 'tanh'}, True),
-    'not square': ('config', {'image_size': [32, 48]}, {'image_size': [48, 32]}, False),
+_TIMM = {
+    'embed_dim': 96, 'depth': 1, 'num_heads': 6, 'mlp_ratio': 1.0, 'patch_size': 8, 'img_size': 32,
+    'fc_norm': False,
+}  # fmt: skip
+# What is stated -> (file, the setting, the common value, whose folder it is): a ViT with a head of
+# transformers, its base model, whose features are pooled with a layer of their own, or timm's.
+_CASES: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any], str]] = {
+    'relu': ('config', {'hidden_act': 'relu'}, {'hidden_act': 'gelu_pytorch_tanh'}, 'head'),
+    'erf GELU': ('config', {'hidden_act': 'gelu'}, {'hidden_act': 'gelu_pytorch_tanh'}, 'head'),
+    'epsilon 1e-2': ('config', {'layer_norm_eps': 1e-2}, {'layer_norm_eps': 1e-6}, 'head'),
+    '12 heads': ('config', {'num_attention_heads': 12}, {'num_attention_heads': 6}, 'head'),
+    'pooling': ('config', {'pooler_act': 'relu'}, {'pooler_act': 'tanh'}, 'base'),
+    'not square': ('config', {'image_size': [32, 48]}, {'image_size': [48, 32]}, 'head'),
     'normalisation': (
         'preprocessor_config',
         {'image_mean': [0.4, 0.5, 0.6], 'image_std': [0.2, 0.2, 0.3]},
         {'image_mean': [0.5] * 3, 'image_std': [0.5] * 3},
-        False,
+        'head',
     ),
     'scale of pixels': (
-        'preprocessor_config', {'rescale_factor': 1 / 127.5}, {'rescale_factor': 1 / 255}, False,
+        'preprocessor_config', {'rescale_factor': 1 / 127.5}, {'rescale_factor': 1 / 255}, 'head',
+    ),
+    'mean of patches': (
+        'config',
+        {'model_args': _TIMM | {'global_pool': 'avg'}}, {'model_args': _TIMM}, 'timm',
     ),
 }  # fmt: skip
 
@@ -59,10 +68,13 @@ def run(say: Callable[[Any], None] = print, cases: Sequence[str] = tuple(_CASES)
     """
     good = True
     for name in cases:
-        file, stated, common, base = _CASES[name]
+        file, stated, common, kind = _CASES[name]
+        if kind == 'timm' and importlib.util.find_spec('timm') is None:
+            say(f'{name:16} left out: timm is not installed')
+            continue
         with tempfile.TemporaryDirectory() as place:
             folder, other = pathlib.Path(place, 'stated'), pathlib.Path(place, 'other')
-            _write(folder, base, {'image_size': 32} | (stated if file == 'config' else {}))
+            _write(folder, kind, {'image_size': 32} | (stated if file == 'config' else {}))
             shutil.copytree(folder, other)
             for where, settings in ((folder, stated), (other, common)):
                 path = where / f'{file}.json'
@@ -75,19 +87,25 @@ def run(say: Callable[[Any], None] = print, cases: Sequence[str] = tuple(_CASES)
     return good
 
 
-def _write(folder: pathlib.Path, base: bool, settings: Mapping[str, Any]) -> None:
-    """A folder of transformers with made-up weights of trained scale."""
+def _write(folder: pathlib.Path, kind: str, settings: Mapping[str, Any]) -> None:
+    """A folder with made-up weights of trained scale."""
+    if kind == 'timm':
+        import timm
+        from safetensors.torch import save_file
+
+        model = _made_up(timm.create_model('vit_tiny_patch16_224', num_classes=5, **_TIMM))
+        folder.mkdir()
+        save_file(model.state_dict(), folder / 'model.safetensors')
+        described = {'architecture': 'vit_tiny_patch16_224', 'num_classes': 5}
+        described['pretrained_cfg'] = {'input_size': [3, 32, 32], 'num_classes': 5}
+        files.write_json(folder / 'config.json', described)
+        return
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    torch.manual_seed(0)
     config = transformers.ViTConfig(**{**_CONFIG, **settings}, num_labels=5)
-    kind = transformers.ViTModel if base else transformers.ViTForImageClassification
-    model = kind(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
+    classes = {'base': transformers.ViTModel, 'head': transformers.ViTForImageClassification}
+    _made_up(classes[kind](config)).save_pretrained(folder)
     files.write_json(
         folder / 'preprocessor_config.json',
         {
@@ -96,6 +114,14 @@ def _write(folder: pathlib.Path, base: bool, settings: Mapping[str, Any]) -> Non
             'do_normalize': True, 'image_mean': [0.5] * 3, 'image_std': [0.5] * 3,
         },
     )  # fmt: skip
+
+
+def _made_up(model: Any) -> Any:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
 
 
 def _ends(folder: pathlib.Path, ours: pathlib.Path) -> str:

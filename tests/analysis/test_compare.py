@@ -214,9 +214,18 @@ def test_the_check_notices_when_our_side_ignores_what_a_folder_states(parity, ca
 
     lines = []
     assert parity_self_test.run(lines.append, cases)
-    for line in lines:
-        if not line.startswith('not square'):
-            assert 'as stated: PASS' in line and 'ignored: FAIL' in line
+    for line in lines:  # of another size, there is nothing to compare
+        ends = 'refused' if line.startswith('not square') else 'FAIL'
+        assert 'as stated: PASS' in line and f'ignored: {ends}' in line
+
+
+def test_the_check_notices_when_our_side_ignores_timms_pooling(parity):
+    pytest.importorskip('timm', reason='timm is not installed')
+    from benchmarks import parity_self_test
+
+    lines = []
+    assert parity_self_test.run(lines.append, ['mean of patches'])
+    assert 'as stated: PASS' in lines[0] and 'ignored: FAIL' in lines[0]
 
 
 def test_the_self_test_fails_where_the_check_passes(parity, monkeypatch):

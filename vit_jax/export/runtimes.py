@@ -123,7 +123,7 @@ def _timm(request: Mapping[str, Any]) -> tuple[Run, dict[str, Any]]:
         for module in model.modules()
         if type(module).__name__.startswith('StdConv2d')
     ]
-    act = request['model_config'].get('act', 'gelu_tanh')
+    act = request['model_config'].get('act') or 'gelu_tanh'
     if 'mlp_tokens' in str(model) and act == 'gelu_tanh':
         # timm has no argument for it; README.md in the folder sets it like this.
         tanh = torch.nn.GELU(approximate='tanh')
