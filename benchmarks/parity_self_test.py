@@ -74,7 +74,8 @@ def run(say: Callable[[Any], None] = print, cases: Sequence[str] = tuple(_CASES)
             continue
         with tempfile.TemporaryDirectory() as place:
             folder, other = pathlib.Path(place, 'stated'), pathlib.Path(place, 'other')
-            _write(folder, kind, {'image_size': 32} | (stated if file == 'config' else {}))
+            of_config = stated if file == 'config' else {}
+            _write(folder, kind, {'image_size': 32, **of_config})
             shutil.copytree(folder, other)
             for where, settings in ((folder, stated), (other, common)):
                 path = where / f'{file}.json'
