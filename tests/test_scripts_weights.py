@@ -215,7 +215,8 @@ def test_released_checkpoints_are_consistent():
 def test_weights_of_other_libraries_are_of_models_that_are_here():
     for checkpoint in catalog.LIBRARY_CHECKPOINTS:
         config = models.variants.get_config(checkpoint.variant)
-        assert checkpoint.resolution % models.variants.token_stride(config) == 0
+        stride = models.variants.token_stride(config)
+        assert all(checkpoint.resolution % pixels == 0 for pixels in stride)
         assert checkpoint.licence and checkpoint.source.count('/') == 1
 
 

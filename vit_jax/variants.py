@@ -178,6 +178,12 @@ def _clip() -> Iterator[dict]:
             )
 
 
+def _ijepa() -> Iterator[dict]:
+    """I-JEPA (https://arxiv.org/abs/2301.08243)."""
+    for size, patch, side in (('huge', 14, 224), ('huge', 16, 448), ('giant', 16, 224)):
+        yield _later(f'vit_{size}_patch{patch}_gap_{side}', size, patch, classifier='gap')
+
+
 def _mixer(size: str, patch: int, hidden_dim: int, num_blocks: int, tokens_mlp_dim: int) -> dict:
     return dict(
         model_name=f'Mixer-{size}_{patch}',
@@ -234,6 +240,7 @@ VARIANTS: dict[str, dict] = {
         *_timm_gap(),
         *_siglip(),
         *_clip(),
+        *_ijepa(),
     )
 }
 

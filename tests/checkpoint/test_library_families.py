@@ -37,6 +37,8 @@ CASES = {
         dict(num_register_tokens=2, hidden_act='relu', layer_norm_eps=1e-3),
         dict(classifier='token', registers=2, act='relu', layer_norm_eps=1e-3),
     ),
+    'ijepa': ('IJepaForImageClassification', TOWER | dict(num_labels=5), dict(classifier='gap')),
+    'ijepa_features': ('IJepaModel', TOWER, dict(classifier='gap', layer_norm_eps=1e-12)),
     'siglip': (
         'SiglipForImageClassification',
         dict(num_labels=5, vision_config=TOWER),
@@ -122,7 +124,7 @@ def outputs_of(theirs, x, dtype='float32'):
     for name in ('logits', 'image_embeds', 'pooler_output'):
         if name in out:
             return out[name].numpy()
-    raise AssertionError(out.keys())
+    return out['last_hidden_state'].mean(axis=1).numpy()  # I-JEPA has no pooler
 
 
 def compute(model, x, dtype='float32'):
@@ -147,6 +149,36 @@ def test_outputs_are_those_of_transformers(name, case):
     assert CASES[name][2].items() <= model.model_config.items()
     for dtype, tolerance in (('float32', 1e-5), ('float64', 1e-10)):
         assert distance(compute(model, x, dtype), outputs_of(theirs, x, dtype)) < tolerance
+
+
+def test_the_encoder_of_mae(transformers, tmp_path):
+    """Of the whole model for pre-training, decoder and all; written back as a plain ViT."""
+    import torch
+
+    decoder = dict(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
+    config = transformers.ViTMAEConfig(
+        **TOWER, mask_ratio=0.0, **{f'decoder_{name}': size for name, size in decoder.items()}
+    )
+    whole = randomise(transformers.ViTMAEForPreTraining(config))
+    whole.save_pretrained(tmp_path / 'mae')
+    model = model_folder.load(tmp_path / 'mae', normalization=normalization.HALF)
+    assert 'other tensors are left out (decoder.' in str(model.source)
+    assert model.model_config['layer_norm_eps'] == 1e-12
+    export.write(tmp_path / 'vit', model, to='huggingface')
+    plain = transformers.ViTModel.from_pretrained(tmp_path / 'vit', add_pooling_layer=False)
+    x = images(model)
+    pixels = torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
+    noise = torch.arange(4).expand(3, 4).float()  # keeps the order of the patches
+    with torch.no_grad():
+        tokens = whole.vit(pixels, noise=noise).last_hidden_state.numpy()
+        again = plain.eval()(pixels).last_hidden_state.numpy()
+    _, found = models.apply_with_intermediates(model.model, model.params, x)
+    for expected in (tokens, again):
+        assert distance(found['encoded'], expected) < 1e-5
+    assert distance(compute(model, x), tokens[:, 0]) < 1e-5
+    flat = npz.flatten(model_folder.load(tmp_path / 'vit').params)
+    for key, array in npz.flatten(model.params).items():
+        np.testing.assert_array_equal(flat[key], array, err_msg=key)
 
 
 @pytest.mark.parametrize('kind', ['CLIP', 'Siglip'])

@@ -27,12 +27,15 @@ class Family:
 
 _CLIP = Family(1e-5, 'quick_gelu', classifies='gap')
 _SIGLIP = Family(1e-6, 'gelu_pytorch_tanh', classifies='gap', pools='map')
+_IJEPA = Family(classifies='gap', pools='gap')
 _DINOV2 = Family(1e-6, classifies='token_gap')
 
 FAMILIES: Mapping[str, Family] = {
     'vit': Family(),
     'deit': Family(),
     'vit_msn': Family(1e-6),
+    'vit_mae': Family(),
+    'ijepa': _IJEPA,
     'dinov2': _DINOV2,
     'dinov2_with_registers': _DINOV2,
     'clip': _CLIP,
@@ -63,7 +66,7 @@ def settings(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
     if family is _SIGLIP and not tower.get('vision_use_head', True):
         classifier = 'gap'
     found: dict[str, Any] = {}
-    if family in (_CLIP, _SIGLIP, _DINOV2):
+    if family in (_CLIP, _SIGLIP, _DINOV2, _IJEPA):
         found['classifier'] = classifier
     if family is _CLIP:
         found['representation_act'] = 'linear'  # of the projection

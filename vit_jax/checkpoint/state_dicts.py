@@ -20,7 +20,7 @@ _FIRST_LAYER = re.compile(
 # Of several copies of a model: averaged weights first, what was trained next.
 _COPIES = ('teacher', 'ema', 'target_encoder', 'student', 'base_encoder')
 # Of the models of Hugging Face, in which they have a head: nothing to talk of.
-_BASE_MODELS = ('vit.', 'deit.', 'dinov2.', 'dinov2_with_registers.', 'dinov3_vit.')
+_BASE_MODELS = ('vit.', 'deit.', 'ijepa.', 'dinov2.', 'dinov2_with_registers.', 'dinov3_vit.')
 _DECODER = re.compile(r'decoder[._].*')
 _POOLER = re.compile(r'(?:.*\.)?pooler\.dense\.(?:weight|bias)')
 _CLASSIFIER = re.compile(r'(?:cls_)?classifier\.weight')

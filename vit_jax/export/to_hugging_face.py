@@ -46,9 +46,11 @@ def _family(config: Mapping[str, Any]) -> Callable[..., _Described]:
         return _dinov2
     if encoder.get('pre_norm'):
         return _clip
-    if config.get('resnet') is None and config.get('classifier') in ('map', 'gap'):
+    classifier = config.get('classifier', 'token')
+    if classifier == 'map' or (classifier == 'gap' and 'siglip' in str(config.get('model_name'))):
         return _siglip
-    return _vit
+    plain = config.get('resnet') is None and not config.get('fc_norm')
+    return _ijepa if plain and classifier == 'gap' and not config.get('class_token') else _vit
 
 
 def name(named: Mapping[str, Any], described: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,6 +137,19 @@ def _vit(model: model_folder.Model, flat: Mapping[str, Any]) -> _Described:
         described['pooler_output_size'] = flat['pre_logits/bias'].shape[0]
         described['pooler_act'] = TO_HUGGING_FACE[act]
     return 'Hugging Face', described
+
+
+def _ijepa(model: model_folder.Model, flat: Mapping[str, Any]) -> _Described:
+    config, classes = model.model_config, model.model.num_classes
+    check_pieces(config, (), 'its I-JEPA')
+    if 'pre_logits/kernel' in flat:
+        raise UnsupportedError('its I-JEPA has no pre_logits')
+    return 'Hugging Face', {
+        'architectures': ['IJepaForImageClassification' if classes else 'IJepaModel'],
+        'model_type': 'ijepa',
+        'intermediate_size': config['transformer']['mlp_dim'],
+        **_common(model, flat),
+    }
 
 
 def _dinov2(model: model_folder.Model, flat: Mapping[str, Any]) -> _Described:
