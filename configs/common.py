@@ -33,6 +33,9 @@ def get_defaults() -> ml_collections.ConfigDict:
     config.pp.test = ''
     # What the model sees, pixels: the side of a square, or (height, width).
     config.pp.crop = config_dict.FieldReference(224, field_type=object)
+    # Channels of the images: 3 (RGB), 1 (grey), or, for .npy files in folders, any number. Weights
+    # of another number are adapted: to 1 by the sum over channels, else repeated and scaled.
+    config.pp.channels = 3
     # Train on random crops of 5 to 100 % of the area. Off: on the whole image.
     config.pp.inception_crop = True
     # Resize to this side, or (height, width), before the crop: with inception_crop off, and in
@@ -70,6 +73,9 @@ def get_defaults() -> ml_collections.ConfigDict:
     config.pretrained_dir = ''
     # Start from the checkpoint's head where it fits, instead of from zeros.
     config.keep_head = False
+    # How weights of another patch size are fitted: 'pseudo-inverse' (FlexiViT's rule: a resized
+    # patch gives what the patch gave) or 'bilinear'.
+    config.patch_resize = 'pseudo-inverse'
 
     # --- Training
     # Images per step, over all devices, in training and in evaluation.

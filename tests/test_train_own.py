@@ -202,13 +202,12 @@ def test_own_vision_transformer_becomes_a_model_folder_if_its_outputs_have_names
     loaded = model_folder.load(workdir / 'model')
     assert loaded.model == model and loaded.class_names == ('cat', 'dog', 'cow')
     jax.tree.map(np.testing.assert_array_equal, dict(loaded.params), jax.device_get(dict(params)))
-    for other, names, channels, words in (
-        (model, 2, 3, 'has 3 outputs, and there are 2 names'),
-        (model, 3, 13, 'images have 13 channels'),
-        (model.clone(encoder=Linear), 3, 3, 'encoder=.*has no JSON form'),
+    for other, names, words in (
+        (model, 2, 'has 3 outputs, and there are 2 names'),
+        (model.clone(encoder=Linear), 3, 'encoder=.*has no JSON form'),
     ):
         with pytest.raises(UserError, match=words):
-            product.architecture_of(other, channels, names)
+            product.architecture_of(other, names)
 
 
 @pytest.mark.parametrize(

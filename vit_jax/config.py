@@ -16,6 +16,7 @@ from typing import Any
 import ml_collections
 
 from vit_jax import files, variants
+from vit_jax.checkpoint.resize import PATCH_METHODS
 from vit_jax.configs import common, datasets
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
@@ -24,6 +25,7 @@ from vit_jax.models.layers import REMAT_POLICIES
 from vit_jax.models.resnet import GROUPS
 
 DURATIONS = ('total_steps', 'epochs', 'total_examples')
+MAX_CHANNELS = 1024  # of images
 WEIGHT_KEYS = ('pretrained', 'model_or_filename', 'pretrained_dir')  # strongest first
 _CHOICES = {
     'decay_type': ('cosine', 'linear', 'rsqrt', 'constant'),
@@ -31,6 +33,7 @@ _CHOICES = {
     'optim_dtype': ('bfloat16', 'float32'),
     'dtype': ('', 'float32', 'bfloat16'),
     'attention': ATTENTION_IMPLEMENTATIONS,
+    'patch_resize': PATCH_METHODS,
     'remat': ('', *REMAT_POLICIES),
     'nan_policy': ('stop', 'skip'),
     'loss': ('softmax', 'sigmoid'),
@@ -321,6 +324,8 @@ def _check(config: ml_collections.ConfigDict) -> None:
             "config.pp.eval='resize_crop'"
         )
     preprocess_of(config)
+    if not 1 <= config.pp.channels <= MAX_CHANNELS:
+        raise UserError(f'config.pp.channels={config.pp.channels} is not from 1 to {MAX_CHANNELS}')
     _check_model(config)
 
 

@@ -153,14 +153,6 @@ def _changed(**arrays):
         ({'cls': None}, {}, '(?s)the weights do not agree.*cls .the checkpoint has no class token'),
         ({'head/bias': None}, {}, 'the weights do not agree'),
         ({'embedding/bias': np.ones(9, np.float32)}, {}, r'has shape \(9,\), expected \(8,\)'),
-        (
-            {'embedding/kernel': np.ones((4, 4, 4, 8), np.float32)}, {},
-            r'takes images of 4 channels \(embedding/kernel \(4, 4, 4, 8\)\); images are read',
-        ),
-        (
-            {'embedding/kernel': np.ones((4, 4, 1, 8), np.float32)}, {},
-            'takes images of 1 channels .* checkpoint.save',
-        ),
         ({'head/bias': np.array([0, np.nan, 0], np.float32)}, {}, 'head/bias has 1 values .* NaN'),
         (
             {}, {'preprocess': Preprocess(crop=16)},

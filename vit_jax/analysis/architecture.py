@@ -18,15 +18,19 @@ class Architecture:
       model_config: see `variants.get_config`.
       num_classes: C; 0 without a head.
       image_size: side or (height, width) of the images, pixels.
+      channels: of the images.
     """
 
     name: str
     model_config: Mapping[str, Any]
     num_classes: int
     image_size: counts.ImageSize
+    channels: int = 3
 
     def __str__(self) -> str:
-        return f'{self.name}, {variants.in_words(self.image_size)} px, {self.num_classes} classes'
+        channels = '' if self.channels == 3 else f', {self.channels} channels'
+        size = variants.in_words(self.image_size)
+        return f'{self.name}, {size} px{channels}, {self.num_classes} classes'
 
 
 def find(
@@ -59,7 +63,8 @@ def find(
 
         opened = model_folder.open_model(model)
         config = dict(opened.model_config)
-        found = Architecture(model, config, len(opened.class_names), opened.image_size)
+        classes = len(opened.class_names)
+        found = Architecture(model, config, classes, opened.image_size, opened.channels)
     if num_classes is not None:
         found = dataclasses.replace(found, num_classes=num_classes)
     if image_size is not None:

@@ -165,6 +165,20 @@ def mean_distance(
     return jnp.einsum('bhqk,qk->bhq', between, distance, precision=_EXACT).mean(axis=-1)
 
 
+def as_rgb(pixels: np.ndarray) -> np.ndarray:
+    """Pixels to show: RGB as they are, of any other number of channels the mean, in grey.
+
+    Args:
+      pixels: [height, width, channels] in [0, 255].
+
+    Returns:
+      uint8 [height, width, 3].
+    """
+    if pixels.shape[2] != 3:
+        pixels = np.repeat(pixels.mean(axis=2, keepdims=True), 3, axis=2)
+    return np.rint(pixels).astype(np.uint8)
+
+
 def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     """Colours over an image: dark where a map has its minimum, bright yellow at its maximum.
 

@@ -180,7 +180,9 @@ def write(
             taken = {ARRAYS}
             for path in images:
                 try:
-                    image = predict.read_image(path, accurate=model.preprocess.accurate)
+                    image = predict.read_image(
+                        path, accurate=model.preprocess.accurate, channels=model.channels
+                    )
                 except BadImageError as error:
                     unreadable.append(error)
                 else:
@@ -256,7 +258,7 @@ def _draw_image(
 
     One at a time: the weights of attention are large, and it is drawing that takes long.
     """
-    pixels = load_image(image, model.preprocess)[None]
+    pixels = load_image(image, model.preprocess, channels=model.channels)[None]
     found = attention.maps(model, pixels)
     if not np.isfinite(found.logits).all():
         raise UserError(f'the model gives NaN or infinite numbers for {printable(path)}')
@@ -267,7 +269,7 @@ def _draw_image(
         return found, probabilities
     folder = part / name
     folder.mkdir()
-    image = pictures.shrink(model.preprocess.seen(image))
+    image = pictures.shrink(attention.as_rgb(model.preprocess.seen(image)))
     title = f'{contact_sheet.shorten(pathlib.PurePath(path).name, 36)} · {title}'
     cls = attention.check(model).reads_class_token
     arrays: dict[str, Any] = {'path': printable(path), 'class_names': model.class_names}

@@ -147,13 +147,13 @@ def training_memory(of: Architecture, plan: Plan) -> Memory:
     Raises:
       UserError: the image is not a whole number of patches.
     """
-    parts = counts.parts(of.model_config, of.num_classes, of.image_size)
+    parts = counts.parts(of.model_config, of.num_classes, of.image_size, channels=of.channels)
     size = sum(part.repeat * _share(shape, plan.fsdp) for part in parts for shape in part.shapes)
     weights, optimizer = 4 * size, size * BYTES[plan.optim_dtype] + 4
     if plan.optimizer == 'adamw':
         optimizer += 4 * size + 4
     images = -(-plan.batch // plan.devices)
-    pixels = images * 12 * math.prod(sides(of.image_size))
+    pixels = images * 4 * of.channels * math.prod(sides(of.image_size))
     micro = -(-images // max(1, plan.accum_steps))
     activations = micro * _per_image(of, plan, micro)
     gradients = weights
@@ -215,9 +215,9 @@ def _per_image(of: Architecture, plan: Plan, batch: int) -> float:
     numbers = blocks * size(block) + max(map(size, once))
     numbers += (1 if plan.remat else blocks) * size((*masks, 0))
     numbers += (s.blocks - blocks) * size(_LAST)
-    for index, group in enumerate(counts.convolutions(config, of.image_size)):
+    for index, group in enumerate(counts.convolutions(config, of.image_size, of.channels)):
         numbers += _RESNET[key[:2]][min(index, 1)] * sum(c.outputs for c in group)
-    return plan.width * numbers + images * 12 * math.prod(sides(of.image_size))
+    return plan.width * numbers + images * 4 * of.channels * math.prod(sides(of.image_size))
 
 
 def training_parts(
@@ -246,10 +246,12 @@ def compile_training(of: Architecture, plan: Plan) -> tuple[int, float]:
       0 where they are not counted; the body of a loop is counted once.
     """
     model, tx, schedule, mesh = training_parts(of, plan)
-    abstract = state.abstract_state(model, tx, of.image_size, mesh)
+    abstract = state.abstract_state(model, tx, of.image_size, mesh, channels=of.channels)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     step = steps.make_train_step(model, tx, schedule, mesh, shardings, seed=0)
-    lowered = step.lower(abstract, steps.abstract_batch(plan.batch, of.image_size, mesh))
+    lowered = step.lower(
+        abstract, steps.abstract_batch(plan.batch, of.image_size, mesh, channels=of.channels)
+    )
     # Never run, so not optimised: memory and operations are the same.
     quick: dict[str, str | bool] = {}
     if jax.default_backend() == 'cpu':
@@ -267,15 +269,20 @@ def inference_memory(of: Architecture, plan: Plan) -> Memory:
     batches.
     """
     s = counts.sizes(of.model_config, of.image_size)
-    weights = 4 * counts.parameters(of.model_config, of.num_classes, of.image_size)
-    image, tokens = 12 * math.prod(sides(of.image_size)), plan.width * s.tokens * s.width
+    weights = 4 * counts.parameters(
+        of.model_config, of.num_classes, of.image_size, channels=of.channels
+    )
+    image, tokens = (
+        4 * of.channels * math.prod(sides(of.image_size)),
+        plan.width * s.tokens * s.width,
+    )
     hidden = plan.width * max(s.tokens * s.hidden, s.width * s.tokens_hidden)
     phases = [
         image,
         (6 if plan.platform == 'cpu' else 1) * hidden + 2 * tokens,
         2 * plan.width * s.heads * s.tokens**2 + tokens,
     ]
-    for group in counts.convolutions(of.model_config, of.image_size):
+    for group in counts.convolutions(of.model_config, of.image_size, of.channels):
         phases.append(4 * plan.width * max(c.outputs for c in group))
     activations = plan.batch * max(phases)
     if plan.platform == 'gpu' and plan.dtype == 'bfloat16':

@@ -68,12 +68,16 @@ def report(of: Architecture, plan: cost.Plan, target: Target) -> list[Table]:
 def _work(of: Architecture, plan: cost.Plan) -> Table:
     sizes = counts.sizes(of.model_config, of.image_size)
     rows = []
-    for part in counts.parts(of.model_config, of.num_classes, of.image_size):
+    for part in counts.parts(of.model_config, of.num_classes, of.image_size, channels=of.channels):
         name = f'{part.repeat} x {part.name}' if part.repeat > 1 else part.name
         rows.append((name, f'{part.parameters:,}', _giga(2 * part.repeat * part.macs)))
-    forward = counts.forward_macs(of.model_config, of.num_classes, of.image_size)
-    training = counts.training_macs(of.model_config, of.num_classes, of.image_size, plan.remat)
-    total = counts.parameters(of.model_config, of.num_classes, of.image_size)
+    forward = counts.forward_macs(
+        of.model_config, of.num_classes, of.image_size, channels=of.channels
+    )
+    training = counts.training_macs(
+        of.model_config, of.num_classes, of.image_size, plan.remat, of.channels
+    )
+    total = counts.parameters(of.model_config, of.num_classes, of.image_size, channels=of.channels)
     rows.append(('forward', f'{total:,}', _giga(2 * forward)))
     remat = f', remat {plan.remat}' if plan.remat else ''
     rows.append((f'training{remat}', '', _giga(2 * training)))
@@ -96,7 +100,9 @@ def _memory(of: Architecture, plan: cost.Plan) -> Table:
         (name, _gib(getattr(training, name)), _gib(getattr(inference, name)))
         for name in (f.name for f in dataclasses.fields(cost.Memory))
     ]
-    parameters = counts.parameters(of.model_config, of.num_classes, of.image_size)
+    parameters = counts.parameters(
+        of.model_config, of.num_classes, of.image_size, channels=of.channels
+    )
     state = training.weights + training.gradients + training.optimizer
     notes = (
         'The total is the most at one time; gradients come into being while activations go.',
@@ -117,8 +123,12 @@ def _speed(of: Architecture, plan: cost.Plan, target: Target) -> Table:
     device, needed = target.device, cost.training_memory(of, plan).total
     alone = dataclasses.replace(plan, devices=1, accum_steps=1)
     predicting = cost.largest_batch(target.memory, cost.inference_memory, of, alone)
-    forward = counts.forward_macs(of.model_config, of.num_classes, of.image_size)
-    training = counts.training_macs(of.model_config, of.num_classes, of.image_size, plan.remat)
+    forward = counts.forward_macs(
+        of.model_config, of.num_classes, of.image_size, channels=of.channels
+    )
+    training = counts.training_macs(
+        of.model_config, of.num_classes, of.image_size, plan.remat, of.channels
+    )
     rates = [target.images_per_second(macs, plan) for macs in (training, forward)]
     fits = 'fits' if needed <= target.memory else 'does NOT fit'
     rows = (
@@ -178,7 +188,9 @@ def beside_xla(of: Architecture, plan: cost.Plan) -> Table:
     platform = jax.default_backend()
     plan = dataclasses.replace(plan, platform=platform, devices=1, fsdp=1, accum_steps=1)
     size, flops = cost.compile_training(of, plan)
-    macs = counts.training_macs(of.model_config, of.num_classes, of.image_size, plan.remat)
+    macs = counts.training_macs(
+        of.model_config, of.num_classes, of.image_size, plan.remat, of.channels
+    )
     macs -= counts.unused_macs(of.model_config, of.image_size, training=True, remat=plan.remat)
     rows = [
         _beside(f'TFLOPs, batch {plan.batch}', 2e-12 * macs * plan.batch, flops / 1e12),

@@ -129,7 +129,7 @@ def sizes(model_config: Mapping[str, Any], image_size: ImageSize) -> Sizes:
 
 
 def parts(
-    model_config: Mapping[str, Any], num_classes: int, image_size: ImageSize
+    model_config: Mapping[str, Any], num_classes: int, image_size: ImageSize, channels: int = 3
 ) -> tuple[Part, ...]:
     """Everything a model consists of, in the order of the computation.
 
@@ -137,6 +137,7 @@ def parts(
       model_config: see `variants.get_config`.
       num_classes: C; 0 for a model without a head.
       image_size: S, pixels.
+      channels: of the image.
 
     Returns:
       Parts that together have every parameter once.
@@ -146,26 +147,36 @@ def parts(
     """
     s = sizes(model_config, image_size)
     if variants.is_mixer(model_config):
-        return _mixer(model_config, s, num_classes)
-    return _vit(model_config, s, num_classes, image_size)
+        return _mixer(model_config, s, num_classes, channels)
+    return _vit(model_config, s, num_classes, image_size, channels)
 
 
-def parameters(model_config: Mapping[str, Any], num_classes: int, image_size: ImageSize) -> int:
+def parameters(
+    model_config: Mapping[str, Any], num_classes: int, image_size: ImageSize, channels: int = 3
+) -> int:
     """How many parameters a model has; arguments as for `parts`."""
-    return sum(part.parameters for part in parts(model_config, num_classes, image_size))
+    return sum(part.parameters for part in parts(model_config, num_classes, image_size, channels))
 
 
-def forward_macs(model_config: Mapping[str, Any], num_classes: int, image_size: ImageSize) -> int:
+def forward_macs(
+    model_config: Mapping[str, Any], num_classes: int, image_size: ImageSize, channels: int = 3
+) -> int:
     """Multiply-accumulates of one image's forward pass; arguments as for `parts`.
 
     ViT: N 3P^2 D + L (T (4D^2 + 2DM) + 2T^2 D) + DC. Norms, softmax, GELU and additions are not
     counted; they are 0.4 % of B/16's work and 1.3 % of Ti/16's.
     """
-    return sum(part.repeat * part.macs for part in parts(model_config, num_classes, image_size))
+    return sum(
+        part.repeat * part.macs for part in parts(model_config, num_classes, image_size, channels)
+    )
 
 
 def training_macs(
-    model_config: Mapping[str, Any], num_classes: int, image_size: ImageSize, remat: str = ''
+    model_config: Mapping[str, Any],
+    num_classes: int,
+    image_size: ImageSize,
+    remat: str = '',
+    channels: int = 3,
 ) -> int:
     """Multiply-accumulates of one image's training step; other arguments as for `parts`.
 
@@ -178,9 +189,10 @@ def training_macs(
       num_classes: see `parts`.
       image_size: see `parts`.
       remat: see `models.encoder.Encoder`.
+      channels: see `parts`.
     """
     total = 0
-    for index, part in enumerate(parts(model_config, num_classes, image_size)):
+    for index, part in enumerate(parts(model_config, num_classes, image_size, channels)):
         macs = 3 * part.macs
         if index == 0:
             macs -= part.macs
@@ -226,30 +238,33 @@ def unused_macs(
     return 3 * macs + {'full': macs - last, 'dots': products}.get(remat, 0)
 
 
-def convolutions(model_config: Mapping[str, Any], image_size: ImageSize) -> list[list[Convolution]]:
+def convolutions(
+    model_config: Mapping[str, Any], image_size: ImageSize, channels: int = 3
+) -> list[list[Convolution]]:
     """The convolutions of a hybrid's ResNet: the root, then one list per residual unit.
 
     Args:
       model_config: see `variants.get_config`; an architecture without ResNet has none.
       image_size: S, pixels.
+      channels: of the image.
     """
     resnet = model_config.get('resnet')
     if not resnet:
         return []
-    channels = int(64 * resnet['width_factor'])
+    width = int(64 * resnet['width_factor'])
     size = _half(variants.sides(image_size))
-    groups = [[Convolution((7, 7, 3, channels), size)]]
-    size, features = _half(size), channels  # after the pooling
+    groups = [[Convolution((7, 7, channels, width), size)]]
+    size, features = _half(size), width  # after the pooling
     for stage, units in enumerate(resnet['num_layers']):
         for unit in range(units):
             before, size = size, _half(size) if stage and not unit else size
-            shapes = (1, 1, channels, features), (3, 3, features, features)
+            shapes = (1, 1, width, features), (3, 3, features, features)
             group = [Convolution(shapes[0], before), Convolution(shapes[1], size)]
             group.append(Convolution((1, 1, features, 4 * features), size))
-            if channels != 4 * features or before != size:  # the projection of the shortcut
-                group.insert(0, Convolution((1, 1, channels, 4 * features), size))
+            if width != 4 * features or before != size:  # the projection of the shortcut
+                group.insert(0, Convolution((1, 1, width, 4 * features), size))
             groups.append(group)
-            channels = 4 * features
+            width = 4 * features
         features *= 2
     return groups
 
@@ -259,11 +274,11 @@ def _half(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _vit(
-    config: Mapping[str, Any], s: Sizes, num_classes: int, image_size: ImageSize
+    config: Mapping[str, Any], s: Sizes, num_classes: int, image_size: ImageSize, channels: int
 ) -> tuple[Part, ...]:
     d = s.width
-    found, channels = [], 3
-    for i, group in enumerate(convolutions(config, image_size)):
+    found = []
+    for i, group in enumerate(convolutions(config, image_size, channels)):
         # Each convolution has a GroupNorm (scale and bias) behind it.
         shapes = tuple(x for c in group for x in (c.kernel, c.kernel[-1:], c.kernel[-1:]))
         name = 'residual unit' if i else 'ResNet root'
@@ -345,12 +360,14 @@ def _map_head(s: Sizes) -> Part:
     return Part('attention pooling', shapes, macs, weightless_macs=products)
 
 
-def _mixer(config: Mapping[str, Any], s: Sizes, num_classes: int) -> tuple[Part, ...]:
+def _mixer(
+    config: Mapping[str, Any], s: Sizes, num_classes: int, channels: int
+) -> tuple[Part, ...]:
     d, m, n, h = s.width, s.hidden, s.patches, s.tokens_hidden
     patch = tuple(config['patches']['size'])
     block = ((d,),) * 4 + ((n, h), (h,), (h, n), (n,), (d, m), (m,), (m, d), (d,))
     found = [
-        Part('patch embedding', ((*patch, 3, d), (d,)), n * math.prod(patch) * 3 * d),
+        Part('patch embedding', ((*patch, channels, d), (d,)), n * math.prod(patch) * channels * d),
         Part('block', block, 2 * d * n * h + 2 * n * d * m, s.blocks, last_macs=n * d * m),
         Part('norm', ((d,), (d,))),
     ]

@@ -106,7 +106,9 @@ def open_data(run: Run) -> tuple[Selection, Selection]:
         raise UserError('the run was given its data by a program, not by name')
     if dataset != 'digits' and not files.expand(dataset).exists():
         _check_prepared(dataset, data_dir)
-    opened = sources.open_dataset(dataset, tfds_data_dir=data_dir)
+    opened = sources.open_dataset(
+        dataset, tfds_data_dir=data_dir, channels=run.config['pp'].get('channels', 3)
+    )
     train, test = (opened.select(spec) for spec in specs)
     if [train.fingerprint(), test.fingerprint()] != before:
         raise UserError(f'the dataset {dataset} is another than when the run began')
@@ -182,10 +184,10 @@ def predict(run: Run, test: Selection, limit: int | None = None) -> Predictions:
 
     def picture(place: int, row: int) -> Picture:
         example = test[int(chosen[row])]
-        pixels = decode(example.image, key=example.key, exif=test.exif)
+        pixels = decode(example.image, key=example.key, exif=test.exif, channels=model.channels)
         return Picture(
             key=example.key.removeprefix(folder),
-            url=to_url(pixels),
+            url=to_url(attention.as_rgb(pixels)),
             right=model.class_names[found.label[row]],
             predicted=model.class_names[found.predicted[row]],
             confidence=float(found.confidence[row]),
@@ -206,7 +208,9 @@ def image_limit(model: model_folder.Model) -> int:
 
     if jax.default_backend() != 'cpu':
         return MAX_IMAGES
-    macs = counts.forward_macs(model.model_config, len(model.class_names), model.image_size)
+    macs = counts.forward_macs(
+        model.model_config, len(model.class_names), model.image_size, model.channels
+    )
     return int(np.clip(CPU_MACS // macs, MIN_IMAGES, MAX_IMAGES))
 
 
@@ -257,14 +261,14 @@ def _label(source: Selection, index: int) -> int:
 
 def _attention(model: model_folder.Model, pixels: np.ndarray) -> tuple[str, ...]:
     """What the model sees, and over it the attention of the last block, and the rollout."""
-    seen = load_image(pixels, model.preprocess)
+    seen = load_image(pixels, model.preprocess, channels=model.channels)
     maps = attention.maps(model, seen[None])
     last = maps.class_token[0, -1].mean(axis=0)
     # Each patch of a small image should be larger than a pixel of the overlay.
     enlarged = seen.repeat(-(-_SIDE // len(seen)), axis=0).repeat(-(-_SIDE // len(seen)), axis=1)
     pictures: Sequence[np.ndarray] = (
-        np.rint(enlarged).astype(np.uint8),
-        attention.overlay(enlarged, last),
-        attention.overlay(enlarged, maps.rollout[0]),
+        attention.as_rgb(enlarged),
+        attention.overlay(attention.as_rgb(enlarged), last),
+        attention.overlay(attention.as_rgb(enlarged), maps.rollout[0]),
     )
     return tuple(map(to_url, pictures))

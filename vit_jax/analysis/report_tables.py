@@ -31,9 +31,10 @@ _NONE = '–'
 class _Settings:
     """What the cost of training depends on beside the model, with the limits of a description."""
 
-    crop: description.Side
+    crop: description.Side | tuple[description.Side, description.Side]
     batch: int
     remat: str
+    channels: int = 3
 
 
 def state(run: Run) -> str:
@@ -212,13 +213,13 @@ def _costs(run: Run) -> tuple[list[tuple[str, str]], list[str]]:
     model, num_classes = description.architecture(
         {'config': run.config['model'], 'num_classes': len(run.data['class_names'])}
     )
-    settings = description.read(_Settings, {**run.config, 'crop': run.config['pp']['crop']})
-    size = settings.crop
-    forward = counts.forward_macs(model, num_classes, size)
-    training = counts.training_macs(model, num_classes, size, settings.remat)
+    settings = description.read(_Settings, {**run.config, **run.config['pp']})
+    size, channels = settings.crop, settings.channels
+    forward = counts.forward_macs(model, num_classes, size, channels)
+    training = counts.training_macs(model, num_classes, size, settings.remat, channels)
     images = run.steps * settings.batch
     rows = [
-        ('Parameters', f'{counts.parameters(model, num_classes, size):,}'),
+        ('Parameters', f'{counts.parameters(model, num_classes, size, channels):,}'),
         ('Forward, one image (GFLOPs)', f'{2 * forward / 1e9:,.4g}'),
         ('Training, one image (GFLOPs)', f'{2 * training / 1e9:,.4g}'),
         ('Images trained on', f'{images:,}'),

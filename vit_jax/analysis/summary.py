@@ -39,17 +39,18 @@ class Layer:
     flops: int
 
 
-def layers(model: nn.Module, image_size: counts.ImageSize) -> list[Layer]:
+def layers(model: nn.Module, image_size: counts.ImageSize, channels: int = 3) -> list[Layer]:
     """Every layer of a model in the order of the computation, each after the one it lies in.
 
     Args:
       model: a module of `vit_jax.models`.
       image_size: side or (height, width) of the images, pixels.
+      channels: of the images.
 
     Raises:
       UserError: the model takes no such image.
     """
-    image = jax.ShapeDtypeStruct((1, *variants.sides(image_size), 3), jnp.float32)
+    image = jax.ShapeDtypeStruct((1, *variants.sides(image_size), channels), jnp.float32)
     outputs: dict[tuple[str, ...], tuple[str, tuple[int, ...]]] = {}
 
     def record(call, args, kwargs, context):

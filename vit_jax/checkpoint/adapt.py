@@ -86,6 +86,7 @@ def adapt(
     grid: Grid | None = None,
     source_grid: Grid | None = None,
     allow_new: Sequence[str] = (),
+    patch_resize: str = resize.PATCH_METHODS[0],
 ) -> tuple[Mapping[str, Any], Report]:
     """Fits the parameters of a checkpoint to a model.
 
@@ -113,6 +114,7 @@ def adapt(
         source_grid: the same of the checkpoint.
         allow_new: what names of parameters that the checkpoint need not have begin with
             ('Transformer/registers'); * stands for anything ('*/lora_a').
+        patch_resize: how the first layer is made for other patches, of `resize.PATCH_METHODS`.
 
     Returns:
         (parameters, report): the structure, shapes and dtypes of `init_params`.
@@ -143,7 +145,7 @@ def adapt(
         shapes = tuple(array.shape), tuple(leaf.shape)
         same = same_tokens and grid == source_grid if name == POSITION_EMBEDDING else True
         if shapes[0] != shapes[1] or not same:
-            fitted = _fit(name, found, expected, (grid, source_grid), source)
+            fitted = _fit(name, found, expected, (grid, source_grid), source, patch_resize)
             if fitted is None:
                 problems.append(f'{name}: has shape {shapes[0]}, expected {shapes[1]}')
                 continue
@@ -350,6 +352,7 @@ def _fit(
     expected: Mapping[str, Any],
     grids: tuple[Grid | None, Grid | None],
     source: str,
+    patch_resize: str,
 ) -> tuple[np.ndarray, str] | None:
     """The checkpoint's array in the model's shape and how that was done; None if it cannot be."""
     array, leaf = found[name], expected[name]
@@ -369,8 +372,9 @@ def _fit(
     if list(array.shape[:2]) != size:
         if first_layers == ('conv_root',):
             return None
-        kernel = resize.resize_patch_embedding(kernel, tuple(size))
-        how.append('pseudo-inverse of the bilinear resize')
+        kernel = resize.resize_patch_embedding(kernel, tuple(size), patch_resize)
+        inverse = 'pseudo-inverse of the bilinear resize'
+        how.append(inverse if patch_resize == 'pseudo-inverse' else patch_resize)
     return kernel, ', '.join(how)
 
 

@@ -83,6 +83,7 @@ def load_pretrained(
     image_size: int | tuple[int, int] | None = None,
     source_grid: adapt.Grid | None = None,
     allow_new: Sequence[str] = (),
+    patch_resize: str = 'pseudo-inverse',
 ) -> Mapping[str, Any]:
     """Loads a released checkpoint for fine-tuning, as the original release's function of this name.
 
@@ -107,6 +108,7 @@ def load_pretrained(
         source_grid: (rows, columns) of the checkpoint's tokens, where its images were not square.
         allow_new: what names of parameters begin with that the checkpoint need not have, and that
             keep their initial values ('Transformer/registers'); * stands for anything ('*/lora_a').
+        patch_resize: see `adapt.adapt`.
 
     Returns:
         Parameters with the structure, shapes and dtypes of `init_params`.
@@ -128,6 +130,7 @@ def load_pretrained(
         grid=grid,
         source_grid=source_grid,
         allow_new=allow_new,
+        patch_resize=patch_resize,
     )
     _log.info('%s', report)
     return params
@@ -323,11 +326,14 @@ def _normalize(weights: Weights, normalization: Normalization) -> Weights:
             f'{weights.path}: mean and standard deviation should be three numbers each, of red, '
             f'green and blue; got {str(normalization)[:200]} ({e})'
         ) from e
-    if np.array_equal([mean, std], HALF):
+    if mean.shape == std.shape and (mean == 0.5).all() and (std == 0.5).all():
         return weights
-    params = dict(weights.params)
+    params, channels = dict(weights.params), infer.channels(weights.params)
+    if mean.shape == std.shape == (1,) or (np.ptp(mean) == 0 and np.ptp(std) == 0):
+        mean, std = np.full(channels, mean.flat[0]), np.full(channels, std.flat[0])
     layer = 'stem' if 'stem' in params else 'embedding'
-    if 'conv_root' in params or layer not in params or mean.shape != (3,) or std.shape != (3,):
+    fits = mean.shape == std.shape == (channels,)
+    if 'conv_root' in params or layer not in params or not fits:
         raise UserError(
             f'{weights.path} takes input normalised with mean {mean.tolist()} and standard '
             f'deviation {std.tolist()}, which cannot be folded into its first layer; this package '
@@ -341,7 +347,7 @@ def _normalize(weights: Weights, normalization: Normalization) -> Weights:
     new = {'kernel': derive(lambda kernel: kernel / (2 * std)[None, None, :, None], old['kernel'])}
     if 'bias' in old:
         new['bias'] = derive(lambda bias, kernel: bias + offset(kernel), old['bias'], old['kernel'])
-    elif not np.array_equal(mean, HALF[0]):  # what is added to every patch
+    elif (mean != 0.5).any():  # what is added to every patch
         tokens = adapt.prefix_positions(npz.flatten(params))
 
         def add(rows: np.ndarray, kernel: np.ndarray) -> np.ndarray:

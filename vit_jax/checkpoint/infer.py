@@ -174,6 +174,16 @@ def image_size(
     return side * stride[0] if stride[0] == stride[1] else (side * stride[0], side * stride[1])
 
 
+def channels(params: Mapping[str, Any]) -> int:
+    """Channels of the images that a model takes, from the kernel of its first layer; else 3."""
+    flat = flatten(params)
+    for layer in ('conv_root', 'embedding', 'stem'):
+        shape: tuple[int, ...] = getattr(flat.get(f'{layer}/kernel'), 'shape', ())
+        if len(shape) == 4:
+            return shape[2]
+    return 3
+
+
 def square_grid(params: Mapping[str, Any]) -> tuple[int, int] | None:
     """(rows, columns) of the patches of a ViT, if their positions are as many as a square has.
 

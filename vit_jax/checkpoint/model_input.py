@@ -298,7 +298,7 @@ def to_timm(preprocess: Preprocess) -> dict[str, Any]:
     )
 
 
-def to_hugging_face(preprocess: Preprocess) -> dict[str, Any]:
+def to_hugging_face(preprocess: Preprocess, channels: int = 3) -> dict[str, Any]:
     """How evaluation makes pixels, as a preprocessor_config.json for input in [-1, 1].
 
     Its resizing is always antialiased, and there is no word for that.
@@ -330,6 +330,6 @@ def to_hugging_face(preprocess: Preprocess) -> dict[str, Any]:
         'do_rescale': True,
         'rescale_factor': 1 / 255,
         'do_normalize': True,
-        'image_mean': [0.5] * 3,
-        'image_std': [0.5] * 3,
+        'image_mean': [0.5] * channels,
+        'image_std': [0.5] * channels,
     }

@@ -7,6 +7,9 @@ from scipy import ndimage
 
 from vit_jax.errors import UserError
 
+# Ways to make a kernel for another patch size, see `resize_patch_embedding`.
+PATCH_METHODS = ('pseudo-inverse', 'bilinear')
+
 
 def resize_position_embedding(
     embedding: np.ndarray,
@@ -47,17 +50,21 @@ def resize_position_embedding(
     return values.reshape(1, count, -1).astype(embedding.dtype)
 
 
-def resize_patch_embedding(kernel: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes the kernel of a patch embedding to another patch size, by the pseudo-inverse.
+def resize_patch_embedding(
+    kernel: np.ndarray, size: tuple[int, int], method: str = 'pseudo-inverse'
+) -> np.ndarray:
+    """Resizes the kernel of a patch embedding to another patch size.
 
-    The rule of FlexiViT (Beyer et al. 2022, https://arxiv.org/abs/2212.08013, section 3.4) and
-    big_vision: a patch that is resized (bilinearly, without antialiasing) and then embedded with
-    the new kernel gives what the old kernel gave for the patch. For larger patches exactly, for
-    smaller ones as nearly as can be (least squares).
+    By the pseudo-inverse, the rule of FlexiViT (Beyer et al. 2022, https://arxiv.org/abs/2212.08013,
+    section 3.4) and big_vision: a patch that is resized (bilinearly, without antialiasing) and then
+    embedded with the new kernel gives what the old kernel gave for the patch. For larger patches
+    exactly, for smaller ones as nearly as can be (least squares). Or bilinearly, as if the kernel
+    were an image: then outputs grow with the number of pixels of a patch.
 
     Args:
         kernel: [height, width, channels, hidden_size] float32.
         size: the new (height, width) of a patch, pixels.
+        method: one of `PATCH_METHODS`.
 
     Returns:
         [*size, channels, hidden_size] of the dtype of `kernel`.
@@ -67,9 +74,11 @@ def resize_patch_embedding(kernel: np.ndarray, size: tuple[int, int]) -> np.ndar
     kernel = np.asarray(kernel)
     # An identity that is resized is the matrix [new, old] that resizes.
     rows, columns = (
-        np.linalg.pinv(cv2.resize(np.eye(old), (old, new), interpolation=cv2.INTER_LINEAR).T)
+        cv2.resize(np.eye(old), (old, new), interpolation=cv2.INTER_LINEAR)
         for old, new in zip(kernel.shape[:2], size, strict=True)
     )
+    if method == 'pseudo-inverse':
+        rows, columns = np.linalg.pinv(rows.T), np.linalg.pinv(columns.T)
     resized = np.einsum('yh,xw,hwcd->yxcd', rows, columns, kernel, optimize=True)
     return resized.astype(kernel.dtype)
 

@@ -85,7 +85,7 @@ def _run(args: argparse.Namespace) -> int:
     model = classifier.open_classifier(
         args.model, variant=args.variant, labels=args.labels, **cli.input_of(args)
     )
-    source, reason = _open_source(args, model.source)
+    source, reason = _open_source(args, model.source, model.channels)
     class_map = labels.read_class_map(args.class_map, source.class_names) if args.class_map else {}
     to_model = labels.remap(source.class_names, model.class_names, str(source), class_map)
     in_order = to_model == tuple(range(len(to_model)))
@@ -124,7 +124,9 @@ def _run(args: argparse.Namespace) -> int:
     return output.report_unreadable(unreadable, len(source))
 
 
-def _open_source(args: argparse.Namespace, source: Mapping[str, Any]) -> 'tuple[Selection, str]':
+def _open_source(
+    args: argparse.Namespace, source: Mapping[str, Any], channels: int
+) -> 'tuple[Selection, str]':
     """The labelled images to evaluate on, and why these."""
     from vit_jax.data import sources
     from vit_jax.errors import UserError
@@ -137,7 +139,7 @@ def _open_source(args: argparse.Namespace, source: Mapping[str, Any]) -> 'tuple[
     name = args.dataset or trained.dataset
     if not name:
         raise UserError('the model does not tell what it was trained on: name a --dataset')
-    dataset = sources.open_dataset(name, tfds_data_dir=args.tfds_data_dir)
+    dataset = sources.open_dataset(name, tfds_data_dir=args.tfds_data_dir, channels=channels)
     spec, reason = (args.split, 'as --split says') if args.split else choose_split(dataset, trained)
     return dataset.select(spec), reason
 

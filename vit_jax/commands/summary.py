@@ -41,14 +41,17 @@ def main() -> int:
 def _run(args: argparse.Namespace) -> str:
     from vit_jax import models
     from vit_jax.analysis import architecture, summary, tables
+    from vit_jax.errors import UserError
 
     of = architecture.find(args.variant, args.model, args.num_classes, args.image_size)
     if args.style == 'torchsummary':
+        if of.channels != 3:
+            raise UserError('the ViT that torchsummary shows takes 3 channels: --style jax')
         table = summary.torchsummary(
             of.model_config, of.num_classes, of.image_size, title=str(of), style=args.format
         )
     else:
         model = models.from_config(of.model_config, num_classes=of.num_classes)
-        layers = summary.layers(model, of.image_size)
+        layers = summary.layers(model, of.image_size, of.channels)
         table = summary.table(layers, title=str(of), style=args.format, expand=args.expand)
     return tables.render(table, args.format)

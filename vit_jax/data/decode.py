@@ -7,6 +7,7 @@ goes through Pillow. Arrays and PIL images become the same kind of pixels.
 """
 
 import errno
+import io
 import os
 import stat
 import threading
@@ -188,7 +189,7 @@ def decode(
     channels: int = 3,
     accurate: bool = False,
 ) -> np.ndarray:
-    """Decodes one image to RGB.
+    """Decodes one image, to RGB by default.
 
     Grey images get three equal channels, palettes are looked up, CMYK is converted, an alpha
     channel is dropped (what `tf.io.decode_image(channels=3)` does: the colours stored under
@@ -196,15 +197,16 @@ def decode(
     decoder). Only the first frame of an animation is used.
 
     Args:
-      image: an encoded file of a format in `image_files.FORMATS`, a PIL image, or an array, see
-        `pixels_of`.
+      image: an encoded file of a format in `image_files.FORMATS`, a PIL image, or an array (also
+        as a .npy file), see `pixels_of`.
       key: what a person calls the image (its path, or `tf_flowers:train/17`), for the error
         message.
       exif: whether to turn the image upright as its EXIF orientation says. Photo folders need that;
         TFDS sets do not, because the original release ignores EXIF.
       reduction: 1, or 2, 4 or 8: a JPEG file comes out at so much smaller a size, sooner; other
         formats do not change.
-      channels: of the result; another number than 3 (RGB) only for arrays.
+      channels: of the result: 3 (RGB), 1 (grey: of colours the luma, as Pillow's mode L), or
+        others, only for arrays and .npy files.
       accurate: JPEG by libjpeg's accurate inverse transform, which Pillow has, and not by the fast
         one, which TensorFlow has: up to 20 grey levels apart at single pixels.
 
@@ -218,8 +220,17 @@ def decode(
     """
     if isinstance(image, np.ndarray):
         return pixels_of(image, key=key, channels=channels)
+    if isinstance(image, bytes) and image.startswith(np.lib.format.MAGIC_PREFIX):
+        return pixels_of(_array_of(image, key), key=key, channels=channels)
+    if channels == 1:
+        from PIL import Image
+
+        rgb = decode(image, key=key, exif=exif, reduction=reduction, accurate=accurate)
+        return np.array(Image.fromarray(rgb).convert('L'))[..., None]
     if channels != 3:
-        raise BadImageError(key, f'an image of {channels} channels has to be an array')
+        raise BadImageError(
+            key, f'an image of {channels} channels has to be an array, or a .npy file'
+        )
     if not isinstance(image, bytes):
         return _from_pillow(image, key, exif, ours=False)
     if not image:
@@ -232,6 +243,14 @@ def decode(
     except Exception as error:
         raise _pillows(error, key) from error
     return _from_pillow(picture, key, exif, ours=True)
+
+
+def _array_of(file: bytes, key: str) -> np.ndarray:
+    """The array of a .npy file."""
+    try:
+        return np.load(io.BytesIO(file), allow_pickle=False)
+    except Exception as error:  # NumPy evaluates the header as Python's literals: nearly any error
+        raise BadImageError(key, f'not a .npy file of plain numbers ({error})') from error
 
 
 def pixels_of(image: np.ndarray, *, key: str, channels: int = 3) -> np.ndarray:

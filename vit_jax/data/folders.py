@@ -39,7 +39,7 @@ _MAX_FOLDERS = 1000  # that are looked at
 _logger = logging.getLogger(__name__)
 
 
-def open_folder(root: pathlib.Path, name: str) -> Dataset:
+def open_folder(root: pathlib.Path, name: str, *, channels: int = 3) -> Dataset:
     """Lists the images of a folder.
 
     Classes are the first-level folders, in the order of their names; images may lie deeper. Hidden
@@ -50,6 +50,7 @@ def open_folder(root: pathlib.Path, name: str) -> Dataset:
     Args:
       root: the folder.
       name: how the user spelled it.
+      channels: of the images; with another number than 3, .npy files are images, too.
 
     Returns:
       A dataset whose examples are read from disk on access, EXIF orientation honoured.
@@ -72,10 +73,10 @@ def open_folder(root: pathlib.Path, name: str) -> Dataset:
             )
     places = _Places(folder / name for folder in folders.values() for name in classes)
     splits = {
-        split: _list_split(folder, classes, places, complete=split == 'train')
+        split: _list_split(folder, classes, places, complete=split == 'train', arrays=channels != 3)
         for split, folder in folders.items()
     }
-    return Dataset(name, tuple(classes), True, splits)
+    return Dataset(name, tuple(classes), True, splits, channels)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -215,7 +216,7 @@ def _parents(path: str) -> list[str]:
 
 
 def _list_split(
-    folder: pathlib.Path, classes: list[str], places: _Places, *, complete: bool
+    folder: pathlib.Path, classes: list[str], places: _Places, *, complete: bool, arrays: bool
 ) -> _Files:
     """The images of a split, which must have all classes if it is to be `complete`."""
     paths: list[str] = []
@@ -234,7 +235,8 @@ def _list_split(
                 'two classes; remove one of the links'
             )
         known[real] = name
-        found, others = list_images(folder / name, functools.partial(places.is_foreign, real))
+        foreign = functools.partial(places.is_foreign, real)
+        found, others = list_images(folder / name, foreign, arrays=arrays)
         ignored += others
         if not found and complete:
             raise UserError(
@@ -265,18 +267,23 @@ def _list_split(
 
 
 def list_images(
-    folder: str | os.PathLike[str], is_foreign: Callable[[str], bool] = lambda real: False
+    folder: str | os.PathLike[str],
+    is_foreign: Callable[[str], bool] = lambda real: False,
+    *,
+    arrays: bool = False,
 ) -> tuple[list[str], int]:
     """The images below a folder.
 
     Args:
       folder: searched with everything below it, links followed, hidden files and folders left out.
       is_foreign: of the real path of a folder below it: whether to leave that out, and say so.
+      arrays: whether .npy files are images.
 
     Returns:
       Sorted paths of the images (see `SUFFIXES`), and how many other files there were.
     """
-    found, ignored, seen = [], 0, set()
+    found: list[str] = []
+    ignored, seen = 0, set[str]()
     for path, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(path)
         if real in seen:  # A link to a folder above it.
@@ -291,7 +298,7 @@ def list_images(
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith('.')]
         for file in files:
-            if _is_image(file):
+            if _is_image(file) or (arrays and file.endswith('.npy') and file[0] != '.'):
                 found.append(os.path.join(path, file))
             else:
                 ignored += 1

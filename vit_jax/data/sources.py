@@ -23,6 +23,7 @@ def open_sources(
     test_split: str = '',
     tfds_data_dir: str = '',
     tfds_manual_dir: str = '',
+    channels: int = 3,
 ) -> tuple[Selection, Selection]:
     """Opens the training and the test examples of a dataset.
 
@@ -32,6 +33,7 @@ def open_sources(
       test_split: likewise.
       tfds_data_dir: see `open_dataset`.
       tfds_manual_dir: see `open_dataset`.
+      channels: see `open_dataset`.
 
     Returns:
       (training examples, test examples).
@@ -39,7 +41,12 @@ def open_sources(
     Raises:
       UserError: anything wrong with the dataset or the splits; the message says what to do.
     """
-    opened = open_dataset(dataset, tfds_data_dir=tfds_data_dir, tfds_manual_dir=tfds_manual_dir)
+    opened = open_dataset(
+        dataset,
+        tfds_data_dir=tfds_data_dir,
+        tfds_manual_dir=tfds_manual_dir,
+        channels=channels,
+    )
     defaults = opened.default_specs()
     return opened.select(train_split or defaults[0]), opened.select(test_split or defaults[1])
 
@@ -55,7 +62,9 @@ def lasting_name(dataset: str) -> str:
     return os.path.join(os.curdir, dataset) if plain and is_folder(dataset) else dataset
 
 
-def open_dataset(dataset: str, *, tfds_data_dir: str = '', tfds_manual_dir: str = '') -> Dataset:
+def open_dataset(
+    dataset: str, *, tfds_data_dir: str = '', tfds_manual_dir: str = '', channels: int = 3
+) -> Dataset:
     """Opens a dataset by its name or path.
 
     Args:
@@ -66,6 +75,7 @@ def open_dataset(dataset: str, *, tfds_data_dir: str = '', tfds_manual_dir: str 
         ~/tensorflow_datasets). A set that is not there is downloaded and prepared, one that is
         there as TFRecord is converted, in a child process.
       tfds_manual_dir: files that had to be downloaded by hand, for the few sets that need it.
+      channels: that images are to have: 3 (RGB), 1 (grey), or those of .npy files in a folder.
 
     Returns:
       The dataset; only descriptions have been read, no images.
@@ -86,9 +96,9 @@ def open_dataset(dataset: str, *, tfds_data_dir: str = '', tfds_manual_dir: str 
                 path.absolute(),
                 'start in another folder' if dataset == 'digits' else f'name it {dataset}:*.*.*',
             )
-        return folders.open_folder(path, dataset)
+        return folders.open_folder(path, dataset, channels=channels)
     if dataset == 'digits':
-        return _open_digits()
+        return _open_digits(channels)
     if path.exists():
         raise UserError(
             f'dataset {dataset} is a file; give the folder that holds the folders of the classes'
@@ -99,7 +109,8 @@ def open_dataset(dataset: str, *, tfds_data_dir: str = '', tfds_manual_dir: str 
         or dataset.endswith('/')
     ):
         raise UserError(f'there is no folder {dataset} (seen from {pathlib.Path.cwd()})')
-    return tfds_sets.open_tfds(dataset, tfds_data_dir, tfds_manual_dir)
+    opened = tfds_sets.open_tfds(dataset, tfds_data_dir, tfds_manual_dir)
+    return dataclasses.replace(opened, channels=channels)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,7 +132,7 @@ class _Pixels:
 
 
 @functools.cache
-def _open_digits() -> Dataset:
+def _open_digits(channels: int = 3) -> Dataset:
     """1,797 handwritten digits of 8 x 8 pixels that come with scikit-learn, in stratified order."""
     with extra('train'):
         from sklearn import datasets
@@ -129,6 +140,7 @@ def _open_digits() -> Dataset:
     digits = datasets.load_digits()
     order = stratified_order(digits.target)
     grey = np.round(digits.images[order] * (255 / 16)).astype(np.uint8)  # stored as 0 .. 16
-    images = np.repeat(grey[..., None], 3, axis=-1)
+    images = np.repeat(grey[..., None], channels, axis=-1)
     split = _Pixels('digits:train', images, digits.target[order])
-    return Dataset('digits', tuple(str(i) for i in range(10)), False, {'train': split})
+    names = tuple(str(i) for i in range(10))
+    return Dataset('digits', names, False, {'train': split}, channels)

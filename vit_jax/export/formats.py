@@ -53,7 +53,7 @@ def export(
     output = pathlib.Path(output)
     check(format, options, output)
     model, notes = pytorch.drop_layers(model, options.drop)
-    chosen = verify.images_for(images) if verified else None
+    chosen = verify.images_for(images, channels=model.channels) if verified else None
     console = console or rich.console.Console(quiet=True)
     with files.atomic_group(output) as folder:
         made = folder / output.name

@@ -63,7 +63,7 @@ def build(model: model_folder.Model, options: Options = DEFAULT) -> onnx.ModelPr
     names = ('act', 'layer_norm_eps')
     settings = {name: config[name] for name in names if config.get(name) is not None}
     graph = Graph(options.opset, FLOAT16 if options.dtype == 'float16' else FLOAT32, **settings)
-    image = _image(graph, size, options)
+    image = _image(graph, (*size, model.channels), options)
     values = onnx_models.build(graph, image, params, config, size, attention=options.attention)
     if values.logits:
         x = values.logits
@@ -142,10 +142,11 @@ def save(
         (folder / path.name).write_bytes(proto.SerializeToString())
 
 
-def _image(graph: Graph, size: tuple[int, int], options: Options) -> str:
-    """Declares the input; gives [B, 3, *size] in [-1, 1]."""
+def _image(graph: Graph, image: tuple[int, int, int], options: Options) -> str:
+    """Declares the input; gives [B, channels, height, width] in [-1, 1]."""
     channels_last = options.layout == 'NHWC'
-    shape = (BATCH, *size, 3) if channels_last else (BATCH, 3, *size)
+    height, width, channels = image
+    shape = (BATCH, *image) if channels_last else (BATCH, channels, height, width)
     x = graph.input('image', UINT8 if options.preprocessing else FLOAT32, shape)
     if options.preprocessing:
         x = graph.cast(x, FLOAT32)

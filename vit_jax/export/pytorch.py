@@ -141,6 +141,8 @@ def _torchvision(model: model_folder.Model, flat: Mapping[str, Any]) -> tuple[st
         raise UnsupportedError('it has no distillation token (dist, head_dist)')
     if not model.model.num_classes:
         raise UnsupportedError('its VisionTransformer always has a head, and this model has none')
+    if model.channels != 3:
+        raise UnsupportedError(f'its images have 3 channels, not {model.channels}')
     for what, size in (('images', model.image_size), ('patches', patch_size(config))):
         if not isinstance(size, int):
             raise UnsupportedError(f'its {what} are square, not {variants.in_words(size)}')

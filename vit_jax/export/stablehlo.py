@@ -64,8 +64,8 @@ def build(model: model_folder.Model, options: Options = DEFAULT) -> jax.export.E
         return compute(params, image)
 
     height, width = model.preprocess.size
-    sides = f'{height}, {width}'
-    shape = f'batch, {sides}, 3' if channels_last else f'batch, 3, {sides}'
+    sides, channels = f'{height}, {width}', model.channels
+    shape = f'batch, {sides}, {channels}' if channels_last else f'batch, {channels}, {sides}'
     dtype = np.uint8 if options.preprocessing else np.float32
     image = jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape), dtype)
     # What the session asks for would be written into the file.

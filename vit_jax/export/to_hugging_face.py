@@ -35,7 +35,7 @@ def describe(model: model_folder.Model, flat: Mapping[str, Any]) -> _Described:
     """
     config = model.model_config
     table, described = _family(config)(model, flat)
-    processor = model_input.to_hugging_face(model.preprocess)
+    processor = model_input.to_hugging_face(model.preprocess, model.channels)
     return table, {'config.json': described, 'preprocessor_config.json': processor}
 
 

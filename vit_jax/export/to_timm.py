@@ -53,6 +53,8 @@ def describe(model: model_folder.Model, flat: Mapping[str, Any]) -> tuple[str, d
     settings = settings_of(config)
     check_epsilon(settings)
     arguments: dict[str, Any] = {'img_size': model.image_size}
+    if model.channels != 3:
+        arguments['in_chans'] = model.channels
     first_layer = 'patch_embed.proj'
     if variants.is_mixer(config):
         key = (patch, config['hidden_dim'], config['num_blocks'])
@@ -89,11 +91,11 @@ def describe(model: model_folder.Model, flat: Mapping[str, Any]) -> tuple[str, d
         'global_pool': pool,
         'model_args': arguments,
         'pretrained_cfg': {
-            'input_size': [3, *model.preprocess.size],
+            'input_size': [model.channels, *model.preprocess.size],
             'fixed_input_size': True,
             **model_input.to_timm(model.preprocess),
-            'mean': [0.5] * 3,
-            'std': [0.5] * 3,
+            'mean': [0.5] * model.channels,
+            'std': [0.5] * model.channels,
             'num_classes': model.model.num_classes,
             'first_conv': first_layer,
             'classifier': ['head', 'head_dist'] if 'dist' in flat else 'head',

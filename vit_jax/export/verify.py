@@ -227,15 +227,17 @@ class _Examples(list[Example]):
 
     class_names: tuple[str, ...] = ()
     exif = False
+    channels = 3
 
 
-def images_for(paths: Sequence[str] = ()) -> Images:
+def images_for(paths: Sequence[str] = (), *, channels: int = 3) -> Images:
     """The user's images, or photographs that are always at hand.
 
     Args:
         paths: image files and folders of them; fewer than `BATCH` images are repeated. None: seven
             crops of the two photographs that scikit-learn has for such purposes (a temple, a
-            flower).
+            flower), whose colours are repeated where there are to be more channels.
+        channels: that the model takes.
 
     Raises:
         UserError: a path that does not exist, or a folder without images.
@@ -247,16 +249,20 @@ def images_for(paths: Sequence[str] = ()) -> Images:
         found = sklearn.datasets.load_sample_images()
         names = [pathlib.Path(name).name for name in found.filenames]
         examples = _Examples()
+        examples.channels = channels
         for name, (y, x, height, width) in _CROPS:
             photo = found.images[names.index(name)]
             key = f'{name} {height}x{width}+{y}+{x}'
-            examples.append(Example(photo[y : y + height, x : x + width], 0, key))
+            part = photo[y : y + height, x : x + width, np.arange(channels) % 3]
+            examples.append(Example(part, 0, key))
         keys = [example.key for example in examples]
         return Images(examples, keys, "7 crops of scikit-learn's sample photographs")
     listed = predict.find_images(paths)
     keys = [listed[i % len(listed)] for i in range(max(BATCH, len(listed)))]
     repeated = '' if len(keys) == len(listed) else f', repeated to make {len(keys)}'
-    return Images(predict.Images(keys), keys, f'{len(listed)} images of --images{repeated}')
+    return Images(
+        predict.Images(keys, channels), keys, f'{len(listed)} images of --images{repeated}'
+    )
 
 
 def verify(
@@ -283,7 +289,7 @@ def verify(
     Raises:
         UserError: an image cannot be read.
     """
-    images = images or images_for()
+    images = images or images_for(channels=model.channels)
     outputs = outputs_of(model, format, options)
     report = Report(VERIFIED, options.dtype, images=images.description)
     count = len(images.keys)

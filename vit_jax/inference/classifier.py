@@ -26,18 +26,20 @@ class Classifier(Protocol):
     Attributes:
       class_names: in label order, at least one.
       preprocess: from decoded images to pixels.
+      channels: of the images; 3 for RGB.
       source: where the model came from; any JSON.
     """
 
     class_names: tuple[str, ...]
     preprocess: Preprocess
+    channels: int
     source: Mapping[str, Any]
 
     def logits(self, pixels: np.ndarray) -> Any:
         """Scores of the classes, before softmax.
 
         Args:
-          pixels: float32 [B, *preprocess.size, 3] in [0, 255], what `preprocess` gives. They
+          pixels: float32 [B, *preprocess.size, channels] in [0, 255], what `preprocess` gives. They
             must not be changed until the result has been read.
 
         Returns:
@@ -68,6 +70,7 @@ class JaxClassifier:
         self.class_names: tuple[str, ...] = tuple(model.class_names)
         self.multi_label = model.multi_label
         self.preprocess = model.preprocess
+        self.channels = model.channels
         self.source: Mapping[str, Any] = model.source
         self._params = jax.device_put(model.params)
         self._batch = 0

@@ -52,7 +52,7 @@ class Model:
     """A model that is ready to use: `model.model.apply({'params': model.params}, x, train=False)`.
 
     Attributes:
-        model: the Flax module; takes [batch, height, width, 3] float32 in [-1, 1].
+        model: the Flax module; takes [batch, height, width, channels] float32 in [-1, 1].
         params: nested dict of float32 NumPy arrays, on the host.
         model_config: the module's arguments without `num_classes` (plain dict; 'model_name' among
             them, None where no known variant has this architecture).
@@ -77,6 +77,11 @@ class Model:
     def image_size(self) -> int | tuple[int, int]:
         """Side of the input, or (height, width), pixels."""
         return self.preprocess.crop
+
+    @property
+    def channels(self) -> int:
+        """Of the input: 3 for RGB."""
+        return infer.channels(self.params)
 
 
 def save(
@@ -104,7 +109,7 @@ def save(
     Raises:
         UserError: `folder` is something else than a model folder, or cannot be written; or `load`
             would refuse it: the parameters are not those of `model_config` (other shapes, arrays
-            that it does not have), take other than 3 channels, or are not finite.
+            that it does not have), or are not finite.
         ValueError: not as many names as the head has classes.
         TypeError: a parameter is not an array of floats, or something else is not for JSON.
     """
@@ -349,7 +354,8 @@ def check(opened: Model) -> None:
 
 def _check(opened: Model, what: str) -> None:
     """`check` of a model that messages call `what`."""
-    image = jax.ShapeDtypeStruct((1, *opened.preprocess.size, 3), np.float32)
+    size = (1, *opened.preprocess.size, opened.channels)
+    image = jax.ShapeDtypeStruct(size, np.float32)
     try:
         init = jax.eval_shape(
             lambda x: opened.model.init(jax.random.key(0), x, train=False)['params'], image
@@ -371,12 +377,6 @@ def _check(opened: Model, what: str) -> None:
         del found[adapt.POSITION_EMBEDDING], expected[adapt.POSITION_EMBEDDING]
     classifier = opened.model_config.get('classifier', '')
     _, report = adapt.adapt(found, expected, classifier=classifier, keep_head=True, source=what)
-    for name, (shape, fitted) in report.resized.items():
-        if shape[:2] == fitted[:2] and shape[3:] == fitted[3:]:
-            raise UserError(
-                f'{what} takes images of {shape[2]} channels ({name} {shape}); images are read '
-                'with 3. Keep its parameters with checkpoint.save and prepare its input yourself'
-            )
     if report.initialised or report.ignored or report.resized:
         raise UserError(
             f'the weights do not agree with the architecture ({adapt.describe(init)}):\n  {report}'

@@ -48,6 +48,7 @@ class OnnxClassifier:
     Attributes:
       class_names: in label order.
       preprocess: from decoded images to pixels.
+      channels: of the images.
       source: where the model came from.
 
     Raises:
@@ -61,6 +62,8 @@ class OnnxClassifier:
         described = _read_metadata(self._session, self._path)
         self.class_names = described.class_names
         self.preprocess = described.preprocessing
+        shape = self._session.get_inputs()[0].shape
+        self.channels = shape[3 if described.layout == 'NHWC' else 1]
         self.source: Mapping[str, Any] = described.source
         self.multi_label = described.multi_label
         self._output = described.output
@@ -73,7 +76,7 @@ class OnnxClassifier:
         """Scores whose softmax gives the probabilities.
 
         Args:
-          pixels: float32 [B, *preprocess.size, 3] in [0, 255], any B. A file whose graph
+          pixels: float32 [B, *preprocess.size, channels] in [0, 255], any B. A file whose graph
             takes bytes gets them rounded.
 
         Returns:
@@ -176,7 +179,12 @@ def _check_graph(session: Any, described: Metadata, path: str) -> None:
         for nodes in (session.get_inputs(), session.get_outputs())
     )
     size, output = list(described.preprocessing.size), described.output
-    shape = [*size, 3] if described.layout == 'NHWC' else [3, *size]
+    last = described.layout == 'NHWC'
+    # Any number of channels, but not an open one.
+    given = inputs.get(INPUT, [])
+    channels = given[3 if last else 1] if len(given) == 4 else 3
+    channels = channels if isinstance(channels, int) else 3
+    shape = [*size, channels] if last else [channels, *size]
     classes = len(described.class_names)
     if list(inputs) != [INPUT] or not _fits(inputs[INPUT], shape):
         raise UserError(f'{path} takes {inputs}, its metadata says {INPUT}: {["batch", *shape]}')

@@ -32,14 +32,16 @@ class Images:
 
     Args:
       paths: of the files, and `PipedImage`s.
+      channels: see `dataset.channels_of`.
     """
 
     class_names: tuple[str, ...] = ()
     exif = True
     label_dtype = CLASS_INDEX
 
-    def __init__(self, paths: Sequence[str]):
+    def __init__(self, paths: Sequence[str], channels: int = 3):
         self._paths = paths
+        self.channels = channels
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -114,12 +116,8 @@ def predict(
         return iter(())
     errors: collections.deque[BadImageError] = collections.deque()
     classifier = model if isinstance(model, Classifier) else JaxClassifier(model)
-    scored = classify(
-        classifier,
-        Images(paths),
-        batch=batch,
-        on_bad=errors.append,
-    )
+    source = Images(paths, classifier.channels)
+    scored = classify(classifier, source, batch=batch, on_bad=errors.append)
 
     def readable() -> Iterator[tuple[str, np.ndarray]]:
         for data, logits in scored:
@@ -134,17 +132,19 @@ def predict(
     return readable()
 
 
-def read_image(path: str, *, accurate: bool = False) -> np.ndarray:
-    """The pixels of an image file, upright: uint8 [height, width, 3].
+def read_image(path: str, *, accurate: bool = False, channels: int = 3) -> np.ndarray:
+    """The pixels of an image file, upright: uint8 [height, width, channels].
 
     Args:
       path: of the file, or a `PipedImage`.
       accurate: see `decode.decode`; what the model's preprocessing says.
+      channels: see `decode.decode`; those of the model.
 
     Raises:
       BadImageError: it cannot be read.
     """
-    return decode(Images([path])[0].image, key=path, exif=True, accurate=accurate)
+    image = Images([path])[0].image
+    return decode(image, key=path, exif=True, accurate=accurate, channels=channels)
 
 
 def choose_classes(

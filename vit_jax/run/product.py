@@ -65,12 +65,11 @@ class Product:
         return folder
 
 
-def architecture_of(model: nn.Module, channels: int, names: int) -> dict[str, Any]:
+def architecture_of(model: nn.Module, names: int) -> dict[str, Any]:
     """What `model.json` says of a module, from which it can be made again.
 
     Args:
       model: any module.
-      channels: of its input.
       names: how many names of classes there are.
 
     Raises:
@@ -81,8 +80,6 @@ def architecture_of(model: nn.Module, channels: int, names: int) -> dict[str, An
             f'the model is a {type(model).__name__}, and a model folder describes a '
             'VisionTransformer or an MlpMixer of vit_jax.models'
         )
-    if channels != 3:
-        raise UserError(f'images have {channels} channels, and those of a model folder have 3')
     if model.num_classes != names:
         raise UserError(f'the model has {model.num_classes} outputs, and there are {names} names')
     told = {}

@@ -126,9 +126,9 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
     architecture = config.model.to_dict()
     if parts.model is None:
         model = model.clone(**{name: architecture[name] for name in infer.EVERY_MODEL})
-    if parts.model is not None or train.channels != 3:
+    if parts.model is not None:
         try:
-            architecture = product.architecture_of(model, train.channels, len(train.class_names))
+            architecture = product.architecture_of(model, len(train.class_names))
         except UserError as error:
             no_folder = str(error)
     abstract = Checkpoint.of(state, replaced=state.skipped)
@@ -177,6 +177,7 @@ def _open(
             test_split=config.pp.test,
             tfds_data_dir=config.tfds_data_dir,
             tfds_manual_dir=config.tfds_manual_dir,
+            channels=config.pp.channels,
         )
     train, test = parts.sources
     if not isinstance(train, BatchStream):
@@ -257,6 +258,7 @@ def initial_params(
         source_grid=source_grid,
         classifier=config.model.get('classifier', 'gap'),
         keep_head=config.keep_head,
+        patch_resize=config.patch_resize,
         source=f'{path} ({weights.format})',
     )
     if report.initialised:
