@@ -2,6 +2,9 @@
 
 import pytest
 
+from vit_jax import main
+from vit_jax.errors import UserError
+
 MAIN = ('-m', 'vit_jax.main')
 
 
@@ -109,3 +112,12 @@ def test_weights_that_cannot_be_downloaded(mistake, tmp_path):
     assert 'https://storage.googleapis.com/vit_models/imagenet21k/ViT-B_16.npz' in line
     assert str(tmp_path / 'cache/vit_models/imagenet21k/ViT-B_16.npz') in line
     assert '--config.pretrained=FILE' in line
+
+
+def test_a_cache_that_cannot_be_written_ends_only_what_asked_for_it(tmp_path, capsys):
+    (tmp_path / 'file').write_text('')
+    folder = str(tmp_path / 'file' / 'cache')
+    main._use_compile_cache(folder, asked=False)
+    assert f'programs are not kept: {folder} cannot be written' in capsys.readouterr().err
+    with pytest.raises(UserError, match='compile_cache=.* cannot be written'):
+        main._use_compile_cache(folder, asked=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vit_jax import streams
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, printable
 
 # What libraries say for lack of memory, in errors of many types.
 _OUT_OF_MEMORY = re.compile(
@@ -189,10 +189,9 @@ def run(work: Callable[[], int | None], *, failure: int = 1, go_on: bool = False
     except UserError as error:
         reason, status = str(error), failure
     except Exception as error:
-        if not _is_out_of_memory(error):
+        if not (reason := lack_of_memory(error)):
             raise
-        first = str(error).strip().partition('\n')[0][:300]
-        reason, status = f'not enough memory ({first or type(error).__name__})', failure
+        status = failure
     except KeyboardInterrupt:
         reason, status = 'interrupted', 128 + signal.SIGINT
     sys.stdout.flush()
@@ -200,5 +199,9 @@ def run(work: Callable[[], int | None], *, failure: int = 1, go_on: bool = False
     return status
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or bool(_OUT_OF_MEMORY.search(str(error)))
+def lack_of_memory(error: Exception) -> str:
+    """An error in a line, if it says that there is not enough memory; else ''."""
+    if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+        return ''
+    first = str(error).strip().partition('\n')[0][:300]
+    return printable(f'not enough memory ({first or type(error).__name__})')

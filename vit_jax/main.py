@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from vit_jax import streams
+from vit_jax import cli, streams
 from vit_jax.errors import UserError
 from vit_jax.run import preemption
 
@@ -108,12 +108,11 @@ def main(argv: Sequence[str]) -> None:
     from vit_jax import train
     from vit_jax.run import distributed
 
-    config = config_lib.resolve(
-        _CONFIG.value, config_flags.get_override_values(flags.FLAGS['config'])
-    )
+    asked = config_flags.get_override_values(flags.FLAGS['config'])
+    config = config_lib.resolve(_CONFIG.value, asked)
     if config.deterministic:
         config_lib.use_deterministic_operations()
-    _use_compile_cache(config.compile_cache)
+    _use_compile_cache(config.compile_cache, asked='compile_cache' in asked)
     distributed.start(
         _COORDINATOR_ADDRESS.value,
         _NUM_PROCESSES.value,
@@ -149,8 +148,10 @@ def run() -> None:
         app.run(main, argv=argv, flags_parser=lambda args: args)
     except UserError as error:
         sys.exit(f'error: {error}')
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+    except Exception as error:
+        if reason := cli.lack_of_memory(error):
+            sys.exit(f'error: {reason}')
+        if not isinstance(error, OSError) or error.errno not in _DISK_ERRORS:
             raise
         sys.exit(
             f'error: {error.filename or "a file"} cannot be written ({error.strerror}). Earlier '
@@ -300,8 +301,13 @@ def _one_line(error: Exception, argv: Sequence[str]) -> str:
     return f'--config {spec}: {reason}'
 
 
-def _use_compile_cache(folder: str) -> None:
-    """Keeps compiled programs on disk, so that a second run starts sooner."""
+def _use_compile_cache(folder: str, *, asked: bool) -> None:
+    """Keeps compiled programs on disk, so that a second run starts sooner.
+
+    Args:
+      folder: where; '' for nowhere.
+      asked: whether a flag said so; else a folder that cannot be written is only noted.
+    """
     if not folder:
         return
     import jax
@@ -312,6 +318,13 @@ def _use_compile_cache(folder: str) -> None:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
+        if not asked:
+            print(
+                f'Note: compiled programs are not kept: {folder} cannot be written '
+                f'({error.strerror})',
+                file=sys.stderr,
+            )
+            return
         raise UserError(
             f'config.compile_cache={folder} cannot be written ({error.strerror}): use another '
             'folder, or --config.compile_cache= for none'
