@@ -132,6 +132,13 @@ def test_answers_that_are_no_file(bucket, tmp_path, status, headers, words):
     assert not (tmp_path / 'x').exists()
 
 
+@pytest.mark.parametrize('length', [10**30, 10**11])
+def test_what_comes_with_a_redirect_is_not_read(bucket, tmp_path, length):
+    bucket.put('/x', B)
+    bucket.answers['/moved'] = answer(302, Location='/x', Content_Length=str(length))
+    assert download.fetch(f'{bucket.url}/moved', tmp_path / 'x').read_bytes() == B
+
+
 @pytest.mark.parametrize('url', ['ftp://127.0.0.1/x', 'file:///etc/passwd', 'data:,x', '/x'])
 def test_other_schemes_are_refused(tmp_path, url):
     with pytest.raises(UserError, match='only https and http'):

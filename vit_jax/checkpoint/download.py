@@ -187,6 +187,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, request, fp, code, msg, headers, newurl):  # noqa: D102
         _check_scheme(newurl, request.full_url)
+        fp.close()  # else all that comes with the redirect is read, however much that is
         return super().redirect_request(request, fp, code, msg, headers, newurl)
 
 
