@@ -299,7 +299,7 @@ def test_an_architecture_of_timm_has_settings_of_its_own(tmp_path, architecture,
     'arguments, message',
     [
         ({'act_layer': 'mish'}, "activation 'mish'"),
-        ({'global_pool': 'prr'}, "global_pool='prr'"),
+        ({'global_pool': 'avg'}, "states global_pool 'token', and timm would compute 'avg'"),
         ({'scale_mlp_norm': True}, 'scale_mlp_norm=True, which no model here computes'),
         ({'qk_norm': True}, 'configuration says qk_norm=True, its arrays .* qk_norm=False'),
         ({'reg_tokens': 4}, 'configuration says registers=4, its arrays .* registers=0'),

@@ -136,6 +136,15 @@ def _timm(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:
     architecture = str(config['architecture']).split('.')[0]
     stated = config.get('model_args') or {}
     arguments = {**timm_models().get(architecture, {}), **stated}
+    pooling, by_arguments = config.get('global_pool'), arguments.get('global_pool')
+    # Classes with other defaults are left out.
+    plain = not architecture.startswith(('mixer', 'eva')) and 'use_rot_pos_emb' not in arguments
+    if plain and pooling and pooling != (by_arguments or 'token'):
+        raise UserError(
+            f'{folder / "config.json"} states global_pool {pooling!r}, and timm would compute '
+            f'{by_arguments or "token"!r}, by its model_args or its architecture: put the one that '
+            'is meant into model_args'
+        )
     known: dict[str, Any] = {'settings': _timm_settings(folder, architecture, arguments)}
     if 'num_heads' in arguments:
         known['num_heads'] = int(arguments['num_heads'])
