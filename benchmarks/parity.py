@@ -219,22 +219,25 @@ def layers_of(model: Any, params: Mapping[str, Any], dtype: Any = np.float32) ->
     return compare.compiled(compute, params, dtype)
 
 
-def made_up_images(count: int, size: int | tuple[int, int], seed: int = 0) -> np.ndarray:
+def made_up_images(
+    count: int, size: int | tuple[int, int], seed: int = 0, channels: int = 3
+) -> np.ndarray:
     """Random images with coarse and fine structure that fill the range of values.
 
     Args:
         count: number of images.
         size: side, or (height, width), pixels.
         seed: any integer; the same gives the same images.
+        channels: of the images.
 
     Returns:
-        float32 [count, height, width, 3] in [-1, 1], multiples of a grey level apart.
+        float32 [count, height, width, channels] in [-1, 1], multiples of a grey level apart.
     """
     rng = np.random.default_rng(seed)
-    areas = rng.uniform(0, 255, (count, 7, 7, 3))
+    areas = rng.uniform(0, 255, (count, 7, 7, channels))
     height, width = variants.sides(size)
     rows, columns = (np.arange(side) * 7 // side for side in (height, width))
-    pixels = areas[:, rows][:, :, columns] + rng.normal(0, 30, (count, height, width, 3))
+    pixels = areas[:, rows][:, :, columns] + rng.normal(0, 30, (count, height, width, channels))
     return normalize(np.clip(np.rint(pixels), 0, 255).astype(np.float32))
 
 
@@ -247,10 +250,11 @@ def _images(
 
     def batches() -> Iterator[np.ndarray]:
         if paths:
-            for data in eval_batches(predict.Images(found), model.preprocess, batch=batch):
+            source = predict.Images(found, model.channels)
+            for data in eval_batches(source, model.preprocess, batch=batch):
                 yield normalize(data['image'][data['readable']])
             return
-        made_up = made_up_images(count, model.preprocess.size)
+        made_up = made_up_images(count, model.preprocess.size, channels=model.channels)
         yield from (made_up[first : first + batch] for first in range(0, count, batch))
 
     kind = f'images from {" ".join(paths)}' if paths else 'made-up images'

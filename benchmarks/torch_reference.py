@@ -91,7 +91,8 @@ def build(
     model = Reference(weights, classifier, acts, layer_norm_eps)
     with torch.inference_mode():
         height, width = (image_size,) * 2 if isinstance(image_size, int) else image_size
-        model(torch.zeros(1, height, width, 3))
+        first = next(n for n in ('conv_root', 'embedding', 'stem') if f'{n}/kernel' in weights)
+        model(torch.zeros(1, height, width, weights[f'{first}/kernel'].shape[2]))
     if unused := weights.keys() - model.used:
         raise ValueError(f'weights of no part of the model: {", ".join(sorted(unused))}')
     return model

@@ -134,6 +134,20 @@ def test_any_number_of_channels(tmp_path, photo, config, channels):
     assert summary.layers(model.model, size, channels)[0].parameters == leaves
 
 
+@pytest.mark.parametrize(('config', 'channels'), [(TOKEN, 5), (WIDE_PATCH, 3), (HYBRID, 1)])
+def test_the_same_in_pytorch(tmp_path, config, channels):
+    pytest.importorskip('torch')
+    from benchmarks import parity
+
+    model = make(config, (32, 64), channels)
+    model_folder.save(
+        tmp_path / 'm', model.params, model_config=config, class_names=NAMES,
+        preprocess=model.preprocess, source={},
+    )  # fmt: skip
+    found = parity.check(str(tmp_path / 'm'), limit=2, say=lambda _: None)
+    assert found['passed'] and found['image_size'] == (32, 64)
+
+
 @pytest.mark.parametrize('to', ['huggingface', 'timm'])
 def test_channels_in_folders_of_other_libraries(tmp_path, to):
     model = make(TOKEN, (32, 48), 5)

@@ -153,7 +153,8 @@ def of_hugging_face(folder: pathlib.Path, config: Mapping[str, Any]) -> ModelInp
         preprocess, more = _hugging_face_pixels(settings, size)
     except (_UnknownError, UserError) as why:
         return ModelInput(size, normalization, refused=str(why), notes=notes)
-    return ModelInput(size, normalization, preprocess, notes=(*notes, *more))
+    # Of what is assumed, the size of the images is not.
+    return ModelInput(size, normalization, preprocess, notes=notes or more)
 
 
 def of_torchvision(config: Mapping[str, Any]) -> ModelInput:
