@@ -166,7 +166,8 @@ def test_fine_tuning_starts_from_the_function_that_the_weights_were_trained_with
         made = model_folder.load(tmp_path / 'run' / name / 'model')
         assert {key: getattr(made.model, key) for key in settings} == settings
         assert settings.items() <= made.model_config.items()
-        assert settings.items() <= infer.settings(made.model_config, made.params).items()
+        kept = infer.settings(made.model_config, made.params, made.preprocess)
+        assert settings.items() <= kept.items()
 
     # The run knows it, when the weights are gone; and its own config may say something else.
     config = make_config('mlp_head', pretrained=str(tmp_path / 'hf'), **short)
