@@ -235,7 +235,9 @@ def run_case(corpus, seed: int, reader: str, case: int, show: bool = False) -> d
     try:
         read = readers.prepare_case(reader, rng, corpus, folder)
         limits = functools.partial(readers.limits, reader, folder)
-        outcome = guard.watched(read, (folder, corpus), SECONDS, reader != 'texts', limits, show)
+        outcome = guard.watched(
+            read, (folder, corpus), SECONDS, reader not in ('texts', 'runs'), limits, show
+        )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     result = {'case': case, 'outcome': outcome.text, 'detail': outcome.detail}

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from vit_jax.analysis import report, report_tables, run_files
+from vit_jax.analysis import report, report_examples, report_tables, run_files
 from vit_jax.errors import UserError
 from vit_jax.run import telemetry
 
@@ -154,3 +154,16 @@ def test_lines_are_bounded(workdir, monkeypatch):
     monkeypatch.setattr(telemetry, 'MAX_LINES_BYTES', 100)
     write_lines(workdir / 'metrics.jsonl', METRICS * 10)
     assert any('it has more than 100 bytes' in note for note in run_files.read(workdir).notes)
+
+
+@pytest.mark.parametrize(
+    'pp', [None, [], {'channels': 'x'}, {'channels': 10**9}, {'channels': True}]
+)
+def test_settings_of_the_images_are_not_trusted(workdir, pp):
+    """A run of an older version has no channels; one of none has no settings."""
+    config = {key: value for key, value in CONFIG.items() if key != 'pp'} | {'dataset': 'digits'}
+    (workdir / 'config.json').write_text(json.dumps(config if pp is None else config | {'pp': pp}))
+    split = {'split': 'train', 'examples': 1, 'fingerprint': 'x'}
+    (workdir / 'data.json').write_text(json.dumps(DATA | {'train': split, 'test': split}))
+    with pytest.raises(UserError, match='another than when' if pp is None else 'is damaged'):
+        report_examples.open_data(run_files.read(workdir))

@@ -12,7 +12,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from vit_jax.checkpoint import archives, catalog, formats, inspection, npz, tensors
+from vit_jax.checkpoint import archives, catalog, formats, inspection, library_configs, npz, tensors
 from vit_jax.errors import UserError
 
 SHARED = pathlib.Path(__file__).parents[3] / 'shared' / 'cases' / 'hostile'
@@ -305,3 +305,12 @@ def test_names_that_can_be_no_path(tmp_path, name, monkeypatch):
         catalog.resolve(name)
     with pytest.raises(UserError):
         formats.load(name)
+
+
+def test_a_processor_that_divides_by_nothing(tmp_path):
+    (tmp_path / 'config.json').write_text('{"model_type": "vit", "image_size": 8}')
+    (tmp_path / 'preprocessor_config.json').write_text(
+        '{"image_processor_type": "ViTImageProcessor", "rescale_factor": 0}'
+    )
+    with pytest.raises(UserError, match='is damaged .ZeroDivisionError'):
+        library_configs.read(tmp_path)

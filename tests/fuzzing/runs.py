@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from fuzzing import mutate
-from vit_jax.analysis import report, report_tables, run_files
+from vit_jax.analysis import report, report_examples, report_tables, run_files
 from vit_jax.configs import common
 from vit_jax.errors import UserError
 from vit_jax.inference import labels, model_folder
@@ -51,7 +51,7 @@ def make(root: pathlib.Path, model: pathlib.Path) -> None:
 
 def _make_run(workdir: pathlib.Path, model: pathlib.Path) -> None:
     config = common.get_defaults().to_dict()
-    config |= {'dataset': '', 'batch': 8, 'total_steps': 30, 'accum_steps': 1}
+    config |= {'dataset': 'digits', 'batch': 8, 'total_steps': 30, 'accum_steps': 1}
     description = json.loads((model / 'model.json').read_text())
     config['model'] = description['architecture']['config']
     config['pp'] |= {'crop': description['image_size']}
@@ -128,6 +128,9 @@ def workdirs(rng: random.Random, corpus: pathlib.Path, case: pathlib.Path) -> Re
         html = report.render([run_files.read(workdir)], images=0)
         assert '\x1b' not in html
 
+    def examples():
+        report_examples.open_data(run_files.read(workdir))
+
     def tables():
         run = run_files.read(workdir)
         shown = [report_tables.state(run), *map(str, report_tables.events(run))]
@@ -140,7 +143,7 @@ def workdirs(rng: random.Random, corpus: pathlib.Path, case: pathlib.Path) -> Re
             shown += [str(cell) for row in table.rows for cell in row]
         assert max(map(len, shown)) < 2000
 
-    others = {0: page, 1: going_on, 2: data, 3: writing}
+    others = {0: page, 1: going_on, 2: data, 3: writing, 4: examples}
     return others.get(action, tables)
 
 

@@ -98,17 +98,18 @@ def open_data(run: Run) -> tuple[Selection, Selection]:
         dataset, data_dir = run.config['dataset'], run.config['tfds_data_dir']
         specs = [run.data[name]['split'] for name in ('train', 'test')]
         before = [run.data[name]['fingerprint'] for name in ('train', 'test')]
+        channels = run.config.get('pp', {}).get('channels', 3)
         if not all(isinstance(text, str) for text in (dataset, data_dir, *specs)):
             raise TypeError('dataset and splits should be texts')
-    except (KeyError, TypeError) as error:
+        if type(channels) is not int or not 1 <= channels <= 1000:
+            raise TypeError('pp.channels should be a number of channels')
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f'config.json or data.json is damaged ({error!r})') from error
     if not dataset:
         raise UserError('the run was given its data by a program, not by name')
     if dataset != 'digits' and not files.expand(dataset).exists():
         _check_prepared(dataset, data_dir)
-    opened = sources.open_dataset(
-        dataset, tfds_data_dir=data_dir, channels=run.config['pp'].get('channels', 3)
-    )
+    opened = sources.open_dataset(dataset, tfds_data_dir=data_dir, channels=channels)
     train, test = (opened.select(spec) for spec in specs)
     if [train.fingerprint(), test.fingerprint()] != before:
         raise UserError(f'the dataset {dataset} is another than when the run began')

@@ -96,7 +96,7 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
         if config.get('library') == 'torchvision':  # what `export` writes
             return _torchvision(config)
         return _hugging_face(folder, config)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as e:
         raise UserError(f'{folder / "config.json"} is damaged ({type(e).__name__}: {e})') from e
 
 
