@@ -119,14 +119,13 @@ def transformers_folder(folder: str | os.PathLike[str]) -> 'Recorded':
             head.register_forward_pre_hook(lambda _module, inputs: read.append(inputs[0]))
             for head in heads
         ]
+        if not heads:
+            return {'pre_logits': _features(model, images)}
         result = model(pixel_values=images)
         for handle in handles:
             handle.remove()
-        if heads:
-            features = read[0] if len(read) == 1 else torch.stack(read, dim=1)
-            return {'pre_logits': features, 'logits': result.logits}
-        features = result.pooler_output
-        return {'pre_logits': result.last_hidden_state[:, 0] if features is None else features}
+        features = read[0] if len(read) == 1 else torch.stack(read, dim=1)
+        return {'pre_logits': features, 'logits': result.logits}
 
     return _with_input(Recorded(model, _parts(model), compute), *_transformers_input(folder))
 
@@ -159,6 +158,26 @@ def _with_input(model: 'Recorded', mean: Any, std: Any) -> 'Recorded':
     return model
 
 
+def _features(model: Any, images: torch.Tensor) -> torch.Tensor:
+    """What a model of transformers without a head gives of images [B, 3, height, width], [B, D]."""
+    kind = model.config.model_type
+    if hasattr(model, 'get_image_features'):  # of image and text
+        result = model.get_image_features(pixel_values=images)
+        return getattr(result, 'pooler_output', result)
+    if kind == 'vit_mae':  # nothing is masked, and the patches keep their order
+        encoder = getattr(model, 'vit', model)
+        encoder.config.mask_ratio = 0.0
+        patches = encoder.embeddings.patch_embeddings.num_patches
+        noise = torch.arange(patches).expand(len(images), -1)
+        return encoder(images, noise=noise).last_hidden_state[:, 0]
+    result = model(pixel_values=images)
+    for name in ('image_embeds', 'pooler_output'):
+        if result.get(name) is not None:
+            return result[name]
+    tokens = result.last_hidden_state
+    return tokens.mean(dim=1) if kind == 'ijepa' else tokens[:, 0]
+
+
 def timm_folder(folder: str | os.PathLike[str]) -> 'Recorded':
     """The model of a timm folder, as timm itself loads it."""
     import timm
@@ -179,7 +198,9 @@ def timm_folder(folder: str | os.PathLike[str]) -> 'Recorded':
 
 def _parts(model: nn.Module) -> list[nn.Module]:
     """Its modules that give the tokens of the patches, and those after each block."""
-    pattern = re.compile(r'(?:.*\.)?(?:patch_embed(?:dings)?|stem|(?:layers?|blocks)\.\d+)')
+    pattern = re.compile(
+        r'(?!text_model)(?:.*\.)?(?:patch_embed(?:dings?)?|stem|(?:layers?|blocks)\.\d+)'
+    )
     return [module for name, module in model.named_modules() if pattern.fullmatch(name)]
 
 
@@ -237,7 +258,7 @@ class Recorded(nn.Module):
         outputs: dict[str, torch.Tensor] = {}
         handles = [
             part.register_forward_hook(
-                lambda _module, _inputs, result, name=name: outputs.update({name: result})
+                lambda _module, _inputs, result, name=name: outputs.update({name: _tokens(result)})
             )
             for name, part in self.parts.items()
         ]
@@ -247,6 +268,11 @@ class Recorded(nn.Module):
             for handle in handles:
                 handle.remove()
         return outputs | last
+
+
+def _tokens(result: torch.Tensor) -> torch.Tensor:
+    """Tokens [B, N, D], also of a map [B, D, h, w]."""
+    return result.flatten(2).transpose(1, 2) if result.ndim == 4 else result
 
 
 def timm_name(variant: str) -> str:

@@ -138,6 +138,7 @@ def test_torchsummary_tables_that_were_published(shared_dir, patch):
         ('DeiT-B_16', 'distillation token'),
         ('ViT-B_16-mlp-head', 'hidden layer'),
         ('ViT-B_16-gap-norep', 'class token'),
+        ('vit_small_patch14_reg4_dinov2', 'LayerScale'),
     ],
 )
 def test_what_torchsummary_never_showed(name, why):

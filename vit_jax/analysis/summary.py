@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from vit_jax import variants
 from vit_jax.analysis import counts, tables
 from vit_jax.errors import UserError
+from vit_jax.export.expressible import pieces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,6 +311,8 @@ def _check_plain(model_config: Mapping[str, Any], num_classes: int) -> None:
         != 'token',
         'it has no head': not num_classes,
     }
+    if 'num_blocks' not in model_config:
+        reasons |= {f'it has {words}': True for words in pieces(model_config).values()}
     for reason, true in reasons.items():
         if true:
             name = model_config.get('model_name') or 'the model'
