@@ -121,3 +121,12 @@ def test_a_cache_that_cannot_be_written_ends_only_what_asked_for_it(tmp_path, ca
     assert f'programs are not kept: {folder} cannot be written' in capsys.readouterr().err
     with pytest.raises(UserError, match='compile_cache=.* cannot be written'):
         main._use_compile_cache(folder, asked=True)
+
+
+@pytest.mark.parametrize(
+    'line', ['def get_config(:', 'import nothing_of_that_name', 'x = undefined']
+)
+def test_a_config_file_that_fails_is_one_line(mistake, tmp_path, line):
+    (tmp_path / 'mine.py').write_text(f'{line}\ndef get_config(): pass\n')
+    last = mistake('--config', tmp_path / 'mine.py')
+    assert 'the file fails: ' in last or 'mine.py: ' in last

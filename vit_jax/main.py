@@ -174,6 +174,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
         raise UserError(_unknown_flag(error.flagname)) from error
     except (flags.Error, ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(_one_line(error, argv)) from error
+    except Exception as error:  # of the config file, which is a program
+        raise UserError(f'--config: the file fails: {type(error).__name__}: {error}') from error
     if len(rest) > 1:
         word = rest[1]
         raise UserError(
