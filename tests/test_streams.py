@@ -72,7 +72,7 @@ def test_files_are_written_though_nobody_listens(streams, tmp_path):
 def test_closed_streams_are_not_what_is_opened_next(tmp_path):
     """Standard output that is closed is the number of the next file: what is printed went there."""
     code = (
-        'import os, sys; from vit_jax import streams; streams.guard(go_on=False);'
+        'import os, sys; from vit_jax.run import streams; streams.guard(go_on=False);'
         'file = open(sys.argv[1], "wb"); print("printed"); sys.stdout.flush();'
         'os.write(1, b"low"); os.write(2, b"low"); file.write(b"own")'
     )
@@ -93,7 +93,10 @@ def test_paths_from_a_closed_or_strange_standard_input():
 
 
 def test_a_terminal_that_is_gone():
-    code = 'from vit_jax import streams; streams.guard(go_on=True); input(); print("x"); print("y")'
+    code = (
+        'from vit_jax.run import streams; streams.guard(go_on=True); '
+        'input(); print("x"); print("y")'
+    )
     terminal, end = pty.openpty()
     run = subprocess.Popen(
         [sys.executable, '-c', code], cwd=ROOT, stdin=subprocess.PIPE, stdout=end,
@@ -108,7 +111,7 @@ def test_a_terminal_that_is_gone():
 def test_a_pipe_that_must_be_waited_for():
     """Another process may have made it non-blocking; Python's own writing then fails."""
     code = (
-        'import os; from vit_jax import streams; os.set_blocking(1, False);'
+        'import os; from vit_jax.run import streams; os.set_blocking(1, False);'
         'streams.guard(go_on=False); print("x" * 300_000)'
     )
     line = '"$0" -c "$1" | (sleep 0.5; wc -c)'

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from vit_jax import streams
 from vit_jax.errors import UserError, printable
+from vit_jax.run import streams
 
 # What libraries say for lack of memory, in errors of many types.
 _OUT_OF_MEMORY = re.compile(

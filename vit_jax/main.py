@@ -23,9 +23,9 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from vit_jax import cli, streams
+from vit_jax import cli
 from vit_jax.errors import UserError
-from vit_jax.run import preemption
+from vit_jax.run import preemption, streams
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config',

@@ -21,9 +21,10 @@ import sys
 import time
 from typing import Any
 
-from vit_jax import files, streams
+from vit_jax import files
 from vit_jax.data import tfds_sets
 from vit_jax.errors import UserError
+from vit_jax.run import streams
 
 _ABANDONED_SECONDS = 3600
 

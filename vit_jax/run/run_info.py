@@ -25,8 +25,8 @@ _PACKAGES = (
     'absl-py', 'etils', 'filelock', 'flatbuffers', 'flax', 'grain', 'jax', 'jax-cuda12-plugin',
     'jaxlib', 'jinja2', 'matplotlib', 'ml_collections', 'numpy', 'onnx', 'onnxruntime',
     'opencv-python-headless', 'optax', 'orbax-checkpoint', 'pillow', 'protobuf', 'rich',
-    'safetensors', 'scikit-learn', 'scipy', 'simplejpeg', 'tensorboard', 'tensorflow-cpu',
-    'tensorflow-datasets',
+    'safetensors', 'scikit-learn', 'scipy', 'sentencepiece', 'simplejpeg', 'tensorboard',
+    'tensorflow-cpu', 'tensorflow-datasets',
 )  # fmt: skip
 
 
