@@ -193,6 +193,7 @@ def _help() -> str:
     source = inspect.getsource(common.get_defaults).split('ml_collections.ConfigDict()\n', 1)[1]
     knobs = [line.strip() for line in source.splitlines() if 'ConfigDict()' not in line]
     knobs = [re.sub(r'^config\.(\S+) = ', r'  --config.\1=', line) for line in knobs[:-1]]
+    knobs = [re.sub(r'\w+\.FieldReference\((\w+), .*\)', r'\1', line) for line in knobs]
     configs = textwrap.fill(', '.join(_names()), 98, initial_indent='  ', subsequent_indent='  ')
     shown = f'{__doc__}\nFlags:\n{own}\n\nConfigs, by name:\n{configs}\n'
     return f'{shown}\nKnobs, with their defaults:\n' + '\n'.join(knobs)

@@ -14,7 +14,11 @@ from vit_jax.checkpoint import npz
 from vit_jax.models import attention
 
 CONFORMANCE = pathlib.Path(__file__).parents[1] / 'fixtures/conformance'
-CASES = sorted(json.loads((CONFORMANCE / 'index.json').read_text()))
+CASES = sorted(
+    name
+    for name in json.loads((CONFORMANCE / 'index.json').read_text())
+    if (CONFORMANCE / f'{name}.expected.npz').exists()
+)
 
 # The original release's test table, at 1000 classes and 224 px.
 PARAMETERS = {
