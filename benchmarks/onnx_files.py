@@ -45,7 +45,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
       UserError: no such model, one that cannot be exported, or files that give other logits.
     """
     model = model_folder.load(args.model) if args.model else _made_up(args.variant)
-    side = model.image_size
+    size = model.preprocess.size
     rows, differences = [], {}
     with tempfile.TemporaryDirectory() as folder:
         files = _export(model, args, pathlib.Path(folder))
@@ -55,7 +55,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             for name, path in files.items()
         }
         for batch in args.batch:
-            images = np.random.default_rng(0).uniform(-1, 1, (batch, 3, side, side))
+            images = np.random.default_rng(0).uniform(-1, 1, (batch, 3, *size))
             images = images.astype(np.float32)
             logits = {name: s.run(['logits'], {'image': images})[0] for name, s in sessions.items()}
             differences[batch] = _compare(logits)
@@ -68,7 +68,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return {
         'model': model.model_config.get('model_name'),
         'weights': pathlib.Path(args.model).name if args.model else 'made up',
-        'image_size': side,
+        'image_size': model.image_size,
         'opset': {OURS: args.opset, THEIRS: 20},
         'threads': args.threads,
         'largest_difference_of_logits': differences,

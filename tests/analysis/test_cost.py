@@ -150,6 +150,7 @@ def test_the_optimizer_takes_what_the_real_one_takes(optimizer, optim_dtype):
             grad_norm_clip=1.0,
             weight_decay=0.0,
             momentum=0.9,
+            wd_mults=(('.*kernel', 1.0),),
         )
     )
     tx = optim.create_optimizer(knobs, optim.create_learning_rate_schedule(10, 0.1, 'cosine', 1))

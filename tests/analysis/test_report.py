@@ -37,7 +37,7 @@ from vit_jax.errors import UserError
 from vit_jax.inference import model_folder
 
 SCRIPT = pathlib.Path(__file__).resolve().parents[2] / 'scripts' / 'report.py'
-CLASSES = ('$a_{b}$ & "c" \'d\'', '<img src=x onerror=alert(1)>', '{{ 7*7 }}', 'ünï\u2003code', '_')
+CLASSES = ('$a_{b}$ & "c" \'d\'', '<img src=x onerror=alert(1)>', '{{ 7*7 }}', 'ünï\u3000code', '_')
 RUN = '<b>run & "1"<b> {% x %}'
 SIDE = 16
 VIT = {
@@ -384,7 +384,7 @@ def test_hostile_names_are_text(page, root):
     for name in (*CLASSES[:3], RUN, '<i>x</i>.png'):
         assert name in shown_texts, name
     assert '49' not in page.rows  # {{ 7*7 }}
-    assert 'ünï\u2003code' in shown_texts
+    assert 'ünï\u3000code' in shown_texts
     bare = page.text.replace('&lt;', '').replace('&quot;', '')
     assert '<img src=x' not in bare and '<script' not in bare and '<i>x' not in bare
 

@@ -217,6 +217,8 @@ def test_shards_are_files_beside_their_index(tmp_path, name):
     index = {'weight_map': {'a': name}}
     (tmp_path / 'model.safetensors.index.json').write_text(json.dumps(index))
     refused(tmp_path, 'not in the folder')
+    (tmp_path / 'model.safetensors.index.json').write_text('{"weight_map": {}}')
+    refused(tmp_path, 'no weight_map of names to files')
 
 
 @pytest.mark.parametrize(
@@ -269,14 +271,24 @@ def test_activations_from_a_configuration(tmp_path, activation):
     refused(tmp_path, 'has hidden_act .{1,110}; known: gelu, ')
 
 
-@pytest.mark.parametrize('mean', [[0.5, 0.5], ['a', 'b', 'c'], [float('nan')] * 3, {'a': 1}])
-def test_normalisation_from_a_configuration(tmp_path, mean):
+@pytest.mark.parametrize(
+    ('mean', 'std'),
+    [
+        ([0.5, 0.5], [0] * 3),
+        (['a', 'b', 'c'], [0] * 3),
+        ([float('nan')] * 3, [0] * 3),
+        ({'a': 1}, [0] * 3),
+        ([], [0.5] * 3),
+        ([], []),
+    ],
+)
+def test_normalisation_from_a_configuration(tmp_path, mean, std):
     from safetensors.numpy import save_file
 
     tensor = {'conv_proj.weight': np.ones((8, 3, 4, 4), np.float32)}
     tensor['class_token'] = np.ones((1, 1, 8), np.float32)
     save_file(tensor, tmp_path / 'model.safetensors')
-    config = {'library': 'torchvision', 'arguments': {'num_heads': 2}, 'mean': mean, 'std': [0] * 3}
+    config = {'library': 'torchvision', 'arguments': {'num_heads': 2}, 'mean': mean, 'std': std}
     (tmp_path / 'config.json').write_text(json.dumps(config))
     refused(tmp_path, 'should be three numbers|is damaged')
 

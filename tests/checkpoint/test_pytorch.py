@@ -238,7 +238,7 @@ def test_the_activation_of_hugging_faces_pooler(tmp_path, transformers):
     'settings, message',
     [
         ({'hidden_act': 'mish'}, "hidden_act 'mish'; known: gelu, "),
-        ({'pooler_act': 'linear'}, "pooler_act 'linear'"),
+        ({'pooler_act': 'mish'}, "pooler_act 'mish'"),
         ({'model_type': 'clap'}, "model_type 'clap'; known: vit, "),
         ({'layer_norm_eps': 'small'}, 'is damaged'),
     ],

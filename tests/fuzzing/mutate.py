@@ -333,8 +333,12 @@ def pickle_member(rng: random.Random, name: str, data: bytes) -> bytes:
 def damage_safetensors(rng: random.Random, data: bytes) -> bytes:
     """Its header changed as JSON, the length of the header, or its bytes."""
     size = struct.unpack('<Q', data[:8])[0]
+    try:
+        header = json.loads(data[8 : 8 + size])
+    except ValueError:  # it is damaged already
+        return damage(rng, data)
     if rng.random() < 0.6:
-        header = damage_json(rng, json.loads(data[8 : 8 + size]))
+        header = damage_json(rng, header)
         length = len(header) if rng.random() < 0.9 else rng.choice((0, 2**63, 2**64 - 1, 10**8))
         return struct.pack('<Q', length) + header + data[8 + size :]
     return damage(rng, data)

@@ -103,7 +103,7 @@ def change_metadata(path, **changes):
         ({'layout': 'NHCW'}, "layout is 'NHCW', expected NHWC or NCHW"),
         ({'class_names': '[]', 'output': 'features'}, 'without classification head'),
         ({'class_names': '["a", "b"]'}, r"metadata says logits: \['batch', 2\]"),
-        ({'layout': 'NCHW'}, r"metadata says image: \['batch', 3, 16, 16\]"),
+        ({'layout': 'NCHW'}, r"metadata says image: \['batch', 16, 16, 16\]"),
         ({'output': 'probabilities'}, 'metadata says probabilities'),
     ],
 )  # fmt: skip

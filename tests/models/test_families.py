@@ -155,7 +155,7 @@ def test_rematerialisation_changes_memory_not_results(family):
 @pytest.mark.parametrize('name', variants.VARIANTS)
 def test_token_stride_gives_the_grid(name):
     config = variants.get_config(name).to_dict()
-    stride = variants.token_stride(config)
+    stride, _ = variants.token_stride(config)
     # What comes behind the patches has no part in it.
     depth = 'num_blocks' if variants.is_mixer(config) else 'num_layers'
     config.get('transformer', config)[depth] = 1
@@ -165,6 +165,7 @@ def test_token_stride_gives_the_grid(name):
         assert params['MixerBlock_0/token_mixing/Dense_0/kernel'].shape[0] == 9
     else:
         first = ('cls' in params) + ('dist' in params)
+        first += config.get('registers', 0) if config.get('register_positions') else 0
         assert params['Transformer/posembed_input/pos_embedding'].shape[1] == 9 + first
 
 

@@ -319,6 +319,8 @@ def _normalize(weights: Weights, normalization: Normalization) -> Weights:
     """
     try:
         mean, std = (np.asarray(values, np.float64) for values in normalization)
+        if not (mean.size and std.size):
+            raise ValueError('there is none')
         if not (np.isfinite(mean).all() and np.isfinite(std).all() and np.all(std > 0)):
             raise ValueError('not finite, or no deviation')
     except (ValueError, TypeError, OverflowError) as e:

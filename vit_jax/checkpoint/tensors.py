@@ -145,7 +145,8 @@ def find_in_folder(folder: pathlib.Path) -> list[pathlib.Path]:
         if not name.endswith('.json'):
             return [file]
         shards = files.read_json(file).get('weight_map')
-        if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
+        named = isinstance(shards, dict) and all(isinstance(s, str) for s in shards.values())
+        if not (shards and named):
             raise UserError(f'{file} has no weight_map of names to files; copy the folder again')
         names = sorted(set(shards.values()))
         if bad := [name for name in names if not _SHARD_NAME.fullmatch(name)]:

@@ -131,6 +131,7 @@ class ZeroShotClassifier:
             if '{}' not in prompt:
                 raise UserError(f'a prompt has {{}} in the place of the name; {prompt!r} has not')
         self.preprocess = towers.preprocess
+        self.channels = 3
         self.source: Mapping[str, Any] = {**towers.source, 'prompts': list(prompts)}
         self._towers = towers
         texts = [prompt.replace('{}', name) for name in class_names for prompt in prompts]
