@@ -77,7 +77,14 @@ class TwoTowers:
         self.preprocess = Preprocess(crop=pp.size, inception_crop=False)
         _check(model, params, self.tokenizer, self.preprocess)
         self._device_params = jax.device_put(params)
-        self._embed = jax.jit(model.apply)
+        self._embed_images = jax.jit(
+            lambda params, pixels: model.apply(
+                {'params': params}, images=normalize(jnp.floor(pixels))
+            )[0]
+        )
+        self._embed_tokens = jax.jit(
+            lambda params, tokens: model.apply({'params': params}, tokens=tokens)[1]
+        )
 
     def embed_images(self, pixels: np.ndarray) -> jax.Array:
         """Embeddings of images, float32 [B, C], of length 1.
@@ -86,8 +93,7 @@ class TwoTowers:
           pixels: float32 [B, *preprocess.size, 3] in [0, 255], what `preprocess` gives. Fractions
             of a grey level are cut off, as in the original release.
         """
-        images = normalize(np.floor(pixels))
-        return self._embed({'params': self._device_params}, images=images)[0]
+        return self._embed_images(self._device_params, pixels)
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings of texts, float32 [T, C], of length 1; compiled once, for any number."""
@@ -96,8 +102,7 @@ class TwoTowers:
         for start in range(0, len(tokens), _TEXTS_AT_ONCE):
             part = tokens[start : start + _TEXTS_AT_ONCE]
             full = np.pad(part, ((0, _TEXTS_AT_ONCE - len(part)), (0, 0)), mode='edge')
-            embedded = self._embed({'params': self._device_params}, tokens=full)[1]
-            found.append(np.asarray(embedded)[: len(part)])
+            found.append(np.asarray(self._embed_tokens(self._device_params, full))[: len(part)])
         return np.concatenate(found)
 
     @property
@@ -143,8 +148,9 @@ class ZeroShotClassifier:
     def logits(self, pixels: np.ndarray) -> Any:
         """See `Classifier.logits`."""
         given, self._batch = len(pixels), max(len(pixels), self._batch)
-        full = np.pad(pixels, [(0, self._batch - given), (0, 0), (0, 0), (0, 0)])
-        return (self._towers.embed_images(full) @ self._head)[:given]
+        if given < self._batch:
+            pixels = np.pad(pixels, [(0, self._batch - given), (0, 0), (0, 0), (0, 0)])
+        return (self._towers.embed_images(pixels) @ self._head)[:given]
 
 
 def load(path: str | os.PathLike[str]) -> TwoTowers:
