@@ -6,10 +6,13 @@ import re
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vit_jax.errors import UserError, printable
 from vit_jax.run import streams
+
+if TYPE_CHECKING:
+    from vit_jax.data.dataset import Selection
 
 # What libraries say for lack of memory, in errors of many types.
 _OUT_OF_MEMORY = re.compile(
@@ -77,6 +80,32 @@ def size(text: str) -> int | tuple[int, int]:
     if len(numbers) > 2:
         raise ValueError(text)
     return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+
+
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say which images: IMAGE ..., or --dataset and what belongs to it."""
+    add = parser.add_argument
+    add('--dataset', default='', help='name of a TFDS set, folder of CLASS/*.jpg, or digits')
+    add('--split', default='', help='of the dataset; default: all of it')
+    add('--tfds_data_dir', default='', metavar='DIR', help='where TFDS sets are')
+    add('--batch', type=int, default=32, help='images at once (default: 32)')
+    add('images', nargs='*', metavar='IMAGE', help='file, folder, pattern, or - for standard input')
+
+
+def select(args: argparse.Namespace) -> 'Selection | None':
+    """The dataset that `add_images` asked for; None where images were named.
+
+    Raises:
+      UserError: both or neither; no such dataset or split.
+    """
+    if bool(args.dataset) == bool(args.images):
+        raise UserError('name either images or a --dataset')
+    if args.images:
+        return None
+    from vit_jax.data import sources
+
+    dataset = sources.open_dataset(args.dataset, tfds_data_dir=args.tfds_data_dir)
+    return dataset.select(args.split or '+'.join(dataset.splits))
 
 
 def add_input(parser: argparse.ArgumentParser) -> None:

@@ -34,15 +34,11 @@ def _parser() -> argparse.ArgumentParser:
     add('--layer', default='', help="index of an encoder block, or 'encoded'; default: what the "
         'head reads')  # fmt: skip
     add('--pool', default='', choices=('class', 'mean', 'both'), help='of the tokens of a layer')
-    add('--dataset', default='', help='name of a TFDS set, folder of CLASS/*.jpg, or digits')
-    add('--split', default='', help='of the dataset; default: all of it')
-    add('--tfds_data_dir', default='', metavar='DIR', help='where TFDS sets are')
     add('--output', metavar='FILE', help='the .npz file to write')
     add('--overwrite', action='store_true', help='replace FILE if it exists')
     add('--neighbors', metavar='PHOTO', help='print the images that are most like this one')
     add('--top_k', type=int, default=10, metavar='K', help='how many of them (default: 10)')
-    add('--batch', type=int, default=32, help='images at once (default: 32)')
-    add('images', nargs='*', metavar='IMAGE', help='file, folder, pattern, or - for standard input')
+    cli.add_images(parser)
     return parser
 
 
@@ -51,13 +47,12 @@ def _run(args: argparse.Namespace) -> int:
     from vit_jax.errors import UserError, printable
     from vit_jax.inference import features, model_folder, output, predict
 
-    if bool(args.dataset) == bool(args.images):
-        raise UserError('name either images or a --dataset')
+    data = cli.select(args)
     if not args.output and not args.neighbors:
         raise UserError('say what to do: --output FILE, --neighbors PHOTO, or both')
     if args.output:
         files.check_output(args.output, overwrite=args.overwrite, flag='--output')
-    source = _source(args)
+    source = data or predict.Images(predict.find_images(args.images, stdin=sys.stdin.buffer))
     model = model_folder.load(args.model, variant=args.variant, **cli.input_of(args))
     options = {'layer': args.layer, 'pooling': args.pool}
     with output.progress_bar(len(source)) as advance:
@@ -73,16 +68,6 @@ def _run(args: argparse.Namespace) -> int:
         for index in (-similar).argsort(kind='stable')[: args.top_k]:
             print(f'{similar[index]:.4f}  {printable(found.keys[index])}')
     return output.report_unreadable(unreadable, len(source))
-
-
-def _source(args: argparse.Namespace) -> 'Source':
-    from vit_jax.data import sources
-    from vit_jax.inference import predict
-
-    if not args.dataset:
-        return predict.Images(predict.find_images(args.images, stdin=sys.stdin.buffer))
-    dataset = sources.open_dataset(args.dataset, tfds_data_dir=args.tfds_data_dir)
-    return dataset.select(args.split or '+'.join(dataset.splits))
 
 
 def _write(args: argparse.Namespace, found: 'Features', source: 'Source', fingerprint: str) -> None:

@@ -44,12 +44,8 @@ def _parser() -> argparse.ArgumentParser:
         help='a text with {} in the place of the name, or a file of such texts, one per line, that '
         "are averaged (default: 'a photo of a {}')",
     )
-    add('--dataset', default='', help='name of a TFDS set, folder of CLASS/*.jpg, or digits')
-    add('--split', default='', help='of the dataset; default: all of it')
-    add('--tfds_data_dir', default='', metavar='DIR', help='where TFDS sets are')
     add('--top_k', type=int, default=0, metavar='K', help='show the K most probable (default: all)')
-    add('--batch', type=int, default=32, help='images at once (default: 32)')
-    add('images', nargs='*', metavar='IMAGE', help='file, folder, pattern, or - for standard input')
+    cli.add_images(parser)
     return parser
 
 
@@ -57,19 +53,14 @@ def _run(args: argparse.Namespace) -> int:
     from vit_jax.errors import UserError
     from vit_jax.inference import two_tower
 
-    if bool(args.dataset) == bool(args.images):
-        raise UserError('name either images or a --dataset')
+    data = cli.select(args)
     if args.images and not args.classes:
         raise UserError("--classes says what the images may show: --classes 'rose,tulip'")
     prompts = _prompts(args.prompts) or two_tower.PROMPTS
     names = _classes(args.classes)
-    if not args.dataset:
+    if data is None:
         towers = two_tower.load(args.model)
         return _predict(args, two_tower.ZeroShotClassifier(towers, names, prompts))
-    from vit_jax.data import sources
-
-    dataset = sources.open_dataset(args.dataset, tfds_data_dir=args.tfds_data_dir)
-    data = dataset.select(args.split or '+'.join(dataset.splits))
     names = names or tuple(name.replace('_', ' ') for name in data.class_names)
     if len(names) != len(data.class_names):
         raise UserError(
