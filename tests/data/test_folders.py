@@ -1,17 +1,20 @@
 """Folders of images: what is found in them, what is held out, and what is said."""
 
+import importlib.util
 import io
 import logging
 import os
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.data import sources
+from vit_jax.data import image_files, sources
 from vit_jax.data.dataset import coverage_notes
 from vit_jax.data.decode import BadImageError, decode
 from vit_jax.errors import UserError
+from vit_jax.inference import predict
 
 
 def image_bytes(value=0, format='PNG') -> bytes:
@@ -112,12 +115,76 @@ def test_file_types_names_and_hidden_files(tmp_path, caplog):
     write(
         tmp_path, 'a/._1.jpg', 'a/.hidden.png', '.git/x.png', 'b/.trash/y.jpg', '__MACOSX/a/z.jpg'
     )
-    for name in ('a/readme.txt', 'b/Thumbs.db', 'labels.csv', 'a/movie.gif'):
+    for name in ('a/readme.txt', 'b/Thumbs.db', 'labels.csv', 'a/movie.mp4'):
         (tmp_path / name).write_text('no image')
     with caplog.at_level(logging.WARNING):
         split = sources.open_dataset(str(tmp_path)).select('train')
     assert sorted(keys(split, tmp_path)) == sorted(good)
     assert '6 files' in caplog.text and str(tmp_path) in caplog.text
+
+
+FORMATS = {
+    'jpg': 'JPEG', 'jpeg': 'JPEG', 'png': 'PNG', 'webp': 'WEBP', 'bmp': 'BMP', 'gif': 'GIF',
+    'tif': 'TIFF', 'TIFF': 'TIFF', 'avif': 'AVIF', 'ico': 'ICO', 'ppm': 'PPM', 'pgm': 'PPM',
+    'pbm': 'PPM', 'pnm': 'PPM', 'jp2': 'JPEG2000', 'j2k': 'JPEG2000',
+}  # fmt: skip
+
+
+def test_every_format_that_is_decoded_is_listed_and_the_other_way_round(tmp_path):
+    for suffix, format in FORMATS.items():
+        for folder in ('a', 'b'):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Image.new('RGB', (16, 16), 'red').save(tmp_path / folder / f'x.{suffix}', format)
+    names = {f'.{suffix.lower()}' for suffix in FORMATS}
+    assert names == image_files.suffixes() - set(image_files.HEIF_SUFFIXES)
+    assert set(FORMATS.values()) == set(image_files.FORMATS)
+    split = sources.open_dataset(str(tmp_path)).select('train')
+    assert len(split) == 2 * len(FORMATS)
+    for i in range(len(split)):
+        assert decode(split[i].image, key=split[i].key).shape == (16, 16, 3)
+    listed = predict.find_images([tmp_path])
+    assert sorted(listed) == sorted(split.paths()), 'predict lists what training reads'
+
+
+def test_arrays_are_listed_alike_in_training_and_predicting(tmp_path):
+    for name in ('a/1.npy', 'b/1.npy', 'a/1.png', 'b/1.png'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for channels, count in ((3, 2), (5, 4)):
+        split = sources.open_dataset(str(tmp_path), channels=channels).select('train')
+        assert sorted(predict.find_images([tmp_path], channels=channels)) == sorted(split.paths())
+        assert len(split) == count
+
+
+def test_the_first_picture_of_an_animation_counts(tmp_path):
+    frames = [Image.new('RGB', (4, 4), color) for color in ('red', 'blue')]
+    frames[0].save(tmp_path / 'x.gif', save_all=True, append_images=frames[1:])
+    assert decode((tmp_path / 'x.gif').read_bytes(), key='x')[0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize('installed', [True, False])
+def test_photos_of_phones_where_their_reader_is_installed(tmp_path, caplog, monkeypatch, installed):
+    heif = pytest.importorskip('pillow_heif')
+    write(tmp_path, 'a/1.png', 'b/1.png')
+    pixels = np.full((16, 24, 3), 200, np.uint8)
+    heif.from_pillow(Image.fromarray(pixels)).save(tmp_path / 'a/2.HEIC')
+    image_files.suffixes.cache_clear()
+    if not installed:
+        monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+        monkeypatch.setitem(sys.modules, 'pillow_heif', None)
+    try:
+        with caplog.at_level(logging.WARNING):
+            split = sources.open_dataset(str(tmp_path)).select('train')
+    finally:
+        image_files.suffixes.cache_clear()
+    photo = (tmp_path / 'a/2.HEIC').read_bytes()
+    if installed:
+        assert len(split) == 3 and not caplog.text
+        assert np.abs(decode(photo, key='x', exif=True).astype(int) - pixels).max() <= 2
+    else:
+        assert len(split) == 2 and '1 are HEIC: they are read with pip install' in caplog.text
+        with pytest.raises(BadImageError, match='need the package pillow-heif'):
+            decode(photo, key='x')
 
 
 def test_links_to_folders_are_followed_once(tmp_path):

@@ -1,6 +1,7 @@
 """Small real files of every kind that is read, made by this package's own writers."""
 
 import argparse
+import importlib.util
 import io
 import json
 import os
@@ -211,6 +212,10 @@ def _make_images(folder: pathlib.Path) -> None:
         data = io.BytesIO()
         image.save(data, format, **options)
         (folder / name).write_bytes(data.getvalue())
+    if importlib.util.find_spec('pillow_heif'):
+        import pillow_heif
+
+        pillow_heif.from_pillow(picture).save(folder / 'phone.heic')
     photos = [*(FIXTURES / 'data/photos').glob('*.jpg')]
     photos += sorted(SHARED.glob('data/flowers_folder/test/*/*.jpg'))[:2]
     for path in photos:

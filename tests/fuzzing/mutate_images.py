@@ -209,5 +209,5 @@ _FORMATS = {
     '.png': damage_png,
     '.tiff': damage_tiff,
     '.jp2': damage_jpeg_2000,
-    **dict.fromkeys(('.gif', '.bmp', '.webp', '.ico', '.ppm', '.avif'), damage_header),
+    **dict.fromkeys(('.gif', '.bmp', '.webp', '.ico', '.ppm', '.avif', '.heic'), damage_header),
 }

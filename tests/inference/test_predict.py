@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from vit_jax import models
-from vit_jax.data import batches
+from vit_jax.data import batches, image_files
 from vit_jax.data.dataset import Example
 from vit_jax.data.decode import BadImageError
 from vit_jax.data.preprocess import Preprocess
@@ -110,7 +110,7 @@ def test_find_images_refuses_what_holds_none(tmp_path):
     with pytest.raises(UserError, match=r'no file or folder .*nothing\.jpg'):
         predict.find_images([tmp_path / 'nothing.jpg'])
     (tmp_path / 'notes.txt').write_bytes(b'')
-    with pytest.raises(UserError, match=r'holds no images \(bmp, jpeg, jpg, png, webp\)'):
+    with pytest.raises(UserError, match=r'holds no images \(avif, bmp, gif, .*webp\)'):
         predict.find_images([tmp_path])
 
 
@@ -343,6 +343,15 @@ def test_an_image_from_standard_input(model, images, name):
     (path, probabilities), (_, expected) = predict.predict(model, [piped, images / name])
     assert path == '-'
     np.testing.assert_allclose(probabilities, expected, atol=1e-6)
+
+
+def test_every_format_is_known_from_paths_on_standard_input():
+    for format in image_files.FORMATS:
+        file = io.BytesIO()
+        Image.new('RGB', (16, 16)).save(file, format)
+        assert image_files.looks_like_image(file.getvalue()), format
+    for paths in (b'P6\nx.jpg\n', b'GIF89a/1.gif\n', b'II*\0MM\0*', b'0.jpg', b'RIFF/x.webp'):
+        assert not image_files.looks_like_image(paths), paths
 
 
 def test_choose_classes():

@@ -86,10 +86,8 @@ def _run(args: argparse.Namespace) -> int:
     folder = pathlib.Path(args.output or attention_output.default_folder(args.model))
     attention_output.check_folder(folder)
     kinds = _kinds(args)
-    images = []
-    if set(kinds) & set(attention_output.OF_IMAGES):
-        images = predict.find_images(args.images, stdin=sys.stdin.buffer)
-    elif args.images:
+    of_images = bool(set(kinds) & set(attention_output.OF_IMAGES))
+    if args.images and not of_images:
         raise UserError(f'--what {args.what} is about the model alone; give no images')
     if args.model.lower().endswith('.onnx'):
         raise UserError(f'{args.model} is an ONNX file; give the model folder or the weights')
@@ -97,6 +95,9 @@ def _run(args: argparse.Namespace) -> int:
     names = labels.choose(model.class_names, args.labels, args.model)
     model = dataclasses.replace(model, class_names=names)
     attention.check(model)
+    images = []
+    if of_images:
+        images = predict.find_images(args.images, stdin=sys.stdin.buffer, channels=model.channels)
     encoder = model.model.transformer
     choice = attention_output.Choice(
         kinds,

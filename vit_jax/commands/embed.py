@@ -52,8 +52,11 @@ def _run(args: argparse.Namespace) -> int:
         raise UserError('say what to do: --output FILE, --neighbors PHOTO, or both')
     if args.output:
         files.check_output(args.output, overwrite=args.overwrite, flag='--output')
-    source = data or predict.Images(predict.find_images(args.images, stdin=sys.stdin.buffer))
     model = model_folder.load(args.model, variant=args.variant, **cli.input_of(args))
+    source = data or predict.Images(
+        predict.find_images(args.images, stdin=sys.stdin.buffer, channels=model.channels),
+        model.channels,
+    )
     options = {'layer': args.layer, 'pooling': args.pool}
     with output.progress_bar(len(source)) as advance:
         found, unreadable = features.extract(
@@ -63,7 +66,9 @@ def _run(args: argparse.Namespace) -> int:
         _write(args, found, source, features.fingerprint(model))
         print(f'{args.output}: {found.values.shape[0]:,} images, {found.values.shape[1]} features')
     if args.neighbors:
-        query, _ = features.extract(model, predict.Images([args.neighbors]), **options)
+        query, _ = features.extract(
+            model, predict.Images([args.neighbors], model.channels), **options
+        )
         similar = features.cosines(query.values, found.values)[0]
         for index in (-similar).argsort(kind='stable')[: args.top_k]:
             print(f'{similar[index]:.4f}  {printable(found.keys[index])}')

@@ -77,11 +77,11 @@ def _run(args: argparse.Namespace) -> int:
     for path, flag in ((args.output, '--output'), (args.contact_sheet, '--contact_sheet')):
         if path:
             files.check_output(path, overwrite=args.overwrite, flag=flag)
-    images = predict.find_images(args.images, stdin=sys.stdin.buffer)
     cli.limit_memory(args.max_memory)
     model = classifier.open_classifier(
         args.model, variant=args.variant, labels=args.labels, **cli.input_of(args)
     )
+    images = predict.find_images(args.images, stdin=sys.stdin.buffer, channels=model.channels)
     top_k, threshold = _how_many(args, len(model.class_names))
     unreadable: list[BadImageError] = []
     drawn: list[tuple[str, Any]] = []  # paths and probabilities

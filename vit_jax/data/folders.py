@@ -8,6 +8,7 @@ other folders of splits are `validation` (also spelled `val` or `valid`) and `te
 case does not count.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -18,11 +19,10 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
+from vit_jax.data import image_files
 from vit_jax.data.dataset import Dataset, Example, check_class_names, stratified_order
 from vit_jax.data.decode import BadImageError, read_file
 from vit_jax.errors import UserError
-
-SUFFIXES = frozenset(('.jpg', '.jpeg', '.png', '.webp', '.bmp'))
 
 _SPLIT_NAMES = {
     'train': 'train',
@@ -43,8 +43,8 @@ def open_folder(root: pathlib.Path, name: str, *, channels: int = 3) -> Dataset:
     """Lists the images of a folder.
 
     Classes are the first-level folders, in the order of their names; images may lie deeper. Hidden
-    files and folders are left out, and so is every file that is not jpg, jpeg, png, webp or bmp
-    (any case); the log says how many. The order of the examples in a split is `stratified_order`:
+    files and folders are left out, and so is every file whose name does not end as an image's
+    (`image_files.suffixes`, any case); the log says how many. The order of the examples in a split is `stratified_order`:
     fixed as long as the files keep their names, and any slice has each class in proportion.
 
     Args:
@@ -149,7 +149,7 @@ def _check_level(folder: pathlib.Path, classes: list[str]) -> None:
     if len(classes) > 1:
         return
     found = folder / classes[0] if classes else folder
-    images = sum(map(_is_image, os.listdir(found)))
+    images = sum(map(image_files.is_image_name, os.listdir(found)))
     raise UserError(
         f'{folder} holds '
         + (f'one class only ({classes[0]})' if classes else 'no folders of classes')
@@ -179,12 +179,8 @@ def _has_class_folders(folder: pathlib.Path) -> bool:
 
 def _has_images(folder: pathlib.Path) -> bool:
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        return any(_is_image(entry.name) for entry in entries)
+        return any(image_files.is_image_name(entry.name) for entry in entries)
     return False  # it cannot be read
-
-
-def _is_image(name: str) -> bool:
-    return not name.startswith('.') and os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 class _Places:
@@ -221,7 +217,9 @@ def _list_split(
     """The images of a split, which must have all classes if it is to be `complete`."""
     paths: list[str] = []
     labels: list[int] = []
-    ignored = sum(1 for entry in os.scandir(folder) if entry.is_file())
+    ignored = collections.Counter(
+        image_files.suffix_of(entry.name) for entry in os.scandir(folder) if entry.is_file()
+    )
     known: dict[str, str] = {}
     missing: list[str] = []
     for label, name in enumerate(classes):
@@ -237,10 +235,10 @@ def _list_split(
         known[real] = name
         foreign = functools.partial(places.is_foreign, real)
         found, others = list_images(folder / name, foreign, arrays=arrays)
-        ignored += others
+        ignored.update(others)
         if not found and complete:
             raise UserError(
-                f'class folder {folder / name} has no images ({", ".join(sorted(SUFFIXES))}); '
+                f'class folder {folder / name} has no images ({image_files.in_words(arrays)}); '
                 'put some there or remove the folder'
             )
         missing += [] if found else [name]
@@ -248,10 +246,9 @@ def _list_split(
         labels += [label] * len(found)
     if ignored:
         _logger.warning(
-            '%s: %d files that are hidden or not images, or not in a class folder, are ignored',
-            folder,
-            ignored,
-        )
+            '%s: %d files that are hidden or not images, or not in a class folder, are ignored%s',
+            folder, ignored.total(), image_files.hint_of(ignored),
+        )  # fmt: skip
     if not paths:
         raise UserError(
             f'{folder} has no images in folders of classes; put some there, or remove it'
@@ -271,7 +268,7 @@ def list_images(
     is_foreign: Callable[[str], bool] = lambda real: False,
     *,
     arrays: bool = False,
-) -> tuple[list[str], int]:
+) -> tuple[list[str], collections.Counter[str]]:
     """The images below a folder.
 
     Args:
@@ -280,10 +277,10 @@ def list_images(
       arrays: whether .npy files are images.
 
     Returns:
-      Sorted paths of the images (see `SUFFIXES`), and how many other files there were.
+      Sorted paths of the images (`image_files.suffixes`), and how many other files of each suffix there were.
     """
     found: list[str] = []
-    ignored, seen = 0, set[str]()
+    ignored, seen = collections.Counter[str](), set[str]()
     for path, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(path)
         if real in seen:  # A link to a folder above it.
@@ -298,10 +295,10 @@ def list_images(
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith('.')]
         for file in files:
-            if _is_image(file) or (arrays and file.endswith('.npy') and file[0] != '.'):
+            if image_files.is_image_name(file, arrays):
                 found.append(os.path.join(path, file))
             else:
-                ignored += 1
+                ignored[image_files.suffix_of(file)] += 1
     return sorted(found, key=lambda path: pathlib.Path(path).parts), ignored
 
 

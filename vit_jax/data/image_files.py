@@ -8,10 +8,13 @@ nothing to do with the size of the picture: a tile, a scan, a comment. Those are
 Everything here raises `ValueError`, whose text says what is wrong with the file.
 """
 
+import functools
+import importlib.util
 import io
+import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from vit_jax.data import jpeg_files
@@ -19,7 +22,25 @@ from vit_jax.data import jpeg_files
 if TYPE_CHECKING:
     from PIL import Image
 
-FORMATS = ('PNG', 'WEBP', 'BMP', 'JPEG', 'GIF', 'TIFF', 'PPM', 'ICO', 'JPEG2000', 'AVIF')
+# How files of each format end: the one list, for folders and messages. What a file is tells its
+# content. JPEG XL is left out: its plug-in for Pillow decodes a file before it tells how large it is.
+_SUFFIXES = {
+    'PNG': ('.png',),
+    'WEBP': ('.webp',),
+    'BMP': ('.bmp',),
+    'JPEG': ('.jpg', '.jpeg'),
+    'GIF': ('.gif',),
+    'TIFF': ('.tif', '.tiff'),
+    'PPM': ('.ppm', '.pgm', '.pbm', '.pnm'),
+    'ICO': ('.ico',),
+    'JPEG2000': ('.jp2', '.j2k'),
+    'AVIF': ('.avif',),
+}
+FORMATS = tuple(_SUFFIXES)
+# Read where the package pillow-heif is there, which has limits of its own.
+HEIF_SUFFIXES = ('.heic', '.heif')
+_INSTALL_HEIF = "they are read with pip install 'vit_jax[heif]'"
+ARRAY_SUFFIX = '.npy'
 
 _MIB = 1 << 20
 _JPEG = b'\xff\xd8'
@@ -55,6 +76,56 @@ _MAX_PYTHON_PIXELS = _MIB
 _MAX_PYTHON_BYTES = 8 * _MIB
 
 
+@functools.cache
+def suffixes(arrays: bool = False) -> frozenset[str]:
+    """How the names of image files end, in lower case, with the dot.
+
+    Args:
+      arrays: whether .npy files are images.
+    """
+    found = {suffix for suffixes in _SUFFIXES.values() for suffix in suffixes}
+    if importlib.util.find_spec('pillow_heif'):
+        found.update(HEIF_SUFFIXES)
+    return frozenset(found | {ARRAY_SUFFIX} if arrays else found)
+
+
+def in_words(arrays: bool = False) -> str:
+    """The suffixes, for messages: 'avif, bmp, ...'."""
+    return ', '.join(sorted(suffix[1:] for suffix in suffixes(arrays)))
+
+
+def is_image_name(name: str, arrays: bool = False) -> bool:
+    """Whether a file of a folder is an image by its name; hidden ones are none."""
+    return not name.startswith('.') and suffix_of(name) in suffixes(arrays)
+
+
+def suffix_of(name: str) -> str:
+    """How the name of a file ends, in lower case, with the dot."""
+    return os.path.splitext(name)[1].lower()
+
+
+def hint_of(ignored: Mapping[str, int]) -> str:
+    """What could be read if a package were there, as an addition to a sentence; or ''.
+
+    Args:
+      ignored: how many files of each suffix were left out.
+    """
+    count = sum(ignored.get(suffix, 0) for suffix in HEIF_SUFFIXES if suffix not in suffixes())
+    return f' ({count:,} are HEIC: {_INSTALL_HEIF})' if count else ''
+
+
+def looks_like_image(content: bytes) -> bool:
+    """Whether bytes begin as an image file, and not as a list of paths."""
+    return (
+        content.startswith((b'\xff\xd8\xff', b'\x89PNG\r\n', b'\x93NUMPY', b'\0\0', b'\xff\x4f'))
+        or (content.startswith(b'BM') and content[6:10] == b'\0\0\0\0')  # BMW/1.jpg is a path
+        or (content.startswith(b'RIFF') and content[8:12] == b'WEBP')
+        or (content.startswith((b'GIF87a', b'GIF89a')) and b'\0' in content[6:13])
+        or (content.startswith((b'II*\0', b'MM\0*')) and b'\0\0' in content[4:8])
+        or bool(re.match(rb'P[1-6]\s+(#.*\s+)*[0-9]+\s+[0-9]+\s', content))
+    )
+
+
 def open_image(data: bytes) -> 'Image.Image':
     """Opens an image file; its pixels are not decoded yet.
 
@@ -67,6 +138,8 @@ def open_image(data: bytes) -> 'Image.Image':
     """
     from PIL import Image  # here, because sets of JPEG files do not need it
 
+    if _is_heif(data):
+        return _open_heif(data)
     check(data)
     try:
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -74,6 +147,25 @@ def open_image(data: bytes) -> 'Image.Image':
         raise ValueError(f'no known format; read are {", ".join(sorted(FORMATS))}') from None
     _check_opened(picture, len(data))
     return picture
+
+
+def _is_heif(data: bytes) -> bool:
+    """Whether the first box of a file (ISO 23008-12) names a brand of HEVC pictures."""
+    brands = data[8 : min(int.from_bytes(data[:4], 'big'), 256)]
+    return data[4:8] == b'ftyp' and any(
+        brands[i : i + 4] in (b'heic', b'heix', b'heim', b'heis') for i in range(0, len(brands), 4)
+    )
+
+
+def _open_heif(data: bytes) -> 'Image.Image':
+    """HEIF: libheif refuses what decodes to more than the file's own header says."""
+    try:
+        from pillow_heif import HeifImageFile, options
+    except ModuleNotFoundError:
+        raise ValueError(f'HEIC files need the package pillow-heif; {_INSTALL_HEIF}') from None
+    options.DECODE_THREADS = 1  # of each of our threads
+    options.THUMBNAILS = options.DEPTH_IMAGES = options.AUX_IMAGES = False
+    return HeifImageFile(io.BytesIO(data))
 
 
 def check_picture(picture: 'Image.Image') -> None:

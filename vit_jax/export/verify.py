@@ -257,7 +257,7 @@ def images_for(paths: Sequence[str] = (), *, channels: int = 3) -> Images:
             examples.append(Example(part, 0, key))
         keys = [example.key for example in examples]
         return Images(examples, keys, "7 crops of scikit-learn's sample photographs")
-    listed = predict.find_images(paths)
+    listed = predict.find_images(paths, channels=channels)
     keys = [listed[i % len(listed)] for i in range(max(BATCH, len(listed)))]
     repeated = '' if len(keys) == len(listed) else f', repeated to make {len(keys)}'
     return Images(

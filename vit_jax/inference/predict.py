@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
+from vit_jax.data import image_files
 from vit_jax.data.dataset import CLASS_INDEX, Example
 from vit_jax.data.decode import BadImageError, decode, read_file
-from vit_jax.data.folders import SUFFIXES, list_images
+from vit_jax.data.folders import list_images
 from vit_jax.errors import UserError
 from vit_jax.inference.classifier import Classifier, JaxClassifier, classify, probabilities
 
@@ -53,17 +54,18 @@ class Images:
 
 
 def find_images(
-    paths: Sequence[str | os.PathLike[str]], *, stdin: BinaryIO | None = None
+    paths: Sequence[str | os.PathLike[str]], *, stdin: BinaryIO | None = None, channels: int = 3
 ) -> list[str]:
     """Lists the image files that a user names.
 
     Args:
       paths: files, taken as they are and in this order whatever their names; folders, walked with
-        everything below them in the order of the names, of which files that are hidden or not jpg,
-        jpeg, png, webp or bmp (any case) are left out; patterns (`photos/*.jpg`, `**` for any
+        everything below them in the order of the names, of which what is hidden or does not end as
+        an image (`image_files.suffixes`) is left out, as in training; patterns (`photos/*.jpg`, `**` for any
         depth), which stand for what they match, sorted; and `-` for what comes from `stdin`.
       stdin: paths of files, folders or patterns, one on each line or ended by a zero byte (`find
         -print0`); or one image, which is then called `-`.
+      channels: those of the model; of another number than 3, .npy files in folders are images, too.
 
     Returns:
       Paths of image files; a `PipedImage` for one that was piped in.
@@ -77,9 +79,9 @@ def find_images(
     found = []
     for path in paths:
         if path == STDIN and stdin is not None:
-            found += _from_stdin(stdin)
+            found += _from_stdin(stdin, channels)
         else:
-            found += _expand(path)
+            found += _expand(path, channels)
     return found
 
 
@@ -164,13 +166,13 @@ def choose_classes(
     return best_first[probabilities[best_first] >= threshold]
 
 
-def _expand(path: str | os.PathLike[str]) -> list[str]:
+def _expand(path: str | os.PathLike[str], channels: int) -> list[str]:
     """The files that one word of a user stands for."""
     if os.path.isdir(path):
-        inside, _ = list_images(path)
+        arrays = channels != 3
+        inside, _ = list_images(path, arrays=arrays)
         if not inside:
-            suffixes = ', '.join(sorted(suffix[1:] for suffix in SUFFIXES))
-            raise UserError(f'folder {path} holds no images ({suffixes})')
+            raise UserError(f'folder {path} holds no images ({image_files.in_words(arrays)})')
         return inside
     if os.path.lexists(path):
         return [os.fspath(path)]
@@ -186,15 +188,19 @@ def _expand(path: str | os.PathLike[str]) -> list[str]:
         folders = set()
     if not matches:
         raise UserError(f'nothing matches {path} (seen from {os.getcwd()})')
-    return [file for match in matches for file in (_expand(match) if match in folders else [match])]
+    return [
+        file
+        for match in matches
+        for file in (_expand(match, channels) if match in folders else [match])
+    ]
 
 
-def _from_stdin(stdin: BinaryIO) -> list[str]:
+def _from_stdin(stdin: BinaryIO, channels: int) -> list[str]:
     try:
         content = stdin.read()
     except OSError as error:
         raise UserError(f'standard input cannot be read ({error.strerror})') from error
-    if _is_image(content):
+    if image_files.looks_like_image(content):
         image = PipedImage(STDIN)
         image.content = content
         return [image]
@@ -203,13 +209,4 @@ def _from_stdin(stdin: BinaryIO) -> list[str]:
     paths = [line for line in lines if line.strip()]
     if not paths:
         raise UserError('standard input is empty; pipe in paths, one per line, or an image')
-    return [file for path in paths for file in _expand(path)]
-
-
-def _is_image(content: bytes) -> bool:
-    """Whether bytes begin as a file of one of the formats in `SUFFIXES`, and not as a path."""
-    return (
-        content.startswith((b'\xff\xd8\xff', b'\x89PNG\r\n'))
-        or (content.startswith(b'BM') and content[6:10] == b'\0\0\0\0')  # BMW/1.jpg is a path
-        or (content.startswith(b'RIFF') and content[8:12] == b'WEBP')
-    )
+    return [file for path in paths for file in _expand(path, channels)]
