@@ -44,8 +44,9 @@ def open_folder(root: pathlib.Path, name: str, *, channels: int = 3) -> Dataset:
 
     Classes are the first-level folders, in the order of their names; images may lie deeper. Hidden
     files and folders are left out, and so is every file whose name does not end as an image's
-    (`image_files.suffixes`, any case); the log says how many. The order of the examples in a split is `stratified_order`:
-    fixed as long as the files keep their names, and any slice has each class in proportion.
+    (`image_files.suffixes`, any case); the log says how many. The order of the examples in a split
+    is `stratified_order`: fixed as long as the files keep their names, and any slice has each class
+    in proportion.
 
     Args:
       root: the folder.
@@ -277,7 +278,8 @@ def list_images(
       arrays: whether .npy files are images.
 
     Returns:
-      Sorted paths of the images (`image_files.suffixes`), and how many other files of each suffix there were.
+      Sorted paths of the images (`image_files.suffixes`), and how many other files of each suffix
+      there were.
     """
     found: list[str] = []
     ignored, seen = collections.Counter[str](), set[str]()

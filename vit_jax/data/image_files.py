@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 # How files of each format end: the one list, for folders and messages. What a file is tells its
-# content. JPEG XL is left out: its plug-in for Pillow decodes a file before it tells how large it is.
+# content. JPEG XL is left out: its plug-in for Pillow decodes a file before it tells the size.
 _SUFFIXES = {
     'PNG': ('.png',),
     'WEBP': ('.webp',),

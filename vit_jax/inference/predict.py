@@ -61,8 +61,9 @@ def find_images(
     Args:
       paths: files, taken as they are and in this order whatever their names; folders, walked with
         everything below them in the order of the names, of which what is hidden or does not end as
-        an image (`image_files.suffixes`) is left out, as in training; patterns (`photos/*.jpg`, `**` for any
-        depth), which stand for what they match, sorted; and `-` for what comes from `stdin`.
+        an image (`image_files.suffixes`) is left out, as in training; patterns (`photos/*.jpg`,
+        `**` for any depth), which stand for what they match, sorted; and `-` for what comes from
+        `stdin`.
       stdin: paths of files, folders or patterns, one on each line or ended by a zero byte (`find
         -print0`); or one image, which is then called `-`.
       channels: those of the model; of another number than 3, .npy files in folders are images, too.
