@@ -63,12 +63,8 @@ def to_vit(tree: Mapping[str, Any], path: pathlib.Path) -> tuple[dict[str, Any],
     Raises:
         UserError: layers stacked by `scan` are not of one number.
     """
-    tree, notes = dict(tree), []
+    tree, notes = unstacked(tree, 'Transformer', path)
     transformer = dict(_group(tree, 'Transformer'))
-    if stacked := _group(transformer, 'encoderblock'):
-        del transformer['encoderblock']
-        transformer |= _unstack(stacked, path)
-        notes.append('layers stacked by scan were taken apart')
     kernel, position = _group(tree, 'embedding').get('kernel'), tree.get('pos_embedding')
     is_vit = 'encoder_norm' in transformer and getattr(kernel, 'ndim', 0) == 4
     if not is_vit or 'posembed_input' in transformer:
@@ -91,6 +87,31 @@ def to_vit(tree: Mapping[str, Any], path: pathlib.Path) -> tuple[dict[str, Any],
     if transformer:
         tree['Transformer'] = transformer
     return tree, notes
+
+
+def unstacked(
+    tree: Mapping[str, Any], encoder: str, path: pathlib.Path
+) -> tuple[dict[str, Any], list[str]]:
+    """Takes the layers of an encoder apart where they are stacked by `scan`.
+
+    Args:
+        tree: nested dict with Linen names of arrays, lazy or not.
+        encoder: the name of the encoder in it.
+        path: the file, for errors.
+
+    Returns:
+        (the tree, what was done: a sentence for each).
+
+    Raises:
+        UserError: the layers are not of one number.
+    """
+    blocks = dict(_group(tree, encoder))
+    stacked = _group(blocks, 'encoderblock')
+    if not stacked:
+        return dict(tree), []
+    del blocks['encoderblock']
+    blocks |= _unstack(stacked, path)
+    return {**tree, encoder: blocks}, ['layers stacked by scan were taken apart']
 
 
 def _group(tree: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -70,6 +70,8 @@ def _read_tables() -> dict[str, list[Line]]:
         others = [line for line in tables[name] if '}/MlpBlock_0/' not in line[0][0]]
         tables[f'{name} gated'] = others + tables[f'{name} gated']
     tables['SigLIP'] = tables['CLIP']  # of the same classes
+    text = [line for line in tables['CLIP text'] if not line[0][0].startswith('head/')]
+    tables['SigLIP text'] += text
     return tables | {'timm hybrid': hybrid, 'timm stem hybrid': stem}
 
 

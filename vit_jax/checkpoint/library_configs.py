@@ -233,9 +233,9 @@ def _hugging_face(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, 
     family, tower = FAMILIES[kind], image_tower(config)
     known: dict[str, Any] = {
         'settings': {
-            'act': _hugging_face_activation(folder, tower, 'hidden_act', family.hidden_act),
+            'act': hugging_face_activation(folder, tower, 'hidden_act', family.hidden_act),
             'layer_norm_eps': float(tower.get('layer_norm_eps', family.layer_norm_eps)),
-            'representation_act': _hugging_face_activation(folder, config, 'pooler_act', 'tanh'),
+            'representation_act': hugging_face_activation(folder, config, 'pooler_act', 'tanh'),
             **settings(kind, config),
         },
         'num_heads': int(tower.get('num_attention_heads', 12)),
@@ -261,9 +261,14 @@ def _hugging_face(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def _hugging_face_activation(
+def hugging_face_activation(
     folder: pathlib.Path, config: Mapping[str, Any], name: str, default: str
 ) -> str:
+    """Our name of the activation function that a configuration has under `name`, or `default`.
+
+    Raises:
+        UserError: no model here computes it.
+    """
     act = config.get(name) or default
     if not isinstance(act, str) or act not in _HUGGING_FACE_ACTIVATIONS:
         raise UserError(

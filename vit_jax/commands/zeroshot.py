@@ -7,6 +7,7 @@ Examples:
     vit_jax zeroshot --model LiT-L16L --classes 'rose,tulip,daisy' photos/
     vit_jax zeroshot --model LiT-B16B --classes pets.txt --prompts 'a photo of a {}, a pet' cat.jpg
     vit_jax zeroshot --model LiT-L16Ti --dataset tf_flowers
+    vit_jax zeroshot --model clip-vit-base-patch32/ --classes 'cat,dog' photos/
 """
 
 import argparse
@@ -29,7 +30,18 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
     add = parser.add_argument
-    add('--model', required=True, help='LiT-B16B, LiT-L16L, ..., or a folder of such a model')
+    add(
+        '--model',
+        required=True,
+        help='LiT-B16B, LiT-L16L, ...; a folder of such a model, or of CLIP or SigLIP of '
+        'transformers; or a .npz of SigLIP of big_vision',
+    )
+    add(
+        '--vocabulary',
+        default='',
+        metavar='FILE',
+        help="the tokenizer of a .npz: a SentencePiece model, or Gemma's tokenizer.json",
+    )
     add(
         '--classes',
         default='',
@@ -59,7 +71,7 @@ def _run(args: argparse.Namespace) -> int:
     prompts = _prompts(args.prompts) or two_tower.PROMPTS
     names = _classes(args.classes)
     if data is None:
-        towers = two_tower.load(args.model)
+        towers = two_tower.load(args.model, args.vocabulary)
         return _predict(args, two_tower.ZeroShotClassifier(towers, names, prompts))
     names = names or tuple(name.replace('_', ' ') for name in data.class_names)
     if len(names) != len(data.class_names):
@@ -67,8 +79,9 @@ def _run(args: argparse.Namespace) -> int:
             f'--classes names {len(names)} classes, and {data} has {len(data.class_names)}: name '
             f'them in this order: {", ".join(data.class_names[:10])}'
         )
-    towers = two_tower.load(args.model)
-    return _evaluate(args, two_tower.ZeroShotClassifier(towers, names, prompts), data)
+    towers = two_tower.load(args.model, args.vocabulary)
+    model = two_tower.ZeroShotClassifier(towers, names, prompts, exclusive=True)
+    return _evaluate(args, model, data)
 
 
 def _predict(args: argparse.Namespace, model: Any) -> int:

@@ -6,6 +6,7 @@ T texts become int32 [T, max_len].
 import dataclasses
 import os
 import re
+import string
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -133,6 +134,8 @@ class SentencepieceTokenizer:
     Attributes:
       vocab_path: a model file of SentencePiece that has `</s>`.
       max_len: length of the token ids; longer texts are cut.
+      canonical: whether texts are put into lower case and lose their ASCII punctuation first, as
+        SigLIP's are.
       eos_token: the id of `</s>`.
       unknown_token: the id of what is not in the vocabulary.
       size: of the vocabulary.
@@ -140,6 +143,7 @@ class SentencepieceTokenizer:
 
     vocab_path: str | os.PathLike[str]
     max_len: int
+    canonical: bool = False
     eos_token: int = dataclasses.field(init=False)
     unknown_token: int = dataclasses.field(init=False)
     size: int = dataclasses.field(init=False)
@@ -169,16 +173,104 @@ class SentencepieceTokenizer:
         """Token ids, int32 [T, max_len]."""
         out = np.full((len(texts), self.max_len), self.eos_token, np.int32)
         for row, text in zip(out, texts, strict=True):
+            text = _canonical(text) if self.canonical else text
             ids = self._processor.encode(text)[: self.max_len - 1]
             row[: len(ids)] = ids
         return out
 
 
-Tokenizer = BertTokenizer | SentencepieceTokenizer
+def _canonical(text: str) -> str:
+    """Lower case, no punctuation, single spaces: what SigLIP was trained and is evaluated with."""
+    return ' '.join(text.lower().translate(_NO_PUNCTUATION).split())
+
+
+_NO_PUNCTUATION = str.maketrans('', '', string.punctuation)
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonTokenizer:
+    """A tokenizer.json of Hugging Face: the byte pairs of CLIP and of Gemma, which SigLIP 2 takes.
+
+    Beginning and end of a text are marked as the file says; of a longer text the end mark is kept.
+
+    Attributes:
+      vocab_path: the file.
+      max_len: length of the token ids; longer texts are cut.
+      pad_token: fills up shorter texts.
+      pad_left: whether it does so in front of them.
+      lower: whether texts are put into lower case first.
+      unknown_token: the id of what is not in the vocabulary; 0 where there is no such thing.
+      size: of the vocabulary, the largest id and one.
+    """
+
+    vocab_path: str | os.PathLike[str]
+    max_len: int
+    pad_token: str
+    pad_left: bool = False
+    lower: bool = False
+    unknown_token: int = dataclasses.field(init=False)
+    size: int = dataclasses.field(init=False)
+    _tokenizer: Any = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Reads the file.
+
+        Raises:
+          UserError: it cannot be read, is no tokenizer, or has no such `pad_token`.
+          MissingPackageError: the package tokenizers is not installed.
+        """
+        with extra('text'):
+            import tokenizers
+        try:
+            tokenizer = tokenizers.Tokenizer.from_buffer(_read(self.vocab_path))
+        except Exception as error:  # it has no class of its own
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f'{self.vocab_path} is not a tokenizer.json ({error})') from error
+        ids = tokenizer.get_vocab()
+        if self.pad_token not in ids:
+            raise UserError(f'{self.vocab_path} has no token {self.pad_token!r} to fill up texts')
+        tokenizer.enable_truncation(self.max_len)
+        tokenizer.enable_padding(
+            direction='left' if self.pad_left else 'right',
+            pad_id=ids[self.pad_token],
+            pad_token=self.pad_token,
+            length=self.max_len,
+        )
+        unknown = tokenizer.token_to_id(getattr(tokenizer.model, 'unk_token', None) or '')
+        object.__setattr__(self, '_tokenizer', tokenizer)
+        object.__setattr__(self, 'unknown_token', unknown or 0)
+        object.__setattr__(self, 'size', max(ids.values()) + 1)
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """Token ids, int32 [T, max_len]."""
+        if self.lower:
+            texts = [text.lower() for text in texts]
+        rows = [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
+        return np.asarray(rows, np.int32).reshape(len(rows), self.max_len)
+
+
+Tokenizer = BertTokenizer | SentencepieceTokenizer | JsonTokenizer
 TOKENIZERS: Mapping[str, type[Tokenizer]] = {
     'bert': BertTokenizer,
     'sentencepiece': SentencepieceTokenizer,
+    'json': JsonTokenizer,
 }
+
+
+def make_tokenizer(pp: Mapping[str, Any], vocabulary: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer that `LitModel.pp` tells.
+
+    Args:
+      pp: `tokenizer_name`, `max_len`, and what else the tokenizer's class takes.
+      vocabulary: its file.
+
+    Raises:
+      UserError: see the classes.
+    """
+    kind = TOKENIZERS[pp['tokenizer_name']]
+    names = {field.name for field in dataclasses.fields(kind) if field.init}
+    return kind(vocabulary, **{name: value for name, value in pp.items() if name in names})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax import files, models, variants
-from vit_jax.checkpoint import catalog, npz
+from vit_jax.checkpoint import catalog, npz, two_towers
 from vit_jax.data import text
 from vit_jax.data.preprocess import Preprocess, normalize
 from vit_jax.errors import UserError
@@ -21,7 +21,7 @@ from vit_jax.inference import description
 
 FORMAT = 'vit_jax two towers'
 MODEL_FILE, PARAMS_FILE = 'model.json', 'params.npz'
-VOCABULARY_FILES = {'bert': 'vocab.txt', 'sentencepiece': 'vocab.model'}
+VOCABULARY_FILES = {'bert': 'vocab.txt', 'sentencepiece': 'vocab.model', 'json': 'tokenizer.json'}
 _TEXTS_AT_ONCE = 64
 _TOKEN_EMBEDDINGS = ('embedders_token_ids/embedding', 'Embed_0/embedding')
 # Of the paper's evaluation, one prompt; {} stands for the name of a class.
@@ -32,9 +32,13 @@ PROMPTS = ('a photo of a {}',)
 class _Input:
     """`LitModel.pp`."""
 
-    tokenizer_name: Literal['bert', 'sentencepiece']
-    size: Annotated[int, description.Between(1, description.MAX_IMAGE_SIZE)]
+    tokenizer_name: Literal['bert', 'sentencepiece', 'json']
+    size: description.Side | tuple[description.Side, description.Side]
     max_len: Annotated[int, description.Between(2, 8192)]
+    canonical: bool = False
+    pad_token: str = ''
+    pad_left: bool = False
+    lower: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +52,8 @@ class _Description:
     out_dim: tuple[int | None, int | None]
     pp: dict[str, Any]
     model_name: str | None = None
+    bias_init: float | None = None
+    preprocessing: Preprocess | None = None
 
 
 class TwoTowers:
@@ -58,6 +64,8 @@ class TwoTowers:
       params: nested dict of float32 arrays.
       vocabulary: file of the tokenizer.
       source: where it came from; any JSON.
+      preprocess: from decoded images to pixels; None for LiT's: squashed, without fractions of a
+        grey level.
 
     Raises:
       UserError: the parameters are not those of the model, or the vocabulary is not one of it.
@@ -69,17 +77,20 @@ class TwoTowers:
         params: Mapping[str, Any],
         vocabulary: str | os.PathLike[str],
         source: Mapping[str, Any],
+        preprocess: Preprocess | None = None,
     ):
         pp = description.read(_Input, dict(model.pp))
         self.model, self.params, self.source = model, params, dict(source)
         self.vocabulary = pathlib.Path(vocabulary)
-        self.tokenizer = text.TOKENIZERS[pp.tokenizer_name](vocabulary, pp.max_len)
-        self.preprocess = Preprocess(crop=pp.size, inception_crop=False)
+        self.tokenizer = text.make_tokenizer(dataclasses.asdict(pp), vocabulary)
+        self.preprocess = preprocess or Preprocess(crop=pp.size, inception_crop=False)
+        self.stated_preprocess = preprocess
+        round_down = (lambda pixels: pixels) if preprocess else jnp.floor
         _check(model, params, self.tokenizer, self.preprocess)
         self._device_params = jax.device_put(params)
         self._embed_images = jax.jit(
             lambda params, pixels: model.apply(
-                {'params': params}, images=normalize(jnp.floor(pixels))
+                {'params': params}, images=normalize(round_down(pixels))
             )[0]
         )
         self._embed_tokens = jax.jit(
@@ -90,8 +101,7 @@ class TwoTowers:
         """Embeddings of images, float32 [B, C], of length 1.
 
         Args:
-          pixels: float32 [B, *preprocess.size, 3] in [0, 255], what `preprocess` gives. Fractions
-            of a grey level are cut off, as in the original release.
+          pixels: float32 [B, *preprocess.size, 3] in [0, 255], what `preprocess` gives.
         """
         return self._embed_images(self._device_params, pixels)
 
@@ -110,22 +120,35 @@ class TwoTowers:
         """What cosines are multiplied with before the softmax."""
         return float(np.exp(self.params['t'][0]))
 
+    @property
+    def bias(self) -> float | None:
+        """What is added to the product, before a sigmoid; None for a model with softmax."""
+        return float(self.params['b'][0]) if 'b' in self.params else None
+
 
 class ZeroShotClassifier:
     """A `Classifier` whose classes are texts: the logits are cosines times the temperature.
+
+    Of a model with a bias (SigLIP) they are that plus the bias, and each class has a probability of
+    its own.
 
     Args:
       towers: the model.
       class_names: the classes, at least one, each of them once.
       prompts: texts with {} in the place of the name. Of several, the embeddings are averaged and
         made of length 1, as in CLIP (https://arxiv.org/abs/2103.00020, section 3.1.4).
+      exclusive: whether one class is right, and no more: then probabilities sum to 1 in any case.
 
     Raises:
       UserError: no class, one twice, or a prompt without {}.
     """
 
     def __init__(
-        self, towers: TwoTowers, class_names: Sequence[str], prompts: Sequence[str] = PROMPTS
+        self,
+        towers: TwoTowers,
+        class_names: Sequence[str],
+        prompts: Sequence[str] = PROMPTS,
+        exclusive: bool = False,
     ):
         self.class_names = tuple(class_names)
         twice = {name for name in self.class_names if self.class_names.count(name) > 1}
@@ -142,6 +165,7 @@ class ZeroShotClassifier:
         texts = [prompt.replace('{}', name) for name in class_names for prompt in prompts]
         classes = towers.embed_texts(texts).reshape(len(class_names), len(prompts), -1).mean(1)
         classes /= np.linalg.norm(classes, axis=-1, keepdims=True)
+        self.multi_label = towers.bias is not None and not exclusive
         self._head = jnp.asarray(towers.temperature * classes.T, jnp.float32)
         self._batch = 0
 
@@ -150,23 +174,37 @@ class ZeroShotClassifier:
         given, self._batch = len(pixels), max(len(pixels), self._batch)
         if given < self._batch:
             pixels = np.pad(pixels, [(0, self._batch - given), (0, 0), (0, 0), (0, 0)])
-        return (self._towers.embed_images(pixels) @ self._head)[:given]
+        logits = self._towers.embed_images(pixels) @ self._head
+        return logits[:given] + (self._towers.bias or 0.0)
 
 
-def load(path: str | os.PathLike[str]) -> TwoTowers:
-    """Loads a folder that `save` wrote, or a released model, which is downloaded once.
+def load(path: str | os.PathLike[str], vocabulary: str | os.PathLike[str] = '') -> TwoTowers:
+    """Loads a model of images and texts.
 
     Args:
-      path: the folder, or a name in `variants.TWO_TOWERS`: 'LiT-B16B'.
+      path: a folder that `save` wrote; a folder of transformers' CLIP or SigLIP, with the files of
+        its tokenizer; a `.npz` of big_vision's SigLIP; or a name in `variants.TWO_TOWERS`
+        ('LiT-B16B'), which is downloaded once.
+      vocabulary: of a `.npz`, the file of its tokenizer: a model of SentencePiece, or Gemma's
+        tokenizer.json.
 
     Raises:
       UserError: there is nothing, it is damaged, or cannot be downloaded.
     """
     name, folder = os.fspath(path), files.expand(path)
+    if bool(vocabulary) != (folder.suffix == '.npz'):
+        raise UserError(
+            f'{name}: a .npz of SigLIP needs the file of its tokenizer beside it (vocabulary, '
+            '--vocabulary), and other models have their own'
+        )
+    if vocabulary:
+        return _of_library(two_towers.open_npz(folder, files.expand(vocabulary)))
+    if (folder / 'config.json').is_file() and not (folder / MODEL_FILE).is_file():
+        return _of_library(two_towers.open_folder(folder))
     if name in variants.TWO_TOWERS and not folder.is_dir():
         model = models.LitModel(**variants.TWO_TOWERS[name])
-        vocabulary = catalog.resolve(model.vocab_path, option='--model FOLDER')
-        return TwoTowers(model, model.load_variables()['params'], vocabulary, {'model': name})
+        file = catalog.resolve(model.vocab_path, option='--model FOLDER')
+        return TwoTowers(model, model.load_variables()['params'], file, {'model': name})
     files.recover(folder)
     if not (folder / MODEL_FILE).is_file():
         raise UserError(
@@ -180,13 +218,22 @@ def load(path: str | os.PathLike[str]) -> TwoTowers:
         described = description.read(_Description, found)
         description.read(_Input, described.pp)
         arguments = {f.name: getattr(described, f.name) for f in dataclasses.fields(described)}
-        del arguments['format']
+        del arguments['format'], arguments['preprocessing']
         model = models.LitModel(**arguments)
-        vocabulary = folder / VOCABULARY_FILES[described.pp['tokenizer_name']]
+        file = folder / VOCABULARY_FILES[described.pp['tokenizer_name']]
         params = npz.open_file(folder / PARAMS_FILE, whole=True).read()
-        return TwoTowers(model, params, vocabulary, {'file': str(folder)})
+        source = {'file': str(folder)}
+        return TwoTowers(model, params, file, source, described.preprocessing)
     except UserError as error:
         raise UserError(f'{folder} cannot be loaded: {error}') from error
+
+
+def _of_library(found: two_towers.TwoTowerWeights) -> TwoTowers:
+    """Reads a model of another library."""
+    weights = found.source
+    source = {'file': weights.path, 'format': weights.format, 'notes': list(weights.notes)}
+    model = models.LitModel(**found.model)
+    return TwoTowers(model, weights.read(), found.vocabulary, source, found.preprocess)
 
 
 def save(folder: str | os.PathLike[str], towers: TwoTowers) -> None:
@@ -200,8 +247,10 @@ def save(folder: str | os.PathLike[str], towers: TwoTowers) -> None:
       UserError: there is something else of this name, or it cannot be written.
     """
     model = towers.model
-    names = ('image', 'text_model', 'text', 'pp', 'model_name')
+    names = ('image', 'text_model', 'text', 'pp', 'model_name', 'bias_init')
     described = flax.core.unfreeze({name: getattr(model, name) for name in names})
+    if towers.stated_preprocess:
+        described['preprocessing'] = towers.stated_preprocess.to_dict()
     described |= {'format': FORMAT, 'out_dim': model.sizes, 'text': described['text'] or {}}
     with files.atomic_folder(folder) as part:
         npz.save(part / PARAMS_FILE, towers.params)

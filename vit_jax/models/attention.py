@@ -35,7 +35,8 @@ def dot_product_attention(
       value: [B, N, H, K] of the same type.
       transform: applied to the weights [B, H, Q, N], at least float32, each row of which sums
         to 1.
-      mask: bool [B, N], which tokens there are to look at; None for all.
+      mask: bool [B, N], which tokens there are to look at, or [B or 1, Q, N], which each query
+        looks at; None for all.
 
     Returns:
       [B, Q, H, K] of the same type.
@@ -45,9 +46,14 @@ def dot_product_attention(
     logits = jnp.einsum('bhqk,bhnk->bhqn', query * query.shape[-1] ** -0.5, key)
     logits = logits.astype(at_least_float32(dtype))
     if mask is not None:  # not -inf, which gives NaN where there is no token at all
-        logits = jnp.where(mask[:, None, None], logits, jnp.finfo(logits.dtype).min)
+        logits = jnp.where(_for_heads(mask), logits, jnp.finfo(logits.dtype).min)
     weights = transform(jax.nn.softmax(logits, axis=-1))
     return jnp.einsum('bhqn,bhnk->bhqk', weights.astype(dtype), value).swapaxes(1, 2)
+
+
+def _for_heads(mask: jax.Array) -> jax.Array:
+    """A mask [B, N] or [B or 1, Q, N], for logits [B, H, Q, N]."""
+    return mask[:, None, None] if mask.ndim == 2 else mask[:, None]
 
 
 class MultiHeadDotProductAttention(nn.Module):
@@ -92,7 +98,7 @@ class MultiHeadDotProductAttention(nn.Module):
           inputs: tokens [B, N, D].
           deterministic: no dropout.
           queries: Q, how many tokens, from the first, are computed; None for all.
-          mask: bool [B, N], which tokens are looked at; None for all.
+          mask: bool [B, N] or [B or 1, Q, N], which tokens are looked at; None for all.
           probe: [B, Q, D], what looks at the tokens in place of themselves.
 
         Returns:
@@ -139,7 +145,7 @@ class MultiHeadDotProductAttention(nn.Module):
                     "attention 'cudnn' runs on NVIDIA GPUs, in 16-bit types: use 'auto' or 'xla'"
                 )
             if mask is not None:
-                mask = mask[:, None, None]
+                mask = _for_heads(mask)
             return jax.nn.dot_product_attention(
                 query, key, value, mask=mask, implementation='cudnn'
             )

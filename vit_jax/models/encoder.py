@@ -66,7 +66,7 @@ class Encoder1DBlock(nn.Module):
     ) -> jax.Array:
         """Tokens [B, N, D] in, tokens [B, N, D] out, or of them the first `outputs`.
 
-        `mask`, bool [B, N], says which tokens are looked at.
+        `mask`, bool [B, N] or [B or 1, N, N], says which tokens are looked at.
         """
         norm = functools.partial(nn.LayerNorm, epsilon=self.layer_norm_eps, dtype=self.dtype)
         x = norm(name='LayerNorm_0')(inputs)
@@ -152,7 +152,7 @@ class Encoder(nn.Module):
           train: whether dropout is active.
           mask: bool [B, N], which tokens there are, where sequences of several lengths are padded
             to N; None for all. The others change nothing of these; what comes out in their places
-            has no meaning.
+            has no meaning. Or bool [B or 1, N, N], which tokens (last axis) each token looks at.
 
         Returns:
           [B, outputs or N, D].

@@ -73,16 +73,21 @@ class BertModel(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """Pre-norm text transformer, of which the last token is read: the text tower of LiT's paper.
+    """Pre-norm text transformer: the text tower of LiT, SigLIP and, with `causal`, CLIP.
 
-    https://arxiv.org/abs/2111.07991. Texts are padded with the token that ends them, and all tokens
-    look at all.
+    https://arxiv.org/abs/2111.07991, https://arxiv.org/abs/2303.15343,
+    https://arxiv.org/abs/2103.00020. Padding is no different from other tokens.
 
     Attributes:
       num_classes: C, size of the embedding; None leaves the head out.
       width: D.
       num_layers, mlp_dim, num_heads: of the encoder.
       vocab_size: V.
+      causal: whether a token looks only at itself and those before it; else all look at all.
+      end_token: the first token with this id is read (the first token of all where there is none);
+        None for the last token of all.
+      act: activation function of the MLPs, a name in `layers.ACTIVATIONS`.
+      layer_norm_eps: what LayerNorm adds to the variance.
       dtype: type of activations and matrix products; parameters are float32.
     """
 
@@ -92,13 +97,18 @@ class TextTransformer(nn.Module):
     mlp_dim: int = 2048
     num_heads: int = 8
     vocab_size: int = 32_000
+    causal: bool = False
+    end_token: int | None = None
+    act: str = 'gelu_tanh'
+    layer_norm_eps: float = 1e-6
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, tokens: jax.Array, *, train: bool = False) -> jax.Array:
         """Token ids [B, L] to embeddings [B, C] (without a head: features [B, D])."""
+        length = tokens.shape[1]
         normal = nn.initializers.normal(stddev=self.width**-0.5)
-        shape = (1, tokens.shape[1], self.width)
+        shape = (1, length, self.width)
         x = nn.Embed(self.vocab_size, self.width, dtype=self.dtype, name='Embed_0')(tokens)
         x += self.param('pos_embedding', normal, shape, jnp.float32).astype(self.dtype)
         encoder = Encoder(
@@ -108,10 +118,19 @@ class TextTransformer(nn.Module):
             dropout_rate=0.0,
             attention_dropout_rate=0.0,
             add_position_embedding=False,
+            act=self.act,
+            layer_norm_eps=self.layer_norm_eps,
             dtype=self.dtype,
             name='Encoder_0',
         )
-        return _head(encoder(x, train=train)[:, -1], self.num_classes, self.dtype)
+        mask = jnp.tril(jnp.ones((1, length, length), bool)) if self.causal else None
+        x = encoder(x, train=train, mask=mask)
+        if self.end_token is None:
+            x = x[:, -1]
+        else:
+            end = jnp.argmax(tokens == self.end_token, axis=1)
+            x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
+        return _head(x, self.num_classes, self.dtype)
 
 
 def _head(x: jax.Array, size: int | None, dtype: Any) -> jax.Array:

@@ -1,6 +1,8 @@
 """Two towers, one for images and one for texts, whose embeddings meet in one space.
 
-LiT, "Zero-Shot Transfer with Locked-image text Tuning": https://arxiv.org/abs/2111.07991.
+LiT, "Zero-Shot Transfer with Locked-image text Tuning": https://arxiv.org/abs/2111.07991. With
+other arguments CLIP (https://arxiv.org/abs/2103.00020) and SigLIP
+(https://arxiv.org/abs/2303.15343).
 
 Shapes: B images, T texts, L tokens of a text, C size of the embeddings.
 
@@ -31,8 +33,10 @@ class LitModel(nn.Module):
       text: mapping with its arguments but `num_classes`; None for its defaults.
       out_dim: C; or a pair for images and texts, of which None leaves out the projection.
       pp: mapping with what texts and images go through first: `size` (pixels), `max_len` (L),
-        `tokenizer_name`; not used in the computation.
+        `tokenizer_name` and other arguments of the tokenizer, see `data.text`; not used in the
+        computation.
       model_name: not used in the computation.
+      bias_init: initial value of the bias of the logits, which SigLIP has (-10); None for none.
       dtype: type of activations and matrix products; parameters are float32.
     """
 
@@ -42,6 +46,7 @@ class LitModel(nn.Module):
     out_dim: Any = 128
     pp: Any = None
     model_name: str | None = None
+    bias_init: float | None = None
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
@@ -84,8 +89,7 @@ class LitModel(nn.Module):
         from vit_jax.checkpoint import catalog
         from vit_jax.data import text
 
-        tokenizer = text.TOKENIZERS[self.pp['tokenizer_name']]
-        return tokenizer(catalog.resolve(self.vocab_path), self.pp['max_len'])
+        return text.make_tokenizer(self.pp, catalog.resolve(self.vocab_path))
 
     def get_image_preprocessing(self, crop: bool = False) -> Callable[[Sequence[Any]], Any]:
         """The function from images, uint8 [height, width, 3], to float32 [B, size, size, 3].
@@ -127,7 +131,8 @@ class LitModel(nn.Module):
     ) -> tuple[jax.Array | None, jax.Array | None, dict[str, jax.Array]]:
         """Embeds images, texts, or both.
 
-        The logits of an image against texts are `out['t'] * zimg @ ztxt.T`.
+        The logits of an image against texts are `out['t'] * zimg @ ztxt.T`, and with a bias, whose
+        model takes each pair by itself (sigmoid, not softmax), `out['b']` more.
 
         Args:
           images: floats [B, height, width, 3] in [-1, 1], or None.
@@ -137,8 +142,9 @@ class LitModel(nn.Module):
         Returns:
           zimg, the embeddings of the images [B, C], of length 1, or None; ztxt, those of the texts
           [T, C], or None; and `out`, a dict with `t` [1], the temperature that logits are
-          multiplied with; `img/norm` [B, 1] and `txt/norm` [T, 1], the lengths before they were
-          made 1; `img/normalized` and `txt/normalized`, zimg and ztxt.
+          multiplied with, and `b` [1] where there is a bias; `img/norm` [B, 1] and `txt/norm`
+          [T, 1], the lengths before they were made 1; `img/normalized` and `txt/normalized`, zimg
+          and ztxt.
 
         Raises:
           ValueError: an unknown text tower; images or tokens of another shape.
@@ -161,6 +167,9 @@ class LitModel(nn.Module):
             )
             zimg = _normalize(image_tower(images, train=train), 'img', out)
         out['t'] = jnp.exp(self.param('t', nn.initializers.zeros, (1,), jnp.float32))
+        if self.bias_init is not None:
+            constant = nn.initializers.constant(self.bias_init)
+            out['b'] = self.param('b', constant, (1,), jnp.float32)
         return zimg, ztxt, out
 
 

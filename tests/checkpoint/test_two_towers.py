@@ -1,0 +1,210 @@
+"""CLIP and SigLIP of transformers, SigLIP of big_vision: embeddings and logits are theirs."""
+
+import base64
+import json
+import lzma
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from vit_jax.checkpoint import npz, two_towers
+from vit_jax.errors import UserError
+from vit_jax.inference import two_tower
+
+SENTENCEPIECE = pathlib.Path(__file__).parents[1] / 'fixtures/tokenizers/sentencepiece.json.xz'
+SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+VISION = SIZES | dict(image_size=28, patch_size=14)
+TEXTS = ['A photo of a cat!', 'the red  tulip', 'a', '', 'cat cat cat cat cat cat cat cat cat cat']
+
+
+@pytest.fixture(scope='module')
+def transformers():
+    pytest.importorskip('torch')
+    library = pytest.importorskip('transformers')
+    library.logging.set_verbosity_error()
+    library.logging.disable_progress_bar()
+    return library
+
+
+def save_byte_pairs(folder, transformers):
+    """A small tokenizer of CLIP's class, in transformers' own files."""
+    characters = [chr(c) for c in range(33, 127)]
+    symbols = characters + [f'{c}</w>' for c in characters]
+    merges = [('c', 'a'), ('ca', 't</w>'), ('t', 'h'), ('th', 'e</w>'), ('r', 'e')]
+    symbols += [''.join(pair) for pair in merges] + ['<|startoftext|>', '<|endoftext|>']
+    vocabulary = {symbol: index for index, symbol in enumerate(symbols)}
+    tokenizer = transformers.CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=12)
+    tokenizer.save_pretrained(folder)
+    return tokenizer, vocabulary
+
+
+def save_sentencepiece(folder, transformers):
+    (folder / 'spiece.model').write_bytes(
+        base64.b64decode(json.loads(lzma.decompress(SENTENCEPIECE.read_bytes()))['model'])
+    )
+    (folder / 'tokenizer_config.json').write_text('{"tokenizer_class": "SiglipTokenizer"}')
+    return transformers.SiglipTokenizer(str(folder / 'spiece.model'), model_max_length=12)
+
+
+@pytest.fixture(scope='module')
+def clip(transformers, tmp_path_factory):
+    """(transformers' model and tokenizer, the folder)."""
+    folder = tmp_path_factory.mktemp('clip')
+    tokenizer, vocabulary = save_byte_pairs(folder, transformers)
+    text = SIZES | dict(vocab_size=len(vocabulary), max_position_embeddings=12)
+    text |= dict(bos_token_id=len(vocabulary) - 2, eos_token_id=len(vocabulary) - 1)
+    config = transformers.CLIPConfig(text_config=text, vision_config=VISION, projection_dim=20)
+    model = randomise(transformers.CLIPModel(config))
+    model.save_pretrained(folder)
+    save_processor(folder)
+    return model, tokenizer, folder
+
+
+@pytest.fixture(scope='module')
+def siglip(transformers, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('siglip')
+    tokenizer = save_sentencepiece(folder, transformers)
+    text = SIZES | dict(vocab_size=tokenizer.vocab_size, max_position_embeddings=12)
+    text |= dict(bos_token_id=0, eos_token_id=1)
+    config = transformers.SiglipConfig(text_config=text, vision_config=VISION)
+    model = randomise(transformers.SiglipModel(config))
+    model.save_pretrained(folder)
+    save_processor(folder)
+    return model, tokenizer, folder
+
+
+def save_processor(folder):
+    sides = {'height': 28, 'width': 28}
+    settings = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3, size=sides, crop_size=28)
+    (folder / 'preprocessor_config.json').write_text(json.dumps(settings))
+
+
+def randomise(model):
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            values = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                parameter.copy_(values * parameter[0].numel() ** -0.5)
+            else:
+                parameter.copy_(values * 0.2 + float('norm' in name and 'weight' in name))
+    return model.eval()
+
+
+def of_library(case, pixels):
+    """(token ids, image embeddings, text embeddings, logits) of transformers; pixels in [-1, 1]."""
+    import torch
+
+    model, tokenizer, _ = case
+    ids = tokenizer(TEXTS, padding='max_length', truncation=True, max_length=12)['input_ids']
+    with torch.no_grad():
+        out = model(torch.tensor(ids), torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()))
+    return [np.asarray(x) for x in (ids, out.image_embeds, out.text_embeds, out.logits_per_image)]
+
+
+@pytest.mark.parametrize('name', ['clip', 'siglip'])
+def test_the_model_is_that_of_transformers(name, request, tmp_path):
+    case = request.getfixturevalue(name)
+    folder = case[-1]
+    towers = two_tower.load(folder)
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (3, 28, 28, 3)).astype(np.float32)
+    ids, images, texts, logits = of_library(case, pixels / 127.5 - 1)
+    np.testing.assert_array_equal(towers.tokenizer(TEXTS), ids)
+    np.testing.assert_allclose(towers.embed_images(pixels), images, atol=1e-5)
+    np.testing.assert_allclose(towers.embed_texts(TEXTS), texts, atol=1e-5)
+    found = towers.temperature * images @ texts.T + (towers.bias or 0)
+    np.testing.assert_allclose(found, logits, atol=1e-5)
+    assert (towers.bias is None) == (name == 'clip')
+
+    two_tower.save(tmp_path / 'ours', towers)
+    again = two_tower.load(tmp_path / 'ours')
+    assert again.model == towers.model and again.preprocess == towers.preprocess
+    np.testing.assert_array_equal(again.embed_images(pixels), towers.embed_images(pixels))
+    np.testing.assert_array_equal(again.embed_texts(TEXTS), towers.embed_texts(TEXTS))
+
+
+def test_probabilities_of_siglip_are_sigmoids(siglip):
+    from vit_jax.inference import classifier as classifier_lib
+
+    towers = two_tower.load(siglip[-1])
+    pixels = np.full((1, 28, 28, 3), 100, np.float32)
+    _, _, _, logits = of_library(siglip, pixels / 127.5 - 1)
+    classifier = two_tower.ZeroShotClassifier(towers, ('A photo of a cat!', 'a'), ('{}',))
+    found = classifier_lib.probabilities(classifier, classifier.logits(pixels))
+    np.testing.assert_allclose(found, 1 / (1 + np.exp(-logits[:, [0, 2]])), atol=1e-5)
+    one = two_tower.ZeroShotClassifier(towers, ('cat', 'a'), exclusive=True)
+    np.testing.assert_allclose(
+        classifier_lib.probabilities(one, one.logits(pixels)).sum(), 1, atol=1e-6
+    )
+
+
+def test_old_configurations_of_clip_have_a_wrong_end_token(clip, tmp_path):
+    """transformers reads the token of the largest id then, which is the end token."""
+    for file in clip[-1].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / 'config.json').read_text())
+    config['text_config']['eos_token_id'] = 2
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    assert two_towers.open_folder(tmp_path).model == two_towers.open_folder(clip[-1]).model
+
+
+def test_siglip_of_big_vision(siglip, tmp_path):
+    """The same weights under its names; layers of the text tower stacked by scan."""
+    towers = two_tower.load(siglip[-1])
+    flat = npz.flatten(towers.params)
+    renamed = {
+        f'params/{name}'.replace('img/Transformer/posembed_input/', 'img/'): np.asarray(array)
+        for name, array in flat.items()
+    }
+    blocks = {n: a for n, a in renamed.items() if '/txt/Encoder_0/encoderblock_0/' in n}
+    for name, first in blocks.items():
+        second = renamed.pop(name.replace('block_0', 'block_1'))
+        del renamed[name]
+        renamed[name.replace('block_0', 'block')] = np.stack([first, second])
+    np.savez(tmp_path / 'siglip.npz', **renamed)
+    loaded = two_tower.load(tmp_path / 'siglip.npz', siglip[-1] / 'spiece.model')
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, towers.params)
+    np.testing.assert_array_equal(loaded.embed_texts(TEXTS), towers.embed_texts(TEXTS))
+    with pytest.raises(UserError, match='needs the file of its tokenizer'):
+        two_tower.load(tmp_path / 'siglip.npz')
+    del renamed['params/b']
+    np.savez(tmp_path / 'siglip.npz', **renamed)
+    with pytest.raises(UserError, match='is no SigLIP'):
+        two_tower.load(tmp_path / 'siglip.npz', siglip[-1] / 'spiece.model')
+
+
+@pytest.mark.parametrize(
+    ('file', 'change', 'message'),
+    [
+        ('config.json', {'model_type': 'clip_vision_model'}, 'no model of images and texts'),
+        ('config.json', {'text_config': {'hidden_act': 'mish'}}, "hidden_act 'mish'"),
+        ('config.json', {'text_config': {'num_attention_heads': 5}}, 'does not fit'),
+        ('config.json', {'text_config': {'eos_token_id': [1, 2]}}, 'eos_token_id'),
+        ('tokenizer.json', {'model': {}}, 'is not a tokenizer.json'),
+        ('tokenizer_config.json', {'pad_token': 'nothing'}, "no token 'nothing'"),
+        ('tokenizer.json', None, 'has no tokenizer.json'),
+    ],
+)
+def test_what_is_wrong_is_named(clip, tmp_path, file, change, message):
+    for source in clip[-1].iterdir():
+        (tmp_path / source.name).write_bytes(source.read_bytes())
+    if change is None:
+        (tmp_path / file).unlink()
+    else:
+        content = json.loads((tmp_path / file).read_text())
+        text = content.get('text_config', {}) | change.get('text_config', {})
+        (tmp_path / file).write_text(json.dumps({**content, **change, 'text_config': text}))
+    with pytest.raises(UserError, match=message):
+        two_tower.load(tmp_path)
+
+
+def test_an_image_tower_alone_is_no_two_towers(transformers, tmp_path):
+    config = transformers.CLIPVisionConfig(**VISION)
+    transformers.CLIPVisionModel(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match='no model of images and texts'):
+        two_tower.load(tmp_path)
