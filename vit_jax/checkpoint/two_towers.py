@@ -74,7 +74,7 @@ def open_folder(folder: pathlib.Path) -> TwoTowerWeights:
         raise UserError(f'{folder} lacks logit_scale or the text tower: it is an image tower alone')
     if kind == 'clip':
         text['head/bias'] = derive(lambda kernel: 0 * kernel[0], text['head/kernel'])
-    params = {'img': image.params, 'txt': npz.nest(text, folder)}
+    params: dict[str, Any] = {'img': image.params, 'txt': npz.nest(text, folder)}
     params['t'] = derive(lambda t: t.reshape(1), found['logit_scale'])
     if kind == 'siglip':
         params['b'] = derive(lambda b: b.reshape(1), found['logit_bias'])
