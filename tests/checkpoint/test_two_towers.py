@@ -11,6 +11,7 @@ import pytest
 
 from vit_jax.checkpoint import npz, two_towers
 from vit_jax.errors import UserError
+from vit_jax.export import two_towers as export
 from vit_jax.inference import two_tower
 
 SENTENCEPIECE = pathlib.Path(__file__).parents[1] / 'fixtures/tokenizers/sentencepiece.json.xz'
@@ -126,6 +127,39 @@ def test_the_model_is_that_of_transformers(name, request, tmp_path):
     assert again.model == towers.model and again.preprocess == towers.preprocess
     np.testing.assert_array_equal(again.embed_images(pixels), towers.embed_images(pixels))
     np.testing.assert_array_equal(again.embed_texts(TEXTS), towers.embed_texts(TEXTS))
+
+
+@pytest.mark.parametrize('name', ['clip', 'siglip'])
+def test_written_for_transformers(name, request, tmp_path, transformers):
+    """From our folder: its class gives the same, and what was read is written back, bit for bit."""
+    from safetensors import numpy as safetensors
+
+    case = request.getfixturevalue(name)
+    towers = two_tower.load(case[-1])
+    two_tower.save(tmp_path / 'ours', towers)
+    assert export.write(tmp_path / 'theirs', two_tower.load(tmp_path / 'ours')) == []
+    before, after = (
+        safetensors.load_file(folder / 'model.safetensors')
+        for folder in (case[-1], tmp_path / 'theirs')
+    )
+    assert before.keys() == after.keys()
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+    pixels = np.random.default_rng(0).uniform(-1, 1, (2, 28, 28, 3)).astype(np.float32)
+    model = type(case[0]).from_pretrained(tmp_path / 'theirs').eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'theirs')
+    for found, expected in zip(
+        of_library((model, tokenizer, None), pixels), of_library(case, pixels), strict=True
+    ):
+        np.testing.assert_array_equal(found, expected)
+    with pytest.raises(UserError, match='exists'):
+        export.write(tmp_path / 'theirs', towers)
+
+
+def test_what_transformers_has_no_class_for(clip, tmp_path):
+    towers = two_tower.load(clip[-1])
+    towers.model = towers.model.clone(text=dict(towers.model.text) | {'causal': False})
+    with pytest.raises(UserError, match='CLIP has a causal text tower'):
+        export.write(tmp_path / 'theirs', towers)
 
 
 def test_probabilities_of_siglip_are_sigmoids(siglip):

@@ -4,6 +4,10 @@ SRC is a model folder, a .npz, .safetensors or .pth file, a folder of Hugging Fa
 name of a released checkpoint. DST is a .npz file or, for the other formats, a folder; it must not
 exist. Arrays are read and written one by one. What a format cannot express is refused by name.
 
+Of a model of images and texts (CLIP, SigLIP) the image tower is converted. --to two_towers converts
+both towers, with the tokenizer, into a folder of this package; such a folder, or a .npz with
+--vocabulary, becomes one of transformers by --to huggingface.
+
 (This turns files into files, of any size, without running the model. For a model that is verified
 in the library it is for, and for ONNX and StableHLO: vit_jax export.)
 
@@ -11,13 +15,14 @@ Examples:
     vit_jax convert runs/b16-tf_flowers/model flowers_hf --to huggingface
     vit_jax convert ViT-B_16.npz b16_timm --to timm --drop pre_logits
     vit_jax convert jx_vit_base_p16_224-80ecf9dd.pth ViT-B_16.npz --to npz
+    vit_jax convert siglip.npz siglip_hf --to huggingface --vocabulary sentencepiece.model
 """
 
 import argparse
 
 from vit_jax import cli
 
-TARGETS = ('npz', 'timm', 'huggingface', 'torchvision')
+TARGETS = ('npz', 'timm', 'huggingface', 'torchvision', 'two_towers')
 
 
 def main() -> int:
@@ -38,6 +43,12 @@ def main() -> int:
         default='',
         help='architecture of SRC, such as ViT-B_16, where its arrays do not tell',
     )
+    parser.add_argument(
+        '--vocabulary',
+        default='',
+        metavar='FILE',
+        help="the tokenizer of a .npz of SigLIP: a SentencePiece model, or Gemma's tokenizer.json",
+    )
     cli.add_input(parser)
     args = parser.parse_args()
     return cli.run(lambda: _convert(args), go_on=True)
@@ -48,8 +59,11 @@ def _convert(args: argparse.Namespace) -> None:
     from vit_jax.checkpoint import npz
     from vit_jax.errors import printable
     from vit_jax.export import pytorch
-    from vit_jax.inference import model_folder
+    from vit_jax.inference import model_folder, two_tower
 
+    if args.to == 'two_towers' or args.vocabulary or two_tower.is_folder(args.source):
+        _convert_two_towers(args)
+        return
     model = model_folder.open_model(args.source, variant=args.variant, **cli.input_of(args))
     arrays = npz.flatten(model.params)
     count = sum(array.size for array in arrays.values())
@@ -63,6 +77,30 @@ def _convert(args: argparse.Namespace) -> None:
     model_folder.check(model)
     model, notes = pytorch.drop_layers(model, args.drop)
     notes += pytorch.write(args.destination, model, to=args.to)
+    print(printable(f'{args.destination}: written for {args.to}'))
+    for note in notes:
+        print(f'  {printable(note)}')
+
+
+def _convert_two_towers(args: argparse.Namespace) -> None:
+    from vit_jax.errors import UserError, printable
+    from vit_jax.export import two_towers
+    from vit_jax.inference import two_tower
+
+    if args.to not in ('two_towers', 'huggingface'):
+        raise UserError(
+            f'both towers are written as two_towers or huggingface, not as {args.to}; the image '
+            'tower alone comes from the folder or file that the model was made from'
+        )
+    towers = two_tower.load(args.source, args.vocabulary)
+    notes = towers.source.get('notes')
+    for note in notes if isinstance(notes, list) else ():
+        print(f'  {printable(note)}')
+    if args.to == 'huggingface':
+        notes = two_towers.write(args.destination, towers)
+    else:
+        two_tower.save(args.destination, towers)
+        notes = []
     print(printable(f'{args.destination}: written for {args.to}'))
     for note in notes:
         print(f'  {printable(note)}')

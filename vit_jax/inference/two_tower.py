@@ -228,6 +228,12 @@ def load(path: str | os.PathLike[str], vocabulary: str | os.PathLike[str] = '') 
         raise UserError(f'{folder} cannot be loaded: {error}') from error
 
 
+def is_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a folder that `save` wrote."""
+    file = files.expand(path) / MODEL_FILE
+    return file.is_file() and files.read_json(file).get('format') == FORMAT
+
+
 def _of_library(found: two_towers.TwoTowerWeights) -> TwoTowers:
     """Reads a model of another library."""
     weights = found.source
