@@ -99,15 +99,15 @@ def _describe(towers: two_tower.TwoTowers) -> tuple[dict[str, Any], dict[str, An
             lost or lost_text
         )
         raise UnsupportedError(f'its {kind} has another image tower{what}')
-    named = to_hugging_face.name(named, tower)
+    whole: dict[str, Any] = to_hugging_face.name(named, tower)
     if siglip:
-        named = {f'vision_model.{name}': array for name, array in named.items()}
-        named['logit_bias'] = towers.params['b']
+        whole = {f'vision_model.{name}': array for name, array in whole.items()}
+        whole['logit_bias'] = towers.params['b']
     elif np.any(named_text.pop('text_projection.bias')):
         raise UnsupportedError("the projection of its CLIP's texts has no bias")
-    named |= named_text
+    whole |= named_text
     scale = np.asarray(towers.params['t'])
-    named['logit_scale'] = scale if siglip else scale.reshape(())
+    whole['logit_scale'] = scale if siglip else scale.reshape(())
     kind = 'siglip' if siglip else 'clip'
     projected = texts['head/kernel'].shape[1]
     config = {
@@ -119,7 +119,7 @@ def _describe(towers: two_tower.TwoTowers) -> tuple[dict[str, Any], dict[str, An
     }
     if siglip:
         config['text_config']['projection_size'] = projected
-    return named, config
+    return whole, config
 
 
 def _text_config(
