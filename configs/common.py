@@ -31,6 +31,10 @@ def get_defaults() -> ml_collections.ConfigDict:
     # Splits to train and evaluate on, in TFDS's notation ('train[:90%]'). Empty: the dataset's own.
     config.pp.train = ''
     config.pp.test = ''
+    # Validation: a split, or a share such as '10%' that is held out of pp.train, of each class with
+    # two images one at least. Evaluated on the way, so that the test images are not, but once, at
+    # the end. Empty: where something is chosen, the split 'validation' or 10 %; else none.
+    config.pp.val = ''
     # What the model sees, pixels: the side of a square, or (height, width).
     config.pp.crop = config_dict.FieldReference(224, field_type=object)
     # Channels of the images: 3 (RGB), 1 (grey), or, for .npy files in folders, any number. Weights
@@ -165,8 +169,10 @@ def get_defaults() -> ml_collections.ConfigDict:
     config.checkpoint_every = 1_000
     # How many checkpoints stay. With 1, there is none to fall back to if the newest gets damaged.
     config.keep_checkpoints = 2
-    # Save and keep the step of the best test accuracy, too; it ends up in model_best/.
+    # Save and keep the step of the best validation accuracy, too; it ends up in model_best/.
     config.keep_best = False
+    # End the run after so many evaluations in a row without a better one. 0: at total_steps.
+    config.patience = 0
     # Write report.html when the run is finished (`vit_jax report WORKDIR` does it at any time).
     config.report = True
     # When loss or gradient is not finite: 'stop', or 'skip' the update and count it.

@@ -190,15 +190,18 @@ def test_settings_and_data_stay_as_they_were(photos, tmp_path, capsys):
 
 
 def test_the_best_step_is_kept_and_becomes_a_model(monkeypatch, tmp_path):
-    """The test accuracies are made up: best at step 2, which is saved for that alone."""
+    """The accuracies are made up: best at step 2, which is saved, and tested, for that alone."""
     accuracies = {1: 0.2, 2: 0.9, 3: 0.3, 4: 0.4, 5: 0.5, 6: 0.6, 7: 0.7, 8: 0.8}
     at = iter(sorted(accuracies))
     kept = {}
 
-    def made_up(eval_step, params, *args, **kwargs):
+    def made_up(eval_step, params, *args, split, **kwargs):
+        if split == 'test':
+            kept['tested'] = jax.device_get(params)
+            return {'accuracy_test': 0.7, 'loss_test': 1.0}, 1.0
         step = next(at)
         kept[step] = jax.device_get(params)
-        return {'accuracy_test': accuracies[step], 'loss_test': 1.0}, 1.0
+        return {'accuracy_val': accuracies[step], 'loss_val': 1.0}, 1.0
 
     monkeypatch.setattr(evaluate, 'evaluate', made_up)
     config = make_config(keep_best=True, eval_every=1, checkpoint_every=100, keep_checkpoints=1)
@@ -209,3 +212,6 @@ def test_the_best_step_is_kept_and_becomes_a_model(monkeypatch, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, dict(best.params), kept[2])
     jax.tree.map(np.testing.assert_array_equal, dict(last.params), kept[8])
     assert (best.source['steps'], last.source['steps']) == (2, 8)
+    jax.tree.map(np.testing.assert_array_equal, kept['tested'], kept[2])
+    tested = {'step': 8, 'accuracy_test': 0.7, 'loss_test': 1.0, 'step_tested': 2}
+    assert lines(tmp_path)[-1] == tested

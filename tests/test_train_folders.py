@@ -93,6 +93,11 @@ def test_the_test_part_comes_first_unless_it_was_trained_on(photos, tmp_path):
         fingerprint = dataset.select(train_spec).fingerprint()
         trained = TrainingData('elsewhere', train_spec, 'validation', fingerprint)
         assert choose_split(dataset, trained)[0] == expected
+    trained = TrainingData('elsewhere', train_spec, 'validation', fingerprint, val='test[9:]')
+    assert choose_split(dataset, trained)[0] == 'validation', 'chosen on the test part'
+    held_out = dataset.select('train without 10%')
+    trained = TrainingData('', held_out.spec, 'test', held_out.fingerprint(), val='10% of train')
+    assert choose_split(dataset, trained)[0] == 'test'
 
 
 def test_a_set_is_evaluated_as_its_preset_says():

@@ -74,7 +74,7 @@ class Points:
 
     def on_eval(self, step, state, metrics):
         self._note('eval', step, state, metrics)
-        return {'half_test': np.float32(0.5)}
+        return {'half_test': np.float32(0.5)} if 'loss_test' in metrics else None
 
     def on_checkpoint(self, step, state, metrics):
         self._note('checkpoint', step, state, metrics)
@@ -95,16 +95,17 @@ def finished(tmp_path_factory):
 
 
 def test_the_loss_and_its_metrics_are_what_is_logged(finished):
-    workdir, params, _ = finished
+    workdir, _, _ = finished
     found = lines(workdir)
     first, last = found[0], found[-1]
     assert set(first) == {'step', 'train_loss', 'right_train', 'gradient_norm'}
-    assert set(last) == {'step', 'loss_test', 'right_test', 'half_test'}
-    model = model_folder.load(workdir / 'model')
+    assert set(last) == {'step', 'loss_test', 'right_test', 'half_test', 'step_tested'}
+    best = last['step_tested']
+    model = model_folder.load(workdir / ('model' if best == 6 else 'model_best'))
     assert model.class_names == ('cat', 'dog', 'cow')
     pixels = np.stack([model.preprocess.evaluate(image) for image in PIXELS[30:]])
-    logits = model.model.apply({'params': params}, pixels / 127.5 - 1, train=False)
-    loss, metrics = sigmoid(logits, {'label': SEVERAL[30:]}, params)
+    logits = model.model.apply({'params': model.params}, pixels / 127.5 - 1, train=False)
+    loss, metrics = sigmoid(logits, {'label': SEVERAL[30:]}, model.params)
     assert last['loss_test'] == pytest.approx(float(loss), rel=1e-5)
     assert last['right_test'] == pytest.approx(float(metrics['right_train']), abs=1e-6)
     log = (workdir / 'train.log').read_text()
@@ -121,7 +122,7 @@ def test_callbacks_are_called_at_every_point(finished):
     for step in range(1, 7):
         expected.append(('step', step))
         expected += [('eval', step), ('checkpoint', step)] if step % 2 == 0 else []
-    assert order == [*expected, ('end', 6)]
+    assert order == [*expected, ('end', 6), ('eval', 6)]
     known = {point: metrics for point, _, metrics in points.seen}
     assert known['start'] == known['checkpoint'] == known['end'] == []
     assert known['eval'] == ['loss_test', 'right_test']
@@ -150,7 +151,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(finished, tmp_path):
     assert points.seen[0][:2] == ('start', 4)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), params)
     assert (workdir / 'metrics.jsonl').read_bytes() == (whole / 'metrics.jsonl').read_bytes()
-    scores = {line['step']: line['loss_test'] for line in lines(whole) if 'loss_test' in line}
+    scores = {line['step']: line['loss_val'] for line in lines(whole) if 'loss_val' in line}
     best = min(scores, key=scores.get)
     assert (workdir / 'model_best').exists() == (best != 6)
 

@@ -46,7 +46,7 @@ _NOT_NEGATIVE = (
     'data_threads', 'cache', 'accum_steps', 'epochs', 'total_examples', 'warmup_steps',
     'cooldown_steps', 'base_lr', 'grad_norm_clip', 'momentum', 'weight_decay', 'seed',
     'max_unreadable', 'label_smoothing', 'layer_decay', 'ema_decay', 'ema_warmup_steps',
-    'stochastic_depth', 'mixup', 'cutmix',
+    'stochastic_depth', 'mixup', 'cutmix', 'patience',
 )  # fmt: skip
 
 
@@ -175,6 +175,11 @@ def preprocess_of(config: ml_collections.ConfigDict) -> Preprocess:
         interpolation=config.pp.interpolation,
         antialias=config.pp.antialias,
     )
+
+
+def chooses(config: ml_collections.ConfigDict) -> bool:
+    """Whether a run chooses by what it measures, which takes validation images."""
+    return config.keep_best or config.patience > 0
 
 
 def compute_dtype(config: ml_collections.ConfigDict, platform: str) -> str:

@@ -178,6 +178,7 @@ def evaluate(
     mesh: 'Mesh',
     *,
     batch: int,
+    split: str = 'test',
     threads: int | None = None,
     on_bad: OnBad | None = None,
     should_stop: Callable[[], bool] | None = None,
@@ -197,13 +198,14 @@ def evaluate(
       mesh: the devices; the batch is spread over all of them.
       batch: images per step; rounded up to a multiple of the devices. The last one is padded, and
         the padding does not count.
+      split: what the examples are for: 'test' or 'val'.
       threads: readers, see `eval_batches`.
       on_bad: see `eval_batches`.
       should_stop: asked after each batch; once it says so, the evaluation ends without a result.
 
     Returns:
-      The `totals` and `own_totals`, `accuracy_test` and so on; and the speed, images per second and
-      device. None if `should_stop` ended it.
+      The `totals` and `own_totals`, `accuracy_{split}` and so on; and the speed, images per second
+      and device. None if `should_stop` ended it.
 
     Raises:
       BadImageError: without `on_bad`, an image that cannot be read.
@@ -239,4 +241,4 @@ def evaluate(
     metrics = totals(Outcomes(**found), len(source.class_names)) if 'rank' in found else {}
     if own:
         metrics |= own_totals(own, found['readable'])
-    return {f'{name}_test': value for name, value in metrics.items()}, speed
+    return {f'{name}_{split}': value for name, value in metrics.items()}, speed

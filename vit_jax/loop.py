@@ -6,10 +6,12 @@ What it does in which order:
     2. the training step: one jitted call; the old state is donated to it
     3. look at the step before the last ones under way: was it finite, is the run to stop?
     4. every `progress_every` steps: read the metrics, write and show them
-    5. every `eval_every` steps: evaluate on the whole test set, write metrics
+    5. every `eval_every` steps: evaluate on all validation images, or, where there are none, on
+       the test images; write metrics
     6. every `checkpoint_every` steps, and when the run is to stop: save, asynchronously
 
-After 3, 5 and 6, before the first step and after the last, `run.callbacks` are called.
+After 3, 5 and 6, before the first step and after the last, `run.callbacks` are called. Where there
+are validation images, `test_at_end` evaluates on the test images, which nothing has seen before.
 
 Metrics of a step are written before its checkpoint, so a resumed run has neither a gap nor a line
 twice; and no state is saved before its step, and all before it, are known to be finite.
@@ -33,7 +35,7 @@ from jax.sharding import Mesh
 
 from vit_jax import evaluate, sharding
 from vit_jax.checkpoint import workdir as workdir_lib
-from vit_jax.data.dataset import CLASS_INDEX, Selection
+from vit_jax.data.dataset import Selection
 from vit_jax.data.decode import BadImageError
 from vit_jax.data.loader import BatchLoader
 from vit_jax.data.preprocess import Preprocess
@@ -42,6 +44,7 @@ from vit_jax.data.stream import BatchStream
 from vit_jax.errors import UserError
 from vit_jax.run import preemption, telemetry
 from vit_jax.run.callbacks import Callbacks
+from vit_jax.run.choice import Choice
 from vit_jax.run.clock import TrainingClock
 from vit_jax.state import Checkpoint, TrainState
 
@@ -57,15 +60,16 @@ class Run:
     workdir: pathlib.Path
     mesh: Mesh
     train: Selection | BatchStream
+    val: Selection | None
     test: Selection
     preprocess: Preprocess
     log: telemetry.Telemetry
     callbacks: Callbacks
 
     @property
-    def judged_by(self) -> str:
-        """The metric of the test set that says which step is the best."""
-        return 'accuracy_test' if self.test.label_dtype == CLASS_INDEX else 'loss_test'
+    def watched(self) -> str:
+        """The examples to evaluate on, on the way: 'val', or 'test' if there are none of it."""
+        return 'test' if self.val is None else 'val'
 
     @property
     def threads(self) -> int | None:
@@ -104,21 +108,20 @@ class Loop:
         self._train_images: Reader | BatchStream = (
             run.train if isinstance(run.train, BatchStream) else Reader(run.train, cache)
         )
-        self._test_images = Reader(run.test, cache)
+        self._eval_images = {'test': Reader(run.test, cache)}
+        if run.val is not None:
+            self._eval_images['val'] = Reader(run.val, cache)
         self._signals = preemption.StopSignals()
         self._sum_over_processes = sharding.make_sum_over_processes(run.mesh)
         self._in_flight: collections.deque[_Step] = collections.deque()
-        self._scores: dict[int, float] = {}  # `run.judged_by` by step
+        self._choice = Choice(run.config)
         self._replaced = 0  # unreadable examples of the steps that are settled
         self._skipped_in_a_row = 0
         self._stopping = False
 
     def best(self) -> int | None:
-        """The first step of the best test accuracy (or loss); None if that is not asked for."""
-        if not (self._run.config.keep_best and self._scores):
-            return None
-        best = max if self._run.judged_by == 'accuracy_test' else min
-        return best(self._scores, key=self._scores.__getitem__)
+        """The first step of the best validation accuracy (or loss); None if it is not kept."""
+        return self._choice.best()
 
     @contextlib.contextmanager
     def reading(self, start: int) -> Iterator[Iterator[dict[str, np.ndarray]]]:
@@ -157,8 +160,10 @@ class Loop:
 
     def run_steps(
         self, first: Checkpoint, start: int, batches: Iterator[dict[str, np.ndarray]]
-    ) -> TrainState:
-        """Steps start + 1 to total_steps, from what there is after `start`.
+    ) -> tuple[TrainState, int]:
+        """Steps start + 1 to the last one, from what there is after `start`.
+
+        The last one is `total_steps`, or one after whose evaluation `patience` is at an end.
 
         Args:
           first: its arrays are donated.
@@ -166,7 +171,7 @@ class Loop:
           batches: of `reading`.
 
         Returns:
-          The state after the last step.
+          The state after the last step, and how many steps it had.
 
         Raises:
           UserError: the loss is not finite, too many images cannot be read, a checkpoint cannot be
@@ -176,17 +181,19 @@ class Loop:
         config, log, run = self._run.config, self._run.log, self._run
         state, self._replaced = first.state(), int(first.replaced)
         del first
-        self._scores = telemetry.read_metric(run.workdir, run.judged_by, up_to=start)
-        best = self.best()
+        best = self._choice.read(run.workdir, up_to=start).best()
         if best is not None:
             self._checkpoints.protect(best)
+        step = start
         with self._signals:
-            if start and self._is_due(start, config.eval_every) and start not in self._scores:
-                self._evaluate(start, state)  # it was stopped before, or while, it did
+            if start and self._is_due(start, config.eval_every) and not self._was_evaluated(start):
+                self._evaluate(start, state, run.watched)  # it was stopped before, or while, it did
                 self._leave_if_stopping(start)
             run.callbacks('on_start', start, state, {})
             clock = TrainingClock()
-            for step in range(start + 1, config.total_steps + 1):
+            over = self._choice.is_over()
+            while step < config.total_steps and not over:
+                step += 1
                 with clock.waiting():
                     batch = next(batches)
                 state, metrics = self._dispatch(step, state, batch)
@@ -214,16 +221,36 @@ class Loop:
 
                 if assess and not self._stopping:
                     with clock.paused():
-                        save = self._evaluate(step, state) or save
+                        save = self._evaluate(step, state, run.watched) or save
+                        over = self._choice.is_over()
 
-                if save or self._stopping:
+                if save or over or self._stopping:
                     with clock.paused():
                         replaced = count_array(self._replaced, run.mesh)
                         self._checkpoints.save(step, Checkpoint.of(state, replaced))
                         run.callbacks('on_checkpoint', step, state, {})
                 self._leave_if_stopping(step)
-        run.callbacks('on_end', config.total_steps, state, {})
-        return state
+                if over:
+                    log.info(
+                        f'the run ends with step {step:,}: evaluations in a row without a better '
+                        f'one: {config.patience} (config.patience)'
+                    )
+        run.callbacks('on_end', step, state, {})
+        return state, step
+
+    def test_at_end(self, last: int, state: TrainState, chosen: int) -> None:
+        """Evaluates on the test images, if there are validation images, and it was not done yet.
+
+        Args:
+          last: the last step, whose line of metrics it is.
+          state: that was chosen.
+          chosen: its step.
+        """
+        if self._run.val is None or self._was_evaluated(last, 'test'):
+            return
+        with self._signals:
+            self._evaluate(last, state, 'test', step_tested=chosen)
+            self._leave_if_stopping(last)
 
     def _dispatch(
         self, step: int, state: TrainState, batch: dict[str, np.ndarray]
@@ -289,18 +316,30 @@ class Loop:
             f'--config.dtype=float32 may avoid it. The {which}'
         )
 
-    def _evaluate(self, step: int, state: TrainState) -> bool:
-        """Evaluates on the test examples, and says whether it is the best so far, and wanted."""
-        run, before = self._run, self.best()
+    def _was_evaluated(self, step: int, split: str = '') -> bool:
+        name = f'loss_{split or self._run.watched}'
+        return step in telemetry.read_metric(self._run.workdir, name, up_to=step)
+
+    def _evaluate(self, step: int, state: TrainState, split: str, **facts: float) -> bool:
+        """Evaluates, writes the metrics, and says whether it is the best so far, and wanted.
+
+        Args:
+          step: how many were done.
+          state: to evaluate.
+          split: 'val' or 'test'.
+          **facts: to write with the metrics.
+        """
+        run, images = self._run, self._eval_images[split]
         # Alone, a run that is to stop does not finish the evaluation; the next one begins with it.
         alone = jax.process_count() == 1
         result = evaluate.evaluate(
             self._eval_step,
             state.model_params,
-            self._test_images,
+            images,
             run.preprocess,
             run.mesh,
             batch=run.config.batch_eval,
+            split=split,
             threads=run.threads,
             on_bad=self._on_bad,
             should_stop=(lambda: bool(self._signals.received)) if alone else None,
@@ -310,16 +349,17 @@ class Loop:
             return False
         metrics, speed = result
         metrics |= run.callbacks('on_eval', step, state, metrics)
-        run.log.metrics(step, **metrics)
-        run.log.timing(step, img_sec_core_test=speed)
+        run.log.metrics(step, **metrics, **facts)
+        run.log.timing(step, **{f'img_sec_core_{split}': speed})
+        which = {'val': 'validation', 'test': 'test'}[split]
         run.log.info(
-            f'step {step:,}: test {_in_words(metrics)} ({len(run.test):,} images)',
+            f'step {facts.get("step_tested", step):,}: {which} {_in_words(metrics, split)} '
+            f'({len(images):,} images)',
             'evaluated',
             step=step,
         )
-        self._check_unreadable('test', metrics.get('unreadable_test', 0), len(run.test))
-        self._scores[step] = metrics[run.judged_by]
-        if self.best() == before:
+        self._check_unreadable(split, metrics.get(f'unreadable_{split}', 0), len(images))
+        if split != 'val' or not self._choice.add(step, metrics):
             return False
         self._checkpoints.protect(step)
         return True
@@ -330,7 +370,7 @@ class Loop:
     def _check_unreadable(self, split: str, count: float, seen: int) -> None:
         """Raises if more images than `max_unreadable` allows cannot be read."""
         run = self._run
-        images = self._train_images if split == 'train' else self._test_images
+        images = self._train_images if split == 'train' else self._eval_images[split]
         if isinstance(images, BatchStream):  # reads no images
             return
         examples = len(images)
@@ -387,14 +427,14 @@ def _for_the_log(
     return learned
 
 
-def _in_words(metrics: dict[str, float]) -> str:
-    """Accuracy, if there is one, and whatever else was measured on the test set."""
-    rest, parts = dict(metrics), []
-    rest.pop('unreadable_test', None)  # is told on its own
-    for name, words in (('accuracy_test', 'accuracy'), ('accuracy_top5_test', 'top-5')):
+def _in_words(metrics: dict[str, float], split: str) -> str:
+    """Accuracy, if there is one, and whatever else was measured on the split."""
+    rest, parts = {name.removesuffix(f'_{split}'): metrics[name] for name in metrics}, []
+    rest.pop('unreadable', None)  # is told on its own
+    for name, words in (('accuracy', 'accuracy'), ('accuracy_top5', 'top-5')):
         if name in rest:
             parts.append(f'{words} {100 * rest.pop(name):.2f} %')
-    return ', '.join(parts + [f'{name.removesuffix("_test")} {rest[name]:.4f}' for name in rest])
+    return ', '.join(parts + [f'{name} {rest[name]:.4f}' for name in rest])
 
 
 def _report_progress(run: Run, step: int, values: dict[str, float], clock: TrainingClock) -> None:

@@ -23,13 +23,15 @@ from vit_jax import loop, losses, steps
 from vit_jax import state as state_lib
 from vit_jax.checkpoint import workdir as workdir_lib
 from vit_jax.data import copies
-from vit_jax.data.dataset import Selection, Source, coverage_notes
+from vit_jax.data.dataset import Selection
+from vit_jax.data.holdout import coverage_notes
 from vit_jax.data.sources import lasting_name
 from vit_jax.data.stream import BatchStream
 from vit_jax.errors import UserError
 from vit_jax.run import distributed, product, recipe, resources, resume, run_info, telemetry
 from vit_jax.run.callbacks import Callbacks
-from vit_jax.run.setup import Parts, Setup, initial_params, set_up, weights_name
+from vit_jax.run.choice import FEW, Choice
+from vit_jax.run.setup import Parts, Setup, Sources, initial_params, set_up, weights_name
 from vit_jax.state import Checkpoint
 from vit_jax.variants import in_words
 
@@ -38,7 +40,7 @@ def train_and_evaluate(
     config: ml_collections.ConfigDict,
     workdir: str | os.PathLike,
     *,
-    sources: tuple[Source | BatchStream, Source] | None = None,
+    sources: Sources | None = None,
     loss_fn: losses.LossFn | None = None,
     tx: optax.GradientTransformation | None = None,
     model: nn.Module | None = None,
@@ -53,8 +55,9 @@ def train_and_evaluate(
       config: resolved, see `config.resolve`.
       workdir: folder of the run: checkpoints, `metrics.jsonl`, `timing.jsonl`, `train.log`,
         TensorBoard events, `config.json`, `data.json`, and at the end the model folder `model/`.
-      sources: training and test examples, in place of the config's dataset: of `vit_jax.data`
-        (`from_arrays`, `from_sequence`), or any `Source`; the former may be a `BatchStream`.
+      sources: training and test examples, or training, validation and test examples, in place of
+        the config's dataset: of `vit_jax.data` (`from_arrays`, `from_sequence`), or any `Source`;
+        the first may be a `BatchStream`.
       loss_fn: in place of cross-entropy, see `losses.LossFn`. In evaluation it is given each
         example alone, and the means over all examples count.
       tx: the optimizer, in place of the config's, whose learning rate and weight decay then have no
@@ -99,6 +102,7 @@ def train_and_evaluate(
             workdir,
             setup.mesh,
             setup.train,
+            setup.val,
             setup.test,
             config_lib.preprocess_of(config),
             log,
@@ -146,9 +150,33 @@ def _train(run: loop.Run, setup: Setup, checkpoints: workdir_lib.Checkpoints) ->
             reading.close()
             batches = reading.enter_context(steps_loop.reading(start))
         resources.return_freed_memory()
-        params = steps_loop.run_steps(first, start, batches).model_params
-    _write_model_folders(run, setup, params, checkpoints, steps_loop.best())
+        state, last = steps_loop.run_steps(first, start, batches)
+        del first
+    params, best = state.model_params, steps_loop.best() or last
+    if best != last:
+        del state  # makes room
+        state, best = _restore_best(run, setup, checkpoints, best, last)
+    steps_loop.test_at_end(last, state, best)
+    # First, because the other one marks the run as finished.
+    if best != last:
+        _write_model_folder(run, setup, state.model_params, product.BEST_MODEL_FOLDER, best)
+    del state
+    _write_model_folder(run, setup, params, product.MODEL_FOLDER, last)
     return params
+
+
+def _restore_best(
+    run: loop.Run, setup: Setup, checkpoints: workdir_lib.Checkpoints, best: int, last: int
+) -> tuple[state_lib.TrainState, int]:
+    """The state of the best step, and its step; of the last one if the best one is lost."""
+    better = checkpoints.restore(best, setup.abstract)
+    if better is not None:
+        return better.state(), best
+    run.log.info(f'WARNING: no {product.BEST_MODEL_FOLDER}: the checkpoint of step {best} is lost')
+    newest = checkpoints.restore(last, setup.abstract)
+    if newest is None:
+        raise UserError(f'{run.workdir}: the checkpoint of step {last}, just written, is lost')
+    return newest.state(), last
 
 
 def _compile(run: loop.Run, setup: Setup) -> jax.stages.Compiled:
@@ -238,7 +266,10 @@ def _introduce(run: loop.Run, setup: Setup) -> None:
     )
     names = run.train.class_names
     shown = ', '.join(names[:10]) + (', ...' if len(names) > 10 else '')
-    log.info(f'data: {run.train!r}, tested on {run.test!r}; {len(names)} classes: {shown}')
+    tested = f'tested on {run.test!r}'
+    if run.val is not None:
+        tested = f'validated on {run.val!r}, tested once, at the end, on {run.test!r}'
+    log.info(f'data: {run.train!r}, {tested}; {len(names)} classes: {shown}')
     if setup.schedule is not None:
         log.info(f'schedule: {recipe.describe_schedule(config, run.train)}')
     common = run.train.overlap(run.test) if isinstance(run.train, Selection) else 0
@@ -266,9 +297,16 @@ def _introduce(run: loop.Run, setup: Setup) -> None:
 
 def _data_notes(run: loop.Run) -> list[str]:
     """What is known to be wrong with the examples; labels and files are, where none is read."""
+    notes = list[str]()
+    if run.val is not None and len(run.val) < FEW and config_lib.chooses(run.config):
+        notes.append(
+            f'{len(run.val):,} validation images are few to choose by (config.keep_best, '
+            f'config.patience): the best of many results on under {FEW} is the best by luck, and '
+            'flatters'
+        )
     if not isinstance(run.train, Selection):
-        return []
-    names, notes = run.train.class_names, list[str]()
+        return notes
+    names = run.train.class_names
     train, test = run.train.labels(), run.test.labels()
     if train is not None and test is not None:
         train, test = (np.bincount(labels, minlength=len(names)) for labels in (train, test))
@@ -280,65 +318,48 @@ def _data_notes(run: loop.Run) -> list[str]:
 
 def _is_finished(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> bool:
     """Whether the run has all its steps and its model folder; then says so."""
-    finished = config.total_steps in workdir_lib.saved_steps(workdir)
+    last = max(workdir_lib.saved_steps(workdir), default=0)
+    finished = last == config.total_steps or Choice(config).read(workdir, up_to=last).is_over()
     if not (finished and (workdir / product.MODEL_FOLDER).exists()):
         return False
     if jax.process_index() == 0:
         print(
-            f'{workdir}: this run is finished ({config.total_steps:,} steps); its model is '
+            f'{workdir}: this run is finished ({last:,} steps); its model is '
             f'{workdir / product.MODEL_FOLDER}. For another run use another --workdir.'
         )
     return True
 
 
-def _write_model_folders(
-    run: loop.Run,
-    setup: Setup,
-    params: Any,
-    checkpoints: workdir_lib.Checkpoints,
-    best: int | None,
-) -> None:
-    """Writes the product of the run, and the best of it where that was asked for and is another."""
-    config, last = run.config, run.config.total_steps
+def _write_model_folder(run: loop.Run, setup: Setup, params: Any, name: str, step: int) -> None:
+    """Writes a product of the run: the parameters of a step, on the devices."""
     if setup.no_folder:
-        _say_no_folder(run, setup.no_folder, last)
+        _say_no_folder(run, setup.no_folder, step)
         return
+    source = {
+        'weights': weights_name(run.config),
+        'dataset': lasting_name(run.config.dataset),
+        'train': run.train.spec,
+        **({} if run.val is None else {'val': run.val.spec}),
+        'test': run.test.spec,
+        'train_fingerprint': setup.data['train']['fingerprint'],
+    }
     made = product.Product(
         run.workdir,
         run.mesh,
         setup.architecture,
         run.train.class_names,
         run.preprocess,
-        {
-            'weights': weights_name(config),
-            'dataset': lasting_name(config.dataset),
-            'train': run.train.spec,
-            'test': run.test.spec,
-            'train_fingerprint': setup.data['train']['fingerprint'],
-        },
+        source,
     )
-
-    def write(params: Any, name: str, step: int) -> None:
-        try:
-            folder = made.write(params, name, step)
-        except UserError as error:
-            if setup.parts.model is None:
-                raise
-            _say_no_folder(run, str(error), step)
-            return
-        of = f' (step {step:,})' if name != product.MODEL_FOLDER else ''
-        run.log.info(f'model folder: {folder}{of}', 'saved_model', step=step)
-
-    # First, because the other one marks the run as finished.
-    if best not in (None, last):
-        better = checkpoints.restore(best, setup.abstract)
-        if better is None:
-            run.log.info(
-                f'WARNING: no {product.BEST_MODEL_FOLDER}: the checkpoint of step {best} is lost'
-            )
-        else:
-            write(better.model_params, product.BEST_MODEL_FOLDER, best)
-    write(params, product.MODEL_FOLDER, last)
+    try:
+        folder = made.write(params, name, step)
+    except UserError as error:
+        if setup.parts.model is None:
+            raise
+        _say_no_folder(run, str(error), step)
+        return
+    of = f' (step {step:,})' if name != product.MODEL_FOLDER else ''
+    run.log.info(f'model folder: {folder}{of}', 'saved_model', step=step)
 
 
 def _say_no_folder(run: loop.Run, reason: str, step: int) -> None:

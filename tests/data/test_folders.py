@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from vit_jax.data import image_files, sources
-from vit_jax.data.dataset import coverage_notes
 from vit_jax.data.decode import BadImageError, decode
+from vit_jax.data.holdout import coverage_notes
 from vit_jax.errors import UserError
 from vit_jax.inference import predict
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vit_jax.data import sources
-from vit_jax.data.dataset import coverage_notes, held_out, stratified_order
+from vit_jax.data import from_sequence, sources
+from vit_jax.data.holdout import choose, coverage_notes, held_out, stratified_order
 from vit_jax.errors import UserError
 
 
@@ -94,6 +94,86 @@ def test_held_out(counts):
     trained, tested = labels[: -held_out(labels)], labels[-held_out(labels) :]
     assert set(trained.tolist()) == set(range(len(counts)))
     assert set(tested.tolist()) == {label for label, count in enumerate(counts) if count > 1}
+
+
+@given(
+    st.lists(st.integers(0, 25), min_size=1, max_size=30), st.floats(0.001, 0.5), st.integers(0, 9)
+)
+@settings(deadline=None, max_examples=100)
+def test_validation_has_every_class_and_leaves_every_class(counts, share, seed):
+    labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
+    found = choose(labels, share)
+    left = np.setdiff1d(np.arange(len(labels)), found)
+    several = {label for label, count in enumerate(counts) if count > 1}
+    assert set(labels[found].tolist()) == several and np.all(np.diff(found) > 0)
+    assert set(labels[left].tolist()) == {label for label, count in enumerate(counts) if count}
+    of_several = sum(count for count in counts if count > 1)
+    assert len(found) == max(round(share * of_several), len(several))
+
+
+def test_three_parts_by_rule_by_name_and_by_folder(tmp_path, photos):
+    whole = sources.open_dataset(str(photos)).select('train')
+    train, val, test = sources.open_three(str(photos), val_split='10%')
+    assert (len(train), len(val), len(test)) == (32, 4, 4)
+    assert train.overlap(val) == train.overlap(test) == val.overlap(test) == 0
+    parts = [keys(each, photos) for each in (train, val, test)]
+    assert sorted(sum(parts, [])) == sorted(keys(whole, photos))
+    assert sum(key.startswith('dog') for key in parts[1]) == 1
+    # Their names give them back, as `evaluate` and the report need.
+    for each in (train, val):
+        again = sources.open_dataset(str(photos)).select(each.spec)
+        assert again.fingerprint() == each.fingerprint() and again.spec == each.spec
+        assert keys(again, photos) == keys(each, photos)
+        assert again.labels().tolist() == [each[i].label for i in range(len(each))]
+        assert [os.path.relpath(path, photos) for path in again.paths()] == keys(each, photos)
+    assert train.spec == 'train[:90%] without 10%' and val.spec == '10% of train[:90%]'
+
+    train, val, test = sources.open_three(
+        str(photos), train_split='train', val_split='train[10:20]', test_split='train[:10]'
+    )
+    assert keys(val, photos) == keys(whole, photos)[10:20]
+    assert keys(train, photos) == keys(whole, photos)[:10] + keys(whole, photos)[20:]
+    assert train.spec == 'train without train[10:20]'
+    assert sources.open_three(str(photos))[1] is None
+
+
+def test_where_validation_is_needed_the_folder_of_it_is_taken(tmp_path):
+    write(tmp_path, *[f'{part}/{name}/{i}.png' for part in ('train', 'val') for name in 'ab'
+                      for i in range(5)])  # fmt: skip
+    train, val, test = sources.open_three(str(tmp_path), validate=True)
+    assert (val.spec, test.spec, len(train), len(val)) == ('10% of train', 'validation', 8, 2)
+    with pytest.raises(UserError, match='10 of these 10 images are those of the test'):
+        sources.open_three(str(tmp_path), val_split='validation')
+    write(tmp_path, 'test/a/1.png', 'test/b/1.png')
+    train, val, test = sources.open_three(str(tmp_path), validate=True)
+    assert (train.spec, val.spec, test.spec) == ('train', 'validation', 'test')
+    train, val, _ = sources.open_three(str(tmp_path), train_split='train+validation', validate=True)
+    assert (train.spec, val.spec) == ('train+validation without 10%', '10% of train+validation')
+
+
+@pytest.mark.parametrize(
+    ('share', 'words'),
+    [('0%', 'is no share'), ('60%', 'from 0.1% to 50%'), ('1.2.3%', 'is no share')],
+)
+def test_shares_without_sense(photos, share, words):
+    with pytest.raises(UserError, match=words):
+        sources.open_three(str(photos), val_split=share)
+
+
+def test_what_cannot_be_held_out(tmp_path):
+    write(tmp_path, *[f'{part}/{name}/1.png' for part in ('train', 'test') for name in 'ab'])
+    with pytest.raises(UserError, match='no class of .* has two images'):
+        sources.open_three(str(tmp_path), val_split='10%')
+    with pytest.raises(UserError, match='without train nothing is left'):
+        sources.open_three(str(tmp_path), val_split='train')
+
+
+def test_labels_that_are_not_known_are_read():
+    labels = np.repeat(np.arange(10), 2)
+    pairs = [(np.zeros((4, 4, 3), np.uint8), int(label)) for label in labels]
+    _, held = from_sequence(pairs, class_names=tuple('abcdefghij')).hold_out('10%')
+    assert held.labels() is None
+    assert sorted(held[i].label for i in range(len(held))) == list(range(10))
 
 
 def test_classes_that_are_not_covered_are_named():

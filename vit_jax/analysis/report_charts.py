@@ -67,7 +67,11 @@ _CHARTS: tuple[tuple[str, str, list[_Curve]], ...] = (
     (
         'Loss',
         'cross-entropy (nats)',
-        [_Curve('train_loss', 'training batch'), _Curve('loss_test', 'test set', points=True)],
+        [
+            _Curve('train_loss', 'training batch'),
+            _Curve('loss_test', 'test set', points=True),
+            _Curve('loss_val', 'validation set', points=True),
+        ],
     ),
     (
         'Accuracy',
@@ -75,6 +79,7 @@ _CHARTS: tuple[tuple[str, str, list[_Curve]], ...] = (
         [
             _Curve('accuracy_train', 'training batch', scale=100),
             _Curve('accuracy_test', 'test set', points=True, scale=100),
+            _Curve('accuracy_val', 'validation set', points=True, scale=100),
         ],
     ),
     ('Learning rate', 'learning rate', [_Curve('lr')]),

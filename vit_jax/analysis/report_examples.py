@@ -9,10 +9,11 @@ import numpy as np
 
 from vit_jax import files
 from vit_jax.analysis import attention, counts
-from vit_jax.analysis.run_files import MODEL_FOLDER, Run
+from vit_jax.analysis.run_files import Run
 from vit_jax.data import sources
-from vit_jax.data.dataset import Example, Selection, Source, coverage_notes
+from vit_jax.data.dataset import Example, Selection, Source
 from vit_jax.data.decode import decode, load_image
+from vit_jax.data.holdout import coverage_notes
 from vit_jax.errors import UserError
 from vit_jax.inference import labels, model_folder
 from vit_jax.inference import metrics as classification_metrics
@@ -147,7 +148,7 @@ def class_balance(
 
 
 def predict(run: Run, test: Selection, limit: int | None = None) -> Predictions:
-    """Runs the model folder of a run over its test images.
+    """Runs the model folder that a run chose over its test images.
 
     Args:
       run: finished.
@@ -157,7 +158,7 @@ def predict(run: Run, test: Selection, limit: int | None = None) -> Predictions:
     Raises:
       UserError: the model folder is damaged, does not fit the data, or no image can be read.
     """
-    model = model_folder.load(run.workdir / MODEL_FOLDER)
+    model = model_folder.load(run.workdir / run.chosen)
     classifier = JaxClassifier(model)
     to_model = labels.remap(test.class_names, model.class_names, str(test))
     chosen = sample(len(test), image_limit(model) if limit is None else limit)

@@ -51,8 +51,11 @@ def summary(runs: Sequence[Run]) -> Table:
     """The latest values of each run, a column for each."""
     texts: dict[str, Callable[[Run], str]] = {
         'Training steps': lambda run: f'{run.steps:,}',
+        'Validation accuracy, last': lambda run: _share(run.last('accuracy_val')),
+        'Validation accuracy, best': lambda run: _best(run, 'accuracy_val'),
+        'Validation loss, last': lambda run: _loss(run.last('loss_val')),
         'Test accuracy, last': lambda run: _share(run.last('accuracy_test')),
-        'Test accuracy, best': _best,
+        'Test accuracy, best': lambda run: _best(run, 'accuracy_test'),
         'Top-5 test accuracy, last': lambda run: _share(run.last('accuracy_top5_test')),
         'Test loss, last': lambda run: _loss(run.last('loss_test')),
         'Training loss, last batch': lambda run: _loss(run.last('train_loss')),
@@ -171,7 +174,10 @@ def results(found: 'Predictions', run: Run) -> Table:
         which = f'all {metrics.count:,}'
         accuracy = _share(run.last('accuracy_test'))
         last = f' The last evaluation of the run itself gave {accuracy}.'
-    note = f'Predicted again for this page, {which} test images: {found.source}.{last}'
+    note = (
+        f'Predicted again for this page, by the model in {run.chosen}/, {which} test images: '
+        f'{found.source}.{last}'
+    )
     return Table('Test images', ('', '>'), rows, (note,))
 
 
@@ -274,8 +280,10 @@ def _count(value: float | None) -> str:
     return '0' if value is None or math.isnan(value) else f'{value:,.0f}'
 
 
-def _best(run: Run) -> str:
-    steps, values = run.series('accuracy_test')
+def _best(run: Run, name: str) -> str:
+    steps, values = run.series(name)
+    if name == 'accuracy_test' and 'val' in run.data:
+        return _NONE  # there is one only
     if not np.isfinite(values).any():
         return _NONE
     place = int(np.nanargmax(values))

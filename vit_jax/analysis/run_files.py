@@ -18,7 +18,8 @@ from vit_jax import files
 from vit_jax.errors import UserError
 from vit_jax.run import resume, run_info, telemetry
 
-MODEL_FOLDER = 'model'  # as `train.MODEL_FOLDER`, which takes the whole of training to import
+# As in `run.product`, which takes the whole of training to import.
+MODEL_FOLDER, BEST_MODEL_FOLDER = 'model', 'model_best'
 
 # Larger than any run has; a file from elsewhere may say anything.
 _LARGEST_STEP = 10**12
@@ -68,6 +69,12 @@ class Run:
     def finished(self) -> bool:
         """Whether the run has written its model folder."""
         return (self.workdir / MODEL_FOLDER / 'model.json').is_file()
+
+    @property
+    def chosen(self) -> str:
+        """The name of the model folder that the run chose: of the best step, or of the last."""
+        best = self.workdir / BEST_MODEL_FOLDER / 'model.json'
+        return BEST_MODEL_FOLDER if 'val' in self.data and best.is_file() else MODEL_FOLDER
 
     @property
     def device(self) -> Mapping[str, Any] | None:

@@ -152,16 +152,18 @@ def choose_split(dataset: 'Dataset', trained: 'TrainingData') -> tuple[str, str]
         trained: what the model tells of its training.
 
     Returns:
-        Its specification. Of a folder, the test part, unless it was trained on; else what the
-        training held out, if it was on this dataset; of TFDS, what its preset holds out; else all.
+        Its specification. Of a folder, the test part, unless it was trained or chosen on; else what
+        the training held out, if it was on this dataset; of TFDS, what its preset holds out; else
+        all.
     """
     from vit_jax.configs import datasets
     from vit_jax.data import sources
 
     folder = sources.is_folder(dataset.name)
     seen = _trained_on(dataset, trained)
+    used = [each for each in (seen, seen and _select(dataset, trained.val)) if each]
     part = next((name for name in ('test', 'validation') if name in dataset.splits), '')
-    if folder and part and not (seen and seen.overlap(dataset.select(part))):
+    if folder and part and not any(each.overlap(dataset.select(part)) for each in used):
         return part, 'the test part of the folder'
     if seen and _select(dataset, trained.test):
         return trained.test, 'what the training of the model held out'

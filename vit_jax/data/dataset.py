@@ -2,30 +2,35 @@
 
 Whatever the storage, a `Source` is a selection of examples from the named splits of a dataset,
 written in the split grammar of TensorFlow Datasets (https://www.tensorflow.org/datasets/splits):
-`train`, `train[:90%]`, `train[1000:]`, `train[:10%]+validation`. Nothing here imports TensorFlow.
+`train`, `train[:90%]`, `train[1000:]`, `train[:10%]+validation`; and, what is held out by rule and
+what is left, `10% of train[:90%]` and `train[:90%] without 10%`. Nothing here imports TensorFlow.
 """
 
 import bisect
+import concurrent.futures
 import dataclasses
 import hashlib
 import itertools
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from vit_jax.errors import UserError, extra
+from vit_jax.data import holdout, splits
+from vit_jax.errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image
 
-# The last tenth of `stratified_order` has an image of each class, if all classes have so many.
-_SMALL_CLASS = 10
-
 Label = int | float | np.ndarray
 # Of labels that are indices of classes.
 CLASS_INDEX = np.dtype(np.int32)
+# Examples in a stored split, in the order of a selection.
+Places = range | np.ndarray
+# Of so many examples, the labels are read where that is what it takes to hold some out.
+MAX_READ = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +151,8 @@ class Dataset:
 
         Args:
           spec: in TFDS's grammar, for example `train[:90%]`. Percentages are rounded to the closest
-            example.
+            example. Of such a split, `10% of SPLIT` and `SPLIT without 10%` are the two parts that
+            `Selection.hold_out` gives, and `SPLIT without OTHER` is what `Selection.without` gives.
 
         Returns:
           The examples in the order of the specification.
@@ -155,16 +161,26 @@ class Dataset:
           UserError: a specification that cannot be read, an unknown split, a slice beyond the
             split, no examples.
         """
-        ranges = _parse_split(
-            spec, {name: len(split) for name, split in self.splits.items()}, self.name
-        )
-        return Selection(self, spec, ranges)
+        if found := re.fullmatch(r'\s*([\d.]+\s*%) of (.*)', spec):
+            return self._stored(found[2]).hold_out(found[1])[1]
+        whole, without, other = spec.partition(' without ')
+        if not without:
+            return self._stored(spec)
+        if splits.is_share(other):
+            return self._stored(whole).hold_out(other)[0]
+        return self._stored(whole).without(self._stored(other))
+
+    def _stored(self, spec: str) -> 'Selection':
+        """The examples that TFDS's grammar names."""
+        lengths = {name: len(split) for name, split in self.splits.items()}
+        ranges = splits.parse(spec, lengths, self.name)
+        return Selection(self, spec, [(name, range(a, b)) for name, a, b in ranges])
 
     def default_specs(self) -> tuple[str, str]:
         """The specifications of training and test examples to use when the user gives none.
 
         The `test` split if there is one, else `validation`, else the last tenth of `train`, and
-        more where that lacks a class of two images or more (`held_out`).
+        more where that lacks a class of two images or more (`holdout.held_out`).
 
         Raises:
           UserError: no class has two images.
@@ -174,9 +190,10 @@ class Dataset:
                 return 'train', name
         first = 'train' if 'train' in self.splits else next(iter(self.splits))
         labels = getattr(self.splits[first], 'labels', None)
-        if labels is None or np.unique(labels, return_counts=True)[1].min() >= _SMALL_CLASS:
+        smallest = holdout.SMALL_CLASS
+        if labels is None or np.unique(labels, return_counts=True)[1].min() >= smallest:
             return f'{first}[:90%]', f'{first}[90%:]'
-        count = held_out(labels)
+        count = holdout.held_out(labels)
         if not count:
             raise UserError(
                 f'no class of {self.name} has two images, so that none can be held out to test on. '
@@ -191,8 +208,8 @@ class Selection:
 
     Args:
       dataset: the splits to take from.
-      spec: the split specification that `ranges` were made from.
-      ranges: (split name, first, end), `end` excluded; at least one, none empty.
+      spec: the split specification that `parts` were made from.
+      parts: (split name, places in it): a `range` of step 1, or int [n]; at least one, none empty.
 
     Attributes:
       class_names: see `Source`.
@@ -202,16 +219,16 @@ class Selection:
       spec: the split specification.
     """
 
-    def __init__(self, dataset: Dataset, spec: str, ranges: Sequence[tuple[str, int, int]]):
+    def __init__(self, dataset: Dataset, spec: str, parts: Sequence[tuple[str, Places]]):
         self.class_names = dataset.class_names
         self.exif = dataset.exif
         self.channels = dataset.channels
         self.label_dtype = dataset.label_dtype
         self.spec = spec
-        self._name = dataset.name
-        self._ranges = tuple(ranges)
-        self._splits = {name: dataset.splits[name] for name, _, _ in ranges}
-        self._ends = tuple(itertools.accumulate(end - first for _, first, end in ranges))
+        self._dataset = dataset
+        self._parts = tuple(parts)
+        self._splits = {name: dataset.splits[name] for name, _ in parts}
+        self._ends = tuple(itertools.accumulate(len(places) for _, places in parts))
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -221,11 +238,11 @@ class Selection:
         if not 0 <= index < len(self):
             raise IndexError(f'{self!r} has no example {index}')
         place = bisect.bisect_right(self._ends, index)
-        name, _, end = self._ranges[place]
-        return self._splits[name].read(int(index) - self._ends[place] + end)
+        name, places = self._parts[place]
+        return self._splits[name].read(int(places[int(index) - self._ends[place]]))
 
     def __repr__(self) -> str:
-        return f'{self._name} {self.spec} ({len(self):,} examples)'
+        return f'{self._dataset.name} {self.spec} ({len(self):,} examples)'
 
     def labels(self) -> np.ndarray | None:
         """Labels, int [examples], where they are known without reading; None where they are not.
@@ -243,11 +260,14 @@ class Selection:
     def _known(self, attribute: str) -> list[Any] | None:
         """The parts of what the stored splits know of each example; None if one does not."""
         parts = []
-        for name, first, end in self._ranges:
+        for name, places in self._parts:
             known = getattr(self._splits[name], attribute, None)
             if known is None:
                 return None
-            parts.append(known[first:end])
+            if isinstance(places, range):
+                parts.append(known[places.start : places.stop])
+            else:
+                parts.append([known[place] for place in places.tolist()])
         return parts
 
     def fingerprint(self) -> str:
@@ -257,8 +277,11 @@ class Selection:
         files, below the split's folder), and which part of them this is.
         """
         digest = hashlib.sha256()
-        for name, first, end in self._ranges:
-            digest.update(f'{name}\0{first}\0{end}\0'.encode())
+        for name, places in self._parts:
+            if isinstance(places, range):
+                digest.update(f'{name}\0{places.start}\0{places.stop}\0'.encode())
+            else:
+                digest.update(f'{name}\0'.encode() + places.astype('<i8').tobytes())
             for part in self._splits[name].identity():
                 digest.update(part.encode(errors='surrogateescape') + b'\0')
         return digest.hexdigest()[:32]
@@ -273,31 +296,91 @@ class Selection:
 
     def _indices(self, split: str) -> np.ndarray:
         """Of the examples of one stored split."""
-        parts = [np.arange(first, end) for name, first, end in self._ranges if name == split]
+        parts = [np.asarray(places) for name, places in self._parts if name == split]
         return np.concatenate([np.arange(0), *parts])
 
+    def part(self, indices: np.ndarray, spec: str) -> 'Selection':
+        """Some of these examples, in the order that they have here.
 
-def coverage_notes(
-    class_names: Sequence[str], train: np.ndarray, test: np.ndarray
-) -> tuple[str, ...]:
-    """Sentences on classes that a model never sees in training, or is never tested on.
+        Args:
+          indices: int [n], increasing, of at least one example.
+          spec: see `Selection`.
+        """
+        parts, first = [], 0
+        for (name, places), end in zip(self._parts, self._ends, strict=True):
+            chosen = indices[(first <= indices) & (indices < end)] - first
+            if len(chosen):
+                parts.append((name, np.asarray(places)[chosen]))
+            first = end
+        return Selection(self._dataset, spec, parts)
 
-    Args:
-      class_names: C names, in label order.
-      train: int [C], training images of each class.
-      test: int [C], test images.
-    """
-    notes = []
-    for missing, what in (
-        (train == 0, 'no training images'),
-        ((train == 1) & (test == 0), 'a single image, which is trained on, not tested'),
-        ((train > 1) & (test == 0), 'no test images'),
-    ):
-        names = [class_names[label] for label in np.flatnonzero(missing).tolist()]
-        if names:
-            shown = ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')
-            notes.append(f'of {len(class_names):,} classes, {len(names):,} with {what}: {shown}')
-    return tuple(notes)
+    def without(self, other: 'Selection') -> 'Selection':
+        """The examples that are not in another selection of the same dataset; all: this itself.
+
+        Raises:
+          UserError: none is left.
+        """
+        kept = [
+            ~np.isin(places, other._indices(name))
+            if other._splits.get(name) is self._splits[name]
+            else np.ones(len(places), bool)
+            for name, places in self._parts
+        ]
+        indices = np.flatnonzero(np.concatenate(kept))
+        if not len(indices):
+            raise UserError(f'{self!r}: without {other.spec} nothing is left')
+        return (
+            self
+            if len(indices) == len(self)
+            else self.part(indices, f'{self.spec} without {other.spec}')
+        )
+
+    def hold_out(self, share: str) -> 'tuple[Selection, Selection]':
+        """Splits off a share that has each class in proportion, the same every time.
+
+        Of each class with two examples or more, one at least is in either part; see
+        `holdout.choose`. Labels that are not known are read; of more than `MAX_READ` examples they
+        are not, and any of the examples are taken.
+
+        Args:
+          share: such as `10%`.
+
+        Returns:
+          What is left, and what is held out, both in the order that the examples have here.
+
+        Raises:
+          UserError: the share is not from above 0 to 50 %, or no class has two examples.
+        """
+        held = holdout.choose(self._classes(), splits.share_of(share))
+        if not len(held):
+            raise UserError(
+                f'no class of {self!r} has two images, so that none can be held out of training: '
+                'add images, or name a split for --config.pp.val'
+            )
+        left = np.setdiff1d(np.arange(len(self)), held)
+        return (
+            self.part(left, f'{self.spec} without {share}'),
+            self.part(held, f'{share} of {self.spec}'),
+        )
+
+    def _classes(self) -> np.ndarray:
+        """Int [examples]: class of each; all alike where there are none, or too many to read."""
+        same = np.zeros(len(self), np.int64)
+        if self.label_dtype != CLASS_INDEX:
+            return same
+        labels = self.labels()
+        if labels is None and len(self) <= MAX_READ:
+            with concurrent.futures.ThreadPoolExecutor() as threads:
+                labels = np.array(list(threads.map(self._class, range(len(self)))))
+        return same if labels is None else labels
+
+    def _class(self, index: int) -> int:
+        """The class of an example; one more than the last where its record is damaged."""
+        try:
+            return int(self[index].label)
+        except UserError as error:
+            label = getattr(error, 'label', None)
+            return len(self.class_names) if label is None else label
 
 
 def numbered(count: int) -> tuple[str, ...]:
@@ -321,83 +404,3 @@ def check_class_names(names: Sequence[str], where: str) -> None:
                 f'{where}: the class name {ascii(name)} has control characters or bytes that are '
                 'no text; rename it'
             )
-
-
-def stratified_order(labels: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """A fixed shuffled order in which every slice holds each class in proportion.
-
-    Each class is shuffled by itself; then the r-th of the n examples of a class gets the place (r +
-    0.5) / n, and all are sorted by it. The last example of a small class, of 2 to 9, gets the place
-    0.95, as that of 10, so that the last tenth has it; and where there are small classes, equal
-    places are in random order, not in that of the classes.
-
-    Args:
-      labels: int [examples].
-      seed: of the shuffles.
-
-    Returns:
-      int [examples], a permutation of the indices.
-    """
-    labels = np.asarray(labels)
-    place, tie = np.empty(len(labels)), np.zeros(len(labels), np.uint64)
-    counts = np.unique(labels, return_counts=True)
-    for label, count in zip(*counts, strict=True):
-        members = np.flatnonzero(labels == label)
-        # Raw bits, because NumPy may change what `permutation` makes of them, and a later version
-        # must not move test images into the training set.
-        raw = np.random.PCG64([seed, int(label)]).random_raw(count)
-        rank = np.argsort(np.argsort(raw))
-        place[members] = (rank + 0.5) / count
-        if 1 < count < _SMALL_CLASS:
-            place[members[rank == count - 1]] = 1 - 0.5 / _SMALL_CLASS
-        tie[members] = raw
-    if len(labels) and counts[1].min() >= _SMALL_CLASS:
-        tie[:] = 0  # as ever
-    return np.lexsort((tie, place))
-
-
-def held_out(labels: np.ndarray) -> int:
-    """How many examples at the end of `stratified_order` to test on.
-
-    A tenth of those whose class has two or more, and as many more as it takes to have one of each
-    such class.
-
-    Args:
-      labels: int [examples], in that order.
-    """
-    last = {label: place for place, label in enumerate(labels.tolist())}
-    counts = np.bincount(labels)
-    several = [place for label, place in last.items() if counts[label] > 1]
-    tenth = round(sum(counts[counts > 1]) / 10)
-    return max([tenth, *(len(labels) - place for place in several)])
-
-
-def _parse_split(spec: str, lengths: dict[str, int], dataset: str) -> list[tuple[str, int, int]]:
-    """A split specification as [(split name, first, end)], by TFDS's own parser and rounding."""
-    with extra('train'):
-        from tensorflow_datasets.core import splits  # Not TensorFlow; half a second.
-
-    infos = {
-        name: splits.SplitInfo(name=name, shard_lengths=[n], num_bytes=0)
-        for name, n in lengths.items()
-    }
-    have = ', '.join(f'{name} ({n:,} examples)' for name, n in lengths.items())
-    advice = (
-        f'{dataset} has: {have}. '
-        'Examples: train, train[:90%], train[90%:], train[:1000], train[:10%]+test[:50]'
-    )
-    try:
-        instructions = splits.AbstractSplit.from_spec(spec.strip()).to_absolute(infos)
-    except Exception as error:  # noqa: BLE001  (TFDS raises several kinds for what the user wrote)
-        reason = str(error).splitlines()[-1].split(' See format at')[0]
-        raise UserError(
-            f'split {spec!r} of {dataset} cannot be used: {reason.rstrip(".")}. {advice}'
-        ) from error
-    ranges = []
-    for part in instructions:
-        end = lengths[part.splitname] if part.to is None else part.to
-        ranges.append((str(part.splitname), part.from_ or 0, end))
-    ranges = [part for part in ranges if part[1] < part[2]]
-    if not ranges:
-        raise UserError(f'split {spec!r} of {dataset} has no examples. {advice}')
-    return ranges

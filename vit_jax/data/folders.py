@@ -20,8 +20,9 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from vit_jax.data import image_files
-from vit_jax.data.dataset import Dataset, Example, check_class_names, stratified_order
+from vit_jax.data.dataset import Dataset, Example, check_class_names
 from vit_jax.data.decode import BadImageError, read_file
+from vit_jax.data.holdout import stratified_order
 from vit_jax.errors import UserError
 
 _SPLIT_NAMES = {

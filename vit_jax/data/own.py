@@ -252,7 +252,7 @@ class _OfSource:
 
 
 def _whole(dataset: Dataset) -> Selection:
-    return Selection(dataset, _SPLIT, [(_SPLIT, 0, len(dataset.splits[_SPLIT]))])
+    return Selection(dataset, _SPLIT, [(_SPLIT, range(len(dataset.splits[_SPLIT])))])
 
 
 def _image(image: Any) -> Any:

@@ -9,11 +9,14 @@ import pathlib
 import numpy as np
 
 from vit_jax import files
-from vit_jax.data import folders, tfds_sets
-from vit_jax.data.dataset import Dataset, Example, Selection, stratified_order
+from vit_jax.data import folders, splits, tfds_sets
+from vit_jax.data.dataset import Dataset, Example, Selection
+from vit_jax.data.holdout import stratified_order
 from vit_jax.errors import UserError, extra
 
 _log = logging.getLogger(__name__)
+
+HELD_OUT = '10%'  # of the training examples, where validation is needed and nothing says which
 
 
 def open_sources(
@@ -47,8 +50,69 @@ def open_sources(
         tfds_manual_dir=tfds_manual_dir,
         channels=channels,
     )
+    return _train_and_test(opened, train_split, test_split)
+
+
+def open_three(
+    dataset: str,
+    *,
+    train_split: str = '',
+    val_split: str = '',
+    test_split: str = '',
+    validate: bool = False,
+    tfds_data_dir: str = '',
+    tfds_manual_dir: str = '',
+    channels: int = 3,
+) -> tuple[Selection, Selection | None, Selection]:
+    """Opens the training, validation and test examples of a dataset.
+
+    Args:
+      dataset: as the others, see `open_sources`.
+      train_split: as `test_split`, see `open_sources`.
+      val_split: a split specification, or a share such as `10%`. Either is taken out of the
+        training examples.
+      test_split: see `open_sources`.
+      validate: whether there have to be validation examples: without a `val_split`, those of a
+        stored split `validation` that is neither trained nor tested on, else a tenth of the
+        training examples.
+      tfds_data_dir: see `open_dataset`.
+      tfds_manual_dir: see `open_dataset`.
+      channels: see `open_dataset`.
+
+    Returns:
+      (training examples, validation examples or None, test examples).
+
+    Raises:
+      UserError: as `open_sources`; or validation examples are tested on as well.
+    """
+    opened = open_dataset(
+        dataset,
+        tfds_data_dir=tfds_data_dir,
+        tfds_manual_dir=tfds_manual_dir,
+        channels=channels,
+    )
+    train, test = _train_and_test(opened, train_split, test_split)
+    if not val_split and validate:
+        stored = opened.select('validation') if 'validation' in opened.splits else None
+        free = stored and not stored.overlap(train) and not stored.overlap(test)
+        val_split = 'validation' if free else HELD_OUT
+    if not val_split:
+        return train, None, test
+    if splits.is_share(val_split):
+        return *train.hold_out(val_split.strip()), test
+    val = opened.select(val_split)
+    if common := val.overlap(test):
+        raise UserError(
+            f'config.pp.val={val_split!r}: {common:,} of these {len(val):,} images are those of '
+            f'the test, {test.spec}, which nothing may be chosen on; name other splits with '
+            f"--config.pp.val and --config.pp.test, or hold out of training: --config.pp.val='10%'"
+        )
+    return train.without(val), val, test
+
+
+def _train_and_test(opened: Dataset, train: str, test: str) -> tuple[Selection, Selection]:
     defaults = opened.default_specs()
-    return opened.select(train_split or defaults[0]), opened.select(test_split or defaults[1])
+    return opened.select(train or defaults[0]), opened.select(test or defaults[1])
 
 
 def is_folder(dataset: str) -> bool:

@@ -78,12 +78,14 @@ class TrainingData:
         train: specification of the split that was trained on.
         test: of the one that was tested on.
         train_fingerprint: of the former, see `dataset.Selection.fingerprint`.
+        val: specification of the split that something was chosen on.
     """
 
     dataset: str = ''
     train: str = ''
     test: str = ''
     train_fingerprint: str = ''
+    val: str = ''
 
 
 def read(kind: type[T], found: Mapping[str, Any]) -> T:

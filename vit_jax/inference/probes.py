@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from vit_jax.data.dataset import held_out, stratified_order
+from vit_jax.data.holdout import held_out, stratified_order
 from vit_jax.errors import UserError, extra
 from vit_jax.inference.features import Features, cosines
 

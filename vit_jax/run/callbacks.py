@@ -7,8 +7,9 @@ from vit_jax.errors import UserError
 from vit_jax.state import TrainState
 
 # on_start: before the first step of this process, also of a run that is resumed.
-# on_step: after each step. on_eval: after each evaluation. on_checkpoint: once a checkpoint is
-# being written. on_end: after the last step.
+# on_step: after each step. on_eval: after each evaluation; of the test images, where there are
+# validation images, after on_end. on_checkpoint: once a checkpoint is being written. on_end: after
+# the last step.
 POINTS = ('on_start', 'on_step', 'on_eval', 'on_checkpoint', 'on_end')
 
 
@@ -18,9 +19,9 @@ class Callbacks:
     A method takes (step, state, metrics): the number of steps done; the `TrainState`, whose arrays
     the next step takes away, so that what is to stay has to be copied; and what is known of the
     step: after a step its metrics, as arrays on the devices (reading one waits for the step), after
-    an evaluation those of the test set, as floats, else nothing. What `on_step` and `on_eval`
-    return, a dict of numbers by name, or None, is written to `metrics.jsonl`. With several
-    processes, each of them calls.
+    an evaluation those of the validation or test images, as floats, else nothing. What `on_step`
+    and `on_eval` return, a dict of numbers by name, or None, is written to `metrics.jsonl`. With
+    several processes, each of them calls.
 
     Args:
       callbacks: objects with at least one of the methods that `POINTS` names.

@@ -30,7 +30,7 @@ FREE = frozenset({
     'max_unreadable',
     # How often to report, what to keep, what to put up with.
     'batch_eval', 'progress_every', 'eval_every', 'checkpoint_every',
-    'keep_checkpoints', 'keep_best', 'report', 'nan_policy', 'check_memory',
+    'keep_checkpoints', 'keep_best', 'patience', 'report', 'nan_policy', 'check_memory',
     # How it is computed.
     'compile_cache', 'deterministic', 'attention', 'remat', 'scan_layers', 'fsdp',
 })  # fmt: skip

@@ -23,19 +23,22 @@ from vit_jax import config as config_lib
 from vit_jax import state as state_lib
 from vit_jax.checkpoint import adapt, catalog, infer
 from vit_jax.checkpoint import workdir as workdir_lib
-from vit_jax.data import open_sources, own
+from vit_jax.data import own, sources, splits
 from vit_jax.data.dataset import Selection, Source
 from vit_jax.data.stream import BatchStream
 from vit_jax.errors import UserError
 from vit_jax.run import product, recipe, resources, resume, run_info
 from vit_jax.state import Checkpoint
 
+# Training, perhaps validation, and test examples.
+Sources = tuple[Source | BatchStream, Source] | tuple[Source | BatchStream, Source, Source]
+
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
     """What of a run is the caller's own, see `train_and_evaluate`; None: what the config says."""
 
-    sources: tuple[Source | BatchStream, Source] | None = None
+    sources: Sources | None = None
     loss_fn: losses.LossFn | None = None
     tx: optax.GradientTransformation | None = None
     model: nn.Module | None = None
@@ -47,6 +50,7 @@ class Setup:
 
     mesh: Mesh
     train: Selection | BatchStream
+    val: Selection | None
     test: Selection
     parts: Parts
     model: nn.Module
@@ -69,7 +73,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
     platform = jax.default_backend()
     config_lib.check_devices(config, jax.device_count(), platform)
     mesh = sharding.create_mesh(config.fsdp)
-    train, test = _open(config, parts)
+    train, val, test = _open(config, parts)
     recipe.settle_duration(config, train)
     model, no_folder = parts.model, ''
     if model is None:
@@ -108,7 +112,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
             'readable': jax.ShapeDtypeStruct((1,), jnp.bool_),
         }
         jax.eval_shape(steps.eval_step_fn(model, eval_loss), state.params, one)
-    data = _describe(train, test, parts, state)
+    data = _describe({'train': train, 'val': val, 'test': test}, parts, state)
     changed, resumes = [], bool(workdir_lib.saved_steps(workdir))
     if resumes:
         before = resume.read_config(workdir / run_info.CONFIG_FILE)
@@ -135,6 +139,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
     return Setup(
         mesh=mesh,
         train=train,
+        val=val,
         test=test,
         parts=parts,
         model=model,
@@ -168,44 +173,75 @@ def _settle(config: ml_collections.ConfigDict, told: Mapping[str, Any]) -> None:
 
 def _open(
     config: ml_collections.ConfigDict, parts: Parts
-) -> tuple[Selection | BatchStream, Selection]:
-    """The training and the test examples."""
-    if parts.sources is None:
-        return open_sources(
-            config.dataset,
-            train_split=config.pp.train,
-            test_split=config.pp.test,
-            tfds_data_dir=config.tfds_data_dir,
-            tfds_manual_dir=config.tfds_manual_dir,
-            channels=config.pp.channels,
-        )
-    train, test = parts.sources
-    if not isinstance(train, BatchStream):
-        train = own.as_selection(train, 'sources[0]')
-    test = own.as_selection(test, 'sources[1]')
-    for name in ('class_names', 'channels', 'label_dtype'):
-        of_train, of_test = getattr(train, name), getattr(test, name)
-        if of_train != of_test:
+) -> tuple[Selection | BatchStream, Selection | None, Selection]:
+    """The training, validation and test examples."""
+    validate = config_lib.chooses(config)
+    if parts.sources is not None:
+        return _open_own(config.pp.val, parts.sources, validate)
+    return sources.open_three(
+        config.dataset,
+        train_split=config.pp.train,
+        val_split=config.pp.val,
+        test_split=config.pp.test,
+        validate=validate,
+        tfds_data_dir=config.tfds_data_dir,
+        tfds_manual_dir=config.tfds_manual_dir,
+        channels=config.pp.channels,
+    )
+
+
+def _open_own(
+    share: str, given: Sources, validate: bool
+) -> tuple[Selection | BatchStream, Selection | None, Selection]:
+    """The caller's examples; validation ones, where none are given, are held out of training."""
+    first, *rest = given
+    train = first if isinstance(first, BatchStream) else own.as_selection(first, 'sources[0]')
+    others = [own.as_selection(each, f'sources[{i}]') for i, each in enumerate(rest, 1)]
+    for other, what in zip(reversed(others), ('test', 'validation'), strict=False):
+        for name in ('class_names', 'channels', 'label_dtype'):
+            of_train, of_other = getattr(train, name), getattr(other, name)
+            if of_train != of_other:
+                raise UserError(
+                    f'{name} of training and {what} examples differ: {of_train!s:.100} and '
+                    f'{of_other!s:.100}; give both the same'
+                )
+    if len(others) == 2:
+        if share:
             raise UserError(
-                f'{name} of training and test examples differ: {of_train!s:.100} and '
-                f'{of_test!s:.100}; give both the same'
+                f'config.pp.val={share!r} has no effect with validation examples of your own, the '
+                'second of three sources: leave out one of them'
             )
-    return train, test
+        return train, others[0], others[1]
+    if not share and not validate:
+        return train, None, others[0]
+    if share and not splits.is_share(share):
+        raise UserError(
+            f'config.pp.val={share!r}: sources of your own have no splits; write a share of the '
+            "training examples such as '10%', or give three sources: (train, val, test)"
+        )
+    if isinstance(train, BatchStream):
+        raise UserError(
+            'no validation examples can be held out of batches that another library makes: give '
+            'three sources, (train, val, test)'
+        )
+    return *train.hold_out(share.strip() or sources.HELD_OUT), others[0]
 
 
 def _describe(
-    train: Selection | BatchStream, test: Selection, parts: Parts, state: state_lib.TrainState
+    examples: Mapping[str, Selection | BatchStream | None],
+    parts: Parts,
+    state: state_lib.TrainState,
 ) -> dict[str, Any]:
     """What the examples and the caller's own parts are, for the next run in the workdir to compare.
 
     Of functions there is a name, of model and optimizer what shapes the state.
     """
-    told: dict[str, Any] = {'class_names': list(train.class_names)}
-    for name, source in (('train', train), ('test', test)):
-        examples = len(source) if isinstance(source, Selection) else None
+    found = {name: source for name, source in examples.items() if source is not None}
+    told: dict[str, Any] = {'class_names': list(found['train'].class_names)}
+    for name, source in found.items():
         told[name] = {
             'split': source.spec,
-            'examples': examples,
+            'examples': len(source) if isinstance(source, Selection) else None,
             'fingerprint': source.fingerprint(),
         }
     if parts.loss_fn is not None:

@@ -289,6 +289,8 @@ def read_metric(
 ) -> dict[int, float]:
     """What `metrics.jsonl` has of one metric: step -> value, in order; {} without such a file.
 
+    A value that was not finite is NaN.
+
     Args:
       workdir: folder of the run.
       name: of the metric, such as `accuracy_test`.
@@ -298,7 +300,8 @@ def read_metric(
     values = {}
     for _, row in read_lines(pathlib.Path(workdir) / METRICS_FILE):
         try:
-            step, value = int(row['step']), float(row[name])
+            step, value = int(row['step']), row[name]
+            value = math.nan if value is None else float(value)
         except (ValueError, TypeError, KeyError):
             continue  # other metrics; or torn by a kill, which `Telemetry` reports
         if up_to is None or step <= up_to:
