@@ -188,3 +188,16 @@ def test_the_command(towers, photos, tmp_path, run_script):
     ):
         done = run_script('zeroshot.py', '--model', folder, *words)
         assert done.returncode == 1 and message in done.stderr, done.stderr
+
+
+def test_images_are_ranked_by_a_text(towers, photos, tmp_path):
+    broken = tmp_path / 'broken.png'
+    broken.write_bytes(b'no image')
+    found, errors = two_tower.rank(
+        towers, 'a rose', predict.Images([*photos, str(broken)]), batch=2
+    )
+    pixels = np.stack([decode.load_image(path, towers.preprocess) for path in photos])
+    cosines = np.asarray(towers.embed_images(pixels) @ towers.embed_texts(['a rose'])[0])
+    assert [path for path, _ in found] == [photos[i] for i in (-cosines).argsort()]
+    np.testing.assert_allclose([cosine for _, cosine in found], np.sort(cosines)[::-1], atol=1e-6)
+    assert [error.key for error in errors] == [str(broken)]

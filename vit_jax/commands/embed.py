@@ -7,7 +7,7 @@ dataset `labels` [N] and `class_names`. It appears once it is complete.
 Examples:
     vit_jax embed --model ViT-B_16.npz --output features.npz photos/
     vit_jax embed --model runs/x/model --layer 8 --pool mean --dataset tf_flowers --output f.npz
-    vit_jax embed --model runs/x/model --neighbors photo.jpg photos/
+    vit_jax embed --model runs/x/model --neighbors photo.jpg --contact_sheet x.png photos/
 """
 
 import argparse
@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     add('--overwrite', action='store_true', help='replace FILE if it exists')
     add('--neighbors', metavar='PHOTO', help='print the images that are most like this one')
     add('--top_k', type=int, default=10, metavar='K', help='how many of them (default: 10)')
+    add('--contact_sheet', metavar='PNG', help='draw them')
     cli.add_images(parser)
     return parser
 
@@ -45,11 +46,16 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> int:
     from vit_jax import files
     from vit_jax.errors import UserError, printable
-    from vit_jax.inference import features, model_folder, output, predict
+    from vit_jax.inference import contact_sheet, features, model_folder, output, predict
 
     data = cli.select(args)
     if not args.output and not args.neighbors:
         raise UserError('say what to do: --output FILE, --neighbors PHOTO, or both')
+    if args.contact_sheet and (data or not args.neighbors):
+        raise UserError(
+            '--contact_sheet draws what --neighbors found among images that are named, not those '
+            'of a --dataset'
+        )
     if args.output:
         files.check_output(args.output, overwrite=args.overwrite, flag='--output')
     model = model_folder.load(args.model, variant=args.variant, **cli.input_of(args))
@@ -70,8 +76,12 @@ def _run(args: argparse.Namespace) -> int:
             model, predict.Images([args.neighbors], model.channels), **options
         )
         similar = features.cosines(query.values, found.values)[0]
-        for index in (-similar).argsort(kind='stable')[: args.top_k]:
+        best = (-similar).argsort(kind='stable')[: args.top_k]
+        for index in best:
             print(f'{similar[index]:.4f}  {printable(found.keys[index])}')
+        if args.contact_sheet:
+            images = [(found.keys[index], float(similar[index])) for index in best]
+            contact_sheet.save_similar(args.contact_sheet, images, title=f'like {args.neighbors}')
     return output.report_unreadable(unreadable, len(source))
 
 

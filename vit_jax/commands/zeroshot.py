@@ -1,12 +1,14 @@
 """Classifies images by names of classes that it was not trained on, with an image-text model.
 
 IMAGE is a file, a folder, a pattern in quotes, or - for a list of paths on standard input. With
---dataset, all images of a labelled set are classified, and the accuracy is said.
+--dataset, all images of a labelled set are classified, and the accuracy is said. With --query,
+images are ranked by how well they fit a text.
 
 Examples:
     vit_jax zeroshot --model LiT-L16L --classes 'rose,tulip,daisy' photos/
     vit_jax zeroshot --model LiT-B16B --classes pets.txt --prompts 'a photo of a {}, a pet' cat.jpg
     vit_jax zeroshot --model LiT-L16Ti --dataset tf_flowers
+    vit_jax zeroshot --model LiT-L16L --query 'a red tulip' --contact_sheet tulips.png photos/
     vit_jax zeroshot --model clip-vit-base-patch32/ --classes 'cat,dog' photos/
 """
 
@@ -56,7 +58,11 @@ def _parser() -> argparse.ArgumentParser:
         help='a text with {} in the place of the name, or a file of such texts, one per line, that '
         "are averaged (default: 'a photo of a {}')",
     )
-    add('--top_k', type=int, default=0, metavar='K', help='show the K most probable (default: all)')
+    add(
+        '--query', default='', metavar='TEXT', help='rank the images by how well they fit this text'
+    )
+    add('--top_k', type=int, default=0, metavar='K', help='show the K best (default: all)')
+    add('--contact_sheet', metavar='PNG', help='with --query: draw the best images')
     cli.add_images(parser)
     return parser
 
@@ -66,6 +72,10 @@ def _run(args: argparse.Namespace) -> int:
     from vit_jax.inference import two_tower
 
     data = cli.select(args)
+    if args.query:
+        return _rank(args, data)
+    if args.contact_sheet:
+        raise UserError('--contact_sheet shows what --query found')
     if args.images and not args.classes:
         raise UserError("--classes says what the images may show: --classes 'rose,tulip'")
     prompts = _prompts(args.prompts) or two_tower.PROMPTS
@@ -82,6 +92,30 @@ def _run(args: argparse.Namespace) -> int:
     towers = two_tower.load(args.model, args.vocabulary)
     model = two_tower.ZeroShotClassifier(towers, names, prompts, exclusive=True)
     return _evaluate(args, model, data)
+
+
+def _rank(args: argparse.Namespace, data: 'Selection | None') -> int:
+    """Prints which images fit a text best; returns the exit status."""
+    from vit_jax.errors import UserError, printable
+    from vit_jax.inference import contact_sheet, output, predict, two_tower
+
+    if args.classes or args.prompts:
+        raise UserError('--query takes a text as it is: no --classes and no --prompts beside it')
+    if args.contact_sheet and data:
+        raise UserError('--contact_sheet draws images that are named, not those of a --dataset')
+    towers = two_tower.load(args.model, args.vocabulary)
+    source = data or predict.Images(predict.find_images(args.images, stdin=sys.stdin.buffer))
+    with output.progress_bar(len(source)) as advance:
+        found, unreadable = two_tower.rank(
+            towers, args.query, source, batch=args.batch, advance=advance
+        )
+    found = found[: args.top_k or None]
+    for path, cosine in found:
+        print(f'{cosine:.4f}  {printable(path)}')
+    if args.contact_sheet and found:
+        contact_sheet.save_similar(args.contact_sheet, found, title=args.query)
+        print(printable(args.contact_sheet), file=sys.stderr)
+    return output.report_unreadable(unreadable, len(source))
 
 
 def _predict(args: argparse.Namespace, model: Any) -> int:

@@ -90,15 +90,16 @@ def _describe(towers: two_tower.TwoTowers) -> tuple[dict[str, Any], dict[str, An
     flat = npz.flatten(towers.params['img'])
     table, described = to_hugging_face.describe(image, flat)
     tower = described['config.json']
+    kind = 'SigLIP' if siglip else 'CLIP'
+    if table != kind:
+        raise UnsupportedError(f'the image tower of its {kind} is another than this one')
     named, lost = key_tables.from_params(flat, table)
     texts = npz.flatten(towers.params['txt'])
     named_text, lost_text = key_tables.from_params(texts, f'{table} text')
-    if table not in ('CLIP', 'SigLIP') or siglip != (table == 'SigLIP') or lost or lost_text:
-        kind = 'SigLIP' if siglip else 'CLIP'
-        what = f', and has no place for {adapt.shorten([*lost, *lost_text], 6)}' * bool(
-            lost or lost_text
+    if lost or lost_text:
+        raise UnsupportedError(
+            f'its {kind} has no place for {adapt.shorten([*lost, *lost_text], 6)}'
         )
-        raise UnsupportedError(f'its {kind} has another image tower{what}')
     whole: dict[str, Any] = to_hugging_face.name(named, tower)
     if siglip:
         whole = {f'vision_model.{name}': array for name, array in whole.items()}
@@ -108,13 +109,12 @@ def _describe(towers: two_tower.TwoTowers) -> tuple[dict[str, Any], dict[str, An
     whole |= named_text
     scale = np.asarray(towers.params['t'])
     whole['logit_scale'] = scale if siglip else scale.reshape(())
-    kind = 'siglip' if siglip else 'clip'
     projected = texts['head/kernel'].shape[1]
     config = {
         'architectures': ['SiglipModel' if siglip else 'CLIPModel'],
-        'model_type': kind,
+        'model_type': kind.lower(),
         'vision_config': {name: v for name, v in tower.items() if name != 'architectures'},
-        'text_config': _text_config(text, texts, kind),
+        'text_config': _text_config(text, texts, kind.lower()),
         **({} if siglip else {'projection_dim': projected}),
     }
     if siglip:

@@ -42,9 +42,38 @@ def save(
       class_names: in label order.
       title: of the sheet.
     """
-    columns = min(len(predictions), max(3, math.ceil(math.sqrt(1.5 * len(predictions)))))
     captions = [_caption(probabilities, class_names) for _, probabilities in predictions]
-    starts = range(0, len(predictions), columns)
+    _draw(path, [file for file, _ in predictions], captions, title)
+
+
+def save_similar(
+    path: str | os.PathLike[str], found: Sequence[tuple[str, float]], *, title: str
+) -> None:
+    """Draws images with how similar each is to what was looked for, a cosine.
+
+    Args:
+      path: the PNG file to write, whatever its suffix.
+      found: paths and cosines; the first `MAX_IMAGES` are drawn.
+      title: of the sheet.
+    """
+    found = found[:MAX_IMAGES]
+    captions = [[(f'{cosine:.3f}', _FIRST_CLASS[0], 'normal')] for _, cosine in found]
+    _draw(path, [file for file, _ in found], captions, title)
+
+
+# A line below an image: text, size of the font, weight.
+_Line = tuple[str, float, str]
+
+
+def _draw(
+    path: str | os.PathLike[str],
+    images: Sequence[str],
+    captions: Sequence[Sequence[_Line]],
+    title: str,
+) -> None:
+    """Draws images with the lines below each."""
+    columns = min(len(images), max(3, math.ceil(math.sqrt(1.5 * len(images)))))
+    starts = range(0, len(images), columns)
     heights = [
         _SIDE + _GAP + _LINE * (2 + max(map(len, captions[start : start + columns])))
         for start in starts
@@ -55,12 +84,12 @@ def save(
     set_title(figure, printable(title))
     top = height - head
     for start, row_height in zip(starts, heights, strict=True):
-        for place in range(start, min(start + columns, len(predictions))):
+        for place in range(start, min(start + columns, len(images))):
             left = (width - (_SIDE + _GAP) * columns + _GAP) / 2 + (_SIDE + _GAP) * (place - start)
             bottom = top - _LINE - _SIDE
             axes = figure.add_axes((left / width, bottom / height, _SIDE / width, _SIDE / height))
             axes.axis('off')
-            file = predictions[place][0]
+            file = images[place]
             axes.imshow(_thumbnail(predict.read_image(file)))
             # parse_math: a $ in a name of a file or class is a $.
             name = shorten(pathlib.PurePath(file).name, _NAME_LENGTH)
@@ -99,9 +128,9 @@ def save_figure(figure: 'Figure', path: str | os.PathLike[str], **options: Any) 
         figure.savefig(path, format='png', **options)
 
 
-def _caption(probabilities: np.ndarray, class_names: Sequence[str]) -> list[tuple[str, float, str]]:
-    """The lines below an image: text, size of the font, weight."""
-    lines = []
+def _caption(probabilities: np.ndarray, class_names: Sequence[str]) -> list[_Line]:
+    """The most probable classes."""
+    lines: list[_Line] = []
     for place, label in enumerate(predict.choose_classes(probabilities, top_k=SHOWN_CLASSES)):
         size, characters = _OTHER_CLASS if place else _FIRST_CLASS
         name = shorten(class_names[label], _MAX_CLASS_NAME)

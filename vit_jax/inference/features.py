@@ -65,7 +65,7 @@ def extract(
     """
     compute = _function(model, layer, pooling)
     params = jax.device_put(model.params)
-    recorded = _Recorded(source)
+    recorded = Recorded(source)
     errors: list[BadImageError] = []
     values, label, example = [], [], []
     for data in eval_batches(
@@ -80,8 +80,12 @@ def extract(
     return Features(np.concatenate(values), np.concatenate(label), keys), errors
 
 
-class _Recorded:
-    """A source that keeps the keys of the examples that were read."""
+class Recorded:
+    """A source that keeps the keys of the examples that were read.
+
+    Attributes:
+      keys: index -> key.
+    """
 
     def __init__(self, source: Source):
         self._source = source
@@ -91,9 +95,11 @@ class _Recorded:
         self.keys: dict[int, str] = {}
 
     def __len__(self) -> int:
+        """Examples."""
         return len(self._source)
 
     def __getitem__(self, index: int) -> Example:
+        """An example of the source."""
         example = self._source[index]
         self.keys[index] = example.key
         return example

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import flax
@@ -15,9 +15,13 @@ import numpy as np
 from vit_jax import files, models, variants
 from vit_jax.checkpoint import catalog, npz, two_towers
 from vit_jax.data import text
+from vit_jax.data.dataset import Source
+from vit_jax.data.decode import BadImageError
 from vit_jax.data.preprocess import Preprocess, normalize
 from vit_jax.errors import UserError
 from vit_jax.inference import description
+from vit_jax.inference.classifier import classify
+from vit_jax.inference.features import Recorded
 
 FORMAT = 'vit_jax two towers'
 MODEL_FILE, PARAMS_FILE = 'model.json', 'params.npz'
@@ -176,6 +180,43 @@ class ZeroShotClassifier:
             pixels = np.pad(pixels, [(0, self._batch - given), (0, 0), (0, 0), (0, 0)])
         logits = self._towers.embed_images(pixels) @ self._head
         return logits[:given] + (self._towers.bias or 0.0)
+
+
+def rank(
+    towers: TwoTowers,
+    query: str,
+    source: Source,
+    *,
+    batch: int = 32,
+    advance: Callable[[int], None] = lambda images: None,
+) -> tuple[list[tuple[str, float]], list[BadImageError]]:
+    """Finds the images that fit a text best.
+
+    Args:
+      towers: the model.
+      query: the text.
+      source: at least one image.
+      batch: images at once.
+      advance: called after each batch with the number of its images.
+
+    Returns:
+      Paths and cosines, the best first, and the errors of the images that could not be read.
+    """
+    classifier = ZeroShotClassifier(towers, (query,), ('{}',))
+    recorded = Recorded(source)
+    errors: list[BadImageError] = []
+    found: list[tuple[str, float]] = []
+    for data, logits in classify(classifier, recorded, batch=batch, on_bad=errors.append):
+        cosines = (logits[:, 0] - (towers.bias or 0.0)) / towers.temperature
+        found += [
+            (recorded.keys[int(index)], float(cosine))
+            for index, cosine, readable in zip(
+                data['example'], cosines, data['readable'], strict=True
+            )
+            if readable
+        ]
+        advance(len(logits))
+    return sorted(found, key=lambda item: -item[1]), errors
 
 
 def load(path: str | os.PathLike[str], vocabulary: str | os.PathLike[str] = '') -> TwoTowers:
