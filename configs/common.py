@@ -134,13 +134,20 @@ def get_defaults() -> ml_collections.ConfigDict:
     # the parameters themselves.
     config.ema_decay = 0.0
     config.ema_warmup_steps = 0
-    # 'softmax' (cross-entropy), or 'sigmoid': each class on its own, summed over classes.
-    config.loss = 'softmax'
+    # Of classes: 'softmax' (cross-entropy), or 'sigmoid': each class on its own, summed over
+    # classes. Of numbers: 'mse' or 'huber'. Empty: by the labels: 'softmax' where each image has
+    # one class, 'sigmoid' where it may have several, 'mse' for numbers.
+    config.loss = ''
     # Share of a label's probability that is spread evenly over all classes.
     config.label_smoothing = 0.0
     # How much an example counts, by its class: 'balanced' for all classes alike, or a number for
     # each in their order ('1,2,0.5'). Empty: all examples alike.
     config.class_weights = ''
+    # How much a class counts where it is there, beside 1 where it is not, of images that may have
+    # several: 'balanced' (negatives / positives), or a number for each. Empty: 1 each.
+    config.positive_weights = ''
+    # Bring numbers to mean 0 and deviation 1 for training; the model folder undoes it.
+    config.standardize_targets = True
     # Of initialisation, shuffle, augmentation and dropout.
     config.seed = 0
 

@@ -23,6 +23,7 @@ from vit_jax.errors import UserError
 from vit_jax.export import onnx, pytorch, stablehlo
 from vit_jax.export.options import Options
 from vit_jax.inference import classifier, metrics, model_folder, predict
+from vit_jax.inference.task import ONE_CLASS
 from vit_jax.run import setup
 
 SIZES = {'mlp_dim': 16, 'num_heads': 2, 'num_layers': 2}
@@ -86,7 +87,7 @@ def test_folder_files_and_graphs_of_a_model(tmp_path, photo, config, size):
     image = normalize(pixels[None])
     expected = logits_of(model, image)
     ((_, probabilities),) = predict.predict(opened, [photo])
-    np.testing.assert_allclose(probabilities, classifier.softmax(expected)[0], atol=1e-6)
+    np.testing.assert_allclose(probabilities, ONE_CLASS.values(expected)[0], atol=1e-6)
 
     onnx.save(onnx.build(model), tmp_path / 'm.onnx')
     (found,) = onnxruntime.InferenceSession(tmp_path / 'm.onnx').run(None, {'image': image})
@@ -112,7 +113,7 @@ def test_any_number_of_channels(tmp_path, photo, config, channels):
     raw = np.random.default_rng(3).integers(0, 256, (50, 90, channels), np.uint8)
     np.save(tmp_path / 'image.npy', raw)
     image = normalize(model.preprocess.evaluate(raw)[None])
-    expected = classifier.softmax(logits_of(model, image))[0]
+    expected = ONE_CLASS.values(logits_of(model, image))[0]
     onnx.save(onnx.build(model), tmp_path / 'm.onnx')
     for what in (opened, classifier.open_classifier(tmp_path / 'm.onnx')):
         ((_, found),) = predict.predict(what, [str(tmp_path / 'image.npy')])

@@ -265,7 +265,7 @@ def test_resize_alone_asks_for_random_crops():
         ({'lr_mults': ('head', 2.0)}, "'head' is no pair of a regular expression and a number"),
         ({'wd_mults': (('.*', -1.0),)}, 'is no pair'),
         ({'label_smoothing': 1.0}, 'a share below 1'),
-        ({'loss': 'focal'}, "'focal' is not one of 'softmax', 'sigmoid'"),
+        ({'loss': 'focal'}, "'focal' is not one of '', 'softmax', 'sigmoid', 'mse', 'huber'"),
         ({'eval_every': 0}, 'config.eval_every=0 must be at least 1'),
         ({'cache': -1.0}, 'config.cache=-1.0 must be at least 0'),
         ({'data_threads': -1}, 'config.data_threads=-1 must be at least 0'),

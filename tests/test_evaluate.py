@@ -17,7 +17,8 @@ from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.export import verify
 from vit_jax.inference import metrics, predict
-from vit_jax.inference.classifier import JaxClassifier, classify, softmax
+from vit_jax.inference.classifier import JaxClassifier, classify
+from vit_jax.inference.task import ONE_CLASS
 
 
 class Oracle:
@@ -74,7 +75,7 @@ def test_outcomes_of_both_libraries_agree():
     logits = np.random.default_rng(0).normal(0, 4, (50, 7)).astype(np.float32)
     labels = np.arange(50) % 7
     host, device = evaluate.outcomes(logits, labels), jax.jit(evaluate.outcomes)(logits, labels)
-    probabilities = softmax(logits)
+    probabilities = ONE_CLASS.values(logits)
     for told in (host, device):
         np.testing.assert_allclose(told['confidence'], probabilities.max(axis=1), rtol=1e-5)
         np.testing.assert_allclose(
@@ -173,7 +174,7 @@ def test_one_image_takes_the_same_way_everywhere(tiny_model, tmp_path, monkeypat
     for number, (path, probabilities) in enumerate(predict.predict(classifier, files, batch=3)):
         i = row[path]
         assert np.array_equal(verified['image'][number], data['image'][i])
-        assert np.array_equal(probabilities, softmax(logits[i]))
+        assert np.array_equal(probabilities, ONE_CLASS.values(logits[i]))
         assert found.confidence[i] == pytest.approx(probabilities.max(), rel=1e-6)
     assert trained['loss_test'] == pytest.approx(-found.log_probability.mean(), rel=1e-6)
     assert trained['accuracy_test'] == found.right.mean()

@@ -73,3 +73,40 @@ def test_without_a_recipe_it_is_the_plain_loss():
 def test_labels_of_another_shape_are_refused(label):
     with pytest.raises(UserError, match='do not fit the logits'):
         losses.cross_entropy(smoothing=0.1)(LOGITS, {'label': label}, None)
+
+
+def test_positive_weights_are_those_of_pytorch():
+    torch = pytest.importorskip('torch')
+    several = (RNG.random((B, C)) < 0.4).astype(np.float32)
+    weights = np.array([0.5, 2.0, 1.0, 7.0], np.float32)
+    for given in ((), weights):
+        loss_fn = losses.cross_entropy('sigmoid', positive_weights=given)
+        loss, metrics = loss_fn(30 * LOGITS, {'label': several}, None)
+        theirs = torch.nn.functional.binary_cross_entropy_with_logits(
+            torch.tensor(30 * LOGITS),
+            torch.tensor(several),
+            pos_weight=torch.tensor(given) if len(given) else None,
+            reduction='none',
+        )
+        np.testing.assert_allclose(loss, theirs.sum(-1).mean(), rtol=1e-6)
+        assert metrics == {}
+    labels = np.array([[1, 0, 1], [0, 0, 1], [0, 0, 1]])
+    assert losses.balanced_positives(labels).tolist() == [2, 1, 1]
+
+
+@pytest.mark.parametrize('kind', ['mse', 'huber'])
+def test_losses_of_numbers_are_those_of_pytorch(kind):
+    torch = pytest.importorskip('torch')
+    target = (100 + 10 * RNG.normal(size=(B, C))).astype(np.float32)
+    mean, deviation = target.mean(axis=0), target.std(axis=0)
+    loss_fn = losses.regression(kind, mean=mean, deviation=deviation)
+    loss, _ = loss_fn(LOGITS, {'label': target}, None)
+    function = {'mse': torch.nn.MSELoss, 'huber': torch.nn.HuberLoss}[kind]()
+    theirs = function(torch.tensor(LOGITS), torch.tensor((target - mean) / deviation))
+    np.testing.assert_allclose(loss, theirs, rtol=1e-6)
+    plain, _ = losses.regression(kind)(LOGITS[:, :1], {'label': target[:, 0]}, None)
+    np.testing.assert_allclose(
+        plain, function(torch.tensor(LOGITS[:, 0]), torch.tensor(target[:, 0])), rtol=1e-6
+    )
+    with pytest.raises(UserError, match='do not fit the logits'):
+        losses.regression(kind)(LOGITS, {'label': target[:, 0]}, None)

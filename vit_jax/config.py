@@ -36,7 +36,7 @@ _CHOICES = {
     'patch_resize': PATCH_METHODS,
     'remat': ('', *REMAT_POLICIES),
     'nan_policy': ('stop', 'skip'),
-    'loss': ('softmax', 'sigmoid'),
+    'loss': ('', 'softmax', 'sigmoid', 'mse', 'huber'),
 }
 _AT_LEAST_ONE = (
     'batch', 'batch_eval', 'progress_every', 'eval_every', 'checkpoint_every', 'keep_checkpoints',

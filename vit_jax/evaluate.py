@@ -16,6 +16,8 @@ from vit_jax.data.dataset import Source
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.data.reader import OnBad, Reader
 from vit_jax.errors import UserError
+from vit_jax.inference import regression, several
+from vit_jax.inference.task import ONE_CLASS, SEVERAL, Task
 
 if TYPE_CHECKING:
     import jax
@@ -50,6 +52,27 @@ class Outcomes:
     def right(self) -> np.ndarray:
         """Bool [N], whether the predicted class is the right one; never of an unreadable image."""
         return self.readable & (self.rank < 1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Outputs:
+    """What a model of several classes, or of numbers, gave for each of N examples.
+
+    Attributes:
+      label: float [N, C]: 0 or 1, or the numbers in their units.
+      readable: bool [N], whether the image could be read; its output has no meaning if not.
+      output: float [N, C], of the model: before the sigmoid, or in the scale of training.
+    """
+
+    label: np.ndarray
+    readable: np.ndarray
+    output: np.ndarray
+
+    @classmethod
+    def of(cls, found: Mapping[str, np.ndarray]) -> 'Outputs':
+        """Of the columns of `steps.eval_step_fn`; a single number need not have an axis."""
+        output = found['output']
+        return cls(found['label'].reshape(output.shape), found['readable'], output)
 
 
 def outcomes(logits: Any, label: Any) -> dict[str, Any]:
@@ -130,7 +153,7 @@ def totals(found: Outcomes, classes: int) -> dict[str, float]:
       UserError: not one image can be read.
     """
     readable = found.readable
-    _check_readable(readable)
+    check_readable(readable)
     result = {
         'accuracy': float(found.right.mean()),
         'loss': -float(found.log_probability[readable].mean(dtype=np.float64)),
@@ -153,7 +176,7 @@ def own_totals(values: Mapping[str, np.ndarray], readable: np.ndarray) -> dict[s
     Raises:
       UserError: not one image can be read.
     """
-    _check_readable(readable)
+    check_readable(readable)
     means = {
         name.removeprefix(OWN): float(column[readable].mean(dtype=np.float64))
         for name, column in values.items()
@@ -161,7 +184,32 @@ def own_totals(values: Mapping[str, np.ndarray], readable: np.ndarray) -> dict[s
     return means | _unreadable(readable)
 
 
-def _check_readable(readable: np.ndarray) -> None:
+def task_totals(found: Mapping[str, np.ndarray], task: Task, classes: int) -> dict[str, float]:
+    """What is told of an evaluation, by the kind of the task.
+
+    Args:
+      found: columns: `label`, `readable`, and `output` or the others of `Outcomes`; only the former
+        where nothing is known but a loss of one's own.
+      task: what the outputs are.
+      classes: how many.
+
+    Returns:
+      `totals`, or those of `several` or `regression`; nothing of labels that are none of these.
+
+    Raises:
+      UserError: not one image can be read.
+    """
+    if 'rank' in found:
+        return totals(Outcomes(**found), classes)
+    if 'output' not in found:
+        return {}
+    check_readable(found['readable'])
+    told = Outputs.of(found)
+    return several.totals(told) if task.kind == SEVERAL else regression.totals(told, task)
+
+
+def check_readable(readable: np.ndarray) -> None:
+    """Raises `UserError` if not one image can be read."""
     if not readable.any():
         raise UserError(f'not one of the {len(readable):,} images to evaluate on can be read')
 
@@ -179,6 +227,7 @@ def evaluate(
     *,
     batch: int,
     split: str = 'test',
+    task: Task = ONE_CLASS,
     threads: int | None = None,
     on_bad: OnBad | None = None,
     should_stop: Callable[[], bool] | None = None,
@@ -186,7 +235,7 @@ def evaluate(
     """Loss and accuracy of a model that is being trained, over all examples of a source.
 
     With a loss of one's own, the means of what it says of each example alone: the loss, and its
-    metrics; accuracy only where labels are classes.
+    metrics; accuracy only where labels are classes, other metrics by the task.
 
     With several processes each of them calls this, reads its share, and gets the same result.
 
@@ -199,13 +248,14 @@ def evaluate(
       batch: images per step; rounded up to a multiple of the devices. The last one is padded, and
         the padding does not count.
       split: what the examples are for: 'test' or 'val'.
+      task: what the outputs are.
       threads: readers, see `eval_batches`.
       on_bad: see `eval_batches`.
       should_stop: asked after each batch; once it says so, the evaluation ends without a result.
 
     Returns:
-      The `totals` and `own_totals`, `accuracy_{split}` and so on; and the speed, images per second
-      and device. None if `should_stop` ended it.
+      The `task_totals` and `own_totals`, `accuracy_{split}` and so on; and the speed, images per
+      second and device. None if `should_stop` ended it.
 
     Raises:
       BadImageError: without `on_bad`, an image that cannot be read.
@@ -238,7 +288,7 @@ def evaluate(
     found = columns(parts, len(source))
     speed = len(source) / (time.monotonic() - begin) / devices
     own = {name: found.pop(name) for name in list(found) if name.startswith(OWN)}
-    metrics = totals(Outcomes(**found), len(source.class_names)) if 'rank' in found else {}
+    metrics = task_totals(found, task, len(source.class_names))
     if own:
         metrics |= own_totals(own, found['readable'])
     return {f'{name}_{split}': value for name, value in metrics.items()}, speed

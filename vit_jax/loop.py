@@ -42,6 +42,7 @@ from vit_jax.data.preprocess import Preprocess
 from vit_jax.data.reader import ImageCache, Reader, once_per_key
 from vit_jax.data.stream import BatchStream
 from vit_jax.errors import UserError
+from vit_jax.inference.task import ONE_CLASS, Task
 from vit_jax.run import preemption, telemetry
 from vit_jax.run.callbacks import Callbacks
 from vit_jax.run.choice import Choice
@@ -65,6 +66,7 @@ class Run:
     preprocess: Preprocess
     log: telemetry.Telemetry
     callbacks: Callbacks
+    task: Task = ONE_CLASS
 
     @property
     def watched(self) -> str:
@@ -340,6 +342,7 @@ class Loop:
             run.mesh,
             batch=run.config.batch_eval,
             split=split,
+            task=run.task,
             threads=run.threads,
             on_bad=self._on_bad,
             should_stop=(lambda: bool(self._signals.received)) if alone else None,

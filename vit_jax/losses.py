@@ -83,6 +83,7 @@ def cross_entropy(
     *,
     smoothing: float = 0.0,
     class_weights: Sequence[float] | np.ndarray = (),
+    positive_weights: Sequence[float] | np.ndarray = (),
 ) -> LossFn:
     """Builds the cross-entropy of a recipe.
 
@@ -91,11 +92,15 @@ def cross_entropy(
     example counts times its class's weight, of probabilities their mean weight, taken before
     smoothing. The sum over a batch is divided by the number of examples, not by their weights.
 
+    Where classes do not exclude each other, class c's loss -(y log p + (1 - y) log(1 - p)) becomes
+    -(w y log p + (1 - y) log(1 - p)) with its positive weight w, as PyTorch's `pos_weight`.
+
     Args:
       kind: 'softmax', or 'sigmoid': the binary cross-entropy, summed over classes
         (https://arxiv.org/abs/2006.07159).
       smoothing: in [0, 1).
       class_weights: [C]; empty for 1 each.
+      positive_weights: [C], of 'sigmoid'; empty for 1 each.
 
     Returns:
       A loss of logits [..., C] and labels, integers [...] or of the shape of the logits; with
@@ -104,6 +109,7 @@ def cross_entropy(
     if kind == 'softmax' and not smoothing and not len(class_weights):
         return softmax_cross_entropy
     weights = np.asarray(class_weights, np.float32)
+    positive = np.asarray(positive_weights, np.float32)
 
     def loss_fn(logits: jax.Array, batch: Batch, params: Any) -> tuple[jax.Array, Metrics]:
         del params
@@ -117,7 +123,7 @@ def cross_entropy(
         label = label.astype(logits.dtype)
         smooth = optax.smooth_labels(label, smoothing)
         if kind == 'sigmoid':
-            losses = optax.sigmoid_binary_cross_entropy(logits, smooth).sum(axis=-1)
+            losses = _binary(logits, smooth, positive).sum(axis=-1)
         else:
             losses = optax.softmax_cross_entropy(logits, smooth)
         if weights.size:
@@ -125,6 +131,15 @@ def cross_entropy(
         return losses.mean(), metrics
 
     return loss_fn
+
+
+def _binary(logits: jax.Array, label: jax.Array, positive: np.ndarray) -> jax.Array:
+    """Binary cross-entropy of each class, with the weights of its positives, [..., C]."""
+    if not positive.size:
+        return optax.sigmoid_binary_cross_entropy(logits, label)
+    weights = jnp.asarray(positive.reshape((1,) * (label.ndim - 1) + (-1,)), logits.dtype)
+    there = weights * label * jax.nn.log_sigmoid(logits)
+    return -(there + (1 - label) * jax.nn.log_sigmoid(-logits))
 
 
 def balanced_weights(labels: np.ndarray, classes: int) -> np.ndarray:
@@ -140,6 +155,55 @@ def balanced_weights(labels: np.ndarray, classes: int) -> np.ndarray:
     """
     counts = np.maximum(1, np.bincount(labels, minlength=classes))
     return (len(labels) / (classes * counts)).astype(np.float32)
+
+
+def balanced_positives(labels: np.ndarray) -> np.ndarray:
+    """Weights that make the positives of a class count as much as its negatives.
+
+    Args:
+      labels: 0 or 1, [examples, C].
+
+    Returns:
+      float32 [C]: negatives / positives; 1 for a class that has no negative or no positive.
+    """
+    positives = np.sum(labels, axis=0, dtype=np.float64)
+    weights = (len(labels) - positives) / np.maximum(1, positives)
+    return np.where(positives * weights, weights, 1).astype(np.float32)
+
+
+def regression(
+    kind: str = 'mse',
+    *,
+    mean: Sequence[float] | np.ndarray = (0.0,),
+    deviation: Sequence[float] | np.ndarray = (1.0,),
+) -> LossFn:
+    """Builds the loss of numbers: the outputs are compared with (number - mean) / deviation.
+
+    Args:
+      kind: 'mse', the squared error; or 'huber', 0.5 e**2 where the error e is at most 1, else
+        |e| - 0.5 (Huber 1964, https://doi.org/10.1214/aoms/1177703732).
+      mean: [C] or [1].
+      deviation: [C] or [1].
+
+    Returns:
+      A loss of outputs [..., C] and labels of the same shape, or [...] where C is 1: the mean over
+      all axes. No metrics.
+    """
+    center, scale = (np.asarray(value, np.float32) for value in (mean, deviation))
+
+    def loss_fn(logits: jax.Array, batch: Batch, params: Any) -> tuple[jax.Array, Metrics]:
+        target, outputs = batch['label'], at_least_float(logits)
+        if target.ndim == outputs.ndim - 1 and outputs.shape[-1] == 1:
+            target = target[..., None]
+        _check_shape(target, outputs.shape)
+        shape = (1,) * (outputs.ndim - 1) + (-1,)
+        target = target.astype(outputs.dtype) - center.reshape(shape)
+        target = target / scale.reshape(shape)
+        if kind == 'huber':
+            return jnp.mean(optax.huber_loss(outputs, target)), {}
+        return squared_error(outputs, {'label': target}, params)
+
+    return loss_fn
 
 
 def squared_error(logits: jax.Array, batch: Batch, params: Any) -> tuple[jax.Array, Metrics]:

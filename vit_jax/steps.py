@@ -19,6 +19,7 @@ from vit_jax import evaluate, groups, losses, models, optim, sharding
 from vit_jax.data import augment
 from vit_jax.data.preprocess import normalize
 from vit_jax.errors import UserError
+from vit_jax.inference.task import ONE_CLASS, Task
 from vit_jax.losses import Batch, Metrics
 from vit_jax.models import stochastic_depth
 from vit_jax.state import TrainState
@@ -209,20 +210,21 @@ def abstract_batch(
 
 
 def eval_step_fn(
-    model: nn.Module, loss_fn: losses.LossFn | None = None
+    model: nn.Module, loss_fn: losses.LossFn | None = None, task: Task = ONE_CLASS
 ) -> Callable[[Any, Batch], Metrics]:
     """Builds the evaluation step, a pure function for programs of one's own.
 
     Args:
       model: see `train_step_fn`.
       loss_fn: of training, if it is one's own; None where the classes are all that counts.
+      task: what the outputs are.
 
     Returns:
       A function (params, batch) -> what `evaluate.columns` takes of a batch: of each example
       `example` and `readable` if they came; where `label` is a class, that and what
-      `evaluate.outcomes` says; with `loss_fn` what that says of the example alone, see
-      `evaluate.OWN`. batch: see `eval_batches`; `image` float32 [B, height, width, channels] in
-      [0, 255].
+      `evaluate.outcomes` says; of other tasks `label` and `output`, the logits; with `loss_fn` what
+      that says of the example alone, see `evaluate.OWN`. batch: see `eval_batches`; `image` float32
+      [B, height, width, channels] in [0, 255].
     """
     model = models.for_inference(model)
 
@@ -234,6 +236,8 @@ def eval_step_fn(
         label = batch['label']
         if label.ndim == 1 and jnp.issubdtype(label.dtype, jnp.integer):
             told |= {'label': label, **evaluate.outcomes(logits.astype(jnp.float32), label)}
+        elif task != ONE_CLASS:
+            told |= {'label': label, 'output': logits.astype(jnp.float32)}
         if loss_fn is not None:
             told |= _of_each(loss_fn, logits, batch, params)
         return told
@@ -256,11 +260,15 @@ def _of_each(loss_fn: losses.LossFn, logits: Any, batch: Batch, params: Any) -> 
 
 
 def make_eval_step(
-    model: nn.Module, mesh: Mesh, params_shardings: Any, loss_fn: losses.LossFn | None = None
+    model: nn.Module,
+    mesh: Mesh,
+    params_shardings: Any,
+    loss_fn: losses.LossFn | None = None,
+    task: Task = ONE_CLASS,
 ) -> jax.stages.Wrapped:
     """Builds the evaluation step, jitted: `eval_step_fn`; results are whole on every device."""
     return _jit(
-        eval_step_fn(model, loss_fn),
+        eval_step_fn(model, loss_fn, task),
         model,
         in_shardings=(params_shardings, sharding.batch_sharding(mesh)),
         out_shardings=sharding.replicated(mesh),

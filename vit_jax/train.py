@@ -107,6 +107,7 @@ def train_and_evaluate(
             config_lib.preprocess_of(config),
             log,
             called,
+            setup.task,
         )
         _introduce(run, setup)
         checkpoints = stack.enter_context(
@@ -136,7 +137,7 @@ def _train(run: loop.Run, setup: Setup, checkpoints: workdir_lib.Checkpoints) ->
         train_step,
         time.monotonic() - begin,
         steps.make_eval_step(
-            setup.model, setup.mesh, _shardings(setup.abstract.params), setup.eval_loss
+            setup.model, setup.mesh, _shardings(setup.abstract.params), setup.eval_loss, setup.task
         ),
         checkpoints,
     )
@@ -350,6 +351,7 @@ def _write_model_folder(run: loop.Run, setup: Setup, params: Any, name: str, ste
         run.train.class_names,
         run.preprocess,
         source,
+        setup.task,
     )
     try:
         folder = made.write(params, name, step)

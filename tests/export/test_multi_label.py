@@ -24,7 +24,7 @@ def test_sigmoids_from_hugging_face_through_a_model_folder_to_onnx(tmp_path, cas
     config = json.loads((tmp_path / 'hf/config.json').read_text())
     assert config['problem_type'] == 'multi_label_classification'
     loaded = model_folder.load(tmp_path / 'hf')
-    assert loaded.multi_label and loaded.model_config['multi_label']
+    assert loaded.task.kind == 'several classes' and loaded.model_config['multi_label']
     model_folder.save(
         tmp_path / 'model',
         loaded.params,
@@ -42,7 +42,7 @@ def test_sigmoids_from_hugging_face_through_a_model_folder_to_onnx(tmp_path, cas
     expected = None
     for name in ('hf', 'model', 'a.npz', 'logits.onnx', 'probabilities.onnx'):
         opened = classifier.open_classifier(tmp_path / name)
-        assert opened.multi_label
+        assert opened.task.kind == 'several classes'
         ((_, found),) = predict.predict(opened, [tmp_path / 'a.png'])
         if expected is None:
             images = pixels[None] / np.float32(127.5) - 1
@@ -61,11 +61,11 @@ def test_sigmoids_from_hugging_face_through_a_model_folder_to_onnx(tmp_path, cas
 def test_no_accuracy_over_classes_that_exclude_each_other(case):
     opened = classifier.JaxClassifier(case('multi_label').model)
     source = from_arrays(np.zeros((2, 32, 32, 3), np.uint8), [0, 1])
-    with pytest.raises(UserError, match='scores each class by itself'):
+    with pytest.raises(UserError, match='this model gives a yes or no for each class'):
         metrics.collect(opened, source, model_labels=range(5))
 
 
-@pytest.mark.parametrize('problem, message', [('regression', "problem_type 'regression'")])
+@pytest.mark.parametrize('problem, message', [('poetry', "problem_type 'poetry'")])
 def test_other_problems_are_refused(tmp_path, case, problem, message):
     pytorch.write(tmp_path / 'hf', case('token').model, to='huggingface')
     config = json.loads((tmp_path / 'hf/config.json').read_text())

@@ -13,6 +13,7 @@ from vit_jax import state as state_lib
 from vit_jax.configs import common
 from vit_jax.data import augment, own
 from vit_jax.errors import UserError
+from vit_jax.inference.task import ONE_CLASS
 from vit_jax.run import recipe
 
 
@@ -43,16 +44,16 @@ def test_epochs_become_steps_of_the_training_set():
 
 def test_losses_of_a_plain_run_are_the_plain_ones():
     found = recipe.losses_of(make_config(), images([0, 1, 2]), None)
-    assert found == (losses.softmax_cross_entropy, None)
+    assert found == (losses.softmax_cross_entropy, None, ONE_CLASS)
     vectors = images(np.eye(3, dtype=np.float32))
     found = recipe.losses_of(make_config(), vectors, None)
-    assert found == (losses.softmax_cross_entropy, losses.softmax_cross_entropy)
+    assert found == (losses.softmax_cross_entropy, losses.softmax_cross_entropy, ONE_CLASS)
 
 
 def test_a_recipe_changes_the_loss_of_training_only():
     config = make_config(label_smoothing=0.1, class_weights='balanced')
     train = images([0, 0, 0, 1, 1, 2])
-    loss_fn, evaluated = recipe.losses_of(config, train, None)
+    loss_fn, evaluated, _ = recipe.losses_of(config, train, None)
     assert evaluated is None
     logits = np.random.default_rng(0).normal(size=(2, 3)).astype(np.float32)
     batch = {'label': np.array([0, 2], np.int32)}
@@ -60,9 +61,10 @@ def test_a_recipe_changes_the_loss_of_training_only():
     same = losses.cross_entropy(smoothing=0.1, class_weights=weights)
     np.testing.assert_allclose(loss_fn(logits, batch, 0)[0], same(logits, batch, 0)[0], rtol=1e-6)
     vectors = images(np.eye(3, dtype=np.float32))
-    smoothed, plain = recipe.losses_of(
+    smoothed, plain, task = recipe.losses_of(
         make_config(loss='sigmoid', label_smoothing=0.1), vectors, None
     )
+    assert task.kind == 'several classes'
     batch = {'label': np.eye(3, dtype=np.float32)[:2]}
     expected = losses.sigmoid_cross_entropy(logits, batch, None)[0]
     np.testing.assert_allclose(plain(logits, batch, None)[0], expected, rtol=1e-6)

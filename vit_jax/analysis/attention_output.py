@@ -22,7 +22,7 @@ from vit_jax.analysis import attention, embeddings
 from vit_jax.analysis import attention_pictures as pictures
 from vit_jax.data.decode import BadImageError, load_image
 from vit_jax.errors import UserError, printable
-from vit_jax.inference import classifier, contact_sheet, model_folder, predict
+from vit_jax.inference import contact_sheet, model_folder, predict
 
 OF_EACH_IMAGE = ('class_token', 'rollout', 'relevance')
 OF_IMAGES = (*OF_EACH_IMAGE, 'distance')
@@ -264,7 +264,7 @@ def _draw_image(
         raise UserError(f'the model gives NaN or infinite numbers for {printable(path)}')
     probabilities = None
     if model.class_names:
-        probabilities = classifier.probabilities(model, found.logits[0])
+        probabilities = model.task.values(found.logits[0])
     if not name:
         return found, probabilities
     folder = part / name
@@ -291,13 +291,14 @@ def _draw_image(
         contact_sheet.save_figure(figure, folder / 'rollout.png', dpi=100)
     if 'relevance' in choice.kinds and probabilities is not None:
         labels = np.array(
-            choice.classes or predict.choose_classes(probabilities, top_k=choice.top_k)
+            choice.classes
+            or predict.choose_outputs(probabilities, model.task, top_k=choice.top_k)[: choice.top_k]
         )
         maps = attention.relevance(model, pixels, labels[None])[0]
         arrays |= {'relevance': maps, 'relevance_labels': labels}
         captions = (
             f'{contact_sheet.shorten(model.class_names[label], 28)}  '
-            f'{100 * probabilities[label]:.1f} %'
+            f'{model.task.text(probabilities[label], label, percent=True)}'
             for label in labels
         )
         figure = pictures.overlays(

@@ -19,7 +19,8 @@ from vit_jax.errors import UserError
 from vit_jax.models.layers import ACTIVATIONS
 
 EVERY_MODEL = ('act', 'layer_norm_eps')  # arguments that name no architecture
-_NO_ARCHITECTURE = (*EVERY_MODEL, 'representation_act', 'multi_label')  # nor do these, of a ViT
+OUTPUTS = ('multi_label', 'regression')  # those that say what the outputs are, see `inference.task`
+_NO_ARCHITECTURE = (*EVERY_MODEL, *OUTPUTS, 'representation_act')
 # Arguments that the arrays tell, and what is no part of an architecture.
 _SHAPES = {
     *('model_name', 'num_classes', 'patches', 'transformer', 'hidden_size', 'resnet'),
@@ -335,7 +336,7 @@ def _not_default(
     """Those settings that the module needs to be told; they may come from a file."""
     _check_settings(settings, source)
     if variants.is_mixer(config):
-        settings = {name: settings[name] for name in EVERY_MODEL if name in settings}
+        settings = {n: settings[n] for n in (*EVERY_MODEL, *OUTPUTS) if n in settings}
         return {name: v for name, v in settings.items() if v != getattr(models.MlpMixer, name)}
     told = dict(settings)
     classifier = told.pop('classifier', config['classifier'])

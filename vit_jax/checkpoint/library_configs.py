@@ -243,10 +243,12 @@ def _hugging_face(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, 
     problem = config.get('problem_type')
     if problem == 'multi_label_classification':
         known['settings']['multi_label'] = True
+    elif problem == 'regression':
+        known['settings']['regression'] = True
     elif problem not in (None, 'single_label_classification'):
         raise UserError(
             f'{folder / "config.json"} has the problem_type {str(problem)[:100]!r}, and models '
-            'here give scores of classes'
+            'here give scores of classes, or numbers'
         )
     sizes = _sizes(tower, 'hidden_size', 'num_hidden_layers', 'intermediate_size')
     if kind.startswith('dinov2'):

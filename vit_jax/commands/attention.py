@@ -116,7 +116,7 @@ def _run(args: argparse.Namespace) -> int:
             skip=None if args.what else _note,
             advance=advance,
         )
-    _report(folder, drawn, names)
+    _report(folder, drawn, names, model.task)
     return prediction_output.report_unreadable(unreadable, len(images))
 
 
@@ -149,7 +149,7 @@ def _note(reason: str) -> None:
     print(f'Note: left out, {reason}', file=sys.stderr)
 
 
-def _report(folder: pathlib.Path, drawn: list, class_names) -> None:
+def _report(folder: pathlib.Path, drawn: list, class_names, task) -> None:
     """Says what is where."""
     from vit_jax.errors import printable
     from vit_jax.inference import predict
@@ -157,10 +157,9 @@ def _report(folder: pathlib.Path, drawn: list, class_names) -> None:
     for image in drawn:
         best = ''
         if image.probabilities is not None:
-            labels = predict.choose_classes(image.probabilities, top_k=SHOWN_CLASSES)
-            best = '  ' + ', '.join(
-                f'{class_names[i]} {image.probabilities[i]:.4f}' for i in labels
-            )
+            values = image.probabilities
+            labels = predict.choose_outputs(values, task, top_k=SHOWN_CLASSES)[:SHOWN_CLASSES]
+            best = '  ' + ', '.join(f'{class_names[i]} {task.text(values[i], i)}' for i in labels)
         place = f' -> {folder / image.folder}/' if image.folder else ''
         print(printable(f'{image.path}{place}{best}'))
     if folder.is_dir():

@@ -1,8 +1,10 @@
 """Measures a model on labelled images: accuracy, per class and overall, and calibration.
 
 Top-1 and top-5 accuracy, loss, precision and recall of each class, the confusion matrix and the
-calibration. Every image counts; one that cannot be read counts as wrong, is named at the end, and
-makes the exit status 1. Classes of model and data are matched by their names.
+calibration; where an image may have several classes, average precision of each, and F1 at the
+model's threshold; of numbers, mean absolute and squared errors and R2. Every image counts; one that
+cannot be read counts as wrong, is named at the end, and makes the exit status 1. Classes of model
+and data are matched by their names.
 
 Examples:
     vit_jax evaluate --model runs/b16-tf_flowers/model --dataset tf_flowers
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from vit_jax.data.dataset import Dataset, Selection
     from vit_jax.inference.description import TrainingData
 
-RESULT, CONFUSION, RELIABILITY = 'evaluation.json', 'confusion_matrix.png', 'reliability.png'
+RESULT = 'evaluation.json'
 
 
 def main() -> int:
@@ -74,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> int:
     from rich import console
 
+    from vit_jax.evaluate import Outcomes
     from vit_jax.inference import classifier, labels, metrics_report, output
     from vit_jax.inference import metrics as metrics_lib
 
@@ -96,7 +99,10 @@ def _run(args: argparse.Namespace) -> int:
         found, unreadable = metrics_lib.collect(
             model, recorded, model_labels=to_model, batch=args.batch, advance=advance
         )
-    metrics = metrics_lib.compute(found, model.class_names)
+    names, task = model.class_names, model.task
+    if not isinstance(found, Outcomes):  # those of the data alone
+        names, task = tuple(names[i] for i in to_model), task.pick(to_model)
+    metrics = metrics_lib.measure(found, names, task)
     out = console.Console(highlight=False)
     if not out.is_terminal:
         out.width = 120  # A pipe has no width; 80 columns would fold long names of classes.
@@ -104,7 +110,7 @@ def _run(args: argparse.Namespace) -> int:
     split = f'split: {source.spec}, {reason}'
     out.print(metrics_report.tables(metrics, title=title, subtitle=split))
     if args.predictions:
-        output.write_outcomes(args.predictions, recorded.keys, found, model.class_names)
+        output.write_outcomes(args.predictions, recorded.keys, found, names, task)
         print(f'written to {args.predictions}: what each image was taken for')
     if args.output:
         described = {
@@ -119,8 +125,9 @@ def _run(args: argparse.Namespace) -> int:
                 {'image': error.key, 'error': error.reason} for error in unreadable
             ],
         }
-        _write(pathlib.Path(args.output), described, metrics, title)
-        print(f'written to {args.output}: {RESULT}, {CONFUSION}, {RELIABILITY}')
+        pictures = metrics_report.pictures(metrics)
+        _write(pathlib.Path(args.output), described, pictures, title)
+        print(f'written to {args.output}: {", ".join([RESULT, *pictures])}')
     return output.report_unreadable(unreadable, len(source))
 
 
@@ -224,16 +231,15 @@ def _check_output(folder: pathlib.Path, overwrite: bool) -> None:
         raise UserError(f'--output {folder}: there is no folder {folder.parent}; make it first')
 
 
-def _write(folder: pathlib.Path, described: Mapping[str, Any], metrics, title: str) -> None:
+def _write(
+    folder: pathlib.Path, described: Mapping[str, Any], pictures: Mapping[str, Any], title: str
+) -> None:
     """Writes all files, or none; an earlier evaluation is replaced."""
     from vit_jax import files
-    from vit_jax.inference import contact_sheet, metrics_report
+    from vit_jax.inference import contact_sheet
 
     with files.atomic_folder(folder, exists='replace') as part:
         text = json.dumps(described, indent=1, ensure_ascii=False, allow_nan=False)
         files.write_text(part / RESULT, text + '\n')
-        for name, draw in (
-            (CONFUSION, metrics_report.draw_confusion),
-            (RELIABILITY, metrics_report.draw_reliability),
-        ):
-            contact_sheet.save_figure(draw(metrics, title=title), part / name, dpi=120)
+        for name, draw in pictures.items():
+            contact_sheet.save_figure(draw(title), part / name, dpi=120)

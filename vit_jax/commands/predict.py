@@ -1,5 +1,8 @@
 """Classifies images: the classes of a model with their probabilities, most probable first.
 
+Of a model for which an image may have several classes, those that reach the threshold that was
+chosen when it was trained; of a model of numbers, these in their units.
+
 IMAGE is a file, a folder, a pattern in quotes ('photos/**/*.jpg'), or - for standard input: a list
 of paths, one per line, or one image. Exit status: 0; 1 if an image could not be read (they are
 named at the end, all others are done) or something is wrong; 2 for a mistake in the command line.
@@ -14,9 +17,13 @@ Examples:
 import argparse
 import contextlib
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vit_jax import cli
+
+if TYPE_CHECKING:
+    from vit_jax.inference.classifier import Classifier
+    from vit_jax.inference.task import Task
 
 FORMATS = ('table', 'csv', 'jsonl')
 ALL_UP_TO = 20  # classes; of models with more, only the best are shown unless asked for
@@ -44,7 +51,13 @@ def _parser() -> argparse.ArgumentParser:
         help=f'show the K most probable classes (default: all of up to {ALL_UP_TO}, of more '
         f'classes the first {BEST})',
     )
-    add('--threshold', type=float, metavar='P', help='show classes of probability P or more')
+    add(
+        '--threshold',
+        type=float,
+        metavar='P',
+        help='show classes of probability P or more (default: all; where an image may have several '
+        "classes, the model's own threshold)",
+    )
     add('--format', choices=FORMATS, default='table', help='default: table')
     add(
         '--escape_formulas',
@@ -82,7 +95,7 @@ def _run(args: argparse.Namespace) -> int:
         args.model, variant=args.variant, labels=args.labels, **cli.input_of(args)
     )
     images = predict.find_images(args.images, stdin=sys.stdin.buffer, channels=model.channels)
-    top_k, threshold = _how_many(args, len(model.class_names))
+    top_k, threshold = _how_many(args, len(model.class_names), model.task)
     unreadable: list[BadImageError] = []
     drawn: list[tuple[str, Any]] = []  # paths and probabilities
     with contextlib.ExitStack() as stack:
@@ -102,6 +115,7 @@ def _run(args: argparse.Namespace) -> int:
             top_k=top_k,
             threshold=threshold,
             escape_formulas=args.escape_formulas,
+            task=model.task,
         )
 
         def note(error: BadImageError) -> None:
@@ -116,12 +130,27 @@ def _run(args: argparse.Namespace) -> int:
                 drawn.append((path, probabilities))
             advance(1)
     if args.contact_sheet:
-        _draw(args, drawn, len(images) - len(unreadable), model.class_names)
+        _draw(args, drawn, len(images) - len(unreadable), model, threshold)
     return output.report_unreadable(unreadable, len(images))
 
 
-def _how_many(args: argparse.Namespace, classes: int) -> tuple[int, float]:
+def _how_many(args: argparse.Namespace, classes: int, task: 'Task') -> tuple[int, float]:
     """(top_k, threshold) for a model of so many classes; says so if not all will be shown."""
+    from vit_jax.errors import UserError
+    from vit_jax.inference.task import NUMBERS, SEVERAL
+
+    if task.kind == NUMBERS and (args.top_k is not None or args.threshold is not None):
+        raise UserError('this model gives numbers: --top_k and --threshold are of classes')
+    if task.kind == NUMBERS:
+        return 0, 0.0
+    if args.top_k is None and args.threshold is None and task.kind == SEVERAL:
+        chosen = f', chosen on {task.chosen_on}' if task.chosen_on else ''
+        print(
+            f'Note: the classes of probability {task.threshold:g} or more{chosen} (--threshold 0 '
+            'for all)',
+            file=sys.stderr,
+        )
+        return 0, task.threshold
     if args.top_k is None and args.threshold is None and classes > ALL_UP_TO:
         print(
             f'Note: the {BEST} most probable of {classes:,} classes (--top_k {classes} for all)',
@@ -131,7 +160,9 @@ def _how_many(args: argparse.Namespace, classes: int) -> tuple[int, float]:
     return args.top_k or 0, args.threshold or 0.0
 
 
-def _draw(args: argparse.Namespace, drawn: list, readable: int, class_names) -> None:
+def _draw(
+    args: argparse.Namespace, drawn: list, readable: int, model: 'Classifier', threshold: float
+) -> None:
     from vit_jax import files
     from vit_jax.inference import contact_sheet
 
@@ -144,4 +175,6 @@ def _draw(args: argparse.Namespace, drawn: list, readable: int, class_names) -> 
         print(f'{args.contact_sheet} shows {note}', file=sys.stderr)
         title += f' ({note})'
     with files.atomic_file(args.contact_sheet) as partial:
-        contact_sheet.save(partial, drawn, class_names, title=title)
+        contact_sheet.save(
+            partial, drawn, model.class_names, title=title, task=model.task, threshold=threshold
+        )

@@ -153,7 +153,7 @@ def _evaluate(args: argparse.Namespace, model: Any, data: 'Selection') -> int:
     out = console.Console(highlight=False)
     if not out.is_terminal:
         out.width = 120
-    metrics = metrics_lib.compute(found, model.class_names)
+    metrics = metrics_lib.measure(found, model.class_names, model.task)
     out.print(metrics_report.tables(metrics, title=f'{args.model}, zero-shot, on {data}'))
     return output.report_unreadable(unreadable, len(data))
 

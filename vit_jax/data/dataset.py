@@ -137,6 +137,8 @@ class Dataset:
       splits: the stored splits by name.
       channels: see `channels_of`.
       label_dtype: see `label_dtype_of`.
+      units: of labels that are numbers, see `inference.task.Task`.
+      several: whether vectors are known to be a yes or no for each class.
     """
 
     name: str
@@ -145,6 +147,8 @@ class Dataset:
     splits: Mapping[str, Split]
     channels: int = 3
     label_dtype: np.dtype = CLASS_INDEX
+    units: tuple[str, ...] = ()
+    several: bool = False
 
     def select(self, spec: str) -> 'Selection':
         """Takes the examples that a split specification names.
@@ -216,6 +220,8 @@ class Selection:
       exif: see `Source`.
       channels: see `channels_of`.
       label_dtype: see `label_dtype_of`.
+      units: see `Dataset`.
+      several: see `Dataset`.
       spec: the split specification.
     """
 
@@ -224,6 +230,8 @@ class Selection:
         self.exif = dataset.exif
         self.channels = dataset.channels
         self.label_dtype = dataset.label_dtype
+        self.units = dataset.units
+        self.several = dataset.several
         self.spec = spec
         self._dataset = dataset
         self._parts = tuple(parts)
@@ -245,10 +253,14 @@ class Selection:
         return f'{self._dataset.name} {self.spec} ({len(self):,} examples)'
 
     def labels(self) -> np.ndarray | None:
-        """Labels, int [examples], where they are known without reading; None where they are not.
+        """Classes, int [examples], where they are known without reading; None where they are not.
 
         Known are those of folders, digits and arrays; those of TFDS sets stand in the records.
         """
+        return self.targets() if self.label_dtype == CLASS_INDEX else None
+
+    def targets(self) -> np.ndarray | None:
+        """Labels of any kind, [examples, ...], as `labels`."""
         parts = self._known('labels')
         return parts if parts is None else np.concatenate(parts)
 

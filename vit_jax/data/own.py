@@ -40,6 +40,7 @@ def from_arrays(
     class_names: Sequence[str] | None = None,
     *,
     channels: int = 3,
+    units: Sequence[str] = (),
     name: str = '',
     fingerprint: str = '',
 ) -> Selection:
@@ -52,6 +53,7 @@ def from_arrays(
       labels: of N examples, see `from_sequence`.
       class_names: see `from_sequence`.
       channels: see `from_sequence`.
+      units: see `from_sequence`.
       name: see `from_sequence`.
       fingerprint: see `from_sequence`.
 
@@ -65,9 +67,8 @@ def from_arrays(
             'data.from_sequence takes a list of images of different sizes'
         )
     name = name or 'arrays'
-    return from_sequence(
-        images, labels, class_names, channels=channels, name=name, fingerprint=fingerprint
-    )
+    told: dict[str, Any] = {'channels': channels, 'units': units, 'fingerprint': fingerprint}
+    return from_sequence(images, labels, class_names, name=name, **told)
 
 
 def from_sequence(
@@ -78,6 +79,7 @@ def from_sequence(
     channels: int = 3,
     exif: bool = True,
     keys: tuple[str, str] = ('image', 'label'),
+    units: Sequence[str] = (),
     name: str = '',
     fingerprint: str = '',
 ) -> Selection:
@@ -86,7 +88,7 @@ def from_sequence(
     An image is a path, the bytes of a file, a PIL image, or an array (of NumPy, JAX, PyTorch) that
     `decode.pixels_of` takes. A label is the index of a class (a whole number), or a real number, or
     a vector of numbers (several labels for an image as 0 and 1, or probabilities); of these two,
-    batches hold float32, and training takes a `loss_fn` that knows what they are.
+    batches hold float32, and `config.loss` says what they are where it cannot be seen.
 
     Args:
       items: N images; without `labels`, pairs (image, label) or dicts of both, as datasets of
@@ -100,6 +102,7 @@ def from_sequence(
         another number, all images are arrays of so many channels.
       exif: whether to turn files and PIL images upright as their EXIF orientation says.
       keys: of image and label in dicts.
+      units: of labels that are numbers: as many texts as `class_names`; default none.
       name: what messages call the data; default the type of `items`. Images are called NAME/INDEX,
         or by their path.
       fingerprint: a text that tells this data from another, so that no run is resumed with other
@@ -128,7 +131,12 @@ def from_sequence(
     dtype = label_dtype(first[1] if known is None else known[0])
     names = _names(items, known, class_names, dtype, keys[1], name)
     split = dataclasses.replace(split, label_dtype=dtype, class_names=names)
-    return _whole(Dataset(name, names, exif, {_SPLIT: split}, channels, dtype))
+    if len(units) not in (0, len(names)) or (units and dtype == CLASS_INDEX):
+        raise UserError(
+            f'{len(units)} units for the {len(names)} outputs of {name}: labels that are numbers '
+            'have one each'
+        )
+    return _whole(Dataset(name, names, exif, {_SPLIT: split}, channels, dtype, tuple(units)))
 
 
 def as_selection(source: Source | Selection, name: str) -> Selection:
@@ -180,8 +188,8 @@ class _Items:
 
     @property
     def labels(self) -> np.ndarray | None:
-        """Indices of classes, int [N], if that is what labels are and they are known."""
-        return self.known if self.label_dtype == CLASS_INDEX else None
+        """Labels of all examples, [N, ...], where they are known."""
+        return self.known
 
     def read(self, index: int) -> Example:
         image, label = self.image_and_label(index)

@@ -1,9 +1,14 @@
 """What of a model another library has to have a place for, and what it refuses."""
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import numpy as np
+
 from vit_jax import models, variants
+from vit_jax.checkpoint import infer
+from vit_jax.inference import model_folder
 
 
 class UnsupportedError(Exception):
@@ -12,12 +17,30 @@ class UnsupportedError(Exception):
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a model that its arrays do not tell, with their defaults."""
-    names: tuple[str, ...] = ('act', 'layer_norm_eps')
+    names: tuple[str, ...] = (*infer.EVERY_MODEL, *infer.OUTPUTS)
     if not variants.is_mixer(config):
-        names += ('classifier', 'class_token', 'fc_norm', 'representation_act', 'multi_label')
+        names += ('classifier', 'class_token', 'fc_norm', 'representation_act')
     module = models.MlpMixer if variants.is_mixer(config) else models.VisionTransformer
     told = {name: config[name] for name in names if config.get(name) is not None}
     return {name: getattr(module, name) for name in names} | told
+
+
+def in_units(model: model_folder.Model) -> model_folder.Model:
+    """A model of numbers whose head gives them in their units, as no format keeps mean and scale.
+
+    Another model as it is.
+    """
+    task = model.task
+    if not (task.mean or task.deviation):
+        return model
+    mean, deviation = task.scale(len(model.class_names))
+    params = dict(model.params)
+    for name in {'head', 'head_dist'} & params.keys():
+        kernel, bias = (np.asarray(params[name][leaf], np.float64) for leaf in ('kernel', 'bias'))
+        scaled = {'kernel': kernel * deviation, 'bias': bias * deviation + mean}
+        params[name] = {leaf: value.astype(np.float32) for leaf, value in scaled.items()}
+    task = dataclasses.replace(task, mean=(), deviation=())
+    return dataclasses.replace(model, params=params, task=task)
 
 
 def patch_size(config: Mapping[str, Any]) -> int | tuple[int, int]:

@@ -17,10 +17,12 @@ import vit_jax
 from vit_jax import files, variants
 from vit_jax.errors import UserError, extra
 from vit_jax.export import onnx_models, verify
+from vit_jax.export.expressible import in_units
 from vit_jax.export.onnx_graph import BATCH, FLOAT16, FLOAT32, UINT8, Graph
 from vit_jax.export.options import DEFAULT, Options
 from vit_jax.inference import model_folder
 from vit_jax.inference import onnx as inference_onnx
+from vit_jax.inference.task import ONE_CLASS, SEVERAL
 
 with extra('export'):
     import onnx
@@ -37,8 +39,9 @@ _EXTERNAL_FROM = 1024  # bytes; what is smaller stays in the file of the graph
 def build(model: model_folder.Model, options: Options = DEFAULT) -> onnx.ModelProto:
     """Writes a model as an ONNX graph.
 
-    The input is `image`, of any batch. Outputs are float32: `logits` or `probabilities`
-    [batch, C], `features` [batch, D] and `attention` [batch, L, H, N, N], see `verify.py`.
+    The input is `image`, of any batch. Outputs are float32: `logits` (of a model of numbers, these
+    in their units) or `probabilities` [batch, C], `features` [batch, D] and `attention`
+    [batch, L, H, N, N], see `verify.py`.
 
     Args:
         model: what `model_folder.load` gives (or `open_model`, which reads each array when it is
@@ -51,6 +54,7 @@ def build(model: model_folder.Model, options: Options = DEFAULT) -> onnx.ModelPr
     Raises:
         UserError: an output that the model does not have, or weights beyond the range of float16.
     """
+    model = in_units(model)
     config, params, size = model.model_config, model.params, model.preprocess.size
     outputs = options.outputs(model.model.num_classes)
     verify.check_outputs(model.model, outputs)
@@ -68,7 +72,7 @@ def build(model: model_folder.Model, options: Options = DEFAULT) -> onnx.ModelPr
     if values.logits:
         x = values.logits
         if options.probabilities:
-            x = graph.probabilities(x, model.multi_label)
+            x = graph.probabilities(x, model.task.kind == SEVERAL)
         graph.output(x, outputs[0], (BATCH, params['head']['bias'].shape[0]))
     if options.features:
         width = variants.pooled_width(config)
@@ -94,7 +98,8 @@ def _metadata(model: model_folder.Model, options: Options, output: str) -> dict[
         (JSON: side or [height, width]); 'layout';
         'value_range' (JSON: [-1, 1] or [0, 255]); 'preprocessing' (JSON of `Preprocess.to_dict`);
         'output' ('features' for a model without a head); 'dtype'; 'source' (JSON); 'multi_label'
-        ('true') only where classes do not exclude each other.
+        ('true') only where classes do not exclude each other; 'task' (JSON of `Task.to_dict`) only
+        where the outputs are not scores of classes that exclude each other.
     """
 
     def text(value: Any) -> str:
@@ -112,7 +117,8 @@ def _metadata(model: model_folder.Model, options: Options, output: str) -> dict[
         'output': output,
         'dtype': 'float16' if options.dtype == 'float16' else 'float32',
         'source': text(dict(model.source)),
-        **({'multi_label': text(True)} if model.multi_label else {}),
+        **({'multi_label': text(True)} if model.task.kind == SEVERAL else {}),
+        **({'task': text(model.task.to_dict())} if model.task != ONE_CLASS else {}),
     }
 
 

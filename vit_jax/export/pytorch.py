@@ -21,10 +21,12 @@ from vit_jax.export.expressible import (
     check_epsilon,
     check_pieces,
     check_plain,
+    in_units,
     patch_size,
     settings_of,
 )
 from vit_jax.inference import model_folder
+from vit_jax.inference.task import SEVERAL
 
 TARGETS = ('npz', 'timm', 'huggingface', 'torchvision')
 # The page that says how to load a folder, and what differs.
@@ -52,6 +54,7 @@ def write(destination: str | os.PathLike[str], model: model_folder.Model, *, to:
     destination = pathlib.Path(destination)
     if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
         raise UserError(f'{destination} exists; remove it, or name another place')
+    model = in_units(model)
     class_names = model_folder.own_class_names(model)
     if to == 'npz':
         settings = infer.settings(model.model_config, model.params, model.preprocess)
@@ -217,7 +220,7 @@ def _warnings(to: str, model: model_folder.Model) -> list[str]:
     has = {'timm': (1e-5, 1e-6), 'torchvision': (1e-6,)}.get(to)
     if has and settings['layer_norm_eps'] not in has:
         notes.append(f'LayerNorm epsilon is 1e-6 there, {settings["layer_norm_eps"]:g} here')
-    if model.multi_label and to != 'huggingface':
+    if model.task.kind == SEVERAL and to != 'huggingface':
         notes.append('classes do not exclude each other: take the sigmoid of each logit')
     if to == 'torchvision':
         notes.append('input is [-1, 1]: mean and standard deviation 0.5, not those of ImageNet')

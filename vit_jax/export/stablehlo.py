@@ -25,8 +25,10 @@ from vit_jax import files
 from vit_jax.data.preprocess import normalize
 from vit_jax.errors import UserError
 from vit_jax.export import verify
+from vit_jax.export.expressible import in_units
 from vit_jax.export.options import DEFAULT, Options
 from vit_jax.inference import model_folder
+from vit_jax.inference.task import ONE_CLASS
 
 PLATFORMS = ('cpu', 'cuda')
 
@@ -47,6 +49,7 @@ def build(model: model_folder.Model, options: Options = DEFAULT) -> jax.export.E
     Raises:
         UserError: the model has no such output, or is too large for one file.
     """
+    model = in_units(model)
     size = sum(leaf.size for leaf in jax.tree.leaves(model.params)) * 4
     if size > _LARGEST:
         raise UserError(
@@ -97,6 +100,7 @@ def write(path: pathlib.Path, model: model_folder.Model, options: Options = DEFA
         'class_names': list(model.class_names),
         'preprocessing': model.preprocess.to_dict(),
         'model_name': model.model_config.get('model_name'),
+        **({'task': in_units(model).task.to_dict()} if model.task != ONE_CLASS else {}),
         'source': model.source,
         'versions': {'vit_jax': vit_jax.__version__, 'jax': jax.__version__},
     }

@@ -15,6 +15,7 @@ from vit_jax.export.expressible import (
     settings_of,
 )
 from vit_jax.inference import model_folder
+from vit_jax.inference.task import NUMBERS, SEVERAL
 
 # A key of `key_tables.TABLES`, and config.json.
 _Described = tuple[str, dict[str, Any]]
@@ -92,6 +93,7 @@ def _common(model: model_folder.Model, flat: Mapping[str, Any]) -> dict[str, Any
     """What the configurations of all classes have."""
     config, labels = model.model_config, _labels(model)
     encoder, settings = config['transformer'], settings_of(config)
+    problem = {SEVERAL: 'multi_label_classification', NUMBERS: 'regression'}.get(model.task.kind)
     return {
         'hidden_size': config['hidden_size'],
         'num_hidden_layers': encoder['num_layers'],
@@ -105,7 +107,7 @@ def _common(model: model_folder.Model, flat: Mapping[str, Any]) -> dict[str, Any
         'patch_size': patch_size(config),
         'num_channels': flat['embedding/kernel'].shape[2],
         'qkv_bias': True,
-        **({'problem_type': 'multi_label_classification'} if model.multi_label else {}),
+        **({'problem_type': problem} if problem else {}),
         'id2label': {str(i): label for i, label in enumerate(labels)},
         'label2id': {label: i for i, label in enumerate(labels)},
     }

@@ -38,6 +38,7 @@ from vit_jax.data.batches import eval_batches
 from vit_jax.data.dataset import Example, Source
 from vit_jax.data.preprocess import Preprocess, normalize
 from vit_jax.errors import UserError, extra, printable
+from vit_jax.export.expressible import in_units
 from vit_jax.export.options import DEFAULT, FORMATS, Options
 from vit_jax.inference import model_folder, predict
 from vit_jax.run import child
@@ -147,6 +148,8 @@ def check_outputs(module: Any, outputs: Sequence[str]) -> None:
             'this model has no classification head, so it has no logits. Fine-tune it first, or '
             'export its features'
         )
+    if 'probabilities' in outputs and getattr(module, 'regression', False):
+        raise UserError('this model gives numbers, which have no probabilities: export them as is')
     if 'attention' in outputs and isinstance(module, models.MlpMixer):
         raise UserError('an MLP-Mixer has no attention')
 
@@ -289,7 +292,7 @@ def verify(
     Raises:
         UserError: an image cannot be read.
     """
-    images = images or images_for(channels=model.channels)
+    model, images = in_units(model), images or images_for(channels=model.channels)
     outputs = outputs_of(model, format, options)
     report = Report(VERIFIED, options.dtype, images=images.description)
     count = len(images.keys)

@@ -13,6 +13,7 @@ from vit_jax.data.preprocess import Preprocess
 from vit_jax.data.reader import OnBad
 from vit_jax.errors import UserError
 from vit_jax.inference import labels as names
+from vit_jax.inference.task import Task
 
 if TYPE_CHECKING:
     from vit_jax.data.normalization import Normalization
@@ -28,15 +29,17 @@ class Classifier(Protocol):
       preprocess: from decoded images to pixels.
       channels: of the images; 3 for RGB.
       source: where the model came from; any JSON.
+      task: what the outputs are.
     """
 
     class_names: tuple[str, ...]
     preprocess: Preprocess
     channels: int
     source: Mapping[str, Any]
+    task: Task
 
     def logits(self, pixels: np.ndarray) -> Any:
-        """Scores of the classes, before softmax.
+        """The outputs of the model, which `task.values` makes probabilities or numbers of.
 
         Args:
           pixels: float32 [B, *preprocess.size, channels] in [0, 255], what `preprocess` gives. They
@@ -68,7 +71,7 @@ class JaxClassifier:
         if not len(model.class_names):
             raise UserError('this model has no classification head, so it gives no probabilities')
         self.class_names: tuple[str, ...] = tuple(model.class_names)
-        self.multi_label = model.multi_label
+        self.task = model.task
         self.preprocess = model.preprocess
         self.channels = model.channels
         self.source: Mapping[str, Any] = model.source
@@ -176,23 +179,3 @@ def classify(
         return logits
 
     return in_order(start, batches, ahead=1)
-
-
-def probabilities(classifier: Any, logits: np.ndarray) -> np.ndarray:
-    """Of logits [..., classes], float32: of classes that exclude each other, or do not.
-
-    Args:
-      classifier: a `Classifier`, or a model of a model folder; with a true `multi_label`, each
-        class has a probability of its own.
-      logits: its scores.
-    """
-    if not getattr(classifier, 'multi_label', False):
-        return softmax(logits)
-    return (0.5 * (1 + np.tanh(0.5 * np.asarray(logits, np.float64)))).astype(np.float32)
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities, float32 [..., classes], of logits [..., classes]; computed in float64."""
-    logits = np.asarray(logits, np.float64)
-    exp = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return (exp / exp.sum(axis=-1, keepdims=True)).astype(np.float32)

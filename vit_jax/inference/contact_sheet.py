@@ -12,6 +12,7 @@ import numpy as np
 
 from vit_jax.errors import extra, printable
 from vit_jax.inference import predict
+from vit_jax.inference.task import ONE_CLASS, Task
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,16 +34,20 @@ def save(
     class_names: Sequence[str],
     *,
     title: str,
+    task: Task = ONE_CLASS,
+    threshold: float = 0.0,
 ) -> None:
     """Draws each image with its most probable classes; long names take several lines.
 
     Args:
       path: the PNG file to write, whatever its suffix.
-      predictions: paths and probabilities, at most `MAX_IMAGES`; the images are read once more.
+      predictions: paths and `Task.values`, at most `MAX_IMAGES`; the images are read once more.
       class_names: in label order.
       title: of the sheet.
+      task: of the model.
+      threshold: only classes of at least this probability.
     """
-    captions = [_caption(probabilities, class_names) for _, probabilities in predictions]
+    captions = [_caption(values, class_names, task, threshold) for _, values in predictions]
     _draw(path, [file for file, _ in predictions], captions, title)
 
 
@@ -128,13 +133,18 @@ def save_figure(figure: 'Figure', path: str | os.PathLike[str], **options: Any) 
         figure.savefig(path, format='png', **options)
 
 
-def _caption(probabilities: np.ndarray, class_names: Sequence[str]) -> list[_Line]:
-    """The most probable classes."""
+def _caption(
+    values: np.ndarray, class_names: Sequence[str], task: Task, threshold: float
+) -> list[_Line]:
+    """The most probable classes, or the numbers."""
     lines: list[_Line] = []
-    for place, label in enumerate(predict.choose_classes(probabilities, top_k=SHOWN_CLASSES)):
+    chosen = predict.choose_outputs(values, task, top_k=SHOWN_CLASSES, threshold=threshold)
+    if not len(chosen):
+        return [('(none)', _OTHER_CLASS[0], 'normal')]
+    for place, label in enumerate(chosen.tolist()[:SHOWN_CLASSES]):
         size, characters = _OTHER_CLASS if place else _FIRST_CLASS
         name = shorten(class_names[label], _MAX_CLASS_NAME)
-        text = f'{name} {100 * probabilities[label]:.1f}\N{NO-BREAK SPACE}%'
+        text = f'{name} {printable(task.text(values[label], label, percent=True))}'
         weight = 'normal' if place else 'bold'
         lines += [(line, size, weight) for line in textwrap.wrap(text, characters)]
     return lines

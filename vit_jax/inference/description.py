@@ -13,12 +13,14 @@ from typing import Annotated, Any, TypeVar
 
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError, printable
+from vit_jax.inference.task import Task
 from vit_jax.variants import sides
 
 # Larger than any real model: a description must not choose how long building or reading takes.
 MAX_IMAGE_SIZE = 8192
 MAX_CLASSES = 1_000_000
 _MAX_NUMBER = 10_000_000
+_MAX_FLOAT = 1e30
 _MAX_TEXT = 1000  # characters
 _MAX_LAYERS = 1000
 _MAX_STAGES = 100
@@ -47,6 +49,7 @@ class Description:
         preprocessing: from decoded images to pixels.
         value_range: what black and white are in the input of the graph.
         source: where the model came from; any JSON.
+        task: what the outputs are; None where that is not told here.
 
     Raises:
         UserError: the fields contradict each other.
@@ -57,6 +60,7 @@ class Description:
     preprocessing: Preprocess
     value_range: tuple[float, float]
     source: dict[str, Any]
+    task: Task | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         crop = self.preprocessing.crop
@@ -67,6 +71,8 @@ class Description:
         low, high = self.value_range
         if low >= high:
             raise UserError(f'value_range {low:g}, {high:g} is not from black to white')
+        if self.task:
+            self.task.check(len(self.class_names))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +100,7 @@ def read(kind: type[T], found: Mapping[str, Any]) -> T:
     Args:
         kind: the dataclass. Its annotations may be int, float, str, bool, None, `Literal`, unions,
             tuples, dict (any object), `Annotated` with `Between`, and dataclasses with `from_dict`.
-            Numbers are finite and at most 10 million, texts have at most 1,000 characters.
+            Whole numbers are at most 10 million, others finite, texts up to 1,000 characters long.
         found: the object; what it has beside the fields is left out.
 
     Raises:
@@ -172,7 +178,8 @@ def _checked(value: Any, kind: Any, name: str, limits: Between | None = None) ->
     elif kind is Any or ((origin or kind) is dict and isinstance(value, dict)):
         return value
     elif kind is int and type(value) is int or kind is float and type(value) in (int, float):
-        low, high = (limits.low, limits.high) if limits else (-_MAX_NUMBER, _MAX_NUMBER)
+        most = _MAX_NUMBER if kind is int else _MAX_FLOAT
+        low, high = (limits.low, limits.high) if limits else (-most, most)
         if low <= value <= high:  # so that NaN fails
             return value
         raise UserError(f'{name} is {_shown(value)}, expected {low:,} to {high:,}')

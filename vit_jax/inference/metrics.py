@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vit_jax.data.dataset import Example, Source
+from vit_jax.data.dataset import CLASS_INDEX, Example, Source, channels_of, label_dtype_of
 from vit_jax.data.decode import BadImageError
 from vit_jax.errors import UserError, extra
-from vit_jax.evaluate import Outcomes, join, outcomes, totals
+from vit_jax.evaluate import Outcomes, Outputs, check_readable, columns, join, outcomes, totals
+from vit_jax.inference import regression, several
 from vit_jax.inference.classifier import Classifier, classify
+from vit_jax.inference.task import ONE, SEVERAL, Task
 
 if TYPE_CHECKING:
     from scipy import sparse
@@ -140,6 +142,9 @@ class Metrics:
         }  # fmt: skip
 
 
+AnyMetrics = Metrics | several.SeveralMetrics | regression.NumberMetrics
+
+
 class Recorded:
     """A source that keeps what its examples are called, once they were read.
 
@@ -149,6 +154,7 @@ class Recorded:
 
     def __init__(self, source: Source):
         self.class_names, self.exif = source.class_names, source.exif
+        self.channels, self.label_dtype = channels_of(source), label_dtype_of(source)
         self.keys = [''] * len(source)
         self._source = source
 
@@ -172,7 +178,7 @@ def collect(
     model_labels: Sequence[int],
     batch: int = 32,
     advance: Callable[[int], None] = lambda images: None,
-) -> tuple[Outcomes, list[BadImageError]]:
+) -> tuple[Outcomes | Outputs, list[BadImageError]]:
     """Runs a classifier on each example of a source.
 
     Args:
@@ -183,29 +189,63 @@ def collect(
       advance: called after each batch with the number of its images.
 
     Returns:
-      The outcomes, in the order of the source, and the errors of the images that could not be read.
+      What became of each image, in the order of the source: of a model of one class for each its
+      `Outcomes`, else the `Outputs` for the labels of the source; and the errors of the images that
+      could not be read.
 
     Raises:
-      UserError: `batch` less than 1, or classes do not exclude each other.
+      UserError: `batch` less than 1, or the labels are of another kind than the model's outputs.
     """
-    if getattr(classifier, 'multi_label', False):
-        raise UserError(
-            'this model scores each class by itself (multi-label): an accuracy over classes that '
-            'exclude each other says nothing of it'
-        )
+    _check_labels(classifier.task, label_dtype_of(source))
+    one = classifier.task.kind == ONE
     errors: list[BadImageError] = []
     parts = []
     to_model = np.array([*model_labels, -1])  # the label of an unreadable record may be -1
     for data, logits in classify(classifier, source, batch=batch, on_bad=errors.append):
-        label = to_model[data['label']]
-        told = {'example': data['example'], 'readable': data['readable'], 'label': label}
-        parts.append(told | outcomes(logits.astype(np.float64), label))
-        advance(len(label))
-    return join(parts, len(source)), errors
+        told = {name: data[name] for name in ('example', 'readable', 'label')}
+        if one:
+            told['label'] = to_model[data['label']]
+            told |= outcomes(logits.astype(np.float64), told['label'])
+        else:
+            told['output'] = logits[:, to_model[:-1]]
+        parts.append(told)
+        advance(len(data['label']))
+    if one:
+        return join(parts, len(source)), errors
+    return Outputs.of(columns(parts, len(source))), errors
+
+
+def _check_labels(task: Task, dtype: np.dtype) -> None:
+    """Refuses labels that say nothing of such outputs."""
+    given = 'one class for each image' if dtype == CLASS_INDEX else 'numbers or several classes'
+    if (task.kind == ONE) != (dtype == CLASS_INDEX):
+        gives = {ONE: 'the one class of an image', SEVERAL: 'a yes or no for each class'}
+        raise UserError(
+            f'the labels of the data are {given}, and this model gives '
+            f'{gives.get(task.kind, "numbers")}: they say nothing of each other'
+        )
+
+
+def measure(found: Outcomes | Outputs, class_names: Sequence[str], task: Task) -> 'AnyMetrics':
+    """Computes all metrics of what `collect` gave.
+
+    Args:
+      found: what became of each image.
+      class_names: of the C outputs that it is about.
+      task: of these.
+
+    Raises:
+      UserError: there is not one image that could be read; or none with a class.
+    """
+    if isinstance(found, Outcomes):
+        return compute(found, class_names)
+    check_readable(found.readable)
+    how = several.compute if task.kind == SEVERAL else regression.compute
+    return how(found, task, class_names)
 
 
 def compute(found: Outcomes, class_names: Sequence[str]) -> Metrics:
-    """Computes all metrics.
+    """Computes all metrics of a model of one class for each image.
 
     Args:
       found: what became of each image.

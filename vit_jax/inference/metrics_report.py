@@ -1,12 +1,16 @@
-"""Tables of an evaluation, its confusion matrix and reliability diagram."""
+"""Tables and pictures of an evaluation: confusion matrix, reliability diagram, and others."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vit_jax.errors import printable
-from vit_jax.inference import contact_sheet
-from vit_jax.inference.metrics import Metrics
+from vit_jax.inference import contact_sheet, task_reports
+from vit_jax.inference.metrics import AnyMetrics, Metrics
+from vit_jax.inference.regression import NumberMetrics
+from vit_jax.inference.several import SeveralMetrics
+from vit_jax.inference.task_reports import Detail, percent
 
 if TYPE_CHECKING:
     import rich.console
@@ -19,41 +23,75 @@ _LARGE = 40  # classes; with more, the fields are smaller, and the worst come fi
 _NUMBERS_UP_TO = 20  # classes; with more, the counts would not fit into the fields
 
 
-def tables(metrics: Metrics, *, title: str, subtitle: str = '') -> 'rich.console.Group':
+def tables(metrics: AnyMetrics, *, title: str, subtitle: str = '') -> 'rich.console.Group':
     """The metrics as tables that rich prints.
 
     Of more than `MAX_ROWS` classes, those of lowest F1 are shown, and a line says so; classes that
     have no images and were not predicted are left out.
 
     Args:
-      metrics: of `metrics.compute`.
+      metrics: of `metrics.measure`.
       title: first line.
       subtitle: second line.
     """
     from rich import box, console, table, text
 
-    summary = table.Table(box=None, show_header=False, pad_edge=False)
-    for name, value in summary_rows(metrics):
-        summary.add_row(name, value)
-    classes = table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    classes.add_column('class', overflow='fold')
-    for heading in ('precision', 'recall', 'F1', 'images'):
-        classes.add_column(heading, justify='right')
-    classes.add_column('most often taken for', overflow='fold')
+    total = table.Table(box=None, show_header=False, pad_edge=False)
+    for name, value in summary(metrics):
+        total.add_row(name, value)
+    parts: list[console.RenderableType] = [
+        *(text.Text(printable(line)) for line in (title, subtitle) if line), total
+    ]  # fmt: skip
+    for detail in details(metrics):
+        drawn = table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for heading in detail.columns:
+            right = heading.endswith('>')
+            drawn.add_column(
+                heading.removesuffix('>'),
+                justify='right' if right else 'left',
+                overflow='ellipsis' if right else 'fold',
+            )
+        for row in detail.rows:
+            drawn.add_row(*map(text.Text, row))
+        parts += [text.Text(f'\n{detail.note}')] if detail.note else []
+        parts += [drawn] if detail.rows or detail.title == 'classes' else []
+    return console.Group(*parts)
+
+
+def summary(metrics: AnyMetrics) -> list[tuple[str, str]]:
+    """The metrics of all classes, or numbers, together: what it is, and its value as text."""
+    if isinstance(metrics, SeveralMetrics):
+        return task_reports.several_summary(metrics)
+    if isinstance(metrics, NumberMetrics):
+        return task_reports.number_summary(metrics)
+    return summary_rows(metrics)
+
+
+def details(metrics: AnyMetrics) -> list[Detail]:
+    """Tables with a row for each class, number, or pair of confused classes."""
+    if isinstance(metrics, SeveralMetrics):
+        return task_reports.several_detail(metrics)
+    if isinstance(metrics, NumberMetrics):
+        return task_reports.number_detail(metrics)
     rows, note = class_rows(metrics)
-    for name, *numbers, mistake in rows:
-        classes.add_row(text.Text(name), *numbers, text.Text(mistake))
-    confused = table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ('class', 'often taken for'):
-        confused.add_column(heading, overflow='fold')
-    for heading in ('images', 'share of the class'):
-        confused.add_column(heading, justify='right')
-    for name, other, *numbers in confused_rows(metrics):
-        confused.add_row(text.Text(name), text.Text(other), *numbers)
-    lines = [text.Text(printable(line)) for line in (title, subtitle) if line]
-    notes = [text.Text(f'\n{note}')] if note else []
-    pairs = [confused] if confused.row_count else []
-    return console.Group(*lines, summary, *notes, classes, *pairs)
+    heads = ('class', 'precision>', 'recall>', 'F1>', 'images>', 'most often taken for')
+    pairs = ('class', 'often taken for', 'images>', 'share of the class>')
+    return [
+        Detail('classes', heads, rows, note),
+        Detail('most confused', pairs, confused_rows(metrics)),
+    ]
+
+
+def pictures(metrics: AnyMetrics) -> 'dict[str, Callable[[str], Figure]]':
+    """File names of the pictures of an evaluation, and what draws each with a title."""
+    if isinstance(metrics, SeveralMetrics):
+        return task_reports.several_pictures(metrics)
+    if isinstance(metrics, NumberMetrics):
+        return task_reports.number_pictures(metrics)
+    return {
+        'confusion_matrix.png': lambda title: draw_confusion(metrics, title=title),
+        'reliability.png': lambda title: draw_reliability(metrics, title=title),
+    }
 
 
 def class_rows(metrics: Metrics) -> tuple[list[tuple[str, ...]], str]:
@@ -76,7 +114,7 @@ def class_rows(metrics: Metrics) -> tuple[list[tuple[str, ...]], str]:
         shares = (metrics.precision[label], metrics.recall[label], metrics.f1[label])
         rows.append((
             printable(metrics.class_names[label]),
-            *map(_percent, shares),
+            *map(percent, shares),
             f'{metrics.support[label]:,}',
             _commonest_mistake(metrics, int(label)),
         ))  # fmt: skip
@@ -90,7 +128,7 @@ def confused_rows(metrics: Metrics) -> list[tuple[str, str, str, str]]:
             printable(metrics.class_names[right]),
             printable(metrics.class_names[predicted]),
             f'{images:,}',
-            _percent(images / metrics.support[right]),
+            percent(images / metrics.support[right]),
         )
         for right, predicted, images in metrics.confused(MAX_PAIRS)
     ]
@@ -185,27 +223,23 @@ def draw_reliability(metrics: Metrics, *, title: str) -> 'Figure':
 
 def summary_rows(metrics: Metrics) -> list[tuple[str, str]]:
     """The metrics of all classes together: what it is, and its value as text."""
-    rows = [('top-1 accuracy', _percent(metrics.accuracy))]
+    rows = [('top-1 accuracy', percent(metrics.accuracy))]
     if metrics.accuracy_top5 is not None:
-        rows.append(('top-5 accuracy', _percent(metrics.accuracy_top5)))
+        rows.append(('top-5 accuracy', percent(metrics.accuracy_top5)))
     rows += [
         ('loss (cross-entropy)', f'{metrics.loss:.4f}'),
-        ('mean over classes: precision', _percent(metrics.macro(metrics.precision))),
-        ('mean over classes: recall', _percent(metrics.macro(metrics.recall))),
-        ('mean over classes: F1', _percent(metrics.macro(metrics.f1))),
+        ('mean over classes: precision', percent(metrics.macro(metrics.precision))),
+        ('mean over classes: recall', percent(metrics.macro(metrics.recall))),
+        ('mean over classes: F1', percent(metrics.macro(metrics.f1))),
         (
             f'expected calibration error ({len(metrics.calibration.count)} bins)',
-            _percent(metrics.calibration.expected_error),
+            percent(metrics.calibration.expected_error),
         ),
         ('images', f'{metrics.count:,}'),
     ]
     if metrics.unreadable:
         rows.append(('of these unreadable, counted as wrong', f'{metrics.unreadable:,}'))
     return rows
-
-
-def _percent(share: float) -> str:
-    return '-' if np.isnan(share) else f'{100 * share:.2f} %'
 
 
 def _commonest_mistake(metrics: Metrics, label: int) -> str:

@@ -1,7 +1,8 @@
 """The product of a run: a folder with everything that is needed to use the model.
 
     params.npz   the parameters, in the published naming (float32)
-    model.json   architecture, image size, preprocessing, class names, where it came from, versions
+    model.json   architecture, image size, preprocessing, class names, what the outputs are, where
+                 it came from, versions
 
 Predicting, evaluating and exporting take such a folder, or weights alone, of any known kind.
 """
@@ -30,6 +31,7 @@ from vit_jax.checkpoint.arrays import count_not_finite
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.inference import description, labels
+from vit_jax.inference.task import ONE_CLASS, Task, of_module
 
 FORMAT = 'vit_jax model'
 FORMAT_VERSION = 1
@@ -59,6 +61,7 @@ class Model:
         class_names: one per class, in label order; () for a model without a head.
         preprocess: from decoded images to pixels.
         source: where the model came from; any JSON.
+        task: what its outputs are; by default what the module tells.
     """
 
     model: nn.Module
@@ -67,11 +70,12 @@ class Model:
     class_names: tuple[str, ...]
     preprocess: Preprocess
     source: Mapping[str, Any]
+    task: Task = dataclasses.field(default=None)  # type: ignore[assignment]
 
-    @property
-    def multi_label(self) -> bool:
-        """Whether its classes do not exclude each other."""
-        return getattr(self.model, 'multi_label', False)
+    def __post_init__(self) -> None:
+        """Fills in the task."""
+        if self.task is None:
+            object.__setattr__(self, 'task', of_module(self.model))
 
     @property
     def image_size(self) -> int | tuple[int, int]:
@@ -92,6 +96,7 @@ def save(
     class_names: Sequence[str],
     preprocess: Preprocess,
     source: Mapping[str, Any],
+    task: Task | None = None,
 ) -> None:
     """Writes a model folder. It appears, complete and on disk, by a rename.
 
@@ -105,6 +110,7 @@ def save(
         class_names: names in label order.
         preprocess: from decoded images to pixels; its crop is the size of the input.
         source: where the model came from (weights, dataset, steps, ...); anything that JSON has.
+        task: what the outputs are; None for what `model_config` tells.
 
     Raises:
         UserError: `folder` is something else than a model folder, or cannot be written; or `load`
@@ -124,6 +130,7 @@ def save(
         )
     config = {k: v for k, v in _plain(model_config).items() if k not in _EXECUTION_KEYS}
     config.pop('num_classes', None)
+    config |= task.module_settings if task else {}
     described = {
         'format': FORMAT,
         'format_version': FORMAT_VERSION,
@@ -136,6 +143,7 @@ def save(
         'preprocessing': preprocess.to_dict(),
         'value_range': [-1, 1],
         'class_names': list(class_names),
+        **({'task': task.to_dict()} if task and task != ONE_CLASS else {}),
         'source': _plain(source),
         'versions': _versions(),
     }
@@ -300,7 +308,11 @@ def _described(found: Mapping[str, Any], params: Mapping[str, Any]) -> Model:
         model = models.from_config(config, num_classes=num_classes)
     except (ValueError, TypeError) as e:
         raise UserError(f'no model can be built as described: {e}') from e
-    return Model(model, params, config, names, described.preprocessing, described.source)
+    told = of_module(model)
+    task = told if described.task is None else described.task
+    if task.kind != told.kind:
+        raise ValueError(f'task.kind {task.kind}, and the architecture is of {told.kind}')
+    return Model(model, params, config, names, described.preprocessing, described.source, task)
 
 
 def _from_weights(path: pathlib.Path, weights: formats.Weights, variant: str) -> Model:

@@ -15,6 +15,7 @@ import numpy as np
 from vit_jax import files
 from vit_jax.errors import UserError, extra
 from vit_jax.inference import description
+from vit_jax.inference.task import ONE_CLASS, SEVERAL, Task
 
 FORMAT = '1'
 INPUT = 'image'
@@ -30,7 +31,8 @@ class Metadata(description.Description):
     Attributes:
       layout: of the input, one of `LAYOUTS`.
       output: whether the graph gives logits or probabilities.
-      multi_label: whether classes do not exclude each other.
+      multi_label: whether classes do not exclude each other; files of earlier versions have no
+        `task`.
     """
 
     layout: Literal['NHWC', 'NCHW']
@@ -50,6 +52,7 @@ class OnnxClassifier:
       preprocess: from decoded images to pixels.
       channels: of the images.
       source: where the model came from.
+      task: what the outputs are.
 
     Raises:
       UserError: no such file, not an ONNX file, a file of another program, or onnxruntime is not
@@ -65,7 +68,8 @@ class OnnxClassifier:
         shape = self._session.get_inputs()[0].shape
         self.channels = shape[3 if described.layout == 'NHWC' else 1]
         self.source: Mapping[str, Any] = described.source
-        self.multi_label = described.multi_label
+        told = Task(SEVERAL) if described.multi_label else ONE_CLASS
+        self.task = described.task or told
         self._output = described.output
         self._channels_first = described.layout == 'NCHW'
         self._bytes = self._session.get_inputs()[0].type == 'tensor(uint8)'
@@ -104,7 +108,7 @@ class OnnxClassifier:
             )
         if self._output == 'probabilities':
             tiny = np.finfo(np.float32).tiny
-            others = np.log(np.maximum(1 - scores, tiny)) if self.multi_label else 0
+            others = np.log(np.maximum(1 - scores, tiny)) if self.task.kind == SEVERAL else 0
             scores = np.log(np.maximum(scores, tiny)) - others
         return scores
 
@@ -163,6 +167,8 @@ def _read_metadata(session: Any, path: str) -> Metadata:
         found = {key: metadata[key] for key in ('layout', 'output')}
         for key in ('class_names', 'image_size', 'value_range', 'preprocessing', 'source'):
             found[key] = files.parse_json(metadata.get(key, '{}'))
+        if 'task' in metadata:
+            found['task'] = files.parse_json(metadata['task'])
         found['multi_label'] = files.parse_json(metadata.get('multi_label', 'false'))
         if not found['class_names']:
             raise UserError('it is a model without classification head, with no probabilities')

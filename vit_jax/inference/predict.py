@@ -14,7 +14,8 @@ from vit_jax.data.dataset import CLASS_INDEX, Example
 from vit_jax.data.decode import BadImageError, decode, read_file
 from vit_jax.data.folders import list_images
 from vit_jax.errors import UserError
-from vit_jax.inference.classifier import Classifier, JaxClassifier, classify, probabilities
+from vit_jax.inference.classifier import Classifier, JaxClassifier, classify
+from vit_jax.inference.task import NUMBERS, Task
 
 if TYPE_CHECKING:
     from vit_jax.inference import model_folder
@@ -108,7 +109,8 @@ def predict(
 
     Returns:
       An iterator over the images, in the order given: path, and probabilities, float32 [classes],
-      which sum to 1, but for a model of classes that do not exclude each other.
+      which sum to 1, but for a model of classes that do not exclude each other; of a model of
+      numbers these, in their units.
 
     Raises:
       UserError: `batch` less than 1, or a model without one vector of class scores per image.
@@ -126,7 +128,7 @@ def predict(
         for data, logits in scored:
             for index, good, scores in zip(data['example'], data['readable'], logits, strict=True):
                 if good:
-                    yield paths[index], probabilities(classifier, scores)
+                    yield paths[index], classifier.task.values(scores)
                 elif on_error is None:
                     raise errors.popleft()
                 else:
@@ -165,6 +167,25 @@ def choose_classes(
     """
     best_first = np.argsort(-probabilities, kind='stable')[: top_k or None]
     return best_first[probabilities[best_first] >= threshold]
+
+
+def choose_outputs(
+    values: np.ndarray, task: Task, *, top_k: int = 0, threshold: float = 0.0
+) -> np.ndarray:
+    """The outputs to show: `choose_classes`, or all numbers, in their order.
+
+    Args:
+      values: float [outputs], of `Task.values`.
+      task: of the model.
+      top_k: see `choose_classes`.
+      threshold: see `choose_classes`.
+
+    Returns:
+      int [chosen].
+    """
+    if task.kind == NUMBERS:
+        return np.arange(len(values))
+    return choose_classes(values, top_k=top_k, threshold=threshold)
 
 
 def _expand(path: str | os.PathLike[str], channels: int) -> list[str]:

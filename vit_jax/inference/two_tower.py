@@ -22,6 +22,7 @@ from vit_jax.errors import UserError
 from vit_jax.inference import description
 from vit_jax.inference.classifier import classify
 from vit_jax.inference.features import Recorded
+from vit_jax.inference.task import ONE_CLASS
 
 FORMAT = 'vit_jax two towers'
 MODEL_FILE, PARAMS_FILE = 'model.json', 'params.npz'
@@ -146,6 +147,8 @@ class ZeroShotClassifier:
     Raises:
       UserError: no class, one twice, or a prompt without {}.
     """
+
+    task = ONE_CLASS
 
     def __init__(
         self,

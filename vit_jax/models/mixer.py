@@ -50,7 +50,7 @@ class MixerBlock(nn.Module):
 
 
 class MlpMixer(nn.Module):
-    """MLP-Mixer with the original release's arguments, and five of our own at the end.
+    """MLP-Mixer with the original release's arguments, and our own at the end.
 
     Attributes:
       patches: mapping with `size`, (P, P).
@@ -65,6 +65,8 @@ class MlpMixer(nn.Module):
       act: activation function of the MLPs, a name in `layers.ACTIVATIONS`.
       layer_norm_eps: what LayerNorm adds to the variance.
       cpu_training: on a CPU, compute forms of the layers that train faster, see `models.cpu`.
+      multi_label: see `VisionTransformer.multi_label`.
+      regression: see `VisionTransformer.regression`.
     """
 
     patches: Any
@@ -79,6 +81,8 @@ class MlpMixer(nn.Module):
     act: str = 'gelu_tanh'
     layer_norm_eps: float = 1e-6
     cpu_training: bool = False
+    multi_label: bool = False
+    regression: bool = False
 
     def __post_init__(self) -> None:
         """Makes the module hashable, as Flax and `jax.jit` (`static_argnames`) want it."""

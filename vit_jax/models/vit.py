@@ -79,6 +79,7 @@ class VisionTransformer(nn.Module):
       representation_act: activation function of the `pre_logits` layer.
       multi_label: classes do not exclude each other: their probabilities are the sigmoids of the
         logits, not the softmax; not used in the computation.
+      regression: the outputs are numbers, not scores of classes; not used in the computation.
       registers: how many learned tokens, `registers` [1, R, D], that no head reads, stand between
         the class token and the patches (https://arxiv.org/abs/2309.16588).
       register_positions: whether registers have position embeddings, too.
@@ -110,6 +111,7 @@ class VisionTransformer(nn.Module):
     fc_norm: bool = False
     representation_act: str = 'tanh'
     multi_label: bool = False
+    regression: bool = False
     registers: int = 0
     register_positions: bool = False
     patch_bias: bool = True

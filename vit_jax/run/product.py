@@ -14,6 +14,7 @@ from vit_jax import models, sharding
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.inference import model_folder
+from vit_jax.inference.task import Task
 
 MODEL_FOLDER = 'model'
 BEST_MODEL_FOLDER = 'model_best'
@@ -30,6 +31,7 @@ class Product:
       class_names: see `model_folder.save`.
       preprocess: see `model_folder.save`.
       source: where the model comes from, but for the steps.
+      task: what its outputs are.
     """
 
     workdir: pathlib.Path
@@ -38,6 +40,7 @@ class Product:
     class_names: tuple[str, ...]
     preprocess: Preprocess
     source: Mapping[str, Any]
+    task: Task
 
     def write(self, params: Any, name: str, step: int) -> pathlib.Path:
         """Writes weights, architecture, preprocessing and class names; all processes call it.
@@ -61,6 +64,7 @@ class Product:
                 class_names=self.class_names,
                 preprocess=self.preprocess,
                 source={**self.source, 'steps': step},
+                task=self.task,
             )
         return folder
 

@@ -16,8 +16,13 @@ from vit_jax.data import augment
 from vit_jax.data.dataset import CLASS_INDEX, Selection
 from vit_jax.data.stream import BatchStream
 from vit_jax.errors import UserError
+from vit_jax.inference.task import NUMBERS, ONE_CLASS, SEVERAL, Task, standardized
 
-_OF_THE_LOSS = {'loss': 'softmax', 'label_smoothing': 0.0, 'class_weights': ''}
+_OF_THE_LOSS = {
+    'loss': '', 'label_smoothing': 0.0, 'class_weights': '', 'positive_weights': '',
+    'standardize_targets': True,
+}  # fmt: skip
+_OF_NUMBERS = ('mse', 'huber')
 
 
 def settle_duration(config: ml_collections.ConfigDict, train: Selection | BatchStream) -> None:
@@ -134,8 +139,8 @@ def losses_of(
     config: ml_collections.ConfigDict,
     train: Selection | BatchStream,
     own: losses.LossFn | None,
-) -> tuple[losses.LossFn, losses.LossFn | None]:
-    """The losses of training and of evaluation.
+) -> tuple[losses.LossFn, losses.LossFn | None, Task]:
+    """The losses of training and of evaluation, and what the model is to tell.
 
     Smoothing and weights are for training only. The loss of examples that have one class each is
     the plain cross-entropy of softmax in evaluation, whatever they are trained with.
@@ -146,7 +151,8 @@ def losses_of(
       own: the caller's loss, which both are then.
 
     Returns:
-      The loss of training; that of evaluation, None where the class is all that counts.
+      The loss of training; that of evaluation, None where the class is all that counts; the task,
+      with mean and deviation of numbers, which the losses take in the same scale.
 
     Raises:
       UserError: a setting has no effect or does not fit the labels.
@@ -158,40 +164,144 @@ def losses_of(
                     f'config.{name}={config[name]!r} has no effect on a loss_fn of your own: leave '
                     'out one of them'
                 )
-        return own, own
+        return own, own, ONE_CLASS
+    kind = config.loss or _loss_by_labels(train)
+    if kind in _OF_NUMBERS:
+        task = _task_of_numbers(config, train, kind)
+        mean, deviation = task.scale(len(train.class_names))
+        loss = losses.regression(kind, mean=mean, deviation=deviation)
+        return loss, loss, task
     classes = train.label_dtype == CLASS_INDEX
-    weights = _class_weights(config, train) if config.class_weights else ()
-    loss = losses.cross_entropy(
-        config.loss, smoothing=config.label_smoothing, class_weights=weights
+    if not classes and not train.label_dtype.shape:
+        raise UserError(
+            f'config.loss={kind!r}: these labels are numbers, one for each image, not classes: use '
+            "--config.loss=mse or huber; or give whole numbers, the classes' indices"
+        )
+    task = Task(SEVERAL) if kind == 'sigmoid' and not classes else ONE_CLASS
+    weights = {'class_weights': _class_weights(config, train) if config.class_weights else ()}
+    if config.positive_weights:
+        weights['positive_weights'] = _positive_weights(config, train, task)
+    if not config.standardize_targets:
+        raise UserError(
+            'config.standardize_targets=False has no effect on classes: it is of numbers '
+            "(config.loss='mse' or 'huber'); leave it out"
+        )
+    loss = losses.cross_entropy(kind, smoothing=config.label_smoothing, **weights)
+    return loss, None if classes else losses.cross_entropy(kind), task
+
+
+def _loss_by_labels(train: Selection | BatchStream) -> str:
+    """The loss where the config names none.
+
+    Raises:
+      UserError: labels that could be several things.
+    """
+    if train.label_dtype == CLASS_INDEX:
+        return 'softmax'
+    if not train.label_dtype.shape:
+        return 'mse'
+    labels = None
+    if isinstance(train, Selection):
+        if train.several:
+            return 'sigmoid'
+        labels = train.targets()
+    if labels is not None and (labels >= 0).all():
+        if np.allclose(labels.sum(axis=-1), 1, atol=1e-3):  # probabilities
+            return 'softmax'
+        if np.isin(labels, (0, 1)).all():
+            return 'sigmoid'
+    raise UserError(
+        f'labels {train.label_dtype} may be several classes (--config.loss=sigmoid), numbers '
+        '(--config.loss=mse or huber) or probabilities of classes (--config.loss=softmax): say '
+        'which they are'
     )
-    return loss, None if classes else losses.cross_entropy(config.loss)
+
+
+def _task_of_numbers(
+    config: ml_collections.ConfigDict, train: Selection | BatchStream, kind: str
+) -> Task:
+    """Regression; the scale is that of the training examples."""
+    if train.label_dtype == CLASS_INDEX:
+        raise UserError(
+            f'config.loss={kind!r} compares numbers, and these labels are indices of classes: give '
+            'floats, or leave it out'
+        )
+    for name, off in (*_OF_THE_LOSS.items(), ('mixup', 0.0), ('cutmix', 0.0)):
+        if name not in ('loss', 'standardize_targets') and config[name] != off:
+            why = 'the number of a mixed image is not the mean of the numbers'
+            why = why if name in ('mixup', 'cutmix') else 'numbers have no classes'
+            raise UserError(
+                f'config.{name}={config[name]!r} goes with classes, not with config.loss={kind!r}: '
+                f'{why}; leave it out'
+            )
+    units = train.units if isinstance(train, Selection) else ()
+    if not config.standardize_targets:
+        return Task(NUMBERS, units=units)
+    if isinstance(train, BatchStream):
+        raise UserError(
+            'batches of an iterator do not tell the mean and deviation of all numbers: scale them '
+            'yourself, and set --config.standardize_targets=False'
+        )
+    return standardized(_every_label(train), train.class_names, units)
+
+
+def _every_label(train: Selection) -> np.ndarray:
+    """Labels of all examples, [examples, ...]; read where they stand in the records."""
+    labels = train.targets()
+    if labels is None:
+        labels = np.asarray([train[index].label for index in range(len(train))])
+    return labels
 
 
 def _class_weights(config: ml_collections.ConfigDict, train: Selection | BatchStream) -> np.ndarray:
     """[classes] float32, see `config.class_weights`."""
-    text, names = config.class_weights, train.class_names
+    text = config.class_weights
     if train.label_dtype != CLASS_INDEX:
         raise UserError(
             f'config.class_weights={text!r}: these labels are {train.label_dtype}, and only '
-            'examples that have one class each have its weight; leave it out'
+            'examples that have one class each have its weight; leave it out (where an image may '
+            'have several classes, config.positive_weights weighs each)'
         )
+    return _weights('class_weights', text, train, losses.balanced_weights)
+
+
+def _positive_weights(
+    config: ml_collections.ConfigDict, train: Selection | BatchStream, task: Task
+) -> np.ndarray:
+    """[classes] float32, see `config.positive_weights`."""
+    text = config.positive_weights
+    if task.kind != SEVERAL:
+        raise UserError(
+            f'config.positive_weights={text!r} weighs a class against its absence, where an image '
+            'may have several; here each has one: use config.class_weights'
+        )
+    return _weights(
+        'positive_weights', text, train, lambda labels, _: losses.balanced_positives(labels)
+    )
+
+
+def _weights(
+    knob: str,
+    text: str,
+    train: Selection | BatchStream,
+    balanced: Callable[[np.ndarray, int], np.ndarray],
+) -> np.ndarray:
+    """What a knob says: 'balanced', or a number for each class."""
+    names = train.class_names
     if text == 'balanced':
         if isinstance(train, BatchStream):
             raise UserError(
-                "config.class_weights='balanced' counts the examples of each class, which batches "
-                'of an iterator do not tell: give a number for each class'
+                f"config.{knob}='balanced' counts the examples of each class, which batches of an "
+                'iterator do not tell: give a number for each class'
             )
-        labels = train.labels()
-        if labels is None:  # they stand in the records
-            labels = np.asarray([train[index].label for index in range(len(train))])
-        return losses.balanced_weights(labels, len(names))
+        return balanced(_every_label(train), len(names))
     try:
         weights = [float(part) for part in text.split(',')]
     except ValueError:
         weights = []
     if len(weights) != len(names) or not all(0 <= w < math.inf for w in weights):
         raise UserError(
-            f"config.class_weights={text!r} is neither 'balanced' nor {len(names)} numbers from 0 "
+            f"config.{knob}={text!r} is neither 'balanced' nor {len(names)} numbers from 0 "
             f'on with commas between them, one for each class: {", ".join(names[:10])}'
             f'{", ..." if len(names) > 10 else ""}'
         )

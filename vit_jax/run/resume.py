@@ -97,6 +97,8 @@ def check_config(saved: pathlib.Path, config: Mapping[str, Any]) -> list[str]:
     defaults = _flatten(common.get_defaults().to_dict())
     defaults |= {'model.act': 'gelu_tanh', 'model.layer_norm_eps': 1e-6}
     before.pop('data_processes', None)  # a knob of earlier versions that changed no result
+    if before.get('loss') == 'softmax' and not now.get('loss'):  # the default of earlier versions
+        before['loss'] = ''
     # Knobs that are newer than the run: without them, it did what their defaults do.
     changed = _differences({n: defaults[n] for n in now if n in defaults} | before, now)
     bound = [text for name, text in changed.items() if name.split('.')[0] not in FREE]

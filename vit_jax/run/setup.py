@@ -27,6 +27,7 @@ from vit_jax.data import own, sources, splits
 from vit_jax.data.dataset import Selection, Source
 from vit_jax.data.stream import BatchStream
 from vit_jax.errors import UserError
+from vit_jax.inference.task import Task
 from vit_jax.run import product, recipe, resources, resume, run_info
 from vit_jax.state import Checkpoint
 
@@ -58,6 +59,7 @@ class Setup:
     no_folder: str  # why there cannot be one; '' where there can
     train_loss: losses.LossFn
     eval_loss: losses.LossFn | None  # None where the class is all that counts
+    task: Task
     schedule: optax.Schedule | None
     tx: optax.GradientTransformation
     abstract: Checkpoint  # shapes, dtypes and shardings of what is saved
@@ -86,7 +88,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
             scan_layers=config.scan_layers,
         )
     recipe.check_depth(config, model)
-    train_loss, eval_loss = recipe.losses_of(config, train, parts.loss_fn)
+    train_loss, eval_loss, task = recipe.losses_of(config, train, parts.loss_fn)
     schedule = optim.schedule_of(config) if parts.tx is None else None
 
     init = functools.partial(
@@ -111,7 +113,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
             'example': jax.ShapeDtypeStruct((1,), jnp.int32),
             'readable': jax.ShapeDtypeStruct((1,), jnp.bool_),
         }
-        jax.eval_shape(steps.eval_step_fn(model, eval_loss), state.params, one)
+        jax.eval_shape(steps.eval_step_fn(model, eval_loss, task), state.params, one)
     data = _describe({'train': train, 'val': val, 'test': test}, parts, state)
     changed, resumes = [], bool(workdir_lib.saved_steps(workdir))
     if resumes:
@@ -147,6 +149,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
         no_folder=no_folder,
         train_loss=train_loss,
         eval_loss=eval_loss,
+        task=task,
         schedule=schedule,
         tx=tx,
         abstract=abstract,
