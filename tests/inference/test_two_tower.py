@@ -1,5 +1,6 @@
 """Image-text models as folders, and the classes of a zero-shot classifier."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -10,7 +11,7 @@ from vit_jax import models
 from vit_jax.checkpoint import npz
 from vit_jax.data import decode
 from vit_jax.errors import UserError
-from vit_jax.inference import predict, two_tower
+from vit_jax.inference import model_folder, predict, two_tower
 
 FIXTURES = pathlib.Path(__file__).parents[1] / 'fixtures'
 WORDS = ('a', 'photo', 'of', 'rose', 'tulip', 'daisy', '##s')
@@ -46,7 +47,7 @@ def test_probabilities_are_the_softmax_of_cosines(towers, photos):
     names = ('rose', 'tulips')
     classifier = two_tower.ZeroShotClassifier(towers, names)
     found = dict(predict.predict(classifier, photos, batch=2))
-    pixels = [np.floor(decode.load_image(path, towers.preprocess)) for path in photos]
+    pixels = [decode.load_image(path, towers.preprocess) for path in photos]
     tokens = towers.tokenizer([f'a photo of a {name}' for name in names])
     assert tokens[1].tolist() == [2, 3, 4, 5, 3, 7, 9, 0]
     zimg, ztxt, out = towers.model.apply(
@@ -201,3 +202,30 @@ def test_images_are_ranked_by_a_text(towers, photos, tmp_path):
     assert [path for path, _ in found] == [photos[i] for i in (-cosines).argsort()]
     np.testing.assert_allclose([cosine for _, cosine in found], np.sort(cosines)[::-1], atol=1e-6)
     assert [error.key for error in errors] == [str(broken)]
+
+
+def test_a_zero_shot_classifier_is_saved_as_a_model_folder(towers, photos, tmp_path):
+    """Predicting and ONNX give what the texts gave; a model with a projection and one without."""
+    from vit_jax.export import onnx
+    from vit_jax.export.options import Options
+    from vit_jax.inference import classifier as classifier_lib
+
+    names = ('rose', 'tulips')
+    classifier = two_tower.ZeroShotClassifier(towers, names)
+    two_tower.save_classifier(tmp_path / 'zero', towers, classifier)
+    expected = dict(predict.predict(classifier, photos, batch=2))
+    model = model_folder.load(tmp_path / 'zero')
+    assert model.class_names == names and model.preprocess == towers.preprocess
+    onnx.save(onnx.build(model, Options()), tmp_path / 'zero.onnx')
+    for path in (tmp_path / 'zero', tmp_path / 'zero.onnx'):
+        found = dict(predict.predict(classifier_lib.open_classifier(path), photos, batch=2))
+        np.testing.assert_allclose(
+            [found[photo] for photo in photos], [expected[photo] for photo in photos], atol=1e-5
+        )
+
+
+def test_pixels_are_cut_to_whole_grey_levels(towers, photos):
+    pixels = decode.load_image(photos[0], towers.preprocess)
+    exact = decode.load_image(photos[0], dataclasses.replace(towers.preprocess, whole_levels=False))
+    np.testing.assert_array_equal(pixels, np.floor(exact))
+    assert (pixels != exact).any()

@@ -7,7 +7,7 @@ images are ranked by how well they fit a text.
 Examples:
     vit_jax zeroshot --model LiT-L16L --classes 'rose,tulip,daisy' photos/
     vit_jax zeroshot --model LiT-B16B --classes pets.txt --prompts 'a photo of a {}, a pet' cat.jpg
-    vit_jax zeroshot --model LiT-L16Ti --dataset tf_flowers
+    vit_jax zeroshot --model LiT-L16Ti --dataset tf_flowers --save_as flowers_zero/
     vit_jax zeroshot --model LiT-L16L --query 'a red tulip' --contact_sheet tulips.png photos/
     vit_jax zeroshot --model clip-vit-base-patch32/ --classes 'cat,dog' photos/
 """
@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         help='a text with {} in the place of the name, or a file of such texts, one per line, that '
         "are averaged (default: 'a photo of a {}')",
     )
+    add('--save_as', metavar='DIR', help='also write the classifier as a model folder')
     add(
         '--query', default='', metavar='TEXT', help='rank the images by how well they fit this text'
     )
@@ -72,6 +73,8 @@ def _run(args: argparse.Namespace) -> int:
     from vit_jax.inference import two_tower
 
     data = cli.select(args)
+    if args.save_as and pathlib.Path(args.save_as).exists():
+        raise UserError(f'--save_as {args.save_as} exists; name another folder')
     if args.query:
         return _rank(args, data)
     if args.contact_sheet:
@@ -82,7 +85,9 @@ def _run(args: argparse.Namespace) -> int:
     names = _classes(args.classes)
     if data is None:
         towers = two_tower.load(args.model, args.vocabulary)
-        return _predict(args, two_tower.ZeroShotClassifier(towers, names, prompts))
+        model = two_tower.ZeroShotClassifier(towers, names, prompts)
+        _save(args, towers, model)
+        return _predict(args, model)
     names = names or tuple(name.replace('_', ' ') for name in data.class_names)
     if len(names) != len(data.class_names):
         raise UserError(
@@ -91,7 +96,18 @@ def _run(args: argparse.Namespace) -> int:
         )
     towers = two_tower.load(args.model, args.vocabulary)
     model = two_tower.ZeroShotClassifier(towers, names, prompts, exclusive=True)
+    _save(args, towers, model)
     return _evaluate(args, model, data)
+
+
+def _save(args: argparse.Namespace, towers: Any, model: Any) -> None:
+    """Does what --save_as asks for."""
+    from vit_jax.errors import printable
+    from vit_jax.inference import two_tower
+
+    if args.save_as:
+        two_tower.save_classifier(args.save_as, towers, model)
+        print(f'{printable(args.save_as)}: a model folder', file=sys.stderr)
 
 
 def _rank(args: argparse.Namespace, data: 'Selection | None') -> int:
@@ -99,8 +115,8 @@ def _rank(args: argparse.Namespace, data: 'Selection | None') -> int:
     from vit_jax.errors import UserError, printable
     from vit_jax.inference import contact_sheet, output, predict, two_tower
 
-    if args.classes or args.prompts:
-        raise UserError('--query takes a text as it is: no --classes and no --prompts beside it')
+    if args.classes or args.prompts or args.save_as:
+        raise UserError('--query takes a text as it is: no --classes, --prompts or --save_as')
     if args.contact_sheet and data:
         raise UserError('--contact_sheet draws images that are named, not those of a --dataset')
     towers = two_tower.load(args.model, args.vocabulary)

@@ -86,6 +86,8 @@ class Preprocess:
       antialias: whether evaluation resizes as Pillow does, see `resample.resize`.
       centre: how half a pixel beside the centre crop is rounded: 'down' (Hugging Face), or
         'half_even' (torchvision, and so timm).
+      whole_levels: whether evaluation cuts off fractions of a grey level, as the original release's
+        image-text models.
 
     Raises:
       UserError: settings that do not exist, or do not fit each other.
@@ -98,6 +100,7 @@ class Preprocess:
     interpolation: str = 'bilinear'
     antialias: bool = False
     centre: str = 'down'
+    whole_levels: bool = False
 
     def __post_init__(self):
         for name in ('crop', 'resize'):
@@ -106,7 +109,7 @@ class Preprocess:
             if getattr(self, name) not in choices:
                 words = ', '.join(repr(choice) for choice in choices)
                 raise UserError(f'pp.{name}={getattr(self, name)!r} is not one of {words}')
-        for name in ('inception_crop', 'antialias'):
+        for name in ('inception_crop', 'antialias', 'whole_levels'):
             if type(getattr(self, name)) is not bool:
                 raise UserError(f'pp.{name}={getattr(self, name)!r} is neither True nor False')
         if self.resize and (self.eval != 'squash' or not self.inception_crop):
@@ -238,6 +241,10 @@ class Preprocess:
         Returns:
           float32 [*size, channels] in [0, 255].
         """
+        pixels = self._evaluate(image, out)
+        return np.floor(pixels, out=out) if self.whole_levels else pixels
+
+    def _evaluate(self, image: np.ndarray, out: np.ndarray | None) -> np.ndarray:
         if self.eval == 'squash' and (self.interpolation, self.antialias) == ('bilinear', False):
             return resample.resize_bilinear(image, self.size, out)
         how: dict[str, Any] = {
@@ -320,6 +327,7 @@ class Preprocess:
         """What evaluation sees, in words: 'short side 256, bicubic, ..., centre crop 224'."""
         crop, resize = (in_words(size) for size in (self.crop, self.resize or self.crop))
         how = self.interpolation + (', antialiased' if self.antialias else ', not antialiased')
+        how += ', cut to whole grey levels' if self.whole_levels else ''
         if self.eval == 'squash':
             return f'the whole image squashed to {crop}, {how}'
         what = 'squashed to' if self.eval == 'squash_crop' else 'short side'

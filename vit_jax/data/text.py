@@ -288,8 +288,13 @@ class PreprocessImages:
     def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Images, uint8 [height, width, 3], to float32 [B, size, size, 3] in [-1, 1]."""
         how = 'resize_crop' if self.crop else 'squash'
-        preprocess = Preprocess(crop=self.size, inception_crop=False, eval=how)
-        return np.stack([normalize(np.floor(preprocess.evaluate(image))) for image in images])
+        preprocess = dataclasses.replace(lit_preprocess(self.size), eval=how)
+        return np.stack([normalize(preprocess.evaluate(image)) for image in images])
+
+
+def lit_preprocess(size: int | tuple[int, int]) -> Preprocess:
+    """From decoded images to pixels, as the original release's LiT by default."""
+    return Preprocess(size, inception_crop=False, whole_levels=True)
 
 
 def _read(path: str | os.PathLike[str]) -> bytes:

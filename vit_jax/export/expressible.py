@@ -83,6 +83,7 @@ def pieces(config: Mapping[str, Any]) -> dict[str, str]:
         'register_positions': 'positions of registers',
         'fc_norm': 'a norm behind the pooling (fc_norm)',
         'distilled': 'a distillation token (dist, head_dist)',
+        'unit_features': 'features of length 1 in front of the head (unit_features)',
         'mlp_head': 'a hidden layer in front of the head (head_hidden)',
         'resnet': 'a ResNet in front (conv_root, gn_root, ...)',
     }.items():

@@ -188,11 +188,18 @@ class Graph:
         """The maximum over one axis, which is removed, in float32."""
         return self._reduce('ReduceMax', x, axis, name)
 
-    def _reduce(self, op_type: str, x: str, axis: int, name: str) -> str:
+    def unit_length(self, x: str, name: str) -> str:
+        """Vectors over the last axis divided by their lengths, in float32."""
+        x = self.cast(x, FLOAT32)
+        length = self._reduce('ReduceL2', x, -1, f'{name}/length', keepdims=1)
+        length = self.op('Add', [length, self.scalar(1e-8)], f'{name}/not_zero')
+        return self.op('Div', [x, length], name)
+
+    def _reduce(self, op_type: str, x: str, axis: int, name: str, keepdims: int = 0) -> str:
         x = self.cast(x, FLOAT32)
         if self.opset < 18:
-            return self.op(op_type, [x], name, axes=[axis], keepdims=0)
-        return self.op(op_type, [x, self.integers([axis])], name, keepdims=0)
+            return self.op(op_type, [x], name, axes=[axis], keepdims=keepdims)
+        return self.op(op_type, [x, self.integers([axis])], name, keepdims=keepdims)
 
     # Layers
 

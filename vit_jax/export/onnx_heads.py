@@ -92,12 +92,14 @@ def projections(params: _Tree, names: Sequence[str], sizes: Sizes) -> dict[str, 
     return {'kernel': np.concatenate(kernels, axis=1), 'bias': np.concatenate(biases)}
 
 
-def classify(graph: Graph, x: str, params: _Tree, act: str = 'tanh') -> tuple[str, str | None]:
+def classify(
+    graph: Graph, x: str, params: _Tree, act: str = 'tanh', unit_features: bool = False
+) -> tuple[str, str | None]:
     """Normalised class token, or mean of the tokens, [B, D], to features and logits."""
     if 'pre_logits' in params:
         x = graph.dense(x, params['pre_logits'], 'pre_logits')
         x = graph.activation(x, act, f'pre_logits/{act}')
-    features = x
+    features = x = graph.unit_length(x, 'unit_features') if unit_features else x
     if 'head_hidden' in params:
         x = graph.dense(x, params['head_hidden'], 'head_hidden')
         x = graph.op('Relu', [x], 'head_hidden/relu')

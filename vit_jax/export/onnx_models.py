@@ -82,7 +82,8 @@ def build(
     if config.get('distilled'):
         return Values(*onnx_heads.classify_distilled(graph, x, params), num_tokens, weights)
     act = config.get('representation_act', 'tanh')
-    return Values(*onnx_heads.classify(graph, x, params, act), num_tokens, weights)
+    unit = config.get('unit_features', False)
+    return Values(*onnx_heads.classify(graph, x, params, act, unit), num_tokens, weights)
 
 
 def _mixer(graph: Graph, image: str, params: _Tree, config: _Tree, size: _Size) -> Values:

@@ -19,7 +19,7 @@ from vit_jax.data.dataset import Source
 from vit_jax.data.decode import BadImageError
 from vit_jax.data.preprocess import Preprocess, normalize
 from vit_jax.errors import UserError
-from vit_jax.inference import description
+from vit_jax.inference import description, model_folder
 from vit_jax.inference.classifier import classify
 from vit_jax.inference.features import Recorded
 from vit_jax.inference.task import ONE_CLASS
@@ -69,8 +69,7 @@ class TwoTowers:
       params: nested dict of float32 arrays.
       vocabulary: file of the tokenizer.
       source: where it came from; any JSON.
-      preprocess: from decoded images to pixels; None for LiT's: squashed, without fractions of a
-        grey level.
+      preprocess: from decoded images to pixels; None for `text.lit_preprocess`.
 
     Raises:
       UserError: the parameters are not those of the model, or the vocabulary is not one of it.
@@ -88,15 +87,11 @@ class TwoTowers:
         self.model, self.params, self.source = model, params, dict(source)
         self.vocabulary = pathlib.Path(vocabulary)
         self.tokenizer = text.make_tokenizer(dataclasses.asdict(pp), vocabulary)
-        self.preprocess = preprocess or Preprocess(crop=pp.size, inception_crop=False)
-        self.stated_preprocess = preprocess
-        round_down = (lambda pixels: pixels) if preprocess else jnp.floor
+        self.preprocess = preprocess or text.lit_preprocess(pp.size)
         _check(model, params, self.tokenizer, self.preprocess)
         self._device_params = jax.device_put(params)
         self._embed_images = jax.jit(
-            lambda params, pixels: model.apply(
-                {'params': params}, images=normalize(round_down(pixels))
-            )[0]
+            lambda params, pixels: model.apply({'params': params}, images=normalize(pixels))[0]
         )
         self._embed_tokens = jax.jit(
             lambda params, tokens: model.apply({'params': params}, tokens=tokens)[1]
@@ -144,6 +139,9 @@ class ZeroShotClassifier:
         made of length 1, as in CLIP (https://arxiv.org/abs/2103.00020, section 3.1.4).
       exclusive: whether one class is right, and no more: then probabilities sum to 1 in any case.
 
+    Attributes:
+      head: what embeddings of images are multiplied with, float32 [C, classes].
+
     Raises:
       UserError: no class, one twice, or a prompt without {}.
     """
@@ -173,7 +171,7 @@ class ZeroShotClassifier:
         classes = towers.embed_texts(texts).reshape(len(class_names), len(prompts), -1).mean(1)
         classes /= np.linalg.norm(classes, axis=-1, keepdims=True)
         self.multi_label = towers.bias is not None and not exclusive
-        self._head = jnp.asarray(towers.temperature * classes.T, jnp.float32)
+        self.head = jnp.asarray(towers.temperature * classes.T, jnp.float32)
         self._batch = 0
 
     def logits(self, pixels: np.ndarray) -> Any:
@@ -181,8 +179,40 @@ class ZeroShotClassifier:
         given, self._batch = len(pixels), max(len(pixels), self._batch)
         if given < self._batch:
             pixels = np.pad(pixels, [(0, self._batch - given), (0, 0), (0, 0), (0, 0)])
-        logits = self._towers.embed_images(pixels) @ self._head
+        logits = self._towers.embed_images(pixels) @ self.head
         return logits[:given] + (self._towers.bias or 0.0)
+
+
+def save_classifier(
+    folder: str | os.PathLike[str], towers: TwoTowers, classifier: ZeroShotClassifier
+) -> None:
+    """Writes a zero-shot classifier as a model folder, with the classes' embeddings as its head.
+
+    Args:
+      folder: see `model_folder.save`.
+      towers: the model.
+      classifier: of this model.
+
+    Raises:
+      UserError: see `model_folder.save`.
+    """
+    image, params = dict(flax.core.unfreeze(towers.model.image)), dict(towers.params['img'])
+    if projection := params.pop('head', None):
+        image |= {
+            'representation_size': projection['bias'].shape[0],
+            'representation_act': 'linear',
+        }
+        params['pre_logits'] = projection
+    bias = np.full(len(classifier.class_names), towers.bias or 0.0, np.float32)
+    params['head'] = {'kernel': np.asarray(classifier.head), 'bias': bias}
+    model_folder.save(
+        folder,
+        params,
+        model_config=image | {'unit_features': True, 'multi_label': classifier.multi_label},
+        class_names=classifier.class_names,
+        preprocess=towers.preprocess,
+        source=classifier.source,
+    )
 
 
 def rank(
@@ -299,8 +329,7 @@ def save(folder: str | os.PathLike[str], towers: TwoTowers) -> None:
     model = towers.model
     names = ('image', 'text_model', 'text', 'pp', 'model_name', 'bias_init')
     described = flax.core.unfreeze({name: getattr(model, name) for name in names})
-    if towers.stated_preprocess:
-        described['preprocessing'] = towers.stated_preprocess.to_dict()
+    described['preprocessing'] = towers.preprocess.to_dict()
     described |= {'format': FORMAT, 'out_dim': model.sizes, 'text': described['text'] or {}}
     with files.atomic_folder(folder) as part:
         npz.save(part / PARAMS_FILE, towers.params)

@@ -36,6 +36,16 @@ def at_least_float32(dtype: Any) -> jnp.dtype:
     return jnp.dtype(np.float64 if jnp.dtype(dtype) == np.float64 else np.float32)
 
 
+def unit_length(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Vectors [..., D] divided by their lengths, and the lengths [..., 1]; at least float32.
+
+    As the original release's LiT, which adds 1e-8 to the length.
+    """
+    x = x.astype(at_least_float32(x.dtype))
+    length = jnp.linalg.norm(x, axis=-1, keepdims=True)
+    return x / (length + 1e-8), length
+
+
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     """The function of a name in `ACTIVATIONS`; `ValueError` for another name."""
     if name not in ACTIVATIONS:

@@ -175,7 +175,5 @@ class LitModel(nn.Module):
 
 def _normalize(x: jax.Array, tower: str, out: dict[str, jax.Array]) -> jax.Array:
     """Embeddings [B, C] at length 1; what they were goes to `out`."""
-    x = x.astype(layers.at_least_float32(x.dtype))
-    out[f'{tower}/norm'] = jnp.linalg.norm(x, axis=-1, keepdims=True)
-    out[f'{tower}/normalized'] = x / (out[f'{tower}/norm'] + 1e-8)
+    out[f'{tower}/normalized'], out[f'{tower}/norm'] = layers.unit_length(x)
     return out[f'{tower}/normalized']

@@ -85,6 +85,8 @@ class VisionTransformer(nn.Module):
       register_positions: whether registers have position embeddings, too.
       patch_bias: whether the patch embedding has a bias.
       final_norm: whether there is a LayerNorm behind the encoder, or `fc_norm` in its place.
+      unit_features: whether features are divided by their length in front of the head, as those
+        that are compared with embeddings of texts.
     """
 
     num_classes: int
@@ -116,6 +118,7 @@ class VisionTransformer(nn.Module):
     register_positions: bool = False
     patch_bias: bool = True
     final_norm: bool = True
+    unit_features: bool = False
 
     def __post_init__(self) -> None:
         """Makes the module hashable, as Flax and `jax.jit` (`static_argnames`) want it."""
@@ -193,6 +196,8 @@ class VisionTransformer(nn.Module):
             x = layers.activation(self.representation_act)(x)
         else:
             x = IdentityLayer(name='pre_logits')(x)
+        if self.unit_features:
+            x = layers.unit_length(x)[0]
         self.sow('intermediates', 'features', x)  # `pre_logits` is the layer's own name
 
         if not self.num_classes:
