@@ -12,8 +12,10 @@ import zlib
 
 import numpy as np
 import pytest
+from fuzzing import webp
 from PIL import Image
 
+from vit_jax.data import webp_files
 from vit_jax.data.decode import BadImageError, decode
 
 SHARED = pathlib.Path(__file__).parents[3] / 'shared' / 'cases' / 'hostile'
@@ -201,6 +203,61 @@ def test_jpeg_2000():
     refused(data[:coding] + segment(0x52, bytes(style)) + data[coding + 14 :], 'blocks')
     refused(data[:24] + struct.pack('>II', 8, 8) + data[32:], 'its tiles are 8 x 8')
     refused(data + b'\xff\x4f\xff\x51' * 10_000, '10001 pictures')
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        {},
+        {'transforms': (2, 0, 1)},
+        {'transforms': (0, 1, 2, 3), 'copies': True},
+        {'long': True},
+    ],
+)
+@pytest.mark.parametrize('chunks', [{}, {'alpha': True}, {'animated': True}])
+def test_groups_of_codes_of_a_webp(options, chunks):
+    """300 kB took 355 MB; they are behind any transforms, in colours and in transparency."""
+    sides = 1024, 1024
+    for groups in (3201, 20_000):
+        stream = webp.lossless(*sides, groups, **options)
+        refused(webp.file_of(stream, *sides, **chunks), f'it has {groups:,} groups of codes')
+    if 'long' not in options:  # these have no pixels
+        file = webp.file_of(webp.lossless(*sides, 3200, **options), *sides, **chunks)
+        assert decode(file, key='x').shape == (*sides, 3)
+
+
+def test_groups_of_codes_of_encoders(monkeypatch):
+    """What libwebp writes is gone through to the end, and is little."""
+    monkeypatch.setattr(webp_files, '_FREE', 0)
+    real = webp_files.MAX_GROUPS
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3)).astype(np.uint8)
+    picture = Image.fromarray(pixels).resize((400, 300), Image.Resampling.BICUBIC)
+    for image in (picture, picture.quantize(16), picture.convert('L')):
+        for method in (0, 4, 6):
+            file = encode(image, 'WEBP', lossless=True, method=method)
+            monkeypatch.setattr(webp_files, 'MAX_GROUPS', real)
+            webp_files.check(file)
+            monkeypatch.setattr(webp_files, 'MAX_GROUPS', 0)
+            with pytest.raises(ValueError, match=r'it has (\d|\d\d|\d\d\d) groups'):
+                webp_files.check(file)
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'RGBA', 'L'])
+@pytest.mark.parametrize('lossless', [False, True])
+def test_webp_as_by_pillow(mode, lossless, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 90, 4)).astype(np.uint8)
+    picture = Image.fromarray(pixels).convert(mode)
+    file = encode(picture, 'WEBP', lossless=lossless, exact=True)
+    expected = np.asarray(Image.open(io.BytesIO(file)).convert('RGB'))
+    loaded = []
+    monkeypatch.setattr(Image.Image, 'load', lambda _: loaded.append(1))
+    assert np.array_equal(decode(file, key='x'), expected)
+    assert not loaded  # the decoder was called
+    monkeypatch.undo()
+    with pytest.raises(BadImageError):
+        decode(file[:-100], key='x')
+    monkeypatch.setattr(webp_files, '_libwebp', lambda: None)  # where it cannot be
+    assert np.array_equal(decode(file, key='x'), expected)
 
 
 def bmp_rle(width: int, height: int) -> bytes:

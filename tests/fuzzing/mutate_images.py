@@ -5,6 +5,7 @@ import random
 import struct
 import zlib
 
+from fuzzing import webp
 from fuzzing.mutate import NUMBERS, damage
 
 # What no reader may take for an image, whatever the name.
@@ -188,6 +189,27 @@ def damage_jpeg_2000(rng: random.Random, data: bytes) -> bytes:
     return bytes(out)
 
 
+def damage_webp(rng: random.Random, data: bytes) -> bytes:
+    """Its header changed, or a lossless stream made by hand, with many groups of codes."""
+    if rng.random() < 0.5:
+        return damage_header(rng, data)
+    width, height = rng.choice(((1024, 1024), (512, 300), (3000, 900), (100, 16383)))
+    stream = webp.lossless(
+        width,
+        height,
+        rng.choice((1, 100, 3300, 20_000, 65_536)),
+        block=rng.choice((2, 2, 3, 6)),
+        transforms=rng.sample(range(4), rng.randrange(5)),
+        copies=rng.random() < 0.5,
+        long=rng.random() < 0.1,
+        seed=rng.randrange(100),
+    )
+    out = webp.file_of(
+        stream, width, height, alpha=rng.random() < 0.3, animated=rng.random() < 0.3
+    )
+    return damage(rng, out) if rng.random() < 0.3 else out
+
+
 def damage_header(rng: random.Random, data: bytes) -> bytes:
     """Numbers in the first bytes, which tell sizes in most formats."""
     out = bytearray(data)
@@ -209,5 +231,6 @@ _FORMATS = {
     '.png': damage_png,
     '.tiff': damage_tiff,
     '.jp2': damage_jpeg_2000,
-    **dict.fromkeys(('.gif', '.bmp', '.webp', '.ico', '.ppm', '.avif', '.heic'), damage_header),
+    '.webp': damage_webp,
+    **dict.fromkeys(('.gif', '.bmp', '.ico', '.ppm', '.avif', '.heic'), damage_header),
 }

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import simplejpeg
 
-from vit_jax.data import image_files, jpeg_files
+from vit_jax.data import image_files, jpeg_files, webp_files
 from vit_jax.data.dataset import Label
 from vit_jax.data.preprocess import REDUCTIONS, Preprocess
 from vit_jax.errors import UserError, printable
@@ -232,7 +232,7 @@ def decode(
             key, f'an image of {channels} channels has to be an array, or a .npy file'
         )
     if not isinstance(image, bytes):
-        return _from_pillow(image, key, exif, ours=False)
+        return _from_pillow(image, key, exif)
     if not image:
         raise BadImageError(key, 'the file is empty')
     if image[:2] == b'\xff\xd8':
@@ -242,7 +242,7 @@ def decode(
         picture = image_files.open_image(image)
     except Exception as error:
         raise _pillows(error, key) from error
-    return _from_pillow(picture, key, exif, ours=True)
+    return _from_pillow(picture, key, exif, image)
 
 
 def _array_of(file: bytes, key: str) -> np.ndarray:
@@ -333,17 +333,23 @@ def _decode_jpeg(image: bytes, key: str, reduction: int, fast: bool) -> np.ndarr
     raise BadImageError(key, f'not a complete JPEG file ({reason})')
 
 
-def _from_pillow(picture: 'Image.Image', key: str, exif: bool, *, ours: bool) -> np.ndarray:
+def _from_pillow(
+    picture: 'Image.Image', key: str, exif: bool, file: bytes | None = None
+) -> np.ndarray:
+    """Pixels of a picture that `open_image` opened from this file, or that somebody else made."""
     try:
         _check_size(picture.height, picture.width, key)
-        if ours:
-            picture.load()
-        else:  # opened elsewhere
+        pixels = None
+        if file is None:
             with _LOADING:
                 image_files.check_picture(picture)
                 picture.load()
+        elif picture.format == 'WEBP' and not getattr(picture, 'is_animated', False):
+            pixels = webp_files.decode(file, *picture.size)
         orientation = image_files.exif_of(picture).get(_EXIF_ORIENTATION, 1) if exif else 1
-        pixels = _to_rgb(picture)
+        if pixels is None:
+            picture.load()
+            pixels = _to_rgb(picture)
     except Exception as error:
         raise _pillows(error, key) from error
     return _upright(pixels, orientation)

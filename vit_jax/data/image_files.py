@@ -17,7 +17,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from vit_jax.data import jpeg_files
+from vit_jax.data import jpeg_files, webp_files
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -427,4 +427,5 @@ _CHECKS = {
     b'\xff': _check_jpeg_2000,
     b'I': _check_tiff,
     b'M': _check_tiff,
+    b'R': webp_files.check,
 }
