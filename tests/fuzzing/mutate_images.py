@@ -204,9 +204,7 @@ def damage_webp(rng: random.Random, data: bytes) -> bytes:
         long=rng.random() < 0.1,
         seed=rng.randrange(100),
     )
-    out = webp.file_of(
-        stream, width, height, alpha=rng.random() < 0.3, animated=rng.random() < 0.3
-    )
+    out = webp.file_of(stream, width, height, alpha=rng.random() < 0.3, animated=rng.random() < 0.3)
     return damage(rng, out) if rng.random() < 0.3 else out
 
 

@@ -346,9 +346,11 @@ def _from_pillow(
                 picture.load()
         elif picture.format == 'WEBP' and not getattr(picture, 'is_animated', False):
             pixels = webp_files.decode(file, *picture.size)
-        orientation = image_files.exif_of(picture).get(_EXIF_ORIENTATION, 1) if exif else 1
         if pixels is None:
             picture.load()
+        # After loading, by which Pillow turns TIFF files.
+        orientation = image_files.exif_of(picture).get(_EXIF_ORIENTATION, 1) if exif else 1
+        if pixels is None:
             pixels = _to_rgb(picture)
     except Exception as error:
         raise _pillows(error, key) from error

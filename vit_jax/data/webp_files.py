@@ -360,9 +360,7 @@ def _steps(
     return entries, steps.astype(np.uint8).tobytes()
 
 
-def _groups(
-    windows: np.ndarray, places: np.ndarray, entries: np.ndarray, red: _Code
-) -> set[int]:
+def _groups(windows: np.ndarray, places: np.ndarray, entries: np.ndarray, red: _Code) -> set[int]:
     """The numbers in red and green of the pixels at these bits."""
     entry = entries[places]
     places, entry = places[entry < 16 * _LENGTHS], entry[entry < 16 * _LENGTHS]
