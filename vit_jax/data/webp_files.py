@@ -324,7 +324,7 @@ def _code(lengths: list[int]) -> _Code:
 
 
 def _new_code(table: np.ndarray) -> _Code:
-    return _Code(table, len(table) - 1, memoryview(table))
+    return _Code(table, len(table) - 1, table.data)
 
 
 @functools.cache
