@@ -35,6 +35,7 @@ PIECES: dict[str, dict[str, Any]] = {
     "frozen='(?!head/).*'": {'frozen': '(?!head/).*'},
     'ema_decay=0.99': {'ema_decay': 0.99},
     'stochastic_depth=0.1': {'stochastic_depth': 0.1},
+    'random_erasing=0.25': {'random_erasing': 0.25},
     'mixup=0.2': {'mixup': 0.2},
     'cutmix=1.0': {'cutmix': 1.0},
 }
@@ -66,6 +67,7 @@ def contestant(
         seed=0,
         loss_fn=recipe.losses_of(config, train, None)[0],
         frozen=config.frozen,
+        erasing=config.random_erasing,
         depth_rate=config.stochastic_depth,
         mix=recipe.mix_of(config, train),
     )

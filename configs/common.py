@@ -53,8 +53,10 @@ def get_defaults() -> ml_collections.ConfigDict:
     config.pp.interpolation = 'bilinear'
     # Evaluation resizes, and decodes JPEG, as Pillow does, and so timm and Hugging Face.
     config.pp.antialias = False
-    # Mirror half of the training images.
+    # Mirror half of the training images; turn half of them upside down, which is for images without
+    # an above, as from a microscope.
     config.pp.flip = True
+    config.pp.flip_vertical = False
     # Pixels of training images to the bit as the original's. Off: JPEG files are decoded to a
     # smaller size where the crop has enough pixels left, and images travel as 8 bits, which is
     # faster; the crops are the same. Evaluation is always exact.
@@ -120,6 +122,17 @@ def get_defaults() -> ml_collections.ConfigDict:
     config.frozen = ''
     # How momentum, or the first moment, is stored: 'bfloat16' or 'float32'.
     config.optim_dtype = 'bfloat16'
+    # AugReg's augmentation: 'none', 'light1', 'light2', 'medium1', 'medium2', 'strong1', 'strong2'.
+    # It gives randaug and mixup, where they are not set. Empty: not given.
+    config.augreg = ''
+    # RandAugment: 'LAYERS,MAGNITUDE' ('2,15') as big_vision, or timm's ('rand-m9-mstd0.5-inc1').
+    config.randaug = ''
+    # Make each image grey, solarize or blur it: 3-Augment (DeiT III), with color_jitter=0.3.
+    config.three_augment = False
+    # Brightness, contrast and saturation times random factors between 1 - this and 1 + this.
+    config.color_jitter = 0.0
+    # Share of the images of which a random box is filled with noise, usually 0.25.
+    config.random_erasing = 0.0
     # Mix images and labels: mixup blends, cutmix puts a box of one into another. The number is
     # that of the Beta distribution of the shares; 0.0: not done. With both, one or the other.
     config.mixup = 0.0

@@ -10,7 +10,7 @@ import pytest
 
 from vit_jax import config as config_lib
 from vit_jax import models, variants
-from vit_jax.configs import common, datasets
+from vit_jax.configs import b16, common, datasets
 from vit_jax.errors import UserError
 
 CONFIGS = sorted(p.stem for p in (pathlib.Path(__file__).parents[1] / 'configs').glob('*.py'))
@@ -239,6 +239,26 @@ def test_which_weights_count(name, flags, kept):
     assert {key: config[key] for key in config_lib.WEIGHT_KEYS if config[key]} == kept
 
 
+@pytest.mark.parametrize(
+    ('name', 'randaug', 'mixup'),
+    [('', '', 0.0), ('none', '', 0.0), ('light1', '2,0', 0.0), ('light2', '2,10', 0.2),
+     ('medium1', '2,15', 0.2), ('medium2', '2,15', 0.5), ('strong1', '2,20', 0.5),
+     ('strong2', '2,20', 0.8)],
+)  # fmt: skip
+def test_settings_of_augreg_are_randaug_and_mixup(name, randaug, mixup):
+    config = load('b16', augreg=name)
+    assert (config.randaug, config.mixup) == (randaug, mixup)
+    config = load('b16', augreg=name, mixup=0.1)
+    assert (config.randaug, config.mixup) == (randaug, 0.1)
+
+
+def test_a_setting_of_augreg_in_a_files_table_counts_as_well():
+    file = b16.get_config()
+    file.dataset_presets = {'any': {'augreg': 'light2', 'mixup': 0.0}}
+    config = config_lib.resolve(file)
+    assert (config.randaug, config.mixup) == ('2,10', 0.0)
+
+
 def test_resize_alone_asks_for_random_crops():
     assert load('b16').pp.inception_crop
     config = load('b16', pp__resize=256)
@@ -258,6 +278,12 @@ def test_resize_alone_asks_for_random_crops():
         ({'layer_decay': 1.1}, 'it is at most 1'),
         ({'mix_per_example': True}, 'has no effect without config.mixup or config.cutmix'),
         ({'mixup': 0.2, 'batch': 1, 'accum_steps': 1}, 'config.batch=1 has only one'),
+        ({'augreg': 'medium'}, "'medium' is not one of '', 'none', 'light1'"),
+        ({'randaug': '2'}, "config.randaug='2' is neither 'LAYERS,MAGNITUDE'"),
+        ({'random_erasing': 1.5}, 'is a share of the images, at most 1'),
+        ({'color_jitter': -0.1}, 'config.color_jitter=-0.1 must be at least 0'),
+        ({'randaug': '2,10', 'three_augment': True}, 'stands in place of RandAugment'),
+        ({'augreg': 'light1', 'three_augment': True}, 'stands in place of RandAugment'),
         ({'stochastic_depth': 1.0}, 'would leave out the last block always'),
         ({'ema_decay': 1.0}, 'would leave the average where it begins'),
         ({'ema_warmup_steps': 5}, 'has no effect without config.ema_decay'),

@@ -19,7 +19,8 @@ RECIPE = {
     'epochs': 1.6, 'decay_type': 'rsqrt', 'cooldown_steps': 2, 'optimizer': 'muon', 'base_lr': 1e-3,
     'weight_decay': 0.1, 'wd_mults': (('.*', 1.0),), 'lr_mults': (('head/.*', 5.0),),
     'layer_decay': 0.75, 'ema_decay': 0.6, 'ema_warmup_steps': 1, 'frozen': 'embedding/.*',
-    'loss': 'sigmoid', 'label_smoothing': 0.1, 'class_weights': 'balanced',
+    'loss': 'sigmoid', 'label_smoothing': 0.1, 'class_weights': 'balanced', 'augreg': 'light2',
+    'random_erasing': 0.5, 'pp.flip_vertical': True, 'stochastic_depth': 0.3,
 }  # fmt: skip
 
 

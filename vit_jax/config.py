@@ -18,7 +18,9 @@ import ml_collections
 from vit_jax import files, variants
 from vit_jax.checkpoint.resize import PATCH_METHODS
 from vit_jax.configs import common, datasets
+from vit_jax.data.host_augment import randaug_of
 from vit_jax.data.preprocess import Preprocess
+from vit_jax.data.randaugment import AUGREG
 from vit_jax.errors import UserError
 from vit_jax.models.attention import ATTENTION_IMPLEMENTATIONS
 from vit_jax.models.layers import REMAT_POLICIES
@@ -37,6 +39,7 @@ _CHOICES = {
     'remat': ('', *REMAT_POLICIES),
     'nan_policy': ('stop', 'skip'),
     'loss': ('', 'softmax', 'sigmoid', 'mse', 'huber'),
+    'augreg': ('', *AUGREG),
 }
 _AT_LEAST_ONE = (
     'batch', 'batch_eval', 'progress_every', 'eval_every', 'checkpoint_every', 'keep_checkpoints',
@@ -46,7 +49,7 @@ _NOT_NEGATIVE = (
     'data_threads', 'cache', 'accum_steps', 'epochs', 'total_examples', 'warmup_steps',
     'cooldown_steps', 'base_lr', 'grad_norm_clip', 'momentum', 'weight_decay', 'seed',
     'max_unreadable', 'label_smoothing', 'layer_decay', 'ema_decay', 'ema_warmup_steps',
-    'stochastic_depth', 'mixup', 'cutmix', 'patience',
+    'stochastic_depth', 'mixup', 'cutmix', 'color_jitter', 'random_erasing', 'patience',
 )  # fmt: skip
 
 
@@ -85,6 +88,7 @@ def resolve(
         {} if folder and os.sep not in dataset else presets.get(dataset, {}),
         config,
     ):
+        _overlay(resolved, _augreg(layer.get('augreg')))
         _overlay(resolved, layer)
         duration = _duration(layer, flags if layer is config else ()) or duration
         if layer.get('warmup_steps') is not None:
@@ -292,6 +296,7 @@ def _check(config: ml_collections.ConfigDict) -> None:
             f'config.mixup={config.mixup} and config.cutmix={config.cutmix} mix images of a batch, '
             f'and config.batch={config.batch} has only one: use a larger batch'
         )
+    _check_augmentation(config)
     if config.stochastic_depth >= 1:
         raise UserError(
             f'config.stochastic_depth={config.stochastic_depth} would leave out the last block '
@@ -332,6 +337,23 @@ def _check(config: ml_collections.ConfigDict) -> None:
     if not 1 <= config.pp.channels <= MAX_CHANNELS:
         raise UserError(f'config.pp.channels={config.pp.channels} is not from 1 to {MAX_CHANNELS}')
     _check_model(config)
+
+
+def _augreg(name: str | None) -> dict[str, Any]:
+    """The knobs of one of AugReg's settings; of a name that is none, nothing."""
+    return dict(zip(('randaug', 'mixup'), AUGREG.get(name or '', ()), strict=False))
+
+
+def _check_augmentation(config: ml_collections.ConfigDict) -> None:
+    if config.random_erasing > 1:
+        raise UserError(
+            f'config.random_erasing={config.random_erasing} is a share of the images, at most 1'
+        )
+    if randaug_of(config.randaug) and config.three_augment:
+        raise UserError(
+            f'config.three_augment=True stands in place of RandAugment (config.randaug='
+            f'{config.randaug!r}): leave out one of them'
+        )
 
 
 def _is_factor(pair: Any) -> bool:

@@ -43,7 +43,7 @@ from vit_jax.data.reader import ImageCache, Reader, once_per_key
 from vit_jax.data.stream import BatchStream
 from vit_jax.errors import UserError
 from vit_jax.inference.task import ONE_CLASS, Task
-from vit_jax.run import preemption, telemetry
+from vit_jax.run import preemption, recipe, telemetry
 from vit_jax.run.callbacks import Callbacks
 from vit_jax.run.choice import Choice
 from vit_jax.run.clock import TrainingClock
@@ -156,6 +156,7 @@ class Loop:
             exact=config.pp.exact,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            augment=recipe.host_augment_of(config, run.train),
             on_bad=self._on_bad,
         )
         return loader.from_step(start, threads=run.threads)

@@ -46,6 +46,8 @@ def train_step_fn(
     seed: int,
     accum_steps: int = 1,
     flip: bool = True,
+    flip_vertical: bool = False,
+    erasing: float = 0.0,
     skip_nonfinite: bool = False,
     loss_fn: losses.LossFn | None = None,
     frozen: str = '',
@@ -66,6 +68,9 @@ def train_step_fn(
       seed: of mirroring and dropout.
       accum_steps: micro-batches per device; the batch is a multiple of devices * accum_steps.
       flip: whether to mirror half of the images.
+      flip_vertical: whether to turn half of them upside down.
+      erasing: share of the images of which a box is filled with noise, see
+        `augment.random_erasing`.
       skip_nonfinite: whether a step whose loss or gradient is not finite leaves parameters and
         optimizer as they were, but for the counts of its schedules, and is counted in
         `state.skipped`. Else they get what comes out; `finite` tells.
@@ -74,7 +79,7 @@ def train_step_fn(
         is then one of `optim.trained_only`.
       depth_rate: share of the images for which a branch of the last block is left out, rising from
         0 for the first, see `models.stochastic_depth`.
-      mix: mixup and CutMix, after mirroring; `loss_fn` then gets mixed labels, of classes
+      mix: mixup and CutMix, after all that; `loss_fn` then gets mixed labels, of classes
         probabilities [B, classes].
 
     Returns:
@@ -89,6 +94,7 @@ def train_step_fn(
     """
     loss_fn = loss_fn or losses.softmax_cross_entropy
     blocks = models.block_names(model) if depth_rate else []
+    alone: Any = {'flip': flip, 'flip_vertical': flip_vertical, 'erasing': erasing}
     grad_shardings = state_shardings and groups.partition(state_shardings.params, frozen)[0]
 
     def loss_and_metrics(
@@ -104,20 +110,22 @@ def train_step_fn(
         return jax.tree.map(losses.at_least_float, (loss, metrics))
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        if flip:
-            key = augment.step_key(seed, state.step, augment.FLIP)
-            images = augment.random_flip(batch['image'], _places(batch), key)
-            batch = {**batch, 'image': images}
+        step_key = functools.partial(augment.step_key, seed, state.step)
+        places = _places(batch)
+        images = augment.each(batch['image'], places, step_key, **alone)
+        batch = {**batch, 'image': images}
         if mix:
-            key = augment.step_key(seed, state.step, augment.MIX)
-            batch = mix(batch, key, functools.partial(sharding.previous, mesh=mesh))
+            batch = mix(
+                batch, step_key(augment.MIX), functools.partial(sharding.previous, mesh=mesh)
+            )
         if depth_rate:
-            key = augment.step_key(seed, state.step, augment.DEPTH)
-            draws = augment.draw(_places(batch), key, (len(blocks), stochastic_depth.BRANCHES))
+            draws = augment.draw(
+                places, step_key(augment.DEPTH), (len(blocks), stochastic_depth.BRANCHES)
+            )
             factors = stochastic_depth.factors(depth_rate, blocks, draws)
             beside: Any = {_VARIABLES: {stochastic_depth.COLLECTION: factors}}
             batch = {**batch, **beside}
-        key = augment.step_key(seed, state.step, augment.DROPOUT)
+        key = step_key(augment.DROPOUT)
         trained, kept = groups.partition(state.params, frozen)
 
         def mean(trained: Any, *, gradient: bool) -> Any:

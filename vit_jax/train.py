@@ -197,6 +197,8 @@ def _compile(run: loop.Run, setup: Setup) -> jax.stages.Compiled:
         seed=config.seed,
         accum_steps=config.accum_steps,
         flip=config.pp.flip,
+        flip_vertical=config.pp.flip_vertical,
+        erasing=config.random_erasing,
         skip_nonfinite=config.nan_policy == 'skip',
         loss_fn=setup.train_loss,
         frozen=config.frozen,
@@ -273,6 +275,9 @@ def _introduce(run: loop.Run, setup: Setup) -> None:
     log.info(f'data: {run.train!r}, {tested}; {len(names)} classes: {shown}')
     if setup.schedule is not None:
         log.info(f'schedule: {recipe.describe_schedule(config, run.train)}')
+    augmentation = recipe.describe_augmentation(config)
+    if augmentation:
+        log.info(f'augmentation: {augmentation}')
     common = run.train.overlap(run.test) if isinstance(run.train, Selection) else 0
     if common:
         log.info(

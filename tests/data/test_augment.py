@@ -1,4 +1,7 @@
-"""Mixup and CutMix: beside timm's formulas, and the same on any topology."""
+"""Mixup, CutMix and random erasing: beside timm's formulas, and the same on any topology."""
+
+import functools
+import math
 
 import jax
 import numpy as np
@@ -124,3 +127,85 @@ def test_labels_that_are_vectors_and_images_of_8_bits(dtype):
 
 def test_without_settings_nothing_is_mixed():
     assert not Mix() and not Mix(per_example=True, classes=3) and Mix(mixup=0.1)
+
+
+def timm_box(draws, height, width):
+    """timm's `RandomErasing._erase`, with the random numbers given."""
+    box = np.zeros((height, width))
+    for area, aspect, top, left in np.asarray(draws, np.float64):
+        target = (0.02 + (1 / 3 - 0.02) * area) * height * width
+        ratio = math.exp(math.log(0.3) + (math.log(1 / 0.3) - math.log(0.3)) * aspect)
+        h, w = int(round(math.sqrt(target * ratio))), int(round(math.sqrt(target / ratio)))
+        if w < width and h < height:
+            y, x = int(top * (height - h + 1)), int(left * (width - w + 1))
+            box[y : y + h, x : x + w] = 1
+            break
+    return box
+
+
+@pytest.mark.parametrize(('height', 'width'), [(224, 224), (12, 20), (40, 5), (1, 1)])
+def test_boxes_of_random_erasing_are_those_of_timm(height, width):
+    box_of = jax.jit(augment.erasing_box, static_argnums=(1, 2))
+    draws = np.random.default_rng(0).random((50, augment.ERASING_TRIES, 4), np.float32)
+    areas = []
+    for one in draws:
+        found = np.asarray(box_of(one, height, width))
+        np.testing.assert_array_equal(found, timm_box(one, height, width))
+        areas.append(found.mean())
+    if height == 224:
+        assert min(areas) > 0.015 and max(areas) < 0.34
+    if height == 1:
+        assert max(areas) == 0
+
+
+def erased(images, share, step=0, devices=1, fsdp=1):
+    mesh = sharding.create_mesh(fsdp, jax.devices()[:devices])
+    key = augment.step_key(0, step, augment.ERASE)
+    run = jax.jit(lambda b: augment.random_erasing(b['image'], b['position'], key, share))
+    position = np.arange(len(images), dtype=np.int32)
+    put = sharding.put_batch({'image': images, 'position': position}, mesh)
+    return np.asarray(run(put))
+
+
+def test_a_box_of_some_images_is_noise():
+    images = np.full((400, 24, 24, 3), 77, np.uint8)
+    found = erased(images, 0.25)
+    changed = (found != 77).any(-1)
+    share = changed.any((1, 2)).mean()
+    assert 0.18 < share < 0.32 and found.dtype == np.float32
+    noise = found[changed]
+    assert abs(noise.mean() - 127.5) < 5 and abs(noise.std() - 127.5) < 5  # 0 and 1 for the model
+    boxes = changed[changed.any((1, 2))]
+    for box in boxes[:20]:  # full rectangles
+        rows, columns = box.any(1), box.any(0)
+        np.testing.assert_array_equal(box, rows[:, None] & columns[None])
+    assert (erased(images, 1.0) != 77).any((1, 2, 3)).all()
+    assert (erased(images, 0.25, step=1) != found).any()
+
+
+def test_erasing_is_the_same_on_any_topology():
+    images = np.zeros((8, 12, 20, 3), np.float32)
+    one = erased(images, 0.5)
+    for devices, fsdp in ((2, 1), (4, 1), (4, 4)):
+        other = erased(images, 0.5, devices=devices, fsdp=fsdp)
+        np.testing.assert_array_equal(one == 0, other == 0)
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_images_are_mirrored_and_turned_upside_down_independently():
+    images = np.arange(400 * 4 * 6 * 1, dtype=np.float32).reshape(400, 4, 6, 1)
+    position = np.arange(400, dtype=np.int32)
+    key_of = functools.partial(augment.step_key, 0, 3)
+
+    def done(**settings):
+        off = {'flip': False, 'flip_vertical': False, 'erasing': 0.0}
+        return np.asarray(augment.each(images, position, key_of, **(off | settings)))
+
+    across = (done(flip=True) != images).any((1, 2, 3))
+    down = (done(flip_vertical=True) != images).any((1, 2, 3))
+    both = done(flip=True, flip_vertical=True)
+    for row in range(400):
+        expected = images[row, :, ::-1] if across[row] else images[row]
+        np.testing.assert_array_equal(both[row], expected[::-1] if down[row] else expected)
+    assert 160 < across.sum() < 240 and 160 < down.sum() < 240
+    assert abs(np.corrcoef(across, down)[0, 1]) < 0.15

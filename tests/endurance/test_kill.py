@@ -3,12 +3,19 @@
 import kill
 import pytest
 
+RECIPE = [
+    '--config.model.transformer.num_layers=2',
+    '--config.stochastic_depth=0.3',
+    '--config.ema_decay=0.9',
+    '--config.augreg=light2',
+    '--config.random_erasing=0.25',
+]
+
 
 def test_three_kills_change_nothing(tmp_path):
     said = []
-    assert (
-        kill.kill_and_compare(tmp_path, 3, 0, steps_per_kill=12, fresh=False, say=said.append) == []
-    )
+    options = {'steps_per_kill': 12, 'fresh': False, 'say': said.append}
+    assert kill.kill_and_compare(tmp_path, 3, 0, RECIPE, **options) == []
     assert len([line for line in said if line.startswith('kill')]) == 3
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from vit_jax.data.batches import Batch, Buffers, in_order, reading_threads
 from vit_jax.data.dataset import Label, Source
 from vit_jax.data.decode import BadImageError
+from vit_jax.data.host_augment import HostAugment
 from vit_jax.data.preprocess import CropBox, Preprocess
 from vit_jax.data.reader import OnBad, Reader, as_reader, default_threads, once_per_key
 from vit_jax.errors import UserError, extra
@@ -52,6 +53,7 @@ class BatchLoader:
       process_index: of this process; its examples are the block at places process_index * b,
         process_index * b + 1, ... of each global batch, with b = batch / process_count.
       process_count: processes that share the work.
+      augment: changes each crop, by seed and place in the sequence alone, too.
       on_bad: called with the error of each unreadable image that this process meets, once for each
         key (a `once_per_key` also once over several calls), from the threads that read, one at a
         time; what it raises ends the reading. None: the first such image is an error.
@@ -70,6 +72,7 @@ class BatchLoader:
         exact: bool = True,
         process_index: int = 0,
         process_count: int = 1,
+        augment: HostAugment | None = None,
         on_bad: OnBad | None = None,
     ):
         if not len(source):
@@ -84,6 +87,7 @@ class BatchLoader:
         self._reader = as_reader(source)
         self._preprocess = preprocess
         self._exact = exact
+        self._augment = augment
         self._on_bad = None if on_bad is None else once_per_key(on_bad)
         shape = (size, *preprocess.size, self._reader.channels)
         self._buffers = Buffers(shape, np.float32 if exact else np.uint8)
@@ -129,7 +133,7 @@ class BatchLoader:
         rng = np.random.Generator(np.random.Philox(0))
         for row, (position, index, key) in enumerate(items):
             try:
-                label = self._show(index, _begin(rng, key), out['image'][row])
+                label = self._show(index, rng, key, out['image'][row])
             except BadImageError as error:
                 if self._on_bad is None:
                     raise
@@ -139,8 +143,17 @@ class BatchLoader:
             out['label'][row], out['position'][row], out['example'][row] = label, position, index
         return out
 
-    def _show(self, index: int, rng: np.random.Generator, out: np.ndarray) -> Label:
-        """Writes a random crop of an example, drawn by `rng`; returns the label."""
+    def _show(
+        self, index: int, rng: np.random.Generator, key: np.ndarray, out: np.ndarray
+    ) -> Label:
+        """Writes a random crop of an example, drawn by the key of the place; returns the label."""
+        label = self._crop(index, _begin(rng, key), out)
+        if self._augment:
+            # The counter begins elsewhere: crops are the same with and without.
+            self._augment(out, np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, 2])))
+        return label
+
+    def _crop(self, index: int, rng: np.random.Generator, out: np.ndarray) -> Label:
         if self._exact:
             pixels, label = self._reader.read(index)
             self._preprocess.train(pixels, rng, out)
@@ -170,7 +183,7 @@ class BatchLoader:
             index = int(draw.integers(len(self._reader)))
             try:
                 # The crop comes from the place alone, whichever image is there.
-                return index, self._show(index, _begin(rng, key), out)
+                return index, self._show(index, rng, key, out)
             except BadImageError as another:
                 on_bad(another)
         raise BadImageError(

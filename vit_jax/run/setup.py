@@ -88,6 +88,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
             scan_layers=config.scan_layers,
         )
     recipe.check_depth(config, model)
+    recipe.host_augment_of(config, train)
     train_loss, eval_loss, task = recipe.losses_of(config, train, parts.loss_fn)
     schedule = optim.schedule_of(config) if parts.tx is None else None
 
