@@ -165,7 +165,12 @@ def transform(image: np.ndarray, matrix: tuple[float, ...]) -> np.ndarray:
     nearest = np.clip(places, -(2**15), 2**15 - 1).astype(np.int16)
     fill = (FILL,) * image.shape[2]
     moved = cv2.remap(
-        image, nearest, None, cv2.INTER_NEAREST, borderMode=cv2.BORDER_CONSTANT, borderValue=fill
+        image,
+        nearest,
+        np.empty(0),
+        cv2.INTER_NEAREST,
+        borderMode=cv2.BORDER_CONSTANT,
+        borderValue=fill,
     )
     return moved.reshape(image.shape)
 
