@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Sets up what the project runs on, once: a virtual environment, the pinned packages, the project itself (editable).
 #
-#   bash scripts/setup.sh [--test] [--python 3.12]
+#   bash scripts/setup.sh [--test] [--peers] [--python 3.12]
 #
 #   --test          also what the tests and the linter need
+#   --peers         the same, and timm and torchvision, which some tests compare with
 #   --python X.Y    use this Python (3.11 to 3.13) and the environment .venv-X.Y instead of .venv
 #
 # The CUDA build of JAX is installed where nvidia-smi finds a GPU, the CPU build elsewhere. A second run finds its stamp
@@ -37,15 +38,17 @@ find_python() {
 
 wanted=''
 with_tests=false
+with_peers=false
 while (($#)); do
   case $1 in
     --test) with_tests=true ;;
+    --peers) with_tests=true && with_peers=true ;;
     --python)
       wanted=${2:-none}
       shift "$(($# > 1))"
       ;;
     --python=*) wanted=${1#--python=} && wanted=${wanted:-none} ;;
-    *) fail "unknown argument '$1'; usage: bash scripts/setup.sh [--test] [--python 3.12]" ;;
+    *) fail "unknown argument '$1'; usage: bash scripts/setup.sh [--test] [--peers] [--python 3.12]" ;;
   esac
   shift
 done
@@ -113,5 +116,24 @@ $output"
   # What the tests need includes what a run needs.
   touch "$stamp" "$venv/$(stamp_of "${run_requirements[@]}")"
   say "Ready: ${venv#"$root"/}. To use it: source ${venv#"$root"/}/bin/activate"
+fi
+
+# 3. The libraries that tests compare with, without what they ask for: they run on the PyTorch that is there.
+folder_of() { "$python" -c 'import importlib.util as u, sys; print(u.find_spec(sys.argv[1]).submodule_search_locations[0])' "$1" 2>/dev/null; }
+
+if $with_peers && ! folder_of torch >/dev/null; then
+  say "PyTorch is not among the packages for Python $(version_of "$python"): timm and torchvision are left out, and their tests skip."
+elif $with_peers; then
+  stamp=$venv/$(stamp_of "${requirements[@]}" requirements-peers.txt)
+  if [[ ! -e $stamp ]]; then
+    say "Installing the packages of requirements-peers.txt"
+    "$python" -m pip install --no-deps -r "$root/requirements-peers.txt" >&2 ||
+      fail "pip could not install requirements-peers.txt; its message is above"
+    # It describes operators of torchvision's compiled part, which is built for CUDA: beside the CPU
+    # build of PyTorch that part does not load, and describing what is not there is an error.
+    folder=$(folder_of torchvision) || fail "torchvision is not there after its installation"
+    : >"$folder/_meta_registrations.py"
+    touch "$stamp"
+  fi
 fi
 printf '%s\n' "$venv"

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Runs the linter, the type checker and all tests, after setting up what they need.
 #
-#   bash scripts/test.sh [--python 3.12] [pytest arguments]
+#   bash scripts/test.sh [--peers] [--python 3.12] [pytest arguments]
 #
 #   bash scripts/test.sh                            # everything
+#   bash scripts/test.sh --peers                    # also what compares with timm and torchvision
 #   bash scripts/test.sh --python 3.12              # the same on another Python, in .venv-3.12
 #   bash scripts/test.sh tests/run/test_telemetry.py    # lint, and the tests of one file
 #   bash scripts/test.sh -n 0 -m slow               # what takes minutes or gigabytes, one at a time
@@ -20,7 +21,7 @@ while (($#)); do
       setup+=("$1" "${2:-}")
       shift "$(($# > 1 ? 2 : 1))"
       ;;
-    --python=*) setup+=("$1") && shift ;;
+    --peers | --python=*) setup+=("$1") && shift ;;
     *) pytest+=("$1") && shift ;;
   esac
 done

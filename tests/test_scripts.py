@@ -134,9 +134,22 @@ def test_pytorch_only_where_a_cpu_build_is_certain(python):
 
 def test_everything_the_packages_need_is_pinned():
     """Follows the requirements of the installed packages; none may be left to the resolver."""
+    _all_that_they_need_is_pinned(project_requirements())
+
+
+def test_what_peers_need_is_pinned_in_the_version_they_want():
+    """They are installed with --no-deps."""
+    for name, version in pins('requirements-peers.txt', '3.11').items():
+        pytest.importorskip(name, reason='needs scripts/setup.sh --peers')
+        assert importlib.metadata.version(name).partition('+')[0] == version
+        _all_that_they_need_is_pinned([Requirement(name)], {name: version})
+
+
+def _all_that_they_need_is_pinned(requirements, beside={}):  # noqa: B006
     pinned = pins('requirements-test.txt', '{}.{}'.format(*sys.version_info[:2]))
     todo, seen = [(Requirement(name), '') for name in pinned], set()
-    todo += [(requirement, '') for requirement in project_requirements()]
+    todo += [(requirement, '') for requirement in requirements]
+    pinned = pinned | beside
     while todo:
         requirement, extra = todo.pop()
         if (requirement.name, extra) in seen:
@@ -147,6 +160,7 @@ def test_everything_the_packages_need_is_pinned():
             if needed.marker is None or needed.marker.evaluate({'extra': extra}):
                 name = canonicalize_name(needed.name)
                 assert name in pinned, f'{requirement.name} needs {needed}'
+                assert needed.specifier.contains(pinned[name]), f'{requirement.name} needs {needed}'
                 todo += [(needed, extra) for extra in ('', *needed.extras)]
     assert len(seen) > 50
 
@@ -163,8 +177,8 @@ def project(tmp_path):
         '[project]\nname = "tiny"\nversion = "1"\n[tool.setuptools]\npackages = ["tiny"]\n'
         '[tool.mypy]\nfiles = ["tiny"]\n'
     )
-    for name in ('requirements.txt', 'requirements-cpu.txt', 'requirements-test.txt'):
-        (root / name).write_text('# nothing\n')
+    for kind in ('', '-cpu', '-test', '-peers'):
+        (root / f'requirements{kind}.txt').write_text('# nothing\n')
     return root
 
 
@@ -233,6 +247,27 @@ def test_setup_installs_once_and_again_after_a_change(project, tmp_path):
     assert with_tests.returncode == 0 and 'Installing the packages' in with_tests.stderr
     assert setup('--test').stderr == '' and setup().stderr == ''
 
+    # Without PyTorch, no libraries that run on it; what failed is not taken for installed.
+    (project / 'requirements-peers.txt').write_text('no-such-package-of-vit-jax==1\n')
+    peers = setup('--peers')
+    assert peers.returncode == 0 and peers.stdout == f'{venv}\n'
+    assert 'timm and torchvision are left out, and their tests skip' in peers.stderr
+    (library / 'torch').mkdir()
+    (library / 'torch' / '__init__.py').write_text('')
+    for _ in range(2):
+        peers = setup('--peers')
+        assert peers.returncode == 1 and peers.stdout == ''
+        assert 'pip could not install requirements-peers.txt' in peers.stderr
+    (project / 'requirements-peers.txt').write_text('# nothing\n')
+    broken = library / 'torchvision' / '_meta_registrations.py'
+    broken.parent.mkdir()
+    (library / 'torchvision' / '__init__.py').write_text('')
+    broken.write_text('raise RuntimeError')
+    peers = setup('--peers')
+    assert 'Installing the packages of requirements-peers.txt' in peers.stderr
+    assert peers.stdout == f'{venv}\n' and broken.read_text() == ''
+    assert setup('--peers').stderr == setup('--test').stderr == setup().stderr == ''
+
     # A GPU asks for the CUDA build; a driver that does not answer is no GPU.
     tools = tmp_path / 'bin'
     tools.mkdir()
@@ -270,10 +305,11 @@ def test_test_script_fails_with_tests_linter_and_types(project, code, typed, sta
     (project / 'tests').mkdir()
     (project / 'tests' / 'test_x.py').write_text(code)
     (project / 'tiny' / '__init__.py').write_text(typed)
-    done = bash(project / 'scripts' / 'test.sh', '-n', '0', '--python', '3.12', 'tests', '-q')
+    words = ['-n', '0', '--peers', '--python', '3.12', 'tests', '-q']
+    done = bash(project / 'scripts' / 'test.sh', *words)
     assert done.returncode == status, done.stdout + done.stderr
     assert shown in done.stdout
-    assert done.stderr.splitlines()[0] == '--test --python 3.12'
+    assert done.stderr.splitlines()[0] == '--test --peers --python 3.12'
 
 
 def test_quickstart_trains_afresh_and_ends_with_the_accuracy(project):
