@@ -139,10 +139,11 @@ def test_everything_the_packages_need_is_pinned():
 
 def test_what_peers_need_is_pinned_in_the_version_they_want():
     """They are installed with --no-deps."""
-    for name, version in pins('requirements-peers.txt', '3.11').items():
+    peers = pins('requirements-peers.txt', '3.11')
+    for name, version in peers.items():
         pytest.importorskip(name, reason='needs scripts/setup.sh --peers')
         assert importlib.metadata.version(name).partition('+')[0] == version
-        _all_that_they_need_is_pinned([Requirement(name)], {name: version})
+    _all_that_they_need_is_pinned(map(Requirement, peers), peers)
 
 
 def _all_that_they_need_is_pinned(requirements, beside={}):  # noqa: B006
