@@ -1,6 +1,8 @@
 """Families of today, made by transformers' own classes: read, computed, written back, trained."""
 
 import functools
+import json
+import shutil
 
 import jax
 import numpy as np
@@ -11,6 +13,7 @@ from vit_jax import models
 from vit_jax.analysis import compare
 from vit_jax.checkpoint import formats, key_tables, npz
 from vit_jax.data import normalization
+from vit_jax.errors import UserError
 from vit_jax.export import onnx as onnx_export
 from vit_jax.export import pytorch as export
 from vit_jax.export.options import Options
@@ -18,6 +21,7 @@ from vit_jax.inference import model_folder
 
 SIZES = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=28)
 SIZES |= dict(patch_size=14)
+HALF = dict(do_normalize=True, image_mean=[0.5] * 3, image_std=[0.5] * 3)
 TOWER = SIZES | dict(intermediate_size=96)
 # Name -> class of transformers, its configuration, and what the model is here.
 CASES = {
@@ -83,9 +87,10 @@ def case(transformers, tmp_path_factory):
         theirs = randomise(model_class(model_class.config_class(**{**SIZES, **settings})))
         folder = tmp_path_factory.mktemp(name)
         theirs.save_pretrained(folder)
-        (folder / 'preprocessor_config.json').write_text(
-            '{"do_normalize": true, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}'
-        )
+        side = SIZES['image_size']
+        size = dict(size={'shortest_edge': side}, do_center_crop=True, crop_size=side)
+        (folder / 'preprocessor_config.json').write_text(json.dumps(HALF | size))
+        theirs.name_or_path = folder
         return theirs, model_folder.load(folder)
 
     return make
@@ -149,6 +154,29 @@ def test_outputs_are_those_of_transformers(name, case):
     assert CASES[name][2].items() <= model.model_config.items()
     for dtype, tolerance in (('float32', 1e-5), ('float64', 1e-10)):
         assert distance(compute(model, x, dtype), outputs_of(theirs, x, dtype)) < tolerance
+
+
+@pytest.mark.parametrize('name', ['dinov2_features', 'dinov2_reg'])
+def test_positions_are_resized_to_the_pixels_of_the_folder_as_the_class_does(name, case, tmp_path):
+    """The released folders of DINOv2 have positions of 518 pixels, and make images of 224."""
+    theirs, _ = case(name)
+    shutil.copytree(theirs.name_or_path, tmp_path / 'hf')
+    processor = dict(size={'shortest_edge': 64}, do_center_crop=True, crop_size=56)
+    for crop in (56, 14):
+        processor['crop_size'] = crop
+        (tmp_path / 'hf/preprocessor_config.json').write_text(json.dumps(HALF | processor))
+        model = model_folder.load(tmp_path / 'hf')
+        assert model.image_size == crop and 'as its class does' in str(model.source)
+        x = images(model)
+        assert distance(compute(model, x), outputs_of(theirs, x)) < 1e-5
+    # For converting, they stay what they are.
+    kept = model_folder.open_model(tmp_path / 'hf')
+    assert kept.image_size == SIZES['image_size'] and 'they stay so' in str(kept.source)
+    model_folder.check(kept)
+    processor['crop_size'] = 32
+    (tmp_path / 'hf/preprocessor_config.json').write_text(json.dumps(HALF | processor))
+    with pytest.raises(UserError, match='32 pixels, which is not a multiple of the patch size 14'):
+        model_folder.load(tmp_path / 'hf')
 
 
 def test_the_encoder_of_mae(transformers, tmp_path):

@@ -96,6 +96,9 @@ class Weights:
         projects: whether its head gives an embedding beside texts', and no scores of classes.
         preprocess: from decoded images to pixels, as the file tells; None where it does not.
         refused: how it says that images become pixels, where that is not computed here.
+        resizes: how the library's class fits the positions to images of another size than
+            `image_size`, which `preprocess` may then make: 'bicubic', 'bicubic, antialiased'; ''
+            where it does not.
     """
 
     path: str
@@ -109,6 +112,7 @@ class Weights:
     projects: bool = False
     preprocess: Preprocess | None = None
     refused: str = ''
+    resizes: str = ''
 
     def __str__(self) -> str:
         return '\n  '.join([f'{self.path}: {self.format} weights', *self.notes])

@@ -203,6 +203,7 @@ def open_weights(
         image_size=told.image_size,
         preprocess=told.preprocess,
         refused=told.refused,
+        resizes=told.resizes,
         notes=(*done, *cleaned, *weights.notes, *notes),
     )
     weights = _with_source(weights, path)

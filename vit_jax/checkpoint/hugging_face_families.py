@@ -17,18 +17,21 @@ class Family:
         hidden_act: default of its configuration, the library's name.
         classifies: what the head of its classifier reads, see `models.VisionTransformer`.
         pools: what a model without a head gives of an image, the same.
+        resizes: how it fits its positions to images of another size, '' where it refuses them.
     """
 
     layer_norm_eps: float = 1e-12
     hidden_act: str = 'gelu'
     classifies: str = 'token'
     pools: str = 'token'
+    resizes: str = ''
 
 
 _CLIP = Family(1e-5, 'quick_gelu', classifies='gap')
 _SIGLIP = Family(1e-6, 'gelu_pytorch_tanh', classifies='gap', pools='map')
 _IJEPA = Family(classifies='gap', pools='gap')
-_DINOV2 = Family(1e-6, classifies='token_gap')
+_DINOV2 = Family(1e-6, classifies='token_gap', resizes='bicubic')
+_DINOV2_REGISTERS = dataclasses.replace(_DINOV2, resizes='bicubic, antialiased')
 
 FAMILIES: Mapping[str, Family] = {
     'vit': Family(),
@@ -37,7 +40,7 @@ FAMILIES: Mapping[str, Family] = {
     'vit_mae': Family(),
     'ijepa': _IJEPA,
     'dinov2': _DINOV2,
-    'dinov2_with_registers': _DINOV2,
+    'dinov2_with_registers': _DINOV2_REGISTERS,
     'clip': _CLIP,
     'clip_vision_model': _CLIP,
     'siglip': _SIGLIP,
@@ -66,13 +69,14 @@ def settings(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
     if family is _SIGLIP and not tower.get('vision_use_head', True):
         classifier = 'gap'
     found: dict[str, Any] = {}
-    if family in (_CLIP, _SIGLIP, _DINOV2, _IJEPA):
+    is_dinov2 = family in (_DINOV2, _DINOV2_REGISTERS)
+    if is_dinov2 or family in (_CLIP, _SIGLIP, _IJEPA):
         found['classifier'] = classifier
     if family is _CLIP:
         found['representation_act'] = 'linear'  # of the projection
         # A classifier reads the patches as they leave the last block.
         found |= {'final_norm': False, 'class_token': True} if head else {}
-    if family is _DINOV2:
+    if is_dinov2:
         gated = bool(tower.get('use_swiglu_ffn', False))
         found |= {'act': 'silu'} if gated else {}  # whatever hidden_act says
         registers = tower.get('num_register_tokens', 4) if kind != 'dinov2' else 0

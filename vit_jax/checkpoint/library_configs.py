@@ -259,7 +259,9 @@ def _hugging_face(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, 
     if labels and labels != {index: f'LABEL_{index}' for index in range(len(labels))}:
         known['class_names'] = [labels[index] for index in sorted(labels)]
     return known | {
-        'input': model_input.of_hugging_face(folder, {**config, **tower, 'model_type': kind})
+        'input': model_input.of_hugging_face(
+            folder, {**config, **tower, 'model_type': kind}, family.resizes
+        )
     }
 
 

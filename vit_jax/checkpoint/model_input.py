@@ -10,12 +10,16 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from vit_jax import files
+from vit_jax.checkpoint.arrays import Weights, derive
+from vit_jax.checkpoint.resize import resize_position_embedding_bicubic
 from vit_jax.data import resample
 from vit_jax.data.normalization import CLIP, HALF, IMAGENET, NORMALIZATIONS, Normalization
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
-from vit_jax.variants import in_words, sides
+from vit_jax.variants import in_words, prefix_positions, sides, token_grid
 
 _SQUARE, _SHORT = {'height': 224, 'width': 224}, {'shortest_edge': 224}
 _CENTRE = {'do_center_crop': True, 'crop_size': 224}
@@ -72,6 +76,8 @@ class ModelInput:
       preprocess: from decoded images to pixels; None where nothing tells, or `refused` says why.
       refused: what is stated and not computed here; '' if there is nothing.
       notes: what is to be known, a sentence each.
+      resizes: how the model's class fits its positions to images of another size, see
+        `hugging_face_families.Family`; `preprocess` may be of another size than `image_size` then.
     """
 
     image_size: int | tuple[int, int] = 0
@@ -79,6 +85,7 @@ class ModelInput:
     preprocess: Preprocess | None = None
     refused: str = ''
     notes: tuple[str, ...] = ()
+    resizes: str = ''
 
 
 def of_timm(config: Mapping[str, Any]) -> ModelInput:
@@ -117,12 +124,15 @@ def of_timm(config: Mapping[str, Any]) -> ModelInput:
     return ModelInput(image_size, normalization, preprocess, notes=notes)
 
 
-def of_hugging_face(folder: pathlib.Path, config: Mapping[str, Any]) -> ModelInput:
+def of_hugging_face(
+    folder: pathlib.Path, config: Mapping[str, Any], resizes: str = ''
+) -> ModelInput:
     """Reads preprocessor_config.json of a folder, by the rules of transformers 5.23.
 
     Args:
       folder: that it is in, or not.
       config: the model's config.json (of a model of two towers, the image tower's).
+      resizes: how the model's class fits its positions to images of another size, or ''.
     """
     size = _size(config['image_size']) if config.get('image_size') else 0
     kind, known = _FAMILIES.get(str(config.get('model_type')), ('ViT', HALF))
@@ -150,11 +160,13 @@ def of_hugging_face(folder: pathlib.Path, config: Mapping[str, Any]) -> ModelInp
             )
     normalization = _hugging_face_normalization(settings)
     try:
-        preprocess, more = _hugging_face_pixels(settings, size)
+        preprocess, more = _hugging_face_pixels(settings, 0 if resizes else size)
     except (_UnknownError, UserError) as why:
         return ModelInput(size, normalization, refused=str(why), notes=notes)
     # Of what is assumed, the size of the images is not.
-    return ModelInput(size, normalization, preprocess, notes=notes or more)
+    if size and notes:
+        preprocess = preprocess.at(size)
+    return ModelInput(size, normalization, preprocess, notes=notes or more, resizes=resizes)
 
 
 def of_torchvision(config: Mapping[str, Any]) -> ModelInput:
@@ -176,6 +188,60 @@ def exact(told: ModelInput, ours: ModelInput) -> ModelInput:
     as_told = {name: getattr(told.preprocess, name) for name in ('antialias', 'centre')}
     same = dataclasses.replace(ours.preprocess, inception_crop=True, **as_told) == told.preprocess
     return dataclasses.replace(told, preprocess=ours.preprocess) if same else told
+
+
+def fit_positions(
+    weights: Weights,
+    config: Mapping[str, Any],
+    image_size: int | tuple[int, int],
+    *,
+    resize: bool,
+) -> tuple[Weights, int | tuple[int, int]]:
+    """Makes positions and images of one size, where a folder has two and its class resizes.
+
+    Args:
+      weights: of a folder.
+      config: arguments of the model.
+      image_size: that its positions are for.
+      resize: resize the positions, as the class does; else images are made as large as these.
+
+    Returns:
+      (the weights, their note included; the size of the images).
+    """
+    made = weights.preprocess
+    if not (weights.resizes and made) or made.crop == image_size:
+        return weights, image_size
+    note = (
+        f'its images have {in_words(made.crop)} pixels, its positions are those of '
+        f'{in_words(image_size)}: '
+    )
+    if not resize:
+        note += 'they stay so, and images are made as large'
+        return dataclasses.replace(weights, notes=(*weights.notes, note)), image_size
+    try:
+        grids = [token_grid(config, size) for size in (made.crop, image_size)]
+    except ValueError as error:
+        raise UserError(
+            f'{weights.path}: its preprocessor_config.json makes images of {in_words(made.crop)} '
+            f'pixels, which {" ".join(error.args)} (crop_size there, or size)'
+        ) from error
+    prefix, antialias = prefix_positions(config), weights.resizes.endswith('antialiased')
+
+    def resized(rows: np.ndarray) -> np.ndarray:
+        patches = resize_position_embedding_bicubic(rows[:, prefix:], *grids, antialias=antialias)
+        return np.concatenate([rows[:, :prefix], patches], axis=1)
+
+    encoder = weights.params['Transformer']
+    rows = derive(resized, encoder['posembed_input']['pos_embedding'])
+    encoder = {**encoder, 'posembed_input': {'pos_embedding': rows}}
+    note += f'these are resized ({weights.resizes}), as its class does'
+    weights = dataclasses.replace(
+        weights,
+        params={**weights.params, 'Transformer': encoder},
+        notes=(*weights.notes, note),
+        image_size=made.crop,
+    )
+    return weights, made.crop
 
 
 class _UnknownError(Exception):

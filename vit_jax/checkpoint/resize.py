@@ -50,6 +50,56 @@ def resize_position_embedding(
     return values.reshape(1, count, -1).astype(embedding.dtype)
 
 
+def resize_position_embedding_bicubic(
+    embedding: np.ndarray,
+    grid: tuple[int, int],
+    source_grid: tuple[int, int],
+    *,
+    antialias: bool,
+) -> np.ndarray:
+    """Resizes a grid of position embeddings as PyTorch's `interpolate(mode='bicubic')` does.
+
+    As classes of transformers do, which take images of any size: with the outer edges of the
+    patches aligned, by the kernel of Keys 1981, https://doi.org/10.1109/TASSP.1981.1163711,
+    equation 15.
+
+    Args:
+        embedding: [1, rows * columns, hidden_size], of the patches alone.
+        grid: (rows, columns) of the result.
+        source_grid: (rows, columns) of `embedding`.
+        antialias: whether the kernel grows with the reduction. PyTorch has a = -1/2 in the kernel
+            then, and else -3/4.
+
+    Returns:
+        [1, new rows * new columns, hidden_size], of the dtype of `embedding`.
+    """
+    embedding = np.asarray(embedding)
+    rows, columns = (
+        _bicubic(old, new, antialias) for old, new in zip(source_grid, grid, strict=True)
+    )
+    values = embedding.reshape(*source_grid, -1)
+    resized = np.einsum('yh,xw,hwd->yxd', rows, columns, values, optimize=True)
+    return resized.reshape(1, -1, embedding.shape[-1]).astype(embedding.dtype)
+
+
+def _bicubic(old: int, new: int, antialias: bool) -> np.ndarray:
+    """The matrix [new, old] that resizes an axis; float64."""
+    centres = (np.arange(new) + 0.5) * (old / new) - 0.5
+    wide, a = (max(old / new, 1), -0.5) if antialias else (1, -0.75)
+    first = math.floor(-2 * wide - 1)  # what lies beyond the edges, too
+    places = np.arange(first, old - first)
+    distance = np.abs(places - centres[:, None]) / wide
+    near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
+    far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
+    weights = np.where(distance < 1, near, np.where(distance < 2, far, 0))
+    matrix = np.zeros((new, old))
+    if antialias:  # what lies beyond does not count
+        matrix += weights[:, -first : old - first]
+        return matrix / matrix.sum(axis=1, keepdims=True)
+    np.add.at(matrix.T, places.clip(0, old - 1), weights.T)  # and else it is the outermost one
+    return matrix
+
+
 def resize_patch_embedding(
     kernel: np.ndarray, size: tuple[int, int], method: str = 'pseudo-inverse'
 ) -> np.ndarray:

@@ -26,7 +26,7 @@ import numpy as np
 
 import vit_jax
 from vit_jax import files, models, variants
-from vit_jax.checkpoint import adapt, catalog, formats, infer, npz
+from vit_jax.checkpoint import adapt, catalog, formats, infer, model_input, npz
 from vit_jax.checkpoint.arrays import count_not_finite
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
@@ -196,7 +196,12 @@ def load(
         UserError: nothing there, damaged, of a newer format, or not the weights of a known model.
     """
     opened = open_model(
-        path, variant=variant, num_heads=num_heads, normalization=normalization, pixels=pixels
+        path,
+        variant=variant,
+        num_heads=num_heads,
+        normalization=normalization,
+        pixels=pixels,
+        resize=True,
     )
     check(opened)
     loaded = dataclasses.replace(opened, params=jax.tree.map(np.asarray, opened.params))
@@ -213,6 +218,7 @@ def open_model(
     num_heads: int = 0,
     normalization: formats.Normalization | None = None,
     pixels: Mapping[str, Any] | None = None,
+    resize: bool = False,
 ) -> Model:
     """Like `load`, but reads no weights yet: the leaves of `params` are `LazyArray`.
 
@@ -224,6 +230,9 @@ def open_model(
         num_heads: see `load`.
         normalization: see `load`.
         pixels: see `load`.
+        resize: give the positions the size of the images that the folder makes, where they have
+            another one and the class in its library resizes them (DINOv2's does). As they are, a
+            model can be converted and nothing is lost.
     """
     name, path = os.fspath(path), files.expand(path)
     files.recover(path)
@@ -246,7 +255,7 @@ def open_model(
                 f'{path}: {weights.refused} is not computed here. Say how images become pixels: '
                 '--eval squash, or --eval resize_crop --resize PIXELS'
             )
-        opened = _from_weights(path, weights, variant)
+        opened = _from_weights(path, weights, variant, resize)
     return dataclasses.replace(opened, preprocess=opened.preprocess.but(pixels or {}))
 
 
@@ -315,7 +324,9 @@ def _described(found: Mapping[str, Any], params: Mapping[str, Any]) -> Model:
     return Model(model, params, config, names, described.preprocessing, described.source, task)
 
 
-def _from_weights(path: pathlib.Path, weights: formats.Weights, variant: str) -> Model:
+def _from_weights(
+    path: pathlib.Path, weights: formats.Weights, variant: str, resize: bool
+) -> Model:
     _log.info('%s', weights)
     for guess in weights.assumed:
         _log.warning('%s: %s', path, guess)
@@ -334,6 +345,7 @@ def _from_weights(path: pathlib.Path, weights: formats.Weights, variant: str) ->
         weights.params, str(path), variant=variant, settings=weights.settings
     )
     image_size = infer.image_size(weights.params, config, str(path), weights.image_size)
+    weights, image_size = model_input.fit_positions(weights, config, image_size, resize=resize)
     num_classes = _num_classes(weights.params)
     class_names = weights.class_names
     if len(class_names) != num_classes:

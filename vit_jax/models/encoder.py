@@ -39,7 +39,7 @@ class AddPositionEmbs(nn.Module):
         normal = nn.initializers.normal(stddev=0.02)
         embedding = self.param('pos_embedding', normal, shape, jnp.float32)
         if first != end:
-            zeros = jnp.zeros_like(embedding[:, : end - first])
+            zeros = jnp.zeros((1, end - first, inputs.shape[2]), jnp.float32)
             embedding = jnp.concatenate([embedding[:, :first], zeros, embedding[:, first:]], axis=1)
         return inputs.astype(self.dtype) + embedding.astype(self.dtype)
 
