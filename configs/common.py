@@ -21,8 +21,14 @@ def get_defaults() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
 
     # --- Data
-    # A folder of images; where there is none of this name, a TFDS set or 'digits'.
+    # A folder of images, or a table (.csv, .tsv, .jsonl, .parquet); where there is none of this
+    # name, a TFDS set or 'digits'.
     config.dataset = 'tf_flowers'
+    # Which column of a table is what: 'image=file,label=species', with the roles image, label,
+    # labels, target, split, group, weight. Empty: found by their names.
+    config.columns = ''
+    # The folder that the paths in a table start from. Empty: that of the table.
+    config.image_root = ''
     # Where TFDS keeps prepared sets. Empty: TFDS's own place, ~/tensorflow_datasets.
     config.tfds_data_dir = ''
     # Where archives lie that TFDS cannot download itself (imagenet2012).

@@ -88,7 +88,7 @@ def test_the_test_part_comes_first_unless_it_was_trained_on(photos, tmp_path):
     for part in ('train', 'val', 'test'):
         shutil.copytree(photos, tmp_path / part)
     dataset = sources.open_dataset(str(tmp_path))
-    assert choose_split(dataset, TrainingData()) == ('test', 'the test part of the folder')
+    assert choose_split(dataset, TrainingData()) == ('test', 'the test part of the dataset')
     for train_spec, expected in (('train', 'test'), ('train+test[:9]', 'validation')):
         fingerprint = dataset.select(train_spec).fingerprint()
         trained = TrainingData('elsewhere', train_spec, 'validation', fingerprint)

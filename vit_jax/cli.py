@@ -14,6 +14,9 @@ from vit_jax.run import streams
 if TYPE_CHECKING:
     from vit_jax.data.dataset import Selection
 
+# Help for the name of a dataset.
+DATASET = 'folder of CLASS/*.jpg, table (.csv, .jsonl, .parquet), name of a TFDS set, or digits'
+
 # What libraries say for lack of memory, in errors of many types.
 _OUT_OF_MEMORY = re.compile(
     r"RESOURCE_EXHAUSTED|bad_alloc|(can't|cannot|failed to) (start new thread|allocate|map)"
@@ -82,12 +85,35 @@ def size(text: str) -> int | tuple[int, int]:
     return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
 
 
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say how a dataset is read; `data_of` reads them."""
+    add = parser.add_argument
+    add('--tfds_data_dir', default='', metavar='DIR', help='where TFDS sets are')
+    add(
+        '--columns',
+        default='',
+        metavar='ROLES',
+        help='which column of a table is what: image=file,label=species; default: by their names',
+    )
+    add(
+        '--image_root',
+        default='',
+        metavar='DIR',
+        help='folder that the paths in a table start from; default: that of the table',
+    )
+
+
+def data_of(args: argparse.Namespace) -> dict[str, str]:
+    """What `add_data` asked for: arguments of `sources.open_dataset`."""
+    return {name: getattr(args, name) for name in ('tfds_data_dir', 'columns', 'image_root')}
+
+
 def add_images(parser: argparse.ArgumentParser) -> None:
     """Adds the options that say which images: IMAGE ..., or --dataset and what belongs to it."""
     add = parser.add_argument
-    add('--dataset', default='', help='name of a TFDS set, folder of CLASS/*.jpg, or digits')
+    add('--dataset', default='', help=DATASET)
     add('--split', default='', help='of the dataset; default: all of it')
-    add('--tfds_data_dir', default='', metavar='DIR', help='where TFDS sets are')
+    add_data(parser)
     add('--batch', type=int, default=32, help='images at once (default: 32)')
     add('images', nargs='*', metavar='IMAGE', help='file, folder, pattern, or - for standard input')
 
@@ -104,7 +130,7 @@ def select(args: argparse.Namespace) -> 'Selection | None':
         return None
     from vit_jax.data import sources
 
-    dataset = sources.open_dataset(args.dataset, tfds_data_dir=args.tfds_data_dir)
+    dataset = sources.open_dataset(args.dataset, **data_of(args))
     return dataset.select(args.split or '+'.join(dataset.splits))
 
 

@@ -81,11 +81,11 @@ def resolve(
     # How long the training is that the warm-up was made for.
     duration, warm_up_of = 'total_steps', resolved.total_steps
     presets = config.get('dataset_presets', {})
-    folder = files.expand(dataset).is_dir()  # may be called as a set is; see `sources.open_dataset`
+    path = files.expand(dataset).exists()  # may be called as a set is; see `sources.open_dataset`
     for layer in (
-        {} if folder else datasets.get_preset(dataset),
+        {} if path else datasets.get_preset(dataset),
         presets.get('any', {}),
-        {} if folder and os.sep not in dataset else presets.get(dataset, {}),
+        {} if path and os.sep not in dataset else presets.get(dataset, {}),
         config,
     ):
         _overlay(resolved, _augreg(layer.get('augreg')))

@@ -344,6 +344,7 @@ def _write_model_folder(run: loop.Run, setup: Setup, params: Any, name: str, ste
     source = {
         'weights': weights_name(run.config),
         'dataset': lasting_name(run.config.dataset),
+        **{name: run.config[name] for name in ('columns', 'image_root') if run.config[name]},
         'train': run.train.spec,
         **({} if run.val is None else {'val': run.val.spec}),
         'test': run.test.spec,

@@ -59,7 +59,7 @@ def test_a_folder_named_like_a_set_is_a_folder(tmp_path, name, monkeypatch, capl
     monkeypatch.chdir(tmp_path)
     write(tmp_path, f'{name}/a/1.png', f'{name}/a/2.png', f'{name}/b/1.png', f'{name}/b/2.png')
     for spelling in (name, f'./{name}', str(tmp_path / name)):
-        assert sources.is_folder(spelling)
+        assert sources.is_path(spelling)
         assert sources.open_dataset(spelling).class_names == ('a', 'b')
     assert sources.lasting_name(name) == f'./{name}'
     for lasting in (f'./{name}', str(tmp_path / name), 'cifar10', ''):

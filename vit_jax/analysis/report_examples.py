@@ -100,7 +100,8 @@ def open_data(run: Run) -> tuple[Selection, Selection]:
         specs = [run.data[name]['split'] for name in ('train', 'test')]
         before = [run.data[name]['fingerprint'] for name in ('train', 'test')]
         channels = run.config.get('pp', {}).get('channels', 3)
-        if not all(isinstance(text, str) for text in (dataset, data_dir, *specs)):
+        told = {name: run.config.get(name, '') for name in ('columns', 'image_root')}
+        if not all(isinstance(text, str) for text in (dataset, data_dir, *specs, *told.values())):
             raise TypeError('dataset and splits should be texts')
         if type(channels) is not int or not 1 <= channels <= 1000:
             raise TypeError('pp.channels should be a number of channels')
@@ -110,7 +111,7 @@ def open_data(run: Run) -> tuple[Selection, Selection]:
         raise UserError('the run was given its data by a program, not by name')
     if dataset != 'digits' and not files.expand(dataset).exists():
         _check_prepared(dataset, data_dir)
-    opened = sources.open_dataset(dataset, tfds_data_dir=data_dir, channels=channels)
+    opened = sources.open_dataset(dataset, tfds_data_dir=data_dir, channels=channels, **told)
     train, test = (opened.select(spec) for spec in specs)
     if [train.fingerprint(), test.fingerprint()] != before:
         raise UserError(f'the dataset {dataset} is another than when the run began')

@@ -44,8 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         '--dataset',
         default='',
-        help='name of a TFDS set, folder of CLASS/*.jpg or test/CLASS/*.jpg, or digits; default: '
-        'the one that the model was trained on',
+        help=f'{cli.DATASET}; default: the one that the model was trained on',
     )
     add(
         '--split',
@@ -60,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         help='which class of the model each class of the data is, where names do not tell: lines '
         "of the data's name, a tab, and the model's name or label; or a class map of timm or Keras",
     )
-    add('--tfds_data_dir', default='', metavar='DIR', help='where TFDS sets are')
+    cli.add_data(parser)
     add('--batch', type=int, default=32, help='images at once (default: 32)')
     cli.add_max_memory(parser)
     add('--output', metavar='DIR', help=f'write {RESULT} and pictures to this new folder')
@@ -146,7 +145,11 @@ def _open_source(
     name = args.dataset or trained.dataset
     if not name:
         raise UserError('the model does not tell what it was trained on: name a --dataset')
-    dataset = sources.open_dataset(name, tfds_data_dir=args.tfds_data_dir, channels=channels)
+    told = cli.data_of(args)
+    if _same(name, trained.dataset):  # what training was told holds here, too
+        for key in ('columns', 'image_root'):
+            told[key] = told[key] or getattr(trained, key)
+    dataset = sources.open_dataset(name, channels=channels, **told)
     spec, reason = (args.split, 'as --split says') if args.split else choose_split(dataset, trained)
     return dataset.select(spec), reason
 
@@ -166,12 +169,12 @@ def choose_split(dataset: 'Dataset', trained: 'TrainingData') -> tuple[str, str]
     from vit_jax.configs import datasets
     from vit_jax.data import sources
 
-    folder = sources.is_folder(dataset.name)
+    folder = sources.is_path(dataset.name)
     seen = _trained_on(dataset, trained)
     used = [each for each in (seen, seen and _select(dataset, trained.val)) if each]
     part = next((name for name in ('test', 'validation') if name in dataset.splits), '')
     if folder and part and not any(each.overlap(dataset.select(part)) for each in used):
-        return part, 'the test part of the folder'
+        return part, 'the test part of the dataset'
     if seen and _select(dataset, trained.test):
         return trained.test, 'what the training of the model held out'
     everything = '+'.join(dataset.splits)
@@ -211,7 +214,7 @@ def _same(name: str, other: str) -> bool:
     from vit_jax import files
     from vit_jax.data import sources
 
-    if not sources.is_folder(name) or not other:
+    if not sources.is_path(name) or not other:
         return name == other
     return files.expand(name).resolve() == files.expand(other).resolve()
 

@@ -19,7 +19,8 @@ def main() -> int:
     """Runs the command line; returns the exit status, 1 if there are copies."""
     parser = cli.make_parser(__doc__)
     add = parser.add_argument
-    add('dataset', help='folder of CLASS/*.jpg, or of train/CLASS/*.jpg and test/CLASS/*.jpg')
+    add('dataset', help=cli.DATASET)
+    cli.add_data(parser)
     add('--train', default='', metavar='SPLIT', help='default: as training takes it')
     add('--test', default='', metavar='SPLIT', help='default: as training takes it')
     add(
@@ -35,10 +36,14 @@ def _find(args: argparse.Namespace) -> int:
     from vit_jax.data import copies, sources
     from vit_jax.errors import UserError, printable
 
-    train, test = sources.open_sources(args.dataset, train_split=args.train, test_split=args.test)
+    train, test = sources.open_sources(
+        args.dataset, train_split=args.train, test_split=args.test, **cli.data_of(args)
+    )
     found = copies.find(train, test, pixels=args.pixels)
     if found is None:
-        raise UserError(f'{args.dataset} is no folder of images, so there are no files to compare')
+        raise UserError(
+            f'{args.dataset} is no folder or table of image files, so there are no files to compare'
+        )
     for pair in found.pairs:
         print('\t'.join(map(printable, pair)))
     what = 'pixels' if args.pixels else 'bytes'

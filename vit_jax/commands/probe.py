@@ -30,10 +30,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
     add = parser.add_argument
     cli.add_model(parser)
-    add('--dataset', required=True, help='name of a TFDS set, folder of CLASS/*.jpg, or digits')
+    add('--dataset', required=True, help=cli.DATASET)
     add('--train', default='', metavar='SPLIT', help='default: what training would train on')
     add('--test', default='', metavar='SPLIT', help='default: what training would hold out')
-    add('--tfds_data_dir', default='', metavar='DIR', help='where TFDS sets are')
+    cli.add_data(parser)
     add('--shots', type=int, nargs='*', default=[], metavar='K', help='also few-shot, of K images')
     add('--seeds', type=int, default=3, help='draws of the few-shot images (default: 3)')
     add('--batch', type=int, default=32, help='images at once (default: 32)')
@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> int:
     from vit_jax.configs import datasets
     from vit_jax.data import sources
+    from vit_jax.data.dataset import CLASS_INDEX
     from vit_jax.errors import UserError
     from vit_jax.inference import features, model_folder, output, probes
 
@@ -51,8 +52,10 @@ def _run(args: argparse.Namespace) -> int:
         from vit_jax import files
 
         files.check_output(args.output, overwrite=False, flag='--output')
-    dataset = sources.open_dataset(args.dataset, tfds_data_dir=args.tfds_data_dir)
-    preset = {} if sources.is_folder(args.dataset) else datasets.get_preset(args.dataset)
+    dataset = sources.open_dataset(args.dataset, **cli.data_of(args))
+    if dataset.label_dtype != CLASS_INDEX:
+        raise UserError(f'the labels of {args.dataset} are not a class each, as is needed here')
+    preset = {} if sources.is_path(args.dataset) else datasets.get_preset(args.dataset)
     specs = [preset.get('pp', {}).get(name, '') for name in ('train', 'test')]
     specs = [a or b for a, b in zip(specs, dataset.default_specs(), strict=True)]
     train, test = dataset.select(args.train or specs[0]), dataset.select(args.test or specs[1])

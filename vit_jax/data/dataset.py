@@ -115,7 +115,12 @@ def label_dtype(label: object) -> np.dtype:
 
 
 class Split(Protocol):
-    """One whole split of a dataset as it is stored; all that differs between storages."""
+    """One whole split of a dataset as it is stored; all that differs between storages.
+
+    Storages that know them without reading an image also have `labels` ([N, ...], see
+    `label_dtype_of`), `groups` (what each example belongs to, str [N], or None), `weights`
+    (how much it counts in training, float32 [N], or None) and `paths` (of files, N).
+    """
 
     def __len__(self) -> int: ...
 
@@ -137,7 +142,7 @@ class Dataset:
       splits: the stored splits by name.
       channels: see `channels_of`.
       label_dtype: see `label_dtype_of`.
-      units: of labels that are numbers, see `inference.task.Task`.
+      units: of labels that are known to be numbers, see `inference.task.Task`; else ().
       several: whether vectors are known to be a yes or no for each class.
     """
 
@@ -193,7 +198,8 @@ class Dataset:
             if name in self.splits and 'train' in self.splits:
                 return 'train', name
         first = 'train' if 'train' in self.splits else next(iter(self.splits))
-        labels = getattr(self.splits[first], 'labels', None)
+        classes = self.label_dtype == CLASS_INDEX
+        labels = getattr(self.splits[first], 'labels', None) if classes else None
         smallest = holdout.SMALL_CLASS
         if labels is None or np.unique(labels, return_counts=True)[1].min() >= smallest:
             return f'{first}[:90%]', f'{first}[90%:]'
@@ -255,19 +261,31 @@ class Selection:
     def labels(self) -> np.ndarray | None:
         """Classes, int [examples], where they are known without reading; None where they are not.
 
-        Known are those of folders, digits and arrays; those of TFDS sets stand in the records.
+        Known are those of folders, tables, digits and arrays; those of TFDS sets stand in the
+        records.
         """
         return self.targets() if self.label_dtype == CLASS_INDEX else None
 
     def targets(self) -> np.ndarray | None:
         """Labels of any kind, [examples, ...], as `labels`."""
-        parts = self._known('labels')
-        return parts if parts is None else np.concatenate(parts)
+        return self._array('labels')
+
+    def groups(self) -> np.ndarray | None:
+        """What each example belongs to (a patient, a scene), str [examples]; None if not known."""
+        return self._array('groups')
+
+    def weights(self) -> np.ndarray | None:
+        """How much each example counts in training, float32 [examples]; None for all alike."""
+        return self._array('weights')
 
     def paths(self) -> list[str] | None:
         """The files of all examples, where each is a file; else None."""
         parts = self._known('paths')
         return parts if parts is None else [path for part in parts for path in part]
+
+    def _array(self, attribute: str) -> np.ndarray | None:
+        parts = self._known(attribute)
+        return parts if parts is None else np.concatenate(parts)
 
     def _known(self, attribute: str) -> list[Any] | None:
         """The parts of what the stored splits know of each example; None if one does not."""

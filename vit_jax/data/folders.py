@@ -23,17 +23,9 @@ from vit_jax.data import image_files
 from vit_jax.data.dataset import Dataset, Example, check_class_names
 from vit_jax.data.decode import BadImageError, read_file
 from vit_jax.data.holdout import stratified_order
+from vit_jax.data.splits import SPLITS, split_called
 from vit_jax.errors import UserError
 
-_SPLIT_NAMES = {
-    'train': 'train',
-    'training': 'train',
-    'validation': 'validation',
-    'val': 'validation',
-    'valid': 'validation',
-    'test': 'test',
-    'testing': 'test',
-}
 _DEPTH = 3  # to which folders of classes are looked for, where there are none
 _MAX_FOLDERS = 1000  # that are looked at
 
@@ -107,7 +99,7 @@ class _Files:
 def _split_folders(root: pathlib.Path) -> dict[str, pathlib.Path]:
     """The folder of each split; of a folder without splits, itself as `train`."""
     names = _subfolders(root)
-    splits = {name: _SPLIT_NAMES.get(name.lower()) for name in names}
+    splits = {name: split_called(name) for name in names}
     if not any(split == 'train' and _subfolders(root / name) for name, split in splits.items()):
         parts = [root / name for name, split in splits.items() if split and split != 'train']
         parts = [part for part in parts if _has_class_folders(part)]
@@ -129,7 +121,7 @@ def _split_folders(root: pathlib.Path) -> dict[str, pathlib.Path]:
             )
         else:
             folders[split] = root / name
-    return dict(sorted(folders.items(), key=lambda item: list(_SPLIT_NAMES).index(item[0])))
+    return dict(sorted(folders.items(), key=lambda item: SPLITS.index(item[0])))
 
 
 def _check_level(folder: pathlib.Path, classes: list[str]) -> None:

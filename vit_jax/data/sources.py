@@ -1,15 +1,16 @@
-"""Opens datasets of every kind: TFDS sets, folders of images and scikit-learn's digits."""
+"""Opens datasets of every kind: TFDS sets, folders, tables and scikit-learn's digits."""
 
 import dataclasses
 import functools
 import logging
 import os
 import pathlib
+from typing import Any
 
 import numpy as np
 
 from vit_jax import files
-from vit_jax.data import folders, splits, tfds_sets
+from vit_jax.data import folders, splits, tables, tfds_sets
 from vit_jax.data.dataset import Dataset, Example, Selection
 from vit_jax.data.holdout import stratified_order
 from vit_jax.errors import UserError, extra
@@ -24,9 +25,7 @@ def open_sources(
     *,
     train_split: str = '',
     test_split: str = '',
-    tfds_data_dir: str = '',
-    tfds_manual_dir: str = '',
-    channels: int = 3,
+    **options: Any,
 ) -> tuple[Selection, Selection]:
     """Opens the training and the test examples of a dataset.
 
@@ -34,9 +33,7 @@ def open_sources(
       dataset: see `open_dataset`.
       train_split: split specification (`Dataset.select`); '' takes `Dataset.default_specs`.
       test_split: likewise.
-      tfds_data_dir: see `open_dataset`.
-      tfds_manual_dir: see `open_dataset`.
-      channels: see `open_dataset`.
+      **options: see `open_dataset`.
 
     Returns:
       (training examples, test examples).
@@ -44,13 +41,7 @@ def open_sources(
     Raises:
       UserError: anything wrong with the dataset or the splits; the message says what to do.
     """
-    opened = open_dataset(
-        dataset,
-        tfds_data_dir=tfds_data_dir,
-        tfds_manual_dir=tfds_manual_dir,
-        channels=channels,
-    )
-    return _train_and_test(opened, train_split, test_split)
+    return _train_and_test(open_dataset(dataset, **options), train_split, test_split)
 
 
 def open_three(
@@ -60,9 +51,7 @@ def open_three(
     val_split: str = '',
     test_split: str = '',
     validate: bool = False,
-    tfds_data_dir: str = '',
-    tfds_manual_dir: str = '',
-    channels: int = 3,
+    **options: Any,
 ) -> tuple[Selection, Selection | None, Selection]:
     """Opens the training, validation and test examples of a dataset.
 
@@ -75,9 +64,7 @@ def open_three(
       validate: whether there have to be validation examples: without a `val_split`, those of a
         stored split `validation` that is neither trained nor tested on, else a tenth of the
         training examples.
-      tfds_data_dir: see `open_dataset`.
-      tfds_manual_dir: see `open_dataset`.
-      channels: see `open_dataset`.
+      **options: see `open_dataset`.
 
     Returns:
       (training examples, validation examples or None, test examples).
@@ -85,12 +72,7 @@ def open_three(
     Raises:
       UserError: as `open_sources`; or validation examples are tested on as well.
     """
-    opened = open_dataset(
-        dataset,
-        tfds_data_dir=tfds_data_dir,
-        tfds_manual_dir=tfds_manual_dir,
-        channels=channels,
-    )
+    opened = open_dataset(dataset, **options)
     train, test = _train_and_test(opened, train_split, test_split)
     if not val_split and validate:
         stored = opened.select('validation') if 'validation' in opened.splits else None
@@ -115,24 +97,32 @@ def _train_and_test(opened: Dataset, train: str, test: str) -> tuple[Selection, 
     return opened.select(train or defaults[0]), opened.select(test or defaults[1])
 
 
-def is_folder(dataset: str) -> bool:
-    """Whether `open_dataset` takes this for a folder, whatever sets of that name there are."""
-    return bool(dataset) and files.expand(dataset).is_dir()
+def is_path(dataset: str) -> bool:
+    """Whether `open_dataset` takes this for a folder or a file, whatever sets of that name are."""
+    return bool(dataset) and files.expand(dataset).exists()
 
 
 def lasting_name(dataset: str) -> str:
     """A name that means the same once the folder is gone: './cifar10' of a folder 'cifar10'."""
     plain = os.path.basename(dataset) == dataset
-    return os.path.join(os.curdir, dataset) if plain and is_folder(dataset) else dataset
+    return os.path.join(os.curdir, dataset) if plain and is_path(dataset) else dataset
 
 
 def open_dataset(
-    dataset: str, *, tfds_data_dir: str = '', tfds_manual_dir: str = '', channels: int = 3
+    dataset: str,
+    *,
+    tfds_data_dir: str = '',
+    tfds_manual_dir: str = '',
+    channels: int = 3,
+    columns: str = '',
+    image_root: str = '',
+    max_unreadable: float = 1.0,
 ) -> Dataset:
     """Opens a dataset by its name or path.
 
     Args:
-      dataset: a folder of images (`vit_jax.data.folders`); where there is no such folder, `digits`
+      dataset: a folder of images (`vit_jax.data.folders`), or a table of them
+        (`vit_jax.data.tables`); where there is neither of this name, `digits`
         (scikit-learn's handwritten digits), or the name of an image classification set of TFDS:
         `tf_flowers`, `name/config`, `name:version`. Where both are there, the log says so.
       tfds_data_dir: where TFDS sets are; '' is TFDS's default (`TFDS_DATA_DIR`, or
@@ -140,6 +130,10 @@ def open_dataset(
         there as TFRecord is converted, in a child process.
       tfds_manual_dir: files that had to be downloaded by hand, for the few sets that need it.
       channels: that images are to have: 3 (RGB), 1 (grey), or those of .npy files in a folder.
+      columns: of a table, which column is what; see `columns.choose_columns`.
+      image_root: of a table, the folder that its paths start from; '' for that of the table.
+      max_unreadable: of a table, the largest share of rows that may be unusable; others are named
+        in the log.
 
     Returns:
       The dataset; only descriptions have been read, no images.
@@ -152,6 +146,23 @@ def open_dataset(
             'no dataset given: --config.dataset takes the name of a TFDS set, a folder or digits'
         )
     path = files.expand(dataset)
+    if path.suffix.lower() in tables.SUFFIXES and not path.is_dir():
+        if not path.exists():
+            raise UserError(f'there is no table {dataset} (seen from {pathlib.Path.cwd()})')
+        return tables.open_table(
+            path,
+            dataset,
+            columns=columns,
+            image_root=image_root,
+            channels=channels,
+            max_unreadable=max_unreadable,
+        )
+    for knob, value in (('columns', columns), ('image_root', image_root)):
+        if value:
+            raise UserError(
+                f'config.{knob}={value!r} is for tables ({", ".join(tables.SUFFIXES)}), and '
+                f'{dataset} is none: leave it out'
+            )
     if path.is_dir():
         if dataset == 'digits' or tfds_sets.is_known(dataset):
             _log.warning(
@@ -165,7 +176,8 @@ def open_dataset(
         return _open_digits(channels)
     if path.exists():
         raise UserError(
-            f'dataset {dataset} is a file; give the folder that holds the folders of the classes'
+            f'dataset {dataset} is a file, but no table ({", ".join(tables.SUFFIXES)}); give one, '
+            'or the folder that holds the folders of the classes'
         )
     if (
         dataset.startswith(('/', './', '../', '~'))

@@ -1,9 +1,27 @@
-"""Split specifications: the grammar of TensorFlow Datasets, and shares to hold out."""
+"""Names of splits; specifications: the grammar of TensorFlow Datasets, and shares to hold out."""
 
 import re
 from collections.abc import Mapping
 
 from vit_jax.errors import UserError, extra
+
+
+# What folders and files of splits, and cells of tables, are called.
+_NAMES = {
+    'train': 'train',
+    'training': 'train',
+    'validation': 'validation',
+    'val': 'validation',
+    'valid': 'validation',
+    'test': 'test',
+    'testing': 'test',
+}
+SPLITS = tuple(dict.fromkeys(_NAMES.values()))
+
+
+def split_called(name: str) -> str | None:
+    """The split that a name is for, one of `SPLITS`; None if it is none. Case does not count."""
+    return _NAMES.get(name.lower())
 
 
 def is_share(spec: str) -> bool:

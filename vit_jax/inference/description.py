@@ -85,6 +85,8 @@ class TrainingData:
         test: of the one that was tested on.
         train_fingerprint: of the former, see `dataset.Selection.fingerprint`.
         val: specification of the split that something was chosen on.
+        columns: of a table, see `sources.open_dataset`.
+        image_root: likewise.
     """
 
     dataset: str = ''
@@ -92,6 +94,8 @@ class TrainingData:
     test: str = ''
     train_fingerprint: str = ''
     val: str = ''
+    columns: str = ''
+    image_root: str = ''
 
 
 def read(kind: type[T], found: Mapping[str, Any]) -> T:

@@ -117,7 +117,7 @@ def check_outcomes(path: str, *, overwrite: bool) -> None:
         raise UserError(f'--predictions {path}: the file is NAME.csv or NAME.parquet')
     files.check_output(path, overwrite=overwrite, flag='--predictions')
     if path.endswith('.parquet'):
-        with extra('train'):
+        with extra('parquet'):
             import pyarrow  # noqa: F401
 
 
@@ -151,7 +151,7 @@ def write_outcomes(
     columns['readable'] = found.readable.tolist()
     with files.atomic_file(path) as part:
         if os.fspath(path).endswith('.parquet'):
-            with extra('train'):
+            with extra('parquet'):
                 import pyarrow
                 from pyarrow import parquet
             parquet.write_table(pyarrow.table(columns), part)

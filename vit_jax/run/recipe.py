@@ -236,6 +236,8 @@ def _loss_by_labels(train: Selection | BatchStream) -> str:
     if isinstance(train, Selection):
         if train.several:
             return 'sigmoid'
+        if train.units:
+            return 'mse'
         labels = train.targets()
     if labels is not None and (labels >= 0).all():
         if np.allclose(labels.sum(axis=-1), 1, atol=1e-3):  # probabilities

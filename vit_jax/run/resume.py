@@ -26,8 +26,8 @@ DATA_FILE = 'data.json'
 # Settings that do not change what is learned. All others stay as they were when the run began.
 FREE = frozenset({
     # Where and how to read. The examples themselves are compared by `check_data`.
-    'dataset', 'tfds_data_dir', 'tfds_manual_dir', 'data_threads', 'cache',
-    'max_unreadable',
+    'dataset', 'columns', 'image_root', 'tfds_data_dir', 'tfds_manual_dir', 'data_threads',
+    'cache', 'max_unreadable',
     # How often to report, what to keep, what to put up with.
     'batch_eval', 'progress_every', 'eval_every', 'checkpoint_every',
     'keep_checkpoints', 'keep_best', 'patience', 'report', 'nan_policy', 'check_memory',

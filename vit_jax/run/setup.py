@@ -191,6 +191,9 @@ def _open(
         tfds_data_dir=config.tfds_data_dir,
         tfds_manual_dir=config.tfds_manual_dir,
         channels=config.pp.channels,
+        columns=config.columns,
+        image_root=config.image_root,
+        max_unreadable=config.max_unreadable,
     )
 
 
