@@ -5,7 +5,6 @@ from collections.abc import Mapping
 
 from vit_jax.errors import UserError, extra
 
-
 # What folders and files of splits, and cells of tables, are called.
 _NAMES = {
     'train': 'train',
