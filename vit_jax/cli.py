@@ -103,7 +103,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def data_of(args: argparse.Namespace) -> dict[str, str]:
+def data_of(args: argparse.Namespace) -> dict[str, Any]:
     """What `add_data` asked for: arguments of `sources.open_dataset`."""
     return {name: getattr(args, name) for name in ('tfds_data_dir', 'columns', 'image_root')}
 

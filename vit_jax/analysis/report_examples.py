@@ -15,6 +15,7 @@ from vit_jax.data.dataset import Example, Selection, Source
 from vit_jax.data.decode import decode, load_image
 from vit_jax.data.holdout import coverage_notes
 from vit_jax.errors import UserError
+from vit_jax.evaluate import Outcomes
 from vit_jax.inference import labels, model_folder
 from vit_jax.inference import metrics as classification_metrics
 from vit_jax.inference.classifier import JaxClassifier
@@ -166,6 +167,8 @@ def predict(run: Run, test: Selection, limit: int | None = None) -> Predictions:
     found, _ = classification_metrics.collect(
         classifier, _Subset(test, chosen), model_labels=to_model, batch=_BATCH
     )
+    if not isinstance(found, Outcomes):
+        raise UserError('the report has no images of models whose answer is not one class')
     metrics = classification_metrics.compute(found, model.class_names)
     # NaN would be neither best nor worst; it is wrong with no probability at all.
     score = np.nan_to_num(found.log_probability, nan=-np.inf)
