@@ -115,10 +115,9 @@ def make_dataset(
         if len(rows):
             classes = labels[rows] if kind == ONE else np.zeros(len(rows), int)
             rows = rows[stratified_order(classes)]
-            of_rows = [
-                None if known is None else known[rows] for known in (labels, groups, weights)
-            ]
-            made[split] = _Rows(images, rows, numbers, name, *of_rows)
+            of_groups = None if groups is None else groups[rows]
+            of_weights = None if weights is None else weights[rows]
+            made[split] = _Rows(images, rows, numbers, name, labels[rows], of_groups, of_weights)
     if kind == ONE and not class_names:
         names = _of_training(made, names, name)
     check_class_names(names, name)
