@@ -13,8 +13,10 @@ from vit_jax import data, losses, train
 from vit_jax.configs import digits
 from vit_jax.data import own
 from vit_jax.errors import UserError
+from vit_jax.evaluate import Outputs
 from vit_jax.export import onnx, pytorch
 from vit_jax.inference import classifier, model_folder, predict
+from vit_jax.inference import several as several_metrics
 from vit_jax.inference.task import Task
 
 RNG = np.random.RandomState(0)
@@ -35,10 +37,9 @@ def make_config(**changes):
     return config_lib.resolve(config)
 
 
-def run(workdir, labels, names, units=(), **changes):
+def run(workdir, labels, names, units=(), parts=(slice(30), slice(30, 40)), **changes):
     sources = tuple(
-        data.from_arrays(PIXELS[part], labels[part], names, units=units)
-        for part in (slice(30), slice(30, 40))
+        data.from_arrays(PIXELS[part], labels[part], names, units=units) for part in parts
     )
     params = train.train_and_evaluate(make_config(**changes), workdir, sources=sources)
     lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
@@ -79,6 +80,24 @@ def test_several_classes_are_told_from_the_labels_and_scored(several):
     loss, _ = losses.sigmoid_cross_entropy(logits, {'label': SEVERAL[30:]}, None)
     assert lines[-1]['loss_test'] == pytest.approx(float(loss), rel=1e-5)
     assert 'mean_average_precision' in (workdir / 'train.log').read_text()
+
+
+def test_the_threshold_is_chosen_on_validation_images_and_kept(several, tmp_path, photo):
+    parts = (slice(20), slice(20, 30), slice(30, 40))
+    changes = {'keep_best': True, 'total_steps': 6, 'base_lr': 0.3}
+    _, lines = run(tmp_path / 'run', SEVERAL, ('cat', 'dog', 'cow'), parts=parts, **changes)
+    assert {'mean_average_precision_val', 'mean_average_precision_test'} <= set().union(*lines)
+    model = model_folder.load(tmp_path / 'run/model')
+    pixels = np.stack([model.preprocess.evaluate(image) for image in PIXELS[20:30]])
+    logits = model.model.apply({'params': model.params}, pixels / 127.5 - 1, train=False)
+    found = Outputs(SEVERAL[20:30], np.ones(10, bool), np.asarray(logits))
+    chosen = several_metrics.choose_threshold(found, model.task)
+    assert model.task.threshold == chosen != 0.5
+    assert model.task.chosen_on == 'arrays all (10 examples)'
+    assert 'chosen on arrays all (10 examples)' in (tmp_path / 'run/train.log').read_text()
+    assert 'not chosen: no config.pp.val' in (several[0] / 'train.log').read_text()
+    onnx.save(onnx.build(model), tmp_path / 'a.onnx')
+    assert classifier.open_classifier(tmp_path / 'a.onnx').task == model.task
 
 
 def test_numbers_are_trained_in_their_scale_and_told_in_their_units(numbers, photo):

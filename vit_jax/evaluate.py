@@ -225,12 +225,9 @@ def evaluate(
     preprocess: Preprocess,
     mesh: 'Mesh',
     *,
-    batch: int,
     split: str = 'test',
     task: Task = ONE_CLASS,
-    threads: int | None = None,
-    on_bad: OnBad | None = None,
-    should_stop: Callable[[], bool] | None = None,
+    **reading: Any,
 ) -> tuple[dict[str, float], float] | None:
     """Loss and accuracy of a model that is being trained, over all examples of a source.
 
@@ -245,13 +242,9 @@ def evaluate(
       source: the examples.
       preprocess: how they become the model's input.
       mesh: the devices; the batch is spread over all of them.
-      batch: images per step; rounded up to a multiple of the devices. The last one is padded, and
-        the padding does not count.
       split: what the examples are for: 'test' or 'val'.
       task: what the outputs are.
-      threads: readers, see `eval_batches`.
-      on_bad: see `eval_batches`.
-      should_stop: asked after each batch; once it says so, the evaluation ends without a result.
+      **reading: `batch` and others of `collect`.
 
     Returns:
       The `task_totals` and `own_totals`, `accuracy_{split}` and so on; and the speed, images per
@@ -260,6 +253,51 @@ def evaluate(
     Raises:
       BadImageError: without `on_bad`, an image that cannot be read.
       UserError: no examples, or not one that can be read.
+    """
+    begin = time.monotonic()
+    found = collect(eval_step, params, source, preprocess, mesh, **reading)
+    if found is None:
+        return None
+    speed = len(source) / (time.monotonic() - begin) / mesh.devices.size
+    own = {name: found.pop(name) for name in list(found) if name.startswith(OWN)}
+    metrics = task_totals(found, task, len(source.class_names))
+    if own:
+        metrics |= own_totals(own, found['readable'])
+    return {f'{name}_{split}': value for name, value in metrics.items()}, speed
+
+
+def collect(
+    eval_step: 'Callable[[Any, Any], dict[str, jax.Array]]',
+    params: Any,
+    source: Source | Reader,
+    preprocess: Preprocess,
+    mesh: 'Mesh',
+    *,
+    batch: int,
+    threads: int | None = None,
+    on_bad: OnBad | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> dict[str, np.ndarray] | None:
+    """What an evaluation step tells of all examples of a source.
+
+    Args:
+      eval_step: see `evaluate`.
+      params: see `evaluate`.
+      source: see `evaluate`.
+      preprocess: see `evaluate`.
+      mesh: see `evaluate`.
+      batch: images per step; rounded up to a multiple of the devices. The last one is padded, and
+        the padding does not count.
+      threads: readers, see `eval_batches`.
+      on_bad: see `eval_batches`.
+      should_stop: asked after each batch; once it says so, the evaluation ends without a result.
+
+    Returns:
+      The `columns`; None if `should_stop` ended it.
+
+    Raises:
+      BadImageError: see `evaluate`.
+      UserError: no examples.
     """
     import jax
 
@@ -280,15 +318,9 @@ def evaluate(
         told = eval_step(params, sharding.put_batch(data, mesh))
         return lambda: jax.device_get(told)
 
-    begin, parts = time.monotonic(), []
+    parts = []
     for part in in_order(start, batches, sharding.steps_ahead()):
         parts.append(part)
         if should_stop and should_stop():
             return None
-    found = columns(parts, len(source))
-    speed = len(source) / (time.monotonic() - begin) / devices
-    own = {name: found.pop(name) for name in list(found) if name.startswith(OWN)}
-    metrics = task_totals(found, task, len(source.class_names))
-    if own:
-        metrics |= own_totals(own, found['readable'])
-    return {f'{name}_{split}': value for name, value in metrics.items()}, speed
+    return columns(parts, len(source))

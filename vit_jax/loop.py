@@ -42,7 +42,8 @@ from vit_jax.data.preprocess import Preprocess
 from vit_jax.data.reader import ImageCache, Reader, once_per_key
 from vit_jax.data.stream import BatchStream
 from vit_jax.errors import UserError
-from vit_jax.inference.task import ONE_CLASS, Task
+from vit_jax.inference import several
+from vit_jax.inference.task import ONE_CLASS, SEVERAL, Task
 from vit_jax.run import preemption, recipe, telemetry
 from vit_jax.run.callbacks import Callbacks
 from vit_jax.run.choice import Choice
@@ -367,6 +368,28 @@ class Loop:
             return False
         self._checkpoints.protect(step)
         return True
+
+    def task_of(self, params: Any) -> Task:
+        """The task of the model that these parameters are of.
+
+        Where an image may have several classes, its threshold is the best on validation images.
+        """
+        run = self._run
+        if run.task.kind != SEVERAL or run.val is None:
+            return run.task
+        found = evaluate.collect(
+            self._eval_step,
+            params,
+            self._eval_images['val'],
+            run.preprocess,
+            run.mesh,
+            batch=run.config.batch_eval,
+            threads=run.threads,
+            on_bad=self._on_bad,
+        )
+        assert found is not None  # nothing stops it
+        threshold = several.choose_threshold(evaluate.Outputs.of(found), run.task)
+        return dataclasses.replace(run.task, threshold=threshold, chosen_on=repr(run.val))
 
     def _name_unreadable(self, error: BadImageError) -> None:
         self._run.log.note(f'WARNING: {error}', 'unreadable', image=error.key)

@@ -28,6 +28,7 @@ from vit_jax.data.holdout import coverage_notes
 from vit_jax.data.sources import lasting_name
 from vit_jax.data.stream import BatchStream
 from vit_jax.errors import UserError
+from vit_jax.inference.task import NUMBERS, SEVERAL, Task
 from vit_jax.run import distributed, product, recipe, resources, resume, run_info, telemetry
 from vit_jax.run.callbacks import Callbacks
 from vit_jax.run.choice import FEW, Choice
@@ -160,9 +161,11 @@ def _train(run: loop.Run, setup: Setup, checkpoints: workdir_lib.Checkpoints) ->
     steps_loop.test_at_end(last, state, best)
     # First, because the other one marks the run as finished.
     if best != last:
-        _write_model_folder(run, setup, state.model_params, product.BEST_MODEL_FOLDER, best)
+        task = steps_loop.task_of(state.model_params)
+        _write_model_folder(run, setup, state.model_params, product.BEST_MODEL_FOLDER, best, task)
     del state
-    _write_model_folder(run, setup, params, product.MODEL_FOLDER, last)
+    task = steps_loop.task_of(params)
+    _write_model_folder(run, setup, params, product.MODEL_FOLDER, last, task)
     return params
 
 
@@ -272,7 +275,8 @@ def _introduce(run: loop.Run, setup: Setup) -> None:
     tested = f'tested on {run.test!r}'
     if run.val is not None:
         tested = f'validated on {run.val!r}, tested once, at the end, on {run.test!r}'
-    log.info(f'data: {run.train!r}, {tested}; {len(names)} classes: {shown}')
+    what = 'numbers' if run.task.kind == NUMBERS else 'classes'
+    log.info(f'data: {run.train!r}, {tested}; {len(names)} {what}: {shown}')
     if setup.schedule is not None:
         log.info(f'schedule: {recipe.describe_schedule(config, run.train)}')
     augmentation = recipe.describe_augmentation(config)
@@ -336,7 +340,9 @@ def _is_finished(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> bo
     return True
 
 
-def _write_model_folder(run: loop.Run, setup: Setup, params: Any, name: str, step: int) -> None:
+def _write_model_folder(
+    run: loop.Run, setup: Setup, params: Any, name: str, step: int, task: Task
+) -> None:
     """Writes a product of the run: the parameters of a step, on the devices."""
     if setup.no_folder:
         _say_no_folder(run, setup.no_folder, step)
@@ -357,7 +363,7 @@ def _write_model_folder(run: loop.Run, setup: Setup, params: Any, name: str, ste
         run.train.class_names,
         run.preprocess,
         source,
-        setup.task,
+        task,
     )
     try:
         folder = made.write(params, name, step)
@@ -367,6 +373,9 @@ def _write_model_folder(run: loop.Run, setup: Setup, params: Any, name: str, ste
         _say_no_folder(run, str(error), step)
         return
     of = f' (step {step:,})' if name != product.MODEL_FOLDER else ''
+    if task.kind == SEVERAL:
+        on = f'chosen on {task.chosen_on}' if task.chosen_on else 'not chosen: no config.pp.val'
+        of += f'; a class is found from a probability of {task.threshold:g} on ({on})'
     run.log.info(f'model folder: {folder}{of}', 'saved_model', step=step)
 
 
