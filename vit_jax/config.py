@@ -18,6 +18,7 @@ import ml_collections
 from vit_jax import files, variants
 from vit_jax.checkpoint.resize import PATCH_METHODS
 from vit_jax.configs import common, datasets
+from vit_jax.data import remote
 from vit_jax.data.host_augment import randaug_of
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.data.randaugment import AUGREG
@@ -81,7 +82,8 @@ def resolve(
     # How long the training is that the warm-up was made for.
     duration, warm_up_of = 'total_steps', resolved.total_steps
     presets = config.get('dataset_presets', {})
-    path = files.expand(dataset).exists()  # may be called as a set is; see `sources.open_dataset`
+    # May be called as a set is; see `sources.open_dataset`.
+    path = remote.is_remote(dataset, '--config.dataset') or files.expand(dataset).exists()
     for layer in (
         {} if path else datasets.get_preset(dataset),
         presets.get('any', {}),
@@ -272,6 +274,9 @@ def _overlay(target: ml_collections.ConfigDict, layer: Mapping[str, Any]) -> Non
 
 
 def _check(config: ml_collections.ConfigDict) -> None:
+    for key in ('tfds_data_dir', 'tfds_manual_dir', 'compile_cache'):
+        if remote.scheme_of(config[key]):
+            raise UserError(f'config.{key}={config[key]} has to be a folder on this machine')
     for key, choices in _CHOICES.items():
         if config[key] not in choices:
             names = ', '.join(repr(choice) for choice in choices)

@@ -139,6 +139,7 @@ def check_output(path: Path, *, overwrite: bool, flag: str) -> None:
     Raises:
         UserError: it exists, or its folder does not.
     """
+    refuse_address(path, flag)
     path = pathlib.Path(path)
     if path.is_dir():
         raise UserError(f'{flag} {path} is a folder; name a file in it')
@@ -150,8 +151,29 @@ def check_output(path: Path, *, overwrite: bool, flag: str) -> None:
         raise UserError(f'{flag} {path}: there is no folder {path.parent}; make it first')
 
 
+def refuse_address(path: Path, what: str) -> None:
+    """Raises `UserError` for gs://bucket/x and the like, which would be a folder `gs:` here.
+
+    Args:
+        path: to be written.
+        what: it is, for the message.
+    """
+    first = pathlib.PurePath(path).parts[:1]  # '//' is '/' to pathlib
+    if (
+        first
+        and re.fullmatch(r'[A-Za-z][A-Za-z0-9+.-]+:', first[0])
+        and not os.path.exists(first[0])
+    ):
+        raise UserError(
+            f'{what} {os.fspath(path)} is an address, and this is written on this machine only: '
+            'name a path, and copy it there'
+        )
+
+
 @contextlib.contextmanager
-def atomic_file(path: Path, *, overwrite: bool = True) -> Iterator[pathlib.Path]:
+def atomic_file(
+    path: Path, *, overwrite: bool = True, sweep: bool = True
+) -> Iterator[pathlib.Path]:
     """A file that appears under its name, complete and on disk, when the block ends.
 
     After an error or Ctrl-C nothing of it is left, and an older file is as it was.
@@ -160,6 +182,7 @@ def atomic_file(path: Path, *, overwrite: bool = True) -> Iterator[pathlib.Path]
         path: of the file; its folder must exist. A stream (/dev/stdout, a pipe, a device) is given
             to the block as it is.
         overwrite: whether a file that is there in the end may be replaced.
+        sweep: whether to look for what killed writers left of it, which lists its folder.
 
     Yields:
         Where to write it.
@@ -173,7 +196,7 @@ def atomic_file(path: Path, *, overwrite: bool = True) -> Iterator[pathlib.Path]
         with _in_words(path, path):
             yield path
         return
-    with _part_of(path) as part:
+    with _part_of(path, sweep=sweep) as part:
         yield part
         _flush(part)
         if not overwrite and os.path.lexists(path):
@@ -203,6 +226,7 @@ def atomic_folder(folder: Path, *, exists: str = 'refuse') -> Iterator[pathlib.P
         UserError: it cannot be written, or is refused. An OSError of the block that is about
             another file is let through.
     """
+    refuse_address(folder, 'the output')
     folder = pathlib.Path(folder).absolute()
     recover(folder)
     with _part_of(folder) as part:
@@ -256,7 +280,7 @@ def recover(folder: Path) -> None:
     if os.path.lexists(folder):
         return
     for pid in _leftovers(folder, 'old'):
-        if _is_running(pid):
+        if is_running(pid):
             continue
         new, old = _beside(folder, pid, 'part'), _beside(folder, pid, 'old')
         # The old one is put aside only when the new one is complete.
@@ -287,10 +311,12 @@ def _children(node: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _part_of(path: pathlib.Path) -> Iterator[pathlib.Path]:
+def _part_of(path: pathlib.Path, *, sweep: bool = True) -> Iterator[pathlib.Path]:
     """The hidden name under which `path` is written; what has it in the end is removed."""
+    refuse_address(path, 'the output')
     part = _beside(path, os.getpid(), 'part')
-    _remove_leftovers(path)
+    if sweep:
+        _remove_leftovers(path)
     with _in_words(path, part):
         try:
             yield part
@@ -379,7 +405,7 @@ def _remove_leftovers(path: pathlib.Path) -> None:
     """Removes what killed writers of a file or folder left beside it."""
     for kind in ('part', 'old'):
         for pid in _leftovers(path, kind):
-            if not _is_running(pid):
+            if not is_running(pid):
                 with contextlib.suppress(OSError):  # perhaps another user's
                     _remove(_beside(path, pid, kind))
 
@@ -391,7 +417,8 @@ def _remove(path: pathlib.Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _is_running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
+    """Whether there is another process of this id on this machine."""
     if pid == os.getpid():
         return False  # A name of an earlier process with this id; ours is not made yet.
     try:

@@ -29,7 +29,16 @@ from vit_jax.data.sources import lasting_name
 from vit_jax.data.stream import BatchStream
 from vit_jax.errors import UserError
 from vit_jax.inference.task import NUMBERS, SEVERAL, Task
-from vit_jax.run import distributed, product, recipe, resources, resume, run_info, telemetry
+from vit_jax.run import (
+    distributed,
+    product,
+    recipe,
+    remote_workdir,
+    resources,
+    resume,
+    run_info,
+    telemetry,
+)
 from vit_jax.run.callbacks import Callbacks
 from vit_jax.run.choice import FEW, Choice
 from vit_jax.run.setup import Parts, Setup, Sources, initial_params, set_up, weights_name
@@ -56,6 +65,7 @@ def train_and_evaluate(
       config: resolved, see `config.resolve`.
       workdir: folder of the run: checkpoints, `metrics.jsonl`, `timing.jsonl`, `train.log`,
         TensorBoard events, `config.json`, `data.json`, and at the end the model folder `model/`.
+        An address (`gs://`, `s3://`) is for one process, see `run.remote_workdir`.
       sources: training and test examples, or training, validation and test examples, in place of
         the config's dataset: of `vit_jax.data` (`from_arrays`, `from_sequence`), or any `Source`;
         the first may be a `BatchStream`.
@@ -78,12 +88,22 @@ def train_and_evaluate(
         checkpoint cannot be written.
       PreemptedError: SIGTERM or Ctrl-C came; the state is saved.
     """
-    workdir = pathlib.Path(workdir)
     parts = Parts(sources, loss_fn, tx, model)
-    called = Callbacks(callbacks)
     if sources is not None:
         config = ml_collections.ConfigDict(config.to_dict() | {'dataset': ''}).lock()
-    if not config.epochs and _is_finished(config, workdir):
+    with remote_workdir.mirrored(workdir) as folder:
+        return _train_in(folder, os.fspath(workdir), config, parts, Callbacks(callbacks))
+
+
+def _train_in(
+    workdir: pathlib.Path,
+    name: str,
+    config: ml_collections.ConfigDict,
+    parts: Parts,
+    called: Callbacks,
+) -> Mapping[str, Any] | None:
+    """`train_and_evaluate` in a folder of this machine, which messages call `name`."""
+    if not config.epochs and _is_finished(config, workdir, name):
         return None
     with contextlib.ExitStack() as stack:
         with distributed.fail_together():
@@ -91,11 +111,14 @@ def train_and_evaluate(
                 stack.enter_context(resume.locked(workdir))
         with distributed.fail_together():
             setup = set_up(config, workdir, parts)
-        if config.epochs and _is_finished(config, workdir):  # now it is known how many steps
+        if config.epochs and _is_finished(config, workdir, name):  # now it is known how many steps
             return None
         log = stack.enter_context(
             telemetry.Telemetry(
-                workdir, total_steps=config.total_steps, process_index=jax.process_index()
+                workdir,
+                name=name,
+                total_steps=config.total_steps,
+                process_index=jax.process_index(),
             )
         )
         run = loop.Run(
@@ -326,7 +349,7 @@ def _data_notes(run: loop.Run) -> list[str]:
     return notes
 
 
-def _is_finished(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> bool:
+def _is_finished(config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str) -> bool:
     """Whether the run has all its steps and its model folder; then says so."""
     last = max(workdir_lib.saved_steps(workdir), default=0)
     finished = last == config.total_steps or Choice(config).read(workdir, up_to=last).is_over()
@@ -334,8 +357,8 @@ def _is_finished(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> bo
         return False
     if jax.process_index() == 0:
         print(
-            f'{workdir}: this run is finished ({last:,} steps); its model is '
-            f'{workdir / product.MODEL_FOLDER}. For another run use another --workdir.'
+            f'{name}: this run is finished ({last:,} steps); its model is '
+            f'{name}/{product.MODEL_FOLDER}. For another run use another --workdir.'
         )
     return True
 

@@ -17,7 +17,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 class Run:
     """A process of `python -m vit_jax.main`; its output goes to a file. Kill it with `kill`.
 
-    `fresh` starts a Python for it; else it is forked, with the slow imports done.
+    `fresh` starts a Python for it; else it is forked, with the slow imports done. `program` is what
+    Python runs.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class Run:
         config='tests/endurance/tiny.py',
         env=(),
         fresh=False,
+        program=('-m', 'vit_jax.main'),
     ):
         self.log = pathlib.Path(log)
         environment = {
@@ -40,7 +42,7 @@ class Run:
             'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} --xla_backend_optimization_level=0',
             **dict(env),
         }
-        words = ['-m', 'vit_jax.main', '--config', config]
+        words = [*program, '--config', config]
         words += ['--workdir', str(workdir), f'--config.compile_cache={cache}', *flags]
         if not fresh:
             self._process = forked.Popen(words, cwd=ROOT, env=environment, stdout=self.log)

@@ -73,6 +73,7 @@ def default_folder(model: str) -> pathlib.Path:
 
 def check_folder(folder: pathlib.Path) -> None:
     """Raises `UserError` for a folder that has files, or whose parent is not there."""
+    files.refuse_address(folder, '--output')
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f'--output {folder} exists and is not empty; name another folder')
     if os.path.lexists(folder) and not folder.is_dir():

@@ -15,6 +15,7 @@ publish.
 import csv
 import dataclasses
 import difflib
+import logging
 import os
 import pathlib
 import re
@@ -22,7 +23,10 @@ import urllib.parse
 
 from vit_jax import files
 from vit_jax.checkpoint import download
+from vit_jax.data import remote
 from vit_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 BASE_URL = 'https://storage.googleapis.com'
 BUCKET = 'vit_models'
@@ -129,7 +133,8 @@ def resolve(pretrained: str, *, option: str = download.OPTION) -> pathlib.Path:
     Args:
         pretrained: a file; a model folder; a folder of Hugging Face or timm; a released name, with
             or without '.npz' ('imagenet21k/ViT-B_16', 'augreg/<file name>'); or an address,
-            'gs://bucket/path' or 'https://...'.
+            'gs://bucket/path', 's3://bucket/path' or 'https://...'. A file in a bucket of gs:// is
+            read without an account, unless the package gcsfs is there and it is no released one.
         option: how a user names a file instead, for messages.
 
     Returns:
@@ -138,6 +143,9 @@ def resolve(pretrained: str, *, option: str = download.OPTION) -> pathlib.Path:
     Raises:
         UserError: no such file or name (the nearest names are given), or it cannot be downloaded.
     """
+    if _is_private(pretrained):
+        path = remote.local_copy(pretrained, _log.info)
+        return path / 'params.npz' if (path / 'params.npz').is_file() else path
     if '://' in pretrained:
         name = pretrained.removeprefix('gs://').removeprefix(f'{BUCKET}/')
         return _fetch(pretrained, RELEASED.get(name), option)
@@ -218,6 +226,16 @@ def _best_augreg(index: pathlib.Path, model: str) -> str:
     return best[model][1]
 
 
+def _is_private(address: str) -> bool:
+    """Whether an address is read with the account of the user, by the packages of `remote`."""
+    scheme = remote.scheme_of(address)
+    if scheme != 'gs':
+        return scheme == 's3'
+    bucket = address.split('://', 1)[1].split('/', 1)[0]
+    public = bucket == BUCKET or f'{bucket}/' in _OTHER_BUCKETS
+    return not public and 'VIT_JAX_BASE_URL' not in os.environ and remote.is_there(scheme)
+
+
 def _fetch(address: str, mib: float | None, option: str) -> pathlib.Path:
     try:
         address.encode()  # what comes from a command line may hold bytes that are not text
@@ -226,7 +244,8 @@ def _fetch(address: str, mib: float | None, option: str) -> pathlib.Path:
         raise UserError(f'cannot download {ascii(address)}: it is not an address ({e})') from e
     if parsed.scheme not in ('gs', 'http', 'https') or not parsed.netloc:
         raise UserError(
-            f'cannot download {address}: expected gs://bucket/path or https://host/path'
+            f'cannot download {address}: expected gs://bucket/path, s3://bucket/path or '
+            'https://host/path'
         )
     if parsed.scheme == 'gs':
         base = os.environ.get('VIT_JAX_BASE_URL', BASE_URL).rstrip('/')
@@ -239,6 +258,5 @@ def _fetch(address: str, mib: float | None, option: str) -> pathlib.Path:
         url = address
     # Whole paths: SAM and GSAM files have the names of others, and only the folder differs.
     parts = [part for part in key.split('/') if part not in ('', '.', '..')]
-    root = os.environ.get('VIT_JAX_CACHE') or '~/.cache/vit_jax'
-    target = files.expand(root).joinpath(*parts)
+    target = remote.cache_folder().joinpath(*parts)
     return download.fetch(url, target, published_mib=mib, option=option)

@@ -220,8 +220,10 @@ def _same(name: str, other: str) -> bool:
 
 
 def _check_output(folder: pathlib.Path, overwrite: bool) -> None:
+    from vit_jax import files
     from vit_jax.errors import UserError
 
+    files.refuse_address(folder, '--output')
     if folder.exists():
         if not overwrite:
             raise UserError(f'--output {folder} exists; name another folder, or add --overwrite')

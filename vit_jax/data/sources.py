@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax import files
-from vit_jax.data import folders, splits, tables, tfds_sets
+from vit_jax.data import folders, remote, splits, tables, tfds_sets
 from vit_jax.data.dataset import Dataset, Example, Selection
 from vit_jax.data.holdout import stratified_order
 from vit_jax.errors import UserError, extra
@@ -99,7 +99,7 @@ def _train_and_test(opened: Dataset, train: str, test: str) -> tuple[Selection, 
 
 def is_path(dataset: str) -> bool:
     """Whether `open_dataset` takes this for a folder or a file, whatever sets of that name are."""
-    return bool(dataset) and files.expand(dataset).exists()
+    return bool(remote.scheme_of(dataset)) or (bool(dataset) and files.expand(dataset).exists())
 
 
 def lasting_name(dataset: str) -> str:
@@ -122,7 +122,8 @@ def open_dataset(
 
     Args:
       dataset: a folder of images (`vit_jax.data.folders`), or a table of them
-        (`vit_jax.data.tables`); where there is neither of this name, `digits`
+        (`vit_jax.data.tables`), either here or in cloud storage, of which a copy in the cache is
+        brought up to date (`remote.local_copy`); where there is neither of this name, `digits`
         (scikit-learn's handwritten digits), or the name of an image classification set of TFDS:
         `tf_flowers`, `name/config`, `name:version`. Where both are there, the log says so.
       tfds_data_dir: where TFDS sets are; '' is TFDS's default (`TFDS_DATA_DIR`, or
@@ -145,7 +146,10 @@ def open_dataset(
         raise UserError(
             'no dataset given: --config.dataset takes the name of a TFDS set, a folder or digits'
         )
-    path = files.expand(dataset)
+    if remote.is_remote(dataset, 'the dataset'):
+        path = remote.local_copy(dataset, _log.warning)
+    else:
+        path = files.expand(dataset)
     if path.suffix.lower() in tables.SUFFIXES and not path.is_dir():
         if not path.exists():
             raise UserError(f'there is no table {dataset} (seen from {pathlib.Path.cwd()})')

@@ -238,6 +238,8 @@ def open_model(
     files.recover(path)
     if catalog.is_name(name) and not os.path.lexists(path):
         path = catalog.resolve(name, option='--model FILE')
+        if (path.parent / MODEL_FILE).is_file():  # a model folder in cloud storage
+            path = path.parent
     if path.is_dir() and ((path / MODEL_FILE).is_file() or not (path / 'config.json').is_file()):
         if variant:
             raise UserError(f'{path} is a model folder, which knows its variant; leave it out')

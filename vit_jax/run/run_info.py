@@ -22,11 +22,11 @@ VERSIONS_FILE = 'versions.json'
 # The packages of which versions.json tells the versions: those of pyproject.toml, and those that
 # these are made of. A list, because a checkout that is not installed knows no requirements.
 _PACKAGES = (
-    'absl-py', 'etils', 'filelock', 'flatbuffers', 'flax', 'grain', 'jax', 'jax-cuda12-plugin',
-    'jaxlib', 'jinja2', 'matplotlib', 'ml_collections', 'numpy', 'onnx', 'onnxruntime',
-    'opencv-python-headless', 'optax', 'orbax-checkpoint', 'pillow', 'protobuf', 'rich',
-    'safetensors', 'scikit-learn', 'scipy', 'sentencepiece', 'simplejpeg', 'tensorboard',
-    'tensorflow-cpu', 'tensorflow-datasets',
+    'absl-py', 'etils', 'filelock', 'flatbuffers', 'flax', 'fsspec', 'gcsfs', 'grain', 'jax',
+    'jax-cuda12-plugin', 'jaxlib', 'jinja2', 'matplotlib', 'ml_collections', 'numpy', 'onnx',
+    'onnxruntime', 'opencv-python-headless', 'optax', 'orbax-checkpoint', 'pillow', 'pillow-heif',
+    'protobuf', 'rich', 's3fs', 'safetensors', 'scikit-learn', 'scipy', 'sentencepiece',
+    'simplejpeg', 'tensorboard', 'tensorflow-cpu', 'tensorflow-datasets',
 )  # fmt: skip
 
 

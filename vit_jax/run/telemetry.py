@@ -54,6 +54,7 @@ class Telemetry:
 
     Args:
       workdir: folder of the run; made by `start` if it does not exist.
+      name: what messages call it, if the user did not name this folder.
       total_steps: number of training steps of the whole run.
       process_index: of several processes only the first, 0, writes, shows, and makes the folder.
       console: where to show it; standard output by default. A terminal gets one live line, anything
@@ -64,11 +65,13 @@ class Telemetry:
         self,
         workdir: str | os.PathLike,
         *,
+        name: str = '',
         total_steps: int,
         process_index: int = 0,
         console: rich.console.Console | None = None,
     ):
         self._workdir = pathlib.Path(workdir)
+        self._name = name or str(self._workdir)
         self._total_steps = total_steps
         self._process_index = process_index
         self._enabled = process_index == 0
@@ -201,7 +204,7 @@ class Telemetry:
             `text`.
         """
         if self._enabled:
-            text = printable_lines(text)
+            text = printable_lines(text.replace(str(self._workdir), self._name))
             self._print(text)
             now = _now()
             self._write(LOG_FILE, f'{now}  {text}\n')
