@@ -287,8 +287,9 @@ def _is_at_work(lease: dict[str, Any]) -> bool:
     seen, process = lease.get('seen'), lease.get('process')
     if not isinstance(seen, int | float) or not 0 <= time.time() - seen < _LEASE_SECONDS:
         return False
-    here = lease.get('host') == socket.gethostname() and isinstance(process, int)
-    return not here or files.is_running(process)
+    if lease.get('host') != socket.gethostname() or not isinstance(process, int):
+        return True
+    return files.is_running(process)
 
 
 def _parsed(content: bytes) -> dict[str, Any]:
