@@ -1,5 +1,6 @@
 """Images made to harm: what may be opened, and what is refused before it takes memory or time."""
 
+import functools
 import gzip
 import io
 import pathlib
@@ -12,10 +13,10 @@ import zlib
 
 import numpy as np
 import pytest
-from fuzzing import webp
+from fuzzing import avif, webp
 from PIL import Image
 
-from vit_jax.data import webp_files
+from vit_jax.data import avif_files, webp_files
 from vit_jax.data.decode import BadImageError, decode
 
 SHARED = pathlib.Path(__file__).parents[3] / 'shared' / 'cases' / 'hostile'
@@ -257,6 +258,53 @@ def test_webp_as_by_pillow(mode, lossless, monkeypatch):
     with pytest.raises(BadImageError):
         decode(file[:-100], key='x')
     monkeypatch.setattr(webp_files, '_libwebp', lambda: None)  # where it cannot be
+    assert np.array_equal(decode(file, key='x'), expected)
+
+
+# An AV1 sequence header up to its sizes, of 16 bits, and beyond; a frame's, up to its own size.
+SEQUENCE = '0' * 29 + '1' * 8 + format(63, '016b') * 2 + '0' * 9 + '11' + '0' * 4
+FRAME = '0001001'
+
+
+def test_frames_of_an_avif_larger_than_the_picture():
+    """A file of 1 kB took 250 MB."""
+    more = {'save_all': True, 'append_images': [Image.new('RGB', (3000, 3000))]}
+    for options in ({}, more):
+        file = avif.encoded(3000, **options)
+        refused(avif.declared(file, 64), 'it declares 4,096 pixels, and its frames have')
+        refused(avif.declared(file, 1), 'it declares 1 pixels')
+        assert decode(avif.declared(file, 2900), key='x').shape == (2900, 2900, 3)  # as libavif
+    own_size = avif.frame(SEQUENCE, FRAME)
+    refused(avif.with_item(own_size), 'its frames have 4,294,967,296')
+    same_size = avif.frame(SEQUENCE, FRAME[:-1] + '0')
+    assert avif_files.areas(avif.with_item(same_size * 9)) == [64 * 64] * 9
+    refused(avif.with_item(avif.frame(SEQUENCE, FRAME[:-1] + '0') * 999), 'in more than 1,000')
+
+
+@pytest.mark.parametrize(
+    'make',
+    [
+        functools.partial(avif.with_items, 65_000),
+        functools.partial(avif.with_properties, 20_000, 0),
+        functools.partial(avif.with_properties, 9000, 255),
+        functools.partial(avif.with_frames, 2_500_000),
+        functools.partial(avif.in_parts, 1000),
+        functools.partial(avif.in_parts, 65_535),
+    ],
+)
+def test_tables_of_an_avif(make):
+    """Of each entry the decoder makes more, as soon as it opens the file: up to 1.1 GB."""
+    refused(make(), 'more than 4,000|bytes of properties|2,500,000 frames|bytes than the file')
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'RGBA', 'L'])
+@pytest.mark.parametrize('frames', [1, 3])
+def test_avif_of_encoders(mode, frames):
+    picture = SMALL.resize((90, 70)).convert(mode)
+    more = {'save_all': True, 'append_images': [picture.rotate(180)] * (frames - 1)}
+    file = encode(picture, 'AVIF', **more)
+    assert set(avif_files.areas(file)) == {90 * 70}
+    expected = np.asarray(Image.open(io.BytesIO(file)).convert('RGB'))
     assert np.array_equal(decode(file, key='x'), expected)
 
 

@@ -5,7 +5,7 @@ import random
 import struct
 import zlib
 
-from fuzzing import webp
+from fuzzing import avif, webp
 from fuzzing.mutate import NUMBERS, damage
 
 # What no reader may take for an image, whatever the name.
@@ -208,6 +208,29 @@ def damage_webp(rng: random.Random, data: bytes) -> bytes:
     return damage(rng, out) if rng.random() < 0.3 else out
 
 
+def damage_avif(rng: random.Random, data: bytes) -> bytes:
+    """Its header changed, or frames, items and tables that nobody writes."""
+    action = rng.randrange(8)
+    if action == 0:
+        out = avif.declared(avif.encoded(rng.choice((1500, 3000))), rng.choice((1, 64, 2000)))
+    elif action == 1:
+        side = rng.choice((65535, 9000, 70))
+        bits = ''.join(rng.choice('01') for _ in range(rng.randrange(60)))
+        sequence = '0' * 29 + '1' * 8 + format(side, '016b') * 2 + bits
+        out = avif.with_item(avif.frame(sequence, '0001001' + bits) * rng.choice((1, 1, 900)))
+    elif action == 2:
+        out = avif.with_items(rng.choice((10, 3000, 65_000)))
+    elif action == 3:
+        out = avif.with_properties(rng.choice((10, 180, 20_000)), rng.choice((0, 1, 255)))
+    elif action == 4:
+        out = avif.with_frames(rng.choice((2, 90_000, 2_500_000)))
+    elif action == 5:
+        out = avif.in_parts(rng.choice((2, 1000, 65_535)))
+    else:
+        return damage_header(rng, data)
+    return damage(rng, out) if rng.random() < 0.3 else out
+
+
 def damage_header(rng: random.Random, data: bytes) -> bytes:
     """Numbers in the first bytes, which tell sizes in most formats."""
     out = bytearray(data)
@@ -230,5 +253,6 @@ _FORMATS = {
     '.tiff': damage_tiff,
     '.jp2': damage_jpeg_2000,
     '.webp': damage_webp,
-    **dict.fromkeys(('.gif', '.bmp', '.ico', '.ppm', '.avif', '.heic'), damage_header),
+    '.avif': damage_avif,
+    **dict.fromkeys(('.gif', '.bmp', '.ico', '.ppm', '.heic'), damage_header),
 }

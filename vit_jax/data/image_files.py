@@ -17,7 +17,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from vit_jax.data import jpeg_files, webp_files
+from vit_jax.data import avif_files, jpeg_files, webp_files
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -140,12 +140,12 @@ def open_image(data: bytes) -> 'Image.Image':
 
     if _is_heif(data):
         return _open_heif(data)
-    check(data)
+    frames = check(data)
     try:
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError:  # whose text is the address of our buffer
         raise ValueError(f'no known format; read are {", ".join(sorted(FORMATS))}') from None
-    _check_opened(picture, len(data))
+    _check_opened(picture, len(data), frames)
     return picture
 
 
@@ -186,22 +186,28 @@ def check_picture(picture: 'Image.Image') -> None:
     file.seek(0)
     data = file.read()
     file.seek(place)
-    check(data)
+    frames = check(data)
     if data.startswith(_JPEG) and jpeg_files.has_too_many_scans(
         data, picture.width * picture.height
     ):
         raise ValueError('it has more scans than any picture needs')
-    _check_opened(picture, len(data))
+    _check_opened(picture, len(data), frames)
 
 
-def check(data: bytes) -> None:
+def check(data: bytes) -> list[int]:
     """Checks an image file, by its content, before it is opened.
+
+    Returns:
+      The sizes of the frames of an AVIF file, to be compared with what it declares; else nothing.
 
     Raises:
       ValueError: as `open_image`.
     """
+    if data[4:8] == b'ftyp':
+        return avif_files.areas(data)
     if check_format := _CHECKS.get(data[:1]):
         check_format(data)
+    return []
 
 
 def exif_of(picture: 'Image.Image') -> 'Image.Exif':
@@ -216,10 +222,12 @@ def exif_of(picture: 'Image.Image') -> 'Image.Exif':
     return picture.getexif()
 
 
-def _check_opened(picture: 'Image.Image', size: int) -> None:
-    """Limits what Pillow decodes in Python."""
+def _check_opened(picture: 'Image.Image', size: int, frames: list[int]) -> None:
+    """Limits what Pillow decodes in Python, and the frames of AVIF files."""
     pixels = picture.width * picture.height
-    if any(tile[0] in _PYTHON_DECODERS for tile in getattr(picture, 'tile', ())) and (
+    if picture.format == 'AVIF':
+        avif_files.check(frames, pixels)
+    elif any(tile[0] in _PYTHON_DECODERS for tile in getattr(picture, 'tile', ())) and (
         pixels > _MAX_PYTHON_PIXELS or size > _MAX_PYTHON_BYTES
     ):
         raise ValueError(
