@@ -20,7 +20,7 @@ from vit_jax import data, groups, models, optim, sharding, steps, variants
 from vit_jax import state as state_lib
 from vit_jax.configs import common
 from vit_jax.data import own
-from vit_jax.run import recipe
+from vit_jax.run import augmentation, recipe
 
 PIECES: dict[str, dict[str, Any]] = {
     'plain (sgd)': {},
@@ -69,7 +69,7 @@ def contestant(
         frozen=config.frozen,
         erasing=config.random_erasing,
         depth_rate=config.stochastic_depth,
-        mix=recipe.mix_of(config, train),
+        mix=augmentation.mix_of(config, train),
     )
     places = np.arange(batch, dtype=np.int32)
     inputs = sharding.put_batch({'image': images, 'label': labels, 'position': places}, mesh)

@@ -48,6 +48,9 @@ def get_defaults() -> ml_collections.ConfigDict:
     config.pp.channels = 3
     # Train on random crops of 5 to 100 % of the area. Off: on the whole image.
     config.pp.inception_crop = True
+    # Train on random crops of images whose short side is resized to this, as big_vision's
+    # resize_small(256)|random_crop(224); then inception_crop is off. 0: not done so.
+    config.pp.resize_small = 0
     # Resize to this side, or (height, width), before the crop: with inception_crop off, and in
     # evaluation with another pp.eval than 'squash'. 0: straight to crop.
     config.pp.resize = config_dict.FieldReference(0, field_type=object)
@@ -137,6 +140,10 @@ def get_defaults() -> ml_collections.ConfigDict:
     config.three_augment = False
     # Brightness, contrast and saturation times random factors between 1 - this and 1 + this.
     config.color_jitter = 0.0
+    # How often an image is in its batch, each time augmented anew: 3 in DeiT. 0: once.
+    config.repeated_augmentation = 0
+    # Draw all classes equally often, whatever their sizes.
+    config.balanced_sampling = False
     # Share of the images of which a random box is filled with noise, usually 0.25.
     config.random_erasing = 0.0
     # Mix images and labels: mixup blends, cutmix puts a box of one into another. The number is

@@ -263,6 +263,8 @@ def test_resize_alone_asks_for_random_crops():
     assert load('b16').pp.inception_crop
     config = load('b16', pp__resize=256)
     assert not config.pp.inception_crop and config_lib.preprocess_of(config).resize == 256
+    config = load('b16', pp__resize_small=256)
+    assert not config.pp.inception_crop and config_lib.preprocess_of(config).resize_small == 256
 
 
 @pytest.mark.parametrize(
@@ -279,6 +281,17 @@ def test_resize_alone_asks_for_random_crops():
         ({'mix_per_example': True}, 'has no effect without config.mixup or config.cutmix'),
         ({'mixup': 0.2, 'batch': 1, 'accum_steps': 1}, 'config.batch=1 has only one'),
         ({'augreg': 'medium'}, "'medium' is not one of '', 'none', 'light1'"),
+        ({'repeated_augmentation': 3}, 'a batch of 512 cannot .* use --config.batch=513'),
+        (
+            {'repeated_augmentation': 512, 'mixup': 0.2},
+            'config.batch=512 has only one, 512 times: use a larger batch',
+        ),
+        (
+            {'balanced_sampling': True, 'class_weights': 'balanced'},
+            'would both make up for the sizes of classes',
+        ),
+        ({'pp__resize_small': 200}, 'must be 0 .* or from pp.crop=224'),
+        ({'pp__resize_small': 256, 'pp__inception_crop': True}, 'both say how training images'),
         ({'randaug': '2'}, "config.randaug='2' is neither 'LAYERS,MAGNITUDE'"),
         ({'random_erasing': 1.5}, 'is a share of the images, at most 1'),
         ({'color_jitter': -0.1}, 'config.color_jitter=-0.1 must be at least 0'),

@@ -51,6 +51,7 @@ _NOT_NEGATIVE = (
     'cooldown_steps', 'base_lr', 'grad_norm_clip', 'momentum', 'weight_decay', 'seed',
     'max_unreadable', 'label_smoothing', 'layer_decay', 'ema_decay', 'ema_warmup_steps',
     'stochastic_depth', 'mixup', 'cutmix', 'color_jitter', 'random_erasing', 'patience',
+    'repeated_augmentation',
 )  # fmt: skip
 
 
@@ -101,10 +102,10 @@ def resolve(
     total, resolved.total_steps = resolved.total_steps, warm_up_of
     resolved.dataset = dataset
     squash = resolved.pp.eval == 'squash'
-    if config.pp.inception_crop is None and resolved.pp.resize and squash:
-        resolved.pp.inception_crop = (
-            False  # `pp.resize` alone asks for "resize, then crop at random"
-        )
+    if config.pp.inception_crop is None and (
+        (resolved.pp.resize and squash) or resolved.pp.resize_small
+    ):  # `pp.resize` alone asks for "resize, then crop at random"
+        resolved.pp.inception_crop = False
     chosen = choose_weights(resolved, flags)
     for key in WEIGHT_KEYS:
         # AugReg's files are looked for in `pretrained_dir`, as by the original.
@@ -177,6 +178,7 @@ def preprocess_of(config: ml_collections.ConfigDict) -> Preprocess:
         crop=config.pp.crop,
         resize=config.pp.resize,
         inception_crop=config.pp.inception_crop,
+        resize_small=config.pp.resize_small,
         eval=config.pp.eval,
         interpolation=config.pp.interpolation,
         antialias=config.pp.antialias,
@@ -290,16 +292,17 @@ def _check(config: ml_collections.ConfigDict) -> None:
             f'config.label_smoothing={config.label_smoothing} leaves nothing of the labels: it is '
             'a share below 1, usually 0.1'
         )
-    mixes = config.mixup or config.cutmix
+    mixes, repeats = config.mixup or config.cutmix, max(1, config.repeated_augmentation)
     if config.mix_per_example and not mixes:
         raise UserError(
             'config.mix_per_example=True has no effect without config.mixup or config.cutmix: set '
             'one of them, or leave it out'
         )
-    if mixes and config.batch < 2:
+    if mixes and config.batch < 2 * repeats:
         raise UserError(
             f'config.mixup={config.mixup} and config.cutmix={config.cutmix} mix images of a batch, '
-            f'and config.batch={config.batch} has only one: use a larger batch'
+            f'and config.batch={config.batch} has only one'
+            f'{f", {repeats} times" if repeats > 1 else ""}: use a larger batch'
         )
     _check_augmentation(config)
     if config.stochastic_depth >= 1:
@@ -353,6 +356,17 @@ def _check_augmentation(config: ml_collections.ConfigDict) -> None:
     if config.random_erasing > 1:
         raise UserError(
             f'config.random_erasing={config.random_erasing} is a share of the images, at most 1'
+        )
+    repeats = max(1, config.repeated_augmentation)
+    if config.batch % repeats:
+        raise UserError(
+            f'config.repeated_augmentation={repeats}: a batch of {config.batch} cannot have each '
+            f'image {repeats} times; use --config.batch={-(-config.batch // repeats) * repeats}'
+        )
+    if config.balanced_sampling and config.class_weights == 'balanced':
+        raise UserError(
+            "config.balanced_sampling=True and config.class_weights='balanced' would both make up "
+            'for the sizes of classes: leave out one of them'
         )
     if randaug_of(config.randaug) and config.three_augment:
         raise UserError(

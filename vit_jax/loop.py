@@ -44,7 +44,7 @@ from vit_jax.data.stream import BatchStream
 from vit_jax.errors import UserError
 from vit_jax.inference import several
 from vit_jax.inference.task import ONE_CLASS, SEVERAL, Task
-from vit_jax.run import preemption, recipe, telemetry
+from vit_jax.run import augmentation, preemption, telemetry
 from vit_jax.run.callbacks import Callbacks
 from vit_jax.run.choice import Choice
 from vit_jax.run.clock import TrainingClock
@@ -157,7 +157,9 @@ class Loop:
             exact=config.pp.exact,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-            augment=recipe.host_augment_of(config, run.train),
+            augment=augmentation.host_augment_of(config, run.train),
+            repeats=max(1, config.repeated_augmentation),
+            balance=augmentation.balance_of(config, run.train),
             on_bad=self._on_bad,
         )
         return loader.from_step(start, threads=run.threads)

@@ -30,6 +30,7 @@ from vit_jax.data.stream import BatchStream
 from vit_jax.errors import UserError
 from vit_jax.inference.task import NUMBERS, SEVERAL, Task
 from vit_jax.run import (
+    augmentation,
     distributed,
     product,
     recipe,
@@ -229,7 +230,7 @@ def _compile(run: loop.Run, setup: Setup) -> jax.stages.Compiled:
         loss_fn=setup.train_loss,
         frozen=config.frozen,
         depth_rate=config.stochastic_depth,
-        mix=recipe.mix_of(config, setup.train),
+        mix=augmentation.mix_of(config, setup.train),
     )
     run.log.info('compiling the training step: seconds, or a minute or two for a large model')
     before = resources.resident_bytes()
@@ -302,9 +303,9 @@ def _introduce(run: loop.Run, setup: Setup) -> None:
     log.info(f'data: {run.train!r}, {tested}; {len(names)} {what}: {shown}')
     if setup.schedule is not None:
         log.info(f'schedule: {recipe.describe_schedule(config, run.train)}')
-    augmentation = recipe.describe_augmentation(config)
-    if augmentation:
-        log.info(f'augmentation: {augmentation}')
+    images = augmentation.describe(config)
+    if images:
+        log.info(f'training images: {images}')
     common = run.train.overlap(run.test) if isinstance(run.train, Selection) else 0
     if common:
         log.info(

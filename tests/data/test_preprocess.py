@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from vit_jax.data import resample
 from vit_jax.data.decode import decode
 from vit_jax.data.inception_crop import sample_inception_box
 from vit_jax.data.preprocess import CropBox, Preprocess, normalize
@@ -262,3 +263,53 @@ def test_full_size_photos_are_decoded_and_resized_as_by_tensorflow(shared_dir):
         assert hashlib.sha256(pixels.tobytes()).hexdigest() == str(golden[f'{name}:sha256']), name
         resized = Preprocess(crop=16).evaluate(pixels)
         np.testing.assert_allclose(resized, golden[f'{name}:resized'], rtol=0, atol=1e-2)
+
+
+def area_mean(image, size):
+    """What TensorFlow's method 'area' computes, pixel by pixel."""
+    out = np.zeros((*size, image.shape[2]))
+    for row in range(size[0]):
+        for column in range(size[1]):
+            shares = []
+            for index, old, new in (
+                (row, image.shape[0], size[0]),
+                (column, image.shape[1], size[1]),
+            ):
+                low, high = index * old / new, (index + 1) * old / new
+                inside = [max(0.0, min(high, j + 1) - max(low, j)) for j in range(old)]
+                shares.append(np.array(inside) / (high - low))
+            out[row, column] = np.einsum('i,j,ijc->c', *shares, image)
+    return out
+
+
+@pytest.mark.parametrize('size', [(20, 15), (13, 9), (31, 40), (10, 40)])
+def test_resizing_by_area_is_the_mean_over_what_a_pixel_covers(size):
+    image = np.random.default_rng(0).integers(0, 256, (20, 23, 3)).astype(np.uint8)
+    found = resample.resize_area(image, size)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, area_mean(image, size), atol=0.01)
+    np.testing.assert_allclose(
+        resample.resize_area(image[..., :1], size), area_mean(image[..., :1], size), atol=0.01
+    )
+
+
+@pytest.mark.parametrize(('height', 'width'), [(30, 47), (47, 30), (11, 8)])
+def test_training_crops_of_images_whose_short_side_is_resized(height, width):
+    preprocess = Preprocess(crop=8, resize_small=12, inception_crop=False)
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype(np.uint8)
+    factor = 12 / min(height, width)
+    size = round(height * factor), round(width * factor)
+    assert min(size) == 12
+    whole, corners = resample.resize_area(image, size), set()
+    for seed in range(40):
+        box = preprocess.draw_box(height, width, np.random.default_rng(seed))
+        found = preprocess.train(image, np.random.default_rng(seed))
+        expected = whole[box.top : box.top + 8, box.left : box.left + 8]
+        np.testing.assert_array_equal(found, expected)
+        fast = np.empty((8, 8, 3), np.uint8)
+        preprocess.render_uint8(image, box, (height, width), fast)
+        np.testing.assert_array_equal(fast, np.rint(expected))
+        corners.add((box.top, box.left))
+    assert {top for top, _ in corners} == set(range(size[0] - 7)) or size[0] > 14
+    assert Preprocess.from_dict(preprocess.to_dict()) == preprocess
+    assert preprocess.at(16).resize_small == 24

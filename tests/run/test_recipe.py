@@ -11,10 +11,10 @@ import pytest
 from vit_jax import data, groups, losses, optim, sharding, steps
 from vit_jax import state as state_lib
 from vit_jax.configs import common
-from vit_jax.data import augment, host_augment, own, randaugment
+from vit_jax.data import own
 from vit_jax.errors import UserError
 from vit_jax.inference.task import ONE_CLASS
-from vit_jax.run import recipe
+from vit_jax.run import augmentation, recipe
 
 
 def make_config(**changes):
@@ -147,34 +147,6 @@ def test_stochastic_depth_needs_blocks():
     recipe.check_depth(make_config(), nn.Dense(3))
 
 
-def test_crops_are_augmented_on_the_host_where_that_can_be():
-    config = make_config(randaug='2,10', color_jitter=0.3)
-    made = recipe.host_augment_of(config, images([0]))
-    assert made == host_augment.HostAugment(randaugment.RandAugment(2, 10), False, 0.3)
-    assert not recipe.host_augment_of(make_config(), images([0]))
-    stream = data.BatchStream(iter([(np.zeros((1, 8, 8, 3)), [0])]), ('a', 'b'))
-    with pytest.raises(UserError, match="config.randaug='2,10', .*by whoever makes them"):
-        recipe.host_augment_of(config, stream)
-    pixels = np.zeros((1, 8, 8, 4), np.uint8)
-    four = own.as_selection(data.from_arrays(pixels, [0], ('a', 'b'), channels=4), 'train')
-    with pytest.raises(UserError, match='these images have 4 channels'):
-        recipe.host_augment_of(config, four)
-
-
-def test_augmentation_is_told():
-    assert recipe.describe_augmentation(make_config()) == ''
-    config = make_config(augreg='light2', randaug='2,10', mixup=0.2, random_erasing=0.25)
-    told = recipe.describe_augmentation(config)
-    assert told == 'randaug=2,10, random_erasing=0.25, mixup=0.2 (AugReg light2)'
-
-
-def test_labels_are_mixed_as_classes_or_as_vectors():
-    config = make_config(mixup=0.2, mix_per_example=True)
-    assert recipe.mix_of(config, images([0, 1, 2])) == augment.Mix(0.2, 0.0, True, 3)
-    assert recipe.mix_of(config, images(np.eye(3, dtype=np.float32))).classes == 0
-    assert not recipe.mix_of(make_config(), images([0]))
-
-
 @pytest.mark.parametrize('optimizer', ['sgd', 'adamw'])
 def test_without_a_recipe_the_step_is_the_plain_one(optimizer):
     """No operation and no part of the state is there for what is off."""
@@ -199,7 +171,7 @@ def test_without_a_recipe_the_step_is_the_plain_one(optimizer):
     model, texts, states = Model(), [], []
     options = {
         'loss_fn': recipe.losses_of(config, train, None)[0],
-        'mix': recipe.mix_of(config, train),
+        'mix': augmentation.mix_of(config, train),
         'depth_rate': config.stochastic_depth,
         'frozen': config.frozen,
         'flip': config.pp.flip,

@@ -5,7 +5,6 @@ import functools
 import itertools
 import os
 from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,10 +14,8 @@ from vit_jax.data.decode import BadImageError
 from vit_jax.data.host_augment import HostAugment
 from vit_jax.data.preprocess import CropBox, Preprocess
 from vit_jax.data.reader import OnBad, Reader, as_reader, default_threads, once_per_key
-from vit_jax.errors import UserError, extra
-
-if TYPE_CHECKING:
-    import grain
+from vit_jax.data.sampler import Sampler
+from vit_jax.errors import UserError
 
 # Draws for a substitute of an unreadable image. Where half of a set is unreadable, one place in
 # 2**100 finds none.
@@ -27,16 +24,12 @@ _COLUMNS = ('position', 'example', 'replaced')
 # Host memory for batches that wait for the device.
 MAX_BUFFER_BYTES = 8 << 30
 
-# Place in the global batch, index of the example, key of its randomness (uint64 [2]).
-Item = tuple[int, int, np.ndarray]
-
 
 class BatchLoader:
     """An endless sequence of training batches: `loader[step]` is a function of seed and step alone.
 
     So the state of the input is the step number, whatever was read before, on however many
-    processes. Each pass over the source is a new permutation of it. A batch may cross from one pass
-    to the next, and a source smaller than a batch is passed over more than once in it.
+    processes. For the order see `Sampler`.
 
     With `on_bad`, another example takes the place of one that cannot be read, drawn from the whole
     source by seed and place alone: the same one on any number of processes, and after resuming.
@@ -54,6 +47,8 @@ class BatchLoader:
         process_index * b + 1, ... of each global batch, with b = batch / process_count.
       process_count: processes that share the work.
       augment: changes each crop, by seed and place in the sequence alone, too.
+      repeats: how often an example is in its batch, see `Sampler`.
+      balance: classes of the examples, to be equally frequent, see `Sampler`; None for not so.
       on_bad: called with the error of each unreadable image that this process meets, once for each
         key (a `once_per_key` also once over several calls), from the threads that read, one at a
         time; what it raises ends the reading. None: the first such image is an error.
@@ -73,6 +68,8 @@ class BatchLoader:
         process_index: int = 0,
         process_count: int = 1,
         augment: HostAugment | None = None,
+        repeats: int = 1,
+        balance: np.ndarray | None = None,
         on_bad: OnBad | None = None,
     ):
         if not len(source):
@@ -81,8 +78,8 @@ class BatchLoader:
             raise UserError(
                 f'batch={batch} must be a multiple of the number of processes ({process_count})'
             )
-        self._items = _shuffled_items(len(source), batch, seed)
-        self._batch, size = batch, batch // process_count
+        self._sampler = Sampler(len(source), batch, seed, repeats=repeats, balance=balance)
+        size = batch // process_count
         self._places = range(process_index * size, (process_index + 1) * size)
         self._reader = as_reader(source)
         self._preprocess = preprocess
@@ -126,7 +123,7 @@ class BatchLoader:
           BadImageError: an image that cannot be read, naming it: without `on_bad`, or when
             `MAX_DRAWS` substitutes could not be read either.
         """
-        items = [self._items[step * self._batch + place] for place in self._places]
+        items = [self._sampler(step, place) for place in self._places]
         out = {'image': self._buffers.take()}
         out['label'] = np.zeros(len(items), self._reader.label_dtype)
         out |= {name: np.zeros(len(items), np.int32) for name in _COLUMNS}
@@ -192,23 +189,6 @@ class BatchLoader:
             'is the folder or disk still there?',
             error.label,
         ) from error
-
-
-def _shuffled_items(examples: int, batch: int, seed: int) -> 'grain.MapDataset':
-    """An endless sequence of `Item`s, those of batch s at s * batch, s * batch + 1, ..."""
-    with extra('train'):
-        import grain
-
-    def place(index: int, example: int) -> tuple[int, int]:
-        return index % batch, example
-
-    def draw(item: tuple[int, int], rng: np.random.Generator) -> Item:
-        return *item, rng.integers(2**63, size=2, dtype=np.uint64)
-
-    # shuffle before repeat: each epoch is a permutation. Never sliced: an item has the same
-    # randomness on any number of processes.
-    order = grain.MapDataset.range(examples).seed(seed).shuffle().repeat()
-    return order.map_with_index(place).random_map(draw)
 
 
 def _begin(rng: np.random.Generator, key: np.ndarray) -> np.random.Generator:

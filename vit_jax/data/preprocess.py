@@ -88,6 +88,8 @@ class Preprocess:
         'half_even' (torchvision, and so timm).
       whole_levels: whether evaluation cuts off fractions of a grey level, as the original release's
         image-text models.
+      resize_small: what the short side of training images is resized to (by area) before a random
+        crop, pixels: big_vision's `resize_small(256)|random_crop(224)`. 0: not done so.
 
     Raises:
       UserError: settings that do not exist, or do not fit each other.
@@ -101,6 +103,7 @@ class Preprocess:
     antialias: bool = False
     centre: str = 'down'
     whole_levels: bool = False
+    resize_small: int = 0
 
     def __post_init__(self):
         for name in ('crop', 'resize'):
@@ -112,6 +115,19 @@ class Preprocess:
         for name in ('inception_crop', 'antialias', 'whole_levels'):
             if type(getattr(self, name)) is not bool:
                 raise UserError(f'pp.{name}={getattr(self, name)!r} is neither True nor False')
+        if self.resize_small:
+            if type(self.resize_small) is not int or not (
+                max(self.size) <= self.resize_small <= MAX_RESIZE
+            ):
+                raise UserError(
+                    f'pp.resize_small={self.resize_small} must be 0 (off), or from pp.crop='
+                    f'{self.crop}, which is cut from it, to {MAX_RESIZE}'
+                )
+            if self.inception_crop:
+                raise UserError(
+                    f'pp.resize_small={self.resize_small} and pp.inception_crop=True both say how '
+                    'training images are cropped: leave out one of them'
+                )
         if self.resize and (self.eval != 'squash' or not self.inception_crop):
             if any(a < b for a, b in zip(sides(self.resize), self.size, strict=True)):
                 raise UserError(
@@ -161,7 +177,7 @@ class Preprocess:
         """
         if self.inception_crop:
             return CropBox(*sample_inception_box(height, width, rng), self.size)
-        whole = self._whole(height, width)
+        whole = self._small(height, width) if self.resize_small else self._whole(height, width)
         if whole.size == self.size:
             return whole
         top, left = (
@@ -182,6 +198,8 @@ class Preprocess:
           float32 [*size, channels] in [0, 255], not rounded to whole grey levels.
         """
         part = box.part(image)
+        if self.resize_small:
+            return _put(box.cut(resample.resize_area(part, box.size), self.size), out)
         if box.size == self.size:
             return resample.resize_bilinear(part, self.size, out)
         return _put(box.cut(resample.resize_bilinear(part, box.size), self.size), out)
@@ -204,7 +222,7 @@ class Preprocess:
         """
         import cv2
 
-        if image.dtype != np.uint8:
+        if image.dtype != np.uint8 or (self.resize_small and image.shape[:2] == size):
             out[...] = np.rint(self.render(image, box))
             return out
         if image.shape[:2] == size:
@@ -281,16 +299,20 @@ class Preprocess:
         target = sides(self.resize or self.crop)
         if self.eval != 'resize_crop':
             return CropBox(0, 0, height, width, target)
-        # Nothing beyond is seen; resized, it could be of any size.
-        most = MAX_ASPECT_SEEN * min(height, width)
-        y, x = max(0, height - most) // 2, max(0, width - most) // 2
-        height, width = min(height, most), min(width, most)
+        y, x, height, width = _middle(height, width)
         if target[0] == target[1]:  # as torchvision and Hugging Face: the long side rounds down
             long = int(target[0] * max(height, width) / min(height, width))
             size = (target[0], long) if height <= width else (long, target[0])
         else:  # as timm, ResizeKeepRatio
             ratio = min(height / target[0], width / target[1])
             size = max(target[0], round(height / ratio)), max(target[1], round(width / ratio))
+        return CropBox(y, x, height, width, size)
+
+    def _small(self, height: int, width: int) -> CropBox:
+        """An image of which the short side is resized, before the crop; as big_vision rounds."""
+        y, x, height, width = _middle(height, width)
+        factor = np.float32(self.resize_small) / np.float32(min(height, width))
+        size = int(np.rint(height * factor)), int(np.rint(width * factor))
         return CropBox(y, x, height, width, size)
 
     def _half(self, pixels: int) -> int:
@@ -304,7 +326,8 @@ class Preprocess:
         """
         (height, width), (rows, columns) = sides(crop), sides(self.resize)
         resize = round(rows * height / self.size[0]), round(columns * width / self.size[1])
-        return dataclasses.replace(self, crop=crop, resize=resize)
+        small = math.ceil(self.resize_small * max(height, width) / max(self.size))
+        return dataclasses.replace(self, crop=crop, resize=resize, resize_small=small)
 
     def but(self, changes: Mapping[str, Any]) -> 'Preprocess':
         """The same with other settings of evaluation.
@@ -389,6 +412,16 @@ def _size(size: Any, name: str) -> int | tuple[int, int]:
             f'{limit}; got {size!r}'
         )
     return pair[0] if pair[0] == pair[1] else pair
+
+
+def _middle(height: int, width: int) -> tuple[int, int, int, int]:
+    """The part (y, x, height, width) of an image that is resized to a short side.
+
+    Nothing beyond is seen; resized, it could be of any size.
+    """
+    most = MAX_ASPECT_SEEN * min(height, width)
+    y, x = max(0, height - most) // 2, max(0, width - most) // 2
+    return y, x, min(height, most), min(width, most)
 
 
 def _put(pixels: np.ndarray, out: np.ndarray | None) -> np.ndarray:

@@ -69,6 +69,34 @@ def resize_bilinear(
     return resized if resized.ndim == 3 else resized[..., None]  # of a single channel
 
 
+def resize_area(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """`tf.image.resize(image, size, 'area')`: the mean over what a pixel of the result covers.
+
+    Args:
+      image: uint8 or float32 [height, width, channels] in [0, 255].
+      size: height and width of the result, pixels.
+
+    Returns:
+      float32 [*size, channels] in [0, 255].
+    """
+    import cv2
+
+    image = image.astype(np.float32)
+    if all(new <= old for new, old in zip(size, image.shape, strict=False)):
+        resized = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
+        return resized if resized.ndim == 3 else resized[..., None]
+    rows, columns = (_covered(old, new) for old, new in zip(image.shape, size, strict=False))
+    return np.einsum('ij,jkc,lk->ilc', rows, image, columns, optimize=True)
+
+
+def _covered(old: int, new: int) -> np.ndarray:
+    """Which share of each of `new` pixels of an axis lies in each of the `old`, [new, old]."""
+    borders, places = np.arange(new + 1) * (old / new), np.arange(old)
+    low = np.maximum(borders[:-1, None], places)
+    high = np.minimum(borders[1:, None], places + 1)
+    return (np.maximum(high - low, 0) * (new / old)).astype(np.float32)
+
+
 def _by_pillow(image: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
     """`resize` by Pillow, which has no images of any number of channels but 1 and 3."""
     from PIL import Image

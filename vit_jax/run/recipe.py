@@ -12,9 +12,7 @@ import optax
 from vit_jax import config as config_lib
 from vit_jax import groups, losses, models, optim
 from vit_jax.configs import common
-from vit_jax.data import augment
 from vit_jax.data.dataset import CLASS_INDEX, Selection
-from vit_jax.data.host_augment import CHANNELS, HostAugment, randaug_of
 from vit_jax.data.stream import BatchStream
 from vit_jax.errors import UserError
 from vit_jax.inference.task import NUMBERS, ONE_CLASS, SEVERAL, Task, standardized
@@ -24,8 +22,6 @@ _OF_THE_LOSS = {
     'standardize_targets': True,
 }  # fmt: skip
 _OF_NUMBERS = ('mse', 'huber')
-
-_ON_THE_HOST = ('randaug', 'three_augment', 'color_jitter')
 
 
 def settle_duration(config: ml_collections.ConfigDict, train: Selection | BatchStream) -> None:
@@ -62,41 +58,6 @@ def describe_schedule(config: ml_collections.ConfigDict, train: Selection | Batc
             f'{config.base_lr * config.batch / usual:.3g} for {config.batch}'
         )
     return told
-
-
-def describe_augmentation(config: ml_collections.ConfigDict) -> str:
-    """What is done to training images beside cropping and mirroring; '' for nothing."""
-    names = (*_ON_THE_HOST, 'random_erasing', 'mixup', 'cutmix')
-    told = ', '.join(f'{name}={config[name]}' for name in names if config[name])
-    return f'{told} (AugReg {config.augreg})' if config.augreg else told
-
-
-def mix_of(config: ml_collections.ConfigDict, train: Selection | BatchStream) -> augment.Mix:
-    """Mixup and CutMix as the config asks for them."""
-    classes = len(train.class_names) if train.label_dtype == CLASS_INDEX else 0
-    return augment.Mix(config.mixup, config.cutmix, config.mix_per_example, classes)
-
-
-def host_augment_of(
-    config: ml_collections.ConfigDict, train: Selection | BatchStream
-) -> HostAugment:
-    """What is done to crops on the host, as the config asks for it.
-
-    Raises:
-      UserError: it cannot be done to these images.
-    """
-    made = HostAugment(randaug_of(config.randaug), config.three_augment, config.color_jitter)
-    names = ', '.join(f'config.{name}={config[name]!r}' for name in _ON_THE_HOST if config[name])
-    if made and isinstance(train, BatchStream):
-        raise UserError(
-            f'{names}: the images of {train!r} are augmented by whoever makes them; leave it out'
-        )
-    if made and train.channels not in CHANNELS:
-        raise UserError(
-            f'{names}: these images have {train.channels} channels, and it is for grey images (1) '
-            'and colours (3); leave it out'
-        )
-    return made
 
 
 def check_depth(config: ml_collections.ConfigDict, model: nn.Module) -> None:
@@ -276,10 +237,10 @@ def _task_of_numbers(
             'batches of an iterator do not tell the mean and deviation of all numbers: scale them '
             'yourself, and set --config.standardize_targets=False'
         )
-    return standardized(_every_label(train), train.class_names, units)
+    return standardized(every_label(train), train.class_names, units)
 
 
-def _every_label(train: Selection) -> np.ndarray:
+def every_label(train: Selection) -> np.ndarray:
     """Labels of all examples, [examples, ...]; read where they stand in the records."""
     labels = train.targets()
     if labels is None:
@@ -328,7 +289,7 @@ def _weights(
                 f"config.{knob}='balanced' counts the examples of each class, which batches of an "
                 'iterator do not tell: give a number for each class'
             )
-        return balanced(_every_label(train), len(names))
+        return balanced(every_label(train), len(names))
     try:
         weights = [float(part) for part in text.split(',')]
     except ValueError:

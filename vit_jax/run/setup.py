@@ -28,7 +28,7 @@ from vit_jax.data.dataset import Selection, Source
 from vit_jax.data.stream import BatchStream
 from vit_jax.errors import UserError
 from vit_jax.inference.task import Task
-from vit_jax.run import product, recipe, resources, resume, run_info
+from vit_jax.run import augmentation, product, recipe, resources, resume, run_info
 from vit_jax.state import Checkpoint
 
 # Training, perhaps validation, and test examples.
@@ -88,7 +88,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
             scan_layers=config.scan_layers,
         )
     recipe.check_depth(config, model)
-    recipe.host_augment_of(config, train)
+    augmentation.check(config, train)
     train_loss, eval_loss, task = recipe.losses_of(config, train, parts.loss_fn)
     schedule = optim.schedule_of(config) if parts.tx is None else None
 
