@@ -25,8 +25,10 @@ def check(config: ml_collections.ConfigDict, train: Selection | BatchStream) -> 
 
 def describe(config: ml_collections.ConfigDict) -> str:
     """What is done to training images beside cropping and mirroring; '' for nothing."""
-    names = (*_ON_THE_HOST, 'random_erasing', 'mixup', 'cutmix')
-    names += ('repeated_augmentation', 'balanced_sampling')
+    names = (
+        *_ON_THE_HOST, 'random_erasing', 'mixup', 'cutmix', 'repeated_augmentation',
+        'balanced_sampling',
+    )  # fmt: skip
     told = ', '.join(f'{name}={config[name]}' for name in names if config[name])
     return f'{told} (AugReg {config.augreg})' if config.augreg else told
 
@@ -73,7 +75,7 @@ def balance_of(
                 f'config.{name}={config[name]}: whoever makes {train!r} draws the examples; leave '
                 'it out'
             )
-    if not config.balanced_sampling:
+    if not config.balanced_sampling or isinstance(train, BatchStream):
         return None
     if train.label_dtype != CLASS_INDEX:
         raise UserError(
