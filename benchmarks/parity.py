@@ -24,7 +24,7 @@ import torch
 from benchmarks import torch_libraries, torch_reference
 from vit_jax import files, models, variants
 from vit_jax.analysis import compare
-from vit_jax.checkpoint import npz
+from vit_jax.checkpoint import library_configs, npz
 from vit_jax.data.batches import eval_batches
 from vit_jax.data.normalization import Normalization
 from vit_jax.data.preprocess import normalize
@@ -106,7 +106,7 @@ def check(
     mine = [layers_of(opened.model, opened.params, t) for t in (np.float32, np.float64)]
     results = []
     if library and reference in ('auto', library):
-        references = [_of_folder(library, path)]
+        references = [_of_folder(library, path, normalization)]
     else:
         references = _references(reference, opened, weights)
     for title, make in references:
@@ -333,14 +333,21 @@ def _references(
     return found
 
 
-def _of_folder(name: str, folder: pathlib.Path) -> tuple[str, Callable[..., torch.nn.Module]]:
-    """The library whose folder it is, and what loads the model: for input in [-1, 1]."""
-    library = _library(name, name)
-    load = {
-        'transformers': torch_libraries.transformers_folder,
-        'timm': torch_libraries.timm_folder,
-    }[name]
-    return f'{name} {library.__version__}', lambda: load(folder)
+def _of_folder(
+    name: str, folder: pathlib.Path, normalization: Normalization | None
+) -> tuple[str, Callable[..., torch.nn.Module]]:
+    """The library whose folder it is, and what loads the model: for input in [-1, 1].
+
+    Args:
+        name: of the library.
+        folder: that it loads.
+        normalization: that the caller says; it counts where the folder tells none.
+    """
+    title = f'{name} {_library(name, name).__version__}'
+    if name == 'timm':
+        return title, lambda: torch_libraries.timm_folder(folder)
+    assumed = normalization or library_configs.read(folder)['input'].normalization
+    return title, lambda: torch_libraries.transformers_folder(folder, assumed)
 
 
 def _library(name: str, chosen: str) -> Any:

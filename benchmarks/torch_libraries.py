@@ -82,10 +82,15 @@ def transformers_model(
     return recorded.requires_grad_(False)
 
 
-def transformers_folder(folder: str | os.PathLike[str]) -> 'Recorded':
+def transformers_folder(folder: str | os.PathLike[str], assumed: tuple[Any, Any]) -> 'Recorded':
     """The model of a Hugging Face folder, as transformers itself loads it, with all settings.
 
     The class is the one that config.json names.
+
+    Args:
+        folder: of config.json, weights and, mostly, the settings of an image processor.
+        assumed: (mean, standard deviation) of the input, in units of white, where it has none: the
+            library does not say, either.
 
     Raises:
         ValueError: transformers misses an array of its model, or finds one of another shape.
@@ -127,31 +132,31 @@ def transformers_folder(folder: str | os.PathLike[str]) -> 'Recorded':
         features = read[0] if len(read) == 1 else torch.stack(read, dim=1)
         return {'pre_logits': features, 'logits': result.logits}
 
-    return _with_input(Recorded(model, _parts(model), compute), *_transformers_input(folder))
-
-
-def _transformers_input(folder: str | os.PathLike[str]) -> tuple[Any, Any]:
-    """(mean, standard deviation) of the input, in units of white, by the folder's own words.
-
-    Without any, what the released ViTs take: input in [-1, 1].
-    """
-    path = os.path.join(folder, 'preprocessor_config.json')
-    settings = {}
-    if os.path.isfile(path):
-        with open(path, encoding='utf-8') as file:
-            settings = json.load(file)
-    scale = (
-        255 * settings.get('rescale_factor', 1 / 255) if settings.get('do_rescale', True) else 255
+    return _with_input(
+        Recorded(model, _parts(model), compute), *_transformers_input(folder, assumed)
     )
-    mean, std = settings.get('image_mean', [0.5] * 3), settings.get('image_std', [0.5] * 3)
-    if not settings.get('do_normalize', True):
-        mean, std = [0.0] * 3, [1.0] * 3
-    return [m / scale for m in mean], [s / scale for s in std]
+
+
+def _transformers_input(
+    folder: str | os.PathLike[str], assumed: tuple[Any, Any]
+) -> tuple[Any, Any]:
+    """(mean, standard deviation) of the input, in units of white, as its image processor has it."""
+    import transformers
+
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    except OSError:  # it has none
+        return assumed
+    scale = 255 * processor.rescale_factor if processor.do_rescale else 255
+    if not processor.do_normalize:
+        return 0.0, 1 / scale
+    mean, std = (np.asarray(x, np.float64) for x in (processor.image_mean, processor.image_std))
+    return mean / scale, std / scale
 
 
 def _with_input(model: 'Recorded', mean: Any, std: Any) -> 'Recorded':
     """The model for input in [-1, 1], of one that takes (white - mean) / std."""
-    mean, std = (torch.tensor(values, dtype=torch.float64) for values in (mean, std))
+    mean, std = (torch.as_tensor(values, dtype=torch.float64) for values in (mean, std))
     model.register_forward_pre_hook(
         lambda _module, inputs: (((inputs[0].double() + 1) / 2 - mean) / std).to(inputs[0])
     )

@@ -197,6 +197,22 @@ def test_hugging_face_folder_is_loaded_by_transformers_itself(check, run_script,
     assert result['weights_read'].startswith('by transformers itself, with the settings in ')
 
 
+def test_what_a_folder_does_not_tell_of_its_input_is_the_same_on_both_sides(check, tmp_path):
+    """transformers assumes nothing; we assume ImageNet's, and say so."""
+    transformers = pytest.importorskip('transformers')
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    config = transformers.Dinov2Config(**sizes, patch_size=14)
+    transformers.Dinov2Model(config).save_pretrained(tmp_path)
+    result = check(tmp_path)
+    assert result['passed'] and "ImageNet's mean and deviation" in ' '.join(result['notes'])
+    assert check(tmp_path, normalization=((0.4,) * 3, (0.1,) * 3))['passed']
+    # Its class has a mean and a deviation, too: CLIP's.
+    settings = {'image_processor_type': 'BitImageProcessor', 'crop_size': 28}
+    (tmp_path / 'preprocessor_config.json').write_text(json.dumps(settings))
+    assert check(tmp_path)['passed']
+    assert not check(tmp_path, normalization=((0.4,) * 3, (0.1,) * 3))['passed']
+
+
 @pytest.mark.parametrize(
     'cases',
     [

@@ -250,7 +250,7 @@ class _UnknownError(Exception):
 
 def _processor(folder: pathlib.Path) -> dict[str, Any] | None:
     """The settings of the image processor; of a processor of images and text its part."""
-    places = (('preprocessor_config.json', ''), ('processor_config.json', 'image_processor'))
+    places = (('processor_config.json', 'image_processor'), ('preprocessor_config.json', ''))
     for name, key in places:
         if (folder / name).is_file():
             stored = files.read_json(folder / name)
