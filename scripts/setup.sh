@@ -4,7 +4,7 @@
 #   bash scripts/setup.sh [--test] [--peers] [--python 3.12]
 #
 #   --test          also what the tests and the linter need
-#   --peers         the same, and timm and torchvision, which some tests compare with
+#   --peers         the same, and timm, torchvision and open_clip, which some tests compare with
 #   --python X.Y    use this Python (3.11 to 3.13) and the environment .venv-X.Y instead of .venv
 #
 # The CUDA build of JAX is installed where nvidia-smi finds a GPU, the CPU build elsewhere. A second run finds its stamp
@@ -122,7 +122,7 @@ fi
 folder_of() { "$python" -c 'import importlib.util as u, sys; print(u.find_spec(sys.argv[1]).submodule_search_locations[0])' "$1" 2>/dev/null; }
 
 if $with_peers && ! folder_of torch >/dev/null; then
-  say "PyTorch is not among the packages for Python $(version_of "$python"): timm and torchvision are left out, and their tests skip."
+  say "PyTorch is not among the packages for Python $(version_of "$python"): timm, torchvision and open_clip are left out, and their tests skip."
 elif $with_peers; then
   stamp=$venv/$(stamp_of "${requirements[@]}" requirements-peers.txt)
   if [[ ! -e $stamp ]]; then

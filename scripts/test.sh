@@ -4,7 +4,7 @@
 #   bash scripts/test.sh [--peers] [--python 3.12] [pytest arguments]
 #
 #   bash scripts/test.sh                            # everything
-#   bash scripts/test.sh --peers                    # also what compares with timm and torchvision
+#   bash scripts/test.sh --peers                    # also what compares with timm, torchvision, open_clip
 #   bash scripts/test.sh --python 3.12              # the same on another Python, in .venv-3.12
 #   bash scripts/test.sh tests/run/test_telemetry.py    # lint, and the tests of one file
 #   bash scripts/test.sh -n 0 -m slow               # what takes minutes or gigabytes, one at a time

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import onnxruntime
 import pytest
+import safetensors.numpy
 
 from vit_jax import models
 from vit_jax.analysis import compare
@@ -232,7 +233,7 @@ def test_of_image_and_text_the_image_tower_is_taken(kind, transformers, tmp_path
     assert distance(compute(model, x), expected.numpy()) < 1e-5
 
 
-def test_open_clips_names(case):
+def test_open_clips_names(case, tmp_path):
     """The same model as OpenAI and open_clip name it, written out by hand."""
     theirs, model = case('clip_projected')
     state = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
@@ -267,6 +268,18 @@ def test_open_clips_names(case):
     assert found.keys() == expected.keys()
     for key, array in expected.items():
         np.testing.assert_array_equal(found[key], array, err_msg=key)
+    # As its folder.
+    vision = dict(layers=2, width=48, head_width=12, mlp_ratio=2.0, image_size=28, patch_size=14)
+    config = {'model_cfg': {'vision_cfg': vision, 'quick_gelu': True}}
+    config['preprocess_cfg'] = {'mean': [0.5] * 3, 'std': [0.5] * 3}
+    (tmp_path / 'open_clip_config.json').write_text(json.dumps(config))
+    safetensors.numpy.save_file(
+        {key: np.ascontiguousarray(array, np.float32) for key, array in named.items()},
+        tmp_path / 'open_clip_model.safetensors',
+    )
+    again, x = model_folder.load(tmp_path), images(model)
+    assert again.model_config['act'] == 'quick_gelu'
+    assert distance(compute(again, x), outputs_of(theirs, x)) < 1e-5
 
 
 @pytest.mark.parametrize('name', CASES)

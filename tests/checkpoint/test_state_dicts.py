@@ -218,7 +218,6 @@ def test_programs_are_named(tmp_path):
     'name, words',
     [
         ('adapter_config.json', r'is an adapter \(LoRA\)'),
-        ('open_clip_config.json', 'is a model of open_clip'),
         ('saved_model.pb', "is TensorFlow's SavedModel"),
     ],
 )

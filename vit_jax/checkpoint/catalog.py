@@ -153,12 +153,13 @@ def resolve(pretrained: str, *, option: str = download.OPTION) -> pathlib.Path:
     files.recover(path)
     if (path / 'params.npz').is_file():
         return path / 'params.npz'
-    if path.is_file() or (path / 'config.json').is_file():  # Hugging Face's or timm's
+    library = any((path / name).is_file() for name in ('config.json', 'open_clip_config.json'))
+    if path.is_file() or library:
         return path
     if path.is_dir():
         raise UserError(
             f'{path} is a folder without params.npz or config.json; expected a checkpoint, a model '
-            'folder, or a folder of Hugging Face or timm'
+            'folder, or a folder of Hugging Face, timm or open_clip'
         )
     name = pretrained if pretrained.endswith('.npz') else f'{pretrained}.npz'
     if name in RELEASED or (name.startswith('augreg/') and name.count('-') > 1):

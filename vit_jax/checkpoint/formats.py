@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from vit_jax.checkpoint import (
     library_configs,
     model_input,
     npz,
+    open_clip_configs,
     state_dicts,
     tensors,
 )
@@ -148,9 +150,10 @@ def open_weights(
     - `.npz`: Google's (published or Linen names) and big_vision's.
     - `.safetensors`, `.pth` (`.pt`, `.bin`): state dicts of timm (ViT, hybrids, Mixer, DeiT),
       Hugging Face (ViT and DeiT, names before and since version 5) and torchvision.
-    - a folder of Hugging Face or timm (config.json and weights, in one file or in shards). Its
-      configuration gives heads, class names and normalisation; a normalisation other than this
-      package's (to [-1, 1]) is folded into the patch embedding.
+    - a folder of Hugging Face or timm (config.json and weights, in one file or in shards), or of
+      open_clip (open_clip_config.json; the image tower is read). Its configuration gives heads,
+      class names and normalisation; a normalisation other than this package's (to [-1, 1]) is
+      folded into the patch embedding.
 
     Args:
         path: file or folder.
@@ -170,13 +173,16 @@ def open_weights(
     path = files.expand(path)
     config: dict[str, Any] = {}
     if path.is_dir():
-        if not (path / 'config.json').is_file():
+        if open_clip_configs.is_folder(path):
+            config = open_clip_configs.read(path)
+        elif not (path / 'config.json').is_file():
             tensors.check_folder(path)
             raise UserError(
                 f'{path} is a folder without config.json; expected a checkpoint file, or a folder '
-                'of Hugging Face or timm'
+                'of Hugging Face, timm or open_clip'
             )
-        config = library_configs.read(path)
+        else:
+            config = library_configs.read(path)
         paths = tensors.find_in_folder(path)
     else:
         npz.check_exists(path)
@@ -188,6 +194,8 @@ def open_weights(
     for file in paths:
         arrays, metadata, done = tensors.open_tensors(file)
         found |= arrays
+    for theirs, ours in config.get('renamed', {}).items():
+        found = {re.sub(f'^{re.escape(theirs)}', ours, name): found[name] for name in found}
     found, cleaned = state_dicts.clean(found, path)
     ours = library_configs.from_metadata(metadata)
     config = {**ours, **config}

@@ -82,7 +82,7 @@ _PROJECTION = re.compile(r'(.*/MultiHeadDotProductAttention_0/(query|key|value))
 _LEFT_OUT = {
     'mask_token, for masked pre-training': re.compile(r'(embeddings\.)?mask_token'),
     'the text tower': re.compile(
-        r'text_model\..*|text_projection(\.weight)?|logit_(scale|bias)|transformer\..*'
+        r'text(_model)?\..*|text_projection(\.weight)?|logit_(scale|bias)|transformer\..*'
         r'|token_embedding\.weight|positional_embedding|ln_final\..*|attn_mask'
     ),
 }

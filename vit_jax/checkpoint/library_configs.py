@@ -145,19 +145,36 @@ def _timm(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:
             f'{by_arguments or "token"!r}, by its model_args or its architecture: put the one that '
             'is meant into model_args'
         )
-    known: dict[str, Any] = {'settings': _timm_settings(folder, architecture, arguments)}
-    if 'num_heads' in arguments:
-        known['num_heads'] = int(arguments['num_heads'])
+    known = of_timm_arguments(folder / 'config.json', architecture, arguments)
     names = config.get('label_names') or pretrained.get('label_names')
     if names:
         known['class_names'] = [str(name) for name in names]
     return known | {'input': model_input.of_timm(config)}
 
 
-def _timm_settings(
-    folder: pathlib.Path, architecture: str, arguments: Mapping[str, Any]
+def of_timm_arguments(
+    place: pathlib.Path, architecture: str, arguments: Mapping[str, Any]
 ) -> dict[str, Any]:
-    place = f'{folder / "config.json"}: {architecture} of timm'
+    """`settings` and `num_heads`, as `read` gives them, of a model of timm.
+
+    Args:
+        place: the file that states it, for errors.
+        architecture: its name.
+        arguments: all of them, those that the architecture sets included.
+
+    Raises:
+        UserError: a setting that no model here computes.
+    """
+    known: dict[str, Any] = {'settings': _timm_settings(place, architecture, arguments)}
+    if 'num_heads' in arguments:
+        known['num_heads'] = int(arguments['num_heads'])
+    return known
+
+
+def _timm_settings(
+    file: pathlib.Path, architecture: str, arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    place = f'{file}: {architecture} of timm'
     for name, value in arguments.items():
         known = _TIMM_KNOWN.get(name, (value,))
         if value not in known and not (name == 'norm_layer' and _is_layer_norm(value)):

@@ -18,13 +18,15 @@ from vit_jax.checkpoint.arrays import LazyArray, from_file
 from vit_jax.errors import UserError
 
 _PICKLES = ('.pth', '.pt', '.bin', '.tar')
-# What folders of Hugging Face and of timm call their weights, best first.
+OPEN_CLIP_FILES = ('open_clip_model.safetensors', 'open_clip_pytorch_model.bin')
+# What folders of Hugging Face, timm and open_clip call their weights, best first.
 _FOLDER_FILES = (
     'model.safetensors',
     'model.safetensors.index.json',
     'pytorch_model.bin',
     'pytorch_model.bin.index.json',
     'flax_model.msgpack',
+    *OPEN_CLIP_FILES,
 )
 # A file beside the index, no path.
 _SHARD_NAME = re.compile(r'\w[\w.+-]{0,199}', re.A)
@@ -42,8 +44,6 @@ _OTHER_KINDS = {
 _FOLDERS = {
     'adapter_config.json': 'an adapter (LoRA), which changes the weights of another model; merge '
     'it into that model (merge_and_unload of PEFT) and save the whole',
-    'open_clip_config.json': 'a model of open_clip; load it there and save the image tower for '
-    'timm or Hugging Face',
     'saved_model.pb': "TensorFlow's SavedModel; save the model for PyTorch, or as .safetensors",
     'tf_model.h5': 'TensorFlow weights alone; save the model for PyTorch, or as .safetensors',
     '_CHECKPOINT_METADATA': 'an Orbax checkpoint; of a run, the model is in WORKDIR/model',

@@ -26,7 +26,7 @@ import numpy as np
 
 import vit_jax
 from vit_jax import files, models, variants
-from vit_jax.checkpoint import adapt, catalog, formats, infer, model_input, npz
+from vit_jax.checkpoint import adapt, catalog, formats, infer, model_input, npz, open_clip_configs
 from vit_jax.checkpoint.arrays import count_not_finite
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
@@ -240,7 +240,8 @@ def open_model(
         path = catalog.resolve(name, option='--model FILE')
         if (path.parent / MODEL_FILE).is_file():  # a model folder in cloud storage
             path = path.parent
-    if path.is_dir() and ((path / MODEL_FILE).is_file() or not (path / 'config.json').is_file()):
+    of_library = (path / 'config.json').is_file() or open_clip_configs.is_folder(path)
+    if path.is_dir() and ((path / MODEL_FILE).is_file() or not of_library):
         if variant:
             raise UserError(f'{path} is a model folder, which knows its variant; leave it out')
         if num_heads:
