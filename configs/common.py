@@ -29,6 +29,11 @@ def get_defaults() -> ml_collections.ConfigDict:
     config.columns = ''
     # The folder that the paths in a table start from. Empty: that of the table.
     config.image_root = ''
+    # What an image of a folder belongs to (a patient, a scene): a regular expression for its path,
+    # 'patient_([0-9]+)'. A group is on one side of every split. Tables have a column for it.
+    config.group = ''
+    # Cross-validation: '2/5' tests on the second of five folds of pp.train, and trains on the rest.
+    config.fold = ''
     # Where TFDS keeps prepared sets. Empty: TFDS's own place, ~/tensorflow_datasets.
     config.tfds_data_dir = ''
     # Where archives lie that TFDS cannot download itself (imagenet2012).

@@ -18,7 +18,7 @@ import ml_collections
 from vit_jax import files, variants
 from vit_jax.checkpoint.resize import PATCH_METHODS
 from vit_jax.configs import common, datasets
-from vit_jax.data import remote
+from vit_jax.data import remote, splits
 from vit_jax.data.host_augment import randaug_of
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.data.randaugment import AUGREG
@@ -101,6 +101,8 @@ def resolve(
             resolved[key] = type(resolved[key])(0)
     total, resolved.total_steps = resolved.total_steps, warm_up_of
     resolved.dataset = dataset
+    if resolved.fold:  # a preset's splits are of the same examples
+        resolved.pp.update(train=config.pp.train or '', test=config.pp.test or '')
     squash = resolved.pp.eval == 'squash'
     if config.pp.inception_crop is None and (
         (resolved.pp.resize and squash) or resolved.pp.resize_small
@@ -287,6 +289,13 @@ def _check(config: ml_collections.ConfigDict) -> None:
         for key in keys:
             if not config[key] >= least:  # so that NaN fails
                 raise UserError(f'config.{key}={config[key]} must be at least {least}')
+    if config.fold:
+        splits.fold_of(config.fold)
+        if config.pp.test:
+            raise UserError(
+                f'config.fold={config.fold!r} tests on a fold of the training images, and '
+                f'config.pp.test={config.pp.test!r} on others: leave out one of them'
+            )
     if config.label_smoothing >= 1:
         raise UserError(
             f'config.label_smoothing={config.label_smoothing} leaves nothing of the labels: it is '

@@ -46,6 +46,9 @@ from vit_jax.run.setup import Parts, Setup, Sources, initial_params, set_up, wei
 from vit_jax.state import Checkpoint
 from vit_jax.variants import in_words
 
+# What else the config says of a dataset.
+_OF_THE_DATA = ('columns', 'image_root', 'group')
+
 
 def train_and_evaluate(
     config: ml_collections.ConfigDict,
@@ -374,7 +377,7 @@ def _write_model_folder(
     source = {
         'weights': weights_name(run.config),
         'dataset': lasting_name(run.config.dataset),
-        **{name: run.config[name] for name in ('columns', 'image_root') if run.config[name]},
+        **{name: run.config[name] for name in _OF_THE_DATA if run.config[name]},
         'train': run.train.spec,
         **({} if run.val is None else {'val': run.val.spec}),
         'test': run.test.spec,

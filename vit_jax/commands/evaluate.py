@@ -149,6 +149,7 @@ def _open_source(
     if _same(name, trained.dataset):  # what training was told holds here, too
         for key in ('columns', 'image_root'):
             told[key] = told[key] or getattr(trained, key)
+        told['group'] = trained.group
     dataset = sources.open_dataset(name, channels=channels, **told)
     spec, reason = (args.split, 'as --split says') if args.split else choose_split(dataset, trained)
     return dataset.select(spec), reason

@@ -161,7 +161,8 @@ class Dataset:
         Args:
           spec: in TFDS's grammar, for example `train[:90%]`. Percentages are rounded to the closest
             example. Of such a split, `10% of SPLIT` and `SPLIT without 10%` are the two parts that
-            `Selection.hold_out` gives, and `SPLIT without OTHER` is what `Selection.without` gives.
+            `Selection.hold_out` gives, `fold 2/5 of SPLIT` and `SPLIT without fold 2/5` those of
+            `Selection.fold`, and `SPLIT without OTHER` is what `Selection.without` gives.
 
         Returns:
           The examples in the order of the specification.
@@ -170,14 +171,14 @@ class Dataset:
           UserError: a specification that cannot be read, an unknown split, a slice beyond the
             split, no examples.
         """
-        if found := re.fullmatch(r'\s*([\d.]+\s*%) of (.*)', spec):
-            return self._stored(found[2]).hold_out(found[1])[1]
-        whole, without, other = spec.partition(' without ')
+        if found := re.fullmatch(r'\s*([\d.]+\s*%|fold \d+/\d+) of (.*)', spec):
+            return self.select(found[2])._divide(found[1])[1]
+        whole, without, other = spec.rpartition(' without ')
         if not without:
             return self._stored(spec)
-        if splits.is_share(other):
-            return self._stored(whole).hold_out(other)[0]
-        return self._stored(whole).without(self._stored(other))
+        if splits.is_share(other) or other.startswith('fold '):
+            return self.select(whole)._divide(other)[0]
+        return self.select(whole).without(self._stored(other))
 
     def _stored(self, spec: str) -> 'Selection':
         """The examples that TFDS's grammar names."""
@@ -185,11 +186,17 @@ class Dataset:
         ranges = splits.parse(spec, lengths, self.name)
         return Selection(self, spec, [(name, range(a, b)) for name, a, b in ranges])
 
+    @property
+    def first(self) -> str:
+        """The split to train on: `train`, or the first one."""
+        return 'train' if 'train' in self.splits else next(iter(self.splits))
+
     def default_specs(self) -> tuple[str, str]:
         """The specifications of training and test examples to use when the user gives none.
 
         The `test` split if there is one, else `validation`, else the last tenth of `train`, and
-        more where that lacks a class of two images or more (`holdout.held_out`).
+        more where that lacks a class of two images or more (`holdout.held_out`); where examples are
+        in groups, whole groups (`Selection.hold_out`).
 
         Raises:
           UserError: no class has two images.
@@ -197,7 +204,9 @@ class Dataset:
         for name in ('test', 'validation'):
             if name in self.splits and 'train' in self.splits:
                 return 'train', name
-        first = 'train' if 'train' in self.splits else next(iter(self.splits))
+        first = self.first
+        if getattr(self.splits[first], 'groups', None) is not None:
+            return f'{first} without 10%', f'10% of {first}'
         classes = self.label_dtype == CLASS_INDEX
         labels = getattr(self.splits[first], 'labels', None) if classes else None
         smallest = holdout.SMALL_CLASS
@@ -369,8 +378,9 @@ class Selection:
         """Splits off a share that has each class in proportion, the same every time.
 
         Of each class with two examples or more, one at least is in either part; see
-        `holdout.choose`. Labels that are not known are read; of more than `MAX_READ` examples they
-        are not, and any of the examples are taken.
+        `holdout.choose`. Examples in groups are held out by whole groups, see
+        `holdout.choose_groups`. Labels that are not known are read; of more than `MAX_READ`
+        examples they are not, and any of the examples are taken.
 
         Args:
           share: such as `10%`.
@@ -381,7 +391,11 @@ class Selection:
         Raises:
           UserError: the share is not from above 0 to 50 %, or no class has two examples.
         """
-        held = holdout.choose(self._classes(), splits.share_of(share))
+        part, groups = splits.share_of(share), self.groups()
+        if groups is None:
+            held = holdout.choose(self._classes(), part)
+        else:
+            held = holdout.choose_groups(self._classes(), groups, part)
         if not len(held):
             raise UserError(
                 f'no class of {self!r} has two images, so that none can be held out of training: '
@@ -393,11 +407,45 @@ class Selection:
             self.part(held, f'{share} of {self.spec}'),
         )
 
+    def fold(self, text: str) -> 'tuple[Selection, Selection]':
+        """One fold of several, for cross-validation; see `holdout.folds`.
+
+        Args:
+          text: such as `2/5`, the second of five.
+
+        Returns:
+          The other folds, and this one, in the order that the examples have here.
+
+        Raises:
+          UserError: no such fold, or too few examples for so many.
+        """
+        fold, number = splits.fold_of(text)
+        there = holdout.folds(self._classes(), self.groups(), number) == fold - 1
+        if there.all() or not there.any():
+            raise UserError(
+                f'{self!r}: groups of such sizes leave a fold of {number} without images'
+            )
+        text = f'fold {fold}/{number}'
+        return (
+            self.part(np.flatnonzero(~there), f'{self.spec} without {text}'),
+            self.part(np.flatnonzero(there), f'{text} of {self.spec}'),
+        )
+
+    def _divide(self, what: str) -> 'tuple[Selection, Selection]':
+        """`hold_out` of a share, or a `fold`."""
+        if what.startswith('fold '):
+            return self.fold(what.removeprefix('fold '))
+        return self.hold_out(what)
+
     def _classes(self) -> np.ndarray:
-        """Int [examples]: class of each; all alike where there are none, or too many to read."""
+        """Int [examples]: class of each, of other labels `holdout.strata`.
+
+        All alike where there are none, or too many to read.
+        """
         same = np.zeros(len(self), np.int64)
         if self.label_dtype != CLASS_INDEX:
-            return same
+            targets = self.targets()
+            return same if targets is None else holdout.strata(targets)
         labels = self.labels()
         if labels is None and len(self) <= MAX_READ:
             with concurrent.futures.ThreadPoolExecutor() as threads:

@@ -15,6 +15,7 @@ import functools
 import logging
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -32,7 +33,7 @@ _MAX_FOLDERS = 1000  # that are looked at
 _logger = logging.getLogger(__name__)
 
 
-def open_folder(root: pathlib.Path, name: str, *, channels: int = 3) -> Dataset:
+def open_folder(root: pathlib.Path, name: str, *, channels: int = 3, group: str = '') -> Dataset:
     """Lists the images of a folder.
 
     Classes are the first-level folders, in the order of their names; images may lie deeper. Hidden
@@ -45,6 +46,8 @@ def open_folder(root: pathlib.Path, name: str, *, channels: int = 3) -> Dataset:
       root: the folder.
       name: how the user spelled it.
       channels: of the images; with another number than 3, .npy files are images, too.
+      group: regular expression of what an image belongs to, searched for in its path from the
+        folder of the split (`daisy/patient_07/3.jpg`); its first parentheses, or all of it.
 
     Returns:
       A dataset whose examples are read from disk on access, EXIF orientation honoured.
@@ -70,16 +73,37 @@ def open_folder(root: pathlib.Path, name: str, *, channels: int = 3) -> Dataset:
         split: _list_split(folder, classes, places, complete=split == 'train', arrays=channels != 3)
         for split, folder in folders.items()
     }
+    if group:
+        splits = {
+            s: dataclasses.replace(part, groups=_groups(part, group)) for s, part in splits.items()
+        }
     return Dataset(name, tuple(classes), True, splits, channels)
+
+
+def _groups(part: '_Files', pattern: str) -> np.ndarray:
+    """What each image belongs to, str [examples]."""
+    try:
+        found = [re.search(pattern, path) for path in part.identity()]
+    except re.error as error:
+        raise UserError(f'config.group={pattern!r} is no regular expression: {error}') from error
+    for path, match in zip(part.identity(), found, strict=True):
+        if not match:
+            raise UserError(
+                f'config.group={pattern!r} does not fit {path}: every image has a group. A path '
+                'begins with the folder of the class; the group is what the first parentheses '
+                "hold, as in --config.group='patient_([0-9]+)'"
+            )
+    return np.array([match[1] if match.re.groups else match[0] for match in found if match])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Files:
-    """A split on disk: its folder, and paths and labels (int [examples]) of its images."""
+    """A split on disk: its folder; paths, labels (int [examples]) and groups of its images."""
 
     folder: str
     paths: tuple[str, ...]
     labels: np.ndarray
+    groups: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.paths)

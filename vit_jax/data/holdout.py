@@ -1,8 +1,11 @@
 """Which examples are held out: by rule, of every class, the same every time."""
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
+
+from vit_jax.errors import UserError, extra
 
 # The last tenth of `stratified_order` has an image of each class, if all classes have so many.
 SMALL_CLASS = 10
@@ -77,6 +80,89 @@ def choose(labels: np.ndarray, share: float) -> np.ndarray:
     rest = np.setdiff1d(np.arange(len(order)), firsts)
     more = max(0, round(share * len(order)) - len(firsts))
     return np.sort(order[np.concatenate([firsts, rest[:more]])])
+
+
+def choose_groups(labels: np.ndarray, groups: np.ndarray, share: float) -> np.ndarray:
+    """Which examples to hold out, where a group is held out as a whole or not at all.
+
+    Of `folds`, up to 20, as many as are about the share, one at least.
+
+    Args:
+      labels: int [examples].
+      groups: [examples], what each belongs to.
+      share: above 0, at most 0.5.
+
+    Returns:
+      Their indices, int [n], increasing.
+
+    Raises:
+      UserError: a single group.
+    """
+    most = np.unique(labels, return_counts=True)[1].max()
+    number = int(min(20, len(np.unique(groups)), most))
+    if number < 2:
+        raise UserError(
+            f'all {len(labels):,} examples are of one group, or each of a class of its own, so '
+            'that none can be held out: name splits that are held apart'
+        )
+    return np.flatnonzero(folds(labels, groups, number) < max(1, round(share * number)))
+
+
+def folds(labels: np.ndarray, groups: np.ndarray | None, number: int) -> np.ndarray:
+    """The fold of each example, for cross-validation; the same every time.
+
+    By scikit-learn's `StratifiedKFold` or, with groups, `StratifiedGroupKFold`, shuffled with seed
+    0: the folds have about the same share of each class, and a group is in one of them.
+
+    Args:
+      labels: int [examples].
+      groups: [examples], what each belongs to; None for nothing.
+      number: of folds, 2 or more.
+
+    Returns:
+      int [examples] in [0, number).
+
+    Raises:
+      UserError: more folds than groups, or than examples of the largest class.
+    """
+    with extra('train'):
+        from sklearn import model_selection
+
+    counts = np.unique(labels, return_counts=True)[1]
+    for count, what in (
+        (counts.max(), 'images of the largest class'),
+        (number if groups is None else len(np.unique(groups)), 'groups'),
+    ):
+        if count < number:
+            raise UserError(f'{number} folds of {count:,} {what}: use fewer of them')
+    kind = model_selection.StratifiedGroupKFold
+    kind = model_selection.StratifiedKFold if groups is None else kind
+    found = np.empty(len(labels), np.int64)
+    with warnings.catch_warnings():  # that a class has fewer examples than there are folds
+        warnings.filterwarnings('ignore', 'The least populated class', UserWarning)
+        splitter = kind(number, shuffle=True, random_state=0)
+        for fold, (_, chosen) in enumerate(splitter.split(labels, labels, groups)):
+            found[chosen] = fold
+    return found
+
+
+def strata(labels: np.ndarray) -> np.ndarray:
+    """Classes to be held in proportion, of labels of another kind.
+
+    Args:
+      labels: [examples] or [examples, C]: of several classes, 0 or 1, or numbers.
+
+    Returns:
+      int [examples]: the rarest class that an image has, C where it has none; of numbers the fifth
+      of all examples that the first number is in.
+    """
+    labels = labels.reshape(len(labels), -1)
+    if np.isin(labels, (0, 1)).all():
+        by_rarity = np.argsort(labels.sum(axis=0), kind='stable')
+        there = labels[:, by_rarity] > 0
+        return np.where(there.any(axis=1), by_rarity[there.argmax(axis=1)], labels.shape[1])
+    first = labels[:, 0]
+    return np.searchsorted(np.quantile(first, (0.2, 0.4, 0.6, 0.8)), first)
 
 
 def coverage_notes(

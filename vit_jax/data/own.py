@@ -41,6 +41,7 @@ def from_arrays(
     *,
     channels: int = 3,
     units: Sequence[str] = (),
+    groups: Any = None,
     name: str = '',
     fingerprint: str = '',
 ) -> Selection:
@@ -54,6 +55,7 @@ def from_arrays(
       class_names: see `from_sequence`.
       channels: see `from_sequence`.
       units: see `from_sequence`.
+      groups: see `from_sequence`.
       name: see `from_sequence`.
       fingerprint: see `from_sequence`.
 
@@ -68,7 +70,7 @@ def from_arrays(
         )
     name = name or 'arrays'
     told: dict[str, Any] = {'channels': channels, 'units': units, 'fingerprint': fingerprint}
-    return from_sequence(images, labels, class_names, name=name, **told)
+    return from_sequence(images, labels, class_names, name=name, groups=groups, **told)
 
 
 def from_sequence(
@@ -80,6 +82,7 @@ def from_sequence(
     exif: bool = True,
     keys: tuple[str, str] = ('image', 'label'),
     units: Sequence[str] = (),
+    groups: Any = None,
     name: str = '',
     fingerprint: str = '',
 ) -> Selection:
@@ -103,6 +106,8 @@ def from_sequence(
       exif: whether to turn files and PIL images upright as their EXIF orientation says.
       keys: of image and label in dicts.
       units: of labels that are numbers: as many texts as `class_names`; default none.
+      groups: what each example belongs to (a patient, a scene), N texts or whole numbers: a group
+        is on one side of every split; default nothing.
       name: what messages call the data; default the type of `items`. Images are called NAME/INDEX,
         or by their path.
       fingerprint: a text that tells this data from another, so that no run is resumed with other
@@ -124,7 +129,9 @@ def from_sequence(
     if not len(items):
         raise UserError(f'{name} has no examples')
     known = None if labels is None else _check_labels(labels, len(items), name)
-    split = _Items(name, items, known, keys, channels, fingerprint)
+    split = _Items(
+        name, items, known, keys, channels, fingerprint, _check_groups(groups, items, name)
+    )
     first = split.image_and_label(0)
     if isinstance(first[0], np.ndarray):
         pixels_of(first[0], key=f'{name}/0', channels=channels)
@@ -180,6 +187,7 @@ class _Items:
     keys: tuple[str, str]
     channels: int
     fingerprint: str
+    groups: np.ndarray | None
     label_dtype: np.dtype = CLASS_INDEX
     class_names: tuple[str, ...] = ()
 
@@ -207,6 +215,8 @@ class _Items:
     def identity(self) -> tuple[str, ...]:
         labels = b'' if self.known is None else np.ascontiguousarray(self.known).tobytes()
         told = (str(len(self)), str(self.label_dtype), str(self.channels), self.fingerprint)
+        if self.groups is not None:
+            labels += '\0'.join(self.groups.tolist()).encode(errors='surrogateescape')
         return *told, hashlib.sha256(labels).hexdigest()
 
     def image_and_label(self, index: int) -> tuple[Any, Any]:
@@ -286,6 +296,19 @@ def _check_labels(labels: Any, count: int, name: str) -> np.ndarray:
     array = array.astype(label_dtype(array[0]).base)
     _check_values(array, None, f'labels of {name}')
     return array
+
+
+def _check_groups(groups: Any, items: Any, name: str) -> np.ndarray | None:
+    """Groups as one array of texts [N]."""
+    if groups is None:
+        return None
+    array = np.asarray(groups)
+    if array.shape != (len(items),) or array.dtype.kind not in 'iuUSO':
+        raise UserError(
+            f'groups of {name} must be {len(items):,} texts or whole numbers, got '
+            f'{array.dtype} {list(array.shape)}'
+        )
+    return array.astype(str)
 
 
 def _check_values(labels: np.ndarray, classes: int | None, what: str) -> None:

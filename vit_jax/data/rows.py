@@ -103,8 +103,8 @@ def make_dataset(
     if columns.weight:
         weights = read_weights(values[columns.weight], faults)
     _logger.warning('Note: %s: %s', name, columns.describe(kind))
-    if columns.weight or columns.group:
-        _logger.warning('Note: %s: neither weights nor groups have an effect so far', name)
+    if columns.weight:
+        _logger.warning('Note: %s: weights have no effect so far', name)
     _check_faults(name, faults, images.faults(), numbers, max_unreadable)
     good = np.ones(count, bool)
     good[list(faults)] = False

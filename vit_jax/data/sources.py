@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import itertools
 import logging
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -51,6 +53,7 @@ def open_three(
     val_split: str = '',
     test_split: str = '',
     validate: bool = False,
+    fold: str = '',
     **options: Any,
 ) -> tuple[Selection, Selection | None, Selection]:
     """Opens the training, validation and test examples of a dataset.
@@ -64,16 +67,55 @@ def open_three(
       validate: whether there have to be validation examples: without a `val_split`, those of a
         stored split `validation` that is neither trained nor tested on, else a tenth of the
         training examples.
+      fold: such as `2/5`: test on that fold of the training examples (`Selection.fold`), and train
+        on the others; not with a `test_split`.
       **options: see `open_dataset`.
 
     Returns:
       (training examples, validation examples or None, test examples).
 
     Raises:
-      UserError: as `open_sources`; or validation examples are tested on as well.
+      UserError: as `open_sources`; or validation examples are tested on as well, or a group is on
+        both sides of a split.
     """
     opened = open_dataset(dataset, **options)
-    train, test = _train_and_test(opened, train_split, test_split)
+    train, val, test = _three(opened, train_split, val_split, test_split, validate, fold)
+    check_groups({'training': train, 'validation': val, 'test': test})
+    return train, val, test
+
+
+def check_groups(examples: Mapping[str, Selection | None]) -> None:
+    """Refuses groups (patients, scenes) that are on both sides of a split.
+
+    Two parts that are the same examples, at least in part, are none: that is another matter.
+
+    Args:
+      examples: parts of a dataset, by what they are for.
+
+    Raises:
+      UserError: names a group and where it is.
+    """
+    known = {name: part for name, part in examples.items() if part is not None}
+    for (name, part), (other, others) in itertools.combinations(known.items(), 2):
+        groups, theirs = part.groups(), others.groups()
+        if groups is None or theirs is None or part.overlap(others):
+            continue
+        common = np.intersect1d(groups, theirs)
+        if len(common):
+            raise UserError(
+                f'{len(common):,} groups are in the {name} and in the {other} examples, {part!r} '
+                f'and {others!r}: {", ".join(common[:3])}{", ..." * (len(common) > 3)}. Leave '
+                '--config.pp.train and --config.pp.test out, or name splits that keep groups whole'
+            )
+
+
+def _three(
+    opened: Dataset, train_split: str, val_split: str, test_split: str, validate: bool, fold: str
+) -> tuple[Selection, Selection | None, Selection]:
+    if fold:
+        train, test = opened.select(train_split or opened.first).fold(fold)
+    else:
+        train, test = _train_and_test(opened, train_split, test_split)
     if not val_split and validate:
         stored = opened.select('validation') if 'validation' in opened.splits else None
         free = stored and not stored.overlap(train) and not stored.overlap(test)
@@ -116,6 +158,7 @@ def open_dataset(
     channels: int = 3,
     columns: str = '',
     image_root: str = '',
+    group: str = '',
     max_unreadable: float = 1.0,
 ) -> Dataset:
     """Opens a dataset by its name or path.
@@ -133,6 +176,7 @@ def open_dataset(
       channels: that images are to have: 3 (RGB), 1 (grey), or those of .npy files in a folder.
       columns: of a table, which column is what; see `columns.choose_columns`.
       image_root: of a table, the folder that its paths start from; '' for that of the table.
+      group: of a folder, regular expression of what an image belongs to, see `folders.open_folder`.
       max_unreadable: of a table, the largest share of rows that may be unusable; others are named
         in the log.
 
@@ -151,6 +195,11 @@ def open_dataset(
     else:
         path = files.expand(dataset)
     if path.suffix.lower() in tables.SUFFIXES and not path.is_dir():
+        if group:
+            raise UserError(
+                f'config.group={group!r} is for folders, whose paths tell the group; a table has a '
+                "column for it: --config.columns='group=NAME'"
+            )
         if not path.exists():
             raise UserError(f'there is no table {dataset} (seen from {pathlib.Path.cwd()})')
         return tables.open_table(
@@ -175,7 +224,12 @@ def open_dataset(
                 path.absolute(),
                 'start in another folder' if dataset == 'digits' else f'name it {dataset}:*.*.*',
             )
-        return folders.open_folder(path, dataset, channels=channels)
+        return folders.open_folder(path, dataset, channels=channels, group=group)
+    if group:
+        raise UserError(
+            f'config.group={group!r} is for folders, whose paths tell the group, and {dataset} is '
+            'none: leave it out'
+        )
     if dataset == 'digits':
         return _open_digits(channels)
     if path.exists():

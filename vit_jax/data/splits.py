@@ -43,6 +43,19 @@ def share_of(text: str) -> float:
     return share
 
 
+def fold_of(text: str) -> tuple[int, int]:
+    """`2/5` as (2, 5): the second of five folds.
+
+    Raises:
+      UserError: it is none.
+    """
+    found = re.fullmatch(r'\s*(\d{1,4})/(\d{1,4})\s*', text)
+    fold, number = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not (1 <= fold <= number and number > 1):
+        raise UserError(f'{text!r} is no fold: write 2/5 for the second of five')
+    return fold, number
+
+
 def parse(spec: str, lengths: Mapping[str, int], dataset: str) -> list[tuple[str, int, int]]:
     """A split specification as [(split name, first, end)], by TFDS's own parser and rounding."""
     with extra('train'):

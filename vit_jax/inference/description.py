@@ -87,6 +87,7 @@ class TrainingData:
         val: specification of the split that something was chosen on.
         columns: of a table, see `sources.open_dataset`.
         image_root: likewise.
+        group: of a folder, likewise.
     """
 
     dataset: str = ''
@@ -96,6 +97,7 @@ class TrainingData:
     val: str = ''
     columns: str = ''
     image_root: str = ''
+    group: str = ''
 
 
 def read(kind: type[T], found: Mapping[str, Any]) -> T:

@@ -26,7 +26,7 @@ DATA_FILE = 'data.json'
 # Settings that do not change what is learned. All others stay as they were when the run began.
 FREE = frozenset({
     # Where and how to read. The examples themselves are compared by `check_data`.
-    'dataset', 'columns', 'image_root', 'tfds_data_dir', 'tfds_manual_dir', 'data_threads',
+    'dataset', 'columns', 'image_root', 'group', 'tfds_data_dir', 'tfds_manual_dir', 'data_threads',
     'cache', 'max_unreadable',
     # How often to report, what to keep, what to put up with.
     'batch_eval', 'progress_every', 'eval_every', 'checkpoint_every',

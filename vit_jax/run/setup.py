@@ -32,7 +32,12 @@ from vit_jax.run import augmentation, product, recipe, resources, resume, run_in
 from vit_jax.state import Checkpoint
 
 # Training, perhaps validation, and test examples.
-Sources = tuple[Source | BatchStream, Source] | tuple[Source | BatchStream, Source, Source]
+# All examples, for `config.fold`; or training, perhaps validation, and test examples.
+Sources = (
+    tuple[Source]
+    | tuple[Source | BatchStream, Source]
+    | tuple[Source | BatchStream, Source, Source]
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +186,7 @@ def _open(
     """The training, validation and test examples."""
     validate = config_lib.chooses(config)
     if parts.sources is not None:
-        return _open_own(config.pp.val, parts.sources, validate)
+        return _open_own(config.pp.val, parts.sources, validate, config.fold)
     return sources.open_three(
         config.dataset,
         train_split=config.pp.train,
@@ -193,17 +198,27 @@ def _open(
         channels=config.pp.channels,
         columns=config.columns,
         image_root=config.image_root,
+        group=config.group,
+        fold=config.fold,
         max_unreadable=config.max_unreadable,
     )
 
 
 def _open_own(
-    share: str, given: Sources, validate: bool
+    share: str, given: Sources, validate: bool, fold: str
 ) -> tuple[Selection | BatchStream, Selection | None, Selection]:
     """The caller's examples; validation ones, where none are given, are held out of training."""
     first, *rest = given
     train = first if isinstance(first, BatchStream) else own.as_selection(first, 'sources[0]')
     others = [own.as_selection(each, f'sources[{i}]') for i, each in enumerate(rest, 1)]
+    if bool(fold) == bool(others) or (fold and isinstance(train, BatchStream)):
+        raise UserError(
+            f'config.fold={fold!r} is of one source of examples, (data,), that is divided: '
+            'without it there are two, (train, test), or three, (train, val, test)'
+        )
+    if fold and isinstance(train, Selection):
+        train, tested = train.fold(fold)
+        others = [tested]
     for other, what in zip(reversed(others), ('test', 'validation'), strict=False):
         for name in ('class_names', 'channels', 'label_dtype'):
             of_train, of_other = getattr(train, name), getattr(other, name)
