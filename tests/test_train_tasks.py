@@ -166,6 +166,22 @@ def test_what_does_not_go_together_is_refused(labels, changes, message, tmp_path
     assert not (tmp_path / 'run').exists()
 
 
+def test_a_fold_is_tested_on_and_the_others_are_trained_on(tmp_path):
+    everything = data.from_arrays(PIXELS, SEVERAL, ('cat', 'dog', 'cow'), groups=np.arange(40) // 4)
+    config = make_config(fold='2/5', total_steps=2)
+    train.train_and_evaluate(config, tmp_path / 'run', sources=(everything,))
+    told = json.loads((tmp_path / 'run/data.json').read_text())
+    assert told['train']['split'] == 'all without fold 2/5'
+    assert told['test'] == {
+        'split': 'fold 2/5 of all',
+        'examples': len(everything.fold('2/5')[1]),
+        'fingerprint': everything.fold('2/5')[1].fingerprint(),
+    }
+    for sources, fold in (((everything, everything), '2/5'), ((everything,), '')):
+        with pytest.raises(UserError, match='is of one source of examples, .data,., that is divid'):
+            train.train_and_evaluate(make_config(fold=fold), tmp_path / 'x', sources=sources)
+
+
 def test_units_belong_to_numbers():
     with pytest.raises(UserError, match='1 units for the 2 outputs'):
         data.from_arrays(PIXELS, NUMBERS, units=('years',))

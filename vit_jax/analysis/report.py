@@ -108,6 +108,7 @@ def render(runs: Sequence[Run], *, images: int | None = None) -> str:
             title=', '.join(run.name for run in runs),
             charts=report_charts.curves(runs),
             summary=report_tables.summary(runs),
+            folds=report_tables.folds(runs),
             differences=report_tables.differences(runs),
             tables=report_tables,
             written=datetime.datetime.now().strftime('%Y-%m-%d %H:%M'),

@@ -82,6 +82,22 @@ _CHARTS: tuple[tuple[str, str, list[_Curve]], ...] = (
             _Curve('accuracy_val', 'validation set', points=True, scale=100),
         ],
     ),
+    (
+        'Mean average precision',
+        'mean average precision (%)',
+        [
+            _Curve('mean_average_precision_test', 'test set', points=True, scale=100),
+            _Curve('mean_average_precision_val', 'validation set', points=True, scale=100),
+        ],
+    ),
+    (
+        'Mean absolute error',
+        'in the unit of the labels',
+        [
+            _Curve('mae_test', 'test set', points=True),
+            _Curve('mae_val', 'validation set', points=True),
+        ],
+    ),
     ('Learning rate', 'learning rate', [_Curve('lr')]),
     ('Training speed', 'images/s per device', [_Curve('img_sec_core_train')]),
     ('Norm of the gradient', 'norm, before clipping', [_Curve('gradient_norm')]),
@@ -96,7 +112,12 @@ def curves(runs: Sequence[Run]) -> list[Chart]:
       runs: at most `MAX_RUNS`, each in its own colour. Of a single run, the metrics of a chart have
         different colours.
     """
-    return [chart for plan in _CHARTS if (chart := _chart(*plan, runs)) is not None]
+    numbers = any(run.last(name) is not None for run in runs for name in ('mae_test', 'mae_val'))
+    found = []
+    for title, unit, plan in _CHARTS:
+        unit = 'loss' if title == 'Loss' and numbers else unit
+        found.append(_chart(title, unit, plan, runs))
+    return [chart for chart in found if chart is not None]
 
 
 def class_balance(class_names: Sequence[str], counts: dict[str, np.ndarray]) -> 'Figure':

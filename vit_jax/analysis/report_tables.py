@@ -13,6 +13,7 @@ from flax import traverse_util
 from vit_jax.analysis.run_files import MODEL_FOLDER, Run
 from vit_jax.analysis.tables import Table
 from vit_jax.configs import common
+from vit_jax.data import splits
 from vit_jax.errors import UserError
 from vit_jax.inference import description
 from vit_jax.inference import metrics_report as classification_report
@@ -56,6 +57,14 @@ def summary(runs: Sequence[Run]) -> Table:
         'Validation loss, last': lambda run: _loss(run.last('loss_val')),
         'Test accuracy, last': lambda run: _share(run.last('accuracy_test')),
         'Test accuracy, best': lambda run: _best(run, 'accuracy_test'),
+        'Mean average precision, validation': lambda run: _share(
+            run.last('mean_average_precision_val')
+        ),
+        'Mean average precision, test': lambda run: _share(run.last('mean_average_precision_test')),
+        'Mean absolute error, validation': lambda run: _number(run.last('mae_val')),
+        'Mean absolute error, test': lambda run: _number(run.last('mae_test')),
+        'Root mean squared error, test': lambda run: _number(run.last('rmse_test')),
+        'R2, test': lambda run: _number(run.last('r2_test')),
         'Top-5 test accuracy, last': lambda run: _share(run.last('accuracy_top5_test')),
         'Test loss, last': lambda run: _loss(run.last('loss_test')),
         'Training loss, last batch': lambda run: _loss(run.last('train_loss')),
@@ -67,6 +76,56 @@ def summary(runs: Sequence[Run]) -> Table:
     rows = [(name, *map(text, runs)) for name, text in texts.items()]
     kept = [row for row in rows if any(value != _NONE for value in row[1:])]
     return Table('Results', ('', *(f'{run.name}>' for run in runs)), kept)
+
+
+def folds(runs: Sequence[Run]) -> Table | None:
+    """Mean, deviation and 95 % interval over the folds of a cross-validation; None of other runs.
+
+    The interval is Student's t of independent values, which folds are not quite.
+    """
+    found = [_fold(run) for run in runs]
+    numbers = {fold[1] for fold in found if fold}
+    if len(runs) < 2 or None in found or len(numbers) > 1:
+        return None
+    from scipy import stats
+
+    number, seen = max(numbers), [fold[0] for fold in found if fold]
+    notes = [
+        'The last test of each fold. Folds share training images, so that the interval is narrower '
+        'than that of independent runs would be.'
+    ]
+    if missing := sorted(set(range(1, number + 1)) - set(seen)):
+        notes.append(f'Folds that are not here: {", ".join(map(str, missing))}.')
+    if len(seen) > len(set(seen)):
+        notes.append('A fold is here more than once, and counts as often.')
+    if unfinished := [run.name for run in runs if not run.finished]:
+        notes.append(f'Not finished: {", ".join(unfinished)}.')
+    order = np.argsort(seen, kind='stable').tolist()
+    rows = []
+    for name, (key, shown) in _OF_FOLDS.items():
+        values = [runs[place].last(key) for place in order]
+        known = np.array([np.nan if value is None else value for value in values])
+        known = known[np.isfinite(known)]
+        if not len(known):
+            continue
+        deviation = float(known.std(ddof=1)) if len(known) > 1 else math.nan
+        half = stats.t.ppf(0.975, len(known) - 1) * deviation / math.sqrt(len(known))
+        ends = [shown(float(known.mean() + sign * half)) for sign in (-1, 1)]
+        interval = ' to '.join(ends) if len(known) > 1 else _NONE
+        spread = shown(deviation) if len(known) > 1 else _NONE
+        rows.append((name, shown(float(known.mean())), spread, interval, *map(shown, values)))
+    heads = (f'Fold {seen[place]}/{number}>' for place in order)
+    columns = ('', 'Mean>', 'Deviation>', '95 % interval>', *heads)
+    return Table('Cross-validation', columns, rows, notes)
+
+
+def _fold(run: Run) -> tuple[int, int] | None:
+    """(2, 5) of a run on the second of five folds."""
+    text = run.config.get('fold')
+    try:
+        return splits.fold_of(text) if isinstance(text, str) and text else None
+    except UserError:  # config.json may come from anywhere
+        return None
 
 
 def differences(runs: Sequence[Run]) -> Table | None:
@@ -276,8 +335,24 @@ def _loss(value: float | None) -> str:
     return _NONE if value is None else 'not finite' if math.isnan(value) else f'{value:.4f}'
 
 
+def _number(value: float | None) -> str:
+    return _NONE if value is None else 'not finite' if math.isnan(value) else f'{value:.5g}'
+
+
 def _count(value: float | None) -> str:
     return '0' if value is None or math.isnan(value) else f'{value:,.0f}'
+
+
+# What folds are compared by: the metric, and how it is shown.
+_OF_FOLDS: dict[str, tuple[str, Callable[[float | None], str]]] = {
+    'Test accuracy': ('accuracy_test', _share),
+    'Top-5 test accuracy': ('accuracy_top5_test', _share),
+    'Mean average precision': ('mean_average_precision_test', _share),
+    'Mean absolute error': ('mae_test', _number),
+    'Root mean squared error': ('rmse_test', _number),
+    'R2': ('r2_test', _number),
+    'Test loss': ('loss_test', _loss),
+}
 
 
 def _best(run: Run, name: str) -> str:
