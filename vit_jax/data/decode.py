@@ -218,6 +218,9 @@ def decode(
       BadImageError: no image, an empty, truncated or corrupt one, one of more than `MAX_PIXELS`
         pixels, or an array that `pixels_of` refuses.
     """
+    if channels == 3 and isinstance(image, bytes) and image[:2] == b'\xff\xd8':
+        pixels = _decode_jpeg(image, key, reduction, fast=not accurate)
+        return _upright(pixels, _jpeg_orientation(image)) if exif else pixels
     if isinstance(image, np.ndarray):
         return pixels_of(image, key=key, channels=channels)
     if isinstance(image, bytes) and image.startswith(np.lib.format.MAGIC_PREFIX):
@@ -235,9 +238,6 @@ def decode(
         return _from_pillow(image, key, exif)
     if not image:
         raise BadImageError(key, 'the file is empty')
-    if image[:2] == b'\xff\xd8':
-        pixels = _decode_jpeg(image, key, reduction, fast=not accurate)
-        return _upright(pixels, _jpeg_orientation(image)) if exif else pixels
     try:
         picture = image_files.open_image(image)
     except Exception as error:
@@ -307,15 +307,15 @@ def pixels_of(image: np.ndarray, *, key: str, channels: int = 3) -> np.ndarray:
 
 
 def _decode_jpeg(image: bytes, key: str, reduction: int, fast: bool) -> np.ndarray:
-    options: dict[str, int] = {'fastdct': fast}
+    options: dict[str, int] = {}
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(image)
         _check_size(height, width, key)
         if jpeg_files.has_too_many_scans(image, height * width):
             raise BadImageError(key, 'it has more scans than any picture needs')
         if reduction > 1:
-            options |= {'min_height': -(-height // reduction), 'min_width': -(-width // reduction)}
-        return simplejpeg.decode_jpeg(image, 'RGB', **options)
+            options = {'min_height': -(-height // reduction), 'min_width': -(-width // reduction)}
+        return simplejpeg.decode_jpeg(image, 'RGB', fastdct=fast, **options)
     except ValueError as error:
         reason = str(error)
     if _STRAY in reason and (clean := jpeg_files.without_stray_bytes(image)) != image:
@@ -325,9 +325,9 @@ def _decode_jpeg(image: bytes, key: str, reduction: int, fast: bool) -> np.ndarr
         # markers are common in photos from the web), except where pixels are missing: a file that
         # only lacks its end marker is clean once it has one, a file cut inside the picture is not.
         if 'Premature end' in reason:
-            return simplejpeg.decode_jpeg(image + b'\xff\xd9', 'RGB', **options)
+            return simplejpeg.decode_jpeg(image + b'\xff\xd9', 'RGB', fastdct=fast, **options)
         if 'Corrupt JPEG data' in reason and 'premature end' not in reason:
-            return simplejpeg.decode_jpeg(image, 'RGB', strict=False, **options)
+            return simplejpeg.decode_jpeg(image, 'RGB', fastdct=fast, strict=False, **options)
     except ValueError as error:
         reason = f'{reason}; {error}'
     raise BadImageError(key, f'not a complete JPEG file ({reason})')
@@ -378,7 +378,10 @@ def _to_rgb(picture) -> np.ndarray:
     if 'transparency' in picture.info:  # Pillow would warn that palettes lose it.
         picture = picture.copy()
         del picture.info['transparency']
-    return np.array(picture if picture.mode == 'RGB' else picture.convert('RGB'))
+    if picture.mode != 'RGB':
+        picture = picture.convert('RGB')
+    pixels = np.frombuffer(picture.tobytes(), np.uint8)  # sooner than np.array(picture)
+    return pixels.reshape(picture.height, picture.width, 3).copy()
 
 
 def _check_size(height: int, width: int, key: str) -> None:

@@ -37,6 +37,8 @@ _SUFFIXES = {
     'AVIF': ('.avif',),
 }
 FORMATS = tuple(_SUFFIXES)
+# The only one that a file with this first byte can be of; Pillow asks each in turn.
+_FORMAT_OF = {b'B': ('BMP',), b'G': ('GIF',), b'P': ('PPM',), b'\x89': ('PNG',), b'R': ('WEBP',)}
 # Read where the package pillow-heif is there, which has limits of its own.
 HEIF_SUFFIXES = ('.heic', '.heif')
 _INSTALL_HEIF = "they are read with pip install 'vit_jax[heif]'"
@@ -52,11 +54,13 @@ _MAX_SEGMENTS = 50_000  # parts of a file before or around its picture
 # Text, profiles, EXIF and other data beside the picture, where the picture is small.
 _MAX_METADATA = 8 * _MIB
 _MAX_COMPRESSED_TEXTS = 8  # each unpacks to a MiB at most, which Pillow sees to
+_SMALL_PNG = 8192  # bytes: for that a text of a MiB takes one kB
 _MAX_EXIF = 256 << 10
 _MAX_COMMENTS = 1000
 _MAX_ICONS = 64
 _MAX_CODESTREAMS = 4
 _MAX_PPM_HEADER = 4096
+_PLAIN_PPM = re.compile(rb'P(4|[56]\s\d{1,9})\s\d{1,9}\s\d{1,9}\s')  # a whole header
 
 # TIFF: type -> (bytes, code of struct where it is a whole number).
 _TIFF_TYPES = {
@@ -138,11 +142,13 @@ def open_image(data: bytes) -> 'Image.Image':
     """
     from PIL import Image  # here, because sets of JPEG files do not need it
 
-    if _is_heif(data):
+    has_boxes = data[4:8] == b'ftyp'
+    if has_boxes and _is_heif(data):
         return _open_heif(data)
     frames = check(data)
+    formats = ('AVIF',) if has_boxes else _FORMAT_OF.get(data[:1], FORMATS)
     try:
-        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+        picture = Image.open(io.BytesIO(data), formats=formats)
     except Image.UnidentifiedImageError:  # whose text is the address of our buffer
         raise ValueError(f'no known format; read are {", ".join(sorted(FORMATS))}') from None
     _check_opened(picture, len(data), frames)
@@ -227,8 +233,8 @@ def _check_opened(picture: 'Image.Image', size: int, frames: list[int]) -> None:
     pixels = picture.width * picture.height
     if picture.format == 'AVIF':
         avif_files.check(frames, pixels)
-    elif any(tile[0] in _PYTHON_DECODERS for tile in getattr(picture, 'tile', ())) and (
-        pixels > _MAX_PYTHON_PIXELS or size > _MAX_PYTHON_BYTES
+    elif (pixels > _MAX_PYTHON_PIXELS or size > _MAX_PYTHON_BYTES) and any(
+        tile[0] in _PYTHON_DECODERS for tile in getattr(picture, 'tile', ())
     ):
         raise ValueError(
             f'{picture.width} x {picture.height} is more than this kind of {picture.format} is '
@@ -243,25 +249,27 @@ def _check_metadata(size: int, pixels: int) -> None:
 
 def _check_png(data: bytes) -> None:
     """PNG (https://www.w3.org/TR/png-3/): counts chunks, and what is no part of the picture."""
-    if not data.startswith(_PNG):
+    if not data.startswith(_PNG) or len(data) < _SMALL_PNG:
         return
     place, metadata, compressed = 8, 0, 0
     pixels = int.from_bytes(data[16:20], 'big') * int.from_bytes(data[20:24], 'big')
     # Encoders write chunks of kilobytes.
     for _ in range(_MAX_SEGMENTS + len(data) // 4096):
         kind, size = data[place + 4 : place + 8], int.from_bytes(data[place : place + 4], 'big')
+        place += 12 + size
+        if kind == b'IDAT':
+            continue
         if len(kind) < 4 or kind == b'IEND':
             return
-        if kind not in (b'IDAT', b'fdAT'):
+        if kind != b'fdAT':
             metadata += min(size, len(data))
             _check_metadata(metadata, pixels)
         if kind in (b'zTXt', b'iCCP') or (
-            kind == b'iTXt' and data[data.find(b'\0', place + 8) + 1] == 1
+            kind == b'iTXt' and data[data.find(b'\0', place - 4 - size) + 1] == 1
         ):
             compressed += 1
         if compressed > _MAX_COMPRESSED_TEXTS + pixels // _MIB:
             raise ValueError(f'it has {compressed} compressed texts')
-        place += 12 + size
     raise ValueError('it has more chunks than any encoder writes')
 
 
@@ -353,6 +361,8 @@ def _check_gif(data: bytes) -> None:
 
 def _check_ppm(data: bytes) -> None:
     """PPM: its header is read byte by byte, and comments are cut out one by one."""
+    if _PLAIN_PPM.match(data):
+        return
     from PIL import PpmImagePlugin
 
     if data[1:2] in b'123' and data.count(b'#') > _MAX_COMMENTS:
