@@ -54,10 +54,11 @@ def pins(file, python):
 
 
 def project_requirements():
-    """What the project needs with all its extras, but for another build of JAX."""
+    """What the project needs with its extras, but for another build of JAX, and what few need."""
     project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
     extras = project['optional-dependencies']
-    texts = project['dependencies'] + sum((extras[name] for name in extras if name != 'cuda12'), [])
+    own = [name for name in extras if name not in ('cuda12', 'cloud', 'heif')]
+    texts = project['dependencies'] + sum((extras[name] for name in own), [])
     return [Requirement(text) for text in texts if not text.startswith('vit_jax[')]
 
 
