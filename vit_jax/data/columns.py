@@ -19,9 +19,9 @@ from vit_jax.errors import UserError
 # Names by which columns are found, the first that is there; case does not count.
 _FOUND_BY = {
     'image': ('image', 'path', 'file_name', 'filename', 'file', 'filepath', 'file_path',
-              'image_path', 'img', 'img_path', 'jpg', 'png', 'image/encoded'),
-    'label': ('label', 'labels', 'class', 'class_name', 'category', 'species', 'cls',
-              'image/class/text', 'image/class/label', 'target', 'targets'),
+              'image_path', 'img', 'img_path', 'image/encoded'),
+    'label': ('label', 'labels', 'class', 'class_name', 'category', 'species', 'target', 'targets',
+              'cls', 'txt', 'image/class/text', 'image/class/label'),
     'split': ('split', 'subset', 'partition'),
     'group': ('group', 'group_id', 'patient', 'patient_id', 'subject', 'scene'),
     'weight': ('weight', 'sample_weight'),
@@ -116,6 +116,11 @@ def choose_columns(text: str, found: Sequence[str], where: str, image: str = '')
         chosen['group'],
         chosen['weight'],
     )
+
+
+def has_label(found: Sequence[str]) -> bool:
+    """Whether one of these columns would be taken for the label."""
+    return not {name.strip().lower() for name in found}.isdisjoint(_FOUND_BY['label'])
 
 
 def _parse(text: str) -> dict[str, tuple[str, ...]]:

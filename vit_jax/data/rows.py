@@ -46,6 +46,9 @@ class Images(Protocol):
     def path(self, row: int) -> str | None:
         """The file that the image is; None if it is in one with others."""
 
+    def called(self, row: int) -> str:
+        """What a person calls the row."""
+
     def faults(self) -> Mapping[int, str]:
         """The rows whose image cannot be read, as far as can be told at once, and why."""
 
@@ -56,7 +59,6 @@ def make_dataset(
     columns: Columns,
     values: Mapping[str, Sequence[Any]],
     *,
-    numbers: Sequence[int],
     faults: Mapping[int, str] | None = None,
     splits: Sequence[str] | None = None,
     class_names: Sequence[str] = (),
@@ -72,7 +74,6 @@ def make_dataset(
       images: of the N rows.
       columns: which of `values` is what.
       values: N values for each of `columns.others()`: texts, numbers, lists of them, None.
-      numbers: of the rows, N, as a person counts them.
       faults: rows (indices) that cannot be used anyhow, and why.
       splits: of the N rows, one of `SPLITS` each, where no column tells.
       class_names: in the order of their indices, where these stand in the rows; () where the values
@@ -88,7 +89,7 @@ def make_dataset(
       UserError: too many rows cannot be used, none can, fewer than two classes, or classes that
         `train` does not have.
     """
-    faults, count = dict(faults or {}), len(numbers)
+    faults, count = dict(faults or {}), len(values[columns.labels[0]])
     if not count:
         raise UserError(f'{name} has no rows')
     cells = [values[column] for column in columns.labels]
@@ -105,7 +106,7 @@ def make_dataset(
     _logger.warning('Note: %s: %s', name, columns.describe(kind))
     if columns.weight:
         _logger.warning('Note: %s: weights have no effect so far', name)
-    _check_faults(name, faults, images.faults(), numbers, max_unreadable)
+    _check_faults(name, faults, images, count, max_unreadable)
     good = np.ones(count, bool)
     good[list(faults)] = False
     part_of = np.array([_PLACES.get(split, -1) for split in splits or ['train'] * count], np.int8)
@@ -117,7 +118,7 @@ def make_dataset(
             rows = rows[stratified_order(classes)]
             of_groups = None if groups is None else groups[rows]
             of_weights = None if weights is None else weights[rows]
-            made[split] = _Rows(images, rows, numbers, name, labels[rows], of_groups, of_weights)
+            made[split] = _Rows(images, rows, labels[rows], of_groups, of_weights)
     if kind == ONE and not class_names:
         names = _of_training(made, names, name)
     check_class_names(names, name)
@@ -137,8 +138,6 @@ class _Rows:
 
     images: Images
     rows: np.ndarray
-    numbers: Sequence[int]
-    name: str
     labels: np.ndarray  # int32 [n], or float32 [n, C]
     groups: np.ndarray | None
     weights: np.ndarray | None
@@ -158,8 +157,8 @@ class _Rows:
         try:
             image, key = self.images.read(row)
         except BadImageError as error:
-            reason = f'{error.reason} (row {self.numbers[row]:,} of {self.name})'
-            raise BadImageError(error.key, reason, label) from error
+            error.label = label
+            raise
         return Example(image, label, key)
 
     def identity(self) -> Iterator[str]:
@@ -200,12 +199,12 @@ def _of_training(
 def _check_faults(
     name: str,
     left_out: Mapping[int, str],
-    unreadable: Mapping[int, str],
-    numbers: Sequence[int],
+    images: Images,
+    count: int,
     limit: float,
 ) -> None:
     """Names the rows that cannot be used, and stops where there are too many."""
-    unreadable = {row: why for row, why in unreadable.items() if row not in left_out}
+    unreadable = {row: why for row, why in images.faults().items() if row not in left_out}
     for faults, what in (
         (left_out, 'cannot be used and are left out'),
         (unreadable, 'have no image that can be read'),
@@ -213,13 +212,13 @@ def _check_faults(
         if not faults:
             continue
         rows = sorted(faults)
-        shown = '; '.join(f'row {numbers[row]:,}: {faults[row]}' for row in rows[:_SHOWN])
-        told = f'{name}: {len(rows):,} of {len(numbers):,} rows {what}: {shown}' + '; ...' * (
+        shown = '; '.join(f'{images.called(row)}: {faults[row]}' for row in rows[:_SHOWN])
+        told = f'{name}: {len(rows):,} of {count:,} rows {what}: {shown}' + '; ...' * (
             len(rows) > _SHOWN
         )
-        if len(left_out) == len(numbers):
+        if len(left_out) == count:
             raise UserError(told)
-        if len(left_out) + len(unreadable) > limit * len(numbers):
+        if len(left_out) + len(unreadable) > limit * count:
             raise UserError(
                 f'{told}. That is more than config.max_unreadable={limit:g} of them: correct the '
                 'rows, or allow a larger share'

@@ -1,4 +1,4 @@
-"""Opens datasets of every kind: TFDS sets, folders, tables and scikit-learn's digits."""
+"""Opens datasets of every kind: TFDS sets, folders, tables, files of many images, digits."""
 
 import dataclasses
 import functools
@@ -12,7 +12,18 @@ from typing import Any
 import numpy as np
 
 from vit_jax import files
-from vit_jax.data import folders, remote, splits, tables, tfds_sets
+from vit_jax.data import (
+    array_records,
+    folders,
+    hugging_face,
+    remote,
+    shards,
+    splits,
+    table_files,
+    tables,
+    tfds_sets,
+    webdataset,
+)
 from vit_jax.data.dataset import Dataset, Example, Selection
 from vit_jax.data.holdout import stratified_order
 from vit_jax.errors import UserError, extra
@@ -164,9 +175,9 @@ def open_dataset(
     """Opens a dataset by its name or path.
 
     Args:
-      dataset: a folder of images (`vit_jax.data.folders`), or a table of them
-        (`vit_jax.data.tables`), either here or in cloud storage, of which a copy in the cache is
-        brought up to date (`remote.local_copy`); where there is neither of this name, `digits`
+      dataset: a folder of images (`vit_jax.data.folders`), a table of them (`tables`), or files of
+        many (`hugging_face`, `webdataset`, `array_records`), here or in cloud storage, of which a
+        copy in the cache is brought up to date (`remote.local_copy`); where there is none, `digits`
         (scikit-learn's handwritten digits), or the name of an image classification set of TFDS:
         `tf_flowers`, `name/config`, `name:version`. Where both are there, the log says so.
       tfds_data_dir: where TFDS sets are; '' is TFDS's default (`TFDS_DATA_DIR`, or
@@ -174,11 +185,11 @@ def open_dataset(
         there as TFRecord is converted, in a child process.
       tfds_manual_dir: files that had to be downloaded by hand, for the few sets that need it.
       channels: that images are to have: 3 (RGB), 1 (grey), or those of .npy files in a folder.
-      columns: of a table, which column is what; see `columns.choose_columns`.
+      columns: of a table or the like, which column is what; see `columns.choose_columns`.
       image_root: of a table, the folder that its paths start from; '' for that of the table.
       group: of a folder, regular expression of what an image belongs to, see `folders.open_folder`.
-      max_unreadable: of a table, the largest share of rows that may be unusable; others are named
-        in the log.
+      max_unreadable: of rows, the largest share that may be unusable; others are named in the
+        log.
 
     Returns:
       The dataset; only descriptions have been read, no images.
@@ -194,27 +205,22 @@ def open_dataset(
         path = remote.local_copy(dataset, _log.warning)
     else:
         path = files.expand(dataset)
-    if path.suffix.lower() in tables.SUFFIXES and not path.is_dir():
+    if not path.exists() and path.suffix.lower() in table_files.SUFFIXES:
+        raise UserError(f'there is no table {dataset} (seen from {pathlib.Path.cwd()})')
+    options = {'channels': channels, 'max_unreadable': max_unreadable}
+    opened = _open_rows(path, dataset, columns, image_root, options)
+    if opened:
         if group:
             raise UserError(
-                f'config.group={group!r} is for folders, whose paths tell the group; a table has a '
+                f'config.group={group!r} is for folders, whose paths tell the group; rows have a '
                 "column for it: --config.columns='group=NAME'"
             )
-        if not path.exists():
-            raise UserError(f'there is no table {dataset} (seen from {pathlib.Path.cwd()})')
-        return tables.open_table(
-            path,
-            dataset,
-            columns=columns,
-            image_root=image_root,
-            channels=channels,
-            max_unreadable=max_unreadable,
-        )
+        return opened
     for knob, value in (('columns', columns), ('image_root', image_root)):
         if value:
             raise UserError(
-                f'config.{knob}={value!r} is for tables ({", ".join(tables.SUFFIXES)}), and '
-                f'{dataset} is none: leave it out'
+                f'config.{knob}={value!r} is for tables and the like, and {dataset} is none: '
+                'leave it out'
             )
     if path.is_dir():
         if dataset == 'digits' or tfds_sets.is_known(dataset):
@@ -234,8 +240,8 @@ def open_dataset(
         return _open_digits(channels)
     if path.exists():
         raise UserError(
-            f'dataset {dataset} is a file, but no table ({", ".join(tables.SUFFIXES)}); give one, '
-            'or the folder that holds the folders of the classes'
+            f'dataset {dataset} is a file, but no table ({", ".join(table_files.SUFFIXES)}), .tar, '
+            '.arrow or .array_record; or give the folder that holds those of the classes'
         )
     if (
         dataset.startswith(('/', './', '../', '~'))
@@ -245,6 +251,34 @@ def open_dataset(
         raise UserError(f'there is no folder {dataset} (seen from {pathlib.Path.cwd()})')
     opened = tfds_sets.open_tfds(dataset, tfds_data_dir, tfds_manual_dir)
     return dataclasses.replace(opened, channels=channels)
+
+
+def _open_rows(
+    path: pathlib.Path, dataset: str, columns: str, image_root: str, options: dict[str, Any]
+) -> Dataset | None:
+    """A dataset whose labels stand in rows; None of folders of classes, and of names."""
+    if not path.exists():
+        return None
+    suffix = path.suffix.lower()
+    parts = tables.find_metadata(path, told=bool(columns)) if path.is_dir() else []
+    if suffix in table_files.SUFFIXES and not path.is_dir():
+        if suffix != '.parquet' or table_files.has_paths(path, dataset, columns):
+            parts = [tables.Part(path)]
+    if parts:
+        return tables.open_tables(parts, dataset, columns=columns, image_root=image_root, **options)
+    kind = shards.kind_of(path)
+    if kind and image_root:
+        raise UserError(
+            f'config.image_root={image_root!r} is for tables with paths, and {dataset} holds the '
+            'images themselves: leave it out'
+        )
+    if kind == 'hugging_face':
+        return hugging_face.open_files(path, dataset, columns=columns, **options)
+    if kind == 'webdataset':
+        return webdataset.open_files(path, dataset, columns=columns, **options)
+    if kind == 'array_record':
+        return array_records.open_files(path, dataset, columns=columns, **options)
+    return None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -8,44 +8,76 @@ CSV (`,`, `;` or tabs), JSON Lines and Parquet. Paths are relative to the folder
 `image_root`; none may lead out of it. `columns.choose_columns` says how columns are found.
 """
 
-import csv
+import bisect
 import dataclasses
 import functools
-import itertools
+import logging
 import os
 import pathlib
-import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from vit_jax import files
-from vit_jax.data import rows
-from vit_jax.data.columns import Columns, choose_columns
+from vit_jax.data import rows, table_files
+from vit_jax.data.columns import Columns, choose_columns, has_label
 from vit_jax.data.dataset import Dataset
 from vit_jax.data.decode import BadImageError, read_file
-from vit_jax.errors import UserError, extra
+from vit_jax.data.splits import split_called
+from vit_jax.data.table_files import Table
+from vit_jax.errors import UserError
 
-SUFFIXES = ('.csv', '.tsv', '.jsonl', '.ndjson', '.parquet')
-_KEYS_FROM = 100  # lines of JSON whose keys are the columns
+_METADATA = 'metadata'  # what Hugging Face calls the table of a folder
+
+_logger = logging.getLogger(__name__)
 
 
-class Table(NamedTuple):
-    """N rows as they were read.
+class Part(NamedTuple):
+    """A table, and the part of a dataset that it is.
 
     Attributes:
-      values: the columns that were asked for, N values each.
-      numbers: of the rows, as a person counts them: lines from 1 on, so that the first row of a CSV
-        is row 2.
-      faults: rows (indices) that are broken, and how; their values are None.
+      path: of the file.
+      split: of its rows, one of `splits.SPLITS`, where no column tells; '' for what the others say.
     """
 
-    values: dict[str, list[Any]]
-    numbers: list[int]
-    faults: dict[int, str]
+    path: pathlib.Path
+    split: str = ''
 
 
-def open_table(
-    path: pathlib.Path,
+def find_metadata(folder: pathlib.Path, *, told: bool) -> list[Part]:
+    """The tables of an "image folder" of Hugging Face: `metadata.csv`, `.jsonl` or `.parquet`.
+
+    It stands in the folder, or in those of the splits; its column `file_name` has paths from there.
+
+    Args:
+      folder: of the dataset.
+      told: whether the user says which columns there are; else a table without labels is left out,
+        and the log says so.
+    """
+    parts = _metadata_in(folder, '')
+    if not parts:
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            if entry.is_dir() and (split := split_called(entry.name)):
+                parts += _metadata_in(pathlib.Path(entry.path), split)
+    kept = []
+    for part in parts:
+        with table_files.opened(part.path) as (header, _):
+            pass
+        if 'file_name' not in header:
+            continue
+        if told or has_label(header):
+            kept.append(part)
+        else:
+            _logger.warning('Note: %s is left out: it has no column of labels', part.path)
+    return kept
+
+
+def _metadata_in(folder: pathlib.Path, split: str) -> list[Part]:
+    paths = (folder / f'{_METADATA}{suffix}' for suffix in ('.csv', '.jsonl', '.parquet'))
+    return [Part(path, split) for path in paths if path.is_file()][:1]
+
+
+def open_tables(
+    parts: Sequence[Part],
     name: str,
     *,
     columns: str = '',
@@ -53,11 +85,11 @@ def open_table(
     channels: int = 3,
     max_unreadable: float = 1.0,
 ) -> Dataset:
-    """Reads a table.
+    """Reads a table, or several that are one dataset.
 
     Args:
-      path: of the file, one of `SUFFIXES`.
-      name: how the user spelled it.
+      parts: the files, each with one of `table_files.SUFFIXES`.
+      name: how the user spelled the dataset.
       columns: see `columns.choose_columns`.
       image_root: the folder that paths start from; '' for that of the table.
       channels: of the images; with another number than 3, they may be .npy files.
@@ -67,27 +99,64 @@ def open_table(
       A dataset whose images are read from disk on access, EXIF orientation honoured.
 
     Raises:
-      UserError: the file is no table, or one that cannot be used, see `rows.make_dataset`.
+      UserError: a file is no table, or one that cannot be used, see `rows.make_dataset`.
     """
-    root = files.expand(image_root) if image_root else path.parent
+    root = (
+        files.expand(image_root)
+        if image_root
+        else pathlib.Path(os.path.commonpath([os.path.abspath(part.path.parent) for part in parts]))
+    )
     if not root.is_dir():
         raise UserError(f'config.image_root={image_root}: there is no such folder')
-    found, table = _read(path, name, columns)
-    images = _Files(os.path.abspath(root), [_path(v) for v in table.values[found.image]])
+    found, table = _read(parts[0].path, columns)
+    starts, names = [0], _names(parts[0], found, table, root, bool(image_root))
+    splits = [parts[0].split] * len(names)
+    for part in parts[1:]:
+        chosen, more = _read(part.path, columns)
+        if chosen != found:
+            raise UserError(f'{part.path} has other columns than {parts[0].path}')
+        starts.append(len(names))
+        names += _names(part, chosen, more, root, bool(image_root))
+        splits += [part.split] * len(more.numbers)
+        table.faults.update({starts[-1] + row: why for row, why in more.faults.items()})
+        table.numbers.extend(more.numbers)
+        for column, values in table.values.items():
+            values.extend(more.values[column])
+    paths = [os.fspath(part.path) for part in parts]
+    images = _Files(os.path.abspath(root), names, paths, starts, table.numbers)
+    if parts[0].path.stem == _METADATA and not parts[0].split:
+        splits = _splits_of(names)
     return rows.make_dataset(
         name,
         images,
         found,
         table.values,
-        numbers=table.numbers,
         faults=table.faults,
+        splits=splits if all(splits) else None,
         channels=channels,
         max_unreadable=max_unreadable,
     )
 
 
-def _path(value: Any) -> str:
-    return value.strip() if isinstance(value, str) else ''
+def _names(part: Part, columns: Columns, table: Table, root: pathlib.Path, told: bool) -> list[str]:
+    """Paths of the images of a table, from the root, which is told or above the table."""
+    folder = '' if told else os.path.relpath(part.path.parent, root)
+    names = [str(value or '').strip() for value in table.values[columns.image]]
+    return [os.path.join(folder, name) if folder not in ('', '.') and name else name
+            for name in names]  # fmt: skip
+
+
+def _read(path: pathlib.Path, columns: str) -> tuple[Columns, Table]:
+    """Which column is what, and the columns that are needed."""
+    with table_files.opened(path) as (header, read):
+        found = choose_columns(columns, header, str(path))
+        return found, read((found.image, *found.others()))
+
+
+def _splits_of(names: Sequence[str]) -> list[str]:
+    """The first folder of each path, if all are called like a split; else nothing."""
+    firsts = {name: split_called(os.path.normpath(name).split('/')[0]) for name in set(names)}
+    return [firsts[name] or '' for name in names]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,16 +166,36 @@ class _Files:
     Attributes:
       root: absolute.
       names: of the rows: paths from `root`, or absolute ones below it; '' where there is none.
+      tables: paths of the files that the rows are of.
+      starts: the first row of each.
+      numbers: of the rows in their file.
     """
 
     root: str
     names: Sequence[str]
+    tables: Sequence[str]
+    starts: Sequence[int]
+    numbers: Sequence[int]
 
     def read(self, row: int) -> tuple[bytes, str]:
         path = self.path(row)
-        if why := self._refused(row):
-            raise BadImageError(path, why)
-        return read_file(path), path
+        try:
+            if why := self._refused(row):
+                raise BadImageError(path, why)
+            return read_file(path), path
+        except BadImageError as error:
+            reason = f'{error.reason} ({self._row(row)} of {self._table(row)})'
+            raise BadImageError(path, reason) from error
+
+    def called(self, row: int) -> str:
+        several = len(self.tables) > 1
+        return f'{self._table(row)}, {self._row(row)}' if several else self._row(row)
+
+    def _row(self, row: int) -> str:
+        return f'row {self.numbers[row]:,}'
+
+    def _table(self, row: int) -> str:
+        return self.tables[bisect.bisect_right(self.starts, row) - 1]
 
     def path(self, row: int) -> str:
         return os.path.normpath(os.path.join(self.root, self.names[row]))
@@ -143,101 +232,3 @@ def _list(folder: str) -> frozenset[str]:
         return frozenset(os.listdir(folder))
     except (OSError, ValueError):  # no such folder, or no name that a folder can have
         return frozenset()
-
-
-def _read(path: pathlib.Path, name: str, columns: str) -> tuple[Columns, Table]:
-    """Which column is what, and the columns that are needed."""
-    suffix = path.suffix.lower()
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise UserError(f'{name} is not a regular file')
-        if suffix == '.parquet':
-            return _read_parquet(path, name, columns)
-        # errors: a line that is not UTF-8 is named, instead of an offset of bytes
-        with open(path, encoding='utf-8-sig', newline='') as file:
-            read = _read_csv if suffix in ('.csv', '.tsv') else _read_json
-            return read(file, name, columns)
-    except OSError as error:
-        raise UserError(f'{name} cannot be read ({error.strerror or error})') from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f'{name} is not text in UTF-8 ({error.reason} at byte {error.start:,}): save it so'
-        ) from error
-
-
-def _read_csv(file: Iterable[str], name: str, columns: str) -> tuple[Columns, Table]:
-    lines = iter(file)
-    first = next(lines, '')
-    separator = max(',;\t', key=first.count)
-    try:
-        reader = csv.reader(itertools.chain([first], lines), delimiter=separator)
-        header = [word.strip() for word in next(reader, [])]
-        found = choose_columns(columns, header, name)
-        wanted = {column: header.index(column) for column in (found.image, *found.others())}
-        table = Table({column: [] for column in wanted}, [], {})
-        for number, cells in enumerate(reader, 2):
-            if not cells:
-                continue
-            if len(cells) != len(header):
-                table.faults[len(table.numbers)] = (
-                    f'it has {len(cells)} cells, and the first line {len(header)}'
-                )
-                cells = [''] * len(header)
-            table.numbers.append(number)
-            for column, place in wanted.items():
-                table.values[column].append(cells[place])
-    except csv.Error as error:
-        raise UserError(f'{name} is no table of comma-separated values ({error})') from error
-    return found, table
-
-
-def _read_json(file: Iterable[str], name: str, columns: str) -> tuple[Columns, Table]:
-    records = _records(file)
-    head = list(itertools.islice(records, _KEYS_FROM))
-    keys = list(dict.fromkeys(key for _, record, _ in head for key in record))
-    found = choose_columns(columns, keys, name)
-    table = Table({column: [] for column in (found.image, *found.others())}, [], {})
-    for number, record, fault in itertools.chain(head, records):
-        if fault:
-            table.faults[len(table.numbers)] = fault
-        table.numbers.append(number)
-        for column, values in table.values.items():
-            values.append(record.get(column))
-    return found, table
-
-
-def _records(file: Iterable[str]) -> Iterator[tuple[int, dict[str, Any], str]]:
-    """(number, object, '') of each line that is not empty; or why it is none."""
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            record = files.parse_json(line)
-        except ValueError as error:
-            yield number, {}, f'it is not JSON ({error})'
-            continue
-        if isinstance(record, dict):
-            yield number, record, ''
-        else:
-            yield number, {}, 'it is no JSON object'
-
-
-def _read_parquet(path: pathlib.Path, name: str, columns: str) -> tuple[Columns, Table]:
-    with extra('parquet'):
-        import pyarrow
-        from pyarrow import parquet
-    try:
-        with parquet.ParquetFile(path) as file:
-            found = choose_columns(columns, file.schema_arrow.names, name)
-            wanted = [found.image, *found.others()]
-            kind = file.schema_arrow.field(found.image).type
-            if not pyarrow.types.is_string(kind) and not pyarrow.types.is_large_string(kind):
-                raise UserError(f'{name}: the column {found.image} has no paths, but {kind}')
-            read = file.read(wanted)
-            values = {column: read.column(column).to_pylist() for column in wanted}
-    except (pyarrow.ArrowException, ValueError, OSError) as error:
-        if isinstance(error, UserError):
-            raise
-        reason = ' '.join(str(error).split())[:200]
-        raise UserError(f'{name} is no Parquet file that can be read ({reason})') from error
-    return found, Table(values, list(range(1, read.num_rows + 1)), {})
