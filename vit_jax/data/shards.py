@@ -292,10 +292,10 @@ def _save(path: pathlib.Path, index: Index) -> None:
 def _load(path: pathlib.Path) -> Index:
     with open(path, 'rb') as file, np.load(file, allow_pickle=False) as stored:
         values, names, faults, class_names = json.loads(stored['told'].tobytes())
-        arrays = [stored[name] for name in ('shard', 'offset', 'size')]
-    if any(array.shape != (len(names),) for array in arrays):
+        shard, offset, size = (stored[name] for name in ('shard', 'offset', 'size'))
+    if any(array.shape != (len(names),) for array in (shard, offset, size)):
         raise ValueError('the index does not fit itself')
-    return Index(values, names, *arrays, dict(faults), tuple(class_names))
+    return Index(values, names, shard, offset, size, dict(faults), tuple(class_names))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -115,7 +115,7 @@ def _members(shard: Shard, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     try:
         with tarfile.open(fileobj=file, mode='r:') as archive:
             while (member := archive.next()) is not None:
-                archive.members.clear()  # else all of them stay in memory
+                archive.members.clear()  # type: ignore[attr-defined]  # else all stay in memory
                 if member.isreg() and not os.path.basename(member.name).startswith('.'):
                     yield member
             end = archive.offset
