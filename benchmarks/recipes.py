@@ -31,6 +31,8 @@ PIECES: dict[str, dict[str, Any]] = {
     "optimizer='lamb'": {'optimizer': 'lamb'},
     "optimizer='muon'": {'optimizer': 'muon'},
     "optimizer='adafactor'": {'optimizer': 'adafactor'},
+    'sam_rho=0.1': {'sam_rho': 0.1},
+    'sam_rho=0.6, gsam_alpha=0.6': {'sam_rho': 0.6, 'gsam_alpha': 0.6},
     'layer_decay=0.75': {'layer_decay': 0.75},
     "frozen='(?!head/).*'": {'frozen': '(?!head/).*'},
     'ema_decay=0.99': {'ema_decay': 0.99},
@@ -70,6 +72,7 @@ def contestant(
         erasing=config.random_erasing,
         depth_rate=config.stochastic_depth,
         mix=augmentation.mix_of(config, train),
+        sharpness=optim.sharpness_of(config, schedule),
     )
     places = np.arange(batch, dtype=np.int32)
     inputs = sharding.put_batch({'image': images, 'label': labels, 'position': places}, mesh)

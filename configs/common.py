@@ -134,6 +134,12 @@ def get_defaults() -> ml_collections.ConfigDict:
     # Regular expression: parameters of these names stay as they are ('(?!head/).*': all but the
     # head). Empty: none.
     config.frozen = ''
+    # SAM: take the gradient at parameters that are moved uphill by this, 0.05 to 0.6; two passes
+    # per step. 0.0: off. GSAM, beside it: the share (0.6) of its second term, and the radius where
+    # the rate is 0 (0.0: the same as sam_rho at any rate).
+    config.sam_rho = 0.0
+    config.gsam_alpha = 0.0
+    config.gsam_rho_min = 0.0
     # How momentum, or the first moment, is stored: 'bfloat16' or 'float32'.
     config.optim_dtype = 'bfloat16'
     # AugReg's augmentation: 'none', 'light1', 'light2', 'medium1', 'medium2', 'strong1', 'strong2'.

@@ -278,6 +278,8 @@ def test_resize_alone_asks_for_random_crops():
         ({'batch': 0}, 'config.batch=0 must be at least 1'),
         ({'base_lr': float('nan')}, 'config.base_lr=nan must be at least 0'),
         ({'layer_decay': 1.1}, 'it is at most 1'),
+        ({'gsam_alpha': 0.6}, 'config.gsam_alpha=0.6 has no effect without config.sam_rho'),
+        ({'sam_rho': 0.1, 'gsam_rho_min': 0.2}, 'config.sam_rho=0.1 the largest: use less'),
         ({'mix_per_example': True}, 'has no effect without config.mixup or config.cutmix'),
         ({'mixup': 0.2, 'batch': 1, 'accum_steps': 1}, 'config.batch=1 has only one'),
         ({'augreg': 'medium'}, "'medium' is not one of '', 'none', 'light1'"),

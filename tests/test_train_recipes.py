@@ -21,6 +21,7 @@ RECIPE = {
     'layer_decay': 0.75, 'ema_decay': 0.6, 'ema_warmup_steps': 1, 'frozen': 'embedding/.*',
     'loss': 'sigmoid', 'label_smoothing': 0.1, 'class_weights': 'balanced', 'augreg': 'light2',
     'random_erasing': 0.5, 'pp.flip_vertical': True, 'stochastic_depth': 0.3,
+    'sam_rho': 0.05, 'gsam_alpha': 0.5, 'repeated_augmentation': 2,
 }  # fmt: skip
 
 

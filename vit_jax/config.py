@@ -51,7 +51,7 @@ _NOT_NEGATIVE = (
     'cooldown_steps', 'base_lr', 'grad_norm_clip', 'momentum', 'weight_decay', 'seed',
     'max_unreadable', 'label_smoothing', 'layer_decay', 'ema_decay', 'ema_warmup_steps',
     'stochastic_depth', 'mixup', 'cutmix', 'color_jitter', 'random_erasing', 'patience',
-    'repeated_augmentation',
+    'repeated_augmentation', 'sam_rho', 'gsam_alpha', 'gsam_rho_min',
 )  # fmt: skip
 
 
@@ -328,6 +328,17 @@ def _check(config: ml_collections.ConfigDict) -> None:
         raise UserError(
             f'config.ema_warmup_steps={config.ema_warmup_steps} has no effect without '
             'config.ema_decay: set it, or leave out both'
+        )
+    for key in ('gsam_alpha', 'gsam_rho_min'):
+        if config[key] and not config.sam_rho:
+            raise UserError(
+                f'config.{key}={config[key]} has no effect without config.sam_rho: set it, or '
+                'leave out both'
+            )
+    if config.gsam_rho_min > config.sam_rho:
+        raise UserError(
+            f'config.gsam_rho_min={config.gsam_rho_min} is the least radius, and config.sam_rho='
+            f'{config.sam_rho} the largest: use less'
         )
     if config.layer_decay > 1:
         raise UserError(

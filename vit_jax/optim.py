@@ -1,5 +1,6 @@
 """Learning-rate schedule and optimizer of a run, from optax."""
 
+import dataclasses
 import functools
 import inspect
 import re
@@ -12,6 +13,8 @@ import ml_collections
 import optax
 
 from vit_jax import groups
+
+_TINY = 1e-12  # against division by 0
 
 
 def create_learning_rate_schedule(
@@ -263,6 +266,64 @@ def with_average(
         return updates, EmaState(count, average, inner)
 
     return optax.GradientTransformationExtraArgs(init, step)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharpness:
+    """Sharpness-aware minimization: SAM (https://arxiv.org/abs/2010.01412) and GSAM.
+
+    With the gradient g at the parameters p, over the whole batch, and the gradient g' at
+    p + radius * g / |g|, SAM takes g' in place of g. GSAM (https://arxiv.org/abs/2203.08065) takes
+    g' - alpha * (g - (g . u) u) with u = g' / |g'|, which lowers the gap between both losses, too.
+    As big_vision's, but that there each device has a p + radius * g / |g| of its own share.
+
+    Attributes:
+      radius: as a function of the number of updates done.
+      alpha: of GSAM; 0 for SAM.
+    """
+
+    radius: optax.Schedule
+    alpha: float = 0.0
+
+    def __call__(
+        self, grads: Any, params: Any, step: jax.Array, gradient_of: Callable[[Any], Any]
+    ) -> Any:
+        """The gradient that the optimizer is given.
+
+        Args:
+          grads: at `params`.
+          params: those that are trained.
+          step: number of updates done.
+          gradient_of: gives the gradient of the same batch at other parameters.
+        """
+        scale = self.radius(step) / (optax.tree.norm(grads) + _TINY)
+        uphill = jax.tree.map(lambda p, g: p + scale.astype(p.dtype) * g, params, grads)
+        robust = gradient_of(uphill)
+        if not self.alpha:
+            return robust
+        unit = optax.tree.scale(1 / (optax.tree.norm(robust) + _TINY), robust)
+        along = optax.tree.vdot(unit, grads)
+        return jax.tree.map(lambda r, g, u: r - self.alpha * (g - along * u), robust, grads, unit)
+
+
+def sharpness_of(
+    config: ml_collections.ConfigDict, schedule: optax.Schedule | None
+) -> Sharpness | None:
+    """SAM or GSAM as a resolved config asks for it; None for neither.
+
+    GSAM's radius goes from `gsam_rho_min` where the learning rate is 0 to `sam_rho` where it is
+    `base_lr`.
+    """
+    if not config.sam_rho:
+        return None
+    least, most = config.gsam_rho_min or config.sam_rho, config.sam_rho
+
+    def radius(step: jax.Array) -> jax.Array:
+        if schedule is None or least == most:
+            return jnp.float32(most)
+        return least + (most - least) * schedule(step) / config.base_lr
+
+    return Sharpness(radius, config.gsam_alpha)
 
 
 def update(

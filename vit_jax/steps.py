@@ -53,6 +53,7 @@ def train_step_fn(
     frozen: str = '',
     depth_rate: float = 0.0,
     mix: augment.Mix | None = None,
+    sharpness: optim.Sharpness | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Builds the training step, a pure function for programs of one's own.
 
@@ -81,6 +82,8 @@ def train_step_fn(
         0 for the first, see `models.stochastic_depth`.
       mix: mixup and CutMix, after all that; `loss_fn` then gets mixed labels, of classes
         probabilities [B, classes].
+      sharpness: SAM or GSAM, with a second pass through the same batch; `gradient_norm` is then
+        that of what the optimizer gets, `train_loss` that of the first pass.
 
     Returns:
       A function (state, batch) -> (state, metrics). batch: `image` [B, height, width, channels],
@@ -135,6 +138,9 @@ def train_step_fn(
             )
 
         (loss, metrics), grads = mean(trained, gradient=True)
+        if sharpness:
+            second_pass = functools.partial(mean, gradient=True)
+            grads = sharpness(grads, trained, state.step, lambda moved: second_pass(moved)[1])
         updates, opt_state = optim.update(
             tx,
             grads,

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 from vit_jax import config as config_lib
-from vit_jax import loop, losses, steps
+from vit_jax import loop, losses, optim, steps
 from vit_jax import state as state_lib
 from vit_jax.checkpoint import workdir as workdir_lib
 from vit_jax.data import copies
@@ -234,6 +234,7 @@ def _compile(run: loop.Run, setup: Setup) -> jax.stages.Compiled:
         frozen=config.frozen,
         depth_rate=config.stochastic_depth,
         mix=augmentation.mix_of(config, setup.train),
+        sharpness=optim.sharpness_of(config, setup.schedule),
     )
     run.log.info('compiling the training step: seconds, or a minute or two for a large model')
     before = resources.resident_bytes()

@@ -123,6 +123,11 @@ def test_knobs_of_the_loss_are_refused_beside_a_loss_of_ones_own():
         ({'wd_mults': (('.*', 1.0),)}, None, 'factors of config.weight_decay, which is 0'),
         ({'layer_decay': 0.75}, None, 'no encoderblock_0'),
         ({'layer_decay': 0.75}, optax.sgd(0.1), 'no effect on an optimizer of your own'),
+        (
+            {'sam_rho': 0.5, 'gsam_rho_min': 0.1},
+            optax.sgd(0.1),
+            'no effect on an optimizer of your own',
+        ),
         ({'lr_mults': (('.*', 2.0),)}, optax.sgd(0.1), 'no effect on an optimizer of your own'),
     ],
 )
@@ -177,6 +182,7 @@ def test_without_a_recipe_the_step_is_the_plain_one(optimizer):
         'flip': config.pp.flip,
         'flip_vertical': config.pp.flip_vertical,
         'erasing': config.random_erasing,
+        'sharpness': optim.sharpness_of(config, schedule),
     }
     for used, given in ((tx, options), (plain, {})):
         state = state_lib.abstract_state(model, used, 8, mesh)

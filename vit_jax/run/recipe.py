@@ -93,7 +93,7 @@ def optimizer_of(
     """
     grouped = {
         name: config[name]
-        for name in ('lr_mults', 'wd_mults', 'layer_decay', 'frozen')
+        for name in ('lr_mults', 'wd_mults', 'layer_decay', 'frozen', 'gsam_rho_min')
         if config[name] != common.get_defaults()[name]
     }
     found = names() if grouped else []
@@ -103,7 +103,7 @@ def optimizer_of(
                 f'config.{knob}={value!r} has no effect on an optimizer of your own: leave out one '
                 'of them'
             )
-        if knob != 'layer_decay':
+        if knob not in ('layer_decay', 'gsam_rho_min'):
             patterns = [value] if knob == 'frozen' else [pattern for pattern, _ in value]
             groups.check_patterns(f'config.{knob}', patterns, found)
     if 'wd_mults' in grouped and not config.weight_decay:
