@@ -16,7 +16,7 @@ import logging
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from vit_jax.data import image_files
 from vit_jax.data.dataset import Dataset, Example, check_class_names
 from vit_jax.data.decode import BadImageError, read_file
 from vit_jax.data.holdout import stratified_order
+from vit_jax.data.listing import Index, list_images
 from vit_jax.data.splits import SPLITS, split_called
 from vit_jax.errors import UserError
 
@@ -69,10 +70,12 @@ def open_folder(root: pathlib.Path, name: str, *, channels: int = 3, group: str 
                 'there, or take them out here'
             )
     places = _Places(folder / name for folder in folders.values() for name in classes)
+    index = Index(root, arrays=channels != 3)
     splits = {
-        split: _list_split(folder, classes, places, complete=split == 'train', arrays=channels != 3)
+        split: _list_split(folder, classes, places, index, complete=split == 'train')
         for split, folder in folders.items()
     }
+    index.save()
     if group:
         splits = {
             s: dataclasses.replace(part, groups=_groups(part, group)) for s, part in splits.items()
@@ -117,7 +120,9 @@ class _Files:
             raise
 
     def identity(self) -> Iterator[str]:
-        return (os.path.relpath(path, self.folder) for path in self.paths)
+        begin = os.path.join(self.folder, '')
+        start = len(begin) if self.paths[0].startswith(begin) else 0  # of '.', paths have no './'
+        return (path[start:] for path in self.paths)
 
 
 def _split_folders(root: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -230,11 +235,11 @@ def _parents(path: str) -> list[str]:
 
 
 def _list_split(
-    folder: pathlib.Path, classes: list[str], places: _Places, *, complete: bool, arrays: bool
+    folder: pathlib.Path, classes: list[str], places: _Places, index: Index, *, complete: bool
 ) -> _Files:
     """The images of a split, which must have all classes if it is to be `complete`."""
     paths: list[str] = []
-    labels: list[int] = []
+    counts: dict[int, int] = {}  # images of each label
     ignored = collections.Counter(
         image_files.suffix_of(entry.name) for entry in os.scandir(folder) if entry.is_file()
     )
@@ -252,16 +257,16 @@ def _list_split(
             )
         known[real] = name
         foreign = functools.partial(places.is_foreign, real)
-        found, others = list_images(folder / name, foreign, arrays=arrays)
+        found, others = list_images(folder / name, foreign, index=index)
         ignored.update(others)
         if not found and complete:
             raise UserError(
-                f'class folder {folder / name} has no images ({image_files.in_words(arrays)}); '
-                'put some there or remove the folder'
+                f'class folder {folder / name} has no images '
+                f'({image_files.in_words(index.arrays)}); put some there or remove the folder'
             )
         missing += [] if found else [name]
         paths += found
-        labels += [label] * len(found)
+        counts[label] = len(found)
     if ignored:
         _logger.warning(
             '%s: %d files that are hidden or not images, or not in a class folder, are ignored%s',
@@ -277,48 +282,9 @@ def _list_split(
             'Note: %s has no images of %d of the %d classes: %s',
             folder, len(missing), len(classes), shown,
         )  # fmt: skip
-    order = stratified_order(np.array(labels))
-    return _Files(str(folder), tuple(paths[i] for i in order), np.array(labels)[order])
-
-
-def list_images(
-    folder: str | os.PathLike[str],
-    is_foreign: Callable[[str], bool] = lambda real: False,
-    *,
-    arrays: bool = False,
-) -> tuple[list[str], collections.Counter[str]]:
-    """The images below a folder.
-
-    Args:
-      folder: searched with everything below it, links followed, hidden files and folders left out.
-      is_foreign: of the real path of a folder below it: whether to leave that out, and say so.
-      arrays: whether .npy files are images.
-
-    Returns:
-      Sorted paths of the images (`image_files.suffixes`), and how many other files of each suffix
-      there were.
-    """
-    found: list[str] = []
-    ignored, seen = collections.Counter[str](), set[str]()
-    for path, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(path)
-        if real in seen:  # A link to a folder above it.
-            folders.clear()
-            continue
-        if seen and is_foreign(real):
-            _logger.warning(
-                '%s is left out: it leads to %s, which is above the class or of another', path, real
-            )
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith('.')]
-        for file in files:
-            if image_files.is_image_name(file, arrays):
-                found.append(os.path.join(path, file))
-            else:
-                ignored[image_files.suffix_of(file)] += 1
-    return sorted(found, key=lambda path: pathlib.Path(path).parts), ignored
+    labels = np.repeat([*counts], [*counts.values()])
+    order = stratified_order(labels)
+    return _Files(str(folder), tuple(paths[i] for i in order.tolist()), labels[order])
 
 
 def _subfolders(folder: pathlib.Path) -> list[str]:

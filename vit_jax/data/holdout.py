@@ -29,8 +29,9 @@ def stratified_order(labels: np.ndarray, *, seed: int = 0) -> np.ndarray:
     labels = np.asarray(labels)
     place, tie = np.empty(len(labels)), np.zeros(len(labels), np.uint64)
     counts = np.unique(labels, return_counts=True)
-    for label, count in zip(*counts, strict=True):
-        members = np.flatnonzero(labels == label)
+    by_class = np.argsort(labels, kind='stable')
+    for label, count, end in zip(*counts, np.cumsum(counts[1]), strict=True):
+        members = by_class[end - count : end]
         # Raw bits, because NumPy may change what `permutation` makes of them, and a later version
         # must not move test images into the training set.
         raw = np.random.PCG64([seed, int(label)]).random_raw(count)

@@ -12,7 +12,7 @@ import numpy as np
 from vit_jax.data import image_files
 from vit_jax.data.dataset import CLASS_INDEX, Example
 from vit_jax.data.decode import BadImageError, decode, read_file
-from vit_jax.data.folders import list_images
+from vit_jax.data.listing import list_images
 from vit_jax.errors import UserError
 from vit_jax.inference.classifier import Classifier, JaxClassifier, classify
 from vit_jax.inference.task import NUMBERS, Task
