@@ -30,7 +30,7 @@ _PER_FILE = 40  # file systems limit the links to a file
 class Waiting:
     """Black images of 32 x 32 pixels, each of which comes after some seconds; a `Source`."""
 
-    class_names = ('a', 'b')
+    class_names: tuple[str, ...] = ('a', 'b')
     exif = False
     label_dtype = CLASS_INDEX
 
