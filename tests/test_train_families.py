@@ -44,6 +44,19 @@ FAMILIES = {
         'patch_bias': False, 'classifier': 'map',
         'transformer': VIT['transformer'] | {'pre_norm': True, 'qk_norm': True},
     },
+    'dinov3': VIT | {
+        'registers': 2, 'rotary': {'form': 'dinov3', 'theta': 100.0},
+        'transformer': VIT['transformer'] | {
+            'layer_scale': True, 'qkv_bias': 'qv', 'add_position_embedding': False,
+        },
+    },
+    'eva02': VIT | {
+        'classifier': 'gap', 'class_token': True, 'fc_norm': True, 'act': 'silu',
+        'rotary': {'form': 'axial', 'theta': 10_000.0, 'grid': 2},
+        'transformer': VIT['transformer'] | {
+            'gated_mlp': True, 'mlp_norm': True, 'qkv_bias': 'qv',
+        },
+    },
     'mixer': {
         'patches': {'size': (4, 4)}, 'hidden_dim': 16, 'num_blocks': 1, 'tokens_mlp_dim': 8,
         'channels_mlp_dim': 32,
@@ -55,6 +68,8 @@ NEW_WHEN_FINE_TUNED = {
     'mlp_head': {'head', 'head_hidden'},
     'dinov2': {'head'},
     'clip_map': {'head'},
+    'dinov3': {'head'},
+    'eva02': {'head'},
     'mixer': {'head'},
 }
 
@@ -132,6 +147,21 @@ def test_weights_of_a_plain_vit_start_a_distilled_one_and_one_with_an_mlp_head(t
         positions = start['Transformer']['posembed_input']['pos_embedding']
         expected = weights['Transformer']['posembed_input']['pos_embedding']
         np.testing.assert_array_equal(positions[:, tokens:], expected[:, 1:])
+
+
+def test_weights_of_other_rotary_positions_are_refused(tmp_path):
+    config = make_config('dinov3', pretrained=str(tmp_path / 'weights.npz'))
+    model = models.from_config(config.model, num_classes=10)
+    other = {'rotary': {'form': 'dinov3', 'theta': 50.0}}
+    npz.save(tmp_path / 'weights.npz', random_params(model), other)
+    with pytest.raises(UserError, match='with rotary positions {.*50.*}, and the config says {.*'):
+        train.train_and_evaluate(config, tmp_path / 'run')
+    config = make_config('dinov3', pretrained=str(tmp_path / 'weights.npz'))
+    config.model.rotary.theta = 50.0
+    params, _ = train.initial_params(config, model, shapes_of(model, 24))
+    jax.tree.map(
+        np.testing.assert_array_equal, params['embedding'], random_params(model)['embedding']
+    )
 
 
 def test_a_mixer_does_not_take_weights_of_another_size(tmp_path):

@@ -68,6 +68,12 @@ _LATER_SIZES = {
     'giantopt': (1536, 6144, 16, 40),
     'gigantic': (1664, 8192, 16, 48),
     'dinov2 giant': (1536, 4096, 24, 40),
+    'huge_plus': (1280, 5120, 20, 32),
+    '7b': (4096, 8192, 32, 40),
+    'eva02 tiny': (192, 512, 3, 12),
+    'eva02 small': (384, 1024, 6, 12),
+    'eva02 base': (768, 2048, 12, 12),
+    'eva02 large': (1024, 2730, 16, 24),
 }
 
 
@@ -107,6 +113,43 @@ def _dinov2() -> Iterator[dict]:
             yield _later(f'vit_{size}_{name}', size, 14, dict(layer_scale=True), **more)
         gated = dict(layer_scale=True, gated_mlp=True)
         yield _later(f'vit_giant_{name}', 'dinov2 giant', 14, gated, **more, act='silu')
+
+
+def _dinov3() -> Iterator[dict]:
+    """DINOv3 (https://arxiv.org/abs/2508.10104), with and without biases of queries and values."""
+    for biases, suffix in (('', ''), ('qv', '_qkvb')):
+        for size in ('small', 'small_plus', 'base', 'large', 'huge_plus', '7b'):
+            if size == '7b' and biases:  # there is none
+                continue
+            gated = size in ('small_plus', 'huge_plus', '7b')
+            encoder: dict[str, Any] = dict(layer_scale=True, qkv_bias=biases)
+            encoder |= dict(add_position_embedding=False) | (dict(gated_mlp=True) if gated else {})
+            yield _later(
+                f'vit_{size}_patch16_dinov3{suffix}',
+                'small' if size == 'small_plus' else size,
+                16,
+                encoder,
+                registers=4,
+                rotary=dict(form='dinov3', theta=100.0),
+                act='silu' if gated else 'gelu',
+                layer_norm_eps=1e-5,
+            )
+
+
+def _eva02() -> Iterator[dict]:
+    """EVA-02 (https://arxiv.org/abs/2303.11331), and its CLIP image towers."""
+    gated: dict[str, Any] = dict(gated_mlp=True, qkv_bias='qv')
+    rotary = dict(rotary=dict(form='axial', theta=10_000.0, grid=16), act='silu')
+    for size in ('tiny', 'small', 'base', 'large'):
+        norm = dict(mlp_norm=True) if size in ('base', 'large') else {}
+        mean: dict[str, Any] = dict(classifier='gap', class_token=True, fc_norm=True)
+        yield _later(
+            f'eva02_{size}_patch14_224', f'eva02 {size}', 14, gated | norm, **rotary, **mean
+        )
+    norms = dict(mlp_norm=True, attention_norm=True)
+    for size, patch in (('base', 16), ('large', 14)):
+        name = f'eva02_{size}_patch{patch}_clip_224'
+        yield _later(name, f'eva02 {size}', patch, gated | norms, **rotary)
 
 
 def _deit3() -> Iterator[dict]:
@@ -236,6 +279,8 @@ VARIANTS: dict[str, dict] = {
         # A hidden layer in front of the head, as in the course model of PaddleViT.
         _vit('B', 16, suffix='-mlp-head') | dict(mlp_head=True),
         *_dinov2(),
+        *_dinov3(),
+        *_eva02(),
         *_deit3(),
         *_timm_gap(),
         *_siglip(),
@@ -300,10 +345,10 @@ def get_config(name: str) -> ml_collections.ConfigDict:
     Returns:
       ViT: model_name, patches.size, hidden_size, transformer.{mlp_dim, num_heads, num_layers,
       attention_dropout_rate, dropout_rate}, classifier, representation_size (an int that may be
-      set, or None); resnet.{num_layers, width_factor}, distilled, mlp_head only for the variants
-      that are about these. Mixer: model_name, patches.size, hidden_dim, num_blocks, tokens_mlp_dim,
-      channels_mlp_dim. Both: act, layer_norm_eps, None for what the weights were trained with, or
-      the released models' where there are none.
+      set, or None); resnet.{num_layers, width_factor}, rotary.{form, theta, grid}, distilled,
+      mlp_head only for the variants that are about these. Mixer: model_name, patches.size,
+      hidden_dim, num_blocks, tokens_mlp_dim, channels_mlp_dim. Both: act, layer_norm_eps, None for
+      what the weights were trained with, or the released models' where there are none.
 
     Raises:
       ValueError: no such variant, and the message names the nearest; or one of `TWO_TOWERS`.

@@ -3,12 +3,14 @@
 import functools
 import json
 import shutil
+from unittest import mock
 
 import jax
 import numpy as np
 import onnxruntime
 import pytest
 import safetensors.numpy
+from against_torch import check_equal, compute, distance, images, randomise
 
 from vit_jax import models
 from vit_jax.analysis import compare
@@ -41,6 +43,18 @@ CASES = {
         'Dinov2WithRegistersModel',
         dict(num_register_tokens=2, hidden_act='relu', layer_norm_eps=1e-3),
         dict(classifier='token', registers=2, act='relu', layer_norm_eps=1e-3),
+    ),
+    'dinov3': (
+        'DINOv3ViTModel',
+        TOWER | dict(num_register_tokens=3, image_size=(28, 42)),
+        dict(classifier='token', registers=3, rotary={'form': 'dinov3', 'theta': 100.0}),
+    ),
+    'dinov3_gated': (
+        'DINOv3ViTModel',
+        TOWER
+        | dict(num_register_tokens=4, use_gated_mlp=True, hidden_act='silu', rope_theta=50.0)
+        | dict(query_bias=False, value_bias=False),
+        dict(act='silu', rotary={'form': 'dinov3', 'theta': 50.0}),
     ),
     'ijepa': ('IJepaForImageClassification', TOWER | dict(num_labels=5), dict(classifier='gap')),
     'ijepa_features': ('IJepaModel', TOWER, dict(classifier='gap', layer_norm_eps=1e-12)),
@@ -97,35 +111,17 @@ def case(transformers, tmp_path_factory):
     return make
 
 
-def randomise(module):
-    """Random weights of realistic scale, also where a new model has zeros or ones."""
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            values = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim > 1:
-                inputs = parameter.shape[-1] if parameter.ndim == 2 else parameter[0].numel()
-                parameter.copy_(values * inputs**-0.5)
-            else:
-                scale = ('norm' in name and 'weight' in name) or 'lambda' in name
-                parameter.copy_(values * 0.2 + float(scale))
-    return module.eval()
-
-
-def images(model):
-    shape = (3, model.image_size, model.image_size, 3)
-    return np.random.default_rng(1).uniform(-1, 1, shape).astype(np.float32)
-
-
 def outputs_of(theirs, x, dtype='float32'):
     """Logits, or what the class gives of an image, [B, C] or [B, D]."""
     import torch
 
     pixels = torch.from_numpy(x.transpose(0, 3, 1, 2).copy()).to(getattr(torch, dtype))
-    with torch.no_grad():
-        out = theirs.to(pixels.dtype)(pixels)
+    # Angles of rotary positions are asked for as float32, by this name.
+    with torch.no_grad(), mock.patch.object(torch, 'float32', pixels.dtype):
+        theirs.to(pixels.dtype)
+        for module in (m for m in theirs.modules() if hasattr(m, 'inv_freq')):
+            theirs._init_weights(module)
+        out = theirs(pixels)
     theirs.float()
     for name in ('logits', 'image_embeds', 'pooler_output'):
         if name in out:
@@ -133,25 +129,11 @@ def outputs_of(theirs, x, dtype='float32'):
     return out['last_hidden_state'].mean(axis=1).numpy()  # I-JEPA has no pooler
 
 
-def compute(model, x, dtype='float32'):
-    module = model.model.clone(dtype=np.dtype(dtype))
-
-    def apply(params, x):
-        return module.apply({'params': params}, x, train=False)
-
-    return np.asarray(compare.compiled(apply, model.params, np.dtype(dtype))(x))
-
-
-def distance(found, expected):
-    """Relative to the largest."""
-    return np.abs(found - expected).max() / np.abs(expected).max()
-
-
 @pytest.mark.parametrize('name', CASES)
 def test_outputs_are_those_of_transformers(name, case):
     theirs, model = case(name)
     x = images(model)
-    assert model.image_size == SIZES['image_size']
+    assert model.image_size == (SIZES | CASES[name][1])['image_size']
     assert CASES[name][2].items() <= model.model_config.items()
     for dtype, tolerance in (('float32', 1e-5), ('float64', 1e-10)):
         assert distance(compute(model, x, dtype), outputs_of(theirs, x, dtype)) < tolerance
@@ -295,10 +277,7 @@ def test_transformers_reads_what_is_written(name, case, tmp_path, transformers):
     assert distance(outputs_of(theirs.eval(), x), compute(model, x)) < 1e-5
     again = model_folder.load(tmp_path / 'hf')
     assert again.model_config == model.model_config
-    found, expected = npz.flatten(again.params), npz.flatten(model.params)
-    assert found.keys() == expected.keys()
-    for key, array in expected.items():
-        np.testing.assert_array_equal(found[key], array, err_msg=key, strict=True)
+    check_equal(again.params, model.params)
 
 
 @pytest.mark.parametrize('name', CASES)

@@ -527,8 +527,8 @@ def test_unknown_tensors_are_listed(tmp_path):
 
     state = {k: np.ascontiguousarray(v) for k, v in
              _timm_names(_params(VIT | {'representation_size': 24})).items()}  # fmt: skip
-    save_file(state | {'blocks.0.gamma_1': np.ones(32, np.float32)}, tmp_path / 'a.safetensors')
-    with pytest.raises(UserError, match=r'architecture.*\n  blocks.0.gamma_1 \(32,\)'):
+    save_file(state | {'blocks.0.gamma_3': np.ones(32, np.float32)}, tmp_path / 'a.safetensors')
+    with pytest.raises(UserError, match=r'architecture.*\n  blocks.0.gamma_3 \(32,\)'):
         checkpoint.load(tmp_path / 'a.safetensors', num_heads=4)
     with pytest.raises(UserError, match='which does not fit timm tensors for .* of 5 heads'):
         checkpoint.load(tmp_path / 'a.safetensors', num_heads=5)

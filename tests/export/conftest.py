@@ -66,6 +66,26 @@ CONFIGS = {
         | {'transformer': _ENCODER | {'gated_mlp': True, 'qk_norm': True}},
         32,
     ),
+    'dinov3': (
+        _VIT
+        | {'rotary': {'form': 'dinov3', 'theta': 100.0}, 'registers': 2, 'hidden_size': 16}
+        | {
+            'transformer': _ENCODER
+            | {'add_position_embedding': False, 'layer_scale': True, 'qkv_bias': 'qv'},
+        },
+        32,
+    ),
+    'eva02': (
+        _VIT
+        | {'rotary': {'form': 'axial', 'theta': 10_000.0, 'grid': 3}, 'hidden_size': 16}
+        | {'classifier': 'gap', 'class_token': True, 'fc_norm': True, 'act': 'silu'}
+        | {
+            'transformer': _ENCODER
+            | {'gated_mlp': True, 'mlp_norm': True, 'attention_norm': True}
+            | {'qk_norm': True, 'qkv_bias': ''},
+        },
+        32,
+    ),
     # Odd and even sides on the way, whose 'SAME' padding is even and uneven.
     'hybrid_root': (
         _VIT | {'patches': {'size': (1, 1)}, 'resnet': {'num_layers': (), 'width_factor': 0.5}},

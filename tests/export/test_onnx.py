@@ -33,13 +33,16 @@ FAMILIES = (
     'registers',
     'map',
     'gated',
+    'dinov3',
+    'eva02',
     'hybrid_root',
     'hybrid_stages',
     'mixer',
 )
 # Opset 17 spells GELU, sums and splits in another way: once in each kind of graph.
 OPSETS = [(name, 20) for name in FAMILIES] + [
-    (name, 17) for name in ('gap_pre_logits', 'distilled', 'gelu', 'hybrid_stages', 'mixer')
+    (name, 17)
+    for name in ('gap_pre_logits', 'distilled', 'gelu', 'eva02', 'hybrid_stages', 'mixer')
 ]
 BATCHES = (1, 2, 7)
 FLOAT32_ATOL = 1e-5  # for logits of unit scale

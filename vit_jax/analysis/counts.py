@@ -328,8 +328,12 @@ def _vit(
 def _block(encoder: Mapping[str, Any], s: Sizes) -> Part:
     """A block of a ViT."""
     d, m, t = s.width, s.hidden, s.tokens
-    shapes = ((d,),) * 4 + _attention(s) + _mlp(s)
+    shapes = ((d,),) * 4 + _attention(s, encoder.get('qkv_bias', 'qkv')) + _mlp(s)
     inner = 2  # matrix products of the MLP
+    if encoder.get('mlp_norm'):
+        shapes += ((m,),) * 2
+    if encoder.get('attention_norm'):
+        shapes += ((d,),) * 2
     if encoder.get('layer_scale'):
         shapes += ((d,),) * 2
     if encoder.get('qk_norm'):
@@ -342,9 +346,9 @@ def _block(encoder: Mapping[str, Any], s: Sizes) -> Part:
     return Part('block', shapes, macs, s.blocks, weightless_macs=products, last_macs=last)
 
 
-def _attention(s: Sizes) -> tuple[Shape, ...]:
+def _attention(s: Sizes, biases: str = 'qkv') -> tuple[Shape, ...]:
     heads = (s.heads, s.width // s.heads)
-    return ((s.width, *heads), heads) * 3 + ((*heads, s.width), (s.width,))
+    return ((s.width, *heads),) * 3 + (heads,) * len(biases) + ((*heads, s.width), (s.width,))
 
 
 def _mlp(s: Sizes) -> tuple[Shape, ...]:

@@ -15,6 +15,7 @@ from vit_jax.checkpoint import (
     adapt,
     big_vision,
     download,
+    eva_names,
     infer,
     key_tables,
     library_configs,
@@ -240,7 +241,8 @@ def _recognise(
             f'{path} is of no known kind: {len(found)} tensors ({some}, ...). Known: Google and '
             'big_vision .npz; ViT, hybrid, Mixer and DeiT of timm, Hugging Face and torchvision'
         )
-    heads, said = _heads(path, library, found, variant, num_heads, config.get('num_heads', 0))
+    stated = config.get('num_heads', 0) or eva_names.num_heads(found)
+    heads, said = _heads(path, library, found, variant, num_heads, stated)
     flat, notes = key_tables.to_params(found, library, heads, path)
     notes += said
     assumed = [] if variant or num_heads else said
@@ -257,7 +259,13 @@ def _recognise(
             f'are assumed, the defaults of {library}: a file without configuration does not tell',
         ]
         notes.append(assumed[-1])
+        if settings.get('rotary'):
+            assumed.append(f'rotary positions {settings["rotary"]} are assumed, those of {library}')
+            notes.append(assumed[-1])
     notes += _drop_unused(tree, settings)
+    if not size and settings.get('rotary') and 'posembed_input' not in tree['Transformer']:
+        assumed = [*assumed, f'images of {infer.ANY_SIZE} pixels assumed: it takes any size']
+        notes.append(assumed[-1])
     return Weights(
         str(path),
         library,
@@ -316,7 +324,7 @@ def _heads(
             f'{path}: {library} weights do not tell the number of attention heads, and no known '
             f'model is {width} wide: say it (num_heads, --num_heads)'
         )
-    heads = _HEADS[width]
+    heads = 20 if 'DINOv3' in library and width == 1280 else _HEADS[width]
     return heads, [f'{heads} heads assumed: files of this kind do not tell; --num_heads']
 
 

@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from vit_jax.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:
@@ -18,6 +20,7 @@ class Family:
         classifies: what the head of its classifier reads, see `models.VisionTransformer`.
         pools: what a model without a head gives of an image, the same.
         resizes: how it fits its positions to images of another size, '' where it refuses them.
+        num_heads: default of its configuration.
     """
 
     layer_norm_eps: float = 1e-12
@@ -25,6 +28,7 @@ class Family:
     classifies: str = 'token'
     pools: str = 'token'
     resizes: str = ''
+    num_heads: int = 12
 
 
 _CLIP = Family(1e-5, 'quick_gelu', classifies='gap')
@@ -32,6 +36,7 @@ _SIGLIP = Family(1e-6, 'gelu_pytorch_tanh', classifies='gap', pools='map')
 _IJEPA = Family(classifies='gap', pools='gap')
 _DINOV2 = Family(1e-6, classifies='token_gap', resizes='bicubic')
 _DINOV2_REGISTERS = dataclasses.replace(_DINOV2, resizes='bicubic, antialiased')
+_DINOV3 = Family(1e-5, num_heads=6)
 
 FAMILIES: Mapping[str, Family] = {
     'vit': Family(),
@@ -41,6 +46,7 @@ FAMILIES: Mapping[str, Family] = {
     'ijepa': _IJEPA,
     'dinov2': _DINOV2,
     'dinov2_with_registers': _DINOV2_REGISTERS,
+    'dinov3_vit': _DINOV3,
     'clip': _CLIP,
     'clip_vision_model': _CLIP,
     'siglip': _SIGLIP,
@@ -81,4 +87,21 @@ def settings(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
         found |= {'act': 'silu'} if gated else {}  # whatever hidden_act says
         registers = tower.get('num_register_tokens', 4) if kind != 'dinov2' else 0
         found['told_by_arrays'] = {'gated_mlp': gated, 'registers': int(registers)}
+    if family is _DINOV3:
+        found |= _dinov3(tower)
     return found
+
+
+def _dinov3(config: Mapping[str, Any]) -> dict[str, Any]:
+    for name in ('proj_bias', 'mlp_bias'):
+        if not config.get(name, True):
+            raise UserError(f'a DINOv3 with {name}=false, which no model here computes')
+    biases = {'query_bias': True, 'key_bias': False, 'value_bias': True}
+    return {
+        'rotary': {'form': 'dinov3', 'theta': float(config.get('rope_theta', 100.0))},
+        'told_by_arrays': {
+            'gated_mlp': bool(config.get('use_gated_mlp', False)),
+            'registers': int(config.get('num_register_tokens', 0)),
+            'qkv_bias': ''.join(k[0] for k, default in biases.items() if config.get(k, default)),
+        },
+    }

@@ -16,7 +16,9 @@ from vit_jax.checkpoint.adapt import POSITION_EMBEDDING, describe, prefix_positi
 from vit_jax.checkpoint.npz import flatten
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
+from vit_jax.models.encoder import Encoder
 from vit_jax.models.layers import ACTIVATIONS
+from vit_jax.models.rotary import Rotary
 
 EVERY_MODEL = ('act', 'layer_norm_eps')  # arguments that name no architecture
 OUTPUTS = ('multi_label', 'regression')  # those that say what the outputs are, see `inference.task`
@@ -30,6 +32,7 @@ _SHAPES = {
     *('registers', 'register_positions', 'patch_bias'),
 }
 _ACT = models.VisionTransformer.act
+ANY_SIZE = 224  # pixels, of a model that takes images of any size and does not tell of which
 _NO_DROPOUT = {'attention_dropout_rate': 0.0, 'dropout_rate': 0.0}
 
 
@@ -60,7 +63,8 @@ def architecture(
     flat = flatten(params)
     try:
         mixer = any(name.startswith('MixerBlock_') for name in params)
-        config = _mixer(flat) if mixer else _vit(flat)
+        rotary = bool({**(asked or {}), **(settings or {})}.get('rotary'))
+        config = _mixer(flat) if mixer else _vit(flat, rotary)
     except UserError as e:
         raise UserError(f'{source}: {e}') from e
     except (KeyError, IndexError) as e:
@@ -149,9 +153,14 @@ def image_size(
     flat = flatten(params)
     if variants.is_mixer(config):
         tokens = flat['MixerBlock_0/token_mixing/Dense_0/kernel'].shape[0]
+    elif POSITION_EMBEDDING not in flat:  # rotary positions fit any grid
+        tokens = None
     else:
         tokens = flat[POSITION_EMBEDDING].shape[1] - variants.prefix_positions(config)
     stride = variants.token_stride(config)
+    if tokens is None and not stated:
+        height, width = (max(1, ANY_SIZE // step) * step for step in stride)
+        return height if height == width else (height, width)
     if stated:
         try:
             grid = variants.token_grid(config, stated)
@@ -160,7 +169,7 @@ def image_size(
                 f'{source}: its configuration tells images of {variants.in_words(stated)} pixels, '
                 f'which {" ".join(error.args)}'
             ) from error
-        if grid[0] * grid[1] != tokens:
+        if tokens is not None and grid[0] * grid[1] != tokens:
             raise UserError(
                 f'{source}: its configuration tells images of {variants.in_words(stated)} pixels, '
                 f'so {grid[0]} x {grid[1]} tokens, and it has {tokens} positions'
@@ -235,7 +244,7 @@ def token_grid(
     return grid[0], grid[1]
 
 
-def _vit(flat: Mapping[str, Any]) -> dict[str, Any]:
+def _vit(flat: Mapping[str, Any], rotary: bool) -> dict[str, Any]:
     block = 'Transformer/encoderblock_0'
     kernel = flat['embedding/kernel']
     config: dict[str, Any] = {
@@ -248,11 +257,15 @@ def _vit(flat: Mapping[str, Any]) -> dict[str, Any]:
             'num_layers': _count(flat, r'Transformer/encoderblock_(\d+)/.*'),
             **_NO_DROPOUT,
             **{piece: True for piece, name in _ENCODER_PIECES.items() if name in flat},
+            **_biases(flat),
         },
         'classifier': _classifier(flat),
         'representation_size': None,
     }
-    flat[POSITION_EMBEDDING].shape[1]  # every ViT here has it: missing, it is named as the others
+    if not rotary:
+        flat[POSITION_EMBEDDING].shape[1]  # missing, it is named as the others
+    elif POSITION_EMBEDDING not in flat:
+        config['transformer']['add_position_embedding'] = False
     if 'pre_logits/kernel' in flat:
         config['representation_size'] = flat['pre_logits/kernel'].shape[1]
     if 'conv_root/kernel' in flat:
@@ -267,7 +280,8 @@ def _vit(flat: Mapping[str, Any]) -> dict[str, Any]:
     if 'registers' in flat:
         config['registers'] = flat['registers'].shape[1]
         tokens = ('cls' in flat) + ('dist' in flat)
-        config |= {'register_positions': True} if prefix_positions(flat) > tokens else {}
+        if POSITION_EMBEDDING in flat and prefix_positions(flat) > tokens:
+            config['register_positions'] = True
     by_class_token = config['classifier'].startswith('token')
     config |= {'class_token': True} if 'cls' in flat and not by_class_token else {}
     config |= {piece: True for piece, name in _PIECES.items() if name in flat}
@@ -288,12 +302,22 @@ def _classifier(flat: Mapping[str, Any]) -> str:
     return 'token_gap' if twice else 'token'
 
 
+def _biases(flat: Mapping[str, Any]) -> dict[str, str]:
+    """Which of queries, keys and values have a bias, where it is not all of them."""
+    layer = 'Transformer/encoderblock_0/MultiHeadDotProductAttention_0'
+    names = ('query', 'key', 'value')
+    biases = ''.join(name[0] for name in names if f'{layer}/{name}/bias' in flat)
+    return {} if biases == 'qkv' else {'qkv_bias': biases}
+
+
 # Arguments of the encoder, and of the model, that are true where there is an array of this name.
 _ENCODER_PIECES = {
     'pre_norm': 'Transformer/pre_norm/scale',
     'layer_scale': 'Transformer/encoderblock_0/LayerScale_0/scale',
     'gated_mlp': 'Transformer/encoderblock_0/MlpBlock_0/gate/kernel',
     'qk_norm': 'Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query_ln/scale',
+    'mlp_norm': 'Transformer/encoderblock_0/MlpBlock_0/norm/scale',
+    'attention_norm': 'Transformer/encoderblock_0/MultiHeadDotProductAttention_0/out_ln/scale',
 }
 _PIECES = {'fc_norm': 'fc_norm/scale', 'distilled': 'dist', 'mlp_head': 'head_hidden/kernel'}
 
@@ -322,7 +346,8 @@ def _checked_settings(
     told = settings.pop('told_by_arrays', {})
     arrays = {**config, **config.get('transformer', {})}
     for name, value in told.items():
-        if (found := arrays.get(name, type(value)())) != value:
+        default = Encoder.qkv_bias if name == 'qkv_bias' else type(value)()
+        if (found := arrays.get(name, default)) != value:
             raise UserError(
                 f'{source}: its configuration says {name}={value!r}, its arrays are those of a '
                 f'model with {name}={found!r}: they do not belong together'
@@ -354,10 +379,22 @@ def _check_settings(settings: Mapping[str, Any], source: str) -> None:
     for name, value in settings.items():
         if name not in types or name in _SHAPES:
             raise UserError(f'{source} states {name!r}, which is no setting of a model here')
+        if name == 'rotary':
+            if value is not None:
+                _check_rotary(value, source)
+            continue
         kind: Any = types[name]
         right = isinstance(value, kind) and (kind is not float or 0 < value < 1)
         if not right or (name in ('act', 'representation_act') and value not in ACTIVATIONS):
             raise UserError(f'{source} states {name} = {value!r:.100}, which no model here has')
+
+
+def _check_rotary(value: Any, source: str) -> None:
+    """Raises `UserError` for what are no rotary positions."""
+    try:
+        Rotary(**value)
+    except (ValueError, TypeError) as e:
+        raise UserError(f'{source} states rotary positions that no model here has: {e}') from e
 
 
 def _count(names: Iterable[str], pattern: str) -> int:

@@ -16,6 +16,7 @@ unit of a ResNet counted from 0, {S} and {U} the same counted from 1. The layout
     qkv     `heads` of query, key and value        <-> one weight [3 * H * K, D], one bias
     kv      `heads` of key and value               <-> one weight [2 * H * K, D], one bias
     gated   `dense` of gate and Dense_0            <-> one weight [2 * out, in], one bias
+    head_bias  that of `heads` alone               <-> an array [H * K]
 """
 
 import csv
@@ -27,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax.checkpoint import eva_names
 from vit_jax.checkpoint.arrays import LazyArray, derive
 from vit_jax.errors import UserError, printable
 
@@ -42,6 +44,7 @@ _ARRAYS = {
     'kernel': [('/kernel', '.weight', 'conv')],
     'heads': [('/kernel', '.weight', 'heads'), ('/bias', '.bias', 'heads_bias')],
     'out': [('/kernel', '.weight', 'out'), ('/bias', '.bias', 'same')],
+    'head_bias': [('/bias', '', 'heads_bias')],
 }
 _HEADS = [('/kernel', 'weight', 'heads'), ('/bias', 'bias', 'heads_bias')]
 _DENSE = [('/kernel', 'weight', 'dense'), ('/bias', 'bias', 'same')]
@@ -66,10 +69,17 @@ def _read_tables() -> dict[str, list[Line]]:
     hybrid = tables['timm'] + tables['timm hybrid']
     # timm has no extra name for the stem of a backbone that is only a stem (R+ViT-Ti_16).
     stem = [(ours, theirs.replace('.stem.', '.'), layout) for ours, theirs, layout in hybrid]
-    for name in ('timm', 'DINOv2'):  # gated MLPs in place of plain ones
+    for name, gated in (  # gated MLPs in place of plain ones
+        *(('timm', 'timm gated'), ('DINOv2', 'DINOv2 gated')),
+        ('timm EVA', 'timm EVA-02'),
+    ):
         others = [line for line in tables[name] if '}/MlpBlock_0/' not in line[0][0]]
-        tables[f'{name} gated'] = others + tables[f'{name} gated']
-    tables['SigLIP'] = tables['CLIP']  # of the same classes
+        tables[gated] = others + tables[gated]
+    for name, other in (  # of the same classes
+        *(('SigLIP', 'CLIP'), ('DINOv3 gated', 'DINOv3')),
+        *(('timm DINOv3', 'timm EVA'), ('timm DINOv3 gated', 'timm EVA-02')),
+    ):
+        tables[name] = tables[other]
     text = [line for line in tables['CLIP text'] if not line[0][0].startswith('head/')]
     tables['SigLIP text'] += text
     return tables | {'timm hybrid': hybrid, 'timm stem hybrid': stem}
@@ -92,6 +102,7 @@ _BASE_MODELS = {
     'CLIP': re.compile(r'^vision_model\.'),
     'SigLIP': re.compile(r'^vision_model\.'),
     'DINOv2': re.compile(r'^dinov2(_with_registers)?\.'),
+    'DINOv3': re.compile(r'^model\.'),
 }
 _OLD_TORCHVISION = re.compile(r'(\.mlp)\.linear_([12])\.')
 
@@ -99,6 +110,8 @@ _OLD_TORCHVISION = re.compile(r'(\.mlp)\.linear_([12])\.')
 def recognise(tensors: Mapping[str, Any]) -> str:
     """The key of `TABLES` for a state dict (name -> array), or '' if it is of no known library."""
     keys = list(tensors)
+    if 'embeddings.patch_embeddings.weight' in keys:
+        return 'DINOv3' + (' gated' if any('mlp.gate_proj.' in key for key in keys) else '')
     if any(key.endswith('layer_scale1.lambda1') for key in keys):
         gated = any(key.endswith(('mlp.weights_in.weight', 'mlp.gate_proj.weight')) for key in keys)
         return 'DINOv2 gated' if gated else 'DINOv2'
@@ -121,6 +134,8 @@ def recognise(tensors: Mapping[str, Any]) -> str:
         return ''
     first, second = (tensors.get(f'blocks.0.mlp.fc{n}.weight') for n in (1, 2))
     gated = first is not None and second is not None and first.shape[0] == 2 * second.shape[-1]
+    if any(name in tensors for name in eva_names.SIGNS):
+        return eva_names.table(tensors, gated)
     return 'timm gated' if gated else 'timm'
 
 
@@ -151,7 +166,9 @@ def to_params(
         }
     params: dict[str, LazyArray] = {}
     used: set[str] = set()
-    notes = []
+    notes: list[str] = []
+    if table in eva_names.TABLES:
+        tensors, notes = eva_names.as_in_timm(tensors, path)
     for ours, theirs, layout in _expand(TABLES[table], tensors, 1):
         used.add(theirs)
         for index, name in enumerate(ours):
@@ -165,7 +182,8 @@ def to_params(
                     f'which does not fit {table} tensors for {name}{with_heads}: the file is '
                     'of another model, or mixed up'
                 ) from e
-    notes += _add_missing_biases(params)
+    if table not in eva_names.TABLES and not table.startswith('DINOv3'):
+        notes += _add_missing_biases(params)
     for words, pattern in _LEFT_OUT.items():
         unused = {key for key in tensors if key not in used and pattern.fullmatch(key)}
         notes += [f'{words}: {len(unused)} tensors are left out'] if unused else []

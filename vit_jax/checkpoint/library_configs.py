@@ -9,11 +9,11 @@ import csv
 import functools
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from vit_jax import files
-from vit_jax.checkpoint import model_input
+from vit_jax.checkpoint import model_input, timm_eva
 from vit_jax.checkpoint.hugging_face_families import FAMILIES, image_tower, settings
 from vit_jax.data.normalization import HALF
 from vit_jax.data.preprocess import Preprocess
@@ -21,10 +21,13 @@ from vit_jax.errors import UserError
 
 # What a library computes unless it is told otherwise.
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    **timm_eva.DEFAULTS,
     'timm gated': {'act': 'silu', 'layer_norm_eps': 1e-6},
     'timm': {'act': 'gelu', 'layer_norm_eps': 1e-6},
     'DINOv2 gated': {'act': 'silu', 'layer_norm_eps': 1e-6},
     'DINOv2': {'act': 'gelu', 'layer_norm_eps': 1e-6},
+    'DINOv3 gated': timm_eva.DEFAULTS['timm DINOv3 gated'],
+    'DINOv3': timm_eva.DEFAULTS['timm DINOv3'],
     'CLIP': {'act': 'quick_gelu', 'layer_norm_eps': 1e-5, 'representation_act': 'linear'},
     'OpenCLIP': {'act': 'gelu', 'layer_norm_eps': 1e-5, 'representation_act': 'linear'},
     'SigLIP': {'act': 'gelu_tanh', 'layer_norm_eps': 1e-6},
@@ -127,23 +130,35 @@ def from_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
 @functools.cache
 def timm_models() -> dict[str, dict[str, Any]]:
     """The arguments that each architecture of timm 1.0.31 sets by itself."""
+    return {row['architecture']: json.loads(row['arguments']) for row in _timm_rows()}
+
+
+@functools.cache
+def _evas() -> set[str]:
+    """The architectures of timm whose class is Eva."""
+    return {row['architecture'] for row in _timm_rows() if row['class'] == 'eva'}
+
+
+@functools.cache
+def _timm_rows() -> list[dict[str, str]]:
     with open(pathlib.Path(__file__).with_name('timm_models.csv'), encoding='utf-8') as file:
-        return {row['architecture']: json.loads(row['arguments']) for row in csv.DictReader(file)}
+        return list(csv.DictReader(file))
 
 
 def _timm(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:
     pretrained = config.get('pretrained_cfg', config)
     architecture = str(config['architecture']).split('.')[0]
-    stated = config.get('model_args') or {}
+    # What is None there is what the architecture has.
+    stated = {k: v for k, v in (config.get('model_args') or {}).items() if v is not None}
     arguments = {**timm_models().get(architecture, {}), **stated}
     pooling, by_arguments = config.get('global_pool'), arguments.get('global_pool')
-    # Classes with other defaults are left out.
-    plain = not architecture.startswith(('mixer', 'eva')) and 'use_rot_pos_emb' not in arguments
-    if plain and pooling and pooling != (by_arguments or 'token'):
+    eva = architecture in _evas()
+    by_arguments = by_arguments or ('avg' if eva else 'token')
+    if not architecture.startswith('mixer') and pooling and pooling != by_arguments:
         raise UserError(
             f'{folder / "config.json"} states global_pool {pooling!r}, and timm would compute '
-            f'{by_arguments or "token"!r}, by its model_args or its architecture: put the one that '
-            'is meant into model_args'
+            f'{by_arguments!r}, by its model_args or its architecture: put the one that is meant '
+            'into model_args'
         )
     known = of_timm_arguments(folder / 'config.json', architecture, arguments)
     names = config.get('label_names') or pretrained.get('label_names')
@@ -153,43 +168,58 @@ def _timm(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def of_timm_arguments(
-    place: pathlib.Path, architecture: str, arguments: Mapping[str, Any]
+    file: pathlib.Path, architecture: str, arguments: Mapping[str, Any]
 ) -> dict[str, Any]:
     """`settings` and `num_heads`, as `read` gives them, of a model of timm.
 
     Args:
-        place: the file that states it, for errors.
+        file: the file that states it, for errors.
         architecture: its name.
         arguments: all of them, those that the architecture sets included.
 
     Raises:
         UserError: a setting that no model here computes.
     """
-    known: dict[str, Any] = {'settings': _timm_settings(place, architecture, arguments)}
+    place = f'{file}: {architecture} of timm'
+    if architecture in _evas():
+        _check_arguments(place, arguments, timm_eva.KNOWN, timm_eva.FREE)
+        settings = timm_eva.settings(place, arguments)
+    else:
+        _check_arguments(place, arguments, _TIMM_KNOWN, {*_TIMM_FREE, *_TIMM_READ})
+        settings = _timm_settings(place, architecture, arguments)
+    if isinstance(norm := arguments.get('norm_layer'), Mapping):
+        settings['layer_norm_eps'] = float(norm['eps'])
+    if 'told_by_arrays' in settings:
+        settings['told_by_arrays'] |= _sizes(arguments, 'embed_dim', 'depth')
+    known: dict[str, Any] = {'settings': settings}
     if 'num_heads' in arguments:
         known['num_heads'] = int(arguments['num_heads'])
     return known
 
 
-def _timm_settings(
-    file: pathlib.Path, architecture: str, arguments: Mapping[str, Any]
-) -> dict[str, Any]:
-    place = f'{file}: {architecture} of timm'
+def _check_arguments(
+    place: str,
+    arguments: Mapping[str, Any],
+    values: Mapping[str, Sequence[Any]],
+    free: Collection[str],
+) -> None:
+    """Refuses arguments that are not `free` and have none of the `values` that are computed."""
     for name, value in arguments.items():
-        known = _TIMM_KNOWN.get(name, (value,))
-        if value not in known and not (name == 'norm_layer' and _is_layer_norm(value)):
-            raise UserError(f'{place} has {name}={value!r}, which no model here computes')
-        if name not in {*_TIMM_KNOWN, *_TIMM_FREE, *_TIMM_READ}:
+        if name in values:
+            layer_norm = name == 'norm_layer' and _is_layer_norm(value)
+            if value not in values[name] and not layer_norm:
+                raise UserError(f'{place} has {name}={value!r}, which no model here computes')
+        elif name not in free:
             raise UserError(f'{place} has the argument {name}={value!r}, which is not known here')
+
+
+def _timm_settings(place: str, architecture: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     act = str(arguments.get('act_layer') or 'gelu').lower()
     if act not in _TIMM_ACTIVATIONS:
         raise UserError(
             f'{place} has the activation {act!r}; known: {", ".join(_TIMM_ACTIVATIONS)}'
         )
     settings = {**DEFAULTS['timm'], 'act': _TIMM_ACTIVATIONS[act]}
-    norm = arguments.get('norm_layer')
-    if isinstance(norm, Mapping):
-        settings['layer_norm_eps'] = float(norm['eps'])
     if architecture.startswith('mixer'):
         return settings
     pooling = arguments.get('global_pool', 'token')
@@ -209,7 +239,6 @@ def _timm_settings(
         'layer_scale': arguments.get('init_values') is not None,
         'gated_mlp': arguments.get('mlp_layer') is not None,
         'registers': int(arguments.get('reg_tokens', 0)),
-        **_sizes(arguments, 'embed_dim', 'depth'),
     }
     return settings
 
@@ -255,7 +284,7 @@ def _hugging_face(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, 
             'representation_act': hugging_face_activation(folder, config, 'pooler_act', 'tanh'),
             **settings(kind, config),
         },
-        'num_heads': int(tower.get('num_attention_heads', 12)),
+        'num_heads': int(tower.get('num_attention_heads', family.num_heads)),
     }
     problem = config.get('problem_type')
     if problem == 'multi_label_classification':

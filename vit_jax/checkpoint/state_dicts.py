@@ -15,7 +15,7 @@ BUFFERS = re.compile(r'(?:.*\.)?(?:position_ids|num_batches_tracked)')
 # The first layer of an image model, whatever stands before its name.
 _FIRST_LAYER = re.compile(
     r'(.*\.)?(?:patch_embed\.(?:proj|backbone\.(?:stem\.)?conv)|conv_proj|stem\.proj'
-    r'|embeddings\.patch_embeddings\.projection|embeddings\.patch_embedding)\.weight'
+    r'|embeddings\.patch_embeddings\.projection|embeddings\.patch_embeddings?)\.weight'
 )
 # Of several copies of a model: averaged weights first, what was trained next.
 _COPIES = ('teacher', 'ema', 'target_encoder', 'student', 'base_encoder')

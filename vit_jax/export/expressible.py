@@ -19,7 +19,7 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a model that its arrays do not tell, with their defaults."""
     names: tuple[str, ...] = (*infer.EVERY_MODEL, *infer.OUTPUTS)
     if not variants.is_mixer(config):
-        names += ('classifier', 'class_token', 'fc_norm', 'representation_act')
+        names += ('classifier', 'class_token', 'fc_norm', 'representation_act', 'rotary')
     module = models.MlpMixer if variants.is_mixer(config) else models.VisionTransformer
     told = {name: config[name] for name in names if config.get(name) is not None}
     return {name: getattr(module, name) for name in names} | told
@@ -76,6 +76,8 @@ def pieces(config: Mapping[str, Any]) -> dict[str, str]:
         'gated_mlp': 'gated MLPs',
         'pre_norm': 'a norm in front of the encoder',
         'qk_norm': 'norms of queries and keys',
+        'mlp_norm': 'norms inside of MLPs',
+        'attention_norm': 'norms inside of attention',
     }.items():
         words |= {name: text} if encoder.get(name) else {}
     for name, text in {
@@ -86,8 +88,14 @@ def pieces(config: Mapping[str, Any]) -> dict[str, str]:
         'unit_features': 'features of length 1 in front of the head (unit_features)',
         'mlp_head': 'a hidden layer in front of the head (head_hidden)',
         'resnet': 'a ResNet in front (conv_root, gn_root, ...)',
+        'rotary': 'rotary positions',
     }.items():
         words |= {name: text} if config.get(name) not in (None, False, 0) else {}
+    if (biases := encoder.get('qkv_bias', 'qkv')) != 'qkv':
+        missing = ' and '.join(n for n in ('queries', 'keys', 'values') if n[0] not in biases)
+        words['qkv_bias'] = f'{missing} without a bias'
+    if not encoder.get('add_position_embedding', True):
+        words['add_position_embedding'] = 'no learned position embeddings'
     words |= {} if config.get('patch_bias', True) else {'patch_bias': 'patches without a bias'}
     words |= {} if config.get('final_norm', True) else {'final_norm': 'no final norm'}
     return words

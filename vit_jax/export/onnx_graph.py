@@ -287,6 +287,8 @@ class Graph:
             x = self.op('Mul', [gate, inner], f'{name}/gated')
         else:
             x = self.activation(inner, self.act, f'{name}/{self.act}')
+        if 'norm' in params:
+            x = self.layer_norm(x, params['norm'], f'{name}/norm')
         return self.dense(x, params['Dense_1'], f'{name}/Dense_1')
 
     def patches(

@@ -11,17 +11,19 @@ import numpy as np
 
 from vit_jax import variants
 from vit_jax.export.onnx_graph import BATCH, ROWS, Graph
+from vit_jax.models.rotary import Rotary
 
 _Tree = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """N, H and D."""
+    """N, H and D; and the rotary positions."""
 
     tokens: int
     heads: int
     width: int
+    rotary: Rotary | None = None
 
     @property
     def head_size(self) -> int:
@@ -86,7 +88,8 @@ def projections(params: _Tree, names: Sequence[str], sizes: Sizes) -> dict[str, 
     for name in names:
         scaled = name == 'query' and 'query_ln' not in params
         factor = np.float64(sizes.head_size) ** (-0.5 if scaled else 0)
-        kernel, bias = np.asarray(params[name]['kernel']), np.asarray(params[name]['bias'])
+        kernel = np.asarray(params[name]['kernel'])
+        bias = np.asarray(params[name].get('bias', np.zeros(sizes.width)))
         kernels.append(kernel.reshape(sizes.width, sizes.width) * factor)
         biases.append(bias.reshape(sizes.width) * factor)
     return {'kernel': np.concatenate(kernels, axis=1), 'bias': np.concatenate(biases)}

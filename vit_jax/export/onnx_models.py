@@ -19,6 +19,7 @@ from vit_jax.export import onnx_heads
 from vit_jax.export.onnx_graph import BATCH, FLOAT32, ROWS, Graph
 from vit_jax.export.onnx_heads import Sizes
 from vit_jax.models.resnet import GROUP_NORM_EPSILON, GROUPS, STANDARDISATION_EPSILON
+from vit_jax.models.rotary import Rotary
 
 _Tree = Mapping[str, Any]
 _Size = tuple[int, int]  # height and width, pixels
@@ -59,7 +60,8 @@ def build(
         return _mixer(graph, image, params, config, size)
     classifier = config.get('classifier', 'token')
     x, num_tokens = _embed(graph, image, params, config, size)
-    sizes = Sizes(num_tokens, config['transformer']['num_heads'], config['hidden_size'])
+    rotary = _rotary(graph, config, size)
+    sizes = Sizes(num_tokens, config['transformer']['num_heads'], config['hidden_size'], rotary)
     num_layers = config['transformer']['num_layers']
     heads = 2 if config.get('distilled') else 1
     weights, read = [], 0
@@ -84,6 +86,21 @@ def build(
     act = config.get('representation_act', 'tanh')
     unit = config.get('unit_features', False)
     return Values(*onnx_heads.classify(graph, x, params, act, unit), num_tokens, weights)
+
+
+def _rotary(graph: Graph, config: _Tree, size: _Size) -> Rotary | None:
+    """Rotary positions, if the model has them; their cosines and sines [N, K] become constants.
+
+    A point (a, b) is turned to (a, b) cos + (b, a) (-sin, sin).
+    """
+    if not config.get('rotary'):
+        return None
+    grid, prefix = variants.token_grid(config, size), variants.prefix_tokens(config)
+    rotary = Rotary(**config['rotary'], shape=grid, prefix=prefix)
+    angles = rotary.angles(config['hidden_size'] // config['transformer']['num_heads'])
+    graph.weight('rotary/cos', np.concatenate([np.cos(angles), np.cos(angles)], axis=1))
+    graph.weight('rotary/sin', np.concatenate([-np.sin(angles), np.sin(angles)], axis=1))
+    return rotary
 
 
 def _mixer(graph: Graph, image: str, params: _Tree, config: _Tree, size: _Size) -> Values:
@@ -214,6 +231,8 @@ def _attention(
             return [x]
         return graph.split(x, 1, [f'{name}/{part}' for part in names])
 
+    if sizes.rotary:
+        params = _halved(params, sizes.rotary)
     if read:
         (query,) = project(rows, read, 'query')
         key, value = project(x, sizes.tokens, 'key', 'value')
@@ -221,12 +240,17 @@ def _attention(
         query, key, value = project(x, sizes.tokens, 'query', 'key', 'value')
     if 'query_ln' in params:
         query, key = _normalised(graph, query, key, params, sizes, name)
+    if sizes.rotary:  # tokens that are read are not turned: none of them is a patch
+        query = query if read else _turned(graph, query, f'{name}/query')
+        key = _turned(graph, key, f'{name}/key')
     key = graph.transpose(key, (0, 1, 3, 2), f'{name}/key_transposed')
     weights = graph.softmax(graph.matmul(query, key, f'{name}/scores'), f'{name}/weights')
     x = graph.matmul(weights, value, f'{name}/weighted')
     x = graph.transpose(x, (0, 2, 1, 3), f'{name}/tokens_first')
     first = f'{read}*{BATCH}' if read > 1 else BATCH if read else ROWS
     x = graph.reshape(x, (first, sizes.width), f'{name}/rows')
+    if 'out_ln' in params:
+        x = graph.layer_norm(x, params['out_ln'], f'{name}/out_ln')
     kernel = np.asarray(params['out']['kernel']).reshape(sizes.width, sizes.width)
     layer = {'kernel': kernel, 'bias': params['out']['bias']}
     return graph.dense(x, layer, f'{name}/out'), weights
@@ -241,6 +265,36 @@ def _normalised(
     return (
         graph.layer_norm(query, ask, f'{name}/query_ln'),
         graph.layer_norm(key, params['key_ln'], f'{name}/key_ln'),
+    )
+
+
+def _halved(params: _Tree, rotary: Rotary) -> _Tree:
+    """Attention whose points are numbers i and i + K / 2 of a head.
+
+    Where they are neighbours, queries and keys are put into that order; their products stay.
+    """
+    if rotary.form != 'axial':
+        return params
+
+    def reorder(array: Any) -> np.ndarray:
+        array = np.asarray(array)
+        return np.concatenate([array[..., 0::2], array[..., 1::2]], axis=-1)
+
+    names = [name for name in ('query', 'key', 'query_ln', 'key_ln') if name in params]
+    new = {name: {part: reorder(x) for part, x in params[name].items()} for name in names}
+    return {**params, **new}
+
+
+def _turned(graph: Graph, x: str, name: str) -> str:
+    """Queries or keys [B, H, N, K] at their rotary positions."""
+    x = graph.cast(x, graph.compute)
+    first, second = graph.split(x, 3, [f'{name}/first', f'{name}/second'])
+    swapped = graph.op('Concat', [second, first], f'{name}/swapped', axis=-1)
+    x = graph.op('Mul', [x, 'rotary/cos'], f'{name}/cos')
+    return graph.op(
+        'Add',
+        [x, graph.op('Mul', [swapped, 'rotary/sin'], f'{name}/sin')],
+        f'{name}/turned',
     )
 
 

@@ -12,6 +12,7 @@ from vit_jax.export.expressible import (
     check_pieces,
     check_plain,
     patch_size,
+    pieces,
     settings_of,
 )
 from vit_jax.inference import model_folder
@@ -43,6 +44,8 @@ def describe(model: model_folder.Model, flat: Mapping[str, Any]) -> _Described:
 def _family(config: Mapping[str, Any]) -> Callable[..., _Described]:
     """The function below that describes the nearest family."""
     encoder = config.get('transformer', {})
+    if config.get('rotary'):
+        return _dinov3
     if encoder.get('layer_scale'):
         return _dinov2
     if encoder.get('pre_norm'):
@@ -69,6 +72,8 @@ def name(named: Mapping[str, Any], described: Mapping[str, Any]) -> dict[str, An
     kind, named = described['model_type'], dict(named)
     if kind == 'dinov2_with_registers':  # which always has one, for masked pre-training
         named['embeddings.mask_token'] = np.zeros((1, described['hidden_size']), np.float32)
+    if kind == 'dinov3_vit':
+        named['embeddings.mask_token'] = np.zeros((1, 1, described['hidden_size']), np.float32)
     if described['architectures'][0] == 'CLIPVisionModelWithProjection':
         if np.any(named.pop('visual_projection.bias')):
             raise UnsupportedError('its projection has no bias')
@@ -182,6 +187,31 @@ def _dinov2(model: model_folder.Model, flat: Mapping[str, Any]) -> _Described:
     else:
         described['use_mask_token'] = False
     return 'DINOv2 gated' if gated else 'DINOv2', described
+
+
+def _dinov3(model: model_folder.Model, flat: Mapping[str, Any]) -> _Described:
+    config, encoder = model.model_config, model.model_config['transformer']
+    if config['rotary']['form'] != 'dinov3':
+        raise UnsupportedError('it has rotary positions of the form of DINOv3 only')
+    needed = {'rotary', 'layer_scale', 'registers', 'add_position_embedding'}
+    check_pieces(config, needed | {'gated_mlp', 'qkv_bias'}, 'its DINOv3')
+    if lacking := needed - pieces(config).keys():
+        raise UnsupportedError(f'its DINOv3 has {", ".join(sorted(lacking))}')
+    if 'head/kernel' in flat or 'pre_logits/kernel' in flat or config['classifier'] != 'token':
+        raise UnsupportedError(
+            "it has DINOv3 without a head only (classifier 'token', no pre_logits); timm has it "
+            'with one'
+        )
+    biases = encoder.get('qkv_bias', 'qkv')
+    return 'DINOv3', {
+        'architectures': ['DINOv3ViTModel'],
+        'model_type': 'dinov3_vit',
+        **_tower(model, flat),
+        **{f'{name}_bias': name[0] in biases for name in ('query', 'key', 'value')},
+        'use_gated_mlp': bool(encoder.get('gated_mlp')),
+        'num_register_tokens': config['registers'],
+        'rope_theta': config['rotary']['theta'],
+    }
 
 
 def _clip(model: model_folder.Model, flat: Mapping[str, Any]) -> _Described:

@@ -1,5 +1,6 @@
 """A model as a folder of timm: its configuration, and where its tensors differ from the table."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,13 @@ _SIZE_WORDS = {192: 'tiny', 384: 'small', 768: 'base', 1024: 'large', 1280: 'hug
 _HAS = {
     *('layer_scale', 'gated_mlp', 'pre_norm', 'qk_norm', 'registers', 'register_positions'),
     *('fc_norm', 'final_norm', 'patch_bias', 'distilled', 'resnet'),
+}
+# Those of its Eva, and those that only it has.
+_EVA_ONLY = {'rotary', 'mlp_norm', 'attention_norm', 'qkv_bias'}
+_EVA_HAS = {
+    *_EVA_ONLY,
+    *('layer_scale', 'gated_mlp', 'qk_norm', 'registers', 'register_positions', 'fc_norm'),
+    *('final_norm', 'add_position_embedding'),
 }
 _TIMM_POOLING = {'token': 'token', 'gap': 'avg', 'max': 'max', 'avgmax': 'avgmax', 'map': 'map'}
 _TIMM_VITS = {
@@ -68,10 +76,12 @@ def describe(model: model_folder.Model, flat: Mapping[str, Any]) -> tuple[str, d
         ]
         first_layer = 'stem.proj'
     else:
-        check_pieces(config, _HAS, 'its VisionTransformer')
+        is_eva = not _EVA_ONLY.isdisjoint(pieces(config))
+        has = (_EVA_HAS, 'its Eva') if is_eva else (_HAS, 'its VisionTransformer')
+        check_pieces(config, *has)
         if settings['classifier'] not in _TIMM_POOLING:
             raise UnsupportedError(f'it has no classifier {settings["classifier"]!r}')
-        table, architecture = _timm_vit(flat, config)
+        table, architecture = _table_of_eva(flat, config) if is_eva else _timm_vit(flat, config)
         encoder, width = config['transformer'], config['hidden_size']
         pool = _TIMM_POOLING[settings['classifier']]
         arguments |= {
@@ -79,10 +89,13 @@ def describe(model: model_folder.Model, flat: Mapping[str, Any]) -> tuple[str, d
             'embed_dim': width,
             'depth': encoder['num_layers'],
             'num_heads': encoder['num_heads'],
-            'mlp_ratio': encoder['mlp_dim'] / width,
-            'act_layer': settings['act'],
+            'mlp_ratio': _mlp_ratio(encoder['mlp_dim'], width),
         }
-        arguments |= _arguments(config, pool, architecture)
+        if is_eva:
+            arguments |= _eva_arguments(config, pool)
+            architecture = _eva_architecture(arguments, settings, architecture)
+        else:
+            arguments |= {'act_layer': settings['act']} | _arguments(config, pool, architecture)
     names = model_folder.own_class_names(model)
     described = {
         'architecture': architecture,
@@ -130,8 +143,68 @@ def _arguments(config: Mapping[str, Any], pool: str, architecture: str) -> dict[
     if 'resnet' in config or 'dist' in front:  # which come with a class token, and no registers
         arguments = {name: arguments[name] for name in ('global_pool', 'fc_norm', 'class_token')}
     if encoder.get('gated_mlp'):  # its first layer has both halves
-        arguments['mlp_ratio'] = 2 * encoder['mlp_dim'] / config['hidden_size']
+        arguments['mlp_ratio'] = _mlp_ratio(2 * encoder['mlp_dim'], config['hidden_size'])
     return arguments
+
+
+def _mlp_ratio(hidden: int, width: int) -> float:
+    """What, times the width and rounded down, is the width of the hidden layer."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
+def _eva_arguments(config: Mapping[str, Any], pool: str) -> dict[str, Any]:
+    """The arguments of timm's Eva, all that its architectures set otherwise."""
+    encoder, front = config['transformer'], variants.tokens_in_front(config)
+    gated, mlp_norm = bool(encoder.get('gated_mlp')), bool(encoder.get('mlp_norm'))
+    final_norm, fc_norm = config.get('final_norm', True), bool(config.get('fc_norm'))
+    rotary = config.get('rotary') or {}
+    own_form, grid = rotary.get('form') == 'dinov3', rotary.get('grid')
+    return {
+        'dynamic_img_size': False,
+        'swiglu_mlp': gated,
+        'swiglu_align_to': int(gated and not mlp_norm),  # 1 changes no size
+        'scale_mlp': mlp_norm,
+        'scale_attn_inner': bool(encoder.get('attention_norm')),
+        'qkv_fused': False,
+        'qkv_bias': encoder.get('qkv_bias') == 'qv',
+        'qk_norm': bool(encoder.get('qk_norm')),
+        'init_values': 1e-5 if encoder.get('layer_scale') else None,
+        'class_token': 'cls' in front,
+        'num_reg_tokens': front.get('registers', 0),
+        'no_embed_class': variants.prefix_positions(config) < sum(front.values()),
+        'use_abs_pos_emb': encoder.get('add_position_embedding', True),
+        'use_rot_pos_emb': bool(rotary),
+        'rope_type': 'dinov3' if own_form else 'cat',
+        'rope_rotate_half': own_form,
+        'rope_temperature': rotary.get('theta', 10_000.0),
+        'ref_feat_shape': [grid, grid] if grid else None,
+        'global_pool': pool,
+        'use_fc_norm': fc_norm,
+        'use_post_transformer_norm': final_norm and not fc_norm,
+    }
+
+
+def _eva_architecture(arguments: dict[str, Any], settings: Mapping[str, Any], name: str) -> str:
+    """An architecture of timm's Eva that these arguments make the model of.
+
+    They have no word for its epsilon, and None is not told from what the architecture has.
+
+    Args:
+        arguments: see `_eva_arguments`; those that are None are left out.
+        settings: of the model.
+        name: of the model, which is taken if it does.
+    """
+    nothing = [key for key, value in arguments.items() if value is None]
+    for key in nothing:
+        del arguments[key]
+    epsilon = 1e-5 if settings['layer_norm_eps'] == 1e-5 else None
+    for known in (name, 'vit_small_patch16_dinov3', 'eva_giant_patch14_224'):
+        own = timm_models().get(known, {})
+        same = own.get('norm_layer', {}).get('eps') == epsilon
+        if own and same and not any(own.get(key) for key in nothing):
+            return known
+    raise UnsupportedError('its Eva with layer_norm_eps 1e-5 has LayerScale')
 
 
 def with_positions(named: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,11 +218,25 @@ def with_positions(named: Mapping[str, Any], config: Mapping[str, Any]) -> dict[
         config: of the model.
     """
     tensors = dict(named)
-    if 'reg_token' in tensors and 'cls_token' in tensors and not config.get('register_positions'):
+    own = not config.get('register_positions') and 'pos_embed' in tensors
+    if own and 'reg_token' in tensors and 'cls_token' in tensors:
         cls, position = tensors['cls_token'], tensors['pos_embed']
         tensors['cls_token'] = derive(lambda token, rows: token + rows[:, :1], cls, position)
         tensors['pos_embed'] = derive(lambda rows: rows[:, 1:], position)
     return tensors
+
+
+def _table_of_eva(flat: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, str]:
+    """(table, name of the model) of one whose class is Eva in timm."""
+    encoder, settings = config['transformer'], settings_of(config)
+    gated = bool(encoder.get('gated_mlp'))
+    if 'pre_logits/kernel' in flat or settings['classifier'] == 'map':
+        raise UnsupportedError("its Eva has no pre_logits, and not this attention pooling ('map')")
+    if settings['act'] != (act := 'silu' if gated else 'gelu'):
+        raise UnsupportedError(f'its Eva has the activation {act}, not {settings["act"]}')
+    if encoder.get('qkv_bias', 'qkv') not in ('qv', ''):
+        raise UnsupportedError('its Eva has biases of queries and values, or none of the three')
+    return 'timm EVA-02' if gated else 'timm EVA', str(config.get('model_name'))
 
 
 def _timm_vit(flat: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, str]:

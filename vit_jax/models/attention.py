@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.models.layers import at_least_float32
+from vit_jax.models.rotary import Rotary
 
 ATTENTION_IMPLEMENTATIONS = ('auto', 'xla', 'cudnn')
 
@@ -74,6 +75,9 @@ class MultiHeadDotProductAttention(nn.Module):
         chunks, see `models.cpu`. Not measured on a GPU yet.
       norm: makes the normalisation of queries and keys, `query_ln` and `key_ln`, from a name; None
         for none.
+      out_norm: makes that of what the heads give, [B, Q, D] in front of `out`, `out_ln`; the same.
+      biases: which of query, key and value have a bias, by their first letters.
+      rotary: turns queries and keys by the places of their patches; None for no turning.
     """
 
     num_heads: int
@@ -81,6 +85,9 @@ class MultiHeadDotProductAttention(nn.Module):
     dtype: Any = jnp.float32
     implementation: str = 'auto'
     norm: Callable[..., nn.Module] | None = None
+    out_norm: Callable[..., nn.Module] | None = None
+    biases: str = 'qkv'
+    rotary: Rotary | None = None
 
     @nn.compact
     def __call__(
@@ -111,13 +118,22 @@ class MultiHeadDotProductAttention(nn.Module):
             nn.DenseGeneral, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform()
         )
         heads = (self.num_heads, width // self.num_heads)
-        query = dense(heads, name='query')(inputs[:, :queries] if probe is None else probe)
-        key = dense(heads, name='key')(inputs)
-        value = dense(heads, name='value')(inputs)
+        query, key, value = (
+            dense(heads, name=name, use_bias=name[0] in self.biases)(x)
+            for name, x in (
+                ('query', inputs[:, :queries] if probe is None else probe),
+                ('key', inputs),
+                ('value', inputs),
+            )
+        )
         if self.norm is not None:
             query, key = self.norm(name='query_ln')(query), self.norm(name='key_ln')(key)
+        if self.rotary is not None:
+            query, key = self.rotary(query), self.rotary(key)
         dropout_rate = 0.0 if deterministic else self.dropout_rate
         x = self.attend(query, key, value, dropout_rate=dropout_rate, mask=mask)
+        if self.out_norm is not None:
+            x = self.out_norm(name='out_ln')(x.reshape(*x.shape[:2], width)).reshape(x.shape)
         return dense(width, axis=(-2, -1), name='out')(x)
 
     def attend(

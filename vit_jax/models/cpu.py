@@ -56,12 +56,14 @@ def _applies(module: nn.Module, options: dict[str, Any]) -> bool:
     """Whether a call with these keyword arguments is what the form computes."""
     if isinstance(module, nn.Dense):
         return module.dot_general is None  # the head sets the type of its output by one
+    if isinstance(module, nn.DenseGeneral):
+        return module.use_bias
     if isinstance(module, MultiHeadDotProductAttention):
         plain = not options['dropout_rate'] and options['mask'] is None
         return module.implementation == 'auto' and plain
     if isinstance(module, layers.MlpBlock):
         dropout = module.dropout_rate and not options.get('deterministic', True)
-        return not module.gated and not dropout
+        return not module.gated and module.norm is None and not dropout
     if isinstance(module, nn.Conv):
         return module.use_bias
     return True

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from vit_jax.models import layers, stochastic_depth
 from vit_jax.models.attention import MultiHeadDotProductAttention
+from vit_jax.models.rotary import Rotary
 
 
 class AddPositionEmbs(nn.Module):
@@ -59,6 +60,10 @@ class Encoder1DBlock(nn.Module):
     layer_scale: bool = False
     gated_mlp: bool = False
     qk_norm: bool = False
+    mlp_norm: bool = False
+    attention_norm: bool = False
+    qkv_bias: str = 'qkv'
+    rotary: Rotary | None = None
 
     @nn.compact
     def __call__(
@@ -76,6 +81,9 @@ class Encoder1DBlock(nn.Module):
             dtype=self.dtype,
             implementation=self.attention,
             norm=norm if self.qk_norm else None,
+            out_norm=norm if self.attention_norm else None,
+            biases=self.qkv_bias,
+            rotary=self.rotary,
             name='MultiHeadDotProductAttention_0',
         )(x, deterministic=deterministic, queries=self.outputs, mask=mask)
         if self.layer_scale:
@@ -85,7 +93,13 @@ class Encoder1DBlock(nn.Module):
         x = stochastic_depth.drop(self, 0, x) + inputs[:, : self.outputs]
 
         mlp = layers.MlpBlock(
-            self.mlp_dim, self.dropout_rate, self.dtype, self.act, self.gated_mlp, name='MlpBlock_0'
+            self.mlp_dim,
+            self.dropout_rate,
+            self.dtype,
+            self.act,
+            self.gated_mlp,
+            norm if self.mlp_norm else None,
+            name='MlpBlock_0',
         )
         y = mlp(norm(name='LayerNorm_1')(x), deterministic=deterministic)
         if self.layer_scale:
@@ -121,6 +135,10 @@ class Encoder(nn.Module):
       gated_mlp: see `layers.MlpBlock.gated`.
       qk_norm: a LayerNorm of each head's queries and keys (https://arxiv.org/abs/2302.05442).
       without_position: (first, end) of tokens that get no position embedding.
+      mlp_norm: a LayerNorm in front of each MLP's second layer, as in EVA-02.
+      attention_norm: a LayerNorm in front of each attention's last layer, as in EVA-02's CLIP.
+      qkv_bias: which of query, key and value have a bias, by their first letters.
+      rotary: rotary positions of the patches; None for none.
     """
 
     num_layers: int
@@ -142,6 +160,10 @@ class Encoder(nn.Module):
     gated_mlp: bool = False
     qk_norm: bool = False
     without_position: tuple[int, int] = (0, 0)
+    mlp_norm: bool = False
+    attention_norm: bool = False
+    qkv_bias: str = 'qkv'
+    rotary: Rotary | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
@@ -177,6 +199,10 @@ class Encoder(nn.Module):
             layer_scale=self.layer_scale,
             gated_mlp=self.gated_mlp,
             qk_norm=self.qk_norm,
+            mlp_norm=self.mlp_norm,
+            attention_norm=self.attention_norm,
+            qkv_bias=self.qkv_bias,
+            rotary=self.rotary,
         )
         last = self.num_layers - 1
         names = [f'encoderblock_{layer}' for layer in range(self.num_layers)]

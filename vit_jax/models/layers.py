@@ -63,6 +63,7 @@ class MlpBlock(nn.Module):
       act: the activation function, a name in `ACTIVATIONS`.
       gated: multiply what the activation function gives by a second layer's output, act(gate(x)) *
         Dense_0(x), as in SwiGLU, where the function is 'silu' (https://arxiv.org/abs/2002.05202).
+      norm: makes a normalisation in front of the second layer, `norm`, from a name; None for none.
       kernel_init: of all kernels [inputs, outputs].
       bias_init: of all biases [outputs].
     """
@@ -72,6 +73,7 @@ class MlpBlock(nn.Module):
     dtype: Any = jnp.float32
     act: str = 'gelu_tanh'
     gated: bool = False
+    norm: Callable[..., nn.Module] | None = None
     kernel_init: Callable[..., jax.Array] = nn.initializers.xavier_uniform()
     bias_init: Callable[..., jax.Array] = nn.initializers.normal(stddev=1e-6)
 
@@ -87,6 +89,8 @@ class MlpBlock(nn.Module):
         else:
             x = self.activation(x)
         x = nn.Dropout(self.dropout_rate, name='Dropout_0')(x, deterministic=deterministic)
+        if self.norm is not None:
+            x = self.norm(name='norm')(x)
         x = dense(inputs.shape[-1], name='Dense_1')(x)
         return nn.Dropout(self.dropout_rate, name='Dropout_1')(x, deterministic=deterministic)
 

@@ -42,7 +42,11 @@ def for_image_size(
       ValueError: the model has no position embeddings, their number does not fit `grid`, or the
         image is not a whole number of patches.
     """
-    if not isinstance(model, VisionTransformer) or 'posembed_input' not in params['Transformer']:
+    own = isinstance(model, VisionTransformer)
+    if own and model.rotary is not None and 'posembed_input' not in params['Transformer']:
+        _patch_grid(model, image_size)
+        return dict(params)  # rotary positions follow the image
+    if not own or 'posembed_input' not in params['Transformer']:
         raise ValueError('the model has no position embeddings that could be resized')
     embedding = jnp.asarray(params['Transformer']['posembed_input']['pos_embedding'])
     prefix = model.prefix_positions

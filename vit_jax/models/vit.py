@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from vit_jax import variants
 from vit_jax.models import cpu, heads, layers, resnet
 from vit_jax.models.encoder import Encoder
+from vit_jax.models.rotary import Rotary
 
 
 class IdentityLayer(nn.Module):
@@ -56,8 +57,8 @@ class VisionTransformer(nn.Module):
         patch tokens), 'token_unpooled' (class token and all patch tokens).
       head_bias_init: initial value of the head's bias.
       encoder: the encoder's class. One of your own gets `transformer`, and of `dtype`, `attention`,
-        `remat`, `scan_layers`, `act`, `layer_norm_eps`, `final_norm` and `outputs` (see `Encoder`)
-        those that are attributes of it.
+        `remat`, `scan_layers`, `act`, `layer_norm_eps`, `final_norm`, `rotary` and `outputs` (see
+        `Encoder`) those that are attributes of it.
       model_name: the variant's name; not used in the computation.
       distilled: a second token `dist` beside the class token and a second head, `head_dist`, that
         reads it, as in DeiT (https://arxiv.org/abs/2012.12877). The logits are the mean of both
@@ -87,6 +88,9 @@ class VisionTransformer(nn.Module):
       final_norm: whether there is a LayerNorm behind the encoder, or `fc_norm` in its place.
       unit_features: whether features are divided by their length in front of the head, as those
         that are compared with embeddings of texts.
+      rotary: mapping with `form`, `theta` and `grid` of rotary positions, see `rotary.Rotary`; None
+        for none. Learned position embeddings (`add_position_embedding` of the encoder) are beside
+        them in EVA-02, and not in DINOv3.
     """
 
     num_classes: int
@@ -119,10 +123,11 @@ class VisionTransformer(nn.Module):
     patch_bias: bool = True
     final_norm: bool = True
     unit_features: bool = False
+    rotary: Any = None
 
     def __post_init__(self) -> None:
         """Makes the module hashable, as Flax and `jax.jit` (`static_argnames`) want it."""
-        for name in ('patches', 'transformer', 'resnet'):
+        for name in ('patches', 'transformer', 'resnet', 'rotary'):
             object.__setattr__(self, name, layers.hashable(getattr(self, name)))
         super().__post_init__()
 
@@ -169,6 +174,8 @@ class VisionTransformer(nn.Module):
         self._check()
         layers.check_images(inputs)
         x = self._embed(inputs.astype(self.dtype))
+        _, rows, columns, _ = x.shape
+        x = layers.as_tokens(x)
         if self.prefix_tokens:
             # Registers that are alike at first would stay so.
             init = {'registers': nn.initializers.normal(stddev=0.02)}
@@ -185,7 +192,7 @@ class VisionTransformer(nn.Module):
             # On explicit axes, the tokens have to be spread over devices as the images are.
             x = jnp.concatenate([tokens + jnp.zeros_like(x[:, :1]), x], axis=1)
 
-        x = self._create_encoder()(x, train=train)
+        x = self._create_encoder((rows, columns))(x, train=train)
         self.sow('intermediates', 'encoded', x)
 
         x = self._pool(x)
@@ -204,12 +211,14 @@ class VisionTransformer(nn.Module):
             return x.mean(axis=1) if self.distilled else x
         return self._classify(x, train)
 
-    def _create_encoder(self) -> nn.Module:
+    def _create_encoder(self, grid: tuple[int, int]) -> nn.Module:
         names = ('dtype', 'attention', 'remat', 'scan_layers', 'act', 'layer_norm_eps')
         ours = {name: getattr(self, name) for name in names}
         ours['final_norm'] = self.final_norm and not self.fc_norm
         if self.prefix_positions != self.prefix_tokens:
             ours['without_position'] = (self.prefix_positions, self.prefix_tokens)
+        if self.rotary is not None:
+            ours['rotary'] = Rotary(**self.rotary, shape=grid, prefix=self.prefix_tokens)
         known = {field.name for field in dataclasses.fields(self.encoder)}
         for name, value in ours.items():
             if name not in known and value != getattr(Encoder, name):
@@ -253,7 +262,7 @@ class VisionTransformer(nn.Module):
             )
 
     def _embed(self, images: jax.Array) -> jax.Array:
-        """Images [B, height, width, 3] to patch tokens [B, N, D]."""
+        """Images [B, height, width, 3] to a map of patches [B, rows, columns, D]."""
         x = images
         if self.resnet is not None:
             x = resnet.backbone(x, **self.resnet, dtype=self.dtype, remat=self.remat)
@@ -264,7 +273,7 @@ class VisionTransformer(nn.Module):
             self.hidden_size, patch, dtype=self.dtype, use_bias=self.patch_bias, name='embedding'
         )(x)
         self.sow('intermediates', 'patch_embedding', x)
-        return layers.as_tokens(x)
+        return x
 
     def _classify(self, x: jax.Array, train: bool) -> jax.Array:
         """Features [B, D] (or [B, N, D]; of a distilled model [B, 2, D]) to logits."""

@@ -134,7 +134,9 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
     resources.check_disk(workdir, state, config.keep_checkpoints)
     if not resumes:  # missing weights are known, or downloaded, before minutes of compiling
         path = weights_path(config)
-        _settle(config, _open_weights(config, path).settings if path else {})
+        told = _open_weights(config, path).settings if path else {}
+        _settle(config, told)
+        _check_rotary(config, told)
     architecture = config.model.to_dict()
     if parts.model is None:
         model = model.clone(**{name: architecture[name] for name in infer.EVERY_MODEL})
@@ -178,6 +180,16 @@ def _settle(config: ml_collections.ConfigDict, told: Mapping[str, Any]) -> None:
                 found = told.get(name)
                 default = getattr(models.VisionTransformer, name)
                 config.model[name] = default if found is None else found
+
+
+def _check_rotary(config: ml_collections.ConfigDict, told: Mapping[str, Any]) -> None:
+    """Refuses rotary positions that the weights to start from were not trained with."""
+    found, ours = told.get('rotary'), config.model.to_dict().get('rotary')
+    if 'rotary' in told and found != ours:
+        raise UserError(
+            f'the weights were trained with rotary positions {found}, and the config says {ours}: '
+            'take a config of their family, and --config.model.rotary.theta and grid as theirs'
+        )
 
 
 def _open(
