@@ -23,10 +23,15 @@ CASES = {
         dict(classifier='token', rotary={'form': 'axial', 'theta': 10_000.0, 'grid': 16}),
     ),
     'eva': ('eva_giant_patch14_224', dict(mlp_ratio=2), dict(act='gelu')),
+    'axial': (
+        'eva_giant_patch14_224',
+        dict(mlp_ratio=2, use_rot_pos_emb=True, rope_temperature=100.0),
+        dict(rotary={'form': 'axial', 'theta': 100.0, 'grid': 0}),
+    ),
     'registers': (
         'vit_medium_patch16_rope_reg1_gap_256',
-        dict(patch_size=14, dynamic_img_size=False, ref_feat_shape=None),  # which means nothing
-        dict(rotary={'form': 'axial', 'theta': 10_000.0, 'grid': 16}, classifier='gap'),
+        dict(patch_size=14, dynamic_img_size=False),
+        dict(registers=1, classifier='gap'),
     ),
     'dinov3': (
         'vit_small_patch16_dinov3',

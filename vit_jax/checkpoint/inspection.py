@@ -188,6 +188,8 @@ def _computes(config: Mapping[str, Any]) -> str:
     if 'transformer' in config:
         facts.insert(0, f'{config["transformer"]["num_heads"]} heads')
         facts.append(f'classifier {model.classifier}')
+        if model.rotary:
+            facts.append(f'rotary positions {dict(model.rotary)}')
     return ', '.join(facts)
 
 

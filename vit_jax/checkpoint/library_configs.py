@@ -134,7 +134,7 @@ def timm_models() -> dict[str, dict[str, Any]]:
 
 
 @functools.cache
-def _evas() -> set[str]:
+def evas() -> set[str]:
     """The architectures of timm whose class is Eva."""
     return {row['architecture'] for row in _timm_rows() if row['class'] == 'eva'}
 
@@ -148,11 +148,10 @@ def _timm_rows() -> list[dict[str, str]]:
 def _timm(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:
     pretrained = config.get('pretrained_cfg', config)
     architecture = str(config['architecture']).split('.')[0]
-    # What is None there is what the architecture has.
-    stated = {k: v for k, v in (config.get('model_args') or {}).items() if v is not None}
+    stated = config.get('model_args') or {}
     arguments = {**timm_models().get(architecture, {}), **stated}
     pooling, by_arguments = config.get('global_pool'), arguments.get('global_pool')
-    eva = architecture in _evas()
+    eva = architecture in evas()
     by_arguments = by_arguments or ('avg' if eva else 'token')
     if not architecture.startswith('mixer') and pooling and pooling != by_arguments:
         raise UserError(

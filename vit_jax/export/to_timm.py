@@ -7,7 +7,7 @@ from typing import Any
 from vit_jax import variants
 from vit_jax.checkpoint import model_input
 from vit_jax.checkpoint.arrays import derive
-from vit_jax.checkpoint.library_configs import timm_models
+from vit_jax.checkpoint.library_configs import evas, timm_models
 from vit_jax.export.expressible import (
     UnsupportedError,
     check_epsilon,
@@ -81,7 +81,7 @@ def describe(model: model_folder.Model, flat: Mapping[str, Any]) -> tuple[str, d
         check_pieces(config, *has)
         if settings['classifier'] not in _TIMM_POOLING:
             raise UnsupportedError(f'it has no classifier {settings["classifier"]!r}')
-        table, architecture = _table_of_eva(flat, config) if is_eva else _timm_vit(flat, config)
+        table, architecture = _timm_eva(flat, config) if is_eva else _timm_vit(flat, config)
         encoder, width = config['transformer'], config['hidden_size']
         pool = _TIMM_POOLING[settings['classifier']]
         arguments |= {
@@ -93,7 +93,6 @@ def describe(model: model_folder.Model, flat: Mapping[str, Any]) -> tuple[str, d
         }
         if is_eva:
             arguments |= _eva_arguments(config, pool)
-            architecture = _eva_architecture(arguments, settings, architecture)
         else:
             arguments |= {'act_layer': settings['act']} | _arguments(config, pool, architecture)
     names = model_folder.own_class_names(model)
@@ -185,28 +184,6 @@ def _eva_arguments(config: Mapping[str, Any], pool: str) -> dict[str, Any]:
     }
 
 
-def _eva_architecture(arguments: dict[str, Any], settings: Mapping[str, Any], name: str) -> str:
-    """An architecture of timm's Eva that these arguments make the model of.
-
-    They have no word for its epsilon, and None is not told from what the architecture has.
-
-    Args:
-        arguments: see `_eva_arguments`; those that are None are left out.
-        settings: of the model.
-        name: of the model, which is taken if it does.
-    """
-    nothing = [key for key, value in arguments.items() if value is None]
-    for key in nothing:
-        del arguments[key]
-    epsilon = 1e-5 if settings['layer_norm_eps'] == 1e-5 else None
-    for known in (name, 'vit_small_patch16_dinov3', 'eva_giant_patch14_224'):
-        own = timm_models().get(known, {})
-        same = own.get('norm_layer', {}).get('eps') == epsilon
-        if own and same and not any(own.get(key) for key in nothing):
-            return known
-    raise UnsupportedError('its Eva with layer_norm_eps 1e-5 has LayerScale')
-
-
 def with_positions(named: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """The tensors, as a model of timm has them whose position embeddings are the patches' alone.
 
@@ -226,8 +203,8 @@ def with_positions(named: Mapping[str, Any], config: Mapping[str, Any]) -> dict[
     return tensors
 
 
-def _table_of_eva(flat: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, str]:
-    """(table, name of the model) of one whose class is Eva in timm."""
+def _timm_eva(flat: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, str]:
+    """(table, architecture) of a model whose class is Eva in timm."""
     encoder, settings = config['transformer'], settings_of(config)
     gated = bool(encoder.get('gated_mlp'))
     if 'pre_logits/kernel' in flat or settings['classifier'] == 'map':
@@ -236,7 +213,12 @@ def _table_of_eva(flat: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[s
         raise UnsupportedError(f'its Eva has the activation {act}, not {settings["act"]}')
     if encoder.get('qkv_bias', 'qkv') not in ('qv', ''):
         raise UnsupportedError('its Eva has biases of queries and values, or none of the three')
-    return 'timm EVA-02' if gated else 'timm EVA', str(config.get('model_name'))
+    # Any of them makes any Eva, but its epsilon: model_args has no word for that.
+    epsilon, name = settings['layer_norm_eps'], str(config.get('model_name'))
+    own = timm_models()[name] if name in evas() else None
+    if own is None or own.get('norm_layer', {}).get('eps', 1e-6) != epsilon:
+        name = 'vit_small_patch16_dinov3' if epsilon == 1e-5 else 'eva02_tiny_patch14_224'
+    return 'timm EVA-02' if gated else 'timm EVA', name
 
 
 def _timm_vit(flat: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, str]:
