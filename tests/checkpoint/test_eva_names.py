@@ -182,6 +182,18 @@ def test_settings_of_timm_that_no_model_here_computes(tmp_path, arguments, messa
         model_folder.load(tmp_path / 'timm')
 
 
+def test_images_are_as_large_as_a_folder_makes_them(tmp_path):
+    """DINOv3's positions fit them, whatever image_size its config.json states."""
+    export.write(tmp_path / 'hf', make(DINOV3, classes=0), to='huggingface')
+    place = tmp_path / 'hf/preprocessor_config.json'
+    stated = json.loads(place.read_text())
+    place.write_text(json.dumps(stated | {'size': {'height': 56, 'width': 56}}))
+    assert model_folder.load(tmp_path / 'hf').image_size == 56
+    place.write_text(json.dumps(stated | {'size': {'height': 50, 'width': 50}}))
+    with pytest.raises(UserError, match='makes images of 50 pixels, which is not a multiple'):
+        model_folder.load(tmp_path / 'hf')
+
+
 def test_settings_of_transformers_that_no_model_here_computes(tmp_path):
     export.write(tmp_path / 'hf', make(DINOV3, classes=0), to='huggingface')
     place = tmp_path / 'hf/config.json'

@@ -102,8 +102,10 @@ def case(transformers, tmp_path_factory):
         theirs = randomise(model_class(model_class.config_class(**{**SIZES, **settings})))
         folder = tmp_path_factory.mktemp(name)
         theirs.save_pretrained(folder)
-        side = SIZES['image_size']
+        side = settings.get('image_size', SIZES['image_size'])
         size = dict(size={'shortest_edge': side}, do_center_crop=True, crop_size=side)
+        if side != SIZES['image_size']:
+            size = dict(size=dict(zip(('height', 'width'), side, strict=True)))
         (folder / 'preprocessor_config.json').write_text(json.dumps(HALF | size))
         theirs.name_or_path = folder
         return theirs, model_folder.load(folder)

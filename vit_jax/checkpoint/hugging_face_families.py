@@ -19,7 +19,8 @@ class Family:
         hidden_act: default of its configuration, the library's name.
         classifies: what the head of its classifier reads, see `models.VisionTransformer`.
         pools: what a model without a head gives of an image, the same.
-        resizes: how it fits its positions to images of another size, '' where it refuses them.
+        resizes: how it fits its positions to images of another size, '' where it refuses them;
+            rotary ones fit any.
         num_heads: default of its configuration.
     """
 
@@ -36,7 +37,7 @@ _SIGLIP = Family(1e-6, 'gelu_pytorch_tanh', classifies='gap', pools='map')
 _IJEPA = Family(classifies='gap', pools='gap')
 _DINOV2 = Family(1e-6, classifies='token_gap', resizes='bicubic')
 _DINOV2_REGISTERS = dataclasses.replace(_DINOV2, resizes='bicubic, antialiased')
-_DINOV3 = Family(1e-5, num_heads=6)
+_DINOV3 = Family(1e-5, resizes='rotary', num_heads=6)
 
 FAMILIES: Mapping[str, Family] = {
     'vit': Family(),

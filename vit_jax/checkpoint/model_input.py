@@ -211,11 +211,13 @@ def fit_positions(
     made = weights.preprocess
     if not (weights.resizes and made) or made.crop == image_size:
         return weights, image_size
+    encoder = weights.params['Transformer']
+    rotary = 'posembed_input' not in encoder  # which fit any image
     note = (
         f'its images have {in_words(made.crop)} pixels, its positions are those of '
         f'{in_words(image_size)}: '
     )
-    if not resize:
+    if not (resize or rotary):
         note += 'they stay so, and images are made as large'
         return dataclasses.replace(weights, notes=(*weights.notes, note)), image_size
     try:
@@ -225,13 +227,14 @@ def fit_positions(
             f'{weights.path}: its preprocessor_config.json makes images of {in_words(made.crop)} '
             f'pixels, which {" ".join(error.args)} (crop_size there, or size)'
         ) from error
+    if rotary:
+        return dataclasses.replace(weights, image_size=made.crop), made.crop
     prefix, antialias = prefix_positions(config), weights.resizes.endswith('antialiased')
 
     def resized(rows: np.ndarray) -> np.ndarray:
         patches = resize_position_embedding_bicubic(rows[:, prefix:], *grids, antialias=antialias)
         return np.concatenate([rows[:, :prefix], patches], axis=1)
 
-    encoder = weights.params['Transformer']
     rows = derive(resized, encoder['posembed_input']['pos_embedding'])
     encoder = {**encoder, 'posembed_input': {'pos_embedding': rows}}
     note += f'these are resized ({weights.resizes}), as its class does'
