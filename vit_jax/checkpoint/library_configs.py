@@ -180,7 +180,7 @@ def of_timm_arguments(
         UserError: a setting that no model here computes.
     """
     place = f'{file}: {architecture} of timm'
-    if architecture in _evas():
+    if architecture in evas():
         _check_arguments(place, arguments, timm_eva.KNOWN, timm_eva.FREE)
         settings = timm_eva.settings(place, arguments)
     else:
