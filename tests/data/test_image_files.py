@@ -17,7 +17,7 @@ from fuzzing import avif, webp
 from PIL import Image
 
 from vit_jax.data import avif_files, webp_files
-from vit_jax.data.decode import BadImageError, decode
+from vit_jax.data.decode import BadImageError, decode, size_of_jpeg
 
 SHARED = pathlib.Path(__file__).parents[3] / 'shared' / 'cases' / 'hostile'
 MIB = 1 << 20
@@ -184,6 +184,30 @@ def test_scans_of_a_jpeg_are_counted_first():
         decode(opened, key='opened elsewhere')
 
 
+@pytest.mark.parametrize(
+    'pieces',
+    [
+        b'\xff\xe5\0\2' * 2_000_000,  # 139 MB for 4 MB
+        b'\xff\xe2\0\x10ICC_PROFILE\0\1\1' * 500_000,
+        b'\xff' * 10_000_000,  # 3 seconds
+        b'\xff\xd0' * 3_000_000,
+    ],
+)
+def test_segments_of_a_jpeg(pieces):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    photo = encode(SMALL.resize((16, 8)), 'JPEG', exif=exif)
+    tables = photo.index(b'\xff\xdb')
+    file = photo[:tables] + pieces + photo[tables:]
+    refused(file, 'more than 50,000 segments', exif=True)
+    assert size_of_jpeg(file, exif=True) is None
+    # Where they are fewer, the picture is read, and is not turned if they are many.
+    if b'ICC' not in pieces:
+        for size, shape in ((240_000, (8, 16, 3)), (4000, (16, 8, 3))):
+            few = photo[:tables] + pieces[:size] + photo[tables:]
+            assert decode(few, key='x', exif=True).shape == shape
+
+
 def test_jpegs_of_few_scans_with_a_film_behind_are_read():
     assert decode(jpeg_of_scans(20, side=64), key='x').shape == (64, 64, 3)
     photo = encode(SMALL.resize((64, 64)), 'JPEG', progressive=True)
@@ -241,6 +265,14 @@ def test_groups_of_codes_of_encoders(monkeypatch):
             monkeypatch.setattr(webp_files, 'MAX_GROUPS', 0)
             with pytest.raises(ValueError, match=r'it has (\d|\d\d|\d\d\d) groups'):
                 webp_files.check(file)
+
+
+def test_chunks_of_a_webp():
+    file = webp.file_of(webp.lossless(8, 8, 1), 8, 8, animated=True)
+    many = file[:4] + (len(file) + 800_000).to_bytes(4, 'little') + file[8:]
+    refused(many + b'abcd\0\0\0\0' * 100_000, 'more than 50,000 chunks')
+    icc = b'ICCP' + (9 * MIB).to_bytes(4, 'little') + bytes(9 * MIB)
+    refused(file[:12] + icc + file[12:], 'beside the picture')
 
 
 @pytest.mark.parametrize('mode', ['RGB', 'RGBA', 'L'])

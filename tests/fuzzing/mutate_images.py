@@ -132,6 +132,16 @@ def damage_scans(rng: random.Random, data: bytes) -> bytes:
     return out
 
 
+def many_segments(rng: random.Random, data: bytes) -> bytes:
+    """Very many parts before the picture: empty ones, comments, padding, other markers."""
+    piece = rng.choice(
+        (b'\xff\xe5\0\2', b'\xff\xfe\0\2', b'\xff\xe2\0\x10ICC_PROFILE\0\1\1', b'\xff', b'\xff\xd0')
+    )
+    tables = max(data.find(b'\xff\xdb'), 2)
+    times = rng.choice((100, 40_000, 10_000_000 // len(piece)))
+    return data[:tables] + piece * times + data[tables:]
+
+
 def damage_tiff(rng: random.Random, data: bytes) -> bytes:
     """Its tags changed, added and repeated: sizes of tiles and strips, counts, places, types."""
     order = '<' if data[:2] == b'II' else '>'
@@ -193,6 +203,11 @@ def damage_webp(rng: random.Random, data: bytes) -> bytes:
     """Its header changed, or a lossless stream made by hand, with many groups of codes."""
     if rng.random() < 0.5:
         return damage_header(rng, data)
+    if rng.random() < 0.1:
+        piece = rng.choice((b'abcd\0\0\0\0', b'EXIF\0\0\4\0' + bytes(1 << 18)))
+        chunks = piece * (rng.choice((100_000, 10_000_000)) // len(piece))
+        size = min(len(data) + len(chunks) - 8, 2**32 - 1)
+        return data[:4] + struct.pack('<I', size) + data[8:] + chunks
     width, height = rng.choice(((1024, 1024), (512, 300), (3000, 900), (100, 16383)))
     stream = webp.lossless(
         width,
@@ -244,7 +259,7 @@ def damage_header(rng: random.Random, data: bytes) -> bytes:
 
 
 def _jpeg(rng: random.Random, data: bytes) -> bytes:
-    return rng.choice((damage_jpeg, damage_jpeg, damage_scans))(rng, data)
+    return rng.choice((damage_jpeg, damage_jpeg, damage_scans, many_segments))(rng, data)
 
 
 _FORMATS = {

@@ -163,6 +163,7 @@ def size_of_jpeg(
     if not isinstance(image, bytes) or image[:2] != b'\xff\xd8':
         return None
     try:
+        jpeg_files.check(image)
         try:
             height, width, _, _ = simplejpeg.decode_jpeg_header(image)
         except ValueError as error:
@@ -309,6 +310,7 @@ def pixels_of(image: np.ndarray, *, key: str, channels: int = 3) -> np.ndarray:
 def _decode_jpeg(image: bytes, key: str, reduction: int, fast: bool) -> np.ndarray:
     options: dict[str, int] = {}
     try:
+        jpeg_files.check(image)
         height, width, _, _ = simplejpeg.decode_jpeg_header(image)
         _check_size(height, width, key)
         if jpeg_files.has_too_many_scans(image, height * width):

@@ -8,14 +8,33 @@ MAX_SCANS = 24
 _SCAN_PIXELS = MAX_SCANS * 25_000_000
 _SCAN_COST = 4096  # what beginning one takes, in pixels
 _SCAN_BYTES = 10  # at least
-_MAX_SEGMENTS = 50_000
+_MAX_SEGMENTS = 50_000  # for each of which readers take time, and some keep it
+_MAX_HEADER = 32 << 20  # bytes, of which Pillow reads one after the other
+_LARGE = 4 << 20  # bytes: in less there are not enough segments to take much memory
 _NEXT_MARKER = re.compile(b'\xff[^\x00\x01\xff\xd0-\xd7]')  # of a segment: one with a length
 _NO_SEGMENTS = (0, 1, *range(0xD0, 0xD8))  # markers without a length, and what is no marker
 
 
+class TooLongError(ValueError):
+    """A JPEG file of more segments than any camera or editor writes."""
+
+
+def check(data: bytes) -> None:
+    """Checks a JPEG file before any of it is decoded.
+
+    Raises:
+      TooLongError: for so many segments the decoder would take much memory.
+    """
+    if len(data) > _LARGE:
+        _start(data)
+
+
 def has_exif(data: bytes) -> bool:
-    """Whether a JPEG file may have EXIF data before its picture."""
-    return _start(data)[0]
+    """Whether a JPEG file may have EXIF data before its picture, in a header of a usual size."""
+    try:
+        return _start(data)[0]
+    except TooLongError:
+        return False
 
 
 def has_too_many_scans(data: bytes, pixels: int) -> bool:
@@ -24,6 +43,9 @@ def has_too_many_scans(data: bytes, pixels: int) -> bool:
     Args:
       data: the file.
       pixels: height times width.
+
+    Raises:
+      TooLongError: nobody could tell.
     """
     limit = max(MAX_SCANS, _SCAN_PIXELS // (pixels + _SCAN_COST))
     if len(data) <= limit * _SCAN_BYTES or _start(data)[1]:
@@ -37,6 +59,9 @@ def _start(data: bytes) -> tuple[bool, bool]:
 
     Walks over the segments: a search through the first 64 kB took six times as long, with Python's
     lock held.
+
+    Raises:
+      TooLongError: the picture does not begin after `_MAX_SEGMENTS`.
     """
     place, components, has_exif = 2, 0, False
     try:
@@ -51,15 +76,15 @@ def _start(data: bytes) -> tuple[bool, bool]:
                 place += 1
                 continue
             if marker == 0xDA:  # the picture begins
-                return has_exif, data[place + 4] == components
+                return has_exif and place < _MAX_HEADER, data[place + 4] == components
             if marker in (0xC0, 0xC1):  # sequential, unlike the others
                 components = data[place + 9]
             elif marker == 0xE1 and data[place + 4 : place + 9] == b'Exif\x00':
                 has_exif = True
             place += 2 + (data[place + 2] << 8) + data[place + 3]
     except (IndexError, ValueError):  # no picture
-        pass
-    return has_exif, False
+        return has_exif, False
+    raise TooLongError(f'it has more than {_MAX_SEGMENTS:,} segments')
 
 
 def without_stray_bytes(data: bytes) -> bytes:

@@ -19,6 +19,10 @@ MAX_GROUPS = 3200
 _FREE = 28_000  # bytes: of less than 20 bits for a group, the decoder makes at most 64 MB
 _MAX_COPIES = 1 << 18  # in the small pictures; an encoder writes some thousand
 
+_MAX_CHUNKS = 50_000  # of a file
+_METADATA = b'ICCP', b'EXIF', b'XMP '  # chunks that are copied when the file is opened
+_MAX_METADATA = 8 << 20
+
 _PREDICTOR, _COLOUR, _PALETTE = 0, 1, 3  # transforms with a picture
 _LENGTHS = 256  # first symbol of the green code that is the length of a copy
 _CACHED = 280  # first one that is an entry of the colour cache
@@ -70,12 +74,13 @@ def _libwebp() -> ctypes.CDLL | None:
 
 
 def check(data: bytes) -> None:
-    """Checks the first picture of a WebP file.
+    """Checks a WebP file and its first picture.
 
     Raises:
-      ValueError: its lossless stream, of colours or of transparency, has more groups of prefix
-        codes than any encoder writes.
+      ValueError: it has more chunks or metadata, or a lossless stream, of colours or of
+        transparency, more groups of prefix codes than any encoder writes.
     """
+    _check_chunks(data)
     for stream, place, width, height in _lossless_streams(data):
         try:
             groups = _Stream(stream, place).count_groups(width, height)
@@ -83,6 +88,20 @@ def check(data: bytes) -> None:
             continue  # the decoder tells
         if groups > MAX_GROUPS:
             raise ValueError(f'it has {groups:,} groups of codes, more than any encoder writes')
+
+
+def _check_chunks(data: bytes) -> None:
+    place, metadata = 12, 0
+    for _ in range(_MAX_CHUNKS):
+        if place + 8 > len(data):
+            return
+        kind, size = struct.unpack_from('<4sI', data, place)
+        place += 8 + size + size % 2
+        if kind in _METADATA:
+            metadata += size
+            if metadata > _MAX_METADATA:
+                raise ValueError(f'it has {metadata:,} bytes of data beside the picture')
+    raise ValueError(f'it has more than {_MAX_CHUNKS:,} chunks')
 
 
 def _lossless_streams(data: bytes) -> Iterator[tuple[memoryview, int, int, int]]:
