@@ -15,6 +15,8 @@ import os
 import pathlib
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 import vit_jax
 from vit_jax import files
 from vit_jax.analysis import report_charts, report_tables, run_files
@@ -129,7 +131,9 @@ def _examples(run: Run, number: int, images: int | None) -> dict[str, object]:
     import jax
 
     from vit_jax.analysis import report_examples
+    from vit_jax.data.dataset import CLASS_INDEX
     from vit_jax.inference import metrics_report as classification_report
+    from vit_jax.inference.metrics import Metrics
 
     parts: dict[str, object] = {'predictions': None, 'missing': '', 'balance': ''}
     try:
@@ -137,8 +141,13 @@ def _examples(run: Run, number: int, images: int | None) -> dict[str, object]:
     except UserError as error:
         note = f'Left out, because the images are not there: {error}.'
         return parts | {'missing': note, 'balance_notes': (note,)}
-    counts, notes = report_examples.class_balance(train, test)
-    figure = report_charts.class_balance(train.class_names, counts)
+    if train.label_dtype == CLASS_INDEX or train.several:
+        counts, notes = report_examples.class_balance(train, test)
+        sizes = {'training': len(train), 'test': len(test)} if train.several else None
+        figure = report_charts.class_balance(train.class_names, counts, sizes)
+    else:
+        targets = {'training': np.asarray(train.targets()), 'test': np.asarray(test.targets())}
+        figure, notes = report_charts.targets(train.class_names, targets), ()
     parts |= {'balance': report_charts.to_svg(figure, f'balance{number}'), 'balance_notes': notes}
     if images == 0:
         return parts | {'missing': 'Left out, as was asked for.'}
@@ -148,13 +157,22 @@ def _examples(run: Run, number: int, images: int | None) -> dict[str, object]:
         found = report_examples.predict(run, test, images)
     except (UserError, jax.errors.JaxRuntimeError) as error:  # such as: no memory left
         return parts | {'missing': f'Left out: {" ".join(str(error).split())[:500]}.'}
+    parts |= {'predictions': found, 'results': report_tables.results(found, run)}
+    if not isinstance(found.metrics, Metrics):
+        drawn = classification_report.pictures(found.metrics)
+        return parts | {
+            'confusion': '',
+            'pictures': [
+                report_charts.to_svg(draw('Test images'), f'picture{number}x{place}')
+                for place, draw in enumerate(drawn.values())
+            ],
+            'details': report_tables.details(found.metrics),
+        }
     confusion = classification_report.draw_confusion(found.metrics, title='Confusion matrix')
     reliability = classification_report.draw_reliability(found.metrics, title='Calibration')
     return parts | {
-        'predictions': found,
         'confusion': report_charts.to_svg(confusion, f'confusion{number}'),
         'reliability': report_charts.to_svg(reliability, f'calibration{number}'),
         'classes': report_tables.classes(found.metrics),
         'confused': report_tables.confused(found.metrics),
-        'results': report_tables.results(found, run),
     }

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 MAX_RUNS = 8  # colours that can be told apart
 MAX_POINTS = 1000  # of a curve; the eye sees no more
 MAX_CLASSES = 40  # bars that can be read
+MAX_TARGETS = 12  # histograms of numbers
 
 _INK, _GRID = '#0a0b0c', '#0a0b0d'
 _SERIES = tuple(f'#0a0c0{i}' for i in range(1, MAX_RUNS + 1))
@@ -120,12 +121,37 @@ def curves(runs: Sequence[Run]) -> list[Chart]:
     return [chart for chart in found if chart is not None]
 
 
-def class_balance(class_names: Sequence[str], counts: dict[str, np.ndarray]) -> 'Figure':
+def targets(names: Sequence[str], values: dict[str, np.ndarray]) -> 'Figure':
+    """Histograms of numbers that are to be predicted.
+
+    Args:
+      names: of the C numbers; the first `MAX_TARGETS` are drawn.
+      values: for each split, 'training' and 'test', float [examples] or [examples, C].
+    """
+    shown = names[:MAX_TARGETS]
+    figure = contact_sheet.new_figure(5.6, 0.6 + 1.5 * len(shown))
+    panels = figure.subplots(len(shown), len(values), sharex='row', squeeze=False)
+    for column, (color, (split, found)) in enumerate(zip(_SERIES, values.items(), strict=False)):
+        found = found.reshape(len(found), -1)
+        panels[0][column].set_title(f'{split}: {len(found):,} images', fontsize=9)
+        for row, name in enumerate(shown):
+            panels[row][column].hist(found[:, row], bins=20, color=color)
+            panels[row][column].set_xlabel(contact_sheet.shorten(name, 24), parse_math=False)
+        panels[0][column].locator_params(axis='y', integer=True)
+    return figure
+
+
+def class_balance(
+    class_names: Sequence[str],
+    counts: dict[str, np.ndarray],
+    sizes: dict[str, int] | None = None,
+) -> 'Figure':
     """Bars: how many images each class has.
 
     Args:
       class_names: C names, in label order.
       counts: for each split, 'training' and 'test', int [C].
+      sizes: how many images each split has, where they are in several classes or in none.
     """
     labels, note = np.arange(len(class_names)), ''
     if len(labels) > MAX_CLASSES:
@@ -138,7 +164,8 @@ def class_balance(class_names: Sequence[str], counts: dict[str, np.ndarray]) -> 
     panels = figure.subplots(1, len(counts), sharey=True, squeeze=False)[0]
     for panel, color, (split, values) in zip(panels, _SERIES, counts.items(), strict=False):
         panel.barh(range(len(labels)), values[labels], color=color)
-        panel.set_title(f'{split}: {values.sum():,} images', fontsize=9)
+        total = values.sum() if sizes is None else sizes[split]
+        panel.set_title(f'{split}: {total:,} images', fontsize=9)
         panel.set_xlabel('images')
         panel.locator_params(axis='x', nbins=4, integer=True)
     panels[0].set_yticks(range(len(labels)), names, parse_math=False)

@@ -3,7 +3,8 @@
 import base64
 import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,14 +12,15 @@ from vit_jax import files
 from vit_jax.analysis import attention, counts
 from vit_jax.analysis.run_files import Run
 from vit_jax.data import sources
-from vit_jax.data.dataset import Example, Selection, Source
+from vit_jax.data.dataset import Example, Selection, Source, channels_of, label_dtype_of
 from vit_jax.data.decode import decode, load_image
 from vit_jax.data.holdout import coverage_notes
 from vit_jax.errors import UserError
-from vit_jax.evaluate import Outcomes
-from vit_jax.inference import labels, model_folder
+from vit_jax.evaluate import Outcomes, Outputs
+from vit_jax.inference import labels, model_folder, several
 from vit_jax.inference import metrics as classification_metrics
 from vit_jax.inference.classifier import JaxClassifier
+from vit_jax.inference.task import NUMBERS, Task
 
 MAX_IMAGES = 2000  # to predict; with more, a sample of so many
 MIN_IMAGES = 64
@@ -37,10 +39,10 @@ class Picture:
     Attributes:
       key: what a person calls the image; of one in a folder the path below it.
       url: `data:` URL of a small version.
-      right: name of its class.
-      predicted: name of the most probable class.
-      confidence: probability of that class.
-      probability: of the right class.
+      right: name of its class; of several classes all, of numbers these.
+      predicted: name of the most probable class; or the classes found, or the numbers.
+      confidence: probability of the one class that is predicted.
+      probability: of the right one.
       attention: `data:` URLs: what the model sees, attention of the last block, rollout; or none.
     """
 
@@ -48,8 +50,8 @@ class Picture:
     url: str
     right: str
     predicted: str
-    confidence: float
-    probability: float
+    confidence: float | None = None
+    probability: float | None = None
     attention: tuple[str, ...] = ()
 
 
@@ -61,17 +63,20 @@ class Predictions:
       metrics: of the images that were predicted.
       source: what they are, for people.
       available: how many test images there are.
-      best: right predictions, the surest first.
-      worst: wrong predictions, the lowest probability of the right class first.
+      best: right predictions, the surest first; of other tasks those with the least errors.
+      worst: wrong predictions, the lowest probability of the right class first; or the largest
+        errors.
       attention_note: why there are no attention maps; '' if there are.
+      notes: what the best and the worst are.
     """
 
-    metrics: classification_metrics.Metrics
+    metrics: classification_metrics.AnyMetrics
     source: str
     available: int
     best: tuple[Picture, ...]
     worst: tuple[Picture, ...]
     attention_note: str
+    notes: tuple[str, str]
 
 
 class _Subset:
@@ -79,6 +84,7 @@ class _Subset:
 
     def __init__(self, source: Source, indices: np.ndarray):
         self.class_names, self.exif = source.class_names, source.exif
+        self.channels, self.label_dtype = channels_of(source), label_dtype_of(source)
         self._source, self._indices = source, indices
 
     def __len__(self) -> int:
@@ -130,6 +136,9 @@ def class_balance(
     """
     found, notes, complete = {}, [], True
     for split, source in (('training', train), ('test', test)):
+        if train.several:
+            found[split] = np.asarray(source.targets()).sum(axis=0).astype(np.int64)
+            continue
         known = source.labels()
         if known is None:
             indices = sample(len(source), MAX_IMAGES)
@@ -167,26 +176,21 @@ def predict(run: Run, test: Selection, limit: int | None = None) -> Predictions:
     found, _ = classification_metrics.collect(
         classifier, _Subset(test, chosen), model_labels=to_model, batch=_BATCH
     )
-    if not isinstance(found, Outcomes):
-        raise UserError('the report has no images of models whose answer is not one class')
-    metrics = classification_metrics.compute(found, model.class_names)
-    # NaN would be neither best nor worst; it is wrong with no probability at all.
-    score = np.nan_to_num(found.log_probability, nan=-np.inf)
-    rows_of_best, rows_of_worst = (
-        np.flatnonzero(which)[np.argsort(order[which], kind='stable')][:SHOWN]
-        for which, order in (
-            (found.right, -score),
-            (found.readable & (found.rank > 0), score),
-        )
-    )
-
+    names, task = model.class_names, model.task
+    if isinstance(found, Outcomes):
+        judged = _judge_classes(found, names)
+    else:  # of those of the data alone
+        names, task = tuple(names[i] for i in to_model), task.pick(to_model)
+        judged = _judge_outputs(found, names, task)
+    metrics = classification_metrics.measure(found, names, task)
     note = ''
     try:
         attention.check(model)
     except UserError as error:
         note = str(error)
-    # The ends of the paths tell images of a folder from each other.
-    folder = f'{files.expand(run.config["dataset"])}/'
+    # The ends of the paths tell images of a folder, or beside a table, from each other.
+    root = files.expand(run.config['dataset'])
+    folder = f'{root.absolute().parent if root.is_file() else root}/'
 
     def picture(place: int, row: int) -> Picture:
         example = test[int(chosen[row])]
@@ -194,18 +198,91 @@ def predict(run: Run, test: Selection, limit: int | None = None) -> Predictions:
         return Picture(
             key=example.key.removeprefix(folder),
             url=to_url(attention.as_rgb(pixels)),
-            right=model.class_names[found.label[row]],
-            predicted=model.class_names[found.predicted[row]],
-            confidence=float(found.confidence[row]),
-            probability=float(np.exp(found.log_probability[row])),
             attention=() if note or place >= EXPLAINED else _attention(model, pixels),
+            **judged.describe(row),
         )
 
     best, worst = (
         tuple(picture(place, row) for place, row in enumerate(rows))
-        for rows in (rows_of_best, rows_of_worst)
+        for rows in (judged.best, judged.worst)
     )
-    return Predictions(metrics, repr(test), len(test), best, worst, note)
+    return Predictions(metrics, repr(test), len(test), best, worst, note, judged.notes)
+
+
+class _Judged(NamedTuple):
+    """Which images to show: rows of the predictions, what is told of each, and of both lists."""
+
+    best: np.ndarray
+    worst: np.ndarray
+    describe: Callable[[int], dict[str, Any]]
+    notes: tuple[str, str]
+
+
+def _judge_classes(found: Outcomes, names: Sequence[str]) -> _Judged:
+    # NaN would be neither best nor worst; it is wrong with no probability at all.
+    score = np.nan_to_num(found.log_probability, nan=-np.inf)
+    best, worst = (
+        np.flatnonzero(which)[np.argsort(order[which], kind='stable')][:SHOWN]
+        for which, order in (
+            (found.right, -score),
+            (found.readable & (found.rank > 0), score),
+        )
+    )
+
+    def describe(row: int) -> dict[str, Any]:
+        return {
+            'right': names[found.label[row]],
+            'predicted': names[found.predicted[row]],
+            'confidence': float(found.confidence[row]),
+            'probability': float(np.exp(found.log_probability[row])),
+        }
+
+    return _Judged(
+        best,
+        worst,
+        describe,
+        (
+            'The right ones with the highest probability.',
+            'The wrong ones with the lowest probability of the right class: what the model takes '
+            'the image for, and below it what it is.',
+        ),
+    )
+
+
+def _judge_outputs(found: Outputs, names: Sequence[str], task: Task) -> _Judged:
+    """The same of several classes, or of numbers."""
+    values = task.values(found.output)
+    rows = np.flatnonzero(found.readable)
+    if task.kind == NUMBERS:
+        spread = np.maximum(found.label[rows].std(axis=0), 1e-12)
+        error = (np.abs(values - found.label)[rows] / spread).mean(axis=1)
+        notes = (
+            'Those with the smallest errors, in deviations of the targets.',
+            'Those with the largest errors: what the model says, and below it what is true.',
+        )
+    else:
+        error = several.loss_of_each(found.output[rows], found.label[rows])
+        notes = (
+            'Those with the smallest loss: all classes from the threshold on.',
+            'Those with the largest loss: what the model finds, and below it what is there.',
+        )
+    order = rows[np.argsort(error, kind='stable')]
+
+    def texts(numbers: np.ndarray, there: np.ndarray) -> str:
+        if task.kind != NUMBERS:
+            return ', '.join(names[i] for i in np.flatnonzero(there).tolist()) or '(none)'
+        shown = [task.text(float(x), i) for i, x in enumerate(numbers)]
+        alone = len(names) == 1
+        return ', '.join(t if alone else f'{n} {t}' for n, t in zip(names, shown, strict=True))
+
+    def describe(row: int) -> dict[str, Any]:
+        return {
+            'right': texts(found.label[row], found.label[row] > 0.5),
+            'predicted': texts(values[row], values[row] >= task.threshold),
+        }
+
+    half = min(SHOWN, len(order) // 2)
+    return _Judged(order[:half], order[::-1][:half], describe, notes)
 
 
 def image_limit(model: model_folder.Model) -> int:

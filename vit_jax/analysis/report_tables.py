@@ -21,7 +21,7 @@ from vit_jax.run.telemetry import format_duration, format_rate
 
 if TYPE_CHECKING:
     from vit_jax.analysis.report_examples import Predictions
-    from vit_jax.inference.metrics import Metrics
+    from vit_jax.inference.metrics import AnyMetrics, Metrics
 
 MAX_EVENTS = 200
 _MAX_TEXT = 500  # characters of an event or a setting
@@ -221,18 +221,30 @@ def confused(metrics: 'Metrics') -> Table:
     return Table('Most confused', ('Class → taken for', 'Images>', 'Share of the class>'), rows)
 
 
+def details(metrics: 'AnyMetrics') -> list[Table]:
+    """How each class, or number, did."""
+    return [
+        Table(
+            detail.title.capitalize(),
+            [heading[0].upper() + heading[1:] for heading in detail.columns],
+            detail.rows,
+            (detail.note,) if detail.note else (),
+        )
+        for detail in classification_report.details(metrics)
+    ]
+
+
 def results(found: 'Predictions', run: Run) -> Table:
     """All classes together."""
     metrics = found.metrics
-    rows = [
-        (name[0].upper() + name[1:], v) for name, v in classification_report.summary_rows(metrics)
-    ]
+    rows = [(name[0].upper() + name[1:], v) for name, v in classification_report.summary(metrics)]
     if metrics.count < found.available:
         which, last = f'a fixed random sample of {metrics.count:,} of the {found.available:,}', ''
     else:
         which = f'all {metrics.count:,}'
-        accuracy = _share(run.last('accuracy_test'))
-        last = f' The last evaluation of the run itself gave {accuracy}.'
+        given = [(text(run.last(name)), words) for name, text, words in _LAST]
+        told = next((f'{shown}{words}' for shown, words in given if shown != _NONE), _NONE)
+        last = f' The last evaluation of the run itself gave {told}.'
     note = (
         f'Predicted again for this page, by the model in {run.chosen}/, {which} test images: '
         f'{found.source}.{last}'
@@ -343,6 +355,12 @@ def _count(value: float | None) -> str:
     return '0' if value is None or math.isnan(value) else f'{value:,.0f}'
 
 
+# What the note on the test images tells of the run's own evaluation, the first that there is.
+_LAST: tuple[tuple[str, Callable[[float | None], str], str], ...] = (
+    ('accuracy_test', _share, ''),
+    ('mean_average_precision_test', _share, ' mean average precision'),
+    ('r2_test', _number, ' R2'),
+)
 # What folds are compared by: the metric, and how it is shown.
 _OF_FOLDS: dict[str, tuple[str, Callable[[float | None], str]]] = {
     'Test accuracy': ('accuracy_test', _share),

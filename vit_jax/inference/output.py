@@ -133,8 +133,8 @@ def write_outcomes(
     Columns: image, true, predicted (names of classes), confidence (probability of the predicted
     class), probability (of the true class), rank (of the true class, from 1), readable; what an
     image that cannot be read does not have is empty. Of several classes: image, true and predicted
-    (names with ; between them), a probability of each class, readable; of numbers: image, 'NAME
-    true' and 'NAME' of each, readable.
+    (names with ; between them), 'probability of NAME' of each class, readable; of numbers: image,
+    'NAME true' and 'NAME' of each, readable.
 
     Args:
       path: the file; replaced if it is there.
@@ -175,7 +175,8 @@ def _of_outputs(found: Outputs, class_names: Sequence[str], task: Task) -> dict[
     for i, name in enumerate(names):
         if task.kind == NUMBERS:
             columns[f'{name} true'] = found.label[:, i].tolist()
-        columns[name] = _where(found.readable, values[:, i].tolist())
+        column = name if task.kind == NUMBERS else f'probability of {name}'
+        columns[column] = _where(found.readable, values[:, i].tolist())
     return columns
 
 

@@ -126,7 +126,7 @@ def compute(found: 'Outputs', task: Task, class_names: Sequence[str]) -> Several
         class_names=tuple(class_names),
         count=len(readable),
         unreadable=int((~readable).sum()),
-        loss=_loss(found.output[readable], found.label[readable]),
+        loss=float(loss_of_each(found.output[readable], found.label[readable]).mean()),
         threshold=task.threshold,
         chosen_on=task.chosen_on,
         average_precision=average_precision(found),
@@ -187,7 +187,7 @@ def choose_threshold(found: 'Outputs', task: Task) -> float:
     return -max(scores)[2] if scores else task.threshold
 
 
-def _loss(output: np.ndarray, label: np.ndarray) -> float:
-    """Mean binary cross-entropy, summed over classes, in float64."""
+def loss_of_each(output: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Binary cross-entropy, summed over classes: float64 [N] of float [N, C] both."""
     x, y = output.astype(np.float64), label.astype(np.float64)
-    return float((np.logaddexp(0, x) - x * y).sum(axis=-1).mean())
+    return (np.logaddexp(0, x) - x * y).sum(axis=-1)

@@ -91,8 +91,8 @@ def several_pictures(metrics: SeveralMetrics) -> dict[str, Callable[[str], 'Figu
             label=f'F1 at {metrics.threshold:.2f}',
         )  # fmt: skip
         axes.plot(
-            metrics.support[labels] / metrics.count, places, '|', color='black', markersize=9,
-            label='share of the images, which chance has',
+            metrics.support[labels] / metrics.count, places, '|', color='gray', markersize=9,
+            markeredgewidth=2, label='share of the images, which chance has',
         )  # fmt: skip
         names = [contact_sheet.shorten(metrics.class_names[i], 28) for i in labels.tolist()]
         axes.set_yticks(places, names, parse_math=False)
