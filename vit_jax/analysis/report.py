@@ -136,6 +136,7 @@ def _examples(run: Run, number: int, images: int | None) -> dict[str, object]:
     from vit_jax.inference.metrics import Metrics
 
     parts: dict[str, object] = {'predictions': None, 'missing': '', 'balance': ''}
+    parts['balance_title'] = 'Class balance'
     try:
         train, test = report_examples.open_data(run)
     except UserError as error:
@@ -148,6 +149,7 @@ def _examples(run: Run, number: int, images: int | None) -> dict[str, object]:
     else:
         targets = {'training': np.asarray(train.targets()), 'test': np.asarray(test.targets())}
         figure, notes = report_charts.targets(train.class_names, targets), ()
+        parts['balance_title'] = 'Targets'
     parts |= {'balance': report_charts.to_svg(figure, f'balance{number}'), 'balance_notes': notes}
     if images == 0:
         return parts | {'missing': 'Left out, as was asked for.'}

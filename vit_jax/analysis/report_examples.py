@@ -41,6 +41,7 @@ class Picture:
       url: `data:` URL of a small version.
       right: name of its class; of several classes all, of numbers these.
       predicted: name of the most probable class; or the classes found, or the numbers.
+      mistaken: whether these are other classes.
       confidence: probability of the one class that is predicted.
       probability: of the right one.
       attention: `data:` URLs: what the model sees, attention of the last block, rollout; or none.
@@ -50,6 +51,7 @@ class Picture:
     url: str
     right: str
     predicted: str
+    mistaken: bool = False
     confidence: float | None = None
     probability: float | None = None
     attention: tuple[str, ...] = ()
@@ -233,6 +235,7 @@ def _judge_classes(found: Outcomes, names: Sequence[str]) -> _Judged:
         return {
             'right': names[found.label[row]],
             'predicted': names[found.predicted[row]],
+            'mistaken': found.label[row] != found.predicted[row],
             'confidence': float(found.confidence[row]),
             'probability': float(np.exp(found.log_probability[row])),
         }
@@ -276,10 +279,10 @@ def _judge_outputs(found: Outputs, names: Sequence[str], task: Task) -> _Judged:
         return ', '.join(t if alone else f'{n} {t}' for n, t in zip(names, shown, strict=True))
 
     def describe(row: int) -> dict[str, Any]:
-        return {
-            'right': texts(found.label[row], found.label[row] > 0.5),
-            'predicted': texts(values[row], values[row] >= task.threshold),
-        }
+        right = texts(found.label[row], found.label[row] > 0.5)
+        predicted = texts(values[row], values[row] >= task.threshold)
+        mistaken = task.kind != NUMBERS and right != predicted
+        return {'right': right, 'predicted': predicted, 'mistaken': mistaken}
 
     half = min(SHOWN, len(order) // 2)
     return _Judged(order[:half], order[::-1][:half], describe, notes)
