@@ -64,6 +64,26 @@ def test_weights_of_classes_are_those_of_pytorch_and_scikit_learn():
     assert np.isfinite(losses.balanced_weights(labels, 4)).all()
 
 
+@pytest.mark.parametrize(
+    ('loss_fn', 'label'),
+    [
+        (losses.softmax_cross_entropy, LABEL),
+        (losses.softmax_cross_entropy, MIXED),
+        (losses.sigmoid_cross_entropy, MIXED),
+        (losses.cross_entropy(smoothing=0.1, class_weights=WEIGHTS), LABEL),
+        (losses.cross_entropy('sigmoid', positive_weights=WEIGHTS), MIXED),
+        (losses.regression('mse', mean=[1], deviation=[2]), MIXED),
+        (losses.regression('huber'), MIXED),
+        (losses.squared_error, MIXED),
+    ],
+)
+def test_each_example_counts_by_its_weight(loss_fn, label):
+    weight = np.array([0, 1, 2, 0.5, 1.5, 1], np.float32)
+    alone = [loss_fn(LOGITS[i : i + 1], {'label': label[i : i + 1]}, None)[0] for i in range(B)]
+    loss, _ = loss_fn(LOGITS, {'label': label, 'weight': weight}, None)
+    np.testing.assert_allclose(loss, weight @ np.array(alone) / B, rtol=1e-5)
+
+
 def test_without_a_recipe_it_is_the_plain_loss():
     assert losses.cross_entropy() is losses.softmax_cross_entropy
     assert losses.cross_entropy(smoothing=0.1) is not losses.softmax_cross_entropy

@@ -1,5 +1,6 @@
 """A run on a table: what its model and its report know, what is refused before it begins."""
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -69,3 +70,20 @@ def test_too_many_bad_rows_stop_before_training(root):
         train.train_and_evaluate(config_for(table, **knobs), root / 'other')
     train.train_and_evaluate(config_for(table, max_unreadable=0.1, **knobs), root / 'other')
     assert 'none.png' in (root / 'other/train.log').read_text()
+
+
+def test_rows_of_weight_0_change_nothing_and_others_do(root):
+    """Training is the same whatever image a row of weight 0 has; and not where it has weight 1."""
+
+    def trained(name, image, weight):
+        lines = (root / 'tables/labels.csv').read_text().replace('part', 'part,weight')
+        lines = lines.replace('train\n', 'train,1\n').replace('test\n', 'test,1\n')
+        wrong = [f'{image}.png,dark,train,{weight}'] * 6
+        (root / f'tables/{name}.csv').write_text(lines + '\n'.join(wrong))
+        config = config_for(root / f'tables/{name}.csv', image_root=str(root))
+        params = train.train_and_evaluate(config, root / name)
+        return np.concatenate([x.ravel() for x in jax.tree.leaves(jax.device_get(params))])
+
+    dark, light = trained('a', 0, 0), trained('b', 1, 0)
+    assert np.array_equal(dark, light)
+    assert not np.array_equal(dark, trained('c', 1, 1))

@@ -262,7 +262,8 @@ class Loop:
         self, step: int, state: TrainState, batch: dict[str, np.ndarray]
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """Starts a step; the host need not wait for what it gives."""
-        inputs = {name: batch[name] for name in ('image', 'label', 'position')}
+        names = ('image', 'label', 'position', 'weight')
+        inputs = {name: batch[name] for name in names if name in batch}
         here = np.array([batch['replaced'].sum(), bool(self._signals.received)], np.int32)
         # An implicit transfer would stall the device unnoticed; here it is an error.
         with jax.transfer_guard('disallow'):

@@ -18,7 +18,8 @@ Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 # A loss is a function (logits, batch, params) -> (loss, metrics) of the model's output, what the
-# batch holds (`image`, mirrored, in [0, 255]; `label`; ...) and the parameters, of one micro-batch:
+# batch holds (`image`, mirrored, in [0, 255]; `label`; of weighted examples `weight`, of mean 1
+# over the training set; ...) and the parameters, of one micro-batch:
 # the share of one device, cut into `accum_steps`. The loss is a scalar, and metrics a dict of
 # scalars. Of each the step takes the mean over micro-batches and devices, all of the same number of
 # examples. So what is a mean over examples becomes the mean over the whole batch, a term of the
@@ -48,11 +49,11 @@ def softmax_cross_entropy(
     label, logits = batch['label'], at_least_float(logits)
     if jnp.issubdtype(label.dtype, jnp.integer):
         _check_shape(label, logits.shape[:-1])
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()
+        loss = _mean(optax.softmax_cross_entropy_with_integer_labels(logits, label), batch)
         right = jnp.argmax(logits, axis=-1) == label
         return loss, {'accuracy_train': jnp.mean(right, dtype=jnp.float32)}
     _check_shape(label, logits.shape)
-    return optax.softmax_cross_entropy(logits, label.astype(logits.dtype)).mean(), {}
+    return _mean(optax.softmax_cross_entropy(logits, label.astype(logits.dtype)), batch), {}
 
 
 def sigmoid_cross_entropy(
@@ -75,7 +76,7 @@ def sigmoid_cross_entropy(
     label, logits = batch['label'], at_least_float(logits)
     _check_shape(label, logits.shape)
     losses = optax.sigmoid_binary_cross_entropy(logits, label.astype(logits.dtype))
-    return losses.sum(axis=-1).mean(), {}
+    return _mean(losses.sum(axis=-1), batch), {}
 
 
 def cross_entropy(
@@ -128,7 +129,7 @@ def cross_entropy(
             losses = optax.softmax_cross_entropy(logits, smooth)
         if weights.size:
             losses *= label @ jnp.asarray(weights, logits.dtype)
-        return losses.mean(), metrics
+        return _mean(losses, batch), metrics
 
     return loss_fn
 
@@ -200,8 +201,8 @@ def regression(
         target = target.astype(outputs.dtype) - center.reshape(shape)
         target = target / scale.reshape(shape)
         if kind == 'huber':
-            return jnp.mean(optax.huber_loss(outputs, target)), {}
-        return squared_error(outputs, {'label': target}, params)
+            return _mean(optax.huber_loss(outputs, target), batch), {}
+        return squared_error(outputs, {**batch, 'label': target}, params)
 
     return loss_fn
 
@@ -223,7 +224,15 @@ def squared_error(logits: jax.Array, batch: Batch, params: Any) -> tuple[jax.Arr
     del params
     target, outputs = batch['label'], at_least_float(logits)
     _check_shape(target, outputs.shape)
-    return jnp.mean((outputs - target.astype(outputs.dtype)) ** 2), {}
+    return _mean((outputs - target.astype(outputs.dtype)) ** 2, batch), {}
+
+
+def _mean(losses: jax.Array, batch: Batch) -> jax.Array:
+    """The mean over all axes, of each example times its weight if the batch has `weight`, [B]."""
+    if 'weight' in batch:
+        shape = (-1,) + (1,) * (losses.ndim - 1)
+        losses = losses * batch['weight'].astype(losses.dtype).reshape(shape)
+    return losses.mean()
 
 
 def at_least_float(x: Any) -> jax.Array:

@@ -117,11 +117,14 @@ def test_labels_that_are_vectors_and_images_of_8_bits(dtype):
     batch = make_batch()
     batch['image'] = batch['image'].astype(dtype)
     batch['label'] = RNG.uniform(size=(8, 3)).astype(np.float32)
+    batch['weight'] = RNG.uniform(size=8).astype(np.float32)
     found, _ = mixed(Mix(mixup=0.5), batch)
     share = (found['image'][1] - batch['image'][0].astype(np.float32)).sum()
     share /= (batch['image'][1].astype(np.float32) - batch['image'][0]).sum()
     expected = share * batch['label'] + (1 - share) * np.roll(batch['label'], 1, axis=0)
     np.testing.assert_allclose(found['label'], expected, atol=1e-3)
+    expected = share * batch['weight'] + (1 - share) * np.roll(batch['weight'], 1)
+    np.testing.assert_allclose(found['weight'], expected, atol=1e-3)
     assert found['image'].dtype == np.float32
 
 

@@ -156,6 +156,25 @@ def test_what_is_known_of_the_data_is_in_its_fingerprint():
     different = [of(), of(labels=LABELS[::-1]), of(fingerprint='v2'), of(labels=LABELS / 2)]
     assert len(set(different)) == 4
     assert data.from_arrays(PIXELS[:9], LABELS[:9], NAMES).fingerprint() not in different
+    assert of(weights=np.ones(12)) not in different
+
+
+def test_weights_are_in_the_batches_divided_by_their_mean():
+    weights = np.arange(12)
+    train = data.from_arrays(PIXELS, LABELS, NAMES, weights=weights)
+    batch = BatchLoader(train, Preprocess(crop=8), batch=6, seed=0)[0]
+    assert batch['weight'].dtype == np.float32
+    np.testing.assert_allclose(batch['weight'], batch['example'] / 5.5)
+    plain = data.from_arrays(PIXELS, LABELS, NAMES)
+    assert 'weight' not in BatchLoader(plain, Preprocess(crop=8), batch=6, seed=0)[0]
+    for wrong in (np.ones(11), -np.ones(12), [np.nan] * 12, ['a'] * 12):
+        with pytest.raises(UserError, match='12 numbers from 0 on'):
+            data.from_arrays(PIXELS, LABELS, NAMES, weights=wrong)
+    with pytest.raises(UserError, match='all weights .* are 0'):
+        BatchLoader(
+            data.from_arrays(PIXELS, LABELS, NAMES, weights=np.zeros(12)),
+            Preprocess(crop=8), batch=6, seed=0,
+        )  # fmt: skip
 
 
 def test_two_sources_have_nothing_in_common():

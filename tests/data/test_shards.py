@@ -207,6 +207,10 @@ def test_cut_and_damaged_files_are_named(made, share):
     path.write_bytes(whole[: int(share * size)])
     with pytest.raises(UserError, match=f'{path.name} (is|cannot|holds)'):
         sources.open_sources(str(root))
+    for data in (b'', whole[:-8] if path.suffix == '.arrow' else whole[: size - 1]):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=path.name):
+            sources.open_sources(str(root))
     path.write_bytes(b'')
     with pytest.raises(UserError, match=path.name):
         sources.open_sources(str(root))

@@ -261,6 +261,8 @@ def test_the_fingerprint_tells_of_labels_weights_and_files(root):
         ('image,label\nimg/0.png,"a\x1bb"\nimg/1.png,c\n', 'control characters'),
         ('image,label\nimg/0.png,"' + 'x' * 200_000, 'no table of comma-separated values'),
         (b'image,label\n\xff\xfe', 'not text in UTF-8'),
+        ('image,label\n' + ''.join(f'img/{i}.png,{i};{-i}\n' for i in range(1, 700)),
+         '1,398 different labels of 699 rows'),
     ],
 )  # fmt: skip
 def test_tables_that_cannot_be_used(root, content, words):

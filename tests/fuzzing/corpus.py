@@ -12,7 +12,7 @@ import shutil
 import numpy as np
 from PIL import Image
 
-from fuzzing import runs
+from fuzzing import rows, runs
 from vit_jax import checkpoint
 from vit_jax.checkpoint import npz
 from vit_jax.data.preprocess import Preprocess
@@ -107,6 +107,7 @@ def make(root: pathlib.Path) -> None:
         root / 'tfds',
         [tfds_set['tf_example'](pictures[i % len(pictures)], i % 2) for i in range(6)],
     )
+    rows.make(root, pictures)
     (root / 'index').mkdir()
     (root / 'index' / 'index.csv').write_text(
         'name,ds,filename,final_val\n'

@@ -13,11 +13,11 @@ import simplejpeg
 from PIL import Image
 
 from fuzzing import corpus as corpus_lib
-from fuzzing import downloads, mutate, mutate_images, runs
+from fuzzing import downloads, mutate, mutate_images, rows, runs
 from vit_jax.checkpoint import catalog, formats, inspection
 from vit_jax.data import folders, image_files, sources, tfds_sets
 from vit_jax.data.batches import eval_batches
-from vit_jax.data.dataset import Dataset
+from vit_jax.data.dataset import CLASS_INDEX, Dataset
 from vit_jax.data.decode import BadImageError, decode
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
@@ -149,7 +149,10 @@ def _read_all(dataset: Dataset) -> None:
         errors = []
         for batch in eval_batches(few, CROP, batch=8, threads=1, on_bad=errors.append):
             assert np.isfinite(batch['image']).all()
-            assert (batch['label'] < len(few.class_names)).all() and (batch['label'] >= -1).all()
+            if few.label_dtype == CLASS_INDEX:
+                assert (batch['label'] < len(few.class_names)).all()
+                assert (batch['label'] >= -1).all()
+            assert np.isfinite(batch['label']).all()
         for error in errors:
             assert str(error).isprintable(), ascii(str(error))
 
@@ -271,6 +274,10 @@ def _texts(rng, corpus, case) -> Read:
     return rng.choice((dataset, split, weights, augreg))
 
 
+def _rows(prepare: Callable) -> Callable:
+    return lambda rng, corpus, case: prepare(rng, corpus, case, _read_all)
+
+
 READERS: dict[str, Callable[[random.Random, pathlib.Path, pathlib.Path], Read]] = {
     'npz': _npz,
     'safetensors': _safetensors,
@@ -287,6 +294,8 @@ READERS: dict[str, Callable[[random.Random, pathlib.Path, pathlib.Path], Read]] 
     'runs': runs.workdirs,
     'onnx': runs.graphs,
     'labels': runs.names,
+    'tables': _rows(rows.tables),
+    **{kind: _rows(rows.shards(kind)) for kind in rows.KINDS},
 }
 
 
@@ -338,6 +347,7 @@ def read_undamaged(corpus: pathlib.Path) -> None:
         decode(path.read_bytes(), key=str(path))
     catalog.resolve_augreg('B_16', pretrained_dir=str(corpus / 'index'))
     runs.read_undamaged(corpus)
+    rows.read_undamaged(corpus, _read_all)
     sources.open_dataset('digits').select('train[:10%]')
 
 

@@ -169,12 +169,13 @@ class Mix:
         """Mixes a global batch, whose row r is place r.
 
         Args:
-          batch: `image` [B, height, width, channels] and `label` [B, ...].
+          batch: `image` [B, height, width, channels], `label` [B, ...], and perhaps `weight` [B].
           key: of the step; draws depend on it and the places alone.
           previous: moves what is in each row to the next one, the last to the first.
 
         Returns:
-          The batch, with `image` float32, and `label` float32: [B, classes] of indices of classes.
+          The batch, with `image` float32, and `label` float32: [B, classes] of indices of classes;
+          `weight` mixed as labels are.
         """
         images, labels = batch['image'].astype(jnp.float32), batch['label']
         count, height, width = images.shape[:3]
@@ -184,8 +185,12 @@ class Mix:
         theirs = previous(labels)
         if self.classes:
             labels, theirs = (jax.nn.one_hot(x, self.classes) for x in (labels, theirs))
+        mixed = {**batch, 'image': images}
+        if 'weight' in batch:
+            weight = batch['weight']
+            mixed['weight'] = shares * weight + (1 - shares) * previous(weight)
         shares = jnp.expand_dims(shares, range(1, labels.ndim))
-        return {**batch, 'image': images, 'label': shares * labels + (1 - shares) * theirs}
+        return {**mixed, 'label': shares * labels + (1 - shares) * theirs}
 
     def draw(
         self, key: jax.Array, count: int, height: int, width: int

@@ -33,6 +33,7 @@ _ROLES = ('image', *KINDS, 'split', 'group', 'weight')
 _BETWEEN = ';'  # the labels of a cell
 _LARGEST = 3e38  # that float32 holds
 _MAX_NUMBERS = 1 << 28  # of all labels; a gigabyte
+_FEW = 1000  # labels, of whatever number of rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,10 +304,10 @@ def _of_lists(
 
 
 def _check_size(rows: int, outputs: int) -> None:
-    if rows * outputs > _MAX_NUMBERS:
+    if rows * outputs > _MAX_NUMBERS or outputs > max(_FEW, rows // 10):
         raise UserError(
-            f'{rows:,} rows with {outputs:,} labels each are more than memory is for; is this the '
-            'column of the labels?'
+            f'{outputs:,} different labels of {rows:,} rows, any number for each, are more than '
+            'there can be: is this the column of the labels?'
         )
 
 

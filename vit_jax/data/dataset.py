@@ -74,6 +74,22 @@ def channels_of(source: Source) -> int:
     return getattr(source, 'channels', 3)
 
 
+def weights_of(source: Source) -> np.ndarray | None:
+    """How much each example counts in training, float32 [examples] of mean 1; None for all alike.
+
+    Raises:
+      UserError: all weights are 0.
+    """
+    told = getattr(source, 'weights', None)
+    weights = told() if callable(told) else None
+    if weights is None:
+        return None
+    mean = weights.mean(dtype=np.float64)
+    if not mean > 0:
+        raise UserError(f'all weights of {source!r} are 0, so that there is nothing to train on')
+    return (weights / mean).astype(np.float32)
+
+
 def label_dtype_of(source: Source, label: Label | None = None) -> np.dtype:
     """What labels are: the source's `label_dtype`, or what its first example says that can be read.
 

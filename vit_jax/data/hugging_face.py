@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 _BINARY = ('binary', 'large_binary', 'binary_view')
+_END = b'\xff\xff\xff\xff\0\0\0\0'  # of a stream
 _PACK = 'images.bin'
 _ROWS = 32  # that are in memory at once
 
@@ -221,6 +222,8 @@ def _batches(
         buffer = source.read_buffer()
         reader = _open_ipc(buffer)
         count = getattr(reader, 'num_record_batches', None)  # of the format with random access
+        if count is None and buffer.slice(buffer.size - len(_END)).to_pybytes() != _END:
+            raise ValueError('the mark of its end is missing')  # cut between two batches
         batches = reader if count is None else (reader.get_batch(i) for i in range(count))
         for batch in batches:
             batch = batch.select(list(columns))

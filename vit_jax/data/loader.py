@@ -117,7 +117,8 @@ class BatchLoader:
             label: int32 [b]; of other labels than classes float32 [b] or [b, ...];
             position: int32 [b], place in the global batch;
             example: int32 [b], index in `source`, of the substitute where there is one;
-            replaced: int32 [b], 1 for a substitute, else 0.
+            replaced: int32 [b], 1 for a substitute, else 0;
+            weight: float32 [b], where the source has weights: divided by their mean.
 
         Raises:
           BadImageError: an image that cannot be read, naming it: without `on_bad`, or when
@@ -138,6 +139,8 @@ class BatchLoader:
                 index, label = self._substitute(rng, key, error, self._on_bad, out['image'][row])
                 out['replaced'][row] = 1
             out['label'][row], out['position'][row], out['example'][row] = label, position, index
+        if self._reader.weights is not None:
+            out['weight'] = self._reader.weights[out['example']]
         return out
 
     def _show(

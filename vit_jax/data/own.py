@@ -42,6 +42,7 @@ def from_arrays(
     channels: int = 3,
     units: Sequence[str] = (),
     groups: Any = None,
+    weights: Any = None,
     name: str = '',
     fingerprint: str = '',
 ) -> Selection:
@@ -56,6 +57,7 @@ def from_arrays(
       channels: see `from_sequence`.
       units: see `from_sequence`.
       groups: see `from_sequence`.
+      weights: see `from_sequence`.
       name: see `from_sequence`.
       fingerprint: see `from_sequence`.
 
@@ -70,7 +72,8 @@ def from_arrays(
         )
     name = name or 'arrays'
     told: dict[str, Any] = {'channels': channels, 'units': units, 'fingerprint': fingerprint}
-    return from_sequence(images, labels, class_names, name=name, groups=groups, **told)
+    told |= {'groups': groups, 'weights': weights}
+    return from_sequence(images, labels, class_names, name=name, **told)
 
 
 def from_sequence(
@@ -83,6 +86,7 @@ def from_sequence(
     keys: tuple[str, str] = ('image', 'label'),
     units: Sequence[str] = (),
     groups: Any = None,
+    weights: Any = None,
     name: str = '',
     fingerprint: str = '',
 ) -> Selection:
@@ -108,6 +112,7 @@ def from_sequence(
       units: of labels that are numbers: as many texts as `class_names`; default none.
       groups: what each example belongs to (a patient, a scene), N texts or whole numbers: a group
         is on one side of every split; default nothing.
+      weights: how much each example counts in training, N numbers from 0 on; default all alike.
       name: what messages call the data; default the type of `items`. Images are called NAME/INDEX,
         or by their path.
       fingerprint: a text that tells this data from another, so that no run is resumed with other
@@ -130,8 +135,9 @@ def from_sequence(
         raise UserError(f'{name} has no examples')
     known = None if labels is None else _check_labels(labels, len(items), name)
     split = _Items(
-        name, items, known, keys, channels, fingerprint, _check_groups(groups, items, name)
-    )
+        name, items, known, keys, channels, fingerprint, _check_groups(groups, items, name),
+        _check_weights(weights, items, name),
+    )  # fmt: skip
     first = split.image_and_label(0)
     if isinstance(first[0], np.ndarray):
         pixels_of(first[0], key=f'{name}/0', channels=channels)
@@ -188,6 +194,7 @@ class _Items:
     channels: int
     fingerprint: str
     groups: np.ndarray | None
+    weights: np.ndarray | None
     label_dtype: np.dtype = CLASS_INDEX
     class_names: tuple[str, ...] = ()
 
@@ -217,6 +224,8 @@ class _Items:
         told = (str(len(self)), str(self.label_dtype), str(self.channels), self.fingerprint)
         if self.groups is not None:
             labels += '\0'.join(self.groups.tolist()).encode(errors='surrogateescape')
+        if self.weights is not None:
+            labels += self.weights.tobytes()
         return *told, hashlib.sha256(labels).hexdigest()
 
     def image_and_label(self, index: int) -> tuple[Any, Any]:
@@ -309,6 +318,20 @@ def _check_groups(groups: Any, items: Any, name: str) -> np.ndarray | None:
             f'{array.dtype} {list(array.shape)}'
         )
     return array.astype(str)
+
+
+def _check_weights(weights: Any, items: Any, name: str) -> np.ndarray | None:
+    """Weights as one array, float32 [N]."""
+    if weights is None:
+        return None
+    array = np.asarray(weights)
+    fit = array.shape == (len(items),) and array.dtype.kind in 'biuf'
+    if not fit or not np.isfinite(array).all() or array.min() < 0:
+        raise UserError(
+            f'weights of {name} must be {len(items):,} numbers from 0 on, got '
+            f'{array.dtype} {list(array.shape)}'
+        )
+    return array.astype(np.float32)
 
 
 def _check_values(labels: np.ndarray, classes: int | None, what: str) -> None:

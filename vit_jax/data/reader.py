@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from vit_jax.data import decode
-from vit_jax.data.dataset import Example, Label, Source, channels_of, label_dtype_of
+from vit_jax.data.dataset import Example, Label, Source, channels_of, label_dtype_of, weights_of
 from vit_jax.data.decode import BadImageError
 
 # What Python needs to keep an image, beside its pixels. Bytes; 445 to 525 were measured.
@@ -78,12 +78,15 @@ class Reader:
       class_names: see `Source`.
       exif: see `Source`.
       channels: see `dataset.channels_of`.
+      weights: how much each example counts in training, float32 [examples] of mean 1; None for all
+        alike.
     """
 
     def __init__(self, source: Source, cache: ImageCache | None = None):
         self.class_names = source.class_names
         self.exif = source.exif
         self.channels = channels_of(source)
+        self.weights = weights_of(source)
         self._source = source
         self._cache = cache
         # By index, divisor, and whether JPEG is decoded accurately; with the labels.

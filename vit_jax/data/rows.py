@@ -104,8 +104,6 @@ def make_dataset(
     if columns.weight:
         weights = read_weights(values[columns.weight], faults)
     _logger.warning('Note: %s: %s', name, columns.describe(kind))
-    if columns.weight:
-        _logger.warning('Note: %s: weights have no effect so far', name)
     _check_faults(name, faults, images, count, max_unreadable)
     good = np.ones(count, bool)
     good[list(faults)] = False
@@ -124,7 +122,7 @@ def make_dataset(
     check_class_names(names, name)
     if len(names) < (2 if kind == ONE else 1):
         raise UserError(
-            f'{name} has {"one class only: " + names[0] if names else "no classes"} (column '
+            f'{name} has {"one class only: " + names[0][:40] if names else "no classes"} (column '
             f'{columns.labels[0]}); at least two are needed'
         )
     dtype = CLASS_INDEX if kind == ONE else np.dtype((np.float32, labels.shape[1:]))

@@ -24,7 +24,7 @@ from vit_jax import state as state_lib
 from vit_jax.checkpoint import adapt, catalog, infer
 from vit_jax.checkpoint import workdir as workdir_lib
 from vit_jax.data import own, sources, splits
-from vit_jax.data.dataset import Selection, Source
+from vit_jax.data.dataset import Selection, Source, weights_of
 from vit_jax.data.stream import BatchStream
 from vit_jax.errors import UserError
 from vit_jax.inference.task import Task
@@ -111,6 +111,10 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
     batch['label'] = jax.ShapeDtypeStruct(
         (config.batch, *label.shape), label.base, sharding=batch['label'].sharding
     )
+    if isinstance(train, Selection) and weights_of(train) is not None:
+        batch['weight'] = jax.ShapeDtypeStruct(
+            (config.batch,), jnp.float32, sharding=batch['label'].sharding
+        )
     if eval_loss is not None:  # what fails in evaluation is known before a step is done
         image = jax.ShapeDtypeStruct((1, *batch['image'].shape[1:]), jnp.float32)
         one = {
