@@ -175,6 +175,15 @@ def get_defaults() -> ml_collections.ConfigDict:
     # classes. Of numbers: 'mse' or 'huber'. Empty: by the labels: 'softmax' where each image has
     # one class, 'sigmoid' where it may have several, 'mse' for numbers.
     config.loss = ''
+    # Learn from a teacher: any weights with a head that predict takes, for the same classes. How:
+    # 'hard' or 'soft' (DeiT, for models with a distillation token), or 'patient' (big_vision: the
+    # teacher instead of the labels). Empty: from the labels alone.
+    config.teacher = ''
+    config.distillation = ''
+    # Of hard and soft: the teacher's share of the loss. Of soft and patient: what logits are
+    # divided by.
+    config.distillation_alpha = 0.5
+    config.distillation_temperature = 1.0
     # Share of a label's probability that is spread evenly over all classes.
     config.label_smoothing = 0.0
     # How much an example counts, by its class: 'balanced' for all classes alike, or a number for

@@ -282,6 +282,20 @@ def test_resize_alone_asks_for_random_crops():
         ({'sam_rho': 0.1, 'gsam_rho_min': 0.2}, 'config.sam_rho=0.1 the largest: use less'),
         ({'mix_per_example': True}, 'has no effect without config.mixup or config.cutmix'),
         ({'mixup': 0.2, 'batch': 1, 'accum_steps': 1}, 'config.batch=1 has only one'),
+        ({'distillation': 'hard'}, "config.distillation='hard' needs a teacher"),
+        ({'teacher': 'x.npz'}, 'teaches nothing without config.distillation'),
+        (
+            {'distillation': 'hard', 'teacher': 'x', 'distillation_alpha': 1.5},
+            'is a share, from 0 to 1',
+        ),
+        (
+            {'distillation': 'soft', 'teacher': 'x', 'distillation_temperature': 0.0},
+            'must be above 0',
+        ),
+        (
+            {'distillation': 'patient', 'teacher': 'x', 'label_smoothing': 0.1},
+            'asks the teacher and not the labels',
+        ),
         ({'augreg': 'medium'}, "'medium' is not one of '', 'none', 'light1'"),
         ({'repeated_augmentation': 3}, 'a batch of 512 cannot .* use --config.batch=513'),
         (

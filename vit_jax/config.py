@@ -41,6 +41,7 @@ _CHOICES = {
     'nan_policy': ('stop', 'skip'),
     'loss': ('', 'softmax', 'sigmoid', 'mse', 'huber'),
     'augreg': ('', *AUGREG),
+    'distillation': ('', 'hard', 'soft', 'patient'),
 }
 _AT_LEAST_ONE = (
     'batch', 'batch_eval', 'progress_every', 'eval_every', 'checkpoint_every', 'keep_checkpoints',
@@ -314,6 +315,7 @@ def _check(config: ml_collections.ConfigDict) -> None:
             f'{f", {repeats} times" if repeats > 1 else ""}: use a larger batch'
         )
     _check_augmentation(config)
+    _check_distillation(config)
     if config.stochastic_depth >= 1:
         raise UserError(
             f'config.stochastic_depth={config.stochastic_depth} would leave out the last block '
@@ -392,6 +394,32 @@ def _check_augmentation(config: ml_collections.ConfigDict) -> None:
         raise UserError(
             f'config.three_augment=True stands in place of RandAugment (config.randaug='
             f'{config.randaug!r}): leave out one of them'
+        )
+
+
+def _check_distillation(config: ml_collections.ConfigDict) -> None:
+    if config.distillation and not config.teacher:
+        raise UserError(
+            f'config.distillation={config.distillation!r} needs a teacher: set config.teacher to a '
+            'model folder, or to other weights with a head for the same classes'
+        )
+    if config.teacher and not config.distillation:
+        raise UserError(
+            f'config.teacher={config.teacher!r} teaches nothing without config.distillation: '
+            "set it to 'hard', 'soft' or 'patient'"
+        )
+    if not 0 <= config.distillation_alpha <= 1:
+        raise UserError(
+            f'config.distillation_alpha={config.distillation_alpha} is a share, from 0 to 1'
+        )
+    if not 0 < config.distillation_temperature < math.inf:
+        raise UserError(
+            f'config.distillation_temperature={config.distillation_temperature} must be above 0'
+        )
+    if config.distillation == 'patient' and (config.label_smoothing or config.class_weights):
+        raise UserError(
+            "config.distillation='patient' asks the teacher and not the labels: "
+            'config.label_smoothing and config.class_weights have no effect; leave them out'
         )
 
 

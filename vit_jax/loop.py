@@ -94,7 +94,7 @@ class Loop:
     def __init__(
         self,
         run: Run,
-        train_step: jax.stages.Compiled,
+        train_step: Callable,
         compile_s: float,
         eval_step: Callable,
         checkpoints: workdir_lib.Checkpoints,

@@ -143,6 +143,52 @@ def _binary(logits: jax.Array, label: jax.Array, positive: np.ndarray) -> jax.Ar
     return -(there + (1 - label) * jax.nn.log_sigmoid(-logits))
 
 
+def distillation(
+    base: LossFn, kind: str, *, alpha: float = 0.5, temperature: float = 1.0
+) -> LossFn:
+    """Builds the loss of a student that learns from a teacher.
+
+    With the student's logits s, the teacher's t, the temperature T, and KL = sum over classes of
+    softmax(t / T) * (log_softmax(t / T) - log_softmax(s / T)), means over examples of:
+
+    - 'hard': (1 - alpha) * base + alpha * cross-entropy of s and the teacher's class;
+    - 'soft': (1 - alpha) * base + alpha * T^2 * KL / classes;
+    - 'patient': T^2 * KL.
+
+    The first two are DeiT's (https://arxiv.org/abs/2012.12877; its code divides by the number of
+    classes): base sees the logits of the class token, the teacher teaches the distillation token.
+    The last one is big_vision's (https://arxiv.org/abs/2106.05237), in which labels have no say.
+
+    Args:
+      base: the loss of the labels.
+      kind: 'hard', 'soft' or 'patient'.
+      alpha: share of the teacher, in [0, 1].
+      temperature: T.
+
+    Returns:
+      A loss of logits [B, 2, C] (of 'patient' [B, C]), that of the class token first, and a batch
+      with `teacher`, the teacher's logits [B, C]; its metrics are those of `base`.
+    """
+
+    def divergence(student: jax.Array, teacher: jax.Array) -> jax.Array:
+        ours, theirs = (jax.nn.log_softmax(x / temperature) for x in (student, teacher))
+        return temperature**2 * (jnp.exp(theirs) * (theirs - ours)).sum(axis=-1).mean()
+
+    def loss_fn(logits: jax.Array, batch: Batch, params: Any) -> tuple[jax.Array, Metrics]:
+        logits, teacher = at_least_float(logits), at_least_float(batch['teacher'])
+        if kind == 'patient':
+            return divergence(logits, teacher), base(logits, batch, params)[1]
+        of_labels, metrics = base(logits[:, 0], batch, params)
+        if kind == 'hard':
+            right = jnp.argmax(teacher, axis=-1)
+            told = optax.softmax_cross_entropy_with_integer_labels(logits[:, 1], right).mean()
+        else:
+            told = divergence(logits[:, 1], teacher) / teacher.shape[-1]
+        return (1 - alpha) * of_labels + alpha * told, metrics
+
+    return loss_fn
+
+
 def balanced_weights(labels: np.ndarray, classes: int) -> np.ndarray:
     """Weights that make all classes count alike: examples / (classes * examples of the class).
 

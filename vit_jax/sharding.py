@@ -171,7 +171,7 @@ def put_tree(tree: Any, shardings: Any) -> Any:
 
 def mean_over_batch(
     loss_fn: Callable,
-    params: tuple[Any, Any],
+    params: tuple[Any, ...],
     batch: Any,
     key: jax.Array,
     accum_steps: int,

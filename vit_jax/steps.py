@@ -54,7 +54,8 @@ def train_step_fn(
     depth_rate: float = 0.0,
     mix: augment.Mix | None = None,
     sharpness: optim.Sharpness | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    teacher: nn.Module | None = None,
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """Builds the training step, a pure function for programs of one's own.
 
     Args:
@@ -84,9 +85,12 @@ def train_step_fn(
         probabilities [B, classes].
       sharpness: SAM or GSAM, with a second pass through the same batch; `gradient_norm` is then
         that of what the optimizer gets, `train_loss` that of the first pass.
+      teacher: a model that sees the same images; `loss_fn` finds its logits as `teacher` in the
+        batch, see `losses.distillation`.
 
     Returns:
-      A function (state, batch) -> (state, metrics). batch: `image` [B, height, width, channels],
+      A function (state, batch) -> (state, metrics), of which a third argument is the teacher's
+      parameters, if there is one. batch: `image` [B, height, width, channels],
       values in [0, 255]; `label` and whatever else `loss_fn` reads, [B, ...]; `position`, int32
       [B], the places in the batch, which decide what is mirrored (default 0, 1, ...). metrics,
       scalars over the whole batch: `train_loss`; what `loss_fn` tells (by default `accuracy_train`,
@@ -101,18 +105,22 @@ def train_step_fn(
     grad_shardings = state_shardings and groups.partition(state_shardings.params, frozen)[0]
 
     def loss_and_metrics(
-        trained: Any, kept: Any, batch: Batch, key: jax.Array
+        trained: Any, kept: Any, taught: Any, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
         params = groups.combine(trained, kept)
         images, rngs = _model_input(batch['image']), {'dropout': key}
         beside: Any = batch.get(_VARIABLES, {})
         logits: Any = model.apply({'params': params, **beside}, images, train=True, rngs=rngs)
         seen = {name: value for name, value in batch.items() if name != _VARIABLES}
+        if teacher is not None:
+            seen['teacher'] = teacher.apply({'params': taught}, images, train=False)
         loss, metrics = loss_fn(logits, seen, params)
         _check_metrics(metrics)
         return jax.tree.map(losses.at_least_float, (loss, metrics))
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(
+        state: TrainState, batch: Batch, taught: Any = None
+    ) -> tuple[TrainState, Metrics]:
         step_key = functools.partial(augment.step_key, seed, state.step)
         places = _places(batch)
         images = augment.each(batch['image'], places, step_key, **alone)
@@ -134,7 +142,7 @@ def train_step_fn(
         def mean(trained: Any, *, gradient: bool) -> Any:
             spread = (max(1, accum_steps), mesh, grad_shardings)
             return sharding.mean_over_batch(
-                loss_and_metrics, (trained, kept), batch, key, *spread, gradient=gradient
+                loss_and_metrics, (trained, kept, taught), batch, key, *spread, gradient=gradient
             )
 
         (loss, metrics), grads = mean(trained, gradient=True)
@@ -173,22 +181,26 @@ def make_train_step(
     schedule: optax.Schedule | None,
     mesh: Mesh,
     state_shardings: TrainState,
+    *,
+    teacher_shardings: Any = None,
     **options: Any,
 ) -> jax.stages.Wrapped:
     """Builds the training step, jitted: `train_step_fn`, whose arguments it takes.
 
-    On CPUs, the model takes the forms that train faster there, see `models.for_training`.
+    On CPUs, the model takes the forms that train faster there, see `models.for_training`. With a
+    teacher, `teacher_shardings` are those of its parameters.
 
     Returns:
       What `train_step_fn` returns, jitted. The state is donated. It may be called inside other
       programs (`jax.jit`, `jax.lax.scan`, `jax.vmap`), too.
     """
     model = models.for_training(model)
+    taught = () if teacher_shardings is None else (teacher_shardings,)
     return _jit(
         train_step_fn(model, tx, schedule, mesh, state_shardings, **options),
         model,
         donate_argnums=0,
-        in_shardings=(state_shardings, sharding.batch_sharding(mesh)),
+        in_shardings=(state_shardings, sharding.batch_sharding(mesh), *taught),
         out_shardings=(state_shardings, sharding.replicated(mesh)),
     )
 

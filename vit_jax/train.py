@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 from vit_jax import config as config_lib
-from vit_jax import loop, losses, optim, steps
+from vit_jax import loop, losses, optim, sharding, steps
 from vit_jax import state as state_lib
 from vit_jax.checkpoint import workdir as workdir_lib
 from vit_jax.data import copies
@@ -159,10 +159,11 @@ def _train_in(
 def _train(run: loop.Run, setup: Setup, checkpoints: workdir_lib.Checkpoints) -> Any:
     """Compiles, goes over the steps that are left, writes the product; returns the parameters."""
     begin = time.monotonic()
-    train_step = _compile(run, setup)
+    taught = _teacher_params(run, setup)
+    train_step = _compile(run, setup, taught)
     steps_loop = loop.Loop(
         run,
-        train_step,
+        lambda state, batch: train_step(state, batch, *taught),
         time.monotonic() - begin,
         steps.make_eval_step(
             setup.model, setup.mesh, _shardings(setup.abstract.params), setup.eval_loss, setup.task
@@ -210,7 +211,16 @@ def _restore_best(
     return newest.state(), last
 
 
-def _compile(run: loop.Run, setup: Setup) -> jax.stages.Compiled:
+def _teacher_params(run: loop.Run, setup: Setup) -> tuple[Any, ...]:
+    """The teacher's parameters on the devices, as further arguments of the training step."""
+    if setup.teacher is None:
+        return ()
+    run.log.info(f'teacher: {setup.teacher.description}')
+    params = setup.teacher.params
+    return (sharding.put_tree(params, sharding.state_sharding(params, run.mesh)),)
+
+
+def _compile(run: loop.Run, setup: Setup, taught: tuple[Any, ...]) -> jax.stages.Compiled:
     """The training step, compiled from shapes alone; refused if it needs more memory than there is.
 
     Raises:
@@ -219,7 +229,7 @@ def _compile(run: loop.Run, setup: Setup) -> jax.stages.Compiled:
     config = run.config
     state = setup.abstract.state()
     train_step = steps.make_train_step(
-        setup.model,
+        setup.student,
         setup.tx,
         setup.schedule,
         setup.mesh,
@@ -235,10 +245,12 @@ def _compile(run: loop.Run, setup: Setup) -> jax.stages.Compiled:
         depth_rate=config.stochastic_depth,
         mix=augmentation.mix_of(config, setup.train),
         sharpness=optim.sharpness_of(config, setup.schedule),
+        teacher=setup.teacher and setup.teacher.model,
+        teacher_shardings=_shardings(taught[0]) if taught else None,
     )
     run.log.info('compiling the training step: seconds, or a minute or two for a large model')
     before = resources.resident_bytes()
-    compiled = train_step.lower(state, setup.batch).compile()
+    compiled = train_step.lower(state, setup.batch, *taught).compile()
     grown = resources.resident_bytes() - before
     with distributed.fail_together():
         setup.need = resources.compiled_memory(setup.need, compiled, grown)

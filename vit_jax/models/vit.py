@@ -69,6 +69,8 @@ class VisionTransformer(nn.Module):
       attention: see `MultiHeadDotProductAttention.implementation`.
       remat: see `Encoder.remat`.
       scan_layers: see `Encoder.scan_layers`.
+      both_heads: of a distilled model give the logits of both heads [B, 2, C], class token first,
+        in place of their mean: for distillation.
       head_tokens_only: leave out, in the last block, all tokens but those that the head reads (with
         classifier 'token': class and distillation token), see `Encoder.outputs`. The logits are the
         same.
@@ -110,6 +112,7 @@ class VisionTransformer(nn.Module):
     remat: str = ''
     scan_layers: bool = False
     head_tokens_only: bool = False
+    both_heads: bool = False
     cpu_training: bool = False
     act: str = 'gelu_tanh'
     layer_norm_eps: float = 1e-6
@@ -286,5 +289,6 @@ class VisionTransformer(nn.Module):
             layers.head, self.num_classes, dtype=self.dtype, bias_init=self.head_bias_init
         )
         if self.distilled:
-            return (head(name='head')(x[:, 0]) + head(name='head_dist')(x[:, 1])) / 2
+            both = head(name='head')(x[:, 0]), head(name='head_dist')(x[:, 1])
+            return jnp.stack(both, axis=1) if self.both_heads else (both[0] + both[1]) / 2
         return head(name='head')(x)

@@ -28,7 +28,7 @@ from vit_jax.data.dataset import Selection, Source, weights_of
 from vit_jax.data.stream import BatchStream
 from vit_jax.errors import UserError
 from vit_jax.inference.task import Task
-from vit_jax.run import augmentation, product, recipe, resources, resume, run_info
+from vit_jax.run import augmentation, distillation, product, recipe, resources, resume, run_info
 from vit_jax.state import Checkpoint
 
 # Training, perhaps validation, and test examples.
@@ -60,6 +60,8 @@ class Setup:
     test: Selection
     parts: Parts
     model: nn.Module
+    student: nn.Module  # the same, as it is trained
+    teacher: distillation.Teacher | None
     architecture: Mapping[str, Any]  # what a model folder says of it
     no_folder: str  # why there cannot be one; '' where there can
     train_loss: losses.LossFn
@@ -95,6 +97,9 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
     recipe.check_depth(config, model)
     augmentation.check(config, train)
     train_loss, eval_loss, task = recipe.losses_of(config, train, parts.loss_fn)
+    teacher = distillation.teacher_of(config, train, task, parts.loss_fn is not None)
+    student = distillation.student_of(config, model)
+    train_loss = distillation.loss_of(config, train_loss)
     schedule = optim.schedule_of(config) if parts.tx is None else None
 
     init = functools.partial(
@@ -143,7 +148,8 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
         _check_rotary(config, told)
     architecture = config.model.to_dict()
     if parts.model is None:
-        model = model.clone(**{name: architecture[name] for name in infer.EVERY_MODEL})
+        settled = {name: architecture[name] for name in infer.EVERY_MODEL}
+        model, student = model.clone(**settled), student.clone(**settled)
     if parts.model is not None:
         try:
             architecture = product.architecture_of(model, len(train.class_names))
@@ -157,6 +163,8 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
         test=test,
         parts=parts,
         model=model,
+        student=student,
+        teacher=teacher,
         architecture=architecture,
         no_folder=no_folder,
         train_loss=train_loss,
