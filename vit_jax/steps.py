@@ -113,7 +113,8 @@ def train_step_fn(
         logits: Any = model.apply({'params': params, **beside}, images, train=True, rngs=rngs)
         seen = {name: value for name, value in batch.items() if name != _VARIABLES}
         if teacher is not None:
-            seen['teacher'] = teacher.apply({'params': taught}, images, train=False)
+            told: Any = teacher.apply({'params': taught}, images, train=False)
+            seen['teacher'] = told
         loss, metrics = loss_fn(logits, seen, params)
         _check_metrics(metrics)
         return jax.tree.map(losses.at_least_float, (loss, metrics))
