@@ -226,6 +226,9 @@ def get_defaults() -> ml_collections.ConfigDict:
     config.keep_best = False
     # End the run after so many evaluations in a row without a better one. 0: at total_steps.
     config.patience = 0
+    # With validation images, predict the test images once, at the end. Off: not at all, as in the
+    # trials of a sweep, which are chosen among on validation images.
+    config.test_at_end = True
     # Write report.html when the run is finished (`vit_jax report WORKDIR` does it at any time).
     config.report = True
     # When loss or gradient is not finite: 'stop', or 'skip' the update and count it.

@@ -252,7 +252,9 @@ class Loop:
           state: that was chosen.
           chosen: its step.
         """
-        if self._run.val is None or self._was_evaluated(last, 'test'):
+        if self._run.val is None or not self._run.config.test_at_end:
+            return
+        if self._was_evaluated(last, 'test'):
             return
         with self._signals:
             self._evaluate(last, state, 'test', step_tested=chosen)

@@ -18,10 +18,10 @@ import signal
 import sys
 import tempfile
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from vit_jax import cli
 from vit_jax.errors import UserError
@@ -119,9 +119,7 @@ def main(argv: Sequence[str]) -> None:
         _PROCESS_ID.value,
         heartbeat_timeout=_HEARTBEAT_TIMEOUT.value,
     )
-    workdir = _WORKDIR.value or config_lib.default_workdir(
-        config_flags.get_config_filename(flags.FLAGS['config']), config.dataset
-    )
+    workdir = _WORKDIR.value or config_lib.default_workdir(config_file(), config.dataset)
     try:
         train.train_and_evaluate(config, workdir)
     except preemption.PreemptedError as stopped:
@@ -135,6 +133,47 @@ def main(argv: Sequence[str]) -> None:
         # At once: an orderly end would wait for the others, who may be waiting for this one.
         print(f'error: process {jax.process_index()}: {explained}', file=sys.stderr, flush=True)
         os._exit(1)
+
+
+def config_file() -> str:
+    """The file that the parsed --config names."""
+    return config_flags.get_config_filename(flags.FLAGS['config'])
+
+
+def check_settings(words: Sequence[str], settings: Sequence[Mapping[str, str]]) -> list[ConfigDict]:
+    """Checks a command line of training with several settings, as far as no data are needed.
+
+    Once in a process, because flags are parsed once.
+
+    Args:
+      words: the command line, without the program.
+      settings: values of knobs by name (`config.base_lr`), the same knobs in each; at least one.
+
+    Returns:
+      The resolved config of each.
+
+    Raises:
+      UserError: what is wrong.
+    """
+    from vit_jax import config as config_lib
+
+    first = [f'--{name}={value}' for name, value in settings[0].items()]
+    before = sys.argv
+    sys.argv = [before[0], *words, *first]  # where overrides of a config are looked for
+    try:
+        _parse(sys.argv)
+    finally:
+        sys.argv = before
+    asked = config_flags.get_override_values(flags.FLAGS['config'])
+    resolved = []
+    for each in settings:
+        for name, value in each.items():
+            try:
+                flags.FLAGS[name].parse(value)
+            except (flags.Error, ValueError, TypeError) as error:
+                raise UserError(f'--{name}={value}: {error}') from error
+        resolved.append(config_lib.resolve(_CONFIG.value, asked))
+    return resolved
 
 
 def run() -> None:

@@ -14,6 +14,7 @@ import datetime
 import os
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -92,6 +93,26 @@ def render(runs: Sequence[Run], *, images: int | None = None) -> str:
       runs: of `run_files.read_all`; at least one.
       images: see `write`.
     """
+    with report_charts.themed():
+        return render_page(
+            'report.html.j2',
+            runs=[(run, _examples(run, number, images)) for number, run in enumerate(runs)],
+            title=', '.join(run.name for run in runs),
+            charts=report_charts.curves(runs),
+            summary=report_tables.summary(runs),
+            folds=report_tables.folds(runs),
+            differences=report_tables.differences(runs),
+            tables=report_tables,
+        )
+
+
+def render_page(template: str, **values: Any) -> str:
+    """A page as HTML.
+
+    Args:
+      template: extends `page.html.j2`.
+      **values: what it shows.
+    """
     import jinja2
     import markupsafe
 
@@ -104,18 +125,11 @@ def render(runs: Sequence[Run], *, images: int | None = None) -> str:
         finalize=_printable,
     )
     environment.filters['svg'] = markupsafe.Markup  # what `report_charts.to_svg` made
-    with report_charts.themed():
-        return environment.get_template('report.html.j2').render(
-            runs=[(run, _examples(run, number, images)) for number, run in enumerate(runs)],
-            title=', '.join(run.name for run in runs),
-            charts=report_charts.curves(runs),
-            summary=report_tables.summary(runs),
-            folds=report_tables.folds(runs),
-            differences=report_tables.differences(runs),
-            tables=report_tables,
-            written=datetime.datetime.now().strftime('%Y-%m-%d %H:%M'),
-            version=vit_jax.__version__,
-        )
+    return environment.get_template(template).render(
+        written=datetime.datetime.now().strftime('%Y-%m-%d %H:%M'),
+        version=vit_jax.__version__,
+        **values,
+    )
 
 
 def _printable(value: object) -> object:

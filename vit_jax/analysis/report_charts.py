@@ -1,6 +1,6 @@
 """The charts of a report, as SVG that takes its colours from the page: light, dark, or printed.
 
-Matplotlib draws with the stand-in colours of `report.mplstyle` and of `_SERIES`, which `to_svg`
+Matplotlib draws with the stand-in colours of `report.mplstyle` and of `SERIES`, which `to_svg`
 replaces by CSS: `currentColor` for lines and text, `--grid` and `--series-1` ... for the rest.
 Names of runs are not in the SVG but in a legend of the page.
 """
@@ -29,9 +29,9 @@ MAX_CLASSES = 40  # bars that can be read
 MAX_TARGETS = 12  # histograms of numbers
 
 _INK, _GRID = '#0a0b0c', '#0a0b0d'
-_SERIES = tuple(f'#0a0c0{i}' for i in range(1, MAX_RUNS + 1))
+SERIES = tuple(f'#0a0c0{i}' for i in range(1, MAX_RUNS + 1))
 _CSS = {_INK: 'currentColor', _GRID: 'var(--grid)'} | {
-    color: f'var(--series-{i})' for i, color in enumerate(_SERIES, start=1)
+    color: f'var(--series-{i})' for i, color in enumerate(SERIES, start=1)
 }
 
 
@@ -162,7 +162,7 @@ def class_balance(
     names = [contact_sheet.shorten(class_names[label], 24) for label in labels.tolist()]
     figure = contact_sheet.new_figure(5.6, 1.3 + 0.22 * len(labels))
     panels = figure.subplots(1, len(counts), sharey=True, squeeze=False)[0]
-    for panel, color, (split, values) in zip(panels, _SERIES, counts.items(), strict=False):
+    for panel, color, (split, values) in zip(panels, SERIES, counts.items(), strict=False):
         panel.barh(range(len(labels)), values[labels], color=color)
         total = values.sum() if sizes is None else sizes[split]
         panel.set_title(f'{split}: {total:,} images', fontsize=9)
@@ -226,7 +226,7 @@ def _chart(title: str, unit: str, lines: Sequence[_Curve], runs: Sequence[Run]) 
             # Test results of several runs differ from those of training by the points alone.
             marker = 'o' if curve.points or len(values) == 1 else ''
             alpha = 0.55 if not curve.points and several else 1
-            axes.plot(steps, values, marker=marker, color=_SERIES[series], alpha=alpha)
+            axes.plot(steps, values, marker=marker, color=SERIES[series], alpha=alpha)
             names = [curve.label] if single else [run.name, curve.label]
             legend.append(Key(series + 1, ', '.join(filter(None, names)), curve.points))
     if not legend:

@@ -89,15 +89,13 @@ def prepare_in_child(name: str, *, data_dir: str = '', manual_dir: str = '') -> 
 
 def _how_it_ended(code: int) -> str:
     """How a child process ended that left no message itself."""
+    ended = child.how_it_ended(code)
     if code == -signal.SIGKILL:
         return (
-            'its process was killed, as the system does when memory runs out (converting needs as '
-            'much as the largest file of the set). Run the same command again; nothing that is '
-            'incomplete is used'
+            f'{ended} (converting needs as much as the largest file of the set). Run the same '
+            'command again; nothing that is incomplete is used'
         )
-    if code < 0:
-        return f'its process was ended by signal {-code} ({signal.strsignal(-code)})'
-    return f'its process ended with code {code}; its last lines are above'
+    return ended if code < 0 else f'{ended}; its last lines are above'
 
 
 def _tfds() -> Any:

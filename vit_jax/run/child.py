@@ -18,17 +18,39 @@ _LOOK_SECONDS = 0.2
 
 
 def run(arguments: Sequence[str], **options: Any) -> subprocess.CompletedProcess:
-    """Runs a Python program and waits for it.
+    """Runs a Python program and waits for it; see `start`.
+
+    Args:
+      arguments: see `start`.
+      **options: of `subprocess.run`.
+    """
+    return subprocess.run(_command(arguments), check=False, **options)
+
+
+def start(arguments: Sequence[str], **options: Any) -> subprocess.Popen:
+    """Starts a Python program.
 
     A process that is killed cannot end its children. So the child looks for its parent itself, and
     is gone within a second of it.
 
     Args:
       arguments: a file and its arguments, or '-m', a module and its arguments.
-      **options: of `subprocess.run`.
+      **options: of `subprocess.Popen`.
     """
-    command = [sys.executable, '-P', __file__, str(os.getpid()), *arguments]
-    return subprocess.run(command, check=False, **options)
+    return subprocess.Popen(_command(arguments), **options)
+
+
+def how_it_ended(code: int) -> str:
+    """How a child process ended that left no message itself, for people."""
+    if code == -signal.SIGKILL:
+        return 'its process was killed, as the system does when memory runs out'
+    if code < 0:
+        return f'its process was ended by signal {-code} ({signal.strsignal(-code)})'
+    return f'its process ended with code {code}'
+
+
+def _command(arguments: Sequence[str]) -> list[str]:
+    return [sys.executable, '-P', __file__, str(os.getpid()), *arguments]
 
 
 def _watch(parent: int) -> None:

@@ -34,11 +34,7 @@ class Choice:
         Returns:
           Itself.
         """
-        for name in JUDGES:
-            found = telemetry.read_metric(workdir, name, up_to=up_to)
-            if found:
-                self._scores = {step: JUDGES[name] * value for step, value in found.items()}
-                break
+        _, self._scores = read_scores(workdir, up_to=up_to)
         return self
 
     def add(self, step: int, metrics: Mapping[str, float]) -> bool:
@@ -61,3 +57,18 @@ class Choice:
     def _first_of_best(self) -> int | None:
         finite = {step: score for step, score in self._scores.items() if not math.isnan(score)}
         return max(finite, key=finite.__getitem__, default=None)
+
+
+def read_scores(
+    workdir: str | os.PathLike, *, up_to: int | None = None
+) -> tuple[str, dict[int, float]]:
+    """The metric that a run is judged by, '' for none yet, and its scores by step; more is better.
+
+    Args:
+      workdir: folder of the run.
+      up_to: the last step that counts.
+    """
+    for name, sign in JUDGES.items():
+        if found := telemetry.read_metric(workdir, name, up_to=up_to):
+            return name, {step: sign * value for step, value in found.items()}
+    return '', {}

@@ -29,8 +29,8 @@ FREE = frozenset({
     'dataset', 'columns', 'image_root', 'group', 'tfds_data_dir', 'tfds_manual_dir', 'data_threads',
     'cache', 'max_unreadable',
     # How often to report, what to keep, what to put up with.
-    'batch_eval', 'progress_every', 'eval_every', 'checkpoint_every',
-    'keep_checkpoints', 'keep_best', 'patience', 'report', 'nan_policy', 'check_memory',
+    'batch_eval', 'progress_every', 'eval_every', 'checkpoint_every', 'keep_checkpoints',
+    'keep_best', 'patience', 'test_at_end', 'report', 'nan_policy', 'check_memory',
     # How it is computed.
     'compile_cache', 'deterministic', 'attention', 'remat', 'scan_layers', 'fsdp',
 })  # fmt: skip
