@@ -1,8 +1,10 @@
 """The page of a sweep, `sweep.html`: its trials in a table and in charts, and what was chosen."""
 
+import dataclasses
 import math
 import pathlib
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +12,7 @@ from vit_jax import files
 from vit_jax.analysis import report, report_charts, run_files
 from vit_jax.analysis.tables import Table
 from vit_jax.inference import contact_sheet
-from vit_jax.run import sweep, telemetry
+from vit_jax.run import choice, sweep, telemetry
 
 if TYPE_CHECKING:
     import optuna
@@ -37,6 +39,10 @@ def write(folder: pathlib.Path) -> pathlib.Path:
         result = files.read_json(folder / sweep.RESULT_FILE)
     best = [folder / sweep.TRIALS / str(trial.number) for trial in trials]
     best = [workdir for workdir in best if (workdir / telemetry.METRICS_FILE).exists()]
+    runs = [
+        dataclasses.replace(run, name=f'trial {run.name}')
+        for run in run_files.read_all(best[: report_charts.MAX_RUNS])
+    ]
     ended = [trial for trial in trials if trial.values]
     with report_charts.themed():
         page = report.render_page(
@@ -51,7 +57,7 @@ def write(folder: pathlib.Path) -> pathlib.Path:
                 for number, knob in enumerate(knobs)
                 if ended
             ],
-            charts=report_charts.curves(run_files.read_all(best[: report_charts.MAX_RUNS])),
+            charts=report_charts.curves(runs),
         )
     files.write_text(folder / REPORT_FILE, page)
     return folder / REPORT_FILE
@@ -74,7 +80,10 @@ def _trials(trials: 'Sequence[optuna.trial.FrozenTrial]', knobs: Sequence[str]) 
                   for knob in knobs]  # fmt: skip
         score = sweep.score_in_words(told['metric'], trial.values[0]) if trial.values else ''
         seconds = telemetry.format_duration(told['seconds']) if 'seconds' in told else ''
-        state = told.get('reason') or _STATES[trial.state.name]
+        state = (
+            textwrap.shorten(told.get('reason', ''), 160, placeholder=' …')
+            or _STATES[trial.state.name]
+        )
         rows.append((
             str(trial.number), *(f'{v:.4g}' if isinstance(v, float) else str(v) for v in values),
             score, f'{told["steps"]:,}' if told.get('steps') else '', seconds, state,
@@ -117,7 +126,8 @@ def _by_knob(trials: 'Sequence[optuna.trial.FrozenTrial]', knob: str):
     figure = contact_sheet.new_figure(4.4, 2.8)
     axes = figure.subplots()
     metric = trials[0].user_attrs['metric']
-    factor = 100 if metric.startswith('accuracy') else -1
+    percent = metric.startswith('accuracy')
+    factor = 100 if percent else choice.JUDGES[metric]
     scores = [factor * trial.values[0] for trial in trials]
     values = [trial.params[knob] for trial in trials]
     try:
@@ -133,7 +143,8 @@ def _by_knob(trials: 'Sequence[optuna.trial.FrozenTrial]', knob: str):
     axes.plot(numbers[:1], scores[:1], 'o', markersize=10, fillstyle='none',
               color=report_charts.SERIES[1])  # fmt: skip
     axes.set(xlabel=knob.removeprefix('config.'), axisbelow=True,
-             ylabel=f'{metric} (%)' if factor > 0 else metric)  # fmt: skip
+             ylabel=f'{metric} (%)' if percent else metric)  # fmt: skip
     axes.set_title('each trial; the best is ringed', fontsize=9)
     axes.grid(True)
+    axes.margins(0.1)
     return figure

@@ -139,7 +139,7 @@ class _Sweep:
                 self._study.enqueue_trial(point, skip_if_exists=True)
 
     def next_trial(self) -> 'optuna.Trial | None':
-        """One that was under way, else the next of the grid or of Optuna's; None if all are done."""
+        """One that was under way, else the next of the grid or of Optuna; None if all are done."""
         import optuna
 
         states = optuna.trial.TrialState
