@@ -290,7 +290,6 @@ def _check(config: ml_collections.ConfigDict) -> None:
         for key in keys:
             if not config[key] >= least:  # so that NaN fails
                 raise UserError(f'config.{key}={config[key]} must be at least {least}')
-<<<<<<< HEAD
     if config.fold:
         splits.fold_of(config.fold)
         if config.pp.test:
@@ -298,13 +297,11 @@ def _check(config: ml_collections.ConfigDict) -> None:
                 f'config.fold={config.fold!r} tests on a fold of the training images, and '
                 f'config.pp.test={config.pp.test!r} on others: leave out one of them'
             )
-=======
     if config.report and not config.test_at_end:
         raise UserError(
             'config.report=True predicts the test images, which config.test_at_end=False leaves '
             'alone: add --config.report=False'
         )
->>>>>>> dee0c0c (vit_jax sweep: trials in processes of their own, chosen on validation images; the best is tested)
     if config.label_smoothing >= 1:
         raise UserError(
             f'config.label_smoothing={config.label_smoothing} leaves nothing of the labels: it is '

@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace, words: list[str]) -> int:
     # Not at the top: they take seconds, and --help should not.
     from vit_jax import config as config_lib
+    from vit_jax import files
     from vit_jax import main as training
     from vit_jax.analysis import sweep_report
     from vit_jax.errors import UserError
@@ -102,8 +103,14 @@ def _run(args: argparse.Namespace, words: list[str]) -> int:
             'config.keep_best and config.patience choose on validation images, of which training '
             'on all leaves none: add --no-retrain, or leave them out'
         )
+    if configs[0].fold:
+        raise UserError(
+            f'config.fold={configs[0].fold!r} is cross-validation, and trials have one validation '
+            'part: leave it out'
+        )
     default = config_lib.default_workdir(training.config_file(), configs[0].dataset)
     folder = pathlib.Path(args.workdir or pathlib.Path('sweeps') / default.name)
+    files.refuse_address(folder, '--workdir')
     print(f'sweep: {folder}', flush=True)
     try:
         result = sweep.run(plan, folder, lambda line: print(line, flush=True))

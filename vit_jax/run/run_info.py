@@ -24,9 +24,10 @@ VERSIONS_FILE = 'versions.json'
 _PACKAGES = (
     'absl-py', 'etils', 'filelock', 'flatbuffers', 'flax', 'fsspec', 'gcsfs', 'grain', 'jax',
     'jax-cuda12-plugin', 'jaxlib', 'jinja2', 'matplotlib', 'ml_collections', 'numpy', 'onnx',
-    'onnxruntime', 'opencv-python-headless', 'optuna', 'optax', 'orbax-checkpoint', 'pillow', 'pillow-heif',
-    'protobuf', 'pyarrow', 'rich', 's3fs', 'safetensors', 'scikit-learn', 'scipy', 'sentencepiece',
-    'simplejpeg', 'tensorboard', 'tensorflow-cpu', 'tensorflow-datasets', 'tokenizers',
+    'onnxruntime', 'opencv-python-headless', 'optax', 'optuna', 'orbax-checkpoint', 'pillow',
+    'pillow-heif', 'protobuf', 'pyarrow', 'rich', 's3fs', 'safetensors', 'scikit-learn',
+    'scipy', 'sentencepiece', 'simplejpeg', 'tensorboard', 'tensorflow-cpu',
+    'tensorflow-datasets', 'tokenizers',
 )  # fmt: skip
 
 

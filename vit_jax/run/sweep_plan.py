@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     import optuna
 
 # All trials are of one set of images, and of one seed.
-_FIXED = ('dataset', 'tfds_data_dir', 'pp.train', 'pp.val', 'pp.test', 'seed', 'report',
-          'test_at_end')  # fmt: skip
+_FIXED = (
+    'dataset', 'tfds_data_dir', 'pp.train', 'pp.val', 'pp.test', 'fold', 'seed', 'report',
+    'test_at_end',
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
