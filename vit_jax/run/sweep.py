@@ -73,8 +73,9 @@ def open_study(folder: pathlib.Path) -> 'optuna.Study':
     """The trials of a sweep."""
     with extra('sweep'):
         import optuna
+        from optuna.storages.journal import JournalFileBackend
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    backend = optuna.storages.journal.JournalFileBackend(str(folder / STORAGE_FILE))
+    backend = JournalFileBackend(str(folder / STORAGE_FILE))
     return optuna.create_study(
         storage=optuna.storages.JournalStorage(backend),
         study_name='sweep',
@@ -206,10 +207,11 @@ class _Sweep:
         if not complete:
             reasons = [t.user_attrs.get('reason') for t in self._study.get_trials(deepcopy=False)]
             raise UserError(f'not one trial succeeded; the last one: {reasons[-1]}')
-        best = max(complete, key=lambda trial: trial.value)
+        best = max(complete, key=lambda trial: trial.values[0])
+        score = best.values[0]
         metric = best.user_attrs['metric']
         settings = self._plan.settings_of(best.params)
-        told = score_in_words(metric, best.value)
+        told = score_in_words(metric, score)
         self._say(f'best of {len(complete)}: {in_words(settings)}, {metric} {told}')
         examples = self._data_of(best.number)['val']['examples']
         if examples < choice.FEW:
@@ -218,7 +220,7 @@ class _Sweep:
                 'best of several is the best by luck'
             )
         return {
-            'trial': best.number, 'settings': settings, 'metric': metric, 'score': best.value,
+            'trial': best.number, 'settings': settings, 'metric': metric, 'score': score,
             'validation_images': examples, 'trials': len(complete),
         }  # fmt: skip
 
