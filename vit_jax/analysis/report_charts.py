@@ -131,7 +131,7 @@ def targets(names: Sequence[str], values: dict[str, np.ndarray]) -> 'Figure':
     shown = names[:MAX_TARGETS]
     figure = contact_sheet.new_figure(5.6, 0.6 + 1.5 * len(shown))
     panels = figure.subplots(len(shown), len(values), sharex='row', squeeze=False)
-    for column, (color, (split, found)) in enumerate(zip(_SERIES, values.items(), strict=False)):
+    for column, (color, (split, found)) in enumerate(zip(SERIES, values.items(), strict=False)):
         found = found.reshape(len(found), -1)
         panels[0][column].set_title(f'{split}: {len(found):,} images', fontsize=9)
         for row, name in enumerate(shown):
