@@ -1,5 +1,6 @@
 """Hybrids, Mixers, distilled models and the MLP head through whole runs: train, save, fine-tune."""
 
+import importlib
 import json
 
 import jax
@@ -126,6 +127,64 @@ def test_all_but_the_heads_of_a_checkpoint_is_where_fine_tuning_starts(family, t
     for name in start.keys() & {'head', 'head_dist'}:
         assert not np.any(start[name]['kernel']) and start[name]['kernel'].shape[1] == 3
     assert 'newly initialised: head' in origin
+
+
+LIBRARIES = {
+    'clip_b16': 'huggingface', 'deit3_b16': 'timm', 'dinov2_s14': 'huggingface', 'mae_b16': 'timm',
+    'ijepa_h14': 'huggingface', 'reg4_gap_m16': 'timm', 'siglip_b16': 'huggingface',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    'name, trains',
+    [
+        *((name, name in ('dinov2_s14', 'siglip_b16')) for name in LIBRARIES),
+        *(pytest.param(name, True, marks=pytest.mark.slow) for name in LIBRARIES),
+    ],
+)
+def test_a_family_of_another_library_is_fine_tuned_by_its_config(name, trains, tmp_path):
+    """From a folder of that library, of a small model whose positions are a larger grid."""
+    config = importlib.import_module(f'vit_jax.configs.{name}').get_config('digits')
+    sizes = {'hidden_size': 16, 'transformer.num_heads': 2, 'transformer.num_layers': 1}
+    sizes |= {'transformer.mlp_dim': 64 if name == 'dinov2_s14' else 32, 'model_name': 'small'}
+    patch = config.model.patches.size[0]
+    with config.unlocked():
+        config.model.update_from_flattened_dict(sizes)
+        small = {
+            'batch': 8,
+            'accum_steps': 1,
+            'batch_eval': 360,
+            'total_steps': 2,
+            'warmup_steps': 1,
+        }
+        small |= {'eval_every': 2, 'checkpoint_every': 2, 'progress_every': 1, 'report': False}
+        small |= {'pp.crop': 2 * patch, 'pp.resize': 0, 'pretrained': str(tmp_path / 'weights')}
+        config.update_from_flattened_dict(small)
+    config = config_lib.resolve(config)
+
+    described = {**config.model.to_dict(), 'model_name': None}
+    if name == 'dinov2_s14':  # without a head, its class gives the class token
+        described['classifier'] = 'token'
+    model = models.from_config(described, num_classes=0)
+    rng, shapes = np.random.default_rng(0), shapes_of(model, 3 * patch)
+    weights = jax.tree.map(lambda p: rng.normal(0, 0.2, p.shape).astype(np.float32), shapes)
+    trained = model_folder.Model(model, weights, described, (), Preprocess(3 * patch), {})
+    export_pytorch.write(tmp_path / 'weights', trained, to=LIBRARIES[name])
+
+    ten = models.from_config(config.model, num_classes=10)
+    start, origin = train.initial_params(config, ten, shapes_of(ten, 2 * patch))
+    assert 'newly initialised: head/' in origin and '3 x 3 -> 2 x 2' in origin
+    before, expected = npz.flatten(start), npz.flatten(weights)
+    assert before.keys() - expected.keys() == {'head/kernel', 'head/bias'}
+    for key in expected.keys() - {'Transformer/posembed_input/pos_embedding'}:
+        np.testing.assert_array_equal(before[key], expected[key], err_msg=key)
+    if not trains:
+        return
+    train.train_and_evaluate(config, tmp_path / 'run')
+    made = model_folder.load(tmp_path / 'run/model')
+    assert (made.model.act, made.model.layer_norm_eps) == (ten.act, ten.layer_norm_eps)
+    after = npz.flatten(made.params)
+    assert all(np.any(after[key] != before[key]) for key in before if key.endswith('kernel'))
 
 
 def test_weights_of_a_plain_vit_start_a_distilled_one_and_one_with_an_mlp_head(tmp_path):
