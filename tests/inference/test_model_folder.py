@@ -62,7 +62,7 @@ def _save(folder, params=None, **changes):
 def test_round_trip(tmp_path):
     params = _params()
     folder = _save(tmp_path / 'run' / 'model', params)
-    assert sorted(os.listdir(folder)) == ['model.json', 'params.npz']
+    assert sorted(os.listdir(folder)) == ['README.md', 'model.json', 'params.npz']
     assert os.listdir(tmp_path / 'run') == ['model']
     loaded = model_folder.load(folder)
     jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
@@ -111,7 +111,7 @@ def test_saving_again_replaces_the_folder(tmp_path):
     (folder / 'notes.txt').write_text('x')
     params = _params(seed=5)
     _save(folder, params)
-    assert sorted(os.listdir(folder)) == ['model.json', 'params.npz']
+    assert sorted(os.listdir(folder)) == ['README.md', 'model.json', 'params.npz']
     assert os.listdir(tmp_path) == ['m']
     jax.tree.map(np.testing.assert_array_equal, model_folder.load(folder).params, params)
 
@@ -422,3 +422,22 @@ def test_released_names_are_models_of_every_command(command, run_script, tmp_pat
     npz.save(released, params)
     done = run_script(command[0], '--model', 'imagenet21k/ViT-B_16', *words)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_page_of_a_model_folder(tmp_path):
+    """What was trained, on what, and how well; names cannot become markup."""
+    names = ('rose', '[x](http://y)', '<b>\n# tulip')
+    source = {'weights': 'ViT-Ti_16.npz', 'dataset': 'photos', 'train': 'train', 'test': 'test'}
+    source |= {'steps': 1500, 'metrics': {'accuracy_test': 0.25}}
+    page = (_save(tmp_path / 'flowers', class_names=names, source=source) / 'README.md').read_text()
+    for words in (
+        r'3 classes an image shows: rose, \[x\](http://y), \<b\>\\n\# tulip.',
+        'vit_jax predict --model flowers photo.jpg',
+        r'Began from: ViT-Ti\_16.npz.',
+        'Trained on: photos, split train, 1,500 steps.',
+        Preprocess(crop=12).describe(),
+        '| `accuracy_test` | 0.2500 |',
+    ):
+        assert words in page, page
+    page = (_save(tmp_path / 'plain', source={}) / 'README.md').read_text()
+    assert 'Nothing was measured' in page and 'Trained on' not in page and '\n\n\n' not in page

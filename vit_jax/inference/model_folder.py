@@ -30,13 +30,14 @@ from vit_jax.checkpoint import adapt, catalog, formats, infer, model_input, npz,
 from vit_jax.checkpoint.arrays import count_not_finite
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
-from vit_jax.inference import description, labels
+from vit_jax.inference import description, labels, model_card
 from vit_jax.inference.task import ONE_CLASS, Task, of_module
 
 FORMAT = 'vit_jax model'
 FORMAT_VERSION = 1
 PARAMS_FILE = 'params.npz'
 MODEL_FILE = 'model.json'
+CARD_FILE = 'README.md'
 
 _FILE_NAME = re.compile(r'\w[\w.+-]{0,199}', re.A)  # beside model.json, no path
 
@@ -163,6 +164,8 @@ def save(
         npz.save(part / PARAMS_FILE, params, infer.settings(config, params, preprocess))
         described['params'] = {'file': PARAMS_FILE, 'sha256': _sha256(part / PARAMS_FILE)}
         files.write_json(part / MODEL_FILE, described)
+        count = sum(leaf.size for leaf in npz.flatten(params).values())
+        files.write_text(part / CARD_FILE, model_card.render(folder.name, described, count))
 
 
 def load(

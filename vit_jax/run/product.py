@@ -15,6 +15,7 @@ from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.inference import model_folder
 from vit_jax.inference.task import Task
+from vit_jax.run import telemetry
 
 MODEL_FOLDER = 'model'
 BEST_MODEL_FOLDER = 'model_best'
@@ -63,7 +64,11 @@ class Product:
                 model_config=self.architecture,
                 class_names=self.class_names,
                 preprocess=self.preprocess,
-                source={**self.source, 'steps': step},
+                source={
+                    **self.source,
+                    'steps': step,
+                    'metrics': telemetry.read_evaluation(self.workdir, step),
+                },
                 task=self.task,
             )
         return folder

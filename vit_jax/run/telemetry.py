@@ -31,6 +31,7 @@ from vit_jax import files
 from vit_jax.errors import UserError, extra, printable_lines
 
 METRICS_FILE = 'metrics.jsonl'
+_EVALUATED = ('_test', '_val')  # how the names of metrics of an evaluation end
 TIMING_FILE = 'timing.jsonl'
 LOG_FILE = 'train.log'
 EVENTS_FILE = 'events.jsonl'
@@ -310,6 +311,20 @@ def read_metric(
         if up_to is None or step <= up_to:
             values[step] = value
     return values
+
+
+def read_evaluation(workdir: str | os.PathLike, step: int) -> dict[str, float]:
+    """What `metrics.jsonl` has of the evaluations after a step: finite values by their names.
+
+    Args:
+      workdir: folder of the run.
+      step: the number of updates done.
+    """
+    found = {}
+    for _, row in read_lines(pathlib.Path(workdir) / METRICS_FILE):
+        if row.get('step') == step:
+            found |= {name: value for name, value in row.items() if name.endswith(_EVALUATED)}
+    return {name: float(v) for name, v in found.items() if isinstance(v, int | float)}
 
 
 def read_lines(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
