@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 import logging
@@ -237,9 +238,11 @@ def _zeros(config, classes, size):
     return jax.tree.map(lambda x: np.broadcast_to(np.float32(1), x.shape), init['params'])
 
 
-def _pretend(monkeypatch, params):
-    """Any file holds `params`."""
-    weights = checkpoint.Weights('made_up.npz', 'Google .npz', params)
+def _pretend(monkeypatch, params, settings={}):  # noqa: B006
+    """Any file holds `params`, and says these settings."""
+    weights = checkpoint.Weights('made_up.npz', 'Google .npz', params, settings=settings)
+    if 'posembed_input' not in params.get('Transformer', {'posembed_input': 0}):
+        weights = dataclasses.replace(weights, image_size=64)  # nothing else tells it
     monkeypatch.setattr(formats, 'open_weights', lambda path, **kwargs: weights)
 
 
@@ -247,9 +250,10 @@ def _pretend(monkeypatch, params):
 def test_variant_is_inferred_from_shapes(name, monkeypatch):
     config = variants.get_config(name)
     size = 4 * variants.token_stride(config)[0]
-    _pretend(monkeypatch, _zeros(config, 11, size))
+    # Shapes tell neither rotary positions nor the activation.
+    told = {'rotary': config['rotary'].to_dict()} if 'rotary' in config else {}
+    _pretend(monkeypatch, _zeros(config, 11, size), told)
     opened = model_folder.open_model('made_up.npz')
-    # Shapes do not tell the activation.
     assert opened.model_config['model_name'] == name.replace('_quickgelu', '')
     assert opened.image_size == size
     assert len(opened.class_names) == 11
