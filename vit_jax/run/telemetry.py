@@ -320,7 +320,7 @@ def read_evaluation(workdir: str | os.PathLike, step: int) -> dict[str, float]:
       workdir: folder of the run.
       step: the number of updates done.
     """
-    found = {}
+    found: dict[str, Any] = {}
     for _, row in read_lines(pathlib.Path(workdir) / METRICS_FILE):
         if row.get('step') == step:
             found |= {name: value for name, value in row.items() if name.endswith(_EVALUATED)}
