@@ -334,6 +334,8 @@ def test_the_confusion_of_many_classes_has_the_worst_first(monkeypatch):
     figure.canvas.draw()
     box = figure._suptitle.get_window_extent()
     assert 0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+    # Where the picture is shrunk to a page of 1,100 px, its title can still be read.
+    assert figure._suptitle.get_fontsize() * 1100 / (72 * figure.get_figwidth()) > 9
 
 
 def test_captions_of_long_names_stay_apart(tmp_path):

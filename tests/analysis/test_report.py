@@ -34,7 +34,7 @@ from vit_jax.data.dataset import Selection
 from vit_jax.data.decode import decode
 from vit_jax.data.preprocess import Preprocess, normalize
 from vit_jax.errors import UserError
-from vit_jax.inference import model_folder
+from vit_jax.inference import metrics_report, model_folder
 
 SCRIPT = pathlib.Path(__file__).resolve().parents[2] / 'scripts' / 'report.py'
 CLASSES = ('$a_{b}$ & "c" \'d\'', '<img src=x onerror=alert(1)>', '{{ 7*7 }}', 'ünï\u3000code', '_')
@@ -337,8 +337,22 @@ def test_class_table_on_a_phone_names_every_number(page):
     """Below 40rem the table is stacked, and what was a column's head stands at each number."""
     labels = [value for tag, name, value in page.attributes if name == 'data-label']
     heads = ['Precision', 'Recall', 'F1', 'Images', 'Most often taken for']
-    assert labels == heads * len(CLASSES)
+    assert labels[: 5 * len(CLASSES)] == heads * len(CLASSES)
+    pairs = labels[5 * len(CLASSES) :]
+    assert pairs == ['Images', 'Share of the class'] * (len(pairs) // 2) and pairs
     assert 'content: attr(data-label)' in page.text.split('@media (max-width: 40rem)')[1]
+
+
+def test_many_classes_are_announced_above_their_table_and_drawn_large(
+    page, root, no_curves, monkeypatch
+):
+    monkeypatch.setattr(metrics_report, 'MAX_ROWS', 1)
+    monkeypatch.setattr(metrics_report, 'LARGE', len(CLASSES) - 1)
+    text = report.write(root / RUN, root / 'many.html').read_text(encoding='utf-8')
+    note = text.index(f'The 1 of {len(CLASSES)} classes with the lowest F1:')
+    assert text.index('id="run1-zoom"') < note < text.index('<table class="stack">')
+    assert 'class="drawing wide zoom many"' in text
+    assert 'class="drawing wide zoom"' in page.text, 'a small one is not blown up'
 
 
 def test_pictures_are_the_images(page, root):

@@ -188,6 +188,7 @@ def _examples(run: Run, number: int, images: int | None) -> dict[str, object]:
     reliability = classification_report.draw_reliability(found.metrics, title='Calibration')
     return parts | {
         'confusion': report_charts.to_svg(confusion, f'confusion{number}'),
+        'many': len(found.metrics.class_names) > classification_report.LARGE,
         'reliability': report_charts.to_svg(reliability, f'calibration{number}'),
         'classes': report_tables.classes(found.metrics),
         'confused': report_tables.confused(found.metrics),

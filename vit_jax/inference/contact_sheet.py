@@ -118,11 +118,11 @@ def new_figure(
     return Figure(figsize=(width, height), layout=layout)
 
 
-def set_title(figure: 'Figure', title: str) -> None:
-    """Writes a title above a figure, in as many lines as its width takes."""
-    characters = int(12 * figure.get_figwidth())  # of 10 points
+def set_title(figure: 'Figure', title: str, size: float = 10) -> None:
+    """Writes a title of so many points above a figure, in as many lines as its width takes."""
+    characters = int(120 * figure.get_figwidth() / size)
     lines = [line for text in title.split('\n') for line in textwrap.wrap(text, characters)]
-    figure.suptitle('\n'.join(lines), fontsize=10, parse_math=False)
+    figure.suptitle('\n'.join(lines), fontsize=size, parse_math=False)
 
 
 def save_figure(figure: 'Figure', path: str | os.PathLike[str], **options: Any) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MAX_CLASSES = 120  # of a confusion matrix that can be read
 MAX_ROWS = 30  # classes in the table
 MAX_PAIRS = 10  # of confused classes in the table
-_LARGE = 40  # classes; with more, the fields are smaller, and the worst come first
+LARGE = 40  # classes; with more, the fields are smaller, and the worst come first
 _NUMBERS_UP_TO = 20  # classes; with more, the counts would not fit into the fields
 
 
@@ -155,7 +155,7 @@ def draw_confusion(metrics: Metrics, *, title: str) -> 'Figure':
         counts = np.concatenate([counts, others], axis=1)
         columns.append('(other classes)')
     shares = counts / total
-    large = len(names) > _LARGE
+    large = len(names) > LARGE
     side = max(4.5, (0.2 if large else 0.42) * len(columns) + 2.5)
     figure = contact_sheet.new_figure(side + 1, side)
     axes = figure.subplots()
@@ -170,7 +170,8 @@ def draw_confusion(metrics: Metrics, *, title: str) -> 'Figure':
         axes.set_yticks(np.arange(len(names)) - 0.5, minor=True)
         axes.grid(True, which='minor', color='gainsboro', linewidth=0.3)
         axes.tick_params(which='minor', length=0)
-    contact_sheet.set_title(figure, f'{printable(title)}\n{note}')
+    # A large picture is often looked at whole, and then small.
+    contact_sheet.set_title(figure, f'{printable(title)}\n{note}', max(10, side))
     aspect, fraction = (50, 0.02) if large else (20, 0.15)
     figure.colorbar(
         picture, ax=axes, label='share of the true class', shrink=0.8, aspect=aspect,
@@ -253,7 +254,7 @@ def _choose(metrics: Metrics) -> tuple[np.ndarray, str]:
     """Labels to draw, in their order in the picture, and a line that says what they are."""
     classes = len(metrics.class_names)
     summary = f'accuracy {100 * metrics.accuracy:.2f} % of {metrics.count:,} images'
-    if classes <= _LARGE:
+    if classes <= LARGE:
         return np.arange(classes), summary
     right = metrics.confusion.diagonal()
     mistakes = metrics.confusion.sum(axis=0) + metrics.confusion.sum(axis=1) - 2 * right
