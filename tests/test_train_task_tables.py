@@ -32,9 +32,9 @@ def root(tmp_path_factory):
         image.save(root / f'{number}.png')
         rows.append((f'{number}.png', ';'.join(there), light / 10, f'p{number // 4}'))
     with open(root / 'labels.csv', 'w', newline='') as file:
-        csv.writer(file).writerows([('path', 'labels', 'light', 'patient'), *rows])
+        csv.writer(file).writerows([('path', 'labels', 'light [lux]', 'patient'), *rows])
     run(root, 'several', **{'pp.val': '25%', 'positive_weights': 'balanced'})
-    run(root, 'numbers', columns='target=light')
+    run(root, 'numbers', columns='target=light [lux]')
     return root
 
 
@@ -93,7 +93,7 @@ def test_evaluate_on_numbers(root, run_script, tmp_path):
     (found,) = json.loads((out / 'evaluation.json').read_text())['numbers']
     rows = list(csv.DictReader((tmp_path / 'out.csv').read_text().splitlines()))
     error = [float(row['light']) - float(row['light true']) for row in rows]
-    assert found['name'] == 'light'
+    assert found['name'] == 'light' and found['unit'] == 'lux'
     assert found['mean_absolute_error'] == pytest.approx(np.abs(error).mean(), rel=1e-5)
     assert (out / 'predicted.png').read_bytes()[:4] == b'\x89PNG'
     other = run_script('evaluate.py', '--model', root / 'several/model', '--dataset', 'digits')
@@ -117,6 +117,6 @@ def test_predict_shows_the_classes_above_the_threshold(root, run_script):
     assert out.splitlines()[0] == 'image,number,value,unit,error'
     value = float(out.splitlines()[1].split(',')[2])
     _, out, _ = predict('numbers')
-    assert out.splitlines()[1] == f'  light  {value:.6g}'
+    assert out.splitlines()[1] == f'  light  {value:.6g} lux'
     status, _, err = predict('numbers', '--top_k', 1)
     assert status == 1 and '--top_k and --threshold are of classes' in err

@@ -24,10 +24,11 @@ class Classifier:
         self.layout = metadata['layout']
         self.output = metadata['output']  # 'logits' or 'probabilities'
         self.multi_label = 'multi_label' in metadata  # classes do not exclude each other
+        self.numbers = json.loads(metadata.get('task', '{}')).get('kind') == 'numbers'
         self.takes_bytes = self.session.get_inputs()[0].type == 'tensor(uint8)'
 
     def __call__(self, paths):
-        """Probabilities, [images, classes], of image files; one batch, of any size."""
+        """Probabilities, [images, classes], or numbers, of image files; one batch, of any size."""
         # [images, height, width, 3], 0 to 255
         pixels = np.stack([read_image(path, self.preprocessing) for path in paths])
         if self.takes_bytes:
@@ -37,7 +38,7 @@ class Classifier:
         if self.layout == 'NCHW':
             pixels = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
         (scores,) = self.session.run([self.output], {'image': pixels})
-        if self.output == 'probabilities':
+        if self.output == 'probabilities' or self.numbers:
             return scores
         return 1 / (1 + np.exp(-scores)) if self.multi_label else softmax(scores)
 

@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from vit_jax.analysis import report, report_charts, report_tables, run_files
+from vit_jax.errors import UserError
 
 ACCURACY = (0.8, 0.9, 0.85, 0.7, 0.95)
 
@@ -69,3 +70,13 @@ def test_the_page_has_it(runs, tmp_path, monkeypatch):
     workdirs = [run.workdir for run in runs()]
     page = report.write(workdirs, tmp_path / 'folds.html', images=0).read_text()
     assert 'Cross-validation' in page and '84.00 %' in page
+
+
+def test_ten_folds_have_no_curves_but_a_page(runs, tmp_path):
+    ten = runs((1, 2, 3, 4, 5), number=10) + runs((1, 2, 3, 4, 5), number=10)
+    workdirs = [run.workdir for run in ten]
+    page = report.write(workdirs, tmp_path / 'folds.html', images=0).read_text()
+    assert 'Left out: 10 runs.' in page and 'Folds that are not here: 6, 7, 8, 9, 10.' in page
+    (workdirs[0] / 'config.json').write_text('{}')
+    with pytest.raises(UserError, match='10 runs have too many colours'):
+        report.write(workdirs, tmp_path / 'folds.html', images=0)

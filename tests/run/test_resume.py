@@ -39,6 +39,15 @@ def test_a_knob_that_is_newer_than_the_run_had_the_effect_of_its_default(saved):
         resume.check_config(saved, now)
 
 
+def test_the_loss_of_earlier_versions_is_what_is_now_told_by_the_labels(tmp_path):
+    saved = tmp_path / 'config.json'
+    saved.write_text(json.dumps({**CONFIG, 'loss': 'softmax'}))
+    assert resume.check_config(saved, {**CONFIG, 'loss': ''}) == []
+    assert resume.check_config(saved, {**CONFIG, 'loss': 'softmax'}) == []
+    with pytest.raises(UserError, match='loss: "softmax" -> "sigmoid"'):
+        resume.check_config(saved, {**CONFIG, 'loss': 'sigmoid'})
+
+
 def test_other_settings_may_not_and_all_are_named(saved):
     changed = {**CONFIG, 'batch': 32, 'pp': {'crop': 32, 'train': ''}, 'eval_every': 7, 'new': 1}
     with pytest.raises(UserError) as error:

@@ -36,7 +36,8 @@ def write(
     """Writes the report of a run, or of several beside each other.
 
     Args:
-      workdirs: of the runs, at most `report_charts.MAX_RUNS`; finished or not.
+      workdirs: of the runs, finished or not; at most `report_charts.MAX_RUNS`, or any number of
+        folds, whose curves are then left out.
       output: the file to write, replaced if it is there; of a single run `<workdir>/report.html` by
         default.
       images: how many test images of each run to predict at most; 0 for none, None for what
@@ -50,16 +51,16 @@ def write(
     """
     if isinstance(workdirs, str | os.PathLike):
         workdirs = [workdirs]
-    if len(workdirs) > report_charts.MAX_RUNS:
-        raise UserError(
-            f'{len(workdirs)} runs have too many colours to tell apart; give at most '
-            f'{report_charts.MAX_RUNS}'
-        )
     if output is None:
         if len(workdirs) != 1:
             raise UserError('a report of several runs needs a place: name a file with --output')
         output = pathlib.Path(workdirs[0]) / REPORT_FILE
     runs = run_files.read_all(workdirs)
+    if len(runs) > report_charts.MAX_RUNS and report_tables.folds(runs) is None:
+        raise UserError(
+            f'{len(runs)} runs have too many colours to tell apart; give at most '
+            f'{report_charts.MAX_RUNS}'
+        )
     files.write_text(output, render(runs, images=images))
     return pathlib.Path(output)
 
@@ -93,12 +94,14 @@ def render(runs: Sequence[Run], *, images: int | None = None) -> str:
       runs: of `run_files.read_all`; at least one.
       images: see `write`.
     """
+    many = len(runs) > report_charts.MAX_RUNS
     with report_charts.themed():
         return render_page(
             'report.html.j2',
             runs=[(run, _examples(run, number, images)) for number, run in enumerate(runs)],
             title=', '.join(run.name for run in runs),
-            charts=report_charts.curves(runs),
+            charts=[] if many else report_charts.curves(runs),
+            no_charts=f'Left out: {len(runs)} runs.' if many else 'No step has been logged yet.',
             summary=report_tables.summary(runs),
             folds=report_tables.folds(runs),
             differences=report_tables.differences(runs),

@@ -6,6 +6,7 @@ What differs between them is where an image is (`Images`). What a row says of it
 import dataclasses
 import hashlib
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -126,7 +127,11 @@ def make_dataset(
             f'{columns.labels[0]}); at least two are needed'
         )
     dtype = CLASS_INDEX if kind == ONE else np.dtype((np.float32, labels.shape[1:]))
-    units = ('',) * len(names) if kind == NUMBERS else ()
+    units: tuple[str, ...] = ()
+    if kind == NUMBERS:  # 'age [years]' has a unit
+        found = [re.fullmatch(r'(.*\S)\s*\[(.*)\]', name) for name in names]
+        units = tuple(match[2].strip() if match else '' for match in found)
+        names = tuple(m[1] if m else n for m, n in zip(found, names, strict=True))
     return Dataset(name, names, True, made, channels, dtype, units, kind == SEVERAL)
 
 

@@ -26,7 +26,7 @@ from vit_jax.export.expressible import (
     settings_of,
 )
 from vit_jax.inference import model_folder
-from vit_jax.inference.task import SEVERAL
+from vit_jax.inference.task import NUMBERS, SEVERAL
 
 TARGETS = ('npz', 'timm', 'huggingface', 'torchvision')
 # The page that says how to load a folder, and what differs.
@@ -222,6 +222,8 @@ def _warnings(to: str, model: model_folder.Model) -> list[str]:
         notes.append(f'LayerNorm epsilon is 1e-6 there, {settings["layer_norm_eps"]:g} here')
     if model.task.kind == SEVERAL and to != 'huggingface':
         notes.append('classes do not exclude each other: take the sigmoid of each logit')
+    if model.task.kind == NUMBERS and to != 'huggingface':
+        notes.append('the outputs are numbers in their units, not scores of classes')
     if to == 'torchvision':
         notes.append('input is [-1, 1]: mean and standard deviation 0.5, not those of ImageNet')
     elif not model.preprocess.antialias:
