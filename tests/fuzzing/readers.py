@@ -170,6 +170,8 @@ def _images(rng, corpus, case) -> Read:
         image = path.read_bytes()
         if opened:  # by somebody else, who has images of his own
             try:
+                if image[4:8] == b'ftyp':  # of which opening alone can take minutes
+                    image_files.check(image)
                 image = Image.open(io.BytesIO(image), formats=image_files.FORMATS)
             except Exception:  # Pillow's, and not our concern
                 return
@@ -324,6 +326,7 @@ def declared_pixels(data: bytes) -> int:
         if data[:2] == b'\xff\xd8':
             height, width, _, _ = simplejpeg.decode_jpeg_header(data)
         else:
+            image_files.check(data)
             width, height = Image.open(io.BytesIO(data), formats=image_files.FORMATS).size
     except Exception:  # nearly anything, of what is damaged
         return 0
