@@ -164,17 +164,16 @@ def _images(rng, corpus, case) -> Read:
         return mutate_images.damage_image(rng, source.suffix, data)
 
     path = _write(rng, source, case, special)
-    exif, opened = rng.random() < 0.5, rng.random() < 0.1
+    exif, image = rng.random() < 0.5, path.read_bytes()
+    if rng.random() < 0.1:  # by somebody else, who has images of his own
+        try:
+            if image[4:8] == b'ftyp':  # of which opening alone can take minutes
+                image_files.check(image)
+            image = Image.open(io.BytesIO(image), formats=image_files.FORMATS)
+        except Exception:  # Pillow's, and not our concern
+            return lambda: None
 
     def read():
-        image = path.read_bytes()
-        if opened:  # by somebody else, who has images of his own
-            try:
-                if image[4:8] == b'ftyp':  # of which opening alone can take minutes
-                    image_files.check(image)
-                image = Image.open(io.BytesIO(image), formats=image_files.FORMATS)
-            except Exception:  # Pillow's, and not our concern
-                return
         pixels = decode(image, key=str(path), exif=exif)
         assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
         out = CROP.train(pixels, np.random.default_rng(0))
