@@ -29,6 +29,7 @@ from vit_jax.data.batches import eval_batches
 from vit_jax.data.normalization import Normalization
 from vit_jax.data.preprocess import normalize
 from vit_jax.errors import UserError
+from vit_jax.export import expressible
 from vit_jax.inference import model_folder, predict
 from vit_jax.variants import in_words
 
@@ -301,6 +302,7 @@ def _references(
 
     They are told what our model was told: activation, epsilon and pooling.
     """
+    _check_pieces(model.model_config)
     classifier, size = model.model_config.get('classifier', ''), model.preprocess.size
     settings = {name: getattr(model.model, name) for name in ('act', 'layer_norm_eps')}
     pooler = {'representation_act': getattr(model.model, 'representation_act', 'tanh')}
@@ -331,6 +333,17 @@ def _references(
         )
         found.append((f'{timm_name} of timm {library.__version__}', make_timm))
     return found
+
+
+def _check_pieces(config: Mapping[str, Any]) -> None:
+    """Refuses what no implementation of weights alone has, and arrays may not tell."""
+    found = {} if variants.is_mixer(config) else expressible.pieces(config)
+    lacking = ('rotary', 'mlp_norm', 'attention_norm', 'qkv_bias', 'add_position_embedding')
+    if words := [found[name] for name in lacking if name in found]:
+        raise UserError(
+            f'nothing in PyTorch here has {", ".join(words)}, of weights alone: write them for '
+            'timm or Hugging Face (vit_jax convert MODEL FOLDER --to timm), and check that folder'
+        )
 
 
 def _of_folder(

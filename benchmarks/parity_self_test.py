@@ -35,7 +35,8 @@ _TIMM = {
     'fc_norm': False,
 }  # fmt: skip
 # What is stated -> (file, the setting, the common value, whose folder it is): a ViT with a head of
-# transformers, its base model, whose features are pooled with a layer of their own, or timm's.
+# transformers, its base model, whose features are pooled with a layer of their own, its DINOv3, or
+# timm's ViT.
 _CASES: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any], str]] = {
     'relu': ('config', {'hidden_act': 'relu'}, {'hidden_act': 'gelu_pytorch_tanh'}, 'head'),
     'erf GELU': ('config', {'hidden_act': 'gelu'}, {'hidden_act': 'gelu_pytorch_tanh'}, 'head'),
@@ -43,6 +44,7 @@ _CASES: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any], str]] = {
     '12 heads': ('config', {'num_attention_heads': 12}, {'num_attention_heads': 6}, 'head'),
     'pooling': ('config', {'pooler_act': 'relu'}, {'pooler_act': 'tanh'}, 'base'),
     'not square': ('config', {'image_size': [32, 48]}, {'image_size': [48, 32]}, 'head'),
+    'rotary': ('config', {'rope_theta': 30.0}, {'rope_theta': 100.0}, 'dinov3'),
     'normalisation': (
         'preprocessor_config',
         {'image_mean': [0.4, 0.5, 0.6], 'image_std': [0.2, 0.2, 0.3]},
@@ -104,8 +106,14 @@ def _write(folder: pathlib.Path, kind: str, settings: Mapping[str, Any]) -> None
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    config = transformers.ViTConfig(**{**_CONFIG, **settings}, num_labels=5)
-    classes = {'base': transformers.ViTModel, 'head': transformers.ViTForImageClassification}
+    classes = {
+        'base': transformers.ViTModel,
+        'head': transformers.ViTForImageClassification,
+        'dinov3': transformers.DINOv3ViTModel,
+    }
+    stated = {**_CONFIG, **settings}
+    stated |= {'num_register_tokens': 2} if kind == 'dinov3' else {'num_labels': 5}
+    config = classes[kind].config_class(**stated)
     _made_up(classes[kind](config)).save_pretrained(folder)
     files.write_json(
         folder / 'preprocessor_config.json',

@@ -180,6 +180,15 @@ def test_references_that_cannot_be_had(check):
         check(FIXTURES / 'vit_token.checkpoint.npz', reference='timm')
 
 
+def test_rotary_positions_that_no_reference_has_are_refused(check, tmp_path):
+    """The arrays are those of a plain ViT."""
+    params = npz.open_file(FIXTURES / 'vit_token.checkpoint.npz').read()
+    rotary = {'rotary': {'form': 'axial', 'theta': 100.0}}
+    npz.save(tmp_path / 'a.npz', params, rotary)
+    with pytest.raises(UserError, match='has rotary positions, of weights alone'):
+        check(tmp_path / 'a.npz')
+
+
 def test_real_weights(check, shared_dir):
     pytest.importorskip('transformers')
     result = check(shared_dir / 'weights' / 'deit_ti16_imagenet1k.npz', limit=1)
@@ -216,7 +225,7 @@ def test_what_a_folder_does_not_tell_of_its_input_is_the_same_on_both_sides(chec
 @pytest.mark.parametrize(
     'cases',
     [
-        ('12 heads', 'not square'),
+        ('12 heads', 'not square', 'rotary'),
         pytest.param(
             ('relu', 'erf GELU', 'epsilon 1e-2', 'pooling', 'normalisation', 'scale of pixels'),
             marks=pytest.mark.slow,

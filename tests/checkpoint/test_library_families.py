@@ -220,6 +220,34 @@ def test_positions_are_resized_to_the_pixels_of_the_folder_as_the_class_does(nam
         model_folder.load(tmp_path / 'hf')
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('width', 'heads', 'layers', 'hidden'),
+    [(384, 6, 12, 1536), (1280, 20, 2, 5120), (512, 4, 40, 1024)],
+    ids=['ViT-S', 'two layers of ViT-H+', 'ViT-7B, an eighth as wide'],
+)
+def test_dinov3_in_its_true_depth_or_width(width, heads, layers, hidden, transformers, tmp_path):
+    gated = layers != 12
+    config = transformers.DINOv3ViTConfig(
+        hidden_size=width,
+        num_attention_heads=heads,
+        num_hidden_layers=layers,
+        intermediate_size=hidden,
+        num_register_tokens=4,
+        use_gated_mlp=gated,
+        hidden_act='silu' if gated else 'gelu',
+        image_size=(48, 64),
+    )
+    theirs = randomise(transformers.DINOv3ViTModel(config))
+    theirs.save_pretrained(tmp_path)
+    size = dict(size=dict(height=48, width=64))
+    (tmp_path / 'preprocessor_config.json').write_text(json.dumps(HALF | size))
+    model = model_folder.load(tmp_path)
+    x = images(model)
+    tolerance = 1e-5 if layers == 2 else 1e-4
+    assert distance(compute(model, x), outputs_of(theirs, x)) < tolerance
+
+
 def test_the_encoder_of_mae(transformers, tmp_path):
     """Of the whole model for pre-training, decoder and all; written back as a plain ViT."""
     import torch

@@ -108,6 +108,19 @@ def test_outputs_are_those_of_timm(name, case):
         assert distance(found, expected) < tolerance
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['eva02_small_patch14_224', 'vit_small_plus_patch16_dinov3_qkvb'])
+def test_at_full_depth(name, timm, tmp_path):
+    patch = 14 if 'patch14' in name else 16
+    arguments = dict(img_size=(3 * patch, 4 * patch), num_classes=5, dynamic_img_size=False)
+    theirs = randomise(timm.create_model(name, **arguments))
+    write(tmp_path, name, arguments, theirs.state_dict())
+    model = model_folder.load(tmp_path)
+    assert model.model_config['transformer']['num_layers'] == 12
+    x = images(model)
+    assert distance(compute(model, x), outputs_of(theirs, x, 'float32')) < 1e-4
+
+
 @each
 def test_timm_reads_what_is_written(name, case, timm, tmp_path):
     _, _, model = case(name)
