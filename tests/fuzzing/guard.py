@@ -177,7 +177,9 @@ def _audit(event: str, arguments: tuple) -> None:
         writing = bool((flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
         _look(path, f'open {mode}', writing)
     elif event in _CHANGES and isinstance(arguments[0], str | bytes | os.PathLike):
-        _look(arguments[0], event, True)
+        folder = -1 if event == 'os.truncate' else arguments[-1]  # a descriptor, or none
+        above = os.readlink(f'/proc/self/fd/{folder}') if folder >= 0 else ''
+        _look(os.path.join(above, os.fsdecode(arguments[0])), event, True)
     elif event in _MOVES:
         _look(arguments[1], event, True)
 

@@ -152,14 +152,14 @@ def _damage_parquet(rng: random.Random, data: bytes) -> bytes:
             lambda: pyarrow.array([b'\xff\xfe'] * table.num_rows),
             lambda: pyarrow.array([0.5] * table.num_rows),
         )
-    )()
+    )
     out = io.BytesIO()
     try:
-        table = table.set_column(place, table.column_names[place], new)
+        table = table.set_column(place, table.column_names[place], new())
         metadata = {'huggingface': _metadata(rng)} if rng.random() < 0.5 else None
         compression = rng.choice(('none', 'zstd', 'snappy'))
         parquet.write_table(table.replace_schema_metadata(metadata), out, compression=compression)
-    except (pyarrow.ArrowException, UnicodeError):  # what Parquet cannot hold
+    except (pyarrow.ArrowException, UnicodeError):  # what Arrow or Parquet cannot hold
         return mutate.damage(rng, data)
     return out.getvalue()
 

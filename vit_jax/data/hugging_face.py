@@ -101,12 +101,18 @@ def _read_schema(
         kind = schema.field(chosen.image).type
     if pyarrow.types.is_struct(kind) and kind.get_field_index('bytes') >= 0:
         kind = kind.field('bytes').type
-    if not any(getattr(pyarrow.types, f'is_{of}')(kind) for of in _BINARY):
+    if not _is_binary(kind):
         raise UserError(
             f'{name}: the column {chosen.image} holds {kind}, and no images; paths of files are '
             'read from one table (.csv, .jsonl, .parquet)'
         )
     return chosen, kind, _class_names(features.get(chosen.labels[0]))
+
+
+def _is_binary(kind: 'pyarrow.DataType') -> bool:
+    import pyarrow
+
+    return any(getattr(pyarrow.types, f'is_{of}')(kind) for of in _BINARY)
 
 
 def _features(schema: 'pyarrow.Schema', shard: Shard) -> dict[str, dict[str, Any]]:
@@ -245,8 +251,10 @@ def _bytes_of(array: 'pyarrow.Array') -> 'pyarrow.Array':
     import pyarrow
 
     array = getattr(array, 'storage', array)
-    if pyarrow.types.is_struct(array.type):
+    if pyarrow.types.is_struct(array.type) and array.type.get_field_index('bytes') >= 0:
         array = array.flatten()[array.type.get_field_index('bytes')]
+    if not _is_binary(array.type):
+        raise ValueError(f'its images are {array.type}, and no bytes')
     return array
 
 
