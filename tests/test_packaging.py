@@ -200,6 +200,7 @@ Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save('photo.jpg')
 ((_, probabilities),) = predict(model_folder.load(sys.argv[1]), ['photo.jpg'])
 ask('digits', lambda: sources.open_dataset('digits'))
 ask('tfds', lambda: sources.open_dataset('tf_flowers'))
+ask('parquet', lambda: sources.open_dataset('labels.parquet'))
 ask('onnx', lambda: classifier.open_classifier('photo.onnx'))
 ask('picture', lambda: contact_sheet.save('x.png', [('photo.jpg', probabilities)], 'ab', title=''))
 total = float(probabilities.sum())
@@ -211,8 +212,9 @@ def test_without_extras_everything_imports_and_photos_are_predicted(tmp_path, ti
     """And vit_jax.models is small: what it adds to jax, flax and optax is ml_collections."""
     tiny_model(['a', 'b'], folder=tmp_path / 'model')
     (tmp_path / 'photo.onnx').touch()
+    (tmp_path / 'labels.parquet').touch()
     absent = ['grain', 'matplotlib', 'onnx', 'onnxruntime', 'sklearn', 'tensorboard']
-    absent += ['tensorflow', 'tensorflow_datasets']
+    absent += ['pyarrow', 'tensorflow', 'tensorflow_datasets']
     done = subprocess.run(
         [sys.executable, '-c', CORE, tmp_path / 'model', *absent],
         cwd=tmp_path,
@@ -231,6 +233,7 @@ def test_without_extras_everything_imports_and_photos_are_predicted(tmp_path, ti
         **{f'vit_jax.export.{name}': 'export' for name in graphs},
         'digits': 'train',
         'tfds': 'train',
+        'parquet': 'parquet',
         'onnx': 'export',
         'picture': 'report',
     }

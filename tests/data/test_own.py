@@ -211,6 +211,11 @@ def test_any_source_becomes_a_selection():
     assert source.label_dtype == np.dtype((np.float32, (3,))) and source.channels == 3
     assert np.array_equal(first_batch(source)['label'], first_batch(Plain())['label'])
     assert own.as_selection(source, 'x') is source
+    assert 'weight' not in first_batch(source)
+    weighted = type('Weighted', (Plain,), {'weights': lambda self: np.arange(len(self))})()
+    batch = first_batch(own.as_selection(weighted, 'sources[0]'))
+    np.testing.assert_allclose(batch['weight'], batch['example'] / np.arange(len(Plain())).mean())
+    assert own.as_selection(weighted, 'x').fingerprint() != source.fingerprint()
     with pytest.raises(UserError, match=r'sources\[1\]: list is no source.*class_names, exif'):
         own.as_selection([1, 2], 'sources[1]')
 

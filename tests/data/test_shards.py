@@ -109,6 +109,20 @@ def test_batches_are_a_function_of_seed_and_step(made):
     assert all(np.array_equal(alone[2][key], later[0][key]) for key in alone[2])
 
 
+def test_batches_are_the_same_from_every_kind_of_file(tmp_path):
+    """And from a table, which has the same rows."""
+    made, lines = rows(30), 'path,label\n'
+    for image, label, name in made:
+        (tmp_path / f'{name}.jpg').write_bytes(image)
+        lines += f'{name}.jpg,{label}\n'
+    (tmp_path / 'labels.csv').write_text(lines)
+    expected = batches(tmp_path / 'labels.csv')
+    for kind in KINDS:
+        write(kind, tmp_path / f'all.{kind}', made)
+        for a, b in zip(expected, batches(tmp_path / f'all.{kind}'), strict=True):
+            assert all(np.array_equal(a[key], b[key]) for key in a)
+
+
 def test_the_index_is_made_once_and_anew_when_files_change(made, cache, monkeypatch):
     root, all_rows = made
     first, _ = sources.open_sources(str(root))
@@ -271,6 +285,14 @@ def test_parquet_without_names_of_classes_and_with_images_as_bytes(tmp_path):
     with pytest.raises(UserError, match='holds int64, and no images'):
         parquet.write_table(pyarrow.table({'image': [1], 'label': [0]}), tmp_path / 'c.parquet')
         sources.open_dataset(str(tmp_path / 'c.parquet'))
+
+
+def test_images_of_another_type_in_a_later_file(tmp_path):
+    write('parquet', tmp_path / 'train-0.parquet', rows(6))
+    table = pyarrow.table({'image': [[1], [2]], 'label': [0, 1]})
+    parquet.write_table(table, tmp_path / 'train-1.parquet')
+    with pytest.raises(UserError, match='train-1.parquet cannot be read: its images are list'):
+        sources.open_dataset(str(tmp_path))
 
 
 def test_several_datasets_in_a_folder(tmp_path):

@@ -274,8 +274,16 @@ class _OfSource:
     def read(self, index: int) -> Example:
         return self.source[index]
 
+    @property
+    def weights(self) -> np.ndarray | None:
+        """Those that the source tells, float32 [N]."""
+        told = getattr(self.source, 'weights', None)
+        return _check_weights(told(), self, type(self.source).__name__) if callable(told) else None
+
     def identity(self) -> tuple[str, ...]:
-        return str(len(self)), str(label_dtype_of(self.source)), str(channels_of(self.source))
+        told = str(len(self)), str(label_dtype_of(self.source)), str(channels_of(self.source))
+        weights = self.weights
+        return told if weights is None else (*told, hashlib.sha256(weights.tobytes()).hexdigest())
 
 
 def _whole(dataset: Dataset) -> Selection:

@@ -207,6 +207,8 @@ def open_dataset(
         path = files.expand(dataset)
     if not path.exists() and path.suffix.lower() in table_files.SUFFIXES:
         raise UserError(f'there is no table {dataset} (seen from {pathlib.Path.cwd()})')
+    if image_root and remote.is_remote(image_root, 'config.image_root'):
+        image_root = os.fspath(remote.local_copy(image_root, _log.warning))
     options = {'channels': channels, 'max_unreadable': max_unreadable}
     opened = _open_rows(path, dataset, columns, image_root, options)
     if opened:
