@@ -1,6 +1,7 @@
 """Data and weights in cloud storage, by copies on this machine."""
 
 import os
+import types
 
 import fake_bucket
 import fsspec
@@ -12,6 +13,7 @@ from PIL import Image
 
 from vit_jax import config as config_lib
 from vit_jax import files, models
+from vit_jax.analysis import report_examples
 from vit_jax.checkpoint import catalog
 from vit_jax.configs import digits
 from vit_jax.data import remote, sources
@@ -72,9 +74,11 @@ def test_a_folder_of_photos_is_copied_and_brought_up_to_date(storage, scheme, tm
     assert not list(copy.rglob('.*.part'))
 
 
-def test_a_copy_that_was_broken_off_goes_on(storage, monkeypatch):
+def test_a_copy_that_was_broken_off_goes_on(storage, monkeypatch, tmp_path):
     for number in range(40):
         photo(storage / f'bucket/photos/{"ab"[number % 2]}/{number}.png', number)
+
+    monkeypatch.setattr(remote, '_AT_LEAST', 10)
 
     def fail(operation, name):
         if operation == 'get' and name.endswith('/39.png'):
@@ -84,7 +88,12 @@ def test_a_copy_that_was_broken_off_goes_on(storage, monkeypatch):
     with pytest.raises(UserError, match='cannot read gs://bucket/photos/b/39.png: TimeoutError'):
         sources.open_dataset('gs://bucket/photos')
     monkeypatch.setattr(fake_bucket.Bucket, 'fail', staticmethod(lambda operation, name: None))
+    fake_bucket.Bucket.log.clear()
     assert len(sources.open_dataset('gs://bucket/photos').select('train')) == 40
+    assert 'b/39.png' in (again := read()) and len(again) <= 10
+    next((tmp_path / 'cache/copies').glob('*/copied.json')).write_text('[')
+    assert len(sources.open_dataset('gs://bucket/photos').select('train')) == 40
+    assert len(read()) == 40, 'a damaged record is none'
 
 
 def test_names_that_leave_the_copy_are_refused(storage, monkeypatch, tmp_path):
@@ -97,6 +106,33 @@ def test_names_that_leave_the_copy_are_refused(storage, monkeypatch, tmp_path):
     monkeypatch.setattr(fake_bucket.Bucket, 'find', with_dots)
     with pytest.raises(UserError, match="the name 'a/../../x' is not one of a file"):
         sources.open_dataset('gs://bucket/photos')
+
+
+@pytest.mark.parametrize('last', ['..', '.', '', 'a\0b', 'x' * 300, '~', '\udcff'])
+def test_a_copy_stays_in_its_place(storage, tmp_path, last):
+    place = remote._place(f'gs://bucket/{last}')
+    assert place.parent.parent == tmp_path / 'cache/copies' and place.name not in ('.', '..')
+    assert remote.existing_copy(f'gs://bucket/{last}') is None
+
+
+def test_a_report_reads_a_copy_and_never_the_storage(storage, tmp_path):
+    for name in ('cat/1.png', 'cat/2.png', 'dog/1.png', 'dog/2.png'):
+        photo(storage / 'bucket/photos' / name)
+    train, test = sources.open_sources('gs://bucket/photos')
+    told = {
+        'train': {'split': train.spec, 'fingerprint': train.fingerprint()},
+        'test': {'split': test.spec, 'fingerprint': test.fingerprint()},
+    }
+    config = {'dataset': 'gs://bucket/photos', 'tfds_data_dir': ''}
+    run = types.SimpleNamespace(config=config, data=told)
+    fake_bucket.Bucket.log.clear()
+    assert len(report_examples.open_data(run)[1]) == 2
+    assert fake_bucket.Bucket.log == []
+    for name in ('gs://bucket/other', 'gs://bucket/..', 's3://bucket/photos'):
+        run.config['dataset'] = name
+        with pytest.raises(UserError, match='there is no copy on this machine'):
+            report_examples.open_data(run)
+    assert fake_bucket.Bucket.log == []
 
 
 def test_nothing_there(storage):

@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import io
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 from vit_jax import files
 from vit_jax.analysis import attention, counts
 from vit_jax.analysis.run_files import Run
-from vit_jax.data import sources
+from vit_jax.data import remote, sources
 from vit_jax.data.dataset import Example, Selection, Source, channels_of, label_dtype_of
 from vit_jax.data.decode import decode, load_image
 from vit_jax.data.holdout import coverage_notes
@@ -118,13 +119,29 @@ def open_data(run: Run) -> tuple[Selection, Selection]:
         raise UserError(f'config.json or data.json is damaged ({error!r})') from error
     if not dataset:
         raise UserError('the run was given its data by a program, not by name')
-    if dataset != 'digits' and not files.expand(dataset).exists():
+    place = _place(dataset)
+    if dataset != 'digits' and not place.exists():
         _check_prepared(dataset, data_dir)
-    opened = sources.open_dataset(dataset, tfds_data_dir=data_dir, channels=channels, **told)
+    name = str(place) if remote.scheme_of(dataset) else dataset
+    opened = sources.open_dataset(name, tfds_data_dir=data_dir, channels=channels, **told)
     train, test = (opened.select(spec) for spec in specs)
     if [train.fingerprint(), test.fingerprint()] != before:
         raise UserError(f'the dataset {dataset} is another than when the run began')
     return train, test
+
+
+def _place(dataset: str) -> pathlib.Path:
+    """Where a folder or table is, if the dataset is one; of one in cloud storage, the copy.
+
+    Raises:
+      UserError: there is no copy.
+    """
+    if not remote.is_remote(dataset, 'the dataset'):
+        return files.expand(dataset)
+    copy = remote.existing_copy(dataset)
+    if copy is None:
+        raise UserError(f'of {dataset} there is no copy on this machine')
+    return copy
 
 
 def class_balance(
@@ -191,7 +208,7 @@ def predict(run: Run, test: Selection, limit: int | None = None) -> Predictions:
     except UserError as error:
         note = str(error)
     # The ends of the paths tell images of a folder, or beside a table, from each other.
-    root = files.expand(run.config['dataset'])
+    root = _place(run.config['dataset'])
     folder = f'{root.absolute().parent if root.is_file() else root}/'
 
     def picture(place: int, row: int) -> Picture:

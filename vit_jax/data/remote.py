@@ -27,6 +27,8 @@ SCHEMES = ('gs', 's3')
 _PACKAGES = {'gs': 'gcsfs', 's3': 's3fs'}
 _REQUESTS = 16  # at once
 _SPARE = 1 << 28  # bytes of a disk that a copy leaves free
+_AT_LEAST = 1000  # files between two records of what has been read
+_RECORD = 'copied.json'
 
 
 def scheme_of(path: str | os.PathLike[str]) -> str:
@@ -240,13 +242,13 @@ def local_copy(address: str, say: Callable[[str], None]) -> pathlib.Path:
     entries = folder.entries()
     if not entries:
         raise UserError(f'there is nothing at {address}, or it cannot be seen with this account')
-    base = cache_folder() / 'copies' / name_of(folder.address)
+    copy = _place(folder.address)
+    base = copy.parent
     base.mkdir(parents=True, exist_ok=True)
-    copy = base / folder.address.rsplit('/', 1)[-1]
-    record = base / 'copied.json'
+    record = base / _RECORD
     with filelock.FileLock(base / '.lock', fallback_to_soft=False):
         known: dict[str, Any] = {}
-        if record.is_file():
+        with contextlib.suppress(UserError):  # none yet, or damaged
             known = files.read_json(record, max_bytes=1 << 31)
         wanted = {name: [entry.size, entry.version] for name, entry in entries.items()}
         missing = [
@@ -259,11 +261,28 @@ def local_copy(address: str, say: Callable[[str], None]) -> pathlib.Path:
         check_room(base, size, address)
         if missing:
             say(f'reading {len(missing):,} files, {size / 2**20:,.1f} MiB, of {address} to {copy}')
-            record.unlink(missing_ok=True)
-            folder.download(missing, copy)
-        if known != wanted:
-            files.write_text(record, json.dumps(wanted))
+        done = {name: wanted[name] for name in wanted.keys() - set(missing)}
+        if done != known:
+            files.write_text(record, json.dumps(done))
+        at_once = max(_AT_LEAST, len(missing) // 20)
+        for first in range(0, len(missing), at_once):
+            some = missing[first : first + at_once]
+            folder.download(some, copy)
+            done |= {name: wanted[name] for name in some}
+            files.write_text(record, json.dumps(done))
     return copy
+
+
+def existing_copy(address: str) -> pathlib.Path | None:
+    """What `local_copy` gave another time, as it is; None if there is none. Nothing is read."""
+    copy = _place(address.rstrip('/'))
+    return copy if copy.exists() and (copy.parent / _RECORD).is_file() else None
+
+
+def _place(address: str) -> pathlib.Path:
+    """Where the copy of what is at an address goes."""
+    last = re.sub(r'[^\w.-]', '_', address.rsplit('/', 1)[-1])[-60:]  # the suffix tells the kind
+    return cache_folder() / 'copies' / name_of(address) / ('_' if last in ('', '.', '..') else last)
 
 
 def check_room(folder: pathlib.Path, size: int, what: str) -> None:
