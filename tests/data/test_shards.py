@@ -230,6 +230,24 @@ def test_cut_and_damaged_files_are_named(made, share):
         sources.open_sources(str(root))
 
 
+def test_joined_tars_are_refused(tmp_path):
+    write('tar', tmp_path / 'a.tar', rows(4))
+    (tmp_path / 'a.tar').write_bytes(2 * (tmp_path / 'a.tar').read_bytes())
+    with pytest.raises(UserError, match='a.tar goes on after its end'):
+        sources.open_dataset(str(tmp_path))
+
+
+def test_files_of_an_example_that_are_apart(tmp_path):
+    write('tar', tmp_path / 'a.tar', rows(4))
+    with tarfile.open(tmp_path / 'a.tar') as whole, tarfile.open(tmp_path / 'b.tar', 'w') as new:
+        for member in sorted(
+            whole, key=lambda member: member.name.rpartition('.')[2], reverse=True
+        ):
+            new.addfile(member, whole.extractfile(member))
+    with pytest.raises(UserError, match='b.tar: no label stands beside photo_000.jpg.*--sort=name'):
+        sources.open_dataset(str(tmp_path / 'b.tar'))
+
+
 def test_a_compressed_tar_is_refused(tmp_path):
     write('tar', tmp_path / 'a.tar', rows(4))
     (tmp_path / 'a.tar').rename(tmp_path / 'a.tar.gz')

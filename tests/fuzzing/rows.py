@@ -206,7 +206,8 @@ def _damage_tar(rng: random.Random, data: bytes) -> bytes:
     try:
         with tarfile.open(fileobj=io.BytesIO(data)) as archive:
             members = [(m, archive.extractfile(m).read()) for m in archive if m.isreg()]
-    except (tarfile.TarError, OSError, AttributeError):  # damaged before
+    except (tarfile.TarError, OSError, AttributeError, ValueError, OverflowError, MemoryError):
+        # damaged before
         return mutate.damage(rng, data)
     for _ in range(rng.choice((1, 2, 5))):
         if not members:

@@ -201,7 +201,7 @@ class _Files:
         return os.path.normpath(os.path.join(self.root, self.names[row]))
 
     def identity(self, row: int) -> str:
-        return os.path.relpath(self.path(row), self.root)
+        return self.path(row).removeprefix(self.root.rstrip('/') + '/')
 
     def faults(self) -> Mapping[int, str]:
         """One look into each folder, instead of one at each file."""

@@ -25,6 +25,7 @@ from vit_jax.errors import UserError
 # The most that is read of a file beside an image, bytes.
 _MAX_BYTES = {'cls': 1 << 10, 'txt': 1 << 16, 'json': 1 << 20}
 _BLOCK = 512
+_AFTER = 1 << 20  # bytes after the end that are looked at; zeros, if it is the end
 
 
 class _Example(NamedTuple):
@@ -79,6 +80,11 @@ def _columns_of(shards: list[Shard], columns: str, name: str) -> Columns:
     """Which column is what, as the first example tells."""
     for shard in shards:
         for example in _examples(shard):
+            if not example.values:
+                raise UserError(
+                    f'{shard.path}: no label stands beside {example.name}. The files of an example '
+                    'follow each other, as `tar --sort=name -cf` packs them'
+                )
             return choose_columns(columns, ('image', *example.values), name, 'image')
     raise UserError(f'{name} holds no images')
 
@@ -119,12 +125,16 @@ def _members(shard: Shard, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
                 if member.isreg() and not os.path.basename(member.name).startswith('.'):
                     yield member
             end = archive.offset
-        mark = os.pread(file.fileno(), _BLOCK, end)
+        rest = os.pread(file.fileno(), _AFTER, end)
     except UserError:
         raise
     except (tarfile.TarError, OSError, ValueError, RecursionError, OverflowError) as error:
         raise UserError(f'{shard.path} is damaged: {error or type(error).__name__}') from error
-    if mark != bytes(_BLOCK):
+    if len(rest) >= _BLOCK and not any(rest[:_BLOCK]) and any(rest):
+        raise UserError(
+            f'{shard.path} goes on after its end at byte {end:,}: are several joined in it?'
+        )
+    if rest[:_BLOCK] != bytes(_BLOCK):
         raise UserError(
             f'{shard.path} is damaged or cut at byte {end:,}: the mark of its end is missing'
         )
@@ -139,7 +149,7 @@ def _example(name: str, parts: dict[str, tarfile.TarInfo], file: BinaryIO) -> It
         if image is None and image_files.is_image_name(f'x.{kind}'):
             image = member
         elif kind in _MAX_BYTES:
-            if member.size > _MAX_BYTES[kind]:
+            if not 0 <= member.size <= _MAX_BYTES[kind]:
                 fault = f'its .{suffix} has {member.size:,} bytes'
                 continue
             text = os.pread(file.fileno(), member.size, member.offset_data)
