@@ -92,6 +92,7 @@ def make(root: pathlib.Path) -> None:
     model = model_folder.load(root / 'models' / 'model')
     for to in ('timm', 'huggingface', 'torchvision'):
         export.write(root / 'folders' / to, model, to=to)
+    _make_rotary(root)
     files = root / 'safetensors'
     files.mkdir()
     for folder in (root / 'folders').iterdir():
@@ -115,6 +116,32 @@ def make(root: pathlib.Path) -> None:
     )
     for name in ('B_16', 'Ti_16'):
         shutil.copy(root / 'npz/vit.npz', root / 'index' / f'{name}-i21k-300ep-lr_0.001.npz')
+
+
+def _make_rotary(root: pathlib.Path) -> None:
+    """A DINOv3 of one block: model folder, `.npz` with settings, folders of timm, Hugging Face."""
+    tree = params()
+    encoder, block = tree['Transformer'], tree['Transformer']['encoderblock_0']
+    del encoder['posembed_input'], encoder['encoderblock_1'], tree['head']
+    del block['MultiHeadDotProductAttention_0']['key']['bias']
+    block |= {f'LayerScale_{i}': {'scale': np.ones(WIDTH, np.float32)} for i in range(2)}
+    tree['registers'] = np.zeros((1, 2, WIDTH), np.float32)
+    shape = {'num_layers': 1, 'layer_scale': True, 'add_position_embedding': False}
+    config = CONFIG | {
+        'transformer': CONFIG['transformer'] | shape | {'qkv_bias': 'qv'},
+        'registers': 2,
+        'act': 'gelu',
+        'rotary': {'form': 'dinov3', 'theta': 100.0},
+    }
+    folder = root / 'models' / 'rotary'
+    preprocess = Preprocess(crop=SIZE)
+    model_folder.save(
+        folder, tree, model_config=config, class_names=(), preprocess=preprocess, source={}
+    )
+    model = model_folder.load(folder)
+    for to in ('timm', 'huggingface'):
+        export.write(root / 'folders' / f'rotary_{to}', model, to=to)
+    export.write(root / 'npz' / 'rotary.npz', model, to='npz')
 
 
 def _make_npz(folder: pathlib.Path, tree: dict) -> None:
