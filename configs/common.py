@@ -229,6 +229,10 @@ def get_defaults() -> ml_collections.ConfigDict:
     # With validation images, predict the test images once, at the end. Off: not at all, as in the
     # trials of a sweep, which are chosen among on validation images.
     config.test_at_end = True
+    # Write a trace of these steps, '20:30' for 20 to 30, for xprof and TensorBoard. Empty: none.
+    config.profile = ''
+    # Show the run elsewhere, beside TensorBoard: 'mlflow' or 'wandb'. Empty: nowhere.
+    config.tracker = ''
     # Write report.html when the run is finished (`vit_jax report WORKDIR` does it at any time).
     config.report = True
     # When loss or gradient is not finite: 'stop', or 'skip' the update and count it.

@@ -26,9 +26,11 @@ from vit_jax.errors import UserError
 from vit_jax.models.attention import ATTENTION_IMPLEMENTATIONS
 from vit_jax.models.layers import REMAT_POLICIES
 from vit_jax.models.resnet import GROUPS
+from vit_jax.run import trackers
 
 DURATIONS = ('total_steps', 'epochs', 'total_examples')
 MAX_CHANNELS = 1024  # of images
+MAX_PROFILED = 100  # steps of a trace
 WEIGHT_KEYS = ('pretrained', 'model_or_filename', 'pretrained_dir')  # strongest first
 _CHOICES = {
     'decay_type': ('cosine', 'linear', 'rsqrt', 'constant'),
@@ -39,6 +41,7 @@ _CHOICES = {
     'patch_resize': PATCH_METHODS,
     'remat': ('', *REMAT_POLICIES),
     'nan_policy': ('stop', 'skip'),
+    'tracker': ('', *trackers.NAMES),
     'loss': ('', 'softmax', 'sigmoid', 'mse', 'huber'),
     'augreg': ('', *AUGREG),
     'distillation': ('', 'hard', 'soft', 'patient'),
@@ -186,6 +189,22 @@ def preprocess_of(config: ml_collections.ConfigDict) -> Preprocess:
         interpolation=config.pp.interpolation,
         antialias=config.pp.antialias,
     )
+
+
+def profiled(steps: str) -> tuple[int, int]:
+    """The first and the last step that `config.profile` names.
+
+    Raises:
+      UserError: it names none, or too many for a trace that can be looked at.
+    """
+    found = re.fullmatch(r'(\d{1,9}):(\d{1,9})', steps)
+    first, last = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= first <= last < first + MAX_PROFILED:
+        raise UserError(
+            f'config.profile={steps!r} is no range of steps: write 20:30 for steps 20 to 30, at '
+            f'most {MAX_PROFILED}'
+        )
+    return first, last
 
 
 def chooses(config: ml_collections.ConfigDict) -> bool:
@@ -359,6 +378,8 @@ def _check(config: ml_collections.ConfigDict) -> None:
                     f'config.{key}: {pair!r} is no pair of a regular expression and a number from '
                     f"0 on; write (('head/.*', 10.0), ('.*/bias', 2.0))"
                 )
+    if config.profile:
+        profiled(config.profile)
     if not config.epochs:
         _check_schedule(config)
     if config.pp.resize and config.pp.inception_crop and config.pp.eval == 'squash':
@@ -443,6 +464,11 @@ def _check_schedule(config: ml_collections.ConfigDict) -> None:
         raise UserError(
             f'config.warmup_steps={warmup} leaves nothing of config.total_steps={total}: '
             f'use --config.warmup_steps={total // 10}, or more steps'
+        )
+    if config.profile and profiled(config.profile)[1] > total:
+        raise UserError(
+            f'config.profile={config.profile!r} goes beyond the {total} steps of the run: choose '
+            'earlier ones'
         )
     if warmup + cooldown > total:
         raise UserError(

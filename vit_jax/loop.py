@@ -269,7 +269,9 @@ class Loop:
         here = np.array([batch['replaced'].sum(), bool(self._signals.received)], np.int32)
         # An implicit transfer would stall the device unnoticed; here it is an error.
         with jax.transfer_guard('disallow'):
-            state, metrics = self._train_step(state, sharding.put_batch(inputs, self._run.mesh))
+            with jax.profiler.StepTraceAnnotation('train', step_num=step):  # for `config.profile`
+                inputs = sharding.put_batch(inputs, self._run.mesh)
+                state, metrics = self._train_step(state, inputs)
             if not sharding.steps_ahead():  # two collectives at once mix up their messages on CPUs
                 jax.block_until_ready(metrics)
             everywhere = self._sum_over_processes(here)

@@ -33,6 +33,7 @@ from vit_jax.run import (
     augmentation,
     distributed,
     product,
+    profiling,
     recipe,
     remote_workdir,
     resources,
@@ -123,8 +124,13 @@ def _train_in(
                 name=name,
                 total_steps=config.total_steps,
                 process_index=jax.process_index(),
+                settings=resume.learned_from(config),
+                tracker=config.tracker,
             )
         )
+        if config.profile and jax.process_index() == 0:
+            profile = stack.enter_context(profiling.Profile(config.profile, workdir, log.info))
+            called = Callbacks([*called.objects, profile])
         run = loop.Run(
             config,
             workdir,

@@ -82,7 +82,7 @@ def test_lines_are_on_disk_before_the_run_ends(tmp_path):
     assert rows(tmp_path / 'metrics.jsonl') == [{'step': 1, 'train_loss': 2.0}]
     assert rows(tmp_path / 'timing.jsonl') == [{'step': 1, 'seconds': 3.0}]
     assert 'hello' in (tmp_path / 'train.log').read_text()
-    assert scalars(tmp_path) == {'train_loss': [(1, 2.0)], 'seconds': [(1, 3.0)]}
+    assert scalars(tmp_path) == {'train/loss': [(1, 2.0)], 'speed/seconds': [(1, 3.0)]}
     out.close()
 
 
@@ -90,7 +90,7 @@ def test_values_that_are_not_finite_stay_valid_json(tmp_path):
     with start(tmp_path) as out:
         out.metrics(1, train_loss=math.nan, lr=math.inf)
     assert rows(tmp_path / 'metrics.jsonl') == [{'step': 1, 'train_loss': None, 'lr': None}]
-    assert math.isnan(scalars(tmp_path)['train_loss'][0][1])
+    assert math.isnan(scalars(tmp_path)['train/loss'][0][1])
 
 
 def test_resuming_equals_not_having_stopped(tmp_path):
@@ -121,7 +121,7 @@ def test_starting_over_forgets_every_step(tmp_path):
         with start(tmp_path, start_step=0) as out:
             out.metrics(1, train_loss=loss)
     assert rows(tmp_path / 'metrics.jsonl') == [{'step': 1, 'train_loss': 2.0}]
-    assert scalars(tmp_path) == {'train_loss': [(1, 2.0)]}
+    assert scalars(tmp_path) == {'train/loss': [(1, 2.0)]}
 
 
 @pytest.mark.parametrize('damage', ['\x00\x00\n', '[1]\n', '{"loss": 1}\n', '{"step": null}\n'])
@@ -366,7 +366,7 @@ def test_imports_neither_tensorflow_nor_pytorch_even_where_installed(tmp_path):
 import sys
 sys.path.insert(0, {str(tmp_path / 'site')!r})
 from vit_jax.run import run_info, telemetry
-with telemetry.Telemetry({str(tmp_path / 'run')!r}, total_steps=2) as out:
+with telemetry.Telemetry({str(tmp_path / 'run')!r}, total_steps=2, settings={{'lr': 1.0}}) as out:
     out.start(0)
     out.metrics(1, train_loss=1.0)
     out.timing(1, seconds=1.0)

@@ -38,6 +38,7 @@ class Callbacks:
                     f'a callback has one or more of the methods {", ".join(POINTS)}, and '
                     f'{type(callback).__name__} has: {", ".join(sorted(methods)) or "none"}'
                 )
+        self.objects = tuple(callbacks)
         self._methods: dict[str, list[Callable]] = {
             point: [getattr(each, point) for each in callbacks if hasattr(each, point)]
             for point in POINTS

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import filelock
+import ml_collections
 from flax import traverse_util
 
 from vit_jax import files
@@ -30,7 +31,8 @@ FREE = frozenset({
     'cache', 'max_unreadable',
     # How often to report, what to keep, what to put up with.
     'batch_eval', 'progress_every', 'eval_every', 'checkpoint_every', 'keep_checkpoints',
-    'keep_best', 'patience', 'test_at_end', 'report', 'nan_policy', 'check_memory',
+    'keep_best', 'patience', 'test_at_end', 'profile', 'tracker', 'report', 'nan_policy',
+    'check_memory',
     # How it is computed.
     'compile_cache', 'deterministic', 'attention', 'remat', 'scan_layers', 'fsdp',
 })  # fmt: skip
@@ -77,6 +79,17 @@ def locked(workdir: str | os.PathLike[str]) -> Iterator[None]:
                 for folder in made:
                     folder.rmdir()
         lock.release()
+
+
+def learned_from(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The settings that say what is learned, by dotted names; what is no number is a text."""
+    found = {
+        name: value
+        for name, value in _flatten(config.to_dict()).items()
+        if name == 'dataset' or name.partition('.')[0] not in FREE
+    }
+    simple = (bool, int, float, str)
+    return {name: v if isinstance(v, simple) else str(v) for name, v in found.items()}
 
 
 def check_config(saved: pathlib.Path, config: Mapping[str, Any]) -> list[str]:

@@ -28,7 +28,16 @@ from vit_jax.data.dataset import Selection, Source, weights_of
 from vit_jax.data.stream import BatchStream
 from vit_jax.errors import UserError
 from vit_jax.inference.task import Task
-from vit_jax.run import augmentation, distillation, product, recipe, resources, resume, run_info
+from vit_jax.run import (
+    augmentation,
+    distillation,
+    product,
+    recipe,
+    resources,
+    resume,
+    run_info,
+    trackers,
+)
 from vit_jax.state import Checkpoint
 
 # Training, perhaps validation, and test examples.
@@ -137,6 +146,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
         changed = resume.check_config(workdir / run_info.CONFIG_FILE, config.to_dict())
         resume.check_data(workdir / resume.DATA_FILE, data)
     resources.check_cache(config)
+    trackers.check(config.tracker)
     memory = resources.memory_of(jax.local_devices()[0])
     need = resources.least_memory(config, state, batch)
     resources.check_memory(config, need, memory)

@@ -4,22 +4,16 @@
 two runs can be compared byte for byte; everything that depends on the clock goes to `timing.jsonl`.
 TensorBoard shows both. `train.log` is for people; what happened (resumed, stopped, an unreadable
 image) is in `events.jsonl` as well, with the facts that a program may need.
-
-The TensorBoard files are written through its record writer and its protocol buffers, which import
-neither TensorFlow nor PyTorch (its `SummaryWriter`, and `tensorboardX`, import them wherever they
-are installed).
 """
 
 import datetime
-import io
 import json
 import math
 import os
 import pathlib
-import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 import rich.console
@@ -28,7 +22,8 @@ import rich.progress_bar
 import rich.table
 
 from vit_jax import files
-from vit_jax.errors import UserError, extra, printable_lines
+from vit_jax.errors import UserError, printable_lines
+from vit_jax.run import trackers
 
 METRICS_FILE = 'metrics.jsonl'
 _EVALUATED = ('_test', '_val')  # how the names of metrics of an evaluation end
@@ -58,6 +53,8 @@ class Telemetry:
       name: what messages call it, if the user did not name this folder.
       total_steps: number of training steps of the whole run.
       process_index: of several processes only the first, 0, writes, shows, and makes the folder.
+      settings: of the run, for trackers.
+      tracker: of `trackers.NAMES`, beside TensorBoard; '' for none.
       console: where to show it; standard output by default. A terminal gets one live line, anything
         else plain lines.
     """
@@ -69,6 +66,8 @@ class Telemetry:
         name: str = '',
         total_steps: int,
         process_index: int = 0,
+        settings: trackers.Settings | None = None,
+        tracker: str = '',
         console: rich.console.Console | None = None,
     ):
         self._workdir = pathlib.Path(workdir)
@@ -81,7 +80,8 @@ class Telemetry:
         self._console = console or rich.console.Console()
         self._files: dict[str, TextIO] = {}
         self._early: list[tuple[str, str]] = []  # (name of the file, line) from before `start`
-        self._tensorboard: _EventFile | None = None
+        self._settings, self._tracker = settings or {}, tracker
+        self._trackers: list[trackers.Tracker] = []
 
     def start(self, step: int) -> None:
         """Opens the files of the run, which begins, or goes on, after so many steps.
@@ -100,7 +100,13 @@ class Telemetry:
             if (place := self._workdir / name).exists() and not place.is_file():
                 raise UserError(f'{place} is not a regular file: a pipe would be waited for')
             self._files[name] = open(self._workdir / name, 'a', encoding='utf-8', buffering=1)
-        self._tensorboard = _EventFile(self._workdir, step)
+        self._trackers = [trackers.TensorBoard(self._workdir, step, self._settings)]
+        if self._tracker:
+            self._trackers.append(
+                trackers.start(
+                    self._tracker, self._workdir, self._workdir.absolute().name, self._settings
+                )
+            )
         for name, line in self._early:
             self._files[name].write(line)
         for name, unreadable in removed.items():
@@ -110,8 +116,8 @@ class Telemetry:
     def __enter__(self) -> 'Telemetry':
         return self
 
-    def __exit__(self, *exc_info) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
+        self.close(finished=kind is None)
 
     def metrics(self, step: int, **values: float) -> None:
         """Adds a line to `metrics.jsonl` and TensorBoard.
@@ -222,28 +228,45 @@ class Telemetry:
         else:
             print(f'process {self._process_index}: {printable_lines(text)}', file=sys.stderr)
 
-    def close(self) -> None:
-        """Leaves the last progress line on the terminal and closes the files."""
+    def close(self, *, finished: bool = True) -> None:
+        """Leaves the last progress line on the terminal and closes the files.
+
+        Args:
+          finished: whether the run has ended by itself.
+        """
         if not self._enabled:
             return
-        self._enabled = False
         if self._live is not None:
             self._live.stop()
+        self._track(lambda tracker: tracker.close(finished))
+        self._enabled = False
         for file in self._files.values():
             file.close()
-        if self._tensorboard:
-            self._tensorboard.close()
 
     def _add(self, name: str, step: int, values: Mapping[str, float]) -> None:
         if not self._enabled:
             return
-        assert self._tensorboard is not None, 'start comes first'
+        assert self._trackers, 'start comes first'
         row: dict[str, float | None] = {'step': int(step)}
         for key, value in values.items():
             value = value if isinstance(value, int) else float(value)
             row[key] = value if math.isfinite(value) else None
         self._files[name].write(json.dumps(row, allow_nan=False) + '\n')
-        self._tensorboard.write(step, values)
+        group = 'train' if name == METRICS_FILE else 'speed'
+        tagged = {trackers.tag(key, group): value for key, value in values.items()}
+        self._track(lambda tracker: tracker.write(step, tagged))
+
+    def _track(self, work: Callable[[trackers.Tracker], None]) -> None:
+        """Has all trackers do something; what is not ours may fail, and is given up then."""
+        ours, *others = self._trackers
+        work(ours)
+        for tracker in others:
+            try:
+                work(tracker)
+            except Exception as error:  # noqa: BLE001  (packages and servers raise anything)
+                self._trackers = [ours]
+                reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
+                self.info(f'WARNING: {self._tracker} failed and gets no more ({reason})')
 
     def _print(self, text: str) -> None:
         # soft_wrap: where there is no terminal, rich would otherwise break lines at 80 columns.
@@ -254,38 +277,6 @@ class Telemetry:
             self._files[name].write(line)
         else:
             self._early.append((name, line))
-
-
-class _EventFile:
-    """A TensorBoard event file: framed `Event` records, of which the first names the format."""
-
-    def __init__(self, workdir: pathlib.Path, start_step: int):
-        with extra('train'):
-            from tensorboard.compat.proto import event_pb2, summary_pb2
-            from tensorboard.summary.writer.record_writer import RecordWriter
-        self._Event, self._Summary = event_pb2.Event, summary_pb2.Summary
-        # TensorBoard reads the files of a folder in the order of their names. Nanoseconds, because
-        # a run that is restarted at once must not write into the file of the one before.
-        name = f'events.out.tfevents.{time.time_ns():020d}.{socket.gethostname()}.{os.getpid()}'
-        self._file: io.BufferedWriter = open(workdir / name, 'xb')
-        self._writer = RecordWriter(self._file)
-        self._add(file_version='brain.Event:2')
-        # Makes TensorBoard drop what earlier files hold for this step and later ones.
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._add(step=start_step + 1, session_log=start)
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        scalars = [
-            self._Summary.Value(tag=tag, simple_value=float(value)) for tag, value in values.items()
-        ]
-        self._add(step=step, summary=self._Summary(value=scalars))
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _add(self, **fields: Any) -> None:
-        self._writer.write(self._Event(wall_time=time.time(), **fields).SerializeToString())
-        self._writer.flush()
 
 
 def read_metric(
