@@ -270,8 +270,8 @@ class Loop:
         # An implicit transfer would stall the device unnoticed; here it is an error.
         with jax.transfer_guard('disallow'):
             with jax.profiler.StepTraceAnnotation('train', step_num=step):  # for `config.profile`
-                inputs = sharding.put_batch(inputs, self._run.mesh)
-                state, metrics = self._train_step(state, inputs)
+                on_devices = sharding.put_batch(inputs, self._run.mesh)
+                state, metrics = self._train_step(state, on_devices)
             if not sharding.steps_ahead():  # two collectives at once mix up their messages on CPUs
                 jax.block_until_ready(metrics)
             everywhere = self._sum_over_processes(here)

@@ -130,7 +130,7 @@ def _train_in(
         )
         if config.profile and jax.process_index() == 0:
             profile = stack.enter_context(profiling.Profile(config.profile, workdir, log.info))
-            called = Callbacks([*called.objects, profile])
+            called = Callbacks([profile, *called.objects])
         run = loop.Run(
             config,
             workdir,

@@ -71,7 +71,7 @@ def start(name: str, workdir: pathlib.Path, shown: str, settings: Settings) -> T
     """
     package = _package(name)
     known = files.read_json(workdir / TRACKER_FILE) if (workdir / TRACKER_FILE).exists() else {}
-    begin = {'mlflow': _Mlflow, 'wandb': _Wandb}[name]
+    begin: type[_Mlflow | _Wandb] = _Mlflow if name == 'mlflow' else _Wandb
     try:
         tracker = begin(package, workdir, shown, settings, str(known.get(name, '')))
     except Exception as error:
