@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pathlib
+import resource
 import runpy
 import shutil
 import struct
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.data import decode, loader, reader, sources
+from vit_jax.data import decode, loader, reader, sources, tfds_sets
 from vit_jax.data.batches import eval_batches
 from vit_jax.data.decode import BadImageError
 from vit_jax.data.preprocess import Preprocess
@@ -187,6 +188,28 @@ def test_broken_records_of_a_tfds_set(tmp_path):
     for split in (again, gone):
         with pytest.raises(BadImageError, match=r'tiny_set:train/0: .*damaged'):
             split[0]
+
+
+def test_more_shards_than_files_may_be_open(tmp_path):
+    first = make_tfds(tmp_path, [tf_example(image_bytes(), 1)])
+    count = 150
+    for i in range(count):
+        first.with_name(f'tiny_set-train.array_record-{i:05}-of-{count:05}').hardlink_to(first)
+    edit_json(
+        first.with_name('dataset_info.json'),
+        lambda info: info['splits'][0].update(shardLengths=['1'] * count),
+    )
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = max(map(int, os.listdir('/proc/self/fd'))) + 40
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used, limits[1]))
+        split = sources.open_dataset('tiny_set', tfds_data_dir=str(tmp_path)).select('train')
+        assert len(split) == count and split[count - 1].label == 1
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (used + count, limits[1])
+        with pytest.raises(UserError, match=r'has 99,999,999 shards, .* raise the limit'):
+            tfds_sets._allow_open_files(99_999_999, 'x')
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 EVIL = 'import pathlib; pathlib.Path({!r}).write_text("ran")\n'

@@ -221,6 +221,29 @@ def _open_prepared(name: str, folder: pathlib.Path) -> Dataset:
     return Dataset(name, tuple(label.names), False, splits)
 
 
+def _allow_open_files(shards: int, name: str) -> None:
+    """Raises the limit of open files by so many, for all shards of a split stay open.
+
+    Raises:
+      UserError: the system does not let this process have so many.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows, where the limit is another one
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or shards < soft // 8:
+        return
+    needed = soft + shards
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise UserError(
+            f'{name} has {shards:,} shards, which all stay open, and this process may have '
+            f'{hard:,} open files: raise the limit to {needed:,} (ulimit -Hn, LimitNOFILE of '
+            'systemd, --ulimit nofile of Docker)'
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Records:
     """A split in ArrayRecord files, opened when it is first read: free if unused."""
@@ -269,6 +292,7 @@ class _Records:
             features = tfds.features.FeaturesDict(
                 {'image': stored['image'], 'label': stored['label']}
             )
+            _allow_open_files(builder.info.splits[self.split].num_shards, self.name)
             records = builder.as_data_source(
                 self.split,
                 deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
