@@ -248,6 +248,17 @@ def test_dinov3_in_its_true_depth_or_width(width, heads, layers, hidden, transfo
     assert distance(compute(model, x), outputs_of(theirs, x)) < tolerance
 
 
+@pytest.mark.parametrize('name', ['clip', 'siglip', 'dinov2', 'clip_features'])
+def test_a_config_that_names_no_class(name, case, tmp_path):
+    """As `config.save_pretrained` writes it: whether it is a classifier, the arrays tell."""
+    theirs, model = case(name)
+    shutil.copytree(theirs.name_or_path, tmp_path / 'hf')
+    config = json.loads((tmp_path / 'hf/config.json').read_text())
+    del config['architectures']
+    (tmp_path / 'hf/config.json').write_text(json.dumps(config))
+    assert model_folder.load(tmp_path / 'hf').model_config == model.model_config
+
+
 def test_the_encoder_of_mae(transformers, tmp_path):
     """Of the whole model for pre-training, decoder and all; written back as a plain ViT."""
     import torch

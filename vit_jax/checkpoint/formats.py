@@ -262,6 +262,8 @@ def _recognise(
         if settings.get('rotary'):
             assumed.append(f'rotary positions {settings["rotary"]} are assumed, those of {library}')
             notes.append(assumed[-1])
+    if 'head' in tree and config.get('of_classifier'):
+        settings = {**settings, **config['of_classifier']}
     notes += _drop_unused(tree, settings)
     if not size and settings.get('rotary') and 'posembed_input' not in tree['Transformer']:
         assumed = [*assumed, f'images of {infer.ANY_SIZE} pixels assumed: it takes any size']

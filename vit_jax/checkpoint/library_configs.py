@@ -87,7 +87,8 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
 
     Returns:
         Those of these that are told: `num_heads`; `settings`, arguments of the model that its
-        arrays do not tell; `class_names`; `input`, a `ModelInput`.
+        arrays do not tell; `of_classifier`, those that are others if there is a head, where the
+        configuration does not tell; `class_names`; `input`, a `ModelInput`.
 
     Raises:
         UserError: damaged, or a setting that no model here computes.
@@ -285,6 +286,10 @@ def _hugging_face(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, 
         },
         'num_heads': int(tower.get('num_attention_heads', family.num_heads)),
     }
+    if not config.get('architectures'):
+        classifier = settings(kind, {**config, 'architectures': ['ForImageClassification']})
+        names = ('classifier', 'final_norm', 'class_token')
+        known['of_classifier'] = {name: classifier[name] for name in names if name in classifier}
     problem = config.get('problem_type')
     if problem == 'multi_label_classification':
         known['settings']['multi_label'] = True
