@@ -9,7 +9,9 @@ from vit_jax import config as config_lib
 from vit_jax import train
 from vit_jax.analysis import report_examples, run_files
 from vit_jax.configs import digits
+from vit_jax.data import sources
 from vit_jax.errors import UserError
+from vit_jax.run import recipe
 
 HEADER = 'file,kind,part\n'
 
@@ -87,3 +89,15 @@ def test_rows_of_weight_0_change_nothing_and_others_do(root):
     dark, light = trained('a', 0, 0), trained('b', 1, 0)
     assert np.array_equal(dark, light)
     assert not np.array_equal(dark, trained('c', 1, 1))
+
+
+def test_what_labels_are_decides_the_loss(root):
+    table = root / 'tables/kinds.csv'
+    rows = [f'{n}.png,{("a", "a;b", "b")[n % 3]},{n / 4},{n % 2},{n % 3 % 2}\n' for n in range(20)]
+    table.write_text('path,marks,age,cat,dog\n' + ''.join(rows))
+    for columns, kind in (
+        ('labels=marks', 'several classes'), ('labels=cat+dog', 'several classes'),
+        ('target=age', 'numbers'), ('target=age+cat', 'numbers'), ('label=cat', 'one class'),
+    ):  # fmt: skip
+        selected, _ = sources.open_sources(str(table), columns=columns, image_root=str(root))
+        assert recipe.losses_of(config_for(table), selected, None)[2].kind == kind, columns

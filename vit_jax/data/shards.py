@@ -5,6 +5,7 @@ beside it. It is made once, by reading all files, and kept in the cache; files t
 size, time of change) get another.
 """
 
+import array
 import collections
 import contextlib
 import dataclasses
@@ -182,7 +183,7 @@ class Builder:
         self.values: dict[str, list[Any]] = {column: [] for column in columns}
         self.class_names: tuple[str, ...] = ()
         self._names: list[str] = []
-        self._places: list[tuple[int, int, int]] = []
+        self._places = array.array('q')  # three for each row
         self._faults: dict[int, str] = {}
 
     def add(
@@ -198,7 +199,7 @@ class Builder:
         if fault:
             self._faults[len(self._names)] = fault
         self._names.append(name)
-        self._places.append((shard, offset, size))
+        self._places.extend((shard, offset, size))
         for column, known in self.values.items():
             known.append(values.get(column))
 
@@ -293,7 +294,7 @@ def _load(path: pathlib.Path) -> Index:
     with open(path, 'rb') as file, np.load(file, allow_pickle=False) as stored:
         values, names, faults, class_names = json.loads(stored['told'].tobytes())
         shard, offset, size = (stored[name] for name in ('shard', 'offset', 'size'))
-    if any(array.shape != (len(names),) for array in (shard, offset, size)):
+    if any(known.shape != (len(names),) for known in (shard, offset, size)):
         raise ValueError('the index does not fit itself')
     return Index(values, names, shard, offset, size, dict(faults), tuple(class_names))
 
