@@ -13,6 +13,7 @@ import pathlib
 import re
 import signal
 import tempfile
+import threading
 from typing import Any
 
 from vit_jax import files
@@ -23,6 +24,8 @@ from vit_jax.errors import UserError, extra, printable
 from vit_jax.run import child
 
 _DESCRIPTION = tfds_metadata.DESCRIPTION
+_LIMIT = threading.Lock()
+_allowed: set[tuple[str, str]] = set()  # splits that the limit of open files was raised for
 
 
 def open_tfds(name: str, data_dir: str, manual_dir: str) -> Dataset:
@@ -221,8 +224,8 @@ def _open_prepared(name: str, folder: pathlib.Path) -> Dataset:
     return Dataset(name, tuple(label.names), False, splits)
 
 
-def _allow_open_files(shards: int, name: str) -> None:
-    """Raises the limit of open files by so many, for all shards of a split stay open.
+def _allow_open_files(shards: int, folder: str, name: str) -> None:
+    """Raises the limit of open files by so many, once: all shards of a split stay open.
 
     Raises:
       UserError: the system does not let this process have so many.
@@ -231,17 +234,19 @@ def _allow_open_files(shards: int, name: str) -> None:
         import resource
     except ImportError:  # Windows, where the limit is another one
         return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or shards < soft // 8:
-        return
-    needed = soft + shards
-    if hard != resource.RLIM_INFINITY and hard < needed:
-        raise UserError(
-            f'{name} has {shards:,} shards, which all stay open, and this process may have '
-            f'{hard:,} open files: raise the limit to {needed:,} (ulimit -Hn, LimitNOFILE of '
-            'systemd, --ulimit nofile of Docker)'
-        )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    with _LIMIT:  # threads come here together
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if (folder, name) in _allowed or soft == resource.RLIM_INFINITY or shards < soft // 8:
+            return
+        needed = soft + shards
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            raise UserError(
+                f'{name} has {shards:,} shards, which all stay open, and this process may have '
+                f'{hard:,} open files: raise the limit to {needed:,} (ulimit -Hn, LimitNOFILE of '
+                'systemd, --ulimit nofile of Docker)'
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+        _allowed.add((folder, name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,14 +290,16 @@ class _Records:
     def _opened(self) -> tuple[Any, Any, dict[str, Any]]:
         tfds = _tfds()
 
-        with tfds_metadata.reading(pathlib.Path(self.folder, _DESCRIPTION)):
+        description = pathlib.Path(self.folder, _DESCRIPTION)
+        with tfds_metadata.reading(description):
             builder = tfds.builder_from_directory(self.folder)
-            stored = builder.info.features
+            stored, shards = builder.info.features, builder.info.splits[self.split].num_shards
             # Only image and label are parsed: other features (masks, boxes) may be large.
             features = tfds.features.FeaturesDict(
                 {'image': stored['image'], 'label': stored['label']}
             )
-            _allow_open_files(builder.info.splits[self.split].num_shards, self.name)
+        _allow_open_files(shards, self.folder, self.name)
+        with tfds_metadata.reading(description):
             records = builder.as_data_source(
                 self.split,
                 deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
