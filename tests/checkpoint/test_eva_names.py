@@ -132,6 +132,13 @@ def test_files_of_eva02s_authors(tmp_path, packed):
     assert opened.model_config == config
     assert 'tables of rotary positions, which are computed here: 1' in str(opened.source)
 
+    # After pre-training, with its head in place of the classifier's.
+    tensors = rename(tensors, ('head.', 'lm_head.'), ('fc_norm.', 'norm.'))
+    save_file(tensors, tmp_path / 'b.safetensors')
+    opened = model_folder.load(tmp_path / 'b.safetensors')
+    check_equal(opened.params, {k: v for k, v in model.params.items() if k != 'head'})
+    assert 'taken for fc_norm, as by timm' in str(opened.source)
+
 
 @pytest.mark.parametrize('config', [DINOV3, EVA02], ids=['dinov3', 'eva02'])
 def test_every_way_back_keeps_every_bit_and_setting(tmp_path, config):

@@ -37,6 +37,7 @@ _PERIODS = 'rope_embed.periods'  # of DINOv3
 _LEFT_OUT = {
     'tables of rotary positions, which are computed here': re.compile(r'(.*\.)?rope\.freqs_\w+'),
     'a norm of small crops, for pre-training': re.compile(r'local_cls_norm\..*'),
+    'a head for masked pre-training': re.compile(r'lm_head\..*'),
 }
 
 
@@ -87,6 +88,9 @@ def as_in_timm(tensors: Mapping[str, Any], path: Any) -> tuple[dict[str, Any], l
             'rotary positions are computed in float32, as by timm and transformers; the authors '
             'rounded them to bfloat16'
         )
+    if 'lm_head.weight' in found:  # EVA-02 after pre-training
+        found = {re.sub(r'^norm\.', 'fc_norm.', name): array for name, array in found.items()}
+        notes.append('the norm in front of its pre-training head is taken for fc_norm, as by timm')
     for words, pattern in _LEFT_OUT.items():
         unused = [name for name in found if pattern.fullmatch(name)]
         notes += [f'{words}: {len(unused)} tensors are left out'] if unused else []
