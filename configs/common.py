@@ -93,6 +93,9 @@ def get_defaults() -> ml_collections.ConfigDict:
     config.pretrained_dir = ''
     # Start from the checkpoint's head where it fits, instead of from zeros.
     config.keep_head = False
+    # New weights begin with the sine-cosine positions of MoCo v3; they are fixed with
+    # config.frozen='Transformer/posembed_input/.*'.
+    config.sincos_positions = False
     # How weights of another patch size are fitted: 'pseudo-inverse' (FlexiViT's rule: a resized
     # patch gives what the patch gave) or 'bilinear'.
     config.patch_resize = 'pseudo-inverse'

@@ -340,6 +340,12 @@ def _check(config: ml_collections.ConfigDict) -> None:
         )
     _check_augmentation(config)
     _check_distillation(config)
+    weights = next((key for key in WEIGHT_KEYS if config[key]), '')
+    if config.sincos_positions and weights:
+        raise UserError(
+            f'config.sincos_positions=True is for new weights, and config.{weights} brings '
+            'positions with it: leave out one of them'
+        )
     if config.stochastic_depth >= 1:
         raise UserError(
             f'config.stochastic_depth={config.stochastic_depth} would leave out the last block '

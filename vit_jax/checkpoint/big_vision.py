@@ -18,6 +18,7 @@ from flax import traverse_util
 
 from vit_jax.checkpoint.arrays import LazyArray, derive
 from vit_jax.errors import UserError
+from vit_jax.models.positions import sincos_2d
 
 # Where weights may be, most particular first: beside an optimizer's state, in a collection of their
 # own, or as the image tower of an image-text model (SigLIP, LiT).
@@ -177,17 +178,10 @@ def _unstack(stacked: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:
 
 
 def _sincos(kernel: Any) -> LazyArray:
-    """Fixed position embeddings, [1, N, D], of MoCo v3 (Chen et al. 2021), big_vision's sincos2d.
-
-    A quarter of the width each: sine and cosine of x, sine and cosine of y, at wavelengths from 2
-    pi to 10,000 * 2 pi.
-    """
+    """Fixed position embeddings, [1, N, D], for 224 pixels, see `sincos_2d`."""
     side, width = 224 // kernel.shape[0], kernel.shape[-1]
 
     def make() -> np.ndarray:
-        omega = 10_000.0 ** -(np.arange(width // 4) / (width // 4 - 1))
-        y, x = np.mgrid[:side, :side].reshape(2, -1, 1) * omega
-        table = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)
-        return table.astype(np.float32)[None]
+        return sincos_2d(side, side, width)[None]
 
     return LazyArray((1, side * side, width), make)

@@ -14,6 +14,39 @@ from vit_jax.models import layers
 from vit_jax.models.vit import VisionTransformer
 
 
+def sincos_2d(rows: int, columns: int, width: int) -> np.ndarray:
+    """Fixed position embeddings of MoCo v3 (Chen et al. 2021), big_vision's `sincos2d`.
+
+    A quarter of the width each: sine and cosine of x, sine and cosine of y, at wavelengths from 2
+    pi to 10,000 * 2 pi.
+
+    Args:
+      rows: of patches.
+      columns: of patches.
+      width: D, a multiple of 4, at least 8.
+
+    Returns:
+      [rows * columns, D] float32.
+    """
+    omega = 10_000.0 ** -(np.arange(width // 4) / (width // 4 - 1))
+    y, x = np.mgrid[:rows, :columns].reshape(2, -1, 1) * omega
+    return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1).astype(np.float32)
+
+
+def with_sincos(params: Mapping[str, Any], grid: tuple[int, int]) -> dict[str, Any]:
+    """Parameters whose patches have the positions of `sincos_2d`.
+
+    Args:
+      params: of a VisionTransformer with position embeddings, on the host.
+      grid: rows and columns of its patches.
+    """
+    old = np.asarray(params['Transformer']['posembed_input']['pos_embedding'])
+    patches = sincos_2d(*grid, old.shape[2])
+    table = np.concatenate([old[0, : old.shape[1] - len(patches)], patches])[None]
+    transformer = {**params['Transformer'], 'posembed_input': {'pos_embedding': table}}
+    return {**params, 'Transformer': transformer}
+
+
 def for_image_size(
     model: VisionTransformer,
     params: Mapping[str, Any],

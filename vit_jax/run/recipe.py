@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import ml_collections
@@ -71,6 +72,23 @@ def check_depth(config: ml_collections.ConfigDict, model: nn.Module) -> None:
             f'config.stochastic_depth={config.stochastic_depth} leaves out branches of a '
             f"VisionTransformer's or an MlpMixer's blocks, never of the first one; this model, a "
             f'{type(model).__name__}, has no others: leave it out'
+        )
+
+
+def check_positions(shapes: Mapping[str, Any]) -> None:
+    """Checks that `config.sincos_positions` has position embeddings to begin with.
+
+    Args:
+      shapes: of the parameters.
+
+    Raises:
+      UserError: there are none, or of a width that is no multiple of 4.
+    """
+    embedding = shapes.get('Transformer', {}).get('posembed_input', {}).get('pos_embedding')
+    if embedding is None or embedding.shape[2] % 4 or embedding.shape[2] < 8:
+        raise UserError(
+            'config.sincos_positions=True is for a VisionTransformer with position embeddings, '
+            'of a width that is a multiple of 4, at least 8; leave it out'
         )
 
 

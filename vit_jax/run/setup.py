@@ -28,6 +28,7 @@ from vit_jax.data.dataset import Selection, Source, weights_of
 from vit_jax.data.stream import BatchStream
 from vit_jax.errors import UserError
 from vit_jax.inference.task import Task
+from vit_jax.models import positions
 from vit_jax.run import (
     augmentation,
     distillation,
@@ -138,6 +139,8 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
             'readable': jax.ShapeDtypeStruct((1,), jnp.bool_),
         }
         jax.eval_shape(steps.eval_step_fn(model, eval_loss, task), state.params, one)
+    if config.sincos_positions:
+        recipe.check_positions(state.params)
     data = _describe({'train': train, 'val': val, 'test': test}, parts, state)
     changed, resumes = [], bool(workdir_lib.saved_steps(workdir))
     if resumes:
@@ -338,6 +341,9 @@ def initial_params(
     path = weights_path(config)
     if path is None:
         params = jax.device_get(init())
+        if config.sincos_positions:
+            grid = infer.token_grid(shapes, config_lib.preprocess_of(config).crop)
+            params = positions.with_sincos(params, grid)
         return params, 'new weights (no pretrained ones were asked for)'
     weights = _open_weights(config, path)
     ours = isinstance(model, models.VisionTransformer)
