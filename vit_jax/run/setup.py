@@ -343,7 +343,7 @@ def initial_params(
         params = jax.device_get(init())
         if config.sincos_positions:
             grid = infer.token_grid(shapes, config_lib.preprocess_of(config).crop)
-            params = positions.with_sincos(params, grid)
+            params = positions.with_sincos(params, grid) if grid else params
         return params, 'new weights (no pretrained ones were asked for)'
     weights = _open_weights(config, path)
     ours = isinstance(model, models.VisionTransformer)
