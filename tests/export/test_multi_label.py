@@ -1,17 +1,21 @@
-"""Models whose classes do not exclude each other: probabilities are sigmoids, everywhere."""
+"""Models of several classes, whose probabilities are sigmoids, or of numbers: in every format."""
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from vit_jax import models
 from vit_jax.data import from_arrays
+from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.export import onnx as onnx_export
 from vit_jax.export import pytorch, verify
 from vit_jax.export.options import Options
 from vit_jax.inference import classifier, metrics, model_folder, predict
+from vit_jax.inference.task import Task
 
 
 def sigmoid(x):
@@ -72,3 +76,36 @@ def test_other_problems_are_refused(tmp_path, case, problem, message):
     (tmp_path / 'hf/config.json').write_text(json.dumps(config | {'problem_type': problem}))
     with pytest.raises(UserError, match=message):
         model_folder.load(tmp_path / 'hf')
+
+
+@pytest.mark.parametrize(
+    'task',
+    [
+        Task('several classes', threshold=0.2, chosen_on='photos val'),
+        Task('numbers', units=('m', ''), mean=(5.0, 6.0), deviation=(2.0, 3.0)),
+    ],
+    ids=lambda task: task.kind,
+)
+def test_a_mixer_tells_its_task_in_every_file(tmp_path, task):
+    config = {'model_name': None, 'patches': {'size': (8, 8)}, 'num_blocks': 1, 'hidden_dim': 8}
+    config |= {'tokens_mlp_dim': 4, 'channels_mlp_dim': 8}
+    rng = np.random.default_rng(0)
+    images = rng.uniform(0, 255, (2, 16, 16, 3)).astype(np.float32)
+    module = models.from_config(config, num_classes=2)
+    params = jax.device_get(module.init(jax.random.key(0), images, train=False)['params'])
+    params['head']['kernel'] = rng.normal(size=(8, 2)).astype(np.float32)  # not the zeros
+    model_folder.save(
+        tmp_path / 'model', params, model_config=config, class_names=('a', 'b'),
+        preprocess=Preprocess(16), source={}, task=task,
+    )  # fmt: skip
+    model = model_folder.load(tmp_path / 'model')
+    assert model.task == task
+    pytorch.write(tmp_path / 'a.npz', model, to='npz')
+    onnx_export.save(onnx_export.build(model), tmp_path / 'a.onnx')
+    expected = task.values(classifier.JaxClassifier(model).logits(images))
+    assert np.ptp(expected) > 0
+    for name in ('a.npz', 'a.onnx'):
+        opened = classifier.open_classifier(tmp_path / name)
+        assert opened.task.kind == task.kind
+        found = opened.task.values(opened.logits(images))
+        np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=name)
