@@ -33,7 +33,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from vit_jax import evaluate, sharding
+from vit_jax import sharding
 from vit_jax.checkpoint import workdir as workdir_lib
 from vit_jax.data.dataset import Selection
 from vit_jax.data.decode import BadImageError
@@ -42,12 +42,11 @@ from vit_jax.data.preprocess import Preprocess
 from vit_jax.data.reader import ImageCache, Reader, once_per_key
 from vit_jax.data.stream import BatchStream
 from vit_jax.errors import UserError
-from vit_jax.inference import several
-from vit_jax.inference.task import ONE_CLASS, SEVERAL, Task
+from vit_jax.inference.task import ONE_CLASS, Task
 from vit_jax.run import augmentation, preemption, telemetry
 from vit_jax.run.callbacks import Callbacks
-from vit_jax.run.choice import Choice
 from vit_jax.run.clock import TrainingClock
+from vit_jax.run.evaluations import Evaluations, check_unreadable
 from vit_jax.state import Checkpoint, TrainState
 
 # With nan_policy='skip': after so many skipped steps in a row nothing good will come any more.
@@ -102,7 +101,6 @@ class Loop:
         self._run = run
         self._train_step = train_step
         self._compile_s = compile_s
-        self._eval_step = eval_step
         self._checkpoints = checkpoints
         self._on_bad = once_per_key(self._name_unreadable)
         cache = None
@@ -111,20 +109,19 @@ class Loop:
         self._train_images: Reader | BatchStream = (
             run.train if isinstance(run.train, BatchStream) else Reader(run.train, cache)
         )
-        self._eval_images = {'test': Reader(run.test, cache)}
-        if run.val is not None:
-            self._eval_images['val'] = Reader(run.val, cache)
         self._signals = preemption.StopSignals()
+        self._evaluations = Evaluations(
+            run, eval_step, checkpoints, cache, self._on_bad, lambda: bool(self._signals.received)
+        )
         self._sum_over_processes = sharding.make_sum_over_processes(run.mesh)
         self._in_flight: collections.deque[_Step] = collections.deque()
-        self._choice = Choice(run.config)
         self._replaced = 0  # unreadable examples of the steps that are settled
         self._skipped_in_a_row = 0
         self._stopping = False
 
     def best(self) -> int | None:
         """The first step of the best validation accuracy (or loss); None if it is not kept."""
-        return self._choice.best()
+        return self._evaluations.choice.best()
 
     @contextlib.contextmanager
     def reading(self, start: int) -> Iterator[Iterator[dict[str, np.ndarray]]]:
@@ -187,17 +184,19 @@ class Loop:
         config, log, run = self._run.config, self._run.log, self._run
         state, self._replaced = first.state(), int(first.replaced)
         del first
-        best = self._choice.read(run.workdir, up_to=start).best()
-        if best is not None:
-            self._checkpoints.protect(best)
+        self._evaluations.read(up_to=start)
         step = start
         with self._signals:
-            if start and self._is_due(start, config.eval_every) and not self._was_evaluated(start):
+            if (
+                start
+                and self._is_due(start, config.eval_every)
+                and not self._evaluations.are_done(start)
+            ):
                 self._evaluate(start, state, run.watched)  # it was stopped before, or while, it did
                 self._leave_if_stopping(start)
             run.callbacks('on_start', start, state, {})
             clock = TrainingClock()
-            over = self._choice.is_over()
+            over = self._evaluations.choice.is_over()
             while step < config.total_steps and not over:
                 step += 1
                 with clock.waiting():
@@ -223,12 +222,14 @@ class Loop:
                     log.metrics(step, **told)
                 if show:
                     _report_progress(run, step, values, clock)
-                    self._check_unreadable('train', self._replaced, step * config.batch)
+                    check_unreadable(
+                        run, 'train', self._train_images, self._replaced, step * config.batch
+                    )
 
                 if assess and not self._stopping:
                     with clock.paused():
                         save = self._evaluate(step, state, run.watched) or save
-                        over = self._choice.is_over()
+                        over = self._evaluations.choice.is_over()
 
                 if save or over or self._stopping:
                     with clock.paused():
@@ -254,7 +255,7 @@ class Loop:
         """
         if self._run.val is None or not self._run.config.test_at_end:
             return
-        if self._was_evaluated(last, 'test'):
+        if self._evaluations.are_done(last, 'test'):
             return
         with self._signals:
             self._evaluate(last, state, 'test', step_tested=chosen)
@@ -327,95 +328,18 @@ class Loop:
             f'--config.dtype=float32 may avoid it. The {which}'
         )
 
-    def _was_evaluated(self, step: int, split: str = '') -> bool:
-        name = f'loss_{split or self._run.watched}'
-        return step in telemetry.read_metric(self._run.workdir, name, up_to=step)
+    def task_of(self, params: Any) -> Task:
+        """The task of the model of these parameters, see `Evaluations.task_of`."""
+        return self._evaluations.task_of(params)
 
     def _evaluate(self, step: int, state: TrainState, split: str, **facts: float) -> bool:
-        """Evaluates, writes the metrics, and says whether it is the best so far, and wanted.
-
-        Args:
-          step: how many were done.
-          state: to evaluate.
-          split: 'val' or 'test'.
-          **facts: to write with the metrics.
-        """
-        run, images = self._run, self._eval_images[split]
-        # Alone, a run that is to stop does not finish the evaluation; the next one begins with it.
-        alone = jax.process_count() == 1
-        result = evaluate.evaluate(
-            self._eval_step,
-            state.model_params,
-            images,
-            run.preprocess,
-            run.mesh,
-            batch=run.config.batch_eval,
-            split=split,
-            task=run.task,
-            threads=run.threads,
-            on_bad=self._on_bad,
-            should_stop=(lambda: bool(self._signals.received)) if alone else None,
-        )
-        if result is None:
-            self._stopping = True
-            return False
-        metrics, speed = result
-        metrics |= run.callbacks('on_eval', step, state, metrics)
-        run.log.metrics(step, **metrics, **facts)
-        run.log.timing(step, **{f'img_sec_core_{split}': speed})
-        which = {'val': 'validation', 'test': 'test'}[split]
-        run.log.info(
-            f'step {facts.get("step_tested", step):,}: {which} {_in_words(metrics, split)} '
-            f'({len(images):,} images)',
-            'evaluated',
-            step=step,
-        )
-        self._check_unreadable(split, metrics.get(f'unreadable_{split}', 0), len(images))
-        if split != 'val' or not self._choice.add(step, metrics):
-            return False
-        self._checkpoints.protect(step)
-        return True
-
-    def task_of(self, params: Any) -> Task:
-        """The task of the model that these parameters are of.
-
-        Where an image may have several classes, its threshold is the best on validation images.
-        """
-        run = self._run
-        if run.task.kind != SEVERAL or run.val is None:
-            return run.task
-        found = evaluate.collect(
-            self._eval_step,
-            params,
-            self._eval_images['val'],
-            run.preprocess,
-            run.mesh,
-            batch=run.config.batch_eval,
-            threads=run.threads,
-            on_bad=self._on_bad,
-        )
-        assert found is not None  # nothing stops it
-        threshold = several.choose_threshold(evaluate.Outputs.of(found), run.task)
-        return dataclasses.replace(run.task, threshold=threshold, chosen_on=repr(run.val))
+        """See `Evaluations.run`; says whether the step is to be kept."""
+        kept = self._evaluations.run(step, state, split, **facts)
+        self._stopping |= kept is None
+        return bool(kept)
 
     def _name_unreadable(self, error: BadImageError) -> None:
         self._run.log.note(f'WARNING: {error}', 'unreadable', image=error.key)
-
-    def _check_unreadable(self, split: str, count: float, seen: int) -> None:
-        """Raises if more images than `max_unreadable` allows cannot be read."""
-        run = self._run
-        images = self._train_images if split == 'train' else self._eval_images[split]
-        if isinstance(images, BatchStream):  # reads no images
-            return
-        examples = len(images)
-        # Of the first pass, the whole set is the measure: one bad image in the first batch is none.
-        if count > run.config.max_unreadable * max(seen, examples):
-            raise UserError(
-                f'{count:,.0f} of {seen:,} {split} images so far could not be read (they are named '
-                f'above and in {run.workdir / telemetry.LOG_FILE}), and '
-                f'--config.max_unreadable={run.config.max_unreadable:g} allows a share of that of '
-                f'{examples:,} or more. Repair or remove them, or raise it'
-            )
 
     def _leave_if_stopping(self, step: int) -> None:
         """Waits for the checkpoint of `step`, and ends the run, if it was asked to."""
@@ -459,16 +383,6 @@ def _for_the_log(
     if replaced:
         learned['replaced_images'] = replaced
     return learned
-
-
-def _in_words(metrics: dict[str, float], split: str) -> str:
-    """Accuracy, if there is one, and whatever else was measured on the split."""
-    rest, parts = {name.removesuffix(f'_{split}'): metrics[name] for name in metrics}, []
-    rest.pop('unreadable', None)  # is told on its own
-    for name, words in (('accuracy', 'accuracy'), ('accuracy_top5', 'top-5')):
-        if name in rest:
-            parts.append(f'{words} {100 * rest.pop(name):.2f} %')
-    return ', '.join(parts + [f'{name} {rest[name]:.4f}' for name in rest])
 
 
 def _report_progress(run: Run, step: int, values: dict[str, float], clock: TrainingClock) -> None:
