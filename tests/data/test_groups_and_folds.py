@@ -135,7 +135,7 @@ def test_patients_of_folders_and_tables_stay_together(root, kind):
 def test_patterns_that_fit_nothing_are_refused(root, group, message):
     with pytest.raises(UserError, match=message):
         sources.open_dataset(str(root / 'photos'), group=group)
-    with pytest.raises(UserError, match='a table has a column for it'):
+    with pytest.raises(UserError, match='rows have a column for it'):
         sources.open_dataset(str(root / 'labels.csv'), group='a')
     with pytest.raises(UserError, match='is for folders'):
         sources.open_dataset('digits', group='a')
