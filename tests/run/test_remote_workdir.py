@@ -98,7 +98,8 @@ def test_a_run_that_is_at_work_is_left_alone(there):
     with mirrored(RUN) as folder:
         save(folder, 1)
         lease = json.loads((there / 'lease.json').read_text())
-        for other in ({'process': 1}, {'host': 'elsewhere'}):
+        ahead = {'host': 'elsewhere', 'seen': lease['seen'] + 60}
+        for other in ({'process': 1}, {'host': 'elsewhere'}, ahead):
             (there / 'lease.json').write_text(json.dumps(lease | {'id': 'x'} | other))
             with pytest.raises(UserError, match=r'another run is at work in gs://bucket/a/run'):
                 with mirrored(RUN):

@@ -114,7 +114,7 @@ class _Mirror:
             if _is_at_work(other):
                 raise UserError(
                     f'another run is at work in {address} (process {other.get("process")} on '
-                    f'{other.get("host")}, {time.time() - other["seen"]:.0f} s ago): wait for it, '
+                    f'{other.get("host")}, {max(0, time.time() - other["seen"]):.0f} s ago): wait for it, '
                     f'or use another --workdir. One that died is forgotten after {_LEASE_SECONDS} s'
                 )
             before = files.read_json(own) if own.is_file() else {}
@@ -285,7 +285,8 @@ class _Mirror:
 def _is_at_work(lease: dict[str, Any]) -> bool:
     """Whether the run that a lease names may still be at work."""
     seen, process = lease.get('seen'), lease.get('process')
-    if not isinstance(seen, int | float) or not 0 <= time.time() - seen < _LEASE_SECONDS:
+    # Clocks differ: that of the other machine may be ahead.
+    if not isinstance(seen, int | float) or not abs(time.time() - seen) < _LEASE_SECONDS:
         return False
     if lease.get('host') != socket.gethostname() or not isinstance(process, int):
         return True
