@@ -114,7 +114,7 @@ class _Mirror:
             if _is_at_work(other):
                 raise UserError(
                     f'another run is at work in {address} (process {other.get("process")} on '
-                    f'{other.get("host")}, {max(0, time.time() - other["seen"]):.0f} s ago): wait for it, '
+                    f'{other.get("host")}, {max(0, time.time() - other["seen"]):.0f} s ago): wait, '
                     f'or use another --workdir. One that died is forgotten after {_LEASE_SECONDS} s'
                 )
             before = files.read_json(own) if own.is_file() else {}
