@@ -428,5 +428,13 @@ def test_a_kind_is_seen_without_reading_all(tmp_path):
         (tmp_path / name / 'data/README.md').touch()
         (tmp_path / name / 'data' / name).touch()
         assert shards.kind_of(tmp_path / name) == kind
-    (tmp_path / 'a.parquet/data/a.jpg').touch()
-    assert shards.kind_of(tmp_path / 'a.parquet') == ''
+    (tmp_path / 'a.parquet/data/logo.png').touch()
+    assert shards.kind_of(tmp_path / 'a.parquet') == 'hugging_face'
+
+
+def test_a_backup_beside_folders_of_classes_is_not_the_dataset(tmp_path):
+    for image, label, name in rows(9):
+        (tmp_path / CLASSES[label]).mkdir(exist_ok=True)
+        (tmp_path / CLASSES[label] / f'{name}.jpg').write_bytes(image)
+    write('tar', tmp_path / 'backup.tar', rows(4))
+    assert sources.open_dataset(str(tmp_path)).class_names == CLASSES

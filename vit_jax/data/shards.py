@@ -45,10 +45,13 @@ _logger = logging.getLogger(__name__)
 
 
 def kind_of(path: pathlib.Path) -> str:
-    """Which of `KINDS` a file is, or a folder holds; '' for none, as for folders of images."""
+    """Which of `KINDS` a file is, or a folder holds; '' for none, as for folders of classes.
+
+    Files of many images that lie beside or in folders of classes (a backup) are not the dataset.
+    """
     if not path.is_dir():
         return _kind_of_name(path.name)
-    level = [path]
+    level, kind, with_images = [path], '', set[pathlib.Path]()
     for _ in range(3):
         below = []
         for folder in level[:_MAX_FOLDERS]:
@@ -61,12 +64,14 @@ def kind_of(path: pathlib.Path) -> str:
                     continue
                 if entry.is_dir():
                     below.append(pathlib.Path(entry.path))
-                elif kind := _kind_of_name(entry.name):
-                    return kind
                 elif image_files.is_image_name(entry.name):
-                    return ''
+                    with_images.add(folder)
+                else:
+                    kind = kind or _kind_of_name(entry.name)
+            if len(with_images) > 1:
+                return ''
         level = below
-    return ''
+    return kind
 
 
 def _kind_of_name(name: str) -> str:
