@@ -237,7 +237,7 @@ class Loop:
                         self._checkpoints.save(step, Checkpoint.of(state, replaced))
                         run.callbacks('on_checkpoint', step, state, {})
                 self._leave_if_stopping(step)
-                if over:
+                if over and step < config.total_steps:
                     log.info(
                         f'the run ends with step {step:,}: evaluations in a row without a better '
                         f'one: {config.patience} (config.patience)'
