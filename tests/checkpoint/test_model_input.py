@@ -49,6 +49,15 @@ def test_pixels_and_scale_are_transformers(tmp_path, processor):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize('name', ['ConvNext', 'Beit', 'Perceiver', 'Levit', 'Siglip2'])
+def test_another_processor_is_not_taken_for_a_vits(tmp_path, name):
+    """Their rules are others: a share of the centre, another filter, patches that are padded."""
+    processor = {'image_processor_type': f'{name}ImageProcessor', 'size': 28, 'image_mean': 0.25}
+    told = of_hugging_face(tmp_path, processor)
+    assert f"the image processor '{name}ImageProcessor'" in told.refused
+    assert told.preprocess is None and told.normalization[0] == (0.25,) * 3
+
+
 def test_the_scale_of_a_processor(tmp_path):
     no_mean = {'rescale_factor': 1 / 127.5, 'do_normalize': False}
     mean, std = of_hugging_face(tmp_path, no_mean).normalization

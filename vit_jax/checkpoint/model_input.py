@@ -136,7 +136,7 @@ def of_hugging_face(
     """
     size = _size(config['image_size']) if config.get('image_size') else 0
     kind, known = _FAMILIES.get(str(config.get('model_type')), ('ViT', HALF))
-    found = _processor(folder)
+    found, unknown = _processor(folder), ''
     notes: tuple[str, ...] = ()
     if found is None:
         found = _scaled(known)
@@ -146,10 +146,11 @@ def of_hugging_face(
         )
     else:
         name = str(found.get('image_processor_type') or found.get('feature_extractor_type') or '')
-        for ending in ('Fast', 'ImageProcessor', 'FeatureExtractor'):
-            name = name.removesuffix(ending)
-        if name in _PROCESSORS:
-            kind = name
+        stem = name
+        for ending in ('Fast', 'Pil', 'ImageProcessor', 'FeatureExtractor'):
+            stem = stem.removesuffix(ending)
+        unknown = '' if stem in ('', *_PROCESSORS) else f'the image processor {name[:100]!r}'
+        kind = stem if stem in _PROCESSORS else kind
     settings = _PROCESSORS[kind] | found
     for key, value in _FIXED.items():
         if settings.get(key, value) != value:
@@ -160,6 +161,8 @@ def of_hugging_face(
             )
     normalization = _hugging_face_normalization(settings)
     try:
+        if unknown:
+            raise _UnknownError(f'{unknown} of its preprocessor_config.json')
         preprocess, more = _hugging_face_pixels(settings, 0 if resizes else size)
     except (_UnknownError, UserError) as why:
         return ModelInput(size, normalization, refused=str(why), notes=notes)
