@@ -2,11 +2,13 @@
 
     python -m benchmarks.storage --images 1281000 --classes 1000 --folder /tmp/made-up
     python -m benchmarks.storage --wait_ms 50
+    python -m benchmarks.storage --datasets photos/ photos.csv parquet/ shards/
 
 The first makes a set in that folder unless it is there (links to some small JPEG files: an entry in
 a folder each, no further inode), opens it twice, each time in a process of its own, and says how
 long it took until the set was listed, fingerprinted, and the first batch was read, without imports.
-The other reads from a source that waits so long for each image, with 1 to 64 threads.
+The second reads from a source that waits so long for each image, with 1 to 64 threads. The third
+reads all images of sets in random order, without decoding, by one thread, from a warm cache.
 """
 
 import argparse
@@ -111,6 +113,21 @@ def opened(folder: str, batch: int = BATCH) -> dict[str, float]:
     }
 
 
+def read(name: str, rounds: int = 5) -> dict[str, float]:
+    """Seconds to open a set, and microseconds to read an image of it: the least of some rounds."""
+    begin = time.perf_counter()
+    dataset = sources.open_dataset(name)
+    source = dataset.select('+'.join(dataset.splits))
+    opened_s, times = time.perf_counter() - begin, []
+    order = np.random.default_rng(0).permutation(len(source)).tolist()
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        for index in order:
+            source[index]
+        times.append((time.perf_counter() - begin) / len(source))
+    return {'images': len(source), 'open_s': opened_s, 'read_us': 1e6 * min(times)}
+
+
 def main() -> None:
     """Measures what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -118,6 +135,7 @@ def main() -> None:
     parser.add_argument('--images', type=int, default=1_281_000)
     parser.add_argument('--classes', type=int, default=1000)
     parser.add_argument('--wait_ms', type=float, default=0.0)
+    parser.add_argument('--datasets', nargs='+', default=(), help='to read from')
     args = parser.parse_args()
     if args.folder:
         if not args.folder.exists():
@@ -127,6 +145,10 @@ def main() -> None:
             with multiprocessing.get_context('spawn').Pool(1) as process:
                 found = process.apply(opened, (str(args.folder),))
             print(time_of, ', '.join(f'{name} {value:.2f}' for name, value in found.items()))
+    for name in args.datasets:
+        with multiprocessing.get_context('spawn').Pool(1) as process:
+            found = process.apply(read, (name,))
+        print(name, ', '.join(f'{key} {value:.3f}' for key, value in found.items()), flush=True)
     if args.wait_ms:
         for threads in (1, 2, 4, 8, 16, 32, 64):
             share = share_of_bound(args.wait_ms / 1000, threads, batch=32)
