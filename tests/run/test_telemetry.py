@@ -12,6 +12,7 @@ import ml_collections
 import pytest
 import rich.console
 
+from vit_jax.errors import UserError
 from vit_jax.run import run_info, telemetry
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -132,6 +133,15 @@ def test_damaged_lines_are_removed_and_counted(tmp_path, damage):
         out.metrics(10, lr=0.5)
     assert rows(tmp_path / 'metrics.jsonl') == [{'step': 1}, {'step': 2}, {'step': 10, 'lr': 0.5}]
     assert 'removed 1 lines that are not JSON' in shown.file.getvalue()
+
+
+def test_a_start_that_fails_ends_in_its_own_error(tmp_path):
+    (tmp_path / 'timing.jsonl').mkdir()
+    with (
+        pytest.raises(UserError, match='not a regular file'),
+        telemetry.Telemetry(tmp_path, total_steps=30, console=console()) as log,
+    ):
+        log.start(10)
 
 
 def test_other_processes_write_nothing(tmp_path):
@@ -365,6 +375,7 @@ def test_imports_neither_tensorflow_nor_pytorch_even_where_installed(tmp_path):
     program = f"""
 import sys
 sys.path.insert(0, {str(tmp_path / 'site')!r})
+from vit_jax.errors import UserError
 from vit_jax.run import run_info, telemetry
 with telemetry.Telemetry({str(tmp_path / 'run')!r}, total_steps=2, settings={{'lr': 1.0}}) as out:
     out.start(0)

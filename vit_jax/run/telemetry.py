@@ -258,6 +258,8 @@ class Telemetry:
 
     def _track(self, work: Callable[[trackers.Tracker], None]) -> None:
         """Has all trackers do something; what is not ours may fail, and is given up then."""
+        if not self._trackers:  # the run ended before its start
+            return
         ours, *others = self._trackers
         work(ours)
         for tracker in others:
