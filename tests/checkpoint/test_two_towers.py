@@ -163,18 +163,14 @@ def test_what_transformers_has_no_class_for(clip, tmp_path):
 
 
 def test_probabilities_of_siglip_are_sigmoids(siglip):
-    from vit_jax.inference import classifier as classifier_lib
-
     towers = two_tower.load(siglip[-1])
     pixels = np.full((1, 28, 28, 3), 100, np.float32)
     _, _, _, logits = of_library(siglip, pixels / 127.5 - 1)
     classifier = two_tower.ZeroShotClassifier(towers, ('A photo of a cat!', 'a'), ('{}',))
-    found = classifier_lib.probabilities(classifier, classifier.logits(pixels))
+    found = classifier.task.values(classifier.logits(pixels))
     np.testing.assert_allclose(found, 1 / (1 + np.exp(-logits[:, [0, 2]])), atol=1e-5)
     one = two_tower.ZeroShotClassifier(towers, ('cat', 'a'), exclusive=True)
-    np.testing.assert_allclose(
-        classifier_lib.probabilities(one, one.logits(pixels)).sum(), 1, atol=1e-6
-    )
+    np.testing.assert_allclose(one.task.values(one.logits(pixels)).sum(), 1, atol=1e-6)
 
 
 def test_old_configurations_of_clip_have_a_wrong_end_token(clip, tmp_path):

@@ -87,4 +87,4 @@ def test_command(photos, run_script):
     assert done.returncode == 1
     assert done.stdout == f'{photos}/test/a/1.png\t{photos}/train/a/1.bmp\n'
     done = run_script('find_copies.py', 'digits')
-    assert done.returncode == 1 and 'digits is no folder of images' in done.stderr
+    assert done.returncode == 1 and 'digits is no folder or table of image files' in done.stderr

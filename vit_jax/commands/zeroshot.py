@@ -141,7 +141,7 @@ def _predict(args: argparse.Namespace, model: Any) -> int:
 
     images = predict.find_images(args.images, stdin=sys.stdin.buffer)
     write = output.make_writer(
-        sys.stdout, 'table', model.class_names, top_k=args.top_k, threshold=0.0
+        sys.stdout, 'table', model.class_names, top_k=args.top_k, task=model.task
     )
     unreadable: list[BadImageError] = []
 

@@ -62,7 +62,7 @@ def kind_of(path: pathlib.Path) -> str:
             for entry in entries:
                 if entry.name.startswith('.'):
                     continue
-                if entry.is_dir():
+                if _is_folder(entry):
                     below.append(pathlib.Path(entry.path))
                 elif image_files.is_image_name(entry.name):
                     with_images.add(folder)
@@ -72,6 +72,13 @@ def kind_of(path: pathlib.Path) -> str:
                 return ''
         level = below
     return kind
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _kind_of_name(name: str) -> str:

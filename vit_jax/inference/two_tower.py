@@ -22,7 +22,7 @@ from vit_jax.errors import UserError
 from vit_jax.inference import description, model_folder
 from vit_jax.inference.classifier import classify
 from vit_jax.inference.features import Recorded
-from vit_jax.inference.task import ONE_CLASS
+from vit_jax.inference.task import ONE_CLASS, SEVERAL, Task
 
 FORMAT = 'vit_jax two towers'
 MODEL_FILE, PARAMS_FILE = 'model.json', 'params.npz'
@@ -146,8 +146,6 @@ class ZeroShotClassifier:
       UserError: no class, one twice, or a prompt without {}.
     """
 
-    task = ONE_CLASS
-
     def __init__(
         self,
         towers: TwoTowers,
@@ -170,7 +168,7 @@ class ZeroShotClassifier:
         texts = [prompt.replace('{}', name) for name in class_names for prompt in prompts]
         classes = towers.embed_texts(texts).reshape(len(class_names), len(prompts), -1).mean(1)
         classes /= np.linalg.norm(classes, axis=-1, keepdims=True)
-        self.multi_label = towers.bias is not None and not exclusive
+        self.task = ONE_CLASS if towers.bias is None or exclusive else Task(SEVERAL)
         self.head = jnp.asarray(towers.temperature * classes.T, jnp.float32)
         self._batch = 0
 
@@ -208,7 +206,8 @@ def save_classifier(
     model_folder.save(
         folder,
         params,
-        model_config=image | {'unit_features': True, 'multi_label': classifier.multi_label},
+        model_config=image
+        | {'unit_features': True, 'multi_label': classifier.task.kind == SEVERAL},
         class_names=classifier.class_names,
         preprocess=towers.preprocess,
         source=classifier.source,
