@@ -24,7 +24,7 @@ from vit_jax.data import image_files
 from vit_jax.data.dataset import Dataset, Example, check_class_names
 from vit_jax.data.decode import BadImageError, read_file
 from vit_jax.data.holdout import stratified_order
-from vit_jax.data.listing import Index, list_images
+from vit_jax.data.listing import Index, is_folder, list_images
 from vit_jax.data.splits import SPLITS, split_called
 from vit_jax.errors import UserError
 
@@ -293,7 +293,7 @@ def _subfolders(folder: pathlib.Path) -> list[str]:
         return sorted(
             entry.name
             for entry in os.scandir(folder)
-            if entry.is_dir() and not entry.name.startswith('.') and entry.name != '__MACOSX'
+            if is_folder(entry) and not entry.name.startswith('.') and entry.name != '__MACOSX'
         )
     except OSError as error:
         raise UserError(f'folder {folder} cannot be read ({error.strerror})') from error

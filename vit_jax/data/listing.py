@@ -156,6 +156,14 @@ def list_images(
     return found, ignored
 
 
+def is_folder(entry: os.DirEntry) -> bool:
+    """Whether an entry is a folder, or a link to one; a link to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 def _look(path: str, arrays: bool) -> _Names:
     """Reads the names in a folder; one that cannot be read has none, which is said."""
     images: list[str] = []
@@ -168,7 +176,7 @@ def _look(path: str, arrays: bool) -> _Names:
             for entry in entries:
                 name = entry.name
                 links = links or entry.is_symlink()
-                if entry.is_dir():
+                if is_folder(entry):
                     if name[0] != '.':
                         folders.append(name)
                     continue

@@ -27,6 +27,7 @@ from vit_jax.data import image_files, rows
 from vit_jax.data.columns import Columns
 from vit_jax.data.dataset import Dataset
 from vit_jax.data.decode import MAX_BYTES, BadImageError
+from vit_jax.data.listing import is_folder
 from vit_jax.data.splits import split_called
 from vit_jax.errors import UserError
 
@@ -62,7 +63,7 @@ def kind_of(path: pathlib.Path) -> str:
             for entry in entries:
                 if entry.name.startswith('.'):
                     continue
-                if _is_folder(entry):
+                if is_folder(entry):
                     below.append(pathlib.Path(entry.path))
                 elif image_files.is_image_name(entry.name):
                     with_images.add(folder)
@@ -72,13 +73,6 @@ def kind_of(path: pathlib.Path) -> str:
                 return ''
         level = below
     return kind
-
-
-def _is_folder(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
 
 
 def _kind_of_name(name: str) -> str:

@@ -22,6 +22,7 @@ from vit_jax.data import rows, table_files
 from vit_jax.data.columns import Columns, choose_columns, has_label
 from vit_jax.data.dataset import Dataset
 from vit_jax.data.decode import BadImageError, read_file
+from vit_jax.data.listing import is_folder
 from vit_jax.data.splits import split_called
 from vit_jax.data.table_files import Table
 from vit_jax.errors import UserError
@@ -56,7 +57,7 @@ def find_metadata(folder: pathlib.Path, *, told: bool) -> list[Part]:
     parts = _metadata_in(folder, '')
     if not parts:
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            if entry.is_dir() and (split := split_called(entry.name)):
+            if is_folder(entry) and (split := split_called(entry.name)):
                 parts += _metadata_in(pathlib.Path(entry.path), split)
     kept = []
     for part in parts:
