@@ -261,6 +261,18 @@ def test_variant_is_inferred_from_shapes(name, monkeypatch):
         model_folder.check(opened)
 
 
+def test_a_head_of_too_many_classes_is_refused(monkeypatch):
+    params = _params()
+    head = {'kernel': np.zeros((8, 1)), 'bias': np.zeros(1)}
+    params['head'] = {
+        name: np.broadcast_to(np.float32(0), (*leaf.shape[:-1], 1_000_001))
+        for name, leaf in head.items()
+    }
+    _pretend(monkeypatch, params)
+    with pytest.raises(UserError, match='a head of 1,000,001 classes; at most 1,000,000 fit'):
+        model_folder.open_model('made_up.npz')
+
+
 def test_bare_file_with_variant(tmp_path, monkeypatch, caplog):
     _pretend(monkeypatch, _zeros(variants.get_config('ViT-S_32'), 2, 64))
     assert model_folder.load('a.npz', variant='ViT-S_32').image_size == 64

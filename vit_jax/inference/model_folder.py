@@ -354,6 +354,10 @@ def _from_weights(
     image_size = infer.image_size(weights.params, config, str(path), weights.image_size)
     weights, image_size = model_input.fit_positions(weights, config, image_size, resize=resize)
     num_classes = _num_classes(weights.params)
+    if num_classes > description.MAX_CLASSES:  # each gets a name, which takes more than its weights
+        raise UserError(
+            f'{path} has a head of {num_classes:,} classes; at most {description.MAX_CLASSES:,} fit'
+        )
     class_names = weights.class_names
     if len(class_names) != num_classes:
         class_names = labels.numbered(num_classes)
