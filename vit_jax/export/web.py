@@ -5,6 +5,7 @@ the version below, and is kept in the cache of downloads.
 """
 
 import base64
+import dataclasses
 import hashlib
 import json
 import os
@@ -94,15 +95,7 @@ def write(
         about = {
             'title': named,
             'class_names': list(model.class_names),
-            'preprocessing': {
-                'resize': model.preprocess.resize,
-                'eval': model.preprocess.eval,
-                'interpolation': model.preprocess.interpolation,
-                'antialias': model.preprocess.antialias,
-                'centre': model.preprocess.centre,
-                'whole_levels': model.preprocess.whole_levels,
-                'crop': model.preprocess.crop,
-            },
+            'preprocessing': dataclasses.asdict(model.preprocess),
             'attention': grid is not None,
             'grid': grid or (0, 0),
             'prefix': variants.prefix_tokens(model.model_config),
