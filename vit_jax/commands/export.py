@@ -16,10 +16,15 @@ Formats:
                  a folder for these libraries of PyTorch
     npz          the weights alone, in the naming of Google's released files
 
+Of a model of images and texts (LiT, CLIP, SigLIP), --tower says which half: images or tokens of
+texts in, embeddings of length 1 out, by onnx or stablehlo. (Its classes as a plain classifier:
+vit_jax zeroshot --save_as. Both towers for transformers: vit_jax convert --to huggingface.)
+
 Examples:
     vit_jax export --model runs/x/model --format onnx --output x.onnx
     vit_jax export --model runs/x/model --format onnx --dtype float16 --output x16.onnx
     vit_jax export --model runs/x/model --format timm --output x_timm --images photos/
+    vit_jax export --model LiT-L16Ti --tower text --format onnx --output texts.onnx
 
 Exit status: 0 if the file was written and verified, or could not be verified because its runtime
 is not installed (the last lines say "not verified" and what to install); 1 if there is an error,
@@ -32,9 +37,13 @@ import os
 import shutil
 import signal
 import sys
+from typing import TYPE_CHECKING, Any
 
 from vit_jax import cli
 from vit_jax.export import options
+
+if TYPE_CHECKING:
+    from vit_jax.export import verify
 
 
 def main() -> int:
@@ -65,14 +74,12 @@ def _export(args: argparse.Namespace) -> int:
     import rich.console
 
     from vit_jax.errors import printable
-    from vit_jax.export import formats, verify
-    from vit_jax.inference import model_folder
+    from vit_jax.export import verify
 
     width = max(100, shutil.get_terminal_size().columns)  # the table needs 90
     console = rich.console.Console(highlight=False, markup=False, soft_wrap=True, width=width)
-    report = formats.export(
-        model_folder.load(args.model, variant=args.variant, **cli.input_of(args)),
-        args.output,
+    report = _write(
+        args,
         format=args.format,
         options=chosen,
         verified=args.verify,
@@ -83,6 +90,27 @@ def _export(args: argparse.Namespace) -> int:
     state = 'verified' if verified else 'not verified'
     console.print(printable(f'{args.output}: written, {state}'))
     return 0
+
+
+def _write(args: argparse.Namespace, **how: Any) -> 'verify.Report | None':
+    """Exports a model, or one tower of it."""
+    from vit_jax import variants
+    from vit_jax.errors import UserError
+    from vit_jax.export import formats, tower
+    from vit_jax.inference import model_folder, two_tower
+
+    if args.tower:
+        tower.check_options(args.tower, how['format'], how['options'], how['images'])
+        towers = two_tower.load(args.model, args.vocabulary)
+        return tower.export(towers, args.output, tower=args.tower, **how)
+    if args.vocabulary:
+        raise UserError('--vocabulary goes with --tower')
+    if args.model in variants.TWO_TOWERS or two_tower.is_folder(args.model):
+        raise UserError(
+            f'{args.model} has two towers: --tower image or --tower text says which to export'
+        )
+    model = model_folder.load(args.model, variant=args.variant, **cli.input_of(args))
+    return formats.export(model, args.output, **how)
 
 
 def _parse() -> argparse.Namespace:
@@ -102,6 +130,13 @@ def _parse() -> argparse.Namespace:
     cli.add_input(parser)
     graph = parser.add_argument_group('onnx and stablehlo')
     add = graph.add_argument
+    add('--tower', choices=options.TOWERS, help='of a model of images and texts')
+    add(
+        '--vocabulary',
+        default='',
+        metavar='FILE',
+        help='of a .npz of SigLIP, the file of its tokenizer',
+    )
     add('--layout', choices=options.LAYOUTS, help='of the input (default: NHWC)')
     add('--probabilities', action='store_true', help='softmax of each image instead of logits')
     add('--features', action='store_true', help='give the features that the head reads, too')

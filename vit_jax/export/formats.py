@@ -5,7 +5,7 @@ import hashlib
 import io
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ def export(
     options: Options = DEFAULT,
     verified: bool = True,
     images: Sequence[str] = (),
+    told: Mapping[str, Any] | None = None,
     console: rich.console.Console | None = None,
 ) -> verify.Report | None:
     """Exports a model.
@@ -41,6 +42,7 @@ def export(
         options: see `Options`.
         verified: whether to run the exported model and compare; without it nothing is promised.
         images: files and folders of images to verify on; default photographs of scikit-learn's.
+        told: more for the metadata of an ONNX or StableHLO file.
         console: for what happens; by default none of it is shown.
 
     Returns:
@@ -50,21 +52,62 @@ def export(
         UserError: the format or an option cannot express the model, the exported model does not
             compute what the model computes, or the output cannot be written. Nothing was written.
     """
-    output = pathlib.Path(output)
     check(format, options, output)
     model, notes = pytorch.drop_layers(model, options.drop)
     chosen = verify.images_for(images, channels=model.channels) if verified else None
+
+    def make(path: pathlib.Path) -> list[str]:
+        return [*notes, *write(path, model, format, options, told)]
+
+    def test(path: pathlib.Path) -> verify.Report:
+        return verify.verify(model, path, format=format, options=options, images=chosen)
+
+    what = (
+        f'{in_words(model.model_config.get("model_name"), model.params)}, '
+        f'{variants.in_words(model.image_size)} px, {len(model.class_names)} classes'
+    )
+    return carry_out(output, format, options, what, make, test if verified else None, console)
+
+
+def carry_out(
+    output: str | os.PathLike[str],
+    format: str,
+    options: Options,
+    what: str,
+    make: Callable[[pathlib.Path], Sequence[str]],
+    test: Callable[[pathlib.Path], verify.Report] | None,
+    console: rich.console.Console | None,
+) -> verify.Report | None:
+    """Writes an export and verifies it, whatever it is of.
+
+    Args:
+        output: see `export`; `check` has passed.
+        format: see `export`.
+        options: see `export`.
+        what: the model in words.
+        make: writes a path, and gives what the user should know, a sentence each.
+        test: verifies what was written; None for not.
+        console: see `export`.
+
+    Returns:
+        See `export`.
+
+    Raises:
+        UserError: what was written is not the model, or the output cannot be written.
+    """
+    output = pathlib.Path(output)
     console = console or rich.console.Console(quiet=True)
     with files.atomic_group(output) as folder:
         made = folder / output.name
-        notes += write(made, model, format, options)
-        console.print(_described(model, options, made))
+        notes = make(made)
+        size = sum(file.stat().st_size for file in _files(made)) / 2**20
+        console.print(f'{what}: {size:.1f} MiB, {options.dtype}')
         for note in notes:
             console.print(f'  {printable(note)}')
-        if not verified:
+        if test is None:
             console.print('not verified (--no-verify)')
             return None
-        report = verify.verify(model, made, format=format, options=options, images=chosen)
+        report = test(made)
         report.print(console)
         if report.status == verify.FAILED:
             raise UserError(f'{output} was not written: {"; ".join(report.reasons)}')
@@ -77,7 +120,13 @@ def export(
     return report
 
 
-def write(path: pathlib.Path, model: model_folder.Model, name: str, options: Options) -> list[str]:
+def write(
+    path: pathlib.Path,
+    model: model_folder.Model,
+    name: str,
+    options: Options,
+    told: Mapping[str, Any] | None = None,
+) -> list[str]:
     """Writes a model, unverified. `export` is what to call.
 
     Args:
@@ -85,6 +134,7 @@ def write(path: pathlib.Path, model: model_folder.Model, name: str, options: Opt
         model: see `export`; what `options.drop` names has been left out already.
         name: of the format.
         options: see `Options`.
+        told: see `export`.
 
     Returns:
         What the user should know, a sentence each.
@@ -93,29 +143,30 @@ def write(path: pathlib.Path, model: model_folder.Model, name: str, options: Opt
         UserError: the format cannot express the model.
     """
     if name == 'stablehlo':
-        stablehlo.write(path, model, options)
+        stablehlo.write(path, model, options, told)
         return []
     if name != 'onnx':
         return pytorch.write(path, model, to=name)
-    from vit_jax.export import onnx, onnx_quantize  # need packages that no other format needs
+    from vit_jax.export import onnx  # needs packages that no other format needs
 
-    proto = onnx.build(model, options)
+    return write_onnx(path, onnx.build(model, options, told), options)
+
+
+def write_onnx(path: pathlib.Path, proto: Any, options: Options) -> list[str]:
+    """Writes an ONNX graph in the type that was asked for; see `write`."""
+    from vit_jax.export import onnx, onnx_quantize
+
     if options.dtype != 'int8':
         onnx.save(proto, path)
         return []
     full = onnx_quantize.quantize_dynamic(proto, path)
-    return [f'{path.stat().st_size / 2**20:.1f} MiB, {full / 2**20:.1f} MiB in float32']
+    return [f'{path.stat().st_size / 2**20:.1f} MiB, {full / 2**20:.1f} MiB before']
 
 
-def _described(model: model_folder.Model, options: Options, made: pathlib.Path) -> str:
-    name = model.model_config.get('model_name') or 'a model of no known variant'
-    count = sum(leaf.size for leaf in jax.tree.leaves(model.params))
-    size = sum(file.stat().st_size for file in _files(made)) / 2**20
-    return (
-        f'{name}, {count:,} parameters, {variants.in_words(model.image_size)} px, '
-        f'{len(model.class_names)} classes: '
-        f'{size:.1f} MiB, {options.dtype}'
-    )
+def in_words(name: Any, params: Any) -> str:
+    """Name and size of a model."""
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return f'{name or "a model of no known variant"}, {count:,} parameters'
 
 
 def _files(made: pathlib.Path) -> list[pathlib.Path]:

@@ -11,6 +11,7 @@ names, preprocessing) is in its metadata.
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import IO, Any
 
 import vit_jax
@@ -36,7 +37,11 @@ _ALIGNMENT = 4096
 _EXTERNAL_FROM = 1024  # bytes; what is smaller stays in the file of the graph
 
 
-def build(model: model_folder.Model, options: Options = DEFAULT) -> onnx.ModelProto:
+def build(
+    model: model_folder.Model,
+    options: Options = DEFAULT,
+    told: Mapping[str, Any] | None = None,
+) -> onnx.ModelProto:
     """Writes a model as an ONNX graph.
 
     The input is `image`, of any batch. Outputs are float32: `logits` (of a model of numbers, these
@@ -47,6 +52,7 @@ def build(model: model_folder.Model, options: Options = DEFAULT) -> onnx.ModelPr
         model: what `model_folder.load` gives (or `open_model`, which reads each array when it is
             written); ViT, hybrid, DeiT or Mixer.
         options: see `Options`; of 'int8' the float32 graph, which `onnx_quantize` takes.
+        told: more for the metadata; values other than texts become JSON.
 
     Returns:
         The model, with its metadata; `save` writes it.
@@ -85,7 +91,7 @@ def build(model: model_folder.Model, options: Options = DEFAULT) -> onnx.ModelPr
         x = graph.op('Concat', values.attention, 'attention/stacked', axis=1)
         graph.output(graph.reshape(x, shape, 'attention/blocks'), 'attention', shape)
     proto = graph.model(str(config.get('model_name') or 'vit_jax'), vit_jax.__version__)
-    helper.set_model_props(proto, _metadata(model, options, outputs[0]))
+    helper.set_model_props(proto, _metadata(model, options, outputs[0]) | as_text(told or {}))
     return proto
 
 
@@ -101,24 +107,30 @@ def _metadata(model: model_folder.Model, options: Options, output: str) -> dict[
         ('true') only where classes do not exclude each other; 'task' (JSON of `Task.to_dict`) only
         where the outputs are not scores of classes that exclude each other.
     """
+    return as_text(
+        {
+            'vit_jax.format': inference_onnx.FORMAT,
+            'vit_jax.version': vit_jax.__version__,
+            'model_name': str(model.model_config.get('model_name') or ''),
+            'class_names': list(model.class_names),
+            'image_size': model.image_size,
+            'layout': options.layout,
+            'value_range': [0, 255] if options.preprocessing else [-1, 1],
+            'preprocessing': model.preprocess.to_dict(),
+            'output': output,
+            'dtype': 'float16' if options.dtype == 'float16' else 'float32',
+            'source': dict(model.source),
+            **({'multi_label': True} if model.task.kind == SEVERAL else {}),
+            **({'task': model.task.to_dict()} if model.task != ONE_CLASS else {}),
+        }
+    )
 
-    def text(value: Any) -> str:
-        return json.dumps(value, ensure_ascii=False)
 
+def as_text(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Metadata as a file has them: texts as they are, everything else as JSON."""
     return {
-        'vit_jax.format': inference_onnx.FORMAT,
-        'vit_jax.version': vit_jax.__version__,
-        'model_name': str(model.model_config.get('model_name') or ''),
-        'class_names': text(list(model.class_names)),
-        'image_size': text(model.image_size),
-        'layout': options.layout,
-        'value_range': text([0, 255] if options.preprocessing else [-1, 1]),
-        'preprocessing': text(model.preprocess.to_dict()),
-        'output': output,
-        'dtype': 'float16' if options.dtype == 'float16' else 'float32',
-        'source': text(dict(model.source)),
-        **({'multi_label': text(True)} if model.task.kind == SEVERAL else {}),
-        **({'task': text(model.task.to_dict())} if model.task != ONE_CLASS else {}),
+        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for key, value in metadata.items()
     }
 
 

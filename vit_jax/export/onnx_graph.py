@@ -21,7 +21,8 @@ with extra('export'):
 
 FLOAT16, FLOAT32 = TensorProto.FLOAT16, TensorProto.FLOAT
 INT64, UINT8 = TensorProto.INT64, TensorProto.UINT8
-TYPE_NAMES: dict[int, str] = {FLOAT16: 'float16', FLOAT32: 'float32'}
+BOOL, INT8, INT32 = TensorProto.BOOL, TensorProto.INT8, TensorProto.INT32
+TYPE_NAMES: dict[int, str] = {FLOAT16: 'float16', FLOAT32: 'float32', INT32: 'int32'}
 
 # Names of the two lengths that are open until the graph runs.
 BATCH = 'batch'  # images
@@ -78,7 +79,7 @@ class Graph:
         self._outputs.append(helper.make_tensor_value_info(name, FLOAT32, shape))
 
     def weight(self, name: str, array: Any, elem_type: int | None = None) -> str:
-        """A constant of the graph's type (or of `elem_type`), from an array of any float type."""
+        """A constant of the graph's type (or of `elem_type`), from an array of any type."""
         elem_type = elem_type or self.compute
         array = np.asarray(array)
         with np.errstate(over='ignore'):  # reported below, by name
@@ -223,6 +224,12 @@ class Graph:
     def softmax(self, x: str, name: str) -> str:
         """Softmax over the last axis, in float32."""
         return self.op('Softmax', [self.cast(x, FLOAT32)], name, axis=-1)
+
+    def masked(self, scores: str, mask: str, name: str) -> str:
+        """Scores, in float32, of what is not to be looked at the lowest, as in `models`."""
+        lowest = self.scalar(float(np.finfo(np.float32).min))
+        inputs = [mask, self.cast(scores, FLOAT32), lowest]
+        return self.op('Where', inputs, name, elem_type=FLOAT32)
 
     def probabilities(self, logits: str, multi_label: bool) -> str:
         """Softmax of the logits, or the sigmoid of each, in float32."""

@@ -18,12 +18,13 @@ _Tree = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """N, H and D; and the rotary positions."""
+    """N, H and D; the rotary positions; and the name of a mask, bool [B or 1, 1, 1 or N, N]."""
 
     tokens: int
     heads: int
     width: int
     rotary: Rotary | None = None
+    mask: str = ''
 
     @property
     def head_size(self) -> int:

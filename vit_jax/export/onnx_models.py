@@ -69,7 +69,9 @@ def build(
         name = f'Transformer/encoderblock_{layer}'
         if layer == num_layers - 1 and not attention and classifier == 'token':
             read = heads
-        x, w = _block(graph, x, params['Transformer'][f'encoderblock_{layer}'], sizes, name, read)
+        x, w = encoder_block(
+            graph, x, params['Transformer'][f'encoderblock_{layer}'], sizes, name, read
+        )
         weights.append(w)
     if classifier == 'token' and not read:
         x = _front(graph, x, sizes, heads, 'tokens')
@@ -184,7 +186,7 @@ def _front(graph: Graph, x: str, sizes: Sizes, count: int, name: str) -> str:
     return graph.reshape(x, (f'{count}*{BATCH}', sizes.width), f'{name}/first_rows')
 
 
-def _block(
+def encoder_block(
     graph: Graph, x: str, params: _Tree, sizes: Sizes, name: str, read: int
 ) -> tuple[str, str]:
     """An encoder block: rows [B * N, D] to the same, and attention weights [B, H, N, N].
@@ -197,7 +199,7 @@ def _block(
         x = _front(graph, x, sizes, read, f'{name}/tokens')
         query = _front(graph, y, sizes, read, f'{name}/LayerNorm_0/tokens')
     layer = 'MultiHeadDotProductAttention_0'
-    y, weights = _attention(graph, query, y, params[layer], sizes, f'{name}/{layer}', read)
+    y, weights = attention_layer(graph, query, y, params[layer], sizes, f'{name}/{layer}', read)
     if 'LayerScale_0' in params:
         y = graph.scale(y, params['LayerScale_0'], f'{name}/LayerScale_0')
     x = graph.add(x, y, f'{name}/self_attention')
@@ -208,7 +210,7 @@ def _block(
     return graph.add(x, y, f'{name}/mlp'), weights
 
 
-def _attention(
+def attention_layer(
     graph: Graph, rows: str, x: str, params: _Tree, sizes: Sizes, name: str, read: int
 ) -> tuple[str, str]:
     """Attention of the tokens in `rows`, [B * n, D], to all, `x` [B * N, D].
@@ -244,7 +246,10 @@ def _attention(
         query = query if read else _turned(graph, query, f'{name}/query')
         key = _turned(graph, key, f'{name}/key')
     key = graph.transpose(key, (0, 1, 3, 2), f'{name}/key_transposed')
-    weights = graph.softmax(graph.matmul(query, key, f'{name}/scores'), f'{name}/weights')
+    scores = graph.matmul(query, key, f'{name}/scores')
+    if sizes.mask:
+        scores = graph.masked(scores, sizes.mask, f'{name}/masked')
+    weights = graph.softmax(scores, f'{name}/weights')
     x = graph.matmul(weights, value, f'{name}/weighted')
     x = graph.transpose(x, (0, 2, 1, 3), f'{name}/tokens_first')
     first = f'{read}*{BATCH}' if read > 1 else BATCH if read else ROWS

@@ -17,6 +17,8 @@ REPORT_SUFFIX = '.verify.json'
 LAYOUTS = ('NHWC', 'NCHW')
 OPSETS = (17, 20)
 DTYPES = ('float32', 'float16', 'int8')
+TOWERS = ('image', 'text')  # of a model with two
+TOWER_FORMATS = ('onnx', 'stablehlo')
 
 
 @dataclasses.dataclass(frozen=True)

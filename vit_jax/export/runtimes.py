@@ -3,10 +3,11 @@
     python -P runtimes.py FOLDER
 
 FOLDER holds `request.json` (format, path, outputs, batches, and what a format needs besides) and
-`images.npy` (in the layout and type that the model takes). For each batch `[first, end)` the
-outputs are written to `outputs-I.npz`, at the end `result.json`, which names the package that is
-missing if the runtime is not installed. Outputs are named as in `verify.py`; `own/logits` are those
-of a library that computes a layer in its own form, on which the verdict does not depend.
+`inputs.npy` (images or tokens of texts, in the layout and type that the model takes). For each
+batch `[first, end)` the outputs are written to `outputs-I.npz`, at the end `result.json`, which
+names the package that is missing if the runtime is not installed. Outputs are named as in
+`verify.py`; `own/logits` are those of a library that computes a layer in its own form, on which the
+verdict does not depend.
 
 Only `npz`, whose runtime this package is, imports anything of it: the others prove that the file is
 enough. (-P, because Python would otherwise look for `onnx` in the folder of this file first.)
@@ -36,13 +37,13 @@ def main(folder: str) -> None:
     """Does what the request says."""
     place = pathlib.Path(folder)
     request = json.loads((place / 'request.json').read_text(encoding='utf-8'))
-    images = np.load(place / 'images.npy', mmap_mode='r')
+    inputs = np.load(place / 'inputs.npy', mmap_mode='r')
     try:
         start = time.perf_counter()
         run, facts = _RUNTIMES[request['format']](request)
         loaded = time.perf_counter()
         for i, (first, end) in enumerate(request['batches']):
-            outputs = run(np.array(images[first:end]))
+            outputs = run(np.array(inputs[first:end]))
             np.savez(place / f'outputs-{i}.npz', allow_pickle=False, **outputs)
     except NotInstalledError as e:
         result: dict[str, Any] = dict(zip(('missing', 'why'), e.args, strict=True))
@@ -71,12 +72,12 @@ def _onnx(request: Mapping[str, Any]) -> tuple[Run, dict[str, Any]]:
     session = onnxruntime.InferenceSession(
         request['path'], options, providers=['CPUExecutionProvider']
     )
-    (image,) = session.get_inputs()
+    (given,) = session.get_inputs()
     names = [output.name for output in session.get_outputs()]
     metadata = session.get_modelmeta().custom_metadata_map
-    return lambda images: dict(zip(names, session.run(None, {image.name: images}), strict=True)), {
+    return lambda inputs: dict(zip(names, session.run(None, {given.name: inputs}), strict=True)), {
         'runtime': f'onnxruntime {onnxruntime.__version__}',
-        'input': {'name': image.name, 'shape': image.shape, 'type': image.type},
+        'input': {'name': given.name, 'shape': given.shape, 'type': given.type},
         'class_names': json.loads(metadata['class_names']) if 'class_names' in metadata else None,
     }
 
@@ -89,11 +90,11 @@ def _stablehlo(request: Mapping[str, Any]) -> tuple[Run, dict[str, Any]]:
         model = export.deserialize(bytearray(f.read()))
     with open(f'{request["path"]}.json', encoding='utf-8') as f:
         description = json.load(f)
-    (image,) = model.in_avals
-    return lambda images: {k: np.asarray(v) for k, v in model.call(images).items()}, {
+    (given,) = model.in_avals
+    return lambda inputs: {k: np.asarray(v) for k, v in model.call(inputs).items()}, {
         'runtime': f'jax {jax.__version__}',
-        'input': {'shape': [str(size) for size in image.shape], 'type': image.dtype.name},
-        'class_names': description['class_names'],
+        'input': {'shape': [str(size) for size in given.shape], 'type': given.dtype.name},
+        'class_names': description.get('class_names'),
     }
 
 

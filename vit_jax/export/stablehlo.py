@@ -15,13 +15,15 @@ months after the JAX that wrote it; keep the model folder to export again.
 """
 
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import vit_jax
-from vit_jax import files
+from vit_jax import files, models
 from vit_jax.data.preprocess import normalize
 from vit_jax.errors import UserError
 from vit_jax.export import verify
@@ -50,12 +52,7 @@ def build(model: model_folder.Model, options: Options = DEFAULT) -> jax.export.E
         UserError: the model has no such output, or is too large for one file.
     """
     model = in_units(model)
-    size = sum(leaf.size for leaf in jax.tree.leaves(model.params)) * 4
-    if size > _LARGEST:
-        raise UserError(
-            f'a StableHLO file holds at most 2 GiB, and the weights of this model take '
-            f'{size / 2**30:.1f} GiB; --format onnx writes them into a file of their own'
-        )
+    _check_size(model.params)
     compute = verify.forward(model.model, options.outputs(model.model.num_classes))
     params = jax.tree.map(jnp.asarray, model.params)
     channels_last = options.layout == 'NHWC'
@@ -76,32 +73,81 @@ def build(model: model_folder.Model, options: Options = DEFAULT) -> jax.export.E
         return jax.export.export(jax.jit(function), platforms=PLATFORMS)(image)
 
 
-def write(path: pathlib.Path, model: model_folder.Model, options: Options = DEFAULT) -> None:
+def build_text(model: models.LitModel, params: Mapping[str, Any]) -> jax.export.Exported:
+    """The text tower of a two-tower model as a function of tokens, int32 [batch, L].
+
+    It gives {'features': float32 [batch, C], of length 1}.
+
+    Raises:
+        UserError: it is too large for one file.
+    """
+    needed = {name: leaf for name, leaf in params.items() if name != 'img'}
+    _check_size(needed)
+    weights = jax.tree.map(jnp.asarray, needed)
+
+    def function(tokens: jax.Array) -> dict[str, jax.Array]:
+        return {'features': model.apply({'params': weights}, tokens=tokens)[1]}
+
+    shape = jax.export.symbolic_shape(f'batch, {model.pp["max_len"]}')
+    with jax.default_matmul_precision('default'):
+        exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)
+        return exported(jax.ShapeDtypeStruct(shape, np.int32))
+
+
+def _check_size(params: Mapping[str, Any]) -> None:
+    size = sum(leaf.size for leaf in jax.tree.leaves(params)) * 4
+    if size > _LARGEST:
+        raise UserError(
+            f'a StableHLO file holds at most 2 GiB, and the weights of this model take '
+            f'{size / 2**30:.1f} GiB; --format onnx writes them into a file of their own'
+        )
+
+
+def write(
+    path: pathlib.Path,
+    model: model_folder.Model,
+    options: Options = DEFAULT,
+    told: Mapping[str, Any] | None = None,
+) -> None:
     """Writes `path` (one that is there is replaced) and, beside it, its description, `<path>.json`.
 
-    See `build`.
+    See `build`; `told` is more for the description.
     """
     exported = build(model, options)
-    (image,) = exported.in_avals
-    shapes = jax.tree.unflatten(exported.out_tree, [aval.shape for aval in exported.out_avals])
-    outputs = options.outputs(model.model.num_classes)
-    description = {
-        'format': 'vit_jax StableHLO',
-        'format_version': 1,
-        'platforms': list(PLATFORMS),
+    ours = {
         'input': {
-            'shape': ['batch', *image.shape[1:]],
-            'dtype': image.dtype.name,
             'layout': options.layout,
             'value_range': [0, 255] if options.preprocessing else [-1, 1],
         },
-        'outputs': {name: ['batch', *shapes[name][1:]] for name in outputs},
         'image_size': model.image_size,
         'class_names': list(model.class_names),
         'preprocessing': model.preprocess.to_dict(),
         'model_name': model.model_config.get('model_name'),
         **({'task': in_units(model).task.to_dict()} if model.task != ONE_CLASS else {}),
         'source': model.source,
+        **(told or {}),
+    }
+    store(path, exported, ours)
+
+
+def store(path: pathlib.Path, exported: jax.export.Exported, told: Mapping[str, Any]) -> None:
+    """Writes a function of one array into `path`, and its description into `<path>.json`.
+
+    Args:
+        path: one that is there is replaced.
+        exported: the function.
+        told: the rest of the description; what `input` holds is added to shape and type.
+    """
+    (given,) = exported.in_avals
+    shapes = jax.tree.unflatten(exported.out_tree, [aval.shape for aval in exported.out_avals])
+    shape = {'shape': ['batch', *given.shape[1:]], 'dtype': given.dtype.name}
+    description = {
+        'format': 'vit_jax StableHLO',
+        'format_version': 1,
+        'platforms': list(PLATFORMS),
+        **told,
+        'input': {**shape, **told.get('input', {})},
+        'outputs': {name: ['batch', *shape[1:]] for name, shape in shapes.items()},
         'versions': {'vit_jax': vit_jax.__version__, 'jax': jax.__version__},
     }
     with files.atomic_group(path, overwrite=True) as folder:

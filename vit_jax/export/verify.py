@@ -74,6 +74,7 @@ class Report:
         dtype: of the exported model, whose limits hold.
         reasons: why it is not verified, or failed, a sentence each.
         images: what it ran on.
+        unit: what one of them is.
         rows: the comparisons.
         own: how far its logits are from JAX's where the library computes in its own form.
         facts: what the runtime reported: `runtime` (what ran it, with versions), `own_form`, ...
@@ -83,6 +84,7 @@ class Report:
     dtype: str
     reasons: list[str] = dataclasses.field(default_factory=list)
     images: str = ''
+    unit: str = 'images'
     rows: list[compare.ExportRow] = dataclasses.field(default_factory=list)
     own: compare.Difference = dataclasses.field(default_factory=compare.Difference)
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -125,7 +127,7 @@ class Report:
         if self.rows:
             console.print(f'Run by {self.facts["runtime"]}')
             console.print(f'on {printable(self.images)}; compared with JAX, exact float32\n')
-            console.print(_table(self.rows, self.dtype))
+            console.print(_table(self.rows, self.dtype, self.unit))
             console.print(f'\nAsked for: {compare.LIMITS[self.dtype]}')
         if self.own_form:
             console.print(self.own_line())
@@ -295,29 +297,56 @@ def verify(
     model, images = in_units(model), images or images_for(channels=model.channels)
     outputs = outputs_of(model, format, options)
     report = Report(VERIFIED, options.dtype, images=images.description)
-    count = len(images.keys)
-    batches = [*_SMALL, *((i, min(i + BATCH, count)) for i in range(0, count, BATCH))]
     pixels = functools.partial(_pixels, images.source, model.preprocess, options)
-    with tempfile.TemporaryDirectory(prefix='vit_jax-verify-') as name:
-        folder = pathlib.Path(name)
-        _write_images(folder / 'images.npy', pixels(), count, options)
-        request = {
-            'format': format,
-            'path': os.path.abspath(path),
-            'outputs': outputs,
-            'batches': batches,
-            'model_config': dict(model.model_config),
-        }
-        files.write_json(folder / 'request.json', request)
-        _run(folder, format, report)
-        if report.status == VERIFIED:
-            needed = dict.fromkeys([*outputs, *(['logits'] if 'probabilities' in outputs else [])])
-            compute = compare.compiled(forward(model.model, list(needed)), model.params)
-            expected = (compute(normalize(batch)) for batch in pixels())
-            _compare(folder, expected, outputs, batches, images.keys, report)
+    request = {
+        'format': format,
+        'path': os.path.abspath(path),
+        'outputs': outputs,
+        'model_config': dict(model.model_config),
+    }
+
+    def expected() -> Iterator[Mapping[str, np.ndarray]]:
+        needed = dict.fromkeys([*outputs, *(['logits'] if 'probabilities' in outputs else [])])
+        compute = compare.compiled(forward(model.model, list(needed)), model.params)
+        return (compute(normalize(batch)) for batch in pixels())
+
+    def write(path: pathlib.Path) -> None:
+        _write_images(path, pixels(), len(images.keys), options)
+
+    run_and_compare(report, request, images.keys, write, expected)
     if report.status == VERIFIED:
         _conclude(model, report)
     return report
+
+
+def run_and_compare(
+    report: Report,
+    request: Mapping[str, Any],
+    keys: Sequence[str],
+    write: Callable[[pathlib.Path], None],
+    expected: Callable[[], Iterator[Mapping[str, np.ndarray]]],
+) -> None:
+    """Runs an exported model of any input at batch 1, 2 and `BATCH`, and compares.
+
+    Args:
+        report: gets status, rows and facts.
+        request: see `runtimes.py`; `batches` are added.
+        keys: names of the inputs, at least `BATCH`.
+        write: writes all inputs into a `.npy` file.
+        expected: gives JAX's outputs, `BATCH` inputs at a time; called when the model has run.
+    """
+    count = len(keys)
+    batches = [*_SMALL, *((i, min(i + BATCH, count)) for i in range(0, count, BATCH))]
+    with tempfile.TemporaryDirectory(prefix='vit_jax-verify-') as name:
+        folder = pathlib.Path(name)
+        write(folder / 'inputs.npy')
+        files.write_json(folder / 'request.json', {**request, 'batches': batches})
+        _run(folder, request['format'], report)
+        if report.status == VERIFIED:
+            _compare(folder, expected(), request['outputs'], batches, keys, report)
+        far = {row.output for row in report.rows if not row.passed(report.dtype)}
+        if report.status == VERIFIED and far:
+            report.set(FAILED, f'{", ".join(sorted(far))} too far from JAX')
 
 
 def _pixels(source: Source, preprocess: Preprocess, options: Options) -> Iterator[np.ndarray]:
@@ -405,12 +434,10 @@ def _compare(
 
 
 def _conclude(model: model_folder.Model, report: Report) -> None:
-    """Compares class names, and decides by the rows."""
+    """Compares class names, and says where the logits prove nothing."""
     names, found = model_folder.own_class_names(model), report.facts.get('class_names')
     if names and found is not None and tuple(found) != names:
         report.set(FAILED, f'its class names are {found[:5]}..., expected {list(names[:5])}...')
-    elif far := {row.output for row in report.rows if not row.passed(report.dtype)}:
-        report.set(FAILED, f'{", ".join(sorted(far))} too far from JAX')
     elif compare.zero_head(model.params) and not (
         {row.output for row in report.rows} - set(compare.SCORES)
     ):
@@ -421,7 +448,7 @@ def _conclude(model: model_folder.Model, report: Report) -> None:
         )
 
 
-def _table(rows: Sequence[compare.ExportRow], dtype: str) -> rich.table.Table:
+def _table(rows: Sequence[compare.ExportRow], dtype: str, unit: str) -> rich.table.Table:
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for row in rows:
         found, has_class = row.difference, row.output in compare.SCORES
@@ -429,7 +456,7 @@ def _table(rows: Sequence[compare.ExportRow], dtype: str) -> rich.table.Table:
         cells = {
             'output': row.output,
             'batch': str(row.batch),
-            'images': str(found.images),
+            unit: str(found.images),
             'largest': f'{found.largest:.3g}',
             'max diff': f'{found.max:.1e}',
             'mean diff': f'{found.mean:.1e}',

@@ -153,6 +153,8 @@ def _read_metadata(session: Any, path: str) -> Metadata:
         raise UserError(f'the metadata of {path} cannot be used: {error}') from error
     stamp = metadata.get('vit_jax.format', '')[:20]
     missing = [key for key in ('vit_jax.format', *_KEYS) if key not in metadata]
+    if stamp and metadata.get('tower') == 'text':
+        raise UserError(f'{path} is a text tower: it takes tokens of texts, not images')
     if missing:
         raise UserError(
             f'{path} has no metadata {", ".join(missing)}, so its class names and preprocessing '

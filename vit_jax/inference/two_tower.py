@@ -181,6 +181,18 @@ class ZeroShotClassifier:
         return logits[:given] + (self._towers.bias or 0.0)
 
 
+def image_tower(towers: TwoTowers) -> model_folder.Model:
+    """The image tower as a model without a head, whose features are the embeddings."""
+    config, params = dict(flax.core.unfreeze(towers.model.image)), dict(towers.params['img'])
+    config['unit_features'] = True
+    if projection := params.pop('head', None):
+        size = projection['bias'].shape[0]
+        config |= {'representation_size': size, 'representation_act': 'linear'}
+        params['pre_logits'] = projection
+    module = models.from_config(config, num_classes=0)
+    return model_folder.Model(module, params, config, (), towers.preprocess, towers.source)
+
+
 def save_classifier(
     folder: str | os.PathLike[str], towers: TwoTowers, classifier: ZeroShotClassifier
 ) -> None:
@@ -194,20 +206,13 @@ def save_classifier(
     Raises:
       UserError: see `model_folder.save`.
     """
-    image, params = dict(flax.core.unfreeze(towers.model.image)), dict(towers.params['img'])
-    if projection := params.pop('head', None):
-        image |= {
-            'representation_size': projection['bias'].shape[0],
-            'representation_act': 'linear',
-        }
-        params['pre_logits'] = projection
+    model = image_tower(towers)
     bias = np.full(len(classifier.class_names), towers.bias or 0.0, np.float32)
-    params['head'] = {'kernel': np.asarray(classifier.head), 'bias': bias}
+    head = {'kernel': np.asarray(classifier.head), 'bias': bias}
     model_folder.save(
         folder,
-        params,
-        model_config=image
-        | {'unit_features': True, 'multi_label': classifier.task.kind == SEVERAL},
+        {**model.params, 'head': head},
+        model_config={**model.model_config, 'multi_label': classifier.task.kind == SEVERAL},
         class_names=classifier.class_names,
         preprocess=towers.preprocess,
         source=classifier.source,

@@ -20,7 +20,7 @@ BERT_SIZES: Mapping[str, Mapping[str, int]] = {
     'base': dict(hidden_size=768, mlp_dim=3072, num_layers=12, num_heads=12),
     'large': dict(hidden_size=1024, mlp_dim=4096, num_layers=24, num_heads=16),
 }
-_BERT_EPSILON = 1e-12  # of all its LayerNorms
+BERT_EPSILON = 1e-12  # of all its LayerNorms
 
 _init = nn.initializers.truncated_normal(stddev=0.02)
 
@@ -162,7 +162,7 @@ class _BertEncoder(nn.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         sizes = (self.vocab_size, self.max_length, self.num_segments)
         x = _Embedder(*sizes, self.hidden_size, self.dtype, name='embedder')(tokens)
-        x = nn.LayerNorm(_BERT_EPSILON, dtype=self.dtype, name='layer_norm')(x)
+        x = nn.LayerNorm(BERT_EPSILON, dtype=self.dtype, name='layer_norm')(x)
         blocks = functools.partial(
             _Blocks, self.num_layers, self.num_heads, self.mlp_dim, self.dtype
         )
@@ -272,4 +272,4 @@ class _MlpBlock(nn.Module):
 def _project_and_add(x: jax.Array, y: jax.Array, dtype: Any) -> jax.Array:
     """LayerNorm(x + dense(y)), the end of each half of a block."""
     y = nn.Dense(x.shape[-1], dtype=dtype, kernel_init=_init, name='dense_layer')(y)
-    return nn.LayerNorm(_BERT_EPSILON, dtype=dtype, name='layer_norm')(x + y)
+    return nn.LayerNorm(BERT_EPSILON, dtype=dtype, name='layer_norm')(x + y)
