@@ -85,7 +85,7 @@ def build_text(model: models.LitModel, params: Mapping[str, Any]) -> jax.export.
     _check_size(needed)
     weights = jax.tree.map(jnp.asarray, needed)
 
-    def function(tokens: jax.Array) -> dict[str, jax.Array]:
+    def function(tokens: jax.Array) -> dict[str, Any]:
         return {'features': model.apply({'params': weights}, tokens=tokens)[1]}
 
     shape = jax.export.symbolic_shape(f'batch, {model.pp["max_len"]}')
