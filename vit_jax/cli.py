@@ -52,7 +52,7 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     )
 
 
-def add_model(parser: argparse.ArgumentParser, labels: str = '') -> None:
+def add_model(parser: argparse.ArgumentParser, labels: str = '', *, required: bool = True) -> None:
     """Adds the options that `classifier.open_classifier` takes.
 
     They are --model, --variant, --labels, and those of `add_input`.
@@ -60,10 +60,12 @@ def add_model(parser: argparse.ArgumentParser, labels: str = '') -> None:
     Args:
       parser: of the command.
       labels: help for --labels; '' for a command that does not have it.
+      required: whether there has to be a --model.
     """
     parser.add_argument(
         '--model',
-        required=True,
+        required=required,
+        default='',
         metavar='MODEL',
         help='model folder (WORKDIR/model of a training run), exported .onnx file, or weights: '
         '.npz, .safetensors, .pth, folder of Hugging Face or timm, or a released name such as '

@@ -2,23 +2,20 @@
 
 IMAGE is a file, a folder, a pattern in quotes, or - for a list of paths on standard input. The file
 is a .npz with `features` float32 [N, D], `paths` [N], `fingerprint` of the model, and of a labelled
-dataset `labels` [N] and `class_names`. It appears once it is complete.
+dataset `labels` [N] and `class_names`; or a .parquet with the columns path, features and label. It
+appears once it is complete; until then, what is done is kept in FILE.parts, and the same command
+goes on there.
 
 Examples:
     vit_jax embed --model ViT-B_16.npz --output features.npz photos/
-    vit_jax embed --model runs/x/model --layer 8 --pool mean --dataset tf_flowers --output f.npz
+    vit_jax embed --model runs/x/model --layer 8 --pool mean --dataset tf_flowers --output f.parquet
     vit_jax embed --model runs/x/model --neighbors photo.jpg --contact_sheet x.png photos/
 """
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
 
 from vit_jax import cli
-
-if TYPE_CHECKING:
-    from vit_jax.data.dataset import Source
-    from vit_jax.inference.features import Features
 
 
 def main() -> int:
@@ -34,7 +31,8 @@ def _parser() -> argparse.ArgumentParser:
     add('--layer', default='', help="index of an encoder block, or 'encoded'; default: what the "
         'head reads')  # fmt: skip
     add('--pool', default='', choices=('class', 'mean', 'both'), help='of the tokens of a layer')
-    add('--output', metavar='FILE', help='the .npz file to write')
+    add('--normalize', action='store_true', help='give the features of each image the length 1')
+    add('--output', metavar='FILE', help='the .npz or .parquet file to write')
     add('--overwrite', action='store_true', help='replace FILE if it exists')
     add('--neighbors', metavar='PHOTO', help='print the images that are most like this one')
     add('--top_k', type=int, default=10, metavar='K', help='how many of them (default: 10)')
@@ -44,9 +42,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from vit_jax import files
+    import shutil
+
     from vit_jax.errors import UserError, printable
-    from vit_jax.inference import contact_sheet, features, model_folder, output, predict
+    from vit_jax.inference import (
+        contact_sheet,
+        feature_files,
+        features,
+        model_folder,
+        output,
+        predict,
+    )
 
     data = cli.select(args)
     if not args.output and not args.neighbors:
@@ -56,21 +62,27 @@ def _run(args: argparse.Namespace) -> int:
             '--contact_sheet draws what --neighbors found among images that are named, not those '
             'of a --dataset'
         )
+    parts = ''
     if args.output:
-        files.check_output(args.output, overwrite=args.overwrite, flag='--output')
+        feature_files.check_output(args.output, overwrite=args.overwrite)
+        parts = f'{args.output}.parts'
     model = model_folder.load(args.model, variant=args.variant, **cli.input_of(args))
     source = data or predict.Images(
         predict.find_images(args.images, stdin=sys.stdin.buffer, channels=model.channels),
         model.channels,
     )
-    options = {'layer': args.layer, 'pooling': args.pool}
+    options = {'layer': args.layer, 'pooling': args.pool, 'normalized': args.normalize}
     with output.progress_bar(len(source)) as advance:
         found, unreadable = features.extract(
-            model, source, batch=args.batch, advance=advance, **options
+            model, source, batch=args.batch, keep=parts, advance=advance, **options
         )
     if args.output:
-        _write(args, found, source, features.fingerprint(model))
-        print(f'{args.output}: {found.values.shape[0]:,} images, {found.values.shape[1]} features')
+        about = {'model': args.model, **features.about(model, **options)}
+        names = source.class_names if args.dataset else None
+        feature_files.write(args.output, found, about=about, class_names=names)
+        shutil.rmtree(parts)
+        count, width = found.values.shape
+        print(f'{args.output}: {count:,} images, {width} features')
     if args.neighbors:
         query, _ = features.extract(
             model, predict.Images([args.neighbors], model.channels), **options
@@ -83,19 +95,3 @@ def _run(args: argparse.Namespace) -> int:
             images = [(found.keys[index], float(similar[index])) for index in best]
             contact_sheet.save_similar(args.contact_sheet, images, title=f'like {args.neighbors}')
     return output.report_unreadable(unreadable, len(source))
-
-
-def _write(args: argparse.Namespace, found: 'Features', source: 'Source', fingerprint: str) -> None:
-    import numpy as np
-
-    from vit_jax import files
-
-    arrays: dict[str, np.ndarray] = {
-        'features': found.values,
-        'paths': np.array(found.keys),
-        'fingerprint': np.array(fingerprint),
-    }
-    if args.dataset:
-        arrays |= {'labels': found.label, 'class_names': np.array(source.class_names)}
-    with files.atomic_file(args.output) as part, open(part, 'wb') as file:
-        np.savez(file, allow_pickle=False, **arrays)

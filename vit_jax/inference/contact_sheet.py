@@ -5,7 +5,7 @@ import os
 import pathlib
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -48,7 +48,7 @@ def save(
       threshold: only classes of at least this probability.
     """
     captions = [_caption(values, class_names, task, threshold) for _, values in predictions]
-    _draw(path, [file for file, _ in predictions], captions, title)
+    _draw(path, [file for file, _ in predictions], predict.read_image, captions, title)
 
 
 def save_similar(
@@ -63,7 +63,28 @@ def save_similar(
     """
     found = found[:MAX_IMAGES]
     captions = [[(f'{cosine:.3f}', _FIRST_CLASS[0], 'normal')] for _, cosine in found]
-    _draw(path, [file for file, _ in found], captions, title)
+    _draw(path, [file for file, _ in found], predict.read_image, captions, title)
+
+
+def save_pairs(
+    path: str | os.PathLike[str],
+    pairs: Sequence[tuple[str, str, str]],
+    read: Callable[[str], np.ndarray],
+    *,
+    title: str,
+) -> None:
+    """Draws pairs of images beside each other.
+
+    Args:
+      path: the PNG file to write, whatever its suffix.
+      pairs: names of both images, and what to write below; the first `MAX_IMAGES` / 2 are drawn.
+      read: gives the pixels of an image by its name, uint8 [height, width, 3].
+      title: of the sheet.
+    """
+    pairs = pairs[: MAX_IMAGES // 2]
+    images = [name for pair in pairs for name in pair[:2]]
+    captions = [[(text, _FIRST_CLASS[0], 'normal')] for pair in pairs for text in (pair[2], '')]
+    _draw(path, images, read, captions, title, columns=2 * min(len(pairs), 3))
 
 
 # A line below an image: text, size of the font, weight.
@@ -73,11 +94,13 @@ _Line = tuple[str, float, str]
 def _draw(
     path: str | os.PathLike[str],
     images: Sequence[str],
+    read: Callable[[str], np.ndarray],
     captions: Sequence[Sequence[_Line]],
     title: str,
+    columns: int = 0,
 ) -> None:
-    """Draws images with the lines below each."""
-    columns = min(len(images), max(3, math.ceil(math.sqrt(1.5 * len(images)))))
+    """Draws images, which `read` gives by their names, with the lines below each."""
+    columns = columns or min(len(images), max(3, math.ceil(math.sqrt(1.5 * len(images)))))
     starts = range(0, len(images), columns)
     heights = [
         _SIDE + _GAP + _LINE * (2 + max(map(len, captions[start : start + columns])))
@@ -95,7 +118,7 @@ def _draw(
             axes = figure.add_axes((left / width, bottom / height, _SIDE / width, _SIDE / height))
             axes.axis('off')
             file = images[place]
-            axes.imshow(_thumbnail(predict.read_image(file)))
+            axes.imshow(_thumbnail(read(file)))
             # parse_math: a $ in a name of a file or class is a $.
             name = shorten(pathlib.PurePath(file).name, _NAME_LENGTH)
             axes.set_title(name, fontsize=8, color='dimgray', parse_math=False)

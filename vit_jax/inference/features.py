@@ -1,8 +1,9 @@
 """What a model makes of images before its head: features, and which images are alike."""
 
-import dataclasses
 import hashlib
-from collections.abc import Callable
+import os
+import pathlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,24 +17,13 @@ from vit_jax.data.dataset import Example, Source, channels_of, label_dtype_of
 from vit_jax.data.decode import BadImageError
 from vit_jax.data.preprocess import normalize
 from vit_jax.errors import UserError
+from vit_jax.inference import feature_files
+from vit_jax.inference.feature_files import Features
 from vit_jax.inference.model_folder import Model
 
 POOLINGS = ('class', 'mean', 'both')
-
-
-@dataclasses.dataclass(frozen=True)
-class Features:
-    """Features of the images of a source that could be read, in its order.
-
-    Attributes:
-      values: float32 [N, D].
-      label: int32 [N], as the source tells them.
-      keys: what a person calls each image: its path.
-    """
-
-    values: np.ndarray
-    label: np.ndarray
-    keys: tuple[str, ...]
+PART = 512  # images, after which they are written to disk; about 10 s of a small model on a CPU
+_QUERIES = 1024  # whose cosines with all others are in memory at once
 
 
 def extract(
@@ -42,7 +32,9 @@ def extract(
     *,
     layer: str = '',
     pooling: str = '',
+    normalized: bool = False,
     batch: int = 32,
+    keep: str | os.PathLike[str] = '',
     advance: Callable[[int], None] = lambda images: None,
 ) -> tuple[Features, list[BadImageError]]:
     """Computes the features of all images of a source.
@@ -54,41 +46,91 @@ def extract(
         tokens after the final norm.
       pooling: of the tokens of a layer: 'class' (the class token), 'mean' (of the patches), 'both'
         (one after the other); '' for 'class' where there is one. Not without `layer`.
+      normalized: whether to give the features of an image the length 1.
       batch: images at once.
+      keep: folder in which parts are kept while they are computed, see `feature_files.Parts`: the
+        same call goes on where it was, also after a kill, and later has nothing to compute. Empty
+        for none.
       advance: called after each batch with the number of its images.
 
     Returns:
       The features, and the errors of the images that could not be read.
 
     Raises:
-      UserError: the model has no such layer or token, or not one vector for an image.
+      UserError: the model has no such layer or token, or not one vector for an image; or no image
+        could be read.
     """
-    compute = _function(model, layer, pooling)
+    compute = _function(model, layer, pooling, normalized)
+    parts = None
+    done, found, errors = 0, list[Features](), list[BadImageError]()
+    if keep:
+        what = {
+            'format': 'vit_jax features',
+            'images': len(source),
+            'source': feature_files.identity_of(source),
+            'preprocessing': model.preprocess.to_dict(),
+            **about(model, layer=layer, pooling=pooling, normalized=normalized),
+        }
+        parts = feature_files.Parts(pathlib.Path(keep), what)
+        done, found, errors = parts.read()
+        advance(done)
+    if done < len(source):
+        shape = min(batch, len(source))  # the same after a kill: no bit may depend on it
+        for end, part, bad in _compute(compute, model, source, done, shape, advance):
+            if parts is not None:
+                parts.write(done, end, part, bad)
+            done = end
+            found.append(part)
+            errors += bad
+    joined = Features.join(found)
+    if not len(joined.keys):
+        raise UserError(f'not one image could be read; the first: {errors[0]}')
+    return joined, errors
+
+
+def _compute(
+    compute: Callable[[Any, np.ndarray], jax.Array],
+    model: Model,
+    source: Source,
+    start: int,
+    batch: int,
+    advance: Callable[[int], None],
+) -> Iterator[tuple[int, Features, list[BadImageError]]]:
+    """Parts of about `PART` images, and where each ends."""
     params = jax.device_put(model.params)
-    recorded = Recorded(source)
+    recorded = Recorded(source, start)
     errors: list[BadImageError] = []
-    values, label, example = [], [], []
-    for data in eval_batches(
-        recorded, model.preprocess, batch=min(batch, len(source)), on_bad=errors.append
-    ):
+    batches = list[Features]()
+    end, begin = start, start
+    for data in eval_batches(recorded, model.preprocess, batch=batch, on_bad=errors.append):
         good = data['readable']
-        values.append(np.asarray(compute(params, data['image']))[good])
-        label.append(data['label'][good])
-        example.append(data['example'][good])
-        advance(int(np.count_nonzero(data['example'] >= 0)))
-    keys = tuple(recorded.keys[index] for index in np.concatenate(example).tolist())
-    return Features(np.concatenate(values), np.concatenate(label), keys), errors
+        index = data['example'][good].astype(np.int64) + start
+        keys = tuple(recorded.keys.pop(place) for place in index.tolist())
+        values = np.asarray(compute(params, data['image']))[good]
+        batches.append(Features(values, data['label'][good], keys, index))
+        read = int(np.count_nonzero(data['example'] >= 0))
+        advance(read)
+        end += read
+        if end - begin >= PART or end == len(source):
+            yield end, Features.join(batches), errors[:]
+            begin = end
+            batches.clear()
+            errors.clear()
 
 
 class Recorded:
-    """A source that keeps the keys of the examples that were read.
+    """The examples of a source from one on; keeps the keys of those that were read.
+
+    Args:
+      source: the examples.
+      start: index of the first.
 
     Attributes:
-      keys: index -> key.
+      keys: index in the source -> key.
     """
 
-    def __init__(self, source: Source):
-        self._source = source
+    def __init__(self, source: Source, start: int = 0):
+        self._source, self._start = source, start
         self.class_names, self.exif = source.class_names, source.exif
         self.label_dtype = label_dtype_of(source)
         self.channels = channels_of(source)
@@ -96,16 +138,18 @@ class Recorded:
 
     def __len__(self) -> int:
         """Examples."""
-        return len(self._source)
+        return len(self._source) - self._start
 
     def __getitem__(self, index: int) -> Example:
         """An example of the source."""
-        example = self._source[index]
-        self.keys[index] = example.key
+        example = self._source[self._start + index]
+        self.keys[self._start + index] = example.key
         return example
 
 
-def _function(model: Model, layer: str, pooling: str) -> Callable[[Any, np.ndarray], jax.Array]:
+def _function(
+    model: Model, layer: str, pooling: str, normalized: bool
+) -> Callable[[Any, np.ndarray], jax.Array]:
     """The jitted function (params, pixels [B, height, width, 3]) -> features [B, D]."""
     module: Any = model.model
     name = f'Transformer/encoderblock_{layer}/tokens' if layer.isdecimal() else layer
@@ -123,7 +167,8 @@ def _function(model: Model, layer: str, pooling: str) -> Callable[[Any, np.ndarr
             parts = [tokens[:, 0]] if how != 'mean' else []
             parts += [tokens[:, prefix:].mean(1)] if how != 'class' else []
             tokens = jnp.concatenate(parts, axis=-1)
-        return tokens.mean(1) if tokens.ndim == 3 else tokens
+        vectors = tokens.mean(1) if tokens.ndim == 3 else tokens
+        return _unit(vectors, jnp) if normalized else vectors
 
     side = jax.ShapeDtypeStruct((1, *model.preprocess.size, 3), jnp.float32)
     try:
@@ -144,10 +189,44 @@ def fingerprint(model: Model) -> str:
     return digest.hexdigest()
 
 
+def about(model: Model, *, layer: str, pooling: str, normalized: bool) -> dict[str, Any]:
+    """How features were made, as JSON: the model's fingerprint, and the arguments of `extract`."""
+    return {
+        'fingerprint': fingerprint(model),
+        'layer': layer,
+        'pooling': pooling,
+        'normalized': normalized,
+    }
+
+
 def cosines(queries: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Cosines of the angles between features [Q, D] and [N, D]: float32 [Q, N]."""
+    return _unit(queries, np) @ _unit(values, np).T
 
-    def unit(x: np.ndarray) -> np.ndarray:
-        return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
-    return unit(queries) @ unit(values).T
+def near_copies(
+    queries: np.ndarray, values: np.ndarray, above: float
+) -> list[tuple[int, int, float]]:
+    """Which images look like one of others: for each the one that is most like it.
+
+    Args:
+      queries: features of images, [Q, D].
+      values: features of the others, [N, D].
+      above: the least cosine that counts.
+
+    Returns:
+      (place among the queries, place among the others, cosine), the largest cosine first.
+    """
+    found = list[tuple[int, int, float]]()
+    for start in range(0, len(queries), _QUERIES):
+        similar = cosines(queries[start : start + _QUERIES], values)
+        nearest = similar.argmax(-1)
+        best = similar[np.arange(len(similar)), nearest]
+        for place in np.flatnonzero(best >= above).tolist():
+            found.append((start + place, int(nearest[place]), float(best[place])))
+    return sorted(found, key=lambda pair: -pair[2])
+
+
+def _unit(x: Any, numpy: Any) -> Any:
+    """Vectors [..., D] of length 1; of NumPy or of JAX."""
+    return x / numpy.maximum(numpy.linalg.norm(x, axis=-1, keepdims=True), 1e-12)

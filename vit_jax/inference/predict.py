@@ -53,6 +53,10 @@ class Images:
         content = path.content if isinstance(path, PipedImage) else read_file(path)
         return Example(content, 0, path)
 
+    def paths(self) -> Sequence[str]:
+        """All of them."""
+        return self._paths
+
 
 def find_images(
     paths: Sequence[str | os.PathLike[str]], *, stdin: BinaryIO | None = None, channels: int = 3

@@ -4,20 +4,18 @@ N training examples with features x [N, D] and labels y [N], of C classes.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from vit_jax.data.holdout import held_out, stratified_order
 from vit_jax.errors import UserError, extra
-from vit_jax.inference.features import Features, cosines
+from vit_jax.inference import model_folder
+from vit_jax.inference.features import cosines
+from vit_jax.inference.model_folder import Model
 
-# What is tried on validation images.
-LOGISTIC_CS = (0.01, 0.1, 1.0, 10.0)
-RIDGE_PENALTIES = (1.0, 32.0, 1024.0, 32768.0)
-NEIGHBOURS = (1, 5, 10, 20)
-MANY = 5000  # examples, a tenth of which is enough to choose on
+NEVER = -1e9  # logit of a class without an example
 _BIAS = 100.0  # the constant feature of `ridge`, so large that the penalty does not reach it
 
 
@@ -33,9 +31,17 @@ class Linear:
     kernel: np.ndarray
     bias: np.ndarray
 
+    def logits(self, x: np.ndarray) -> np.ndarray:
+        """Logits, float32 [M, C], of features [M, D]."""
+        return x @ self.kernel + self.bias
+
     def predict(self, x: np.ndarray) -> np.ndarray:
         """Classes, int [M], of features [M, D]."""
-        return (x @ self.kernel + self.bias).argmax(-1)
+        return self.logits(x).argmax(-1)
+
+    def scaled(self, factor: float) -> 'Linear':
+        """The one with logits times a factor."""
+        return Linear(self.kernel * np.float32(factor), self.bias * np.float32(factor))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +81,7 @@ def nearest_mean(x: np.ndarray, y: np.ndarray, classes: int) -> Linear:
     sums = np.zeros((classes, x.shape[1]))
     np.add.at(sums, y, x)
     means = sums / np.maximum(counts, 1)[:, None]
-    bias = np.where(counts > 0, -(means**2).sum(-1), np.finfo(np.float32).min)
+    bias = np.where(counts > 0, -(means**2).sum(-1), NEVER)
     return Linear((2 * means.T).astype(np.float32), bias.astype(np.float32))
 
 
@@ -119,7 +125,7 @@ def logistic(x: np.ndarray, y: np.ndarray, classes: int, c: float) -> Linear:
     if len(fitted.classes_) == 2:  # one row, for the second class
         kernel, bias = np.concatenate([-kernel, kernel], 1) / 2, np.array([-bias[0], bias[0]]) / 2
     all_kernels = np.zeros((x.shape[1], classes))
-    all_biases = np.full(classes, -1e9)
+    all_biases = np.full(classes, NEVER)
     all_kernels[:, fitted.classes_], all_biases[fitted.classes_] = kernel, bias
     return _fold(all_kernels, all_biases, mean, scale)
 
@@ -139,100 +145,44 @@ def interval(right: int, count: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-    """A kind of probe with one setting.
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean of several draws (Student's t); of one, from it to it."""
+    from scipy import stats
 
-    Attributes:
-      name: of the kind.
-      setting: for people, such as 'C=0.1'.
-      fit: makes the classifier of training features, labels and the number of classes.
-    """
-
-    name: str
-    setting: str
-    fit: Callable[[np.ndarray, np.ndarray, int], Linear | Neighbours]
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, mean
+    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    return mean - float(half), mean + float(half)
 
 
-CANDIDATES = (
-    *(Candidate('logistic', f'C={c:g}', functools.partial(logistic, c=c)) for c in LOGISTIC_CS),
-    *(
-        Candidate('ridge', f'penalty={p:g}', functools.partial(ridge, penalty=p))
-        for p in RIDGE_PENALTIES
-    ),
-    *(
-        Candidate('k-nearest neighbours', f'k={k}', functools.partial(Neighbours, k=k))
-        for k in NEIGHBOURS
-    ),
-    Candidate('nearest class mean', '', nearest_mean),
-)
+def check_head(model: Model) -> None:
+    """Refuses a model whose head a linear probe cannot be."""
+    if getattr(model.model, 'distilled', False) or getattr(model.model, 'mlp_head', False):
+        raise UserError('the head of this model is not a linear layer on one vector')
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What became of a kind of probe.
-
-    Attributes:
-      chosen: the setting that was best on validation images; of equal ones, the first.
-      validation: accuracy there, in [0, 1].
-      probe: with that setting, fitted to training and validation images.
-    """
-
-    chosen: Candidate
-    validation: float
-    probe: Linear | Neighbours
-
-
-def choose(x: np.ndarray, y: np.ndarray, classes: int, *, seed: int = 0) -> list[Result]:
-    """Fits all candidates, and chooses the setting of each kind on validation images.
-
-    Each fifth of the examples is predicted by what was fitted to the rest; of `MANY` examples, the
-    last tenth alone. Every part has each class in proportion.
+def save(
+    folder: str | os.PathLike[str],
+    model: Model,
+    probe: Linear,
+    class_names: Sequence[str],
+    source: Mapping[str, Any],
+) -> None:
+    """Writes a model folder: a model with a probe in the place of its head.
 
     Args:
-      x: features, float32 [N, D].
-      y: labels, int [N].
-      classes: C.
-      seed: of the division.
-
-    Returns:
-      A result for each kind, the best on validation images first; of equal ones, logistic.
-
-    Raises:
-      UserError: fewer than two classes have two examples.
+      folder: see `model_folder.save`.
+      model: that the features are of.
+      probe: of them.
+      class_names: in label order.
+      source: where the probe comes from, see `model_folder.save`.
     """
-    if (np.bincount(y) > 1).sum() < 2:
-        raise UserError('probes are chosen on held-out images: give two of two classes at least')
-    order = stratified_order(y, seed=seed)
-    parts = np.array_split(order, 5) if len(y) < MANY else [order[-held_out(y[order]) :]]
-    found: dict[str, tuple[float, Candidate]] = {}
-    for candidate in CANDIDATES:
-        right = 0
-        for part in parts:
-            rest = np.setdiff1d(order, part)
-            probe = candidate.fit(x[rest], y[rest], classes)
-            right += int((probe.predict(x[part]) == y[part]).sum())
-        accuracy = right / sum(map(len, parts))
-        if candidate.name not in found or accuracy > found[candidate.name][0]:
-            found[candidate.name] = accuracy, candidate
-    best = sorted(found.values(), key=lambda pair: -pair[0])
-    return [Result(chosen, accuracy, chosen.fit(x, y, classes)) for accuracy, chosen in best]
-
-
-def few_shot(
-    train: Features, test: Features, classes: int, *, shots: int, seed: int, penalty: float = 1024.0
-) -> float:
-    """Accuracy in [0, 1] on all test images of `ridge` on `shots` images of each class.
-
-    Args:
-      train: where the images are drawn from; of a class with fewer, all are taken.
-      test: where the accuracy is measured.
-      classes: C.
-      shots: images of each class.
-      seed: of the draw.
-      penalty: big_vision's default.
-    """
-    order = np.random.default_rng(seed).permutation(len(train.label))
-    drawn = np.concatenate([order[train.label[order] == y][:shots] for y in range(classes)])
-    probe = ridge(train.values[drawn], train.label[drawn], classes, penalty)
-    return float((probe.predict(test.values) == test.label).mean())
+    model_folder.save(
+        folder,
+        {**model.params, 'head': {'kernel': probe.kernel, 'bias': probe.bias}},
+        model_config=model.model_config,
+        class_names=class_names,
+        preprocess=model.preprocess,
+        source=source,
+    )
