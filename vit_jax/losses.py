@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
+from vit_jax import sharding
 from vit_jax.errors import UserError
 from vit_jax.models.layers import at_least_float32
 
@@ -24,8 +26,8 @@ Metrics = dict[str, jax.Array]
 # scalars. Of each the step takes the mean over micro-batches and devices, all of the same number of
 # examples. So what is a mean over examples becomes the mean over the whole batch, a term of the
 # parameters alone (weight decay) stays what it is, and what compares examples with each other
-# (contrastive losses) compares those of one micro-batch.
-LossFn = Callable[[jax.Array, Batch, Any], tuple[jax.Array, Metrics]]
+# compares those of one micro-batch, unless it asks for `sharding.whole_batch`.
+LossFn = Callable[[Any, Batch, Any], tuple[jax.Array, Metrics]]
 
 
 def softmax_cross_entropy(
@@ -187,6 +189,87 @@ def distillation(
         return (1 - alpha) * of_labels + alpha * told, metrics
 
     return loss_fn
+
+
+# What `models.LitModel` gives for pairs of an image and a text.
+Embeddings = tuple[jax.Array, jax.Array, Mapping[str, jax.Array]]
+
+
+def contrastive(mesh: Mesh | None = None) -> LossFn:
+    """Builds the softmax loss of pairs: an image is to find its text in the batch, and vice versa.
+
+    With the temperature t and unit embeddings x of images and y of texts, the mean over all pairs i
+    of the *global* batch of -(log softmax_j(t x_i y_j)[i] + log softmax_j(t y_i x_j)[i]) / 2; CLIP
+    (https://arxiv.org/abs/2103.00020, figure 3), LiT (https://arxiv.org/abs/2111.07991).
+
+    Args:
+      mesh: that the batch is spread over, see `sharding.mean_over_batch`; no accumulation.
+
+    Returns:
+      A loss of the three outputs of `models.LitModel`; metrics `accuracy_train` (share of the
+      images whose own text fits best of the batch) and `temperature`.
+    """
+
+    def loss_fn(outputs: Embeddings, batch: Batch, params: Any) -> tuple[jax.Array, Metrics]:
+        del batch, params
+        images, texts, out = outputs
+        all_images, first = sharding.whole_batch(images, mesh)
+        all_texts, _ = sharding.whole_batch(texts, mesh)
+        own = first + jnp.arange(len(images))
+        to_texts = out['t'][0] * _products(images, all_texts)
+        to_images = out['t'][0] * _products(texts, all_images)
+        losses = [
+            optax.softmax_cross_entropy_with_integer_labels(logits, own).mean()
+            for logits in (to_texts, to_images)
+        ]
+        right = jnp.argmax(to_texts, axis=-1) == own
+        metrics = {'accuracy_train': jnp.mean(right, dtype=jnp.float32)}
+        return (losses[0] + losses[1]) / 2, metrics | {'temperature': out['t'][0]}
+
+    return loss_fn
+
+
+def pairwise_sigmoid(mesh: Mesh | None = None, chunk: int = 1024) -> LossFn:
+    """Builds SigLIP's loss of pairs: of each image and each text, whether they belong together.
+
+    With temperature t, bias b, and z_ij = 1 for i = j, else -1, the mean over all images i of the
+    *global* batch of -sum_j log sigmoid(z_ij (t x_i y_j + b)); https://arxiv.org/abs/2303.15343,
+    section 3. Logits exist for `chunk` texts at a time, also in the backward pass.
+
+    Args:
+      mesh: see `contrastive`.
+      chunk: texts.
+
+    Returns:
+      A loss of the three outputs of a `models.LitModel` with a bias; metrics `temperature`, `bias`.
+    """
+
+    def loss_fn(outputs: Embeddings, batch: Batch, params: Any) -> tuple[jax.Array, Metrics]:
+        del batch, params
+        images, texts, out = outputs
+        all_texts, first = sharding.whole_batch(texts, mesh)
+        own, count = first + jnp.arange(len(images)), len(all_texts)
+        chunks = -(-count // chunk)
+        places = jnp.arange(chunks * -(-count // chunks)).reshape(chunks, -1)
+        padded = jnp.pad(all_texts, ((0, places.size - count), (0, 0)))
+
+        @jax.checkpoint
+        def of_chunk(texts: jax.Array, places: jax.Array) -> jax.Array:
+            logits = out['t'][0] * _products(images, texts) + out['b'][0]
+            sign = jnp.where(own[:, None] == places[None], 1, -1)
+            losses = jax.nn.log_sigmoid(sign * logits)
+            return -jnp.sum(losses, where=(places < count)[None])
+
+        parts = padded.reshape(*places.shape, -1)
+        loss = jax.lax.map(lambda part: of_chunk(*part), (parts, places)).sum() / len(images)
+        return loss, {'temperature': out['t'][0], 'bias': out['b'][0]}
+
+    return loss_fn
+
+
+def _products(x: jax.Array, y: jax.Array) -> jax.Array:
+    """[n, m] of [n, C] and [m, C]. A GPU's short numbers would be wrong by the temperature more."""
+    return jnp.matmul(x, y.T, precision=jax.lax.Precision.HIGHEST)
 
 
 def balanced_weights(labels: np.ndarray, classes: int) -> np.ndarray:

@@ -211,6 +211,25 @@ def mean_over_batch(
     return _data_parallel(accumulate, params, batch, key, accum_steps, mesh)
 
 
+def whole_batch(x: jax.Array, mesh: Mesh | None) -> tuple[jax.Array, jax.Array | int]:
+    """The examples of all devices, in a loss that `mean_over_batch` takes the mean of.
+
+    For losses that compare examples with each other. The gradient of the mean is exactly that of
+    the whole batch: what the other devices' losses owe to an example comes back to its device.
+
+    Args:
+      x: [b, ...], of the examples that the loss is given; without accumulation.
+      mesh: of `mean_over_batch`.
+
+    Returns:
+      [B, ...] of the whole batch, and the place in it of the first one given.
+    """
+    if mesh is None or mesh.size == 1 or mesh.shape['fsdp'] > 1:  # the loss is given the batch
+        return x, 0
+    first = jax.lax.axis_index(BATCH_AXES) * x.shape[0]
+    return jax.lax.all_gather(x, BATCH_AXES, tiled=True), first
+
+
 def _accumulate(loss_fn, gradient, params, batches, key, constrain=lambda grads: grads):
     """`mean_over_batch` of micro-batches `batches` [accum_steps, b, ...], one after the other."""
     evaluate_one = jax.value_and_grad(loss_fn, has_aux=True) if gradient else loss_fn

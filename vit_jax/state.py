@@ -11,7 +11,7 @@ import optax
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from vit_jax import groups, optim, sharding
+from vit_jax import groups, models, optim, sharding
 from vit_jax.variants import sides
 
 
@@ -86,8 +86,7 @@ def init_params(
 
     @jax.jit
     def init(key: jax.Array) -> Mapping[str, Any]:
-        images = jnp.zeros((1, *sides(image_size), channels), jnp.float32)
-        params = model.init(key, images, train=False)['params']
+        params = _init(model, key, (1, *sides(image_size), channels))
         if only is None:
             return params
         flat = traverse_util.flatten_dict(params, sep='/')
@@ -95,6 +94,15 @@ def init_params(
 
     with jax.default_device(jax.local_devices(backend='cpu')[0]):
         return init(jax.random.key(seed))
+
+
+def _init(model: nn.Module, key: jax.Array, image: tuple[int, ...]) -> Mapping[str, Any]:
+    """New parameters of a model of images of this shape; a `models.LitModel` sees texts, too."""
+    images = jnp.zeros(image, jnp.float32)
+    if not isinstance(model, models.LitModel):
+        return model.init(key, images, train=False)['params']
+    tokens = jnp.zeros((1, model.pp['max_len']), jnp.int32)
+    return model.init(key, images=images, tokens=tokens)['params']
 
 
 def abstract_state(
@@ -119,8 +127,8 @@ def abstract_state(
     """
 
     def create() -> TrainState:
-        images = jnp.zeros((1, *sides(image_size), channels), jnp.float32)
-        return new_state(model.init(jax.random.key(0), images, train=False)['params'], tx)
+        params = _init(model, jax.random.key(0), (1, *sides(image_size), channels))
+        return new_state(params, tx)
 
     shapes = jax.eval_shape(create)
     return jax.tree.map(

@@ -59,7 +59,9 @@ def train_step_fn(
     """Builds the training step, a pure function for programs of one's own.
 
     Args:
-      model: gives logits for images [B, height, width, channels] in [-1, 1].
+      model: gives logits for images [B, height, width, channels] in [-1, 1]; or is a
+        `models.LitModel`, whose three outputs `loss_fn` gets, with token ids as labels. Images may
+        then be embeddings already, [B, C].
       tx: the optimizer. One that wants them gets `value` (the loss), `grad` and `value_fn`, as
         `optax.contrib.reduce_on_plateau`, `optax.polyak_sgd` and `optax.lbfgs` do.
       schedule: its learning rate, as a function of the number of updates done; for the metrics.
@@ -108,14 +110,13 @@ def train_step_fn(
         trained: Any, kept: Any, taught: Any, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
         params = groups.combine(trained, kept)
-        images, rngs = _model_input(batch['image']), {'dropout': key}
-        beside: Any = batch.get(_VARIABLES, {})
-        logits: Any = model.apply({'params': params, **beside}, images, train=True, rngs=rngs)
+        variables = {'params': params, **batch.get(_VARIABLES, {})}
+        outputs = _apply(model, variables, batch, train=True, rngs={'dropout': key})
         seen = {name: value for name, value in batch.items() if name != _VARIABLES}
         if teacher is not None:
-            told: Any = teacher.apply({'params': taught}, images, train=False)
+            told = _apply(teacher, {'params': taught}, batch, train=False)
             seen['teacher'] = told
-        loss, metrics = loss_fn(logits, seen, params)
+        loss, metrics = loss_fn(outputs, seen, params)
         _check_metrics(metrics)
         return jax.tree.map(losses.at_least_float, (loss, metrics))
 
@@ -370,6 +371,19 @@ def _places(batch: Batch) -> jax.Array:
 def _model_input(pixels: jax.Array) -> jax.Array:
     """Pixels in [0, 255] to [-1, 1], at least float32."""
     return normalize(losses.at_least_float(pixels))
+
+
+def _apply(model: nn.Module, variables: Any, batch: Batch, **options: Any) -> Any:
+    """What a model gives for a batch: logits, or of two towers what `models.LitModel` does.
+
+    Of two towers the labels are token ids, and images may be their embeddings, [B, C].
+    """
+    images = batch['image']
+    if not isinstance(model, models.LitModel):
+        return model.apply(variables, _model_input(images), **options)
+    pixels = None if images.ndim == 2 else _model_input(images)
+    found: Any = model.apply(variables, images=pixels, tokens=batch['label'], **options)
+    return (images if pixels is None else found[0], *found[1:])
 
 
 def _check_metrics(metrics: Metrics) -> None:

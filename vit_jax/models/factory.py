@@ -65,6 +65,8 @@ def for_inference(model: nn.Module) -> nn.Module:
     Args:
       model: a module of this package; another is returned as it is.
     """
+    if isinstance(model, LitModel):
+        return model.clone(image={**model.image, 'head_tokens_only': True})
     if isinstance(model, VisionTransformer):
         return model.clone(head_tokens_only=True)
     return model
@@ -76,6 +78,8 @@ def for_training(model: nn.Module) -> nn.Module:
     Forward-mode differentiation (`jax.jvp`) works with the model that is given, not with this one.
     """
     model = for_inference(model)
+    if isinstance(model, LitModel):
+        return model.clone(image={**model.image, 'cpu_training': True})
     if isinstance(model, VisionTransformer | MlpMixer):
         return model.clone(cpu_training=True)
     return model

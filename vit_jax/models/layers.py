@@ -220,8 +220,10 @@ def as_tokens(x: jax.Array) -> jax.Array:
     return x.reshape(batch, rows * columns, width)  # -1 would not do for an empty batch
 
 
-def head(num_classes: int, *, name: str, dtype: Any, bias_init: float = 0.0) -> nn.Dense:
-    """The classification layer, initialised to zeros: features [..., D] to logits [..., C].
+def head(
+    num_classes: int, *, name: str, dtype: Any, bias_init: float = 0.0, zeros: bool = True
+) -> nn.Dense:
+    """The last layer, initialised to zeros unless told otherwise: features [..., D] to [..., C].
 
     Operands are in `dtype`, logits at least in float32: rounding them to bfloat16 would round the
     loss.
@@ -229,7 +231,7 @@ def head(num_classes: int, *, name: str, dtype: Any, bias_init: float = 0.0) -> 
     return nn.Dense(
         num_classes,
         dtype=dtype,
-        kernel_init=nn.initializers.zeros,
+        kernel_init=nn.initializers.zeros if zeros else nn.initializers.lecun_normal(),
         bias_init=nn.initializers.constant(bias_init),
         dot_general=functools.partial(
             jax.lax.dot_general, preferred_element_type=at_least_float32(dtype)

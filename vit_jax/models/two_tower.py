@@ -10,6 +10,7 @@ The helpers of `LitModel` are the original release's. They read files, and impor
 when they are called; nothing else in this package does.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,7 @@ class LitModel(nn.Module):
         `tokenizer_name` and other arguments of the tokenizer, see `data.text`; not used in the
         computation.
       model_name: not used in the computation.
+      temperature_init: initial value of the temperature, exp(t).
       bias_init: initial value of the bias of the logits, which SigLIP has (-10); None for none.
       dtype: type of activations and matrix products; parameters are float32.
     """
@@ -46,6 +48,7 @@ class LitModel(nn.Module):
     out_dim: Any = 128
     pp: Any = None
     model_name: str | None = None
+    temperature_init: float = 1.0
     bias_init: float | None = None
     dtype: Any = jnp.float32
 
@@ -162,11 +165,12 @@ class LitModel(nn.Module):
             )
             ztxt = _normalize(tower(tokens, train=train), 'txt', out)
         if images is not None:
-            image_tower = VisionTransformer(
-                **{'dtype': self.dtype, **self.image, 'num_classes': image_size or 0}, name='img'
-            )
+            arguments = {'dtype': self.dtype, 'head_zeroinit': False, **self.image}
+            arguments['num_classes'] = image_size or 0
+            image_tower = VisionTransformer(**arguments, name='img')
             zimg = _normalize(image_tower(images, train=train), 'img', out)
-        out['t'] = jnp.exp(self.param('t', nn.initializers.zeros, (1,), jnp.float32))
+        start = nn.initializers.constant(math.log(self.temperature_init))
+        out['t'] = jnp.exp(self.param('t', start, (1,), jnp.float32))
         if self.bias_init is not None:
             constant = nn.initializers.constant(self.bias_init)
             out['b'] = self.param('b', constant, (1,), jnp.float32)

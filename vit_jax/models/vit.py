@@ -56,6 +56,8 @@ class VisionTransformer(nn.Module):
         by side, 2 D features), 'map' (attention pooling, see `heads.MAPHead`), 'unpooled' (all
         patch tokens), 'token_unpooled' (class token and all patch tokens).
       head_bias_init: initial value of the head's bias.
+      head_zeroinit: whether the head's kernel is zero at first, as a classifier's; an embedding's
+        is not, because it is divided by its length.
       encoder: the encoder's class. One of your own gets `transformer`, and of `dtype`, `attention`,
         `remat`, `scan_layers`, `act`, `layer_norm_eps`, `final_norm`, `rotary` and `outputs` (see
         `Encoder`) those that are attributes of it.
@@ -103,6 +105,7 @@ class VisionTransformer(nn.Module):
     representation_size: int | None = None
     classifier: str = 'token'
     head_bias_init: float = 0.0
+    head_zeroinit: bool = True
     encoder: type[nn.Module] = Encoder
     model_name: str | None = None
     distilled: bool = False
@@ -286,7 +289,11 @@ class VisionTransformer(nn.Module):
             rate = self.transformer.get('dropout_rate', default)
             x = nn.Dropout(rate)(x, deterministic=not train)
         head = functools.partial(
-            layers.head, self.num_classes, dtype=self.dtype, bias_init=self.head_bias_init
+            layers.head,
+            self.num_classes,
+            dtype=self.dtype,
+            bias_init=self.head_bias_init,
+            zeros=self.head_zeroinit,
         )
         if self.distilled:
             both = head(name='head')(x[:, 0]), head(name='head_dist')(x[:, 1])
