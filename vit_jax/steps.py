@@ -110,7 +110,8 @@ def train_step_fn(
         trained: Any, kept: Any, taught: Any, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
         params = groups.combine(trained, kept)
-        variables = {'params': params, **batch.get(_VARIABLES, {})}
+        beside: Any = batch.get(_VARIABLES, {})
+        variables = {'params': params, **beside}
         outputs = _apply(model, variables, batch, train=True, rngs={'dropout': key})
         seen = {name: value for name, value in batch.items() if name != _VARIABLES}
         if teacher is not None:

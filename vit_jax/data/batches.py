@@ -57,7 +57,7 @@ def eval_batches(
           whose scales depend on all images of a batch. Zeros in padding, and where none of the
           batch can be read.
         label: int32 [b], 0 in padding, -1 where an unreadable record held the label, too; of other
-          labels than classes float32 [b] or [b, ...];
+          labels than classes float32 [b] or [b, ...]; of captions the token ids of the first;
         readable: bool [b], whether the image could be read; of padding, False;
         example: int32 [b], index in `source`, -1 in padding.
 
@@ -90,7 +90,7 @@ def eval_batches(
             found = [task.result() for task in tasks]
             label, readable = np.zeros(local, reader.label_dtype), np.zeros(local, bool)
             for row, (known, error) in enumerate(found):
-                label[row] = known
+                label[row] = known[0] if np.ndim(known) > label.ndim - 1 else known
                 readable[row] = error is None
                 if error is not None:
                     if on_bad is None:

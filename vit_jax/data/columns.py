@@ -22,6 +22,8 @@ _FOUND_BY = {
               'image_path', 'img', 'img_path', 'image/encoded'),
     'label': ('label', 'labels', 'class', 'class_name', 'category', 'species', 'target', 'targets',
               'cls', 'txt', 'image/class/text', 'image/class/label'),
+    'caption': ('caption', 'captions', 'text', 'texts', 'sentence', 'sentences', 'description',
+                'alt_text', 'txt'),
     'split': ('split', 'subset', 'partition'),
     'group': ('group', 'group_id', 'patient', 'patient_id', 'subject', 'scene'),
     'weight': ('weight', 'sample_weight'),
@@ -29,7 +31,8 @@ _FOUND_BY = {
 # The roles that `config.columns` may give. Three of them say what labels are: one class, a yes or
 # no for each class, numbers.
 KINDS = ONE, SEVERAL, NUMBERS = 'label', 'labels', 'target'
-_ROLES = ('image', *KINDS, 'split', 'group', 'weight')
+CAPTION = 'caption'  # a text or several, in place of a label
+_ROLES = ('image', *KINDS, CAPTION, 'split', 'group', 'weight')
 _BETWEEN = ';'  # the labels of a cell
 _LARGEST = 3e38  # that float32 holds
 _MAX_NUMBERS = 1 << 28  # of all labels; a gigabyte
@@ -43,7 +46,7 @@ class Columns:
     Attributes:
       image: of the image, or its path.
       labels: one or several of them.
-      kind: of the labels, one of `KINDS`; '' for what they look like.
+      kind: of the labels, one of `KINDS` or `CAPTION`; '' for what they look like.
       split: '' for none.
       group: likewise.
       weight: likewise.
@@ -62,7 +65,8 @@ class Columns:
 
     def describe(self, kind: str) -> str:
         """What is read from where, where the labels are of this kind."""
-        what = {ONE: 'a class', SEVERAL: 'any number of classes', NUMBERS: 'numbers'}[kind]
+        what = {ONE: 'a class', SEVERAL: 'any number of classes', NUMBERS: 'numbers',
+                CAPTION: 'captions'}[kind]  # fmt: skip
         told = [f'images from the column {self.image}', f'{what} from {listed(self.labels, 3)}']
         told += [f'{name} from {column}' for name in ('split', 'group', 'weight')
                  if (column := getattr(self, name))]  # fmt: skip
@@ -75,8 +79,8 @@ def choose_columns(text: str, found: Sequence[str], where: str, image: str = '')
     Args:
       text: `config.columns`: 'image=file,label=species', with the roles image, label (one class),
         labels (several: a list in one column, or columns of 0 and 1, 'labels=cat+dog'), target
-        (numbers, 'target=x+y'), split, group, weight; 'split=' for none of this kind. What is not
-        said is found by name.
+        (numbers, 'target=x+y'), caption (in place of labels), split, group, weight; 'split=' for
+        none of this kind. What is not said is found by name, and so is the column of 'caption='.
       found: names of all columns.
       where: what has them, for messages.
       image: the column of the image, where that is known.
@@ -95,14 +99,19 @@ def choose_columns(text: str, found: Sequence[str], where: str, image: str = '')
     chosen = {role: names[0] if names else '' for role, names in told.items()}
     if image:
         chosen.setdefault('image', image)
-    kinds = [role for role in KINDS if role in told]
-    labels = told[kinds[0]] if kinds else ()
+    kinds = [role for role in (*KINDS, CAPTION) if role in told]
+    kind = kinds[0] if kinds else ''
+    if kind == CAPTION:
+        if chosen.setdefault('weight', ''):
+            raise UserError(f'config.columns={text!r}: captions have no weight; leave it out')
+        if not chosen[CAPTION]:
+            del chosen[CAPTION]
     for role, names in _FOUND_BY.items():
-        if role in chosen or (role == 'label' and kinds):
-            continue
-        chosen[role] = next((lower[name] for name in names if name in lower), '')
-    labels = labels or tuple(filter(None, [chosen.get('label', '')]))
-    for role, given in (('image', chosen['image']), ('label', labels)):
+        if role not in chosen and (role not in ('label', CAPTION) or role == (kind or 'label')):
+            chosen[role] = next((lower[name] for name in names if name in lower), '')
+    found_by = CAPTION if kind == CAPTION else 'label'
+    labels = told.get(kind, ()) or tuple(filter(None, [chosen.get(found_by, '')]))
+    for role, given in (('image', chosen['image']), (found_by, labels)):
         if not given:
             raise UserError(
                 f'{where} has no column that is called like one of the {role}s '
@@ -112,11 +121,21 @@ def choose_columns(text: str, found: Sequence[str], where: str, image: str = '')
     return Columns(
         chosen['image'],
         tuple(labels),
-        kinds[0] if kinds else '',
+        kind,
         chosen['split'],
         chosen['group'],
         chosen['weight'],
     )
+
+
+def with_captions(text: str) -> str:
+    """`config.columns` with the role `caption`; if it is not there, as one found by name."""
+    return text if CAPTION in _parse(text) else ','.join(filter(None, [text, f'{CAPTION}=']))
+
+
+def wants_captions(text: str) -> bool:
+    """Whether `config.columns` has the role `caption`."""
+    return CAPTION in _parse(text)
 
 
 def has_label(found: Sequence[str]) -> bool:
@@ -140,7 +159,7 @@ def _parse(text: str) -> dict[str, tuple[str, ...]]:
                 f'config.columns={text!r}: {role} is one column; labels=A+B and target=A+B take '
                 'several'
             )
-    if len(several := [role for role in KINDS if role in told]) > 1:
+    if len(several := [role for role in (*KINDS, CAPTION) if role in told]) > 1:
         raise UserError(f'config.columns={text!r}: {" and ".join(several)} exclude each other')
     return told
 

@@ -24,7 +24,7 @@ from vit_jax.errors import UserError
 if TYPE_CHECKING:
     from PIL import Image
 
-Label = int | float | np.ndarray
+Label = Any  # int, float, np.ndarray; of captions, a tuple of texts
 # Of labels that are indices of classes.
 CLASS_INDEX = np.dtype(np.int32)
 # Examples in a stored split, in the order of a selection.
@@ -39,7 +39,8 @@ class Example:
 
     Attributes:
       image: an encoded file, a PIL image, or pixels, see `decode.decode`.
-      label: index in the source's `class_names`; or a number, or a vector of numbers.
+      label: index in the source's `class_names`; or a number, or a vector of numbers; or, of pairs
+        of images and texts, see `captions`.
       key: what a person calls the image: its path, or dataset, split and index
         (`tf_flowers:train/17`).
     """
@@ -302,6 +303,11 @@ class Selection:
     def weights(self) -> np.ndarray | None:
         """How much each example counts in training, float32 [examples]; None for all alike."""
         return self._array('weights')
+
+    def captions(self) -> list[tuple[str, ...]] | None:
+        """Those of all examples, where they are known without reading; else None."""
+        parts = self._known('captions')
+        return parts if parts is None else [texts for part in parts for texts in part]
 
     def paths(self) -> list[str] | None:
         """The files of all examples, where each is a file; else None."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator
 
 import numpy as np
 
+from vit_jax.data import captions
 from vit_jax.data.batches import Batch, Buffers, in_order, reading_threads
 from vit_jax.data.dataset import Label, Source
 from vit_jax.data.decode import BadImageError
@@ -114,7 +115,8 @@ class BatchLoader:
         Returns:
           A dict with, for b = batch / process_count:
             image: float32 [b, *preprocess.size, channels] in [0, 255], or uint8 if not `exact`;
-            label: int32 [b]; of other labels than classes float32 [b] or [b, ...];
+            label: int32 [b]; of other labels than classes float32 [b] or [b, ...]; of captions
+              token ids, int32 [b, L], of one that seed and place in the sequence choose;
             position: int32 [b], place in the global batch;
             example: int32 [b], index in `source`, of the substitute where there is one;
             replaced: int32 [b], 1 for a substitute, else 0;
@@ -138,6 +140,8 @@ class BatchLoader:
                 self._on_bad(error)
                 index, label = self._substitute(rng, key, error, self._on_bad, out['image'][row])
                 out['replaced'][row] = 1
+            if np.ndim(label) > out['label'].ndim - 1:  # several captions
+                label = captions.draw(label, key)
             out['label'][row], out['position'][row], out['example'][row] = label, position, index
         if self._reader.weights is not None:
             out['weight'] = self._reader.weights[out['example']]

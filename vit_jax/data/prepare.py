@@ -42,7 +42,8 @@ def prepare(name: str, *, data_dir: str = '', manual_dir: str = '') -> pathlib.P
         downloaded by hand.
     """
     builder = tfds_sets.find_builder(name, data_dir)
-    tfds_sets.check_features(name, builder.info.features)
+    captions = bool(tfds_sets.caption_feature(builder.info.features))
+    tfds_sets.check_features(name, builder.info.features, captions=captions)
     folder = tfds_sets.array_record_folder(builder)
     if folder is not None:
         return folder

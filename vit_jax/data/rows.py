@@ -12,7 +12,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from vit_jax.data import captions
 from vit_jax.data.columns import (
+    CAPTION,
     NUMBERS,
     ONE,
     SEVERAL,
@@ -94,7 +96,11 @@ def make_dataset(
     if not count:
         raise UserError(f'{name} has no rows')
     cells = [values[column] for column in columns.labels]
-    labels, names, kind = read_labels(cells, columns, class_names, faults)
+    labels, names, kind = np.zeros(count), tuple[str, ...](), CAPTION
+    if columns.kind == CAPTION:
+        texts = captions.of_cells(cells[0], faults)
+    else:
+        labels, names, kind = read_labels(cells, columns, class_names, faults)
     groups = weights = None
     if columns.split:
         splits = read_splits(values[columns.split], faults)
@@ -105,7 +111,13 @@ def make_dataset(
     if columns.weight:
         weights = read_weights(values[columns.weight], faults)
     _logger.warning('Note: %s: %s', name, columns.describe(kind))
+    if kind == CAPTION:
+        told = splits or ['train'] * count
+        rows, texts = captions.by_image(images, texts, told, faults)
     _check_faults(name, faults, images, count, max_unreadable)
+    if kind == CAPTION:
+        made_of = _captioned(images, rows, texts, [told[row] for row in rows], groups)
+        return Dataset(name, (), True, made_of, channels, captions.CAPTIONS)
     good = np.ones(count, bool)
     good[list(faults)] = False
     part_of = np.array([_PLACES.get(split, -1) for split in splits or ['train'] * count], np.int8)
@@ -169,6 +181,25 @@ class _Rows:
             if values is not None:
                 yield hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
         yield from (self.images.identity(int(row)) for row in self.rows)
+
+
+def _captioned(
+    images: Images,
+    rows: np.ndarray,
+    texts: Sequence[tuple[str, ...]],
+    splits: Sequence[str],
+    groups: np.ndarray | None,
+) -> dict[str, captions.Captioned]:
+    """The splits of M images with captions, each in a random order that stays."""
+    made = {}
+    for split in SPLITS:
+        places = np.array([place for place, of in enumerate(splits) if of == split], int)
+        if len(places):
+            places = places[stratified_order(np.zeros(len(places), int))]
+            of_groups = None if groups is None else groups[rows[places]]
+            kept = [texts[place] for place in places]
+            made[split] = captions.Captioned(images, rows[places], kept, of_groups)
+    return made
 
 
 def _of_training(

@@ -14,6 +14,7 @@ import numpy as np
 from vit_jax import files
 from vit_jax.data import (
     array_records,
+    captions,
     folders,
     hugging_face,
     remote,
@@ -24,6 +25,7 @@ from vit_jax.data import (
     tfds_sets,
     webdataset,
 )
+from vit_jax.data import columns as columns_lib
 from vit_jax.data.dataset import Dataset, Example, Selection
 from vit_jax.data.holdout import stratified_order
 from vit_jax.errors import UserError, extra
@@ -185,7 +187,10 @@ def open_dataset(
         there as TFRecord is converted, in a child process.
       tfds_manual_dir: files that had to be downloaded by hand, for the few sets that need it.
       channels: that images are to have: 3 (RGB), 1 (grey), or those of .npy files in a folder.
-      columns: of a table or the like, which column is what; see `columns.choose_columns`.
+      columns: of a table or the like, which column is what; see `columns.choose_columns`. With the
+        role `caption` the dataset has to have captions, see `data.captions`: it may then also be a
+        folder with `captions.csv` (`.jsonl`, `.parquet`), a TFDS set that has captions, or
+        `digits_captions`.
       image_root: of a table, the folder that its paths start from; '' for that of the table.
       group: of a folder, regular expression of what an image belongs to, see `folders.open_folder`.
       max_unreadable: of rows, the largest share that may be unusable; others are named in the
@@ -210,6 +215,7 @@ def open_dataset(
     if image_root and remote.is_remote(image_root, 'config.image_root'):
         image_root = os.fspath(remote.local_copy(image_root, _log.warning))
     options = {'channels': channels, 'max_unreadable': max_unreadable}
+    pairs = columns_lib.wants_captions(columns)
     opened = _open_rows(path, dataset, columns, image_root, options)
     if opened:
         if group:
@@ -218,6 +224,9 @@ def open_dataset(
                 "column for it: --config.columns='group=NAME'"
             )
         return opened
+    if pairs:
+        told = {'data_dir': tfds_data_dir, 'manual_dir': tfds_manual_dir}
+        return _open_pairs(path, dataset, columns, image_root, group, **told)
     for knob, value in (('columns', columns), ('image_root', image_root)):
         if value:
             raise UserError(
@@ -262,7 +271,10 @@ def _open_rows(
     if not path.exists():
         return None
     suffix = path.suffix.lower()
-    parts = tables.find_metadata(path, told=bool(columns)) if path.is_dir() else []
+    parts: list[tables.Part] = []
+    if path.is_dir():
+        pairs = columns_lib.wants_captions(columns)
+        parts = tables.find_metadata(path, told=bool(columns), captions=pairs)
     if suffix in table_files.SUFFIXES and not path.is_dir():
         if suffix != '.parquet' or table_files.has_paths(path, dataset, columns):
             parts = [tables.Part(path)]
@@ -281,6 +293,30 @@ def _open_rows(
     if kind == 'array_record':
         return array_records.open_files(path, dataset, columns=columns, **options)
     return None
+
+
+def _open_pairs(
+    path: pathlib.Path, dataset: str, columns: str, image_root: str, group: str, **options: Any
+) -> Dataset:
+    """A dataset of images with captions that stand in no rows; `options` as of `open_tfds`."""
+    if path.exists() and path.is_dir() and dataset != captions.DIGITS:
+        raise UserError(
+            f'{dataset} has no captions: expected captions.csv, captions.jsonl or captions.parquet '
+            'in it, with the columns image and caption (--config.columns=image=NAME,caption=NAME '
+            'says which they are)'
+        )
+    if dataset == 'digits':
+        raise UserError('digits has no captions: digits_captions has the same images in colours')
+    told = {'columns': columns if columns != columns_lib.with_captions('') else ''}
+    for knob, value in (told | {'image_root': image_root, 'group': group}).items():
+        if value:
+            raise UserError(
+                f'config.{knob}={value!r} is for tables and the like, and {dataset} is none: '
+                'leave it out'
+            )
+    if dataset == captions.DIGITS:
+        return captions.open_digits()
+    return tfds_sets.open_tfds(dataset, captions=True, **options)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -28,6 +28,7 @@ from vit_jax.data.table_files import Table
 from vit_jax.errors import UserError
 
 _METADATA = 'metadata'  # what Hugging Face calls the table of a folder
+_CAPTIONS = 'captions'  # the same of captions
 
 _logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class Part(NamedTuple):
     split: str = ''
 
 
-def find_metadata(folder: pathlib.Path, *, told: bool) -> list[Part]:
+def find_metadata(folder: pathlib.Path, *, told: bool, captions: bool = False) -> list[Part]:
     """The tables of an "image folder" of Hugging Face: `metadata.csv`, `.jsonl` or `.parquet`.
 
     It stands in the folder, or in those of the splits; its column `file_name` has paths from there.
@@ -53,17 +54,20 @@ def find_metadata(folder: pathlib.Path, *, told: bool) -> list[Part]:
       folder: of the dataset.
       told: whether the user says which columns there are; else a table without labels is left out,
         and the log says so.
+      captions: whether captions are looked for: then also `captions.csv` and so on, in which paths
+        stand in any column.
     """
-    parts = _metadata_in(folder, '')
+    stems = (_CAPTIONS, _METADATA) if captions else (_METADATA,)
+    parts = _metadata_in(folder, '', stems)
     if not parts:
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
             if is_folder(entry) and (split := split_called(entry.name)):
-                parts += _metadata_in(pathlib.Path(entry.path), split)
+                parts += _metadata_in(pathlib.Path(entry.path), split, stems)
     kept = []
     for part in parts:
         with table_files.opened(part.path) as (header, _):
             pass
-        if 'file_name' not in header:
+        if 'file_name' not in header and part.path.stem != _CAPTIONS:
             continue
         if told or has_label(header):
             kept.append(part)
@@ -72,8 +76,8 @@ def find_metadata(folder: pathlib.Path, *, told: bool) -> list[Part]:
     return kept
 
 
-def _metadata_in(folder: pathlib.Path, split: str) -> list[Part]:
-    paths = (folder / f'{_METADATA}{suffix}' for suffix in ('.csv', '.jsonl', '.parquet'))
+def _metadata_in(folder: pathlib.Path, split: str, stems: Sequence[str]) -> list[Part]:
+    paths = (folder / f'{s}{suffix}' for s in stems for suffix in ('.csv', '.jsonl', '.parquet'))
     return [Part(path, split) for path in paths if path.is_file()][:1]
 
 
@@ -125,7 +129,7 @@ def open_tables(
             values.extend(more.values[column])
     paths = [os.fspath(part.path) for part in parts]
     images = _Files(os.path.abspath(root), names, paths, starts, table.numbers)
-    if parts[0].path.stem == _METADATA and not parts[0].split:
+    if parts[0].path.stem in (_METADATA, _CAPTIONS) and not parts[0].split:
         splits = _splits_of(names)
     return rows.make_dataset(
         name,

@@ -16,8 +16,12 @@ import tempfile
 import threading
 from typing import Any
 
+import numpy as np
+
 from vit_jax import files
 from vit_jax.data import tfds_metadata
+from vit_jax.data.captions import CAPTIONS
+from vit_jax.data.columns import text_of
 from vit_jax.data.dataset import Dataset, Example
 from vit_jax.data.decode import BadImageError
 from vit_jax.errors import UserError, extra, printable
@@ -28,13 +32,14 @@ _LIMIT = threading.Lock()
 _allowed: set[tuple[str, str]] = set()  # splits that the limit of open files was raised for
 
 
-def open_tfds(name: str, data_dir: str, manual_dir: str) -> Dataset:
+def open_tfds(name: str, data_dir: str, manual_dir: str, *, captions: bool = False) -> Dataset:
     """Opens a TFDS set, and prepares it first if necessary.
 
     Args:
       name: `tf_flowers`, `name/config` or `name:version`.
       data_dir: where TFDS sets are; '' is TFDS's default.
       manual_dir: where files downloaded by hand are, or ''.
+      captions: whether labels are captions, see `data.captions`.
 
     Returns:
       The dataset with all its splits, keys `tf_flowers:train/17`.
@@ -44,7 +49,7 @@ def open_tfds(name: str, data_dir: str, manual_dir: str) -> Dataset:
         image.
     """
     builder = find_builder(name, data_dir)
-    check_features(name, builder.info.features)
+    check_features(name, builder.info.features, captions=captions)
     folder = array_record_folder(builder)
     if folder is None:
         prepare_in_child(name, data_dir=data_dir, manual_dir=manual_dir)
@@ -55,7 +60,7 @@ def open_tfds(name: str, data_dir: str, manual_dir: str) -> Dataset:
                 f'{name} was prepared, but is not in {builder.data_path} as ArrayRecord; '
                 'remove that folder, or give another --config.tfds_data_dir'
             )
-    return _open_prepared(name, folder)
+    return _open_prepared(name, folder, captions)
 
 
 def is_known(name: str) -> bool:
@@ -163,8 +168,31 @@ def _unknown(name: str, data_dir: str | None) -> str:
     return f'{text} a set that TFDS knows; {hint}'
 
 
-def check_features(name: str, features: Any) -> None:
-    """Refuses a set whose examples are not one image with one label.
+def caption_feature(features: Any) -> str:
+    """The feature of a set that has a text or several for each image; '' if there is none.
+
+    A text, a sequence of texts, or, as in `coco_captions`, a sequence of what has a `text`.
+    """
+    tfds = _tfds()
+
+    fields = dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {}
+    for name in ('captions', 'caption'):
+        found = fields.get(name)
+        inside = getattr(found, 'feature', found)  # of a sequence
+        if isinstance(inside, tfds.features.FeaturesDict):
+            inside = dict(inside.items()).get('text')
+        if isinstance(inside, tfds.features.Text):
+            return name
+    return ''
+
+
+def check_features(name: str, features: Any, *, captions: bool = False) -> None:
+    """Refuses a set whose examples are not one image with one label, or with captions.
+
+    Args:
+      name: of the set.
+      features: of the set.
+      captions: whether there have to be captions.
 
     Raises:
       UserError: says which features the set has.
@@ -172,10 +200,15 @@ def check_features(name: str, features: Any) -> None:
     tfds = _tfds()
 
     fields = dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {}
-    if not (
-        isinstance(fields.get('image'), tfds.features.Image)
-        and isinstance(fields.get('label'), tfds.features.ClassLabel)
-    ):
+    image = isinstance(fields.get('image'), tfds.features.Image)
+    if captions:
+        if not image or not caption_feature(features):
+            found = ', '.join(fields) or 'none by name'
+            raise UserError(
+                f'{name} is not a set of images with captions: it needs the features image (an '
+                f'image) and captions (texts), and has: {found}'
+            )
+    elif not (image and isinstance(fields.get('label'), tfds.features.ClassLabel)):
         found = ', '.join(fields) or 'none by name'
         raise UserError(
             f'{name} is not a set for image classification: it needs the features image (an image) '
@@ -200,7 +233,7 @@ def converted_folder(builder: Any) -> pathlib.Path:
     return path.with_name(path.name + '-array_record')
 
 
-def _open_prepared(name: str, folder: pathlib.Path) -> Dataset:
+def _open_prepared(name: str, folder: pathlib.Path, captions: bool) -> Dataset:
     tfds = _tfds()
 
     tfds_metadata.check_folder(folder)
@@ -208,20 +241,28 @@ def _open_prepared(name: str, folder: pathlib.Path) -> Dataset:
         builder = tfds.builder_from_directory(folder)
         features = builder.info.features
         lengths = {str(split): info.num_examples for split, info in builder.info.splits.items()}
-    check_features(name, features)
-    label = features['label']
-    if (label.num_classes or 0) < 2:
+    check_features(name, features, captions=captions)
+    label = caption_feature(features) if captions else 'label'
+    if not captions and (features[label].num_classes or 0) < 2:
         raise UserError(
-            f'{name} has {label.num_classes} classes; classification needs at least two'
+            f'{name} has {features[label].num_classes} classes; classification needs at least two'
         )
     splits = {
-        split: _Records(f'{name}:{split}', str(folder), split, count)
+        split: _Records(f'{name}:{split}', str(folder), split, count, label)
         for split, count in lengths.items()
         if count
     }
     if not splits:
         raise UserError(f'{folder} has no examples in any split; remove it to prepare it again')
-    return Dataset(name, tuple(label.names), False, splits)
+    if captions:
+        return Dataset(name, (), False, splits, label_dtype=CAPTIONS)
+    return Dataset(name, tuple(features[label].names), False, splits)
+
+
+def _texts(stored: Any) -> tuple[str, ...]:
+    """The captions of an example, as TFDS gives them."""
+    stored = stored['text'] if isinstance(stored, dict) else stored
+    return tuple(text_of(text) for text in np.atleast_1d(stored).tolist())
 
 
 def _allow_open_files(shards: int, folder: str, name: str) -> None:
@@ -257,6 +298,7 @@ class _Records:
     folder: str
     split: str
     length: int
+    label: str
 
     def __len__(self) -> int:
         return self.length
@@ -267,7 +309,10 @@ class _Records:
         try:
             # ArrayRecord verifies a checksum of each record; protobuf and TFDS the structure.
             fields = features.deserialize_example_np(records[index], decoders=decoders)
-            image, label = fields['image'], int(fields['label'])
+            image, stored = fields['image'], fields[self.label]
+            if self.label != 'label':
+                return Example(image, _texts(stored), key)
+            label = int(stored)
         except MemoryError:
             raise
         except Exception as error:
@@ -294,9 +339,9 @@ class _Records:
         with tfds_metadata.reading(description):
             builder = tfds.builder_from_directory(self.folder)
             stored, shards = builder.info.features, builder.info.splits[self.split].num_shards
-            # Only image and label are parsed: other features (masks, boxes) may be large.
+            # Only these two are parsed: other features (masks, boxes) may be large.
             features = tfds.features.FeaturesDict(
-                {'image': stored['image'], 'label': stored['label']}
+                {'image': stored['image'], self.label: stored[self.label]}
             )
         _allow_open_files(shards, self.folder, self.name)
         with tfds_metadata.reading(description):
