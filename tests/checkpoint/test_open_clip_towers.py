@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vit_jax.errors import UserError
-from vit_jax.inference import two_tower
+from vit_jax.inference import class_texts, two_tower
 
 VISION = dict(image_size=16, layers=2, width=32, patch_size=8, head_width=16)
 WORDS = ['a', 'photo', 'of', 'red', 'rose', 'cat', '!', ',']
@@ -178,3 +178,8 @@ def test_folders_that_lack_something(libraries, tmp_path):
     torch.save({n: t for n, t in tensors.items() if n != 'logit_scale'}, file)
     with pytest.raises(UserError, match='lacks logit_scale or the text tower'):
         two_tower.load(tmp_path)
+
+
+def test_the_80_prompts_are_those_of_clip(libraries):
+    theirs = [template('{}') for template in libraries[1].OPENAI_IMAGENET_TEMPLATES]
+    assert list(class_texts.CLIP80) == theirs

@@ -31,10 +31,23 @@ def test_probabilities_are_the_softmax_of_cosines(towers, photos):
 def test_a_folder_gives_the_same_model_back(towers, tmp_path):
     two_tower.save(tmp_path / 'lit', towers)
     assert {path.name for path in (tmp_path / 'lit').iterdir()} == {
+        'README.md',
         'model.json',
         'params.npz',
         'vocab.txt',
     }
+    page = (tmp_path / 'lit/README.md').read_text()
+    for words in (
+        "vit_jax zeroshot --model lit --classes 'rose,tulip' photo.jpg",
+        '37,361 parameters',
+        'embeddings of length 1 with 20 numbers',
+        "Texts: BERT's word pieces (`vocab.txt`), 8 tokens",
+        towers.preprocess.describe(),
+        'Made from: made up.',
+        'Nothing was measured',
+    ):
+        assert words in page, page
+    assert '\n\n\n' not in page
     loaded = two_tower.load(tmp_path / 'lit')
     texts = ['a rose', 'tulips', '']
     np.testing.assert_array_equal(loaded.embed_texts(texts), towers.embed_texts(texts))
@@ -177,6 +190,8 @@ def test_a_zero_shot_classifier_is_saved_as_a_model_folder(towers, photos, tmp_p
     classifier = two_tower.ZeroShotClassifier(towers, names)
     two_tower.save_classifier(tmp_path / 'zero', towers, classifier)
     expected = dict(predict.predict(classifier, photos, batch=2))
+    page = (tmp_path / 'zero/README.md').read_text()
+    assert 'embeddings of texts, one for each class: a photo of a {}.' in page, page
     model = model_folder.load(tmp_path / 'zero')
     assert model.class_names == names and model.preprocess == towers.preprocess
     onnx.save(onnx.build(model, Options()), tmp_path / 'zero.onnx')

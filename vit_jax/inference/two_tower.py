@@ -19,7 +19,7 @@ from vit_jax.data.dataset import Source
 from vit_jax.data.decode import BadImageError
 from vit_jax.data.preprocess import Preprocess, normalize
 from vit_jax.errors import UserError
-from vit_jax.inference import class_texts, description, model_folder
+from vit_jax.inference import class_texts, description, model_card, model_folder
 from vit_jax.inference.classifier import classify
 from vit_jax.inference.features import Recorded
 from vit_jax.inference.task import ONE_CLASS, SEVERAL, Task
@@ -346,11 +346,15 @@ def save(folder: str | os.PathLike[str], towers: TwoTowers) -> None:
     described = flax.core.unfreeze({name: getattr(model, name) for name in names})
     described['preprocessing'] = towers.preprocess.to_dict()
     described |= {'format': FORMAT, 'out_dim': model.sizes, 'text': described['text'] or {}}
+    count = sum(leaf.size for leaf in npz.flatten(towers.params).values())
+    name = pathlib.Path(folder).absolute().name
+    card = model_card.render_two_towers(name, described, towers.source, count)
     with files.atomic_folder(folder) as part:
         npz.save(part / PARAMS_FILE, towers.params)
         files.write_json(part / MODEL_FILE, described)
         file = part / VOCABULARY_FILES[model.pp['tokenizer_name']]
         text.save_vocabulary(towers.tokenizer, file)
+        files.write_text(part / model_folder.CARD_FILE, card)
 
 
 def _check(
