@@ -43,7 +43,8 @@ def write(destination: str | os.PathLike[str], towers: two_tower.TwoTowers) -> l
         raise UserError(f'huggingface cannot express this model: {why}') from why
     pp = towers.model.pp
     tokenizer = {'model_max_length': pp['max_len'], 'tokenizer_class': 'SiglipTokenizer'}
-    notes, vocabulary = [], towers.vocabulary.read_bytes()
+    notes: list[str] = []
+    vocabulary = towers.vocabulary.read_bytes()
     if isinstance(towers.tokenizer, JsonTokenizer):
         tokenizer |= {
             'tokenizer_class': 'PreTrainedTokenizerFast',

@@ -185,7 +185,7 @@ def _key(towers: 'TwoTowers', class_names: Sequence[str], prompts: Sequence[str]
     digest.update(towers.vocabulary.read_bytes())
     for name, array in sorted(npz.flatten(towers.params['txt']).items()):
         digest.update(f'{name} {array.shape}'.encode())
-        digest.update(np.ascontiguousarray(array, np.float32))
+        digest.update(np.ascontiguousarray(array, np.float32).data)
     return digest.hexdigest()
 
 
