@@ -8,6 +8,8 @@ host, the median time for an image.
 """
 
 import argparse
+import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -21,7 +23,7 @@ from vit_jax import data, groups, models, optim, sharding, steps, variants
 from vit_jax import state as state_lib
 from vit_jax.configs import common
 from vit_jax.data import own
-from vit_jax.run import augmentation, distillation, recipe
+from vit_jax.run import augmentation, distillation, recipe, trained_part
 
 PIECES: dict[str, dict[str, Any]] = {
     'plain (sgd)': {},
@@ -53,13 +55,31 @@ ON_THE_HOST: dict[str, dict[str, Any]] = {
 CLASSES = 1000
 
 
-def contestant(
-    variant: str, size: int, batch: int, knobs: dict[str, Any]
-) -> tuple[Callable[[], float], int]:
-    """A function that times one step, in seconds; and the bytes of the state."""
+@dataclasses.dataclass(frozen=True)
+class Contestant:
+    """A training step, compiled, and what it takes.
+
+    Attributes:
+      timed: does a step; seconds.
+      state: bytes of parameters and optimizer.
+      optimizer: bytes of the latter alone.
+      temporary: bytes of activations and working space.
+      trained: how many parameters are.
+    """
+
+    timed: Callable[[], float]
+    state: int
+    optimizer: int
+    temporary: int
+    trained: int
+
+
+def contestant(variant: str, size: int, batch: int, knobs: dict[str, Any]) -> Contestant:
+    """The training step with these knobs."""
     config = common.get_defaults()
     config.update(batch=batch, accum_steps=1, **knobs)
-    model = models.from_config(variants.get_config(variant), num_classes=CLASSES)
+    plain = models.from_config(variants.get_config(variant), num_classes=CLASSES)
+    model = trained_part.adapted(config, plain)
     mesh, rng = sharding.create_mesh(), np.random.default_rng(0)
     images = rng.uniform(0, 255, (batch, size, size, 3)).astype(np.float32)
     labels = rng.integers(0, CLASSES, batch).astype(np.int32)
@@ -67,7 +87,9 @@ def contestant(
     train = own.as_selection(data.from_arrays(images.astype(np.uint8), labels, names), 'images')
     params = jax.device_get(state_lib.init_params(model, size, seed=0))
     schedule = optim.schedule_of(config)
-    tx = recipe.optimizer_of(config, schedule, None, lambda: groups.names_of(params))
+    named = functools.partial(groups.names_of, params)
+    tx = recipe.optimizer_of(config, schedule, None, named)
+    frozen = trained_part.frozen_of(config, named)
     state = state_lib.create_state(params, tx, mesh)
     places = sharding.state_sharding(params, mesh)
     step = steps.make_train_step(
@@ -78,7 +100,7 @@ def contestant(
         sharding.state_sharding(state, mesh),
         seed=0,
         loss_fn=distillation.loss_of(config, recipe.losses_of(config, train, None)[0]),
-        frozen=config.frozen,
+        frozen=frozen,
         erasing=config.random_erasing,
         depth_rate=config.stochastic_depth,
         mix=augmentation.mix_of(config, train),
@@ -89,14 +111,34 @@ def contestant(
     taught = (sharding.put_tree(params, places),) if config.distillation else ()
     order = np.arange(batch, dtype=np.int32)
     inputs = sharding.put_batch({'image': images, 'label': labels, 'position': order}, mesh)
-    kept = [jax.block_until_ready(step(state, inputs, *taught))[0]]  # compiled, and once run
+    compiled = step.lower(state, inputs, *taught).compile()
+    kept = [jax.block_until_ready(compiled(state, inputs, *taught))[0]]  # once run
 
     def timed() -> float:
         begin = time.perf_counter()
-        kept[0] = jax.block_until_ready(step(kept[0], inputs, *taught))[0]
+        kept[0] = jax.block_until_ready(compiled(kept[0], inputs, *taught))[0]
         return time.perf_counter() - begin
 
-    return timed, sum(leaf.nbytes for leaf in jax.tree.leaves(kept[0]))
+    def size_of(tree: Any) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+    return Contestant(
+        timed,
+        state=size_of(kept[0]),
+        optimizer=size_of(kept[0].opt_state),
+        temporary=getattr(compiled.memory_analysis(), 'temp_size_in_bytes', 0),
+        trained=sum(leaf.size for leaf in jax.tree.leaves(groups.partition(params, frozen)[0])),
+    )
+
+
+def in_turns(made: dict[str, Contestant], rounds: int) -> dict[str, list[float]]:
+    """Seconds of a step of each contestant, in each round."""
+    return turns.take_turns({name: made[name].timed for name in made}, rounds, pause=0.0)[0]
+
+
+def median_ratio(seconds: list[float], others: list[float]) -> float:
+    """Median over rounds of one's seconds by those of another."""
+    return statistics.median(a / b for a, b in zip(seconds, others, strict=True))
 
 
 def on_the_host(size: int, knobs: dict[str, Any], images: int = 200) -> float:
@@ -127,12 +169,11 @@ def main() -> None:
         name: contestant(args.variant, args.size, args.batch, knobs)
         for name, knobs in PIECES.items()
     }
-    tasks = {name: timed for name, (timed, _) in made.items()}
-    seconds, _ = turns.take_turns(tasks, args.rounds, pause=0.0)
-    plain, (_, plain_bytes) = seconds['plain (sgd)'], made['plain (sgd)']
-    for name, (_, size) in made.items():
-        ratio = statistics.median(a / b for a, b in zip(seconds[name], plain, strict=True))
-        print(f'| `{name}` | {ratio:.2f} | {size / plain_bytes:.2f} |', flush=True)
+    seconds = in_turns(made, args.rounds)
+    plain, plain_bytes = seconds['plain (sgd)'], made['plain (sgd)'].state
+    for name, one in made.items():
+        ratio = median_ratio(seconds[name], plain)
+        print(f'| `{name}` | {ratio:.2f} | {one.state / plain_bytes:.2f} |', flush=True)
     for name, knobs in ON_THE_HOST.items():
         print(f'| `{name}` | {on_the_host(224, knobs) * 1000:.2f} ms an image of 224 px |')
     print(f'plain: {statistics.median(plain):.3f} s; {args}')

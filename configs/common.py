@@ -137,6 +137,18 @@ def get_defaults() -> ml_collections.ConfigDict:
     # Regular expression: parameters of these names stay as they are ('(?!head/).*': all but the
     # head). Empty: none.
     config.frozen = ''
+    # The same from the other side, what is trained: 'head', 'last:3' (the last three blocks and all
+    # that follows), 'bias' or 'norm' (those parameters, and the head), or a regular expression.
+    config.train_only = ''
+    # LoRA: train matrices of this rank beside the layers, usually 8, and the head. 0: off. Which
+    # layers: 'attention', 'mlp', or their names, with commas ('query,value'). What they give is
+    # times alpha / rank (alpha 0.0: times 1); dropout of what they see; DoRA trains the lengths of
+    # the columns, too.
+    config.lora_rank = 0
+    config.lora_targets = 'attention'
+    config.lora_alpha = 0.0
+    config.lora_dropout = 0.0
+    config.dora = False
     # SAM: take the gradient at parameters that are moved uphill by this, 0.05 to 0.6; two passes
     # per step. 0.0: off. GSAM, beside it: the share (0.6) of its second term, and the radius where
     # the rate is 0 (0.0: the same as sam_rho at any rate).

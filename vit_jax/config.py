@@ -26,7 +26,7 @@ from vit_jax.errors import UserError
 from vit_jax.models.attention import ATTENTION_IMPLEMENTATIONS
 from vit_jax.models.layers import REMAT_POLICIES
 from vit_jax.models.resnet import GROUPS
-from vit_jax.run import trackers
+from vit_jax.run import trackers, trained_part
 
 DURATIONS = ('total_steps', 'epochs', 'total_examples')
 MAX_CHANNELS = 1024  # of images
@@ -55,7 +55,8 @@ _NOT_NEGATIVE = (
     'cooldown_steps', 'base_lr', 'grad_norm_clip', 'momentum', 'weight_decay', 'seed',
     'max_unreadable', 'label_smoothing', 'layer_decay', 'ema_decay', 'ema_warmup_steps',
     'stochastic_depth', 'mixup', 'cutmix', 'color_jitter', 'random_erasing', 'patience',
-    'repeated_augmentation', 'sam_rho', 'gsam_alpha', 'gsam_rho_min',
+    'repeated_augmentation', 'sam_rho', 'gsam_alpha', 'gsam_rho_min', 'lora_rank', 'lora_alpha',
+    'lora_dropout',
 )  # fmt: skip
 
 
@@ -338,6 +339,7 @@ def _check(config: ml_collections.ConfigDict) -> None:
             f'and config.batch={config.batch} has only one'
             f'{f", {repeats} times" if repeats > 1 else ""}: use a larger batch'
         )
+    trained_part.check(config)
     _check_augmentation(config)
     _check_distillation(config)
     weights = next((key for key in WEIGHT_KEYS if config[key]), '')

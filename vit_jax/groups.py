@@ -18,6 +18,8 @@ _BLOCK = re.compile(r'(?:.*/)?(?:encoderblock|MixerBlock)_(\d+)/.*')
 _STEM = re.compile(
     r'(?:.*/)?(?:embedding|stem|cls|dist|registers|posembed_input|pre_norm|conv_root|gn_root|block\d)(?:/.*)?'
 )
+# The layers that give the logits: those that a new set of classes gets new.
+HEAD = r'head(?:_dist|_hidden)?/.*'
 
 
 def name_of(path: Any) -> str:
@@ -75,6 +77,46 @@ def layer_decay(decay: float, names: Iterable[str]) -> Callable[[str], float]:
         return decay**last if _STEM.fullmatch(name) else 1.0
 
     return factor
+
+
+def all_but(*patterns: str) -> str:
+    """The pattern of all names that none of these patterns fits."""
+    return rf'(?!(?:{"|".join(f"(?:{pattern})" for pattern in patterns)})\Z).*'
+
+
+def norms(names: Iterable[str]) -> str:
+    """The pattern of scales and biases of normalisations; '' where there are none.
+
+    They are the layers that have a scale, but for LayerScale.
+    """
+    layers = dict.fromkeys(name.split('/')[-2] for name in names if name.endswith('/scale'))
+    found = [re.escape(layer) for layer in layers if not layer.startswith('LayerScale')]
+    return rf'(?:.*/)?(?:{"|".join(found)})/(?:scale|bias)' if found else ''
+
+
+def below_last(words: str, names: Iterable[str]) -> str:
+    """The pattern of what is below the last blocks: the other blocks, and what comes before them.
+
+    What follows the blocks (norm, pooling, head) is not in it.
+
+    Args:
+      words: 'last:3' for three blocks.
+      names: of all parameters.
+
+    Raises:
+      UserError: these are no number, or there are not so many blocks.
+    """
+    blocks = {int(found[1]) for name in names if (found := _BLOCK.fullmatch(name))}
+    number = words.removeprefix('last:')
+    last = int(number) if number.isascii() and number.isdecimal() and len(number) < 9 else 0
+    if not 1 <= last <= len(blocks):
+        has = f'from last:1 to last:{len(blocks)}' if blocks else 'none here, which has no blocks'
+        raise UserError(
+            f'config.train_only={words!r} is no number of last blocks of this model: it is {has}'
+        )
+    lower = '|'.join(map(str, range(len(blocks) - last)))
+    lower = rf'|(?:.*/)?(?:encoderblock|MixerBlock)_(?:{lower})/.*' if lower else ''
+    return _STEM.pattern + lower
 
 
 def check_patterns(knob: str, patterns: Iterable[str], names: Sequence[str]) -> None:

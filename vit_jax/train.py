@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 from vit_jax import config as config_lib
-from vit_jax import loop, losses, optim, sharding, steps
+from vit_jax import groups, loop, losses, optim, sharding, steps
 from vit_jax import state as state_lib
 from vit_jax.checkpoint import workdir as workdir_lib
 from vit_jax.data import copies
@@ -29,6 +29,7 @@ from vit_jax.data.sources import lasting_name
 from vit_jax.data.stream import BatchStream
 from vit_jax.errors import UserError
 from vit_jax.inference.task import NUMBERS, SEVERAL, Task
+from vit_jax.models import lora
 from vit_jax.run import (
     augmentation,
     distributed,
@@ -84,8 +85,8 @@ def train_and_evaluate(
       callbacks: objects that are called at points of the loop, see `run.callbacks`.
 
     Returns:
-      The parameters (with `config.ema_decay`, their averages), on the devices; None if the run was
-      finished before and nothing was to do.
+      The parameters (with `config.ema_decay`, their averages; adapters are merged into them), on
+      the devices; None if the run was finished before and nothing was to do.
 
     Raises:
       UserError: data, weights, devices, memory, disk or workdir do not fit the config, before
@@ -200,7 +201,7 @@ def _train(run: loop.Run, setup: Setup, checkpoints: workdir_lib.Checkpoints) ->
     del state
     task = steps_loop.task_of(params)
     _write_model_folder(run, setup, params, product.MODEL_FOLDER, last, task)
-    return params
+    return params if setup.lora is None else jax.jit(lambda p: lora.merge(p, setup.lora))(params)
 
 
 def _restore_best(
@@ -247,7 +248,7 @@ def _compile(run: loop.Run, setup: Setup, taught: tuple[Any, ...]) -> jax.stages
         erasing=config.random_erasing,
         skip_nonfinite=config.nan_policy == 'skip',
         loss_fn=setup.train_loss,
-        frozen=config.frozen,
+        frozen=setup.frozen,
         depth_rate=config.stochastic_depth,
         mix=augmentation.mix_of(config, setup.train),
         sharpness=optim.sharpness_of(config, setup.schedule),
@@ -301,14 +302,19 @@ def _first_checkpoint(
 def _introduce(run: loop.Run, setup: Setup) -> None:
     """Says what is about to run on what."""
     config, log = run.config, run.log
-    count = sum(leaf.size for leaf in jax.tree.leaves(setup.abstract.params))
+    params = setup.abstract.params
+    count, trained = (
+        sum(leaf.size for leaf in jax.tree.leaves(part))
+        for part in (params, groups.partition(params, setup.frozen)[0])
+    )
+    part = f', of which {trained:,} ({trained / count:.2%}) are trained' * bool(setup.frozen)
     devices, kind = run.mesh.devices.size, run.mesh.devices.flat[0].device_kind
     dtype, processes = config_lib.compute_dtype(config, jax.default_backend()), jax.process_count()
     name = config.model.model_name if setup.parts.model is None else type(setup.model).__name__
     how = 'data parallel' if run.mesh.shape['fsdp'] == 1 else f'fsdp={run.mesh.shape["fsdp"]}'
     how += f', {processes} processes' if processes > 1 else ''
     log.info(
-        f'model: {name}, {count:,} parameters, {dtype}, '
+        f'model: {name}, {count:,} parameters{part}, {dtype}, '
         f'{in_words(run.preprocess.crop)} px, on {devices} x {kind} ({how})',
         'started',
         dtype=dtype,
@@ -410,7 +416,10 @@ def _write_model_folder(
         run.preprocess,
         source,
         task,
+        setup.lora,
     )
+    if setup.lora is not None:
+        _write_adapter(run, setup, made, params, name)
     try:
         folder = made.write(params, name, step)
     except UserError as error:
@@ -423,6 +432,23 @@ def _write_model_folder(
         on = f'chosen on {task.chosen_on}' if task.chosen_on else 'not chosen: no config.pp.val'
         of += f'; a class is found from a probability of {task.threshold:g} on ({on})'
     run.log.info(f'model folder: {folder}{of}', 'saved_model', step=step)
+
+
+def _write_adapter(
+    run: loop.Run, setup: Setup, made: product.Product, params: Any, name: str
+) -> None:
+    """Writes adapters and head alone, beside the model folder of this name."""
+    whole = made.gathered(lambda params: params, params)
+    if setup.lora is None or jax.process_index():
+        return
+    from vit_jax.export import adapters
+
+    whole = jax.device_get(whole)
+    folder = run.workdir / name.replace(product.MODEL_FOLDER, product.ADAPTER_FOLDER, 1)
+    model = made.model(lora.without(whole))
+    kind = adapters.write(folder, whole, setup.lora, model, made.source['weights'])
+    use = f"PEFT, on transformers' {kind}" if kind else 'vit_jax convert --adapter only'
+    run.log.info(f'adapter: {folder} (for {use})')
 
 
 def _say_no_folder(run: loop.Run, reason: str, step: int) -> None:

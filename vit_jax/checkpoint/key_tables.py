@@ -20,6 +20,7 @@ unit of a ResNet counted from 0, {S} and {U} the same counted from 1. The layout
 """
 
 import csv
+import dataclasses
 import functools
 import pathlib
 import re
@@ -205,6 +206,65 @@ def unknown(names: Collection[str], table: str) -> list[str]:
         for name in names
         if name not in used and not any(p.fullmatch(name) for p in _LEFT_OUT.values())
     ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a tensor of a library is here.
+
+    Attributes:
+        ours: names of the arrays that it holds, one after the other.
+        layout: how each is laid out there.
+    """
+
+    ours: tuple[str, ...]
+    layout: str
+
+    def read(self, tensor: np.ndarray, num_heads: int) -> dict[str, np.ndarray]:
+        """Our arrays, from the tensor; `ValueError` if it has another shape than such a one."""
+        count = len(self.ours)
+        return {
+            name: _from_theirs(self.layout, num_heads, index, count)(tensor)
+            for index, name in enumerate(self.ours)
+        }
+
+    def change(
+        self,
+        params: Mapping[str, Any],
+        num_heads: int,
+        change: Callable[[np.ndarray], np.ndarray],
+    ) -> dict[str, np.ndarray]:
+        """Our arrays, from what `change` makes of the tensor that they are there."""
+        arrays = [np.asarray(params[name]) for name in self.ours]
+        return self.read(change(_to_theirs(self.layout)(*arrays)), num_heads)
+
+
+def places(names: Collection[str], params: Collection[str]) -> dict[str, Place]:
+    """Where tensors of some library are here.
+
+    Args:
+        names: of tensors, perhaps with the name of their base model in front ('vit.'), of any
+            library.
+        params: our names that there are; others are in no place, but those of heads, which may be
+            new.
+
+    Returns:
+        Name -> place, of those that have one.
+    """
+    found: dict[str, Place] = {}
+    for shorten in (lambda name: name, lambda name: name.partition('.')[2]):
+        plain = {shorten(name): name for name in names}
+        for table in TABLES.values():
+            for ours, theirs, layout in _expand(table, plain, 1):
+                if all(name in params or name.startswith('head') for name in ours):
+                    found.setdefault(plain[theirs], Place(ours, layout))
+    return found
+
+
+def spellings(name: str, table: str) -> list[str]:
+    """How a library calls an array of ours, in versions of it; none if it is a part of another."""
+    lines = _expand(TABLES[table], [name], 0)
+    return [theirs for ours, theirs, _ in lines if ours == (name,)]
 
 
 def _add_missing_biases(params: dict[str, LazyArray]) -> list[str]:

@@ -42,8 +42,8 @@ _OTHER_KINDS = {
     b'version https://git-lfs': 'a pointer of Git LFS, not the file itself; git lfs pull gets it',
 }
 _FOLDERS = {
-    'adapter_config.json': 'an adapter (LoRA), which changes the weights of another model; merge '
-    'it into that model (merge_and_unload of PEFT) and save the whole',
+    'adapter_config.json': 'an adapter (LoRA), which changes the weights of another model; vit_jax '
+    'convert BASE DST --to model --adapter FOLDER merges it into that',
     'saved_model.pb': "TensorFlow's SavedModel; save the model for PyTorch, or as .safetensors",
     'tf_model.h5': 'TensorFlow weights alone; save the model for PyTorch, or as .safetensors',
     '_CHECKPOINT_METADATA': 'an Orbax checkpoint; of a run, the model is in WORKDIR/model',

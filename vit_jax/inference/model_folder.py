@@ -130,10 +130,65 @@ def save(
         raise UserError(
             f'{folder} exists and is not a model folder; name another place for the model'
         )
+    described = _description(num_classes, model_config, class_names, preprocess, source, task)
+    text = json.dumps(described)
+    try:
+        opened = _described(files.parse_json(text), params)
+    except _BAD_DESCRIPTION as e:
+        raise UserError(f'{folder} could not be loaded if it were written: {e}') from e
+    _check(opened, f'what would be saved as {folder}')
+    for name, leaf in npz.flatten(params).items():
+        if bad := count_not_finite(np.asarray(leaf)):
+            raise UserError(
+                f'{name} has {bad:,} values (of {leaf.size:,}) that are NaN or infinite; '
+                f'{folder} could not be loaded. Save an earlier state'
+            )
+    with files.atomic_folder(folder, exists='replace') as part:
+        config = described['architecture']['config']
+        npz.save(part / PARAMS_FILE, params, infer.settings(config, params, preprocess))
+        described['params'] = {'file': PARAMS_FILE, 'sha256': _sha256(part / PARAMS_FILE)}
+        files.write_json(part / MODEL_FILE, described)
+        count = sum(leaf.size for leaf in npz.flatten(params).values())
+        files.write_text(part / CARD_FILE, model_card.render(folder.name, described, count))
+
+
+def save_new(folder: str | os.PathLike[str], model: Model) -> None:
+    """Writes a model that was loaded, and perhaps changed, as a model folder.
+
+    Args:
+        folder: must not exist.
+        model: its leaves may be lazy.
+
+    Raises:
+        UserError: see `save`; or the folder exists.
+    """
+    files.refuse_address(folder, 'the model folder')
+    if os.path.lexists(files.expand(folder)):
+        raise UserError(f'{folder} exists; remove it, or name another place')
+    save(
+        files.expand(folder),
+        jax.tree.map(np.asarray, dict(model.params)),
+        model_config=model.model_config,
+        class_names=model.class_names,
+        preprocess=model.preprocess,
+        source=model.source,
+        task=model.task,
+    )
+
+
+def _description(
+    num_classes: int,
+    model_config: Mapping[str, Any],
+    class_names: Sequence[str],
+    preprocess: Preprocess,
+    source: Mapping[str, Any],
+    task: Task | None,
+) -> dict[str, Any]:
+    """What model.json says, but for the weights; see `save`."""
     config = {k: v for k, v in _plain(model_config).items() if k not in _EXECUTION_KEYS}
     config.pop('num_classes', None)
     config |= task.module_settings if task else {}
-    described = {
+    return {
         'format': FORMAT,
         'format_version': FORMAT_VERSION,
         'architecture': {
@@ -149,24 +204,31 @@ def save(
         'source': _plain(source),
         'versions': _versions(),
     }
-    text = json.dumps(described)
+
+
+def describe(model: Model) -> dict[str, Any]:
+    """What model.json says of a model, but for the weights."""
+    return _description(
+        len(model.class_names),
+        model.model_config,
+        model.class_names,
+        model.preprocess,
+        model.source,
+        model.task,
+    )
+
+
+def of_description(path: pathlib.Path) -> Model:
+    """A model without parameters, from a file with what `describe` told.
+
+    Raises:
+        UserError: it is missing, or damaged.
+    """
+    found = files.read_json(path)
     try:
-        opened = _described(files.parse_json(text), params)
+        return _described(found, {})
     except _BAD_DESCRIPTION as e:
-        raise UserError(f'{folder} could not be loaded if it were written: {e}') from e
-    _check(opened, f'what would be saved as {folder}')
-    for name, leaf in npz.flatten(params).items():
-        if bad := count_not_finite(np.asarray(leaf)):
-            raise UserError(
-                f'{name} has {bad:,} values (of {leaf.size:,}) that are NaN or infinite; '
-                f'{folder} could not be loaded. Save an earlier state'
-            )
-    with files.atomic_folder(folder, exists='replace') as part:
-        npz.save(part / PARAMS_FILE, params, infer.settings(config, params, preprocess))
-        described['params'] = {'file': PARAMS_FILE, 'sha256': _sha256(part / PARAMS_FILE)}
-        files.write_json(part / MODEL_FILE, described)
-        count = sum(leaf.size for leaf in npz.flatten(params).values())
-        files.write_text(part / CARD_FILE, model_card.render(folder.name, described, count))
+        raise UserError(f'{path} is damaged ({str(e)[:200]}); copy it again') from e
 
 
 def load(

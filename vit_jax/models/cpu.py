@@ -21,7 +21,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.models import layers
+from vit_jax.models import layers, lora
 from vit_jax.models.attention import MultiHeadDotProductAttention, dot_product_attention
 
 # Most attention weights of a chunk: 2 MB in float32. Found with ViT-B/16 at batch 8 (465,708 an
@@ -63,7 +63,8 @@ def _applies(module: nn.Module, options: dict[str, Any]) -> bool:
         return module.implementation == 'auto' and plain
     if isinstance(module, layers.MlpBlock):
         dropout = module.dropout_rate and not options.get('deterministic', True)
-        return not module.gated and module.norm is None and not dropout
+        adapted = any(lora.A in layer for layer in module.variables['params'].values())
+        return not (module.gated or module.norm or dropout or adapted)
     if isinstance(module, nn.Conv):
         return module.use_bias
     return True

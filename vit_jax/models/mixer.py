@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.models import cpu, layers, stochastic_depth
+from vit_jax.models.lora import Lora, adaptable
 
 
 class MixerBlock(nn.Module):
@@ -67,6 +68,7 @@ class MlpMixer(nn.Module):
       cpu_training: on a CPU, compute forms of the layers that train faster, see `models.cpu`.
       multi_label: see `VisionTransformer.multi_label`.
       regression: see `VisionTransformer.regression`.
+      lora: see `VisionTransformer.lora`.
     """
 
     patches: Any
@@ -83,6 +85,7 @@ class MlpMixer(nn.Module):
     cpu_training: bool = False
     multi_label: bool = False
     regression: bool = False
+    lora: Lora | None = None
 
     def __post_init__(self) -> None:
         """Makes the module hashable, as Flax and `jax.jit` (`static_argnames`) want it."""
@@ -90,6 +93,7 @@ class MlpMixer(nn.Module):
         super().__post_init__()
 
     @nn.compact
+    @adaptable
     @cpu.switchable
     def __call__(self, inputs: jax.Array, *, train: bool) -> jax.Array:
         """Computes logits.

@@ -69,22 +69,18 @@ class LitModel(nn.Module):
         suffix = {'bert': 'txt', 'sentencepiece': 'model'}[self.pp['tokenizer_name']]
         return f'{RELEASED}/{self.model_name}.{suffix}'
 
-    def load_variables(self, path: str | None = None) -> dict[str, Any]:
+    def load_variables(self, path: str = '') -> dict[str, Any]:
         """Variables for `apply`.
 
         Args:
-          path: a `.npz` file or its address; None for `NAME.npz` in the current folder or, where
-            there is none, the released one, which is downloaded once.
+          path: a `.npz` file or its address; '' for the released one, which is downloaded once.
 
         Raises:
           UserError: it is not there, damaged, or cannot be downloaded.
         """
-        import os
-
         from vit_jax.checkpoint import catalog, npz
 
-        name = f'{self.model_name}.npz'
-        file = catalog.resolve(path or (name if os.path.isfile(name) else f'{RELEASED}/{name}'))
+        file = catalog.resolve(path or f'{RELEASED}/{self.model_name}.npz')
         return {'params': npz.open_file(file, whole=True).read()}
 
     def get_tokenizer(self) -> Any:
@@ -151,7 +147,7 @@ class LitModel(nn.Module):
           [T, C], or None; and `out`, a dict with `t` [1], the temperature that logits are
           multiplied with, and `b` [1] where there is a bias; `img/norm` [B, 1] and `txt/norm`
           [T, 1], the lengths before they were made 1; `img/normalized` and `txt/normalized`, zimg
-          and ztxt; and what the text tower gives, `txt/pre_logits`, `txt/logits` and more.
+          and ztxt.
 
         Raises:
           ValueError: an unknown text tower; images or tokens of another shape.
@@ -165,12 +161,9 @@ class LitModel(nn.Module):
         out: dict[str, jax.Array] = {}
         if tokens is not None:
             tower = TEXT_MODELS[self.text_model](
-                **{'dtype': self.dtype, 'num_classes': text_size, **(self.text or {})}, name='txt'
+                num_classes=text_size, dtype=self.dtype, **(self.text or {}), name='txt'
             )
-            inside: dict[str, jax.Array] = {}
-            ztxt = tower(tokens, train=train, out=inside)
-            out |= {f'txt/{name}': value for name, value in inside.items()}
-            ztxt = _normalize(ztxt, 'txt', out)
+            ztxt = _normalize(tower(tokens, train=train), 'txt', out)
         if images is not None:
             arguments = {'dtype': self.dtype, 'head_zeroinit': False, **self.image}
             arguments['num_classes'] = image_size or 0

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from vit_jax import variants
 from vit_jax.models import cpu, heads, layers, resnet
 from vit_jax.models.encoder import Encoder
+from vit_jax.models.lora import Lora, adaptable
 from vit_jax.models.rotary import Rotary
 
 
@@ -95,6 +96,8 @@ class VisionTransformer(nn.Module):
       rotary: mapping with `form`, `theta` and `grid` of rotary positions, see `rotary.Rotary`; None
         for none. Learned position embeddings (`add_position_embedding` of the encoder) are beside
         them in EVA-02, and not in DINOv3.
+      lora: low-rank adapters of the layers in the blocks, see `lora.Lora`; None for none. It takes
+        no part in what a model folder describes: there, adapters are merged.
     """
 
     num_classes: int
@@ -130,6 +133,7 @@ class VisionTransformer(nn.Module):
     final_norm: bool = True
     unit_features: bool = False
     rotary: Any = None
+    lora: Lora | None = None
 
     def __post_init__(self) -> None:
         """Makes the module hashable, as Flax and `jax.jit` (`static_argnames`) want it."""
@@ -159,6 +163,7 @@ class VisionTransformer(nn.Module):
         return {name: getattr(self, name) for name in names}
 
     @nn.compact
+    @adaptable
     @cpu.switchable
     def __call__(self, inputs: jax.Array, *, train: bool) -> jax.Array:
         """Computes logits.

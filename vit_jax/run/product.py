@@ -1,9 +1,10 @@
 """The product of a run: its model folders."""
 
 import dataclasses
+import functools
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -15,9 +16,10 @@ from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.inference import model_folder
 from vit_jax.inference.task import Task
+from vit_jax.models.lora import Lora, merge
 from vit_jax.run import telemetry
 
-MODEL_FOLDER = 'model'
+MODEL_FOLDER, ADAPTER_FOLDER = 'model', 'adapter'
 BEST_MODEL_FOLDER = 'model_best'
 
 
@@ -33,6 +35,7 @@ class Product:
       preprocess: see `model_folder.save`.
       source: where the model comes from, but for the steps.
       task: what its outputs are.
+      lora: the model's adapters, which are merged into the weights; None for none.
     """
 
     workdir: pathlib.Path
@@ -42,6 +45,7 @@ class Product:
     preprocess: Preprocess
     source: Mapping[str, Any]
     task: Task
+    lora: Lora | None = None
 
     def write(self, params: Any, name: str, step: int) -> pathlib.Path:
         """Writes weights, architecture, preprocessing and class names; all processes call it.
@@ -54,13 +58,12 @@ class Product:
         Returns:
           The folder.
         """
-        # Gathered on every device first, for the case that each holds a part only.
-        whole = jax.jit(lambda params: params, out_shardings=sharding.replicated(self.mesh))(params)
+        merged = self.gathered(functools.partial(merge, lora=self.lora), params)
         folder = self.workdir / name
         if jax.process_index() == 0:
             model_folder.save(
                 folder,
-                jax.device_get(whole),
+                jax.device_get(merged),
                 model_config=self.architecture,
                 class_names=self.class_names,
                 preprocess=self.preprocess,
@@ -72,6 +75,16 @@ class Product:
                 task=self.task,
             )
         return folder
+
+    def gathered(self, function: Callable[[Any], Any], params: Any) -> Any:
+        """What a function makes of the parameters, whole on every device; all processes call it."""
+        return jax.jit(function, out_shardings=sharding.replicated(self.mesh))(params)
+
+    def model(self, params: Any) -> model_folder.Model:
+        """The model with these parameters, plain ones on the host."""
+        module = models.from_config(self.architecture, num_classes=len(self.class_names))
+        told = self.architecture, self.class_names, self.preprocess, self.source, self.task
+        return model_folder.Model(module, params, *told)
 
 
 def architecture_of(model: nn.Module, names: int) -> dict[str, Any]:
@@ -94,7 +107,7 @@ def architecture_of(model: nn.Module, names: int) -> dict[str, Any]:
     told = {}
     for field in dataclasses.fields(model):
         value = getattr(model, field.name)
-        described = field.init and field.name not in ('parent', 'name', 'dtype')
+        described = field.init and field.name not in ('parent', 'name', 'dtype', 'lora')
         if described and not (value is field.default or value == field.default):
             told[field.name] = dict(value) if isinstance(value, Mapping) else value
     for name, value in told.items():

@@ -1,7 +1,6 @@
 """What of a recipe depends on the examples or the model: duration, loss, optimizer."""
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from vit_jax.data.dataset import CLASS_INDEX, Selection
 from vit_jax.data.stream import BatchStream
 from vit_jax.errors import UserError
 from vit_jax.inference.task import NUMBERS, ONE_CLASS, SEVERAL, Task, standardized
+from vit_jax.run import trained_part
 
 _OF_THE_LOSS = {
     'loss': '', 'label_smoothing': 0.0, 'class_weights': '', 'positive_weights': '',
@@ -111,28 +111,22 @@ def optimizer_of(
     """
     grouped = {
         name: config[name]
-        for name in ('lr_mults', 'wd_mults', 'layer_decay', 'frozen', 'gsam_rho_min')
+        for name in ('lr_mults', 'wd_mults', 'layer_decay', 'gsam_rho_min')
         if config[name] != common.get_defaults()[name]
     }
     found = names() if grouped else []
     for knob, value in grouped.items():
-        if own is not None and knob != 'frozen':
+        if own is not None:
             raise UserError(
                 f'config.{knob}={value!r} has no effect on an optimizer of your own: leave out one '
                 'of them'
             )
         if knob not in ('layer_decay', 'gsam_rho_min'):
-            patterns = [value] if knob == 'frozen' else [pattern for pattern, _ in value]
-            groups.check_patterns(f'config.{knob}', patterns, found)
+            groups.check_patterns(f'config.{knob}', [pattern for pattern, _ in value], found)
     if 'wd_mults' in grouped and not config.weight_decay:
         raise UserError(
             f'config.wd_mults={config.wd_mults!r} are factors of config.weight_decay, which is 0: '
             'set both, or none'
-        )
-    if config.frozen and all(re.fullmatch(config.frozen, name) for name in found):
-        raise UserError(
-            f'config.frozen={config.frozen!r} leaves no parameter to train; all but the head are '
-            "'(?!head/).*'"
         )
     factors = [groups.factor_of(config.lr_mults, 1.0)] if config.lr_mults else []
     if config.layer_decay:
@@ -143,7 +137,7 @@ def optimizer_of(
         tx = optim.create_optimizer(config, schedule, together)
     if config.ema_decay:
         tx = optim.with_average(tx, config.ema_decay, config.ema_warmup_steps)
-    return optim.trained_only(tx, config.frozen)
+    return optim.trained_only(tx, trained_part.frozen_of(config, names))
 
 
 def losses_of(

@@ -28,7 +28,7 @@ from vit_jax.data.dataset import Selection, Source, weights_of
 from vit_jax.data.stream import BatchStream
 from vit_jax.errors import UserError
 from vit_jax.inference.task import Task
-from vit_jax.models import positions
+from vit_jax.models import lora, positions
 from vit_jax.run import (
     augmentation,
     distillation,
@@ -38,6 +38,7 @@ from vit_jax.run import (
     resume,
     run_info,
     trackers,
+    trained_part,
 )
 from vit_jax.state import Checkpoint
 
@@ -79,12 +80,18 @@ class Setup:
     task: Task
     schedule: optax.Schedule | None
     tx: optax.GradientTransformation
+    frozen: str  # pattern of the parameters that stay as they are; '' for none
     abstract: Checkpoint  # shapes, dtypes and shardings of what is saved
     batch: dict[str, jax.ShapeDtypeStruct]  # those of a training batch
     memory: int  # bytes that the device had before anything was compiled
     need: resources.Memory  # what it takes at least; later, what the compiled step takes
     data: dict[str, Any]  # for data.json
     changed: list[str]  # settings that are others than when the run began
+
+    @property
+    def lora(self) -> lora.Lora | None:
+        """The model's adapters."""
+        return getattr(self.model, 'lora', None)
 
 
 def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Parts) -> Setup:
@@ -104,6 +111,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
             remat=config.remat,
             scan_layers=config.scan_layers,
         )
+    model = trained_part.adapted(config, model)
     recipe.check_depth(config, model)
     augmentation.check(config, train)
     train_loss, eval_loss, task = recipe.losses_of(config, train, parts.loss_fn)
@@ -115,9 +123,9 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
     init = functools.partial(
         state_lib.init_params, model, config.pp.crop, config.seed, channels=train.channels
     )
-    tx = recipe.optimizer_of(
-        config, schedule, parts.tx, names=lambda: groups.names_of(jax.eval_shape(init))
-    )
+    names = functools.cache(lambda: trained_part.names_of(config, lambda: jax.eval_shape(init)))
+    tx = recipe.optimizer_of(config, schedule, parts.tx, names)
+    frozen = trained_part.frozen_of(config, names)
     state = state_lib.abstract_state(model, tx, config.pp.crop, mesh, channels=train.channels)
     batch = steps.abstract_batch(
         config.batch, config.pp.crop, mesh, channels=train.channels, exact=config.pp.exact
@@ -185,6 +193,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
         task=task,
         schedule=schedule,
         tx=tx,
+        frozen=frozen,
         abstract=abstract,
         batch=batch,
         memory=memory,
@@ -339,6 +348,8 @@ def initial_params(
         state_lib.init_params, model, config.pp.crop, config.seed, channels=channels
     )
     path = weights_path(config)
+    adapters = [name for name in groups.names_of(shapes) if name.endswith(lora.ARRAYS)]
+    shapes = lora.without(shapes)
     if path is None:
         params = jax.device_get(init())
         if config.sincos_positions:
@@ -359,10 +370,10 @@ def initial_params(
         patch_resize=config.patch_resize,
         source=f'{path} ({weights.format})',
     )
-    if report.initialised:
-        new = jax.device_get(init(only=report.initialised))
+    if new_names := [*report.initialised, *adapters]:
+        new = jax.device_get(init(only=new_names))
         flat = traverse_util.flatten_dict(params) | traverse_util.flatten_dict(new)
-        params = traverse_util.unflatten_dict(flat)
+        params = lora.started(traverse_util.unflatten_dict(flat))
     other = [
         f'the weights were trained with {name} {told}, and this run computes {ours}'
         for name, told in weights.settings.items()
