@@ -208,6 +208,54 @@ def test_siglip_of_big_vision(siglip, tmp_path):
         two_tower.load(tmp_path / 'siglip.npz', siglip[-1] / 'spiece.model')
 
 
+def save_gemma(folder, transformers):
+    """A small tokenizer of Gemma's kind, which by itself marks the beginning and not the end."""
+    import tokenizers
+
+    characters = [chr(c) for c in range(33, 127)] + ['\u2581']
+    names = ['<pad>', '<eos>', '<bos>', '<unk>', '<mask>', *characters, 'ca', 'cat']
+    ids = {name: index for index, name in enumerate(names)}
+    tokenizer = transformers.GemmaTokenizer(vocab=ids, merges=[('c', 'a'), ('ca', 't')])
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single=['<bos>', '$A'], special_tokens=[('<bos>', 2)]
+    )
+    backend.save(str(folder / 'gemma.json'))
+    tokenizer = transformers.Siglip2Tokenizer(vocab=ids, merges=[('c', 'a'), ('ca', 't')])
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=['$A', '<eos>'], special_tokens=[('<eos>', 1)]
+    )
+    tokenizer.padding_side = 'right'
+    return tokenizer
+
+
+def test_siglip_2_of_big_vision_has_a_sticky_end(siglip, transformers, tmp_path):
+    """Ids of transformers' Siglip2Tokenizer, 64 of them, the last of a long text being the end."""
+    theirs = save_gemma(tmp_path, transformers)
+    params = npz.flatten(two_tower.load(siglip[-1]).params)
+    rng = np.random.default_rng(0)
+    params['txt/pos_embedding'] = rng.normal(size=(1, 64, 32)).astype(np.float32)
+    np.savez(tmp_path / 'siglip2.npz', **{f'params/{n}': np.asarray(a) for n, a in params.items()})
+    towers = two_tower.load(tmp_path / 'siglip2.npz', tmp_path / 'gemma.json')
+    texts = [*TEXTS, 'Cat ' * 40]
+    expected = theirs(texts, padding='max_length', truncation=True, max_length=64)['input_ids']
+    found = towers.tokenizer(texts)
+    np.testing.assert_array_equal(found, expected)
+    assert found.shape == (6, 64) and found[-1, -1] == 1 and found[3].tolist() == [1] + 63 * [0]
+    two_tower.save(tmp_path / 'ours', towers)
+    assert export.write(tmp_path / 'theirs', two_tower.load(tmp_path / 'ours')) == []
+    written = transformers.AutoTokenizer.from_pretrained(tmp_path / 'theirs')
+    ids = written(texts, padding='max_length', truncation=True, max_length=64)['input_ids']
+    np.testing.assert_array_equal(ids, expected)
+
+
+def test_siglip_2_of_the_naflex_kind_is_refused_by_name(transformers, tmp_path):
+    config = transformers.Siglip2Config()
+    (tmp_path / 'config.json').write_text(json.dumps(config.to_dict(), default=str))
+    with pytest.raises(UserError, match='is a SigLIP 2 of the NaFlex kind'):
+        two_tower.load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ('file', 'change', 'message'),
     [

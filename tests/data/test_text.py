@@ -75,3 +75,42 @@ def test_what_is_no_vocabulary_is_refused(tmp_path, content, message):
         text.BertTokenizer(path, 4)
     with pytest.raises(UserError, match='cannot be read|not a model of SentencePiece'):
         text.SentencepieceTokenizer(path, 4)
+
+
+@pytest.mark.parametrize('shape', [(37, 50), (50, 37), (20, 20), (61, 119), (33, 35), (100, 257)])
+def test_the_crop_is_that_of_the_original(shape):
+    """Its preprocess.py: sides times a float32 ratio, rounded; bilinear; the centre; uint8."""
+    import cv2
+
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    ratio = np.float32(20) / np.float32(min(shape))
+    height, width = (int(np.round(np.float32(side) * ratio)) for side in shape)
+    resized = cv2.resize(image.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
+    top, left = (height - 20) // 2, (width - 20) // 2
+    expected = resized[top : top + 20, left : left + 20].astype(np.uint8) / 255 * 2 - 1
+    found = text.PreprocessImages(20, crop=True)([image])[0]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_hostile_texts(tmp_path):
+    """Words are words of any length; what is no text is named."""
+    vocabulary = tmp_path / 'vocab.txt'
+    vocabulary.write_text('[PAD]\n[UNK]\n[CLS]\na\n##a')
+    model = tmp_path / 'sentencepiece.model'
+    model.write_bytes(base64.b64decode(load('sentencepiece.json.xz')['model']))
+    bert, pieces = text.BertTokenizer(vocabulary, 5), text.SentencepieceTokenizer(model, 5)
+    texts = ['a' * 2_000_000, 'a ' * 500_000, '\x00\x07a\u200ba', '\ud83d', 'a\ud83d\udc31', '\n\t']
+    assert bert(texts).tolist() == [
+        *([2, 1, 0, 0, 0], [2, 3, 3, 3, 3], [2, 3, 4, 0, 0], [2, 1, 0, 0, 0]),
+        *([2, 1, 0, 0, 0], [2, 0, 0, 0, 0]),
+    ]
+    assert pieces(texts).shape == (6, 5)
+    np.testing.assert_array_equal(pieces(['a\ud83d\udc31']), pieces(['a\U0001f431']))
+    for tokenizer in (bert, pieces):
+        assert tokenizer([]).shape == (0, 5)
+        with pytest.raises(UserError, match='text number 1 is a int, .7.; expected str'):
+            tokenizer(['a', 7])
+        with pytest.raises(UserError, match='text number 0 is a bytes'):
+            tokenizer([b'a'])
+        with pytest.raises(UserError, match='expected a list of texts, and got one'):
+            tokenizer('a photo')

@@ -59,7 +59,8 @@ def towers(tmp_path_factory):
     kinds = {
         'bert': dict(
             text_model='bert',
-            text=dict(hidden_size=32, mlp_dim=48, num_layers=2, num_heads=4, vocab_size=9),
+            text=dict(hidden_size=32, mlp_dim=48, num_layers=2, num_heads=4, vocab_size=9)
+            | dict(act='gelu', layer_norm_eps=1e-3),
             out_dim=20,
             pp={'tokenizer_name': 'bert', 'size': 32, 'max_len': 7},
         ),

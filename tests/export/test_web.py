@@ -39,6 +39,7 @@ def settings():
         yield Preprocess((20, 28), 32, eval='resize_crop', interpolation=name, antialias=True)
     yield Preprocess((20, 28), (24, 32), eval='resize_crop', antialias=True, centre='half_even')
     yield Preprocess(24, 33, eval='squash_crop', whole_levels=True)
+    yield Preprocess(24, eval='resize_crop', whole_levels=True)
     yield Preprocess(24, 33, eval='resize_crop', interpolation='bicubic', centre='half_even')
 
 

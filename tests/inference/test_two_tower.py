@@ -2,44 +2,14 @@
 
 import dataclasses
 import json
-import pathlib
 
 import numpy as np
 import pytest
 
-from vit_jax import models
 from vit_jax.checkpoint import npz
 from vit_jax.data import decode
 from vit_jax.errors import UserError
 from vit_jax.inference import model_folder, predict, two_tower
-
-FIXTURES = pathlib.Path(__file__).parents[1] / 'fixtures'
-WORDS = ('a', 'photo', 'of', 'rose', 'tulip', 'daisy', '##s')
-
-
-@pytest.fixture(scope='module')
-def towers(tmp_path_factory):
-    """The smallest model of the conformance cases, with a vocabulary of our own."""
-    folder = FIXTURES / 'conformance'
-    case = json.loads((folder / 'lit_index.json').read_text())['lit_bert']
-    names = ('image', 'text_model', 'text', 'out_dim')
-    pp = {'tokenizer_name': 'bert', 'size': case['size'], 'max_len': 8}
-    model = models.LitModel(**{name: case[name] for name in names}, pp=pp)
-    vocabulary = tmp_path_factory.mktemp('vocabulary') / 'words.txt'
-    vocabulary.write_text('\n'.join(('[PAD]', '[UNK]', '[CLS]', *WORDS)))
-    params = npz.open_file(folder / 'lit_bert.checkpoint.npz', whole=True).read()
-    return two_tower.TwoTowers(model, params, vocabulary, {'file': 'made up'})
-
-
-@pytest.fixture
-def photos(tmp_path):
-    import cv2
-
-    rng = np.random.default_rng(0)
-    paths = [tmp_path / f'{index}.png' for index in range(3)]
-    for path in paths:
-        cv2.imwrite(str(path), rng.integers(0, 256, (40, 50, 3), np.uint8))
-    return [str(path) for path in paths]
 
 
 def test_probabilities_are_the_softmax_of_cosines(towers, photos):
@@ -58,23 +28,26 @@ def test_probabilities_are_the_softmax_of_cosines(towers, photos):
     np.testing.assert_allclose([found[path] for path in photos], expected, atol=1e-5)
 
 
-def test_prompts_are_averaged_on_the_sphere(towers):
-    prompts = ('a photo of a {}', '{} photo')
-    classifier = two_tower.ZeroShotClassifier(towers, ('rose',), prompts)
-    embedded = towers.embed_texts(['a photo of a rose', 'rose photo']).mean(0)
-    pixels = np.full((1, 32, 32, 3), 100, np.float32)
-    expected = towers.temperature * towers.embed_images(pixels) @ embedded
-    expected /= np.linalg.norm(embedded)
-    np.testing.assert_allclose(classifier.logits(pixels)[:, 0], expected, rtol=1e-5)
-
-
 def test_a_folder_gives_the_same_model_back(towers, tmp_path):
     two_tower.save(tmp_path / 'lit', towers)
     assert {path.name for path in (tmp_path / 'lit').iterdir()} == {
+        'README.md',
         'model.json',
         'params.npz',
         'vocab.txt',
     }
+    page = (tmp_path / 'lit/README.md').read_text()
+    for words in (
+        "vit_jax zeroshot --model lit --classes 'rose,tulip' photo.jpg",
+        '37,361 parameters',
+        'embeddings of length 1 with 20 numbers',
+        "Texts: BERT's word pieces (`vocab.txt`), 8 tokens",
+        towers.preprocess.describe(),
+        'Made from: made up.',
+        'Nothing was measured',
+    ):
+        assert words in page, page
+    assert '\n\n\n' not in page
     loaded = two_tower.load(tmp_path / 'lit')
     texts = ['a rose', 'tulips', '']
     np.testing.assert_array_equal(loaded.embed_texts(texts), towers.embed_texts(texts))
@@ -88,8 +61,13 @@ def test_a_folder_gives_the_same_model_back(towers, tmp_path):
     [
         ('model.json', None, 'is neither a folder of a two-tower model .* nor one of LiT-B16B'),
         ('model.json', '{}', 'does not describe a two-tower model'),
-        ('vocab.txt', '[PAD]\n[CLS]\n' + 'x\n', None),
-        ('vocab.txt', '[CLS]\n' + ''.join(f'{n}\n' for n in range(96)), 'not the vocabulary of'),
+        ('vocab.txt', '[PAD]\n[UNK]\n[CLS]\n' + 'x\n', None),
+        ('vocab.txt', '[PAD]\n[CLS]\n' + 'x\n', 'has no token for unknown words'),
+        (
+            'vocab.txt',
+            '[UNK]\n[CLS]\n' + ''.join(f'{n}\n' for n in range(96)),
+            'has 98 tokens, and the model has 97: it is not the vocabulary of',
+        ),
         ('vocab.txt', None, 'the vocabulary .* cannot be read'),
         ('params.npz', None, 'no such checkpoint file'),
     ],
@@ -158,8 +136,6 @@ def test_classes_that_are_none(towers):
     for names, message in (((), 'one is missing'), (('a', 'a'), "'a' is there twice")):
         with pytest.raises(UserError, match=message):
             two_tower.ZeroShotClassifier(towers, names)
-    with pytest.raises(UserError, match="'a photo' has not"):
-        two_tower.ZeroShotClassifier(towers, ('rose',), ('a photo',))
 
 
 def test_the_command(towers, photos, tmp_path, run_script):
@@ -214,6 +190,8 @@ def test_a_zero_shot_classifier_is_saved_as_a_model_folder(towers, photos, tmp_p
     classifier = two_tower.ZeroShotClassifier(towers, names)
     two_tower.save_classifier(tmp_path / 'zero', towers, classifier)
     expected = dict(predict.predict(classifier, photos, batch=2))
+    page = (tmp_path / 'zero/README.md').read_text()
+    assert 'embeddings of texts, one for each class: a photo of a {}.' in page, page
     model = model_folder.load(tmp_path / 'zero')
     assert model.class_names == names and model.preprocess == towers.preprocess
     onnx.save(onnx.build(model, Options()), tmp_path / 'zero.onnx')

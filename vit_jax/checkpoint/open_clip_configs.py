@@ -1,6 +1,7 @@
 """What folders of open_clip tell: open_clip_config.json beside the weights.
 
-By the rules of open_clip 3.3.0. Its image tower is read: a Vision Transformer, its own or timm's.
+By the rules of open_clip 3.3.0. An image tower is a Vision Transformer, its own or timm's; a text
+tower is its own text transformer.
 """
 
 import pathlib
@@ -14,6 +15,7 @@ from vit_jax.errors import UserError
 
 CONFIG = 'open_clip_config.json'
 _POOLING = {'tok': 'token', 'avg': 'gap'}
+_PROJECTED = ('linear', 'none')  # whether the text tower has a last matrix
 # Settings of the tower that are computed here with one value only.
 _FIXED = {
     **dict.fromkeys(('attentional_pool', 'qk_norm', 'scaled_cosine_attn', 'scale_heads'), False),
@@ -24,6 +26,26 @@ _FREE = {
     *('patch_dropout', 'attn_pooler_queries', 'attn_pooler_heads', 'output_tokens', 'block_type'),
     *('pos_embed_type', 'timm_model_pretrained', 'timm_drop', 'timm_drop_path', 'timm_proj_bias'),
     *('patch_size', 'timm_model_name', 'timm_pool', 'timm_proj'),
+}
+# The same of the text tower.
+_TEXT_FIXED = {
+    **dict.fromkeys(('qk_norm', 'scaled_cosine_attn', 'scale_heads', 'embed_cls'), False),
+    **dict.fromkeys(('scale_attn_inner', 'scale_attn', 'scale_fc'), False),
+    **dict.fromkeys(('hf_model_name', 'ls_init_value', 'tokenizer_mode'), ''),
+}
+_TEXT_FREE = {
+    *('width', 'layers', 'vocab_size', 'mlp_ratio', 'block_type', 'output_tokens', 'pad_id'),
+    *('final_ln_after_pool', 'hf_model_pretrained', 'hf_proj_type', 'hf_pooler_type', 'proj_bias'),
+}
+_TEXT_READ = {
+    *('context_length', 'heads', 'no_causal_mask', 'pool_type', 'eos_id', 'proj_type'),
+    *('act_kwargs', 'norm_kwargs', 'hf_tokenizer_name', 'tokenizer_kwargs'),
+}
+# What `tokenizer_kwargs` may say, and what that is in `data.text.JsonTokenizer`.
+_CLEANED: Mapping[str, Mapping[str, bool]] = {
+    'whitespace': {},
+    'lower': {'lower': True},
+    'canonicalize': {'canonical': True},
 }
 _READ = {
     *('layers', 'width', 'head_width', 'mlp_ratio', 'image_size', 'ls_init_value', 'no_ln_pre'),
@@ -74,13 +96,9 @@ def _own(place: pathlib.Path, vision: Mapping[str, Any], quick_gelu: bool) -> di
     if isinstance(vision.get('layers'), list) or pooling not in _POOLING:
         what = 'layers' if pooling in _POOLING else 'pool_type'
         raise UserError(f'{place} has {what}={vision[what]!r}, which no model here computes')
-    act, approximate = 'quick_gelu', (vision.get('act_kwargs') or {}).get('approximate', 'none')
-    if not quick_gelu:
-        act = {'none': 'gelu', 'tanh': 'gelu_tanh'}[approximate]
     last = bool(vision.get('final_ln_after_pool', False))
     settings = {
-        'act': act,
-        'layer_norm_eps': float((vision.get('norm_kwargs') or {}).get('eps', 1e-5)),
+        **_activation_and_epsilon(vision, quick_gelu),
         'representation_act': 'linear',  # of the projection
         'classifier': _POOLING[pooling],
         'class_token': True,
@@ -96,6 +114,69 @@ def _own(place: pathlib.Path, vision: Mapping[str, Any], quick_gelu: bool) -> di
     heads = width // int(vision.get('head_width', 64))
     renamed = {'visual.ln_post.': 'visual.fc_norm.'} if last else {}
     return {'num_heads': heads, 'settings': settings, 'renamed': renamed}
+
+
+def read_text(folder: pathlib.Path) -> dict[str, Any]:
+    """What open_clip_config.json tells of the text tower and its tokenizer.
+
+    Args:
+        folder: of open_clip.
+
+    Returns:
+        `num_heads`; `arguments` of `models.text.TextTransformer` that the arrays do not tell;
+        `pool_type`, 'argmax' (the token of the largest id is read), 'eos' (`eos_id` is) or 'last';
+        `eos_id`; `pp`, arguments of `data.text.JsonTokenizer`; `of_clip`, whether the tokenizer is
+        CLIP's, which fills texts up with id 0.
+
+    Raises:
+        UserError: damaged, or a setting that no model here computes.
+    """
+    place = folder / CONFIG
+    stored = files.read_json(place)
+    try:
+        model = stored.get('model_cfg', stored)
+        if model.get('multimodal_cfg') is not None:
+            raise UserError(f'{place} is of a CoCa (multimodal_cfg), which no model here computes')
+        text = {name: value for name, value in model['text_cfg'].items() if value is not None}
+        for name, value in text.items():
+            if name in _TEXT_FIXED and value not in (_TEXT_FIXED[name], None):
+                raise UserError(f'{place} has {name}={value!r}, which no text tower here computes')
+            if name not in {*_TEXT_FIXED, *_TEXT_FREE, *_TEXT_READ}:
+                raise UserError(
+                    f'{place} has the setting {name}={value!r}, which is not known here'
+                )
+        for name, known in (('pool_type', ('argmax', 'eos', 'last')), ('proj_type', _PROJECTED)):
+            if text.get(name, known[0]) not in known:
+                raise UserError(
+                    f'{place} has {name}={text[name]!r} in text_cfg; known: {", ".join(known)}'
+                )
+        arguments = _activation_and_epsilon(text, bool(model.get('quick_gelu', False)))
+        return {
+            'num_heads': int(text.get('heads', 8)),
+            'arguments': {**arguments, 'causal': not text.get('no_causal_mask', False)},
+            'pool_type': text.get('pool_type', 'argmax'),
+            'eos_id': int(text.get('eos_id', 2)),
+            'pp': _cleaning(place, dict(text.get('tokenizer_kwargs') or {})),
+            'of_clip': not text.get('hf_tokenizer_name'),
+        }
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
+        raise UserError(f'{place} is damaged ({type(e).__name__}: {e})') from e
+
+
+def _cleaning(place: pathlib.Path, told: dict[str, Any]) -> dict[str, Any]:
+    """What becomes of a text before it is divided into tokens, and of its end mark."""
+    clean, strip = told.pop('clean', 'whitespace'), told.pop('strip_sep_token', False)
+    if told or clean not in _CLEANED:
+        what = next(iter({**told, 'clean': clean}.items()))
+        raise UserError(f'{place} has {what[0]}={what[1]!r} in tokenizer_kwargs, not known here')
+    return {**_CLEANED[clean], **({'blank_token': '[SEP]'} if strip else {})}
+
+
+def _activation_and_epsilon(tower: Mapping[str, Any], quick_gelu: bool) -> dict[str, Any]:
+    act, approximate = 'quick_gelu', (tower.get('act_kwargs') or {}).get('approximate', 'none')
+    if not quick_gelu:
+        act = {'none': 'gelu', 'tanh': 'gelu_tanh'}[approximate]
+    return {'act': act, 'layer_norm_eps': float((tower.get('norm_kwargs') or {}).get('eps', 1e-5))}
 
 
 def _timm(place: pathlib.Path, vision: Mapping[str, Any], _quick_gelu: bool) -> dict[str, Any]:

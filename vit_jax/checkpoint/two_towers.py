@@ -1,4 +1,4 @@
-"""Image-text models of other libraries: transformers' CLIP and SigLIP, big_vision's SigLIP.
+"""Image-text models of other libraries: transformers, big_vision, open_clip.
 
 Their image towers are read as those of image models are, see `formats`; here is the rest.
 """
@@ -10,18 +10,32 @@ from collections.abc import Mapping
 from typing import Any
 
 from vit_jax import files
-from vit_jax.checkpoint import big_vision, formats, infer, key_tables, npz, state_dicts, tensors
+from vit_jax.checkpoint import (
+    big_vision,
+    formats,
+    infer,
+    key_tables,
+    npz,
+    open_clip_configs,
+    state_dicts,
+    tensors,
+)
 from vit_jax.checkpoint.arrays import Weights, derive
 from vit_jax.checkpoint.hugging_face_families import FAMILIES
 from vit_jax.checkpoint.library_configs import hugging_face_activation
+from vit_jax.data import text as text_lib
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 
-# Model type -> its tables of `key_tables`, the number of heads where none is stated, and what of
-# their processor's configuration is the token that fills up texts where it states none.
-_KINDS = {'clip': ('CLIP text', 8, '<|endoftext|>'), 'siglip': ('SigLIP text', 12, '<pad>')}
+# Model type -> its table of `key_tables`, and the number of heads where none is stated.
+_KINDS = {'clip': ('CLIP text', 8), 'siglip': ('SigLIP text', 12)}
+_PADDING = {'clip': '<|endoftext|>'}  # fills up texts where their tokenizer's configuration is mute
 _SIGLIP_BIAS = -10.0  # before training, https://arxiv.org/abs/2303.15343, section 3
 _TEXT = re.compile(r'text_model\..*|text_projection\.weight')
+_OPEN_CLIP_TEXT = re.compile(
+    r'(?:text\.)?((?:transformer|token_embedding|ln_final|positional_embedding|text_projection'
+    r'|cls_emb|proj)(?:\..*)?)'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,28 +56,37 @@ class TwoTowerWeights:
     vocabulary: pathlib.Path
 
 
+def is_folder(folder: pathlib.Path) -> bool:
+    """Whether a folder looks like one for `open_folder`."""
+    return (folder / 'config.json').is_file() or open_clip_configs.is_folder(folder)
+
+
 def open_folder(folder: pathlib.Path) -> TwoTowerWeights:
-    """Recognises a folder that `save_pretrained` of a CLIPModel or a SiglipModel wrote.
+    """Recognises a folder of transformers' CLIPModel or SiglipModel, or of open_clip.
 
     The folder has the tokenizer's files, too.
 
     Raises:
         UserError: it is of another model, damaged, or states what no model here computes.
     """
+    if open_clip_configs.is_folder(folder):
+        return _open_clip(folder)
     config = files.read_json(folder / 'config.json')
     kind, told = config.get('model_type'), config.get('text_config')
+    if kind == 'siglip2':
+        raise UserError(
+            f'{folder} is a SigLIP 2 of the NaFlex kind, which takes images of any shape and is '
+            'not computed here; those of a fixed size, such as siglip2-base-patch16-224, are'
+        )
     if kind not in _KINDS or not isinstance(told, Mapping):
         known = ', '.join(_KINDS)
         raise UserError(
             f'{folder} has the model_type {str(kind)[:100]!r} and is no model of images and texts '
             f'here; known: {known}, with a text_config'
         )
-    table, heads, _ = _KINDS[kind]
+    table, heads = _KINDS[kind]
     image = formats.open_weights(folder)
-    found: dict[str, Any] = {}
-    for file in tensors.find_in_folder(folder):
-        found |= tensors.open_tensors(file)[0]
-    found = {n: a for n, a in found.items() if not state_dicts.BUFFERS.fullmatch(n)}
+    found = _tensors(folder)
     text, _ = key_tables.to_params(
         {name: array for name, array in found.items() if _TEXT.fullmatch(name)},
         table,
@@ -85,6 +108,46 @@ def open_folder(folder: pathlib.Path) -> TwoTowerWeights:
     if kind == 'clip':
         arguments |= {'causal': True, 'end_token': _end_token(told, arguments, folder)}
     pp, vocabulary = _tokenizer(folder, kind)
+    return _whole_model(image, params, arguments, pp, vocabulary)
+
+
+def _tensors(folder: pathlib.Path) -> dict[str, Any]:
+    """All weights of a folder, by their names in it."""
+    found: dict[str, Any] = {}
+    for file in tensors.find_in_folder(folder):
+        found |= tensors.open_tensors(file)[0]
+    return {n: a for n, a in found.items() if not state_dicts.BUFFERS.fullmatch(n)}
+
+
+def _open_clip(folder: pathlib.Path) -> TwoTowerWeights:
+    """`open_folder`, of open_clip: a CLIP or a CustomTextCLIP."""
+    told, found = open_clip_configs.read_text(folder), _tensors(folder)
+    named = {m[1]: found[name] for name in found if (m := _OPEN_CLIP_TEXT.fullmatch(name))}
+    if 'logit_scale' not in found or 'token_embedding.weight' not in named:
+        raise UserError(f'{folder} lacks logit_scale or the text tower: it is an image tower alone')
+    image = formats.open_weights(folder)
+    text, _ = key_tables.to_params(named, 'OpenCLIP text', told['num_heads'], folder)
+    if 'head/kernel' in text and 'head/bias' not in text:
+        text['head/bias'] = derive(lambda kernel: 0 * kernel[0], text['head/kernel'])
+    params: dict[str, Any] = {'img': image.params, 'txt': npz.nest(text, folder)}
+    params['t'] = derive(lambda t: t.reshape(1), found['logit_scale'])
+    if 'logit_bias' in found:
+        params['b'] = derive(lambda b: b.reshape(1), found['logit_bias'])
+    arguments = _text_arguments(text, folder) | told['arguments']
+    pp, vocabulary = _tokenizer(folder, '')
+    pp |= told['pp']
+    if told['of_clip']:
+        pp['pad_token'] = text_lib.token_of_id(vocabulary, 0)
+    if told['pool_type'] != 'last':
+        tokenizer = text_lib.make_tokenizer({**pp, 'max_len': 2}, vocabulary)
+        end = tokenizer.size - 1 if told['pool_type'] == 'argmax' else told['eos_id']
+        if end not in tokenizer(['']):
+            raise UserError(
+                f'{folder / open_clip_configs.CONFIG} has pool_type={told["pool_type"]!r}, which '
+                f'reads the token {end}, and the tokenizer.json beside it does not end texts with '
+                'that'
+            )
+        arguments['end_token'] = end
     return _whole_model(image, params, arguments, pp, vocabulary)
 
 
@@ -111,8 +174,8 @@ def open_npz(path: pathlib.Path, vocabulary: pathlib.Path) -> TwoTowerWeights:
     tower, _ = big_vision.unstacked(npz.nest(text, path), 'Encoder_0', path)
     params = {'img': image.params, 'txt': tower, 't': found['t'], 'b': found['b']}
     pp: dict[str, Any] = {'tokenizer_name': 'sentencepiece', 'canonical': True}
-    if vocabulary.suffix == '.json':
-        pp = {'tokenizer_name': 'json', 'pad_token': '<pad>', 'lower': True}
+    if vocabulary.suffix == '.json':  # Gemma's, which by itself marks the beginning, not the end
+        pp = {'tokenizer_name': 'json', 'pad_token': '<pad>', 'end_token': '<eos>', 'lower': True}
     return _whole_model(image, params, _text_arguments(npz.flatten(tower), path), pp, vocabulary)
 
 
@@ -194,7 +257,7 @@ def _tokenizer(folder: pathlib.Path, kind: str) -> tuple[dict[str, Any], pathlib
             f'{folder} has no tokenizer.json: save_pretrained of its tokenizer or processor in '
             'transformers writes it'
         )
-    pad = config.get('pad_token') or _KINDS[kind][2]
+    pad = config.get('pad_token') or _PADDING.get(kind, '<pad>')
     pad = pad.get('content') if isinstance(pad, Mapping) else pad
     return {
         'tokenizer_name': 'json',

@@ -7,7 +7,7 @@ images are ranked by how well they fit a text.
 Examples:
     vit_jax zeroshot --model LiT-L16L --classes 'rose,tulip,daisy' photos/
     vit_jax zeroshot --model LiT-B16B --classes pets.txt --prompts 'a photo of a {}, a pet' cat.jpg
-    vit_jax zeroshot --model LiT-L16Ti --dataset tf_flowers --save_as flowers_zero/
+    vit_jax zeroshot --model LiT-L16Ti --dataset tf_flowers --prompts clip80 --save_as flowers_zero/
     vit_jax zeroshot --model LiT-L16L --query 'a red tulip' --contact_sheet tulips.png photos/
     vit_jax zeroshot --model clip-vit-base-patch32/ --classes 'cat,dog' photos/
 """
@@ -56,7 +56,14 @@ def _parser() -> argparse.ArgumentParser:
         default='',
         metavar='PROMPT',
         help='a text with {} in the place of the name, or a file of such texts, one per line, that '
-        "are averaged (default: 'a photo of a {}')",
+        "are averaged; clip80: CLIP's 80 for ImageNet (default: 'a photo of a {}')",
+    )
+    add(
+        '--cache',
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help='keep the embeddings of the texts in the cache folder (~/.cache/vit_jax, or '
+        'VIT_JAX_CACHE) and take them from there (default: yes)',
     )
     add('--save_as', metavar='DIR', help='also write the classifier as a model folder')
     add(
@@ -70,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> int:
     from vit_jax.errors import UserError
-    from vit_jax.inference import two_tower
+    from vit_jax.inference import class_texts, two_tower
 
     data = cli.select(args)
     if args.save_as and pathlib.Path(args.save_as).exists():
@@ -81,11 +88,11 @@ def _run(args: argparse.Namespace) -> int:
         raise UserError('--contact_sheet shows what --query found')
     if args.images and not args.classes:
         raise UserError("--classes says what the images may show: --classes 'rose,tulip'")
-    prompts = _prompts(args.prompts) or two_tower.PROMPTS
+    prompts = class_texts.read_prompts(args.prompts)
     names = _classes(args.classes)
     if data is None:
         towers = two_tower.load(args.model, args.vocabulary)
-        model = two_tower.ZeroShotClassifier(towers, names, prompts)
+        model = two_tower.ZeroShotClassifier(towers, names, prompts, cache=args.cache)
         _save(args, towers, model)
         return _predict(args, model)
     names = names or tuple(name.replace('_', ' ') for name in data.class_names)
@@ -95,7 +102,7 @@ def _run(args: argparse.Namespace) -> int:
             f'them in this order: {", ".join(data.class_names[:10])}'
         )
     towers = two_tower.load(args.model, args.vocabulary)
-    model = two_tower.ZeroShotClassifier(towers, names, prompts, exclusive=True)
+    model = two_tower.ZeroShotClassifier(towers, names, prompts, exclusive=True, cache=args.cache)
     _save(args, towers, model)
     return _evaluate(args, model, data)
 
@@ -123,7 +130,7 @@ def _rank(args: argparse.Namespace, data: 'Selection | None') -> int:
     source = data or predict.Images(predict.find_images(args.images, stdin=sys.stdin.buffer))
     with output.progress_bar(len(source)) as advance:
         found, unreadable = two_tower.rank(
-            towers, args.query, source, batch=args.batch, advance=advance
+            towers, args.query, source, batch=args.batch, cache=args.cache, advance=advance
         )
     found = found[: args.top_k or None]
     for path, cosine in found:
@@ -181,13 +188,3 @@ def _classes(names: str) -> tuple[str, ...]:
     if names and (pathlib.Path(names).is_file() or pathlib.Path(names).suffix in ('.txt', '.json')):
         return tuple(labels.read(names))
     return tuple(name.strip() for name in names.split(',')) if names else ()
-
-
-def _prompts(prompts: str) -> tuple[str, ...]:
-    """What --prompts names."""
-    from vit_jax import files
-
-    if prompts and '{}' not in prompts:
-        lines = files.read_text(prompts).splitlines()
-        return tuple(line.strip() for line in lines if line.strip())
-    return (prompts,) if prompts else ()

@@ -86,8 +86,8 @@ class Preprocess:
       antialias: whether evaluation resizes as Pillow does, see `resample.resize`.
       centre: how half a pixel beside the centre crop is rounded: 'down' (Hugging Face), or
         'half_even' (torchvision, and so timm).
-      whole_levels: whether evaluation cuts off fractions of a grey level, as the original release's
-        image-text models.
+      whole_levels: whether evaluation does as the original release's image-text models: it cuts
+        off fractions of a grey level, and a long side is rounded to the nearest pixel and not down.
       resize_small: what the short side of training images is resized to (by area) before a random
         crop, pixels: big_vision's `resize_small(256)|random_crop(224)`. 0: not done so.
 
@@ -300,7 +300,9 @@ class Preprocess:
         if self.eval != 'resize_crop':
             return CropBox(0, 0, height, width, target)
         y, x, height, width = _middle(height, width)
-        if target[0] == target[1]:  # as torchvision and Hugging Face: the long side rounds down
+        if target[0] == target[1] and self.whole_levels:
+            size = _cover(height, width, target[0])
+        elif target[0] == target[1]:  # as torchvision and Hugging Face: the long side rounds down
             long = int(target[0] * max(height, width) / min(height, width))
             size = (target[0], long) if height <= width else (long, target[0])
         else:  # as timm, ResizeKeepRatio
@@ -311,9 +313,7 @@ class Preprocess:
     def _small(self, height: int, width: int) -> CropBox:
         """An image of which the short side is resized, before the crop; as big_vision rounds."""
         y, x, height, width = _middle(height, width)
-        factor = np.float32(self.resize_small) / np.float32(min(height, width))
-        size = int(np.rint(height * factor)), int(np.rint(width * factor))
-        return CropBox(y, x, height, width, size)
+        return CropBox(y, x, height, width, _cover(height, width, self.resize_small))
 
     def _half(self, pixels: int) -> int:
         return pixels // 2 if self.centre == 'down' else round(pixels / 2)
@@ -422,6 +422,15 @@ def _middle(height: int, width: int) -> tuple[int, int, int, int]:
     most = MAX_ASPECT_SEEN * min(height, width)
     y, x = max(0, height - most) // 2, max(0, width - most) // 2
     return y, x, min(height, most), min(width, most)
+
+
+def _cover(height: int, width: int, side: int) -> tuple[int, int]:
+    """The size of an image whose short side becomes `side`, rounded as the original release does.
+
+    (`preprocess.py`, `_resize_small`: in float32, to the nearest; so does big_vision.)
+    """
+    factor = np.float32(side) / np.float32(min(height, width))
+    return int(np.rint(np.float32(height) * factor)), int(np.rint(np.float32(width) * factor))
 
 
 def _put(pixels: np.ndarray, out: np.ndarray | None) -> np.ndarray:

@@ -5,126 +5,21 @@ T texts become int32 [T, max_len].
 
 import dataclasses
 import os
-import re
+import pathlib
 import string
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from vit_jax import files
 from vit_jax.data.preprocess import Preprocess, normalize
+from vit_jax.data.word_pieces import (
+    BertTokenizer,
+    check_texts,
+    read_vocabulary,
+    read_word_pieces,
+)
 from vit_jax.errors import UserError, extra
-
-_MAX_WORD_BYTES = 100  # of a word that TensorFlow Text looks up; a longer one is unknown
-# Unicode's property Default_Ignorable_Code_Point, which Python's tables lack.
-_IGNORED = re.compile(
-    '[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f'
-    '\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a'
-    '\U000e0000-\U000e0fff]'
-)
-# What BERT makes words of their own: ASCII's symbols, and the characters of Chinese.
-_ALONE = re.compile(
-    '[!-/:-@\\[-`{-~\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df'
-    '\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]'
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class BertTokenizer:
-    """BERT's word pieces in lower case, with the class token in front, padded with zeros.
-
-    The ids are those of TensorFlow Text 2.21 (`BertTokenizer(lower_case=True)`): case is folded as
-    Unicode's NFKC_Casefold does, marks are removed, special tokens inside a text are plain text.
-
-    Attributes:
-      vocab_path: a text file in UTF-8, a token in each line, with `[CLS]`.
-      max_len: length of the token ids; longer texts are cut.
-      cls_token: the id of the class token.
-      unknown_token: the id of `[UNK]`; the size of the vocabulary where there is none.
-      size: of the vocabulary.
-    """
-
-    vocab_path: str | os.PathLike[str]
-    max_len: int
-    cls_token: int = dataclasses.field(init=False)
-    unknown_token: int = dataclasses.field(init=False)
-    size: int = dataclasses.field(init=False)
-    _ids: dict[str, int] = dataclasses.field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        """Reads the vocabulary.
-
-        Raises:
-          UserError: it cannot be read, has a token twice, or lacks `[CLS]`.
-        """
-        tokens = _read(self.vocab_path).decode('utf-8', 'replace').removesuffix('\n').split('\n')
-        ids = {token.removesuffix('\r'): index for index, token in enumerate(tokens)}
-        if len(ids) < len(tokens) or '[CLS]' not in ids:
-            what = 'has a token twice' if len(ids) < len(tokens) else 'has no [CLS]'
-            raise UserError(
-                f'{self.vocab_path} {what}; expected a vocabulary of BERT, a token in each line'
-            )
-        object.__setattr__(self, '_ids', ids)
-        object.__setattr__(self, 'cls_token', ids['[CLS]'])
-        object.__setattr__(self, 'unknown_token', ids.get('[UNK]', len(ids)))
-        object.__setattr__(self, 'size', len(ids))
-
-    def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """Token ids, int32 [T, max_len]."""
-        out = np.zeros((len(texts), self.max_len), np.int32)
-        for row, text in zip(out, texts, strict=True):
-            ids = [self.cls_token]
-            for word in split_words(text):
-                ids += self._pieces(word)
-                if len(ids) >= self.max_len:
-                    break
-            row[: len(ids)] = ids[: self.max_len]
-        return out
-
-    def _pieces(self, word: str) -> list[int]:
-        """The longest piece of the vocabulary first, then the longest of the rest, and so on."""
-        if len(word.encode('utf-8', 'surrogatepass')) > _MAX_WORD_BYTES:
-            return [self.unknown_token]
-        ids: list[int] = []
-        start = 0
-        while start < len(word):
-            prefix = '##' if start else ''
-            ends = range(len(word), start, -1)
-            end = next((end for end in ends if prefix + word[start:end] in self._ids), 0)
-            if not end:
-                return [self.unknown_token]
-            ids.append(self._ids[prefix + word[start:end]])
-            start = end
-        return ids
-
-
-def split_words(text: str) -> list[str]:
-    """The words that BERT looks up: folded, without marks, split at spaces and punctuation."""
-    text = unicodedata.normalize('NFD', _fold_case(text))
-    words = ['']
-    for character in text:
-        category = unicodedata.category(character)
-        if category == 'Mn':
-            continue
-        if category in ('Cc', 'Cf') or character == ' ':
-            words.append('')
-        elif category[0] == 'P' or _ALONE.match(character):
-            words += [character, '']
-        else:
-            words[-1] += character
-    return [word for word in words if word]
-
-
-def _fold_case(text: str) -> str:
-    """Unicode's NFKC_Casefold (The Unicode Standard, section 3.13)."""
-    folded = unicodedata.normalize('NFD', text)
-    while True:
-        once = unicodedata.normalize('NFKC', _IGNORED.sub('', folded.casefold()))
-        if once == folded:
-            return once
-        folded = once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +54,9 @@ class SentencepieceTokenizer:
         with extra('text'):
             import sentencepiece
         try:
-            processor = sentencepiece.SentencePieceProcessor(model_proto=_read(self.vocab_path))
+            processor = sentencepiece.SentencePieceProcessor(
+                model_proto=read_vocabulary(self.vocab_path)
+            )
         except RuntimeError as error:
             raise UserError(f'{self.vocab_path} is not a model of SentencePiece') from error
         if processor.eos_id() < 0:
@@ -170,9 +67,14 @@ class SentencepieceTokenizer:
         object.__setattr__(self, 'size', processor.get_piece_size())
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """Token ids, int32 [T, max_len]."""
+        """Token ids, int32 [T, max_len].
+
+        Raises:
+          UserError: something is no text.
+        """
+        check_texts(texts)
         out = np.full((len(texts), self.max_len), self.eos_token, np.int32)
-        for row, text in zip(out, texts, strict=True):
+        for row, text in zip(out, map(_encodable, texts), strict=True):
             text = _canonical(text) if self.canonical else text
             ids = self._processor.encode(text)[: self.max_len - 1]
             row[: len(ids)] = ids
@@ -191,7 +93,8 @@ _NO_PUNCTUATION = str.maketrans('', '', string.punctuation)
 class JsonTokenizer:
     """A tokenizer.json of Hugging Face: the byte pairs of CLIP and of Gemma, which SigLIP 2 takes.
 
-    Beginning and end of a text are marked as the file says; of a longer text the end mark is kept.
+    Beginning and end of a text are marked as the file says, or by `end_token`; of a longer text the
+    end mark is kept.
 
     Attributes:
       vocab_path: the file.
@@ -199,6 +102,11 @@ class JsonTokenizer:
       pad_token: fills up shorter texts.
       pad_left: whether it does so in front of them.
       lower: whether texts are put into lower case first.
+      canonical: whether they also lose their ASCII punctuation and double spaces, as open_clip's
+        SigLIP has them.
+      end_token: ends each text, and nothing marks its beginning, whatever the file says; '' for
+        what the file says.
+      blank_token: id 0 takes its place; '' for none.
       unknown_token: the id of what is not in the vocabulary; 0 where there is no such thing.
       size: of the vocabulary, the largest id and one.
     """
@@ -208,28 +116,34 @@ class JsonTokenizer:
     pad_token: str
     pad_left: bool = False
     lower: bool = False
+    canonical: bool = False
+    end_token: str = ''
+    blank_token: str = ''
     unknown_token: int = dataclasses.field(init=False)
     size: int = dataclasses.field(init=False)
     _tokenizer: Any = dataclasses.field(init=False, repr=False, compare=False)
+    _blank: int = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Reads the file.
 
         Raises:
-          UserError: it cannot be read, is no tokenizer, or has no such `pad_token`.
+          UserError: it cannot be read, is no tokenizer, or lacks one of these tokens.
           MissingPackageError: the package tokenizers is not installed.
         """
-        with extra('text'):
-            import tokenizers
-        try:
-            tokenizer = tokenizers.Tokenizer.from_buffer(_read(self.vocab_path))
-        except Exception as error:  # it has no class of its own
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f'{self.vocab_path} is not a tokenizer.json ({error})') from error
+        tokenizer = _open_json(self.vocab_path)
         ids = tokenizer.get_vocab()
-        if self.pad_token not in ids:
-            raise UserError(f'{self.vocab_path} has no token {self.pad_token!r} to fill up texts')
+        uses = {'fill up': self.pad_token, 'end': self.end_token, 'clean': self.blank_token}
+        for use, token in uses.items():
+            if token not in ids and (token or use == 'fill up'):
+                raise UserError(f'{self.vocab_path} has no token {token!r} to {use} texts')
+        if self.end_token:
+            import tokenizers
+
+            tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+                single=['$A', self.end_token],
+                special_tokens=[(self.end_token, ids[self.end_token])],
+            )
         tokenizer.enable_truncation(self.max_len)
         tokenizer.enable_padding(
             direction='left' if self.pad_left else 'right',
@@ -239,15 +153,72 @@ class JsonTokenizer:
         )
         unknown = tokenizer.token_to_id(getattr(tokenizer.model, 'unk_token', None) or '')
         object.__setattr__(self, '_tokenizer', tokenizer)
+        object.__setattr__(self, '_blank', ids.get(self.blank_token, -1))
         object.__setattr__(self, 'unknown_token', unknown or 0)
         object.__setattr__(self, 'size', max(ids.values()) + 1)
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """Token ids, int32 [T, max_len]."""
-        if self.lower:
+        """Token ids, int32 [T, max_len].
+
+        Raises:
+          UserError: something is no text.
+        """
+        check_texts(texts)
+        texts = [_encodable(text) for text in texts]
+        if self.canonical:
+            texts = [_canonical(text.replace('_', ' ')) for text in texts]
+        elif self.lower:
             texts = [text.lower() for text in texts]
-        rows = [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
-        return np.asarray(rows, np.int32).reshape(len(rows), self.max_len)
+        rows = [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
+        out = np.asarray(rows, np.int32).reshape(len(rows), self.max_len)
+        return np.where(out == self._blank, 0, out)
+
+    def to_json(self) -> tuple[str, list[str]]:
+        """A tokenizer.json that does by itself what this does, as far as there is a word for it.
+
+        Returns:
+          The text of the file, and what whoever uses it has to do, a sentence each.
+        """
+        import tokenizers
+
+        whole = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        whole.no_padding()
+        whole.no_truncation()
+        if self.lower or self.canonical:
+            old = [whole.normalizer] if whole.normalizer else []
+            lower = tokenizers.normalizers.Lowercase()
+            whole.normalizer = tokenizers.normalizers.Sequence([lower, *old])
+        notes = []
+        if self.canonical:
+            notes.append('its tokenizer does not take punctuation out of texts: do so first')
+        if self.blank_token:
+            notes.append(f'its tokenizer does not put 0 for {self.blank_token}: do so afterwards')
+        return whole.to_str(), notes
+
+
+def token_of_id(vocab_path: str | os.PathLike[str], index: int) -> str:
+    """The token of a tokenizer.json that has this id.
+
+    Raises:
+      UserError: see `JsonTokenizer`; there is none.
+    """
+    tokens = _open_json(vocab_path).get_vocab()
+    for token, found in tokens.items():
+        if found == index:
+            return token
+    raise UserError(f'{vocab_path} has no token of number {index}')
+
+
+def _open_json(path: str | os.PathLike[str]) -> Any:
+    """The `tokenizers.Tokenizer` of a file."""
+    with extra('text'):
+        import tokenizers
+    try:
+        return tokenizers.Tokenizer.from_buffer(read_vocabulary(path))
+    except Exception as error:  # it has no class of its own
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f'{path} is not a tokenizer.json ({error})') from error
 
 
 Tokenizer = BertTokenizer | SentencepieceTokenizer | JsonTokenizer
@@ -271,6 +242,38 @@ def make_tokenizer(pp: Mapping[str, Any], vocabulary: str | os.PathLike[str]) ->
     kind = TOKENIZERS[pp['tokenizer_name']]
     names = {field.name for field in dataclasses.fields(kind) if field.init}
     return kind(vocabulary, **{name: value for name, value in pp.items() if name in names})
+
+
+def save_vocabulary(tokenizer: Tokenizer, path: pathlib.Path) -> None:
+    """Writes a file that makes the same tokenizer; of BERT always a token in each line.
+
+    Args:
+      tokenizer: whose file it is.
+      path: written in place.
+    """
+    content = read_vocabulary(tokenizer.vocab_path)
+    if isinstance(tokenizer, BertTokenizer) and content.startswith(b'{'):
+        content = '\n'.join([*read_word_pieces(tokenizer.vocab_path), '']).encode()
+    path.write_bytes(content)
+
+
+def check_vocabulary(tokenizer: Tokenizer, rows: int) -> None:
+    """Raises `UserError` where a tokenizer gives ids that a model has no embedding for.
+
+    Args:
+      tokenizer: of the model.
+      rows: how many token embeddings it has.
+    """
+    if tokenizer.unknown_token >= tokenizer.size:
+        raise UserError(
+            f'the vocabulary {tokenizer.vocab_path} has no token for unknown words ([UNK]): any '
+            'such word would get an id beyond it. Take the vocabulary that the model came with'
+        )
+    if tokenizer.size > rows:
+        raise UserError(
+            f'the vocabulary {tokenizer.vocab_path} has {tokenizer.size:,} tokens, and the model '
+            f'has {rows:,}: it is not the vocabulary of this model'
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,14 +300,6 @@ def lit_preprocess(size: int | tuple[int, int]) -> Preprocess:
     return Preprocess(size, inception_crop=False, whole_levels=True)
 
 
-def _read(path: str | os.PathLike[str]) -> bytes:
-    """All of a vocabulary.
-
-    Raises:
-      UserError: there is no such file.
-    """
-    path = files.expand(path)
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f'the vocabulary {path} cannot be read ({error.strerror})') from error
+def _encodable(text: str) -> str:
+    """A text without halves of UTF-16 characters, which no library for tokens takes."""
+    return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')

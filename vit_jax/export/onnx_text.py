@@ -63,7 +63,8 @@ def build(
     compute = FLOAT16 if options.dtype == 'float16' else FLOAT32
     small = options.dtype == 'int8'
     if model.text_model == 'bert':
-        graph = Graph(options.opset, compute, 'gelu_tanh', text.BERT_EPSILON)
+        bert = text.BertModel(**config)
+        graph = Graph(options.opset, compute, bert.act, bert.layer_norm_eps)
         tokens = graph.input(INPUT, INT32, (BATCH, length))
         heads = text.BERT_SIZES.get(config.get('config', ''), config)['num_heads']
         x, width = _bert(graph, tokens, params['BertEncoder_0'], length, heads, small)

@@ -12,7 +12,6 @@ The logits of an image against texts are `temperature * image @ texts.T`, and `b
 import dataclasses
 import os
 import pathlib
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ import numpy as np
 import rich.console
 
 import vit_jax
+from vit_jax.data import text
 from vit_jax.errors import UserError
 from vit_jax.export import formats, stablehlo, verify
 from vit_jax.export.options import DEFAULT, TOWER_FORMATS, TOWERS, Options, check
@@ -89,7 +89,7 @@ def export(
     told |= _text_metadata(towers, vocabulary)
 
     def make(path: pathlib.Path) -> Sequence[str]:
-        shutil.copyfile(towers.vocabulary, path.with_name(vocabulary))
+        text.save_vocabulary(towers.tokenizer, path.with_name(vocabulary))
         if format == 'stablehlo':
             exported = stablehlo.build_text(towers.model, towers.params)
             stablehlo.store(path, exported, told)

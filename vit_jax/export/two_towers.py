@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 from vit_jax import files, models
 from vit_jax.checkpoint import adapt, key_tables, model_input, npz, tensors
 from vit_jax.checkpoint.library_configs import TO_HUGGING_FACE
+from vit_jax.data.text import JsonTokenizer
 from vit_jax.errors import UserError
 from vit_jax.export import to_hugging_face
 from vit_jax.export.expressible import UnsupportedError
@@ -43,15 +43,16 @@ def write(destination: str | os.PathLike[str], towers: two_tower.TwoTowers) -> l
         raise UserError(f'huggingface cannot express this model: {why}') from why
     pp = towers.model.pp
     tokenizer = {'model_max_length': pp['max_len'], 'tokenizer_class': 'SiglipTokenizer'}
-    notes = []
-    if pp['tokenizer_name'] == 'json':
+    notes: list[str] = []
+    vocabulary = towers.vocabulary.read_bytes()
+    if isinstance(towers.tokenizer, JsonTokenizer):
         tokenizer |= {
             'tokenizer_class': 'PreTrainedTokenizerFast',
             'pad_token': pp['pad_token'],
             'padding_side': 'left' if pp.get('pad_left') else 'right',
         }
-        if pp.get('lower'):
-            notes.append('its tokenizer does not put texts into lower case: do so first')
+        whole, notes = towers.tokenizer.to_json()
+        vocabulary = whole.encode()
     processor = model_input.to_hugging_face(towers.preprocess)
     with files.atomic_folder(destination) as folder:
         tensors.save_safetensors(folder / 'model.safetensors', named, {})
@@ -61,7 +62,7 @@ def write(destination: str | os.PathLike[str], towers: two_tower.TwoTowers) -> l
             ('tokenizer_config.json', tokenizer),
         ):
             files.write_json(folder / name, content, indent=2)
-        shutil.copyfile(towers.vocabulary, folder / _TOKENIZER_FILES[pp['tokenizer_name']])
+        (folder / _TOKENIZER_FILES[pp['tokenizer_name']]).write_bytes(vocabulary)
     return notes
 
 

@@ -1,13 +1,22 @@
-"""The page of a model folder, README.md: what the model is, made from what model.json says."""
+"""The page of a model folder, README.md: what the model is, made from what model.json says.
+
+The templates are model_card.md.j2 and two_tower_card.md.j2; docs/model_cards tells what they hold.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
+import vit_jax
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import printable
 from vit_jax.inference.task import ONE_CLASS
 
-_SHOWN_CLASSES = 20
+_SHOWN = 20  # classes
+_TOKENIZERS = {
+    'bert': "BERT's word pieces (`vocab.txt`)",
+    'sentencepiece': 'SentencePiece (`vocab.model`)',
+    'json': 'byte pairs (`tokenizer.json`)',
+}
 
 
 def render(folder: str, described: Mapping[str, Any], parameters: int) -> str:
@@ -18,6 +27,69 @@ def render(folder: str, described: Mapping[str, Any], parameters: int) -> str:
       described: what model.json has, see `model_folder.save`.
       parameters: how many there are.
     """
+    names = [_text(name) for name in described['class_names']]
+    more = ', ...' if len(names) > _SHOWN else ''
+    name = described['architecture']['variant'] or 'A model of no known variant'
+    source = described['source']
+    prompts = [_text(prompt) for prompt in source.get('prompts', ())]
+    return _fill(
+        'model_card.md.j2',
+        name=_text(name),
+        folder=_text(folder),
+        kind=described.get('task', {}).get('kind', ONE_CLASS.kind),
+        classes=names,
+        shown=', '.join(names[:_SHOWN]) + more,
+        prompts=prompts,
+        shown_prompts=', '.join(prompts[:3]) + (', ...' if len(prompts) > 3 else ''),
+        parameters=parameters,
+        pixels=Preprocess.from_dict(described['preprocessing']).describe(),
+        version=described['versions']['vit_jax'],
+        **_origin(source),
+    )
+
+
+def render_two_towers(
+    folder: str, described: Mapping[str, Any], source: Mapping[str, Any], parameters: int
+) -> str:
+    """The text for an image-text model.
+
+    Args:
+      folder: name of its folder.
+      described: what model.json has, see `two_tower.save`.
+      source: where the model came from.
+      parameters: how many there are.
+    """
+    pp, text_size = described['pp'], described['out_dim'][1]
+    return _fill(
+        'two_tower_card.md.j2',
+        name=_text(described['model_name'] or 'A model of images and texts'),
+        folder=_text(folder),
+        sigmoid=described['bias_init'] is not None,
+        text_model=described['text_model'],
+        size=text_size or described['image'].get('hidden_size'),
+        tokenizer=_TOKENIZERS[pp['tokenizer_name']],
+        length=pp['max_len'],
+        parameters=parameters,
+        pixels=Preprocess.from_dict(described['preprocessing']).describe(),
+        version=vit_jax.__version__,
+        **_origin(source),
+    )
+
+
+def _origin(source: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a model came from, and what was measured, for both templates."""
+    metrics = source.get('metrics') or {}
+    return {
+        'source': {
+            key: value if isinstance(value, int) else _text(value)
+            for key, value in source.items()
+            if key != 'metrics'
+        },
+        'metrics': {key: value for key, value in metrics.items() if isinstance(value, float)},
+    }
+
+
+def _fill(template: str, **words: Any) -> str:
     import jinja2
 
     environment = jinja2.Environment(
@@ -27,24 +99,7 @@ def render(folder: str, described: Mapping[str, Any], parameters: int) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    source, names = dict(described['source']), [_text(n) for n in described['class_names']]
-    metrics = source.pop('metrics', {})
-    more = ', ...' if len(names) > _SHOWN_CLASSES else ''
-    name = described['architecture']['variant'] or 'A model of no known variant'
-    task = described.get('task', {})
-    return environment.get_template('model_card.md.j2').render(
-        name=_text(name),
-        architecture=_text(name),
-        folder=_text(folder),
-        kind=task.get('kind', ONE_CLASS.kind),
-        classes=names,
-        shown=', '.join(names[:_SHOWN_CLASSES]) + more,
-        parameters=parameters,
-        pixels=Preprocess.from_dict(described['preprocessing']).describe(),
-        source={key: v if isinstance(v, int) else _text(v) for key, v in source.items()},
-        metrics={key: value for key, value in metrics.items() if isinstance(value, float)},
-        version=described['versions']['vit_jax'],
-    )
+    return environment.get_template(template).render(**words)
 
 
 def _text(value: Any) -> str:

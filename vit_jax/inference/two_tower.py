@@ -1,9 +1,9 @@
 """Image-text models ready to use: embeddings of photos and texts, class names as a classifier."""
 
+import collections
 import dataclasses
 import os
 import pathlib
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -19,7 +19,7 @@ from vit_jax.data.dataset import Source
 from vit_jax.data.decode import BadImageError
 from vit_jax.data.preprocess import Preprocess, normalize
 from vit_jax.errors import UserError
-from vit_jax.inference import description, model_folder
+from vit_jax.inference import class_texts, description, model_card, model_folder
 from vit_jax.inference.classifier import classify
 from vit_jax.inference.features import Recorded
 from vit_jax.inference.task import ONE_CLASS, SEVERAL, Task
@@ -27,10 +27,8 @@ from vit_jax.inference.task import ONE_CLASS, SEVERAL, Task
 FORMAT = 'vit_jax two towers'
 MODEL_FILE, PARAMS_FILE = 'model.json', 'params.npz'
 VOCABULARY_FILES = {'bert': 'vocab.txt', 'sentencepiece': 'vocab.model', 'json': 'tokenizer.json'}
-_TEXTS_AT_ONCE = 64
+_TEXTS_AT_ONCE = 64  # the most
 _TOKEN_EMBEDDINGS = ('embedders_token_ids/embedding', 'Embed_0/embedding')
-# Of the paper's evaluation, one prompt; {} stands for the name of a class.
-PROMPTS = ('a photo of a {}',)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +42,8 @@ class _Input:
     pad_token: str = ''
     pad_left: bool = False
     lower: bool = False
+    end_token: str = ''
+    blank_token: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,12 +106,24 @@ class TwoTowers:
         return self._embed_images(self._device_params, pixels)
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Embeddings of texts, float32 [T, C], of length 1; compiled once, for any number."""
+        """Embeddings of texts, float32 [T, C], of length 1.
+
+        A list is compiled for once: all its batches are of one size, a power of two.
+
+        Args:
+          texts: one or more.
+
+        Raises:
+          UserError: there is none, or something is no text.
+        """
+        if not len(texts):
+            raise UserError('there is no text to embed')
         tokens = self.tokenizer(texts)
+        batch = min(_TEXTS_AT_ONCE, 1 << (len(tokens) - 1).bit_length())
         found = []
-        for start in range(0, len(tokens), _TEXTS_AT_ONCE):
-            part = tokens[start : start + _TEXTS_AT_ONCE]
-            full = np.pad(part, ((0, _TEXTS_AT_ONCE - len(part)), (0, 0)), mode='edge')
+        for start in range(0, len(tokens), batch):
+            part = tokens[start : start + batch]
+            full = np.pad(part, ((0, batch - len(part)), (0, 0)), mode='edge')
             found.append(np.asarray(self._embed_tokens(self._device_params, full))[: len(part)])
         return np.concatenate(found)
 
@@ -135,8 +147,8 @@ class ZeroShotClassifier:
     Args:
       towers: the model.
       class_names: the classes, at least one, each of them once.
-      prompts: texts with {} in the place of the name. Of several, the embeddings are averaged and
-        made of length 1, as in CLIP (https://arxiv.org/abs/2103.00020, section 3.1.4).
+      prompts: texts with {} in the place of the name; of several, see `class_texts.embed_classes`,
+        also for `cache`.
       exclusive: whether one class is right, and no more: then probabilities sum to 1 in any case.
 
     Attributes:
@@ -150,24 +162,21 @@ class ZeroShotClassifier:
         self,
         towers: TwoTowers,
         class_names: Sequence[str],
-        prompts: Sequence[str] = PROMPTS,
+        prompts: Sequence[str] = class_texts.PROMPTS,
         exclusive: bool = False,
+        cache: bool = False,
     ):
         self.class_names = tuple(class_names)
-        twice = {name for name in self.class_names if self.class_names.count(name) > 1}
+        counts = collections.Counter(self.class_names)
+        twice = [name for name, count in counts.items() if count > 1]
         if not self.class_names or '' in self.class_names or twice:
-            found = f'{sorted(twice)[0]!r} is there twice' if twice else 'one is missing'
+            found = f'{twice[0]!r} is there twice' if twice else 'one is missing'
             raise UserError(f'a zero-shot classifier needs names of classes, each once: {found}')
-        for prompt in prompts:
-            if '{}' not in prompt:
-                raise UserError(f'a prompt has {{}} in the place of the name; {prompt!r} has not')
         self.preprocess = towers.preprocess
         self.channels = 3
         self.source: Mapping[str, Any] = {**towers.source, 'prompts': list(prompts)}
         self._towers = towers
-        texts = [prompt.replace('{}', name) for name in class_names for prompt in prompts]
-        classes = towers.embed_texts(texts).reshape(len(class_names), len(prompts), -1).mean(1)
-        classes /= np.linalg.norm(classes, axis=-1, keepdims=True)
+        classes = class_texts.embed_classes(towers, self.class_names, prompts, cache=cache)
         self.task = ONE_CLASS if towers.bias is None or exclusive else Task(SEVERAL)
         self.head = jnp.asarray(towers.temperature * classes.T, jnp.float32)
         self._batch = 0
@@ -225,6 +234,7 @@ def rank(
     source: Source,
     *,
     batch: int = 32,
+    cache: bool = False,
     advance: Callable[[int], None] = lambda images: None,
 ) -> tuple[list[tuple[str, float]], list[BadImageError]]:
     """Finds the images that fit a text best.
@@ -234,12 +244,13 @@ def rank(
       query: the text.
       source: at least one image.
       batch: images at once.
+      cache: see `class_texts.embed_classes`.
       advance: called after each batch with the number of its images.
 
     Returns:
       Paths and cosines, the best first, and the errors of the images that could not be read.
     """
-    classifier = ZeroShotClassifier(towers, (query,), ('{}',))
+    classifier = ZeroShotClassifier(towers, (query,), ('{}',), cache=cache)
     recorded = Recorded(source)
     errors: list[BadImageError] = []
     found: list[tuple[str, float]] = []
@@ -260,9 +271,9 @@ def load(path: str | os.PathLike[str], vocabulary: str | os.PathLike[str] = '') 
     """Loads a model of images and texts.
 
     Args:
-      path: a folder that `save` wrote; a folder of transformers' CLIP or SigLIP, with the files of
-        its tokenizer; a `.npz` of big_vision's SigLIP; or a name in `variants.TWO_TOWERS`
-        ('LiT-B16B'), which is downloaded once.
+      path: a folder that `save` wrote; a folder of transformers' CLIP or SigLIP, or of open_clip,
+        with the files of its tokenizer; a `.npz` of big_vision's SigLIP; or a name in
+        `variants.TWO_TOWERS` ('LiT-B16B'), which is downloaded once.
       vocabulary: of a `.npz`, the file of its tokenizer: a model of SentencePiece, or Gemma's
         tokenizer.json.
 
@@ -277,7 +288,7 @@ def load(path: str | os.PathLike[str], vocabulary: str | os.PathLike[str] = '') 
         )
     if vocabulary:
         return _of_library(two_towers.open_npz(folder, files.expand(vocabulary)))
-    if (folder / 'config.json').is_file() and not (folder / MODEL_FILE).is_file():
+    if two_towers.is_folder(folder) and not (folder / MODEL_FILE).is_file():
         return _of_library(two_towers.open_folder(folder))
     if name in variants.TWO_TOWERS and not folder.is_dir():
         model = models.LitModel(**variants.TWO_TOWERS[name])
@@ -335,10 +346,15 @@ def save(folder: str | os.PathLike[str], towers: TwoTowers) -> None:
     described = flax.core.unfreeze({name: getattr(model, name) for name in names})
     described['preprocessing'] = towers.preprocess.to_dict()
     described |= {'format': FORMAT, 'out_dim': model.sizes, 'text': described['text'] or {}}
+    count = sum(leaf.size for leaf in npz.flatten(towers.params).values())
+    name = pathlib.Path(folder).absolute().name
+    card = model_card.render_two_towers(name, described, towers.source, count)
     with files.atomic_folder(folder) as part:
         npz.save(part / PARAMS_FILE, towers.params)
         files.write_json(part / MODEL_FILE, described)
-        shutil.copyfile(towers.vocabulary, part / VOCABULARY_FILES[model.pp['tokenizer_name']])
+        file = part / VOCABULARY_FILES[model.pp['tokenizer_name']]
+        text.save_vocabulary(towers.tokenizer, file)
+        files.write_text(part / model_folder.CARD_FILE, card)
 
 
 def _check(
@@ -364,9 +380,4 @@ def _check(
                 f'expected {wanted.get(name, "no such array")}'
             )
     rows = next(shape[0] for name, shape in found.items() if name.endswith(_TOKEN_EMBEDDINGS))
-    if max(tokenizer.size - 1, tokenizer.unknown_token) >= rows:
-        raise UserError(
-            f'the vocabulary {tokenizer.vocab_path} has {tokenizer.size:,} tokens, of which number '
-            f'{tokenizer.unknown_token:,} is that of unknown words, and the model has {rows:,}: it '
-            'is not the vocabulary of this model'
-        )
+    text.check_vocabulary(tokenizer, rows)

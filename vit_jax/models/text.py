@@ -6,13 +6,14 @@ V size of the vocabulary.
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from vit_jax.models.attention import dot_product_attention
+from vit_jax.models.layers import ACTIVATIONS
 from vit_jax.models.vit import Encoder
 
 # BERT's sizes (https://arxiv.org/abs/1810.04805, section 3).
@@ -20,7 +21,6 @@ BERT_SIZES: Mapping[str, Mapping[str, int]] = {
     'base': dict(hidden_size=768, mlp_dim=3072, num_layers=12, num_heads=12),
     'large': dict(hidden_size=1024, mlp_dim=4096, num_layers=24, num_heads=16),
 }
-BERT_EPSILON = 1e-12  # of all its LayerNorms
 
 _init = nn.initializers.truncated_normal(stddev=0.02)
 
@@ -28,8 +28,8 @@ _init = nn.initializers.truncated_normal(stddev=0.02)
 class BertModel(nn.Module):
     """BERT, of which the token at position 0 is read: https://arxiv.org/abs/1810.04805.
 
-    Post-norm blocks, tanh-form GELU, one segment; tokens of value 0 are padding and are not looked
-    at. There is no pooler.
+    Post-norm blocks, one segment; tokens of value 0 are padding and are not looked at. There is no
+    pooler.
 
     Attributes:
       num_classes: C, size of the embedding; None leaves the head out.
@@ -41,6 +41,9 @@ class BertModel(nn.Module):
       vocab_size: V.
       max_length: how many position embeddings there are.
       num_segments: how many segment embeddings there are; the first is used.
+      act: activation function of the MLPs, a name in `layers.ACTIVATIONS`. LiT's BERT has
+        'gelu_tanh', that of Hugging Face 'gelu'.
+      layer_norm_eps: what LayerNorm adds to the variance.
       dtype: type of activations and matrix products; parameters are float32.
     """
 
@@ -53,12 +56,27 @@ class BertModel(nn.Module):
     vocab_size: int = 30_522
     max_length: int = 512
     num_segments: int = 2
+    act: str = 'gelu_tanh'
+    layer_norm_eps: float = 1e-12
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, *, train: bool = False) -> jax.Array:
-        """Token ids [B, L] to embeddings [B, C] (without a head: features [B, D])."""
-        del train  # there is no dropout
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        train: bool = False,
+        out: dict[str, jax.Array] | None = None,
+    ) -> jax.Array:
+        """Token ids [B, L] to embeddings [B, C] (without a head: features [B, D]).
+
+        Args:
+          tokens: integers.
+          train: without effect, as there is no dropout.
+          out: is given what the original release returns beside the result: `transformed`
+            [B, L, D], `pre_logits` [B, D], and with a head `logits` [B, C].
+        """
+        del train
         names = ('hidden_size', 'mlp_dim', 'num_layers', 'num_heads')
         sizes = {name: getattr(self, name) for name in names}
         if self.config:
@@ -68,8 +86,11 @@ class BertModel(nn.Module):
             sizes = dict(BERT_SIZES[self.config])
         _check_length(tokens, self.max_length)
         vocabularies = (self.vocab_size, self.max_length, self.num_segments)
-        x = _BertEncoder(*vocabularies, **sizes, dtype=self.dtype, name='BertEncoder_0')(tokens)
-        return _head(x[:, 0], self.num_classes, self.dtype)
+        style = _Style(self.act, self.layer_norm_eps, self.dtype)
+        out = {} if out is None else out
+        x = _BertEncoder(*vocabularies, **sizes, style=style, name='BertEncoder_0')(tokens)
+        out['transformed'] = x
+        return _head(x[:, 0], self.num_classes or None, self.dtype, out)
 
 
 class TextTransformer(nn.Module):
@@ -81,7 +102,7 @@ class TextTransformer(nn.Module):
     Attributes:
       num_classes: C, size of the embedding; None leaves the head out.
       width: D.
-      num_layers, mlp_dim, num_heads: of the encoder.
+      num_layers, mlp_dim, num_heads, dropout_rate: of the encoder.
       vocab_size: V.
       causal: whether a token looks only at itself and those before it; else all look at all.
       end_token: the first token with this id is read (the first token of all where there is none);
@@ -96,6 +117,7 @@ class TextTransformer(nn.Module):
     num_layers: int = 12
     mlp_dim: int = 2048
     num_heads: int = 8
+    dropout_rate: float = 0.0
     vocab_size: int = 32_000
     causal: bool = False
     end_token: int | None = None
@@ -104,18 +126,33 @@ class TextTransformer(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, *, train: bool = False) -> jax.Array:
-        """Token ids [B, L] to embeddings [B, C] (without a head: features [B, D])."""
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        train: bool = False,
+        out: dict[str, jax.Array] | None = None,
+    ) -> jax.Array:
+        """Token ids [B, L] to embeddings [B, C] (without a head: features [B, D]).
+
+        Args:
+          tokens: integers.
+          train: whether dropout is active.
+          out: is given what the original release returns beside the result: `embedded` [B, L, D],
+            `pre_logits` [B, D], and with a head `logits` [B, C].
+        """
+        out = {} if out is None else out
         length = tokens.shape[1]
         normal = nn.initializers.normal(stddev=self.width**-0.5)
         shape = (1, length, self.width)
         x = nn.Embed(self.vocab_size, self.width, dtype=self.dtype, name='Embed_0')(tokens)
+        out['embedded'] = x
         x += self.param('pos_embedding', normal, shape, jnp.float32).astype(self.dtype)
         encoder = Encoder(
             num_layers=self.num_layers,
             mlp_dim=self.mlp_dim,
             num_heads=self.num_heads,
-            dropout_rate=0.0,
+            dropout_rate=self.dropout_rate,
             attention_dropout_rate=0.0,
             add_position_embedding=False,
             act=self.act,
@@ -130,12 +167,16 @@ class TextTransformer(nn.Module):
         else:
             end = jnp.argmax(tokens == self.end_token, axis=1)
             x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
-        return _head(x, self.num_classes, self.dtype)
+        return _head(x, self.num_classes, self.dtype, out)
 
 
-def _head(x: jax.Array, size: int | None, dtype: Any) -> jax.Array:
+def _head(x: jax.Array, size: int | None, dtype: Any, out: dict[str, jax.Array]) -> jax.Array:
     """Features [B, D] to embeddings [B, C]."""
-    return x if size is None else nn.Dense(size, dtype=dtype, name='head')(x)
+    out['pre_logits'] = x
+    if size is None:
+        return x
+    out['logits'] = nn.Dense(size, dtype=dtype, name='head')(x)
+    return out['logits']
 
 
 def _check_length(tokens: jax.Array, longest: int) -> None:
@@ -144,6 +185,18 @@ def _check_length(tokens: jax.Array, longest: int) -> None:
             f'token ids are [batch, length] with a length of at most {longest}, not '
             f'{list(tokens.shape)}'
         )
+
+
+class _Style(NamedTuple):
+    """What all blocks of BERT have in common, see `BertModel`."""
+
+    act: str
+    layer_norm_eps: float
+    dtype: Any
+
+    def norm(self, x: jax.Array) -> jax.Array:
+        """The one LayerNorm of the module that calls it."""
+        return nn.LayerNorm(self.layer_norm_eps, dtype=self.dtype, name='layer_norm')(x)
 
 
 class _BertEncoder(nn.Module):
@@ -156,15 +209,15 @@ class _BertEncoder(nn.Module):
     mlp_dim: int
     num_layers: int
     num_heads: int
-    dtype: Any
+    style: _Style
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         sizes = (self.vocab_size, self.max_length, self.num_segments)
-        x = _Embedder(*sizes, self.hidden_size, self.dtype, name='embedder')(tokens)
-        x = nn.LayerNorm(BERT_EPSILON, dtype=self.dtype, name='layer_norm')(x)
+        x = _Embedder(*sizes, self.hidden_size, self.style.dtype, name='embedder')(tokens)
+        x = self.style.norm(x)
         blocks = functools.partial(
-            _Blocks, self.num_layers, self.num_heads, self.mlp_dim, self.dtype
+            _Blocks, self.num_layers, self.num_heads, self.mlp_dim, self.style
         )
         return _Level('layer_sequence', blocks, name='encoder_block')(x, tokens > 0)
 
@@ -209,35 +262,35 @@ class _Blocks(nn.Module):
     num_layers: int
     num_heads: int
     mlp_dim: int
-    dtype: Any
+    style: _Style
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         """Tokens [B, L, D] in and out; mask, bool [B, L], says which are looked at."""
         for layer in range(self.num_layers):
-            x = _Block(self.num_heads, self.mlp_dim, self.dtype, name=f'layers_{layer}')(x, mask)
+            x = _Block(self.num_heads, self.mlp_dim, self.style, name=f'layers_{layer}')(x, mask)
         return x
 
 
 class _Block(nn.Module):
     num_heads: int
     mlp_dim: int
-    dtype: Any
+    style: _Style
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        x = _AttentionBlock(self.num_heads, self.dtype, name='attention_block')(x, mask)
-        return _MlpBlock(self.mlp_dim, self.dtype, name='mlp_block')(x)
+        x = _AttentionBlock(self.num_heads, self.style, name='attention_block')(x, mask)
+        return _MlpBlock(self.mlp_dim, self.style, name='mlp_block')(x)
 
 
 class _AttentionBlock(nn.Module):
     num_heads: int
-    dtype: Any
+    style: _Style
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        y = _Attention(self.num_heads, self.dtype, name='attention_layer')(x, mask)
-        return _project_and_add(x, y, self.dtype)
+        y = _Attention(self.num_heads, self.style.dtype, name='attention_layer')(x, mask)
+        return _project_and_add(x, y, self.style)
 
 
 class _Attention(nn.Module):
@@ -260,16 +313,16 @@ class _Attention(nn.Module):
 
 class _MlpBlock(nn.Module):
     mlp_dim: int
-    dtype: Any
+    style: _Style
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        dense = functools.partial(nn.Dense, self.mlp_dim, dtype=self.dtype, kernel_init=_init)
-        y = nn.gelu(_Level('dense_layer', dense, name='mlp')(x))
-        return _project_and_add(x, y, self.dtype)
+        dense = functools.partial(nn.Dense, self.mlp_dim, dtype=self.style.dtype, kernel_init=_init)
+        y = ACTIVATIONS[self.style.act](_Level('dense_layer', dense, name='mlp')(x))
+        return _project_and_add(x, y, self.style)
 
 
-def _project_and_add(x: jax.Array, y: jax.Array, dtype: Any) -> jax.Array:
+def _project_and_add(x: jax.Array, y: jax.Array, style: _Style) -> jax.Array:
     """LayerNorm(x + dense(y)), the end of each half of a block."""
-    y = nn.Dense(x.shape[-1], dtype=dtype, kernel_init=_init, name='dense_layer')(y)
-    return nn.LayerNorm(BERT_EPSILON, dtype=dtype, name='layer_norm')(x + y)
+    y = nn.Dense(x.shape[-1], dtype=style.dtype, kernel_init=_init, name='dense_layer')(y)
+    return style.norm(x + y)

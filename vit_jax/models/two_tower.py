@@ -69,18 +69,22 @@ class LitModel(nn.Module):
         suffix = {'bert': 'txt', 'sentencepiece': 'model'}[self.pp['tokenizer_name']]
         return f'{RELEASED}/{self.model_name}.{suffix}'
 
-    def load_variables(self, path: str = '') -> dict[str, Any]:
+    def load_variables(self, path: str | None = None) -> dict[str, Any]:
         """Variables for `apply`.
 
         Args:
-          path: a `.npz` file or its address; '' for the released one, which is downloaded once.
+          path: a `.npz` file or its address; None for `NAME.npz` in the current folder or, where
+            there is none, the released one, which is downloaded once.
 
         Raises:
           UserError: it is not there, damaged, or cannot be downloaded.
         """
+        import os
+
         from vit_jax.checkpoint import catalog, npz
 
-        file = catalog.resolve(path or f'{RELEASED}/{self.model_name}.npz')
+        name = f'{self.model_name}.npz'
+        file = catalog.resolve(path or (name if os.path.isfile(name) else f'{RELEASED}/{name}'))
         return {'params': npz.open_file(file, whole=True).read()}
 
     def get_tokenizer(self) -> Any:
@@ -147,7 +151,7 @@ class LitModel(nn.Module):
           [T, C], or None; and `out`, a dict with `t` [1], the temperature that logits are
           multiplied with, and `b` [1] where there is a bias; `img/norm` [B, 1] and `txt/norm`
           [T, 1], the lengths before they were made 1; `img/normalized` and `txt/normalized`, zimg
-          and ztxt.
+          and ztxt; and what the text tower gives, `txt/pre_logits`, `txt/logits` and more.
 
         Raises:
           ValueError: an unknown text tower; images or tokens of another shape.
@@ -161,9 +165,12 @@ class LitModel(nn.Module):
         out: dict[str, jax.Array] = {}
         if tokens is not None:
             tower = TEXT_MODELS[self.text_model](
-                num_classes=text_size, dtype=self.dtype, **(self.text or {}), name='txt'
+                **{'dtype': self.dtype, 'num_classes': text_size, **(self.text or {})}, name='txt'
             )
-            ztxt = _normalize(tower(tokens, train=train), 'txt', out)
+            inside: dict[str, jax.Array] = {}
+            ztxt = tower(tokens, train=train, out=inside)
+            out |= {f'txt/{name}': value for name, value in inside.items()}
+            ztxt = _normalize(ztxt, 'txt', out)
         if images is not None:
             arguments = {'dtype': self.dtype, 'head_zeroinit': False, **self.image}
             arguments['num_classes'] = image_size or 0

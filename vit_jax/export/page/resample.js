@@ -65,7 +65,10 @@ function box(image, how) {
   const x = Math.floor(Math.max(0, image.width - most) / 2);
   const height = Math.min(image.height, most), width = Math.min(image.width, most);
   let size;
-  if (target[0] === target[1]) {
+  if (target[0] === target[1] && how.whole_levels) { // in float32, to the nearest
+    const factor = Math.fround(target[0] / Math.min(height, width));
+    size = [even(Math.fround(height * factor)), even(Math.fround(width * factor))];
+  } else if (target[0] === target[1]) {
     const long = Math.floor(target[0] * Math.max(height, width) / Math.min(height, width));
     size = height <= width ? [target[0], long] : [long, target[0]];
   } else {
