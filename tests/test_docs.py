@@ -17,9 +17,9 @@ from vit_jax import __main__
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = ROOT / 'docs' / 'how_a_vit_works.md'
-PAGES = [ROOT / 'README.md', *sorted(ROOT.glob('docs/*.md'))]
+PAGES = [ROOT / 'README.md', *sorted(ROOT.glob('docs/**/*.md'))]
 
-NOTEBOOKS = [('tour.ipynb', 4), ('research.ipynb', 3)]  # with how many pictures
+NOTEBOOKS = [('tour.ipynb', 4), ('research.ipynb', 3), ('lit.ipynb', 3)]  # with how many pictures
 
 # What the tests ask the notebooks at the end.
 TOUR_TELLS = """
@@ -39,6 +39,10 @@ print(json.dumps({
     'near': abs(true[0] - linearised[0]),
     'far': abs(true[-1] - linearised[-1]),
 }))
+"""
+LIT_TELLS = """
+import json
+print(json.dumps({**told, 'difference': float(difference)}))
 """
 
 BLOCK = re.compile(r'^```(\w+)\n(.*?)^```$', re.MULTILINE | re.DOTALL)
@@ -188,6 +192,14 @@ def test_research_runs(run_notebook):
     assert measured['accuracy'] > 0.8  # measured: 0.94
     assert measured['together'] > measured['worst']
     assert measured['near'] < 0.01 and measured['far'] > 0.5  # only a small step is linear
+
+
+def test_lit_runs(run_notebook):
+    measured = run_notebook('lit.ipynb', LIT_TELLS)
+    assert measured['colours'] > 0.9  # measured: 0.98; a guess is right in 0.17
+    assert measured['digits'] > 0.6  # measured: 0.80; 0.1
+    assert measured['digits, mean of 6 prompts'] > 0.6
+    assert measured['difference'] < 1e-3
 
 
 def read_notebook(path):

@@ -118,6 +118,17 @@ def test_the_helpers_of_the_original(towers, tmp_path, monkeypatch):
     assert model.vocab_path == 'gs://vit_models/lit/LiT-tiny.txt'
     np.testing.assert_array_equal(model.load_variables()['params']['t'], towers.params['t'])
     assert model.get_tokenizer()(['a rose']).tolist() == [[2, 3, 6, 0, 0, 0, 0, 0]]
+    monkeypatch.chdir(tmp_path)  # a copy here comes first, as in the original
+    npz.save('LiT-tiny.npz', {**towers.params, 't': np.ones(1, np.float32)})
+    assert model.load_variables()['params']['t'] == 1
+    (tmp_path / 'LiT-tiny.txt').write_text('[UNK]\n[CLS]\nrose')
+    assert model.get_tokenizer().size == 3
+    monkeypatch.setenv('VIT_JAX_BASE_URL', 'http://localhost:9')
+    with pytest.raises(
+        UserError, match=r'LiT-new\.npz.*put it at .*or name it with load_variables'
+    ):
+        model.clone(model_name='LiT-new').load_variables()
+    (tmp_path / 'LiT-tiny.txt').unlink()
 
     white = np.full((16, 10, 3), 255, np.uint8)
     framed = np.pad(white[2:-2], ((2, 2), (0, 0), (0, 0)))  # above and below, black

@@ -29,9 +29,10 @@ def render(folder: str, described: Mapping[str, Any], parameters: int) -> str:
     """
     names = [_text(name) for name in described['class_names']]
     more = ', ...' if len(names) > _SHOWN else ''
-    name = described['architecture']['variant'] or 'A model of no known variant'
     source = described['source']
     prompts = [_text(prompt) for prompt in source.get('prompts', ())]
+    unknown = 'A zero-shot classifier' if prompts else 'A model of no known variant'
+    name = described['architecture']['variant'] or unknown
     return _fill(
         'model_card.md.j2',
         name=_text(name),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax import files, models, variants
-from vit_jax.checkpoint import catalog, npz, two_towers
+from vit_jax.checkpoint import npz, two_towers
 from vit_jax.data import text
 from vit_jax.data.dataset import Source
 from vit_jax.data.decode import BadImageError
@@ -292,7 +292,7 @@ def load(path: str | os.PathLike[str], vocabulary: str | os.PathLike[str] = '') 
         return _of_library(two_towers.open_folder(folder))
     if name in variants.TWO_TOWERS and not folder.is_dir():
         model = models.LitModel(**variants.TWO_TOWERS[name])
-        file = catalog.resolve(model.vocab_path, option='--model FOLDER')
+        file = models.two_tower.find(model.vocab_path, '--model FOLDER')
         return TwoTowers(model, model.load_variables()['params'], file, {'model': name})
     files.recover(folder)
     if not (folder / MODEL_FILE).is_file():

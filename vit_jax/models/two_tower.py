@@ -73,30 +73,30 @@ class LitModel(nn.Module):
         """Variables for `apply`.
 
         Args:
-          path: a `.npz` file or its address; None for `NAME.npz` in the current folder or, where
-            there is none, the released one, which is downloaded once.
+          path: a `.npz` file or its address; None for the released one: `NAME.npz` in the current
+            folder, or where there is none, what is downloaded, once.
 
         Raises:
           UserError: it is not there, damaged, or cannot be downloaded.
         """
-        import os
+        from vit_jax.checkpoint import npz
 
-        from vit_jax.checkpoint import catalog, npz
-
-        name = f'{self.model_name}.npz'
-        file = catalog.resolve(path or (name if os.path.isfile(name) else f'{RELEASED}/{name}'))
+        file = find(path or f'{RELEASED}/{self.model_name}.npz', 'load_variables(PATH)')
         return {'params': npz.open_file(file, whole=True).read()}
 
     def get_tokenizer(self) -> Any:
         """The function from a list of texts to token ids, int32 [T, L], see `data.text`.
 
+        Its vocabulary is `NAME.txt` or `NAME.model` in the current folder, or where there is none,
+        what is downloaded, once.
+
         Raises:
           UserError: the vocabulary cannot be downloaded.
         """
-        from vit_jax.checkpoint import catalog
         from vit_jax.data import text
 
-        return text.make_tokenizer(self.pp, catalog.resolve(self.vocab_path))
+        option = 'vit_jax.data.text.make_tokenizer(model.pp, FILE)'
+        return text.make_tokenizer(self.pp, find(self.vocab_path, option))
 
     def get_image_preprocessing(self, crop: bool = False) -> Callable[[Sequence[Any]], Any]:
         """The function from images, uint8 [height, width, 3], to float32 [B, size, size, 3].
@@ -182,6 +182,25 @@ class LitModel(nn.Module):
             constant = nn.initializers.constant(self.bias_init)
             out['b'] = self.param('b', constant, (1,), jnp.float32)
         return zimg, ztxt, out
+
+
+def find(path: str, option: str) -> Any:
+    """The file at a path or address, on this machine.
+
+    Args:
+      path: of a released file a copy in the current folder is taken, if there is one.
+      option: how a user names a file instead, for messages.
+
+    Raises:
+      UserError: it is not there, or cannot be downloaded.
+    """
+    import os
+
+    from vit_jax.checkpoint import catalog
+
+    copy = os.path.basename(path)
+    here = path.startswith(f'{RELEASED}/') and os.path.isfile(copy)
+    return catalog.resolve(copy if here else path, option=option)
 
 
 def _normalize(x: jax.Array, tower: str, out: dict[str, jax.Array]) -> jax.Array:
