@@ -117,10 +117,10 @@ def test_weights_that_cannot_be_downloaded(mistake, tmp_path):
 def test_a_cache_that_cannot_be_written_ends_only_what_asked_for_it(tmp_path, capsys):
     (tmp_path / 'file').write_text('')
     folder = str(tmp_path / 'file' / 'cache')
-    main._use_compile_cache(folder, asked=False)
+    main.use_compile_cache(folder, asked=False)
     assert f'programs are not kept: {folder} cannot be written' in capsys.readouterr().err
     with pytest.raises(UserError, match='compile_cache=.* cannot be written'):
-        main._use_compile_cache(folder, asked=True)
+        main.use_compile_cache(folder, asked=True)
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,9 @@ class Loop:
                 if self._stopping:
                     self._settle(0)
                 told = run.callbacks('on_step', step, state, metrics)
+                if run.callbacks.ended:
+                    self._settle(0)
+                    show = assess = over = True
 
                 if show:
                     values = {name: v.item() for name, v in jax.device_get(metrics).items()}
@@ -229,7 +232,7 @@ class Loop:
                 if assess and not self._stopping:
                     with clock.paused():
                         save = self._evaluate(step, state, run.watched) or save
-                        over = self._evaluations.choice.is_over()
+                        over = self._evaluations.choice.is_over() or run.callbacks.ended
 
                 if save or over or self._stopping:
                     with clock.paused():
@@ -238,10 +241,11 @@ class Loop:
                         run.callbacks('on_checkpoint', step, state, {})
                 self._leave_if_stopping(step)
                 if over and step < config.total_steps:
-                    log.info(
-                        f'the run ends with step {step:,}: evaluations in a row without a better '
-                        f'one: {config.patience} (config.patience)'
-                    )
+                    why = f'evaluations in a row without a better one: {config.patience} '
+                    why += '(config.patience)'
+                    if run.callbacks.ended:
+                        why = 'a callback says so'
+                    log.info(f'the run ends with step {step:,}: {why}')
         run.callbacks('on_end', step, state, {})
         return state, step
 

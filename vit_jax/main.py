@@ -112,7 +112,7 @@ def main(argv: Sequence[str]) -> None:
     config = config_lib.resolve(_CONFIG.value, asked)
     if config.deterministic:
         config_lib.use_deterministic_operations()
-    _use_compile_cache(config.compile_cache, asked='compile_cache' in asked)
+    use_compile_cache(config.compile_cache, asked='compile_cache' in asked)
     distributed.start(
         _COORDINATOR_ADDRESS.value,
         _NUM_PROCESSES.value,
@@ -343,7 +343,7 @@ def _one_line(error: Exception, argv: Sequence[str]) -> str:
     return f'--config {spec}: {reason}'
 
 
-def _use_compile_cache(folder: str, *, asked: bool) -> None:
+def use_compile_cache(folder: str, *, asked: bool) -> None:
     """Keeps compiled programs on disk, so that a second run starts sooner.
 
     Args:

@@ -195,6 +195,33 @@ def predict(run: Run, test: Selection, limit: int | None = None) -> Predictions:
     found, _ = classification_metrics.collect(
         classifier, _Subset(test, chosen), model_labels=to_model, batch=_BATCH
     )
+    # The ends of the paths tell images of a folder, or beside a table, from each other.
+    root = _place(run.config['dataset'])
+    folder = f'{root.absolute().parent if root.is_file() else root}/'
+    return of_outcomes(model, test, chosen, found, to_model, folder)
+
+
+def of_outcomes(
+    model: model_folder.Model,
+    test: Selection,
+    chosen: np.ndarray,
+    found: Outcomes | Outputs,
+    to_model: Sequence[int],
+    folder: str,
+    *,
+    explained: int = EXPLAINED,
+) -> Predictions:
+    """Metrics and pictures of what became of test images.
+
+    Args:
+      model: that predicted them.
+      test: the images.
+      chosen: int [n], which of them were predicted.
+      found: what became of these.
+      to_model: for each label of the images the model's.
+      folder: with which paths begin that are shown without it.
+      explained: how many of the best, and of the worst, to show the attention of.
+    """
     names, task = model.class_names, model.task
     if isinstance(found, Outcomes):
         judged = _judge_classes(found, names)
@@ -207,17 +234,13 @@ def predict(run: Run, test: Selection, limit: int | None = None) -> Predictions:
         attention.check(model)
     except UserError as error:
         note = str(error)
-    # The ends of the paths tell images of a folder, or beside a table, from each other.
-    root = _place(run.config['dataset'])
-    folder = f'{root.absolute().parent if root.is_file() else root}/'
 
     def picture(place: int, row: int) -> Picture:
-        example = test[int(chosen[row])]
-        pixels = decode(example.image, key=example.key, exif=test.exif, channels=model.channels)
+        key, pixels = _pixels(test, int(chosen[row]), model.channels)
         return Picture(
-            key=example.key.removeprefix(folder),
+            key=key.removeprefix(folder),
             url=to_url(attention.as_rgb(pixels)),
-            attention=() if note or place >= EXPLAINED else _attention(model, pixels),
+            attention=() if note or place >= explained else _attention(model, pixels),
             **judged.describe(row),
         )
 
@@ -226,6 +249,24 @@ def predict(run: Run, test: Selection, limit: int | None = None) -> Predictions:
         for rows in (judged.best, judged.worst)
     )
     return Predictions(metrics, repr(test), len(test), best, worst, note, judged.notes)
+
+
+def picture_of(source: Selection, index: int, folder: str, **told: Any) -> Picture:
+    """A picture of an image of a source.
+
+    Args:
+      source: the images.
+      index: which.
+      folder: see `of_outcomes`.
+      **told: of the image, see `Picture`.
+    """
+    key, pixels = _pixels(source, index, source.channels)
+    return Picture(key.removeprefix(folder), to_url(attention.as_rgb(pixels)), **told)
+
+
+def _pixels(source: Selection, index: int, channels: int) -> tuple[str, np.ndarray]:
+    example = source[index]
+    return example.key, decode(example.image, key=example.key, exif=source.exif, channels=channels)
 
 
 class _Judged(NamedTuple):

@@ -5,7 +5,7 @@ and mistakes are quick.
 """
 
 NAMES = (
-    'train', 'sweep', 'predict', 'zeroshot', 'evaluate', 'export', 'convert', 'web', 'report',
-    'embed', 'probe', 'attention', 'summary', 'cost', 'inspect_checkpoint', 'list_models',
+    'train', 'finetune', 'sweep', 'predict', 'zeroshot', 'evaluate', 'export', 'convert', 'web',
+    'report', 'embed', 'probe', 'attention', 'summary', 'cost', 'inspect_checkpoint', 'list_models',
     'find_copies',
 )  # fmt: skip

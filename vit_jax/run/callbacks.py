@@ -13,6 +13,13 @@ from vit_jax.state import TrainState
 POINTS = ('on_start', 'on_step', 'on_eval', 'on_checkpoint', 'on_end')
 
 
+class EndRun(Exception):  # noqa: N818  (it is no error)
+    """Raised by a callback in `on_step`: that step is the last one of the run.
+
+    It is evaluated, and its model is the product of the run, as if `total_steps` were reached.
+    """
+
+
 class Callbacks:
     """Calls those of the objects that have a method for a point.
 
@@ -28,6 +35,9 @@ class Callbacks:
 
     Raises:
       UserError: an object without any, or with another method `on_...`.
+
+    Attributes:
+      ended: whether one of them has raised `EndRun`.
     """
 
     def __init__(self, callbacks: Sequence[Any]):
@@ -38,7 +48,7 @@ class Callbacks:
                     f'a callback has one or more of the methods {", ".join(POINTS)}, and '
                     f'{type(callback).__name__} has: {", ".join(sorted(methods)) or "none"}'
                 )
-        self.objects = tuple(callbacks)
+        self.objects, self.ended = tuple(callbacks), False
         self._methods: dict[str, list[Callable]] = {
             point: [getattr(each, point) for each in callbacks if hasattr(each, point)]
             for point in POINTS
@@ -50,5 +60,10 @@ class Callbacks:
         """Calls all, in their order; returns what they returned, as floats."""
         told: dict[str, float] = {}
         for method in self._methods[point]:
-            told |= method(step, state, dict(metrics)) or {}
+            try:
+                told |= method(step, state, dict(metrics)) or {}
+            except EndRun:
+                if point != 'on_step':
+                    raise
+                self.ended = True
         return {name: float(value) for name, value in told.items()}

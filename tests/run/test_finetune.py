@@ -1,0 +1,283 @@
+"""From photos to a model: what the clock plans, and what a plan gives, whatever the clock."""
+
+import json
+import pathlib
+import re
+import shutil
+import signal
+import time
+
+import cv2
+import numpy as np
+import pytest
+
+from vit_jax import train
+from vit_jax.errors import UserError
+from vit_jax.inference import model_folder
+from vit_jax.run import (
+    finetune,
+    finetune_clock,
+    finetune_look,
+    finetune_plan,
+    finetune_trials,
+    preemption,
+)
+from vit_jax.run.finetune_clock import Measured
+
+LEVELS = {'dark': 40, 'light': 200}
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    """Dark and bright pictures, some of them in the wrong folder; one cannot be read."""
+    rng = np.random.default_rng(0)
+    root = tmp_path_factory.mktemp('photos') / 'pets'
+    for part, count in (('train', 10), ('test', 4)):
+        for name, level in LEVELS.items():
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                far = level if index else 240 - level
+                pixels = rng.integers(far - 30, far + 30, (20, 20, 3), np.uint8)
+                cv2.imwrite(str(folder / f'{index}.png'), pixels)
+    (root / 'train/dark/broken.png').write_bytes(b'no image')
+    return root
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory, tiny_model):
+    folder = tmp_path_factory.mktemp('weights') / 'model'
+    tiny_model(('cat', 'dog', 'cow'), folder=folder)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def plan(photos, weights, tmp_path_factory):
+    """A plan with two runs; the second one is ended early."""
+    from vit_jax.inference import features
+
+    model = model_folder.load(weights)
+    parts = finetune_look.open_parts(str(photos), {}, 3)
+    assert parts.specs == ('train', '20%', 'test')
+    made = finetune.new_plan(parts, 'elsewhere', {}, str(weights), features.fingerprint(model), 0)
+    for name, steps, ended in (('all-0.001', 3, 0), ('last-all-0.01', 5, 4)):
+        settings = {'base_lr': float(name.split('-')[-1]), 'total_steps': steps,
+                    'warmup_steps': 1, 'ema_decay': 0.5}  # fmt: skip
+        made = made.with_run(finetune_plan.Run(name, 'all weights', settings, ended))
+    path = tmp_path_factory.mktemp('plan') / 'plan.json'
+    made.write(path)
+    assert finetune_plan.read(path) == made
+    return path
+
+
+@pytest.fixture(scope='module')
+def replayed(photos, plan, tmp_path_factory, command_once):
+    folder = tmp_path_factory.mktemp('replayed') / 'out'
+    done = command_once('scripts/finetune.py', photos, '--plan', plan, '--output', folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+@pytest.fixture(scope='module')
+def command_once(tmp_path_factory):
+    """As `command` of the conftest, for a module."""
+    import os
+
+    import forked
+
+    root = pathlib.Path(__file__).parents[2]
+
+    def run(*words, env=None):
+        folder = tmp_path_factory.mktemp('command')
+        env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '1', **(env or {})}
+        return forked.run(
+            [str(word) for word in words], folder=folder, cwd=root, env=env, timeout=300
+        )
+
+    return run
+
+
+def test_a_plan_gives_a_model_and_a_report(replayed, photos):
+    folder, printed = replayed
+    state = json.loads((folder / 'finetune.json').read_text())
+    scores = state['scores']
+    assert [*scores] == ['probe', 'all-0.001', 'last-all-0.01']
+    assert scores['last-all-0.01']['steps'] == 4 and scores['all-0.001']['steps'] == 3
+    best = max(scores.values(), key=lambda told: (told['right'], -told['loss']))
+    assert scores[state['chosen']] == best  # and so never worse than the probe
+    source = folder / ('probe' if state['chosen'] == 'probe' else f'runs/{state["chosen"]}/model')
+    chosen = (folder / 'model/params.npz').read_bytes()
+    assert chosen == (source / 'params.npz').read_bytes()
+    model = model_folder.load(folder / 'model')
+    assert model.class_names == ('dark', 'light')
+
+    # The number of the last line, by hand.
+    right = 0
+    for label, name in enumerate(LEVELS):
+        for path in (photos / 'test' / name).iterdir():
+            pixels = model.preprocess.evaluate(cv2.imread(str(path))[..., ::-1])
+            logits = model.model.apply(
+                {'params': model.params}, pixels[None] / 127.5 - 1, train=False
+            )
+            right += int(logits.argmax()) == label
+    last = printed.splitlines()[-1]
+    assert last.startswith(f'test: {100 * right / 8:.1f} % of 8 images (95 % interval')
+    assert state['result']['right'] == right
+    for text in (
+        'WARNING: 4 images are few to choose by', 'broken.png', 'python -m vit_jax.main --config',
+        '--config.total_steps=3', 'chosen: ',
+    ):  # fmt: skip
+        assert text in printed
+    page = (folder / 'report.html').read_text()
+    for text in (
+        'Candidates',
+        'Is the label right?',
+        'Calibration',
+        'broken.png',
+        'the same by hand',
+    ):
+        assert text.lower() in page.lower()
+    assert page.count('<img') > 4 and not (folder / 'runs/all-0.001/checkpoints').exists()
+
+
+def test_test_images_change_the_last_line_alone(replayed, photos, plan, tmp_path, command_once):
+    """With the labels of the test images exchanged, and another path, the model is the same."""
+    folder, printed = replayed
+    other = tmp_path / 'pets'
+    shutil.copytree(photos, other, copy_function=shutil.copy2)
+    (other / 'test/dark').rename(other / 'test/x')
+    (other / 'test/light').rename(other / 'test/dark')
+    (other / 'test/x').rename(other / 'test/light')
+    again = tmp_path / 'out'
+    done = command_once('scripts/finetune.py', other, '--plan', plan, '--output', again)
+    assert done.returncode == 0, done.stderr
+    for name in ('model', 'probe', 'runs/last-all-0.01/model'):
+        one, two = (place / name / 'params.npz' for place in (folder, again))
+        assert one.read_bytes() == two.read_bytes()
+    states = [json.loads((place / 'finetune.json').read_text()) for place in (folder, again)]
+    for name, told in states[0]['scores'].items():
+        for key in ('right', 'loss', 'steps'):
+            assert told.get(key) == states[1]['scores'][name].get(key)
+    right = [state['result']['right'] for state in states]
+    assert sum(right) == 8 and printed.splitlines()[-1] != done.stdout.splitlines()[-1]
+
+
+def test_what_was_stopped_goes_on(replayed, photos, plan, tmp_path, run_script, monkeypatch):
+    """After the first run; and then says that all is done."""
+    real, calls = train.train_and_evaluate, []
+
+    def stopping(config, workdir, **options):
+        calls.append(pathlib.Path(workdir).name)
+        if len(calls) == 2:
+            raise preemption.PreemptedError(signal.SIGTERM, 'stopped')
+        return real(config, workdir, **options)
+
+    monkeypatch.setattr(train, 'train_and_evaluate', stopping)
+    words = ('finetune.py', photos, '--plan', plan, '--output', tmp_path / 'out')
+    done = run_script(*words)
+    assert done.returncode == 128 + signal.SIGTERM and 'the same command goes on' in done.stderr
+    done = run_script(*words)
+    assert done.returncode == 0, done.stderr
+    assert calls == ['all-0.001', 'last-all-0.01', 'last-all-0.01']
+    done = run_script(*words)
+    assert 'this is done' in done.stdout and len(calls) == 3
+    assert done.stdout.splitlines()[-1].startswith('test: ')
+    done = run_script(*words, '--seed', 3)
+    assert done.returncode == 1 and 'holds another fine-tuning' in done.stderr
+
+
+def test_sets_without_sense(weights, tmp_path, run_script):
+    rng = np.random.default_rng(0)
+    picture = cv2.imencode('.png', rng.integers(0, 255, (20, 20, 3), np.uint8))[1].tobytes()
+
+    def folder(name, counts):
+        root = tmp_path / name
+        for label, count in enumerate(counts):
+            (root / f'{label:04d}').mkdir(parents=True)
+            for index in range(count):
+                (root / f'{label:04d}/{index}.png').write_bytes(picture)
+        return root
+
+    for root, words in (
+        (folder('one', [9]), 'holds one class only'),
+        (folder('three', [2, 1]), 'has 3 images of 2 classes, and 0 of the classes have 4 or more'),
+        (folder('thousand', [1] * 1000), 'has 1,000 images of 1,000 classes, and 0 of the classes'),
+        (folder('same', [8, 8]), 'look the same to the model: are they copies'),
+    ):
+        done = run_script('finetune.py', root, '--weights', weights, '--output', tmp_path / 'out')
+        assert done.returncode == 1
+        assert re.search(words, done.stderr), done.stderr
+        shutil.rmtree(tmp_path / 'out', ignore_errors=True)
+    for words, message in (
+        ([], 'name the photos'),
+        (['x', '--minutes', 0], 'a number above 0'),
+        ([tmp_path / 'same', '--plan', weights / 'model.json'], 'is no plan'),
+    ):
+        done = run_script('finetune.py', *words)
+        assert done.returncode == 1 and message in done.stderr, done.stderr
+
+
+def test_a_damaged_plan(plan, tmp_path):
+    for name, value in (
+        ('seed', -1), ('runs', [{'name': '../x', 'what': '', 'settings': {'total_steps': 3}}]),
+        ('settings', {'batch': [1]}), ('data', {'tfds_dir': 'x'}), ('weights', 3), ('more', 1),
+    ):  # fmt: skip
+        told = json.loads(plan.read_text()) | {name: value}
+        (tmp_path / 'plan.json').write_text(json.dumps(told))
+        with pytest.raises(UserError, match='is damaged'):
+            finetune_plan.read(tmp_path / 'plan.json')
+
+
+def outlook(left, measured=(), images=200):
+    tries = finetune_trials.to_try({'transformer': {'num_layers': 12}})
+    return finetune_trials.Outlook(tries, left, measured, forward=40, images=images, batch=32)
+
+
+def test_runs_are_planned_for_the_time_that_is_left():
+    """A step takes 32 / (40 * 0.29) = 2.8 s before one was measured."""
+    trials = finetune_trials
+    kinds = {kind.name for kind, _ in trials.to_try({'transformer': {'num_layers': 3}})}
+    assert kinds == {'all', 'lora'} and len(trials.to_try({'num_blocks': 8})) == 2
+    assert trials.how_many(outlook(150)) == 0
+    assert trials.last(outlook(60), trials.ALL, 1e-3) is None
+    run = trials.last(outlook(150), trials.ALL, 1e-3)
+    assert run and run.settings['total_steps'] == int(0.93 * 125 / (32 / 11.6))
+    assert trials.is_last(run) and trials.kind_of(run) is trials.ALL
+
+    left, measured, total = 900.0, [], 0
+    count = trials.how_many(outlook(left))
+    assert count >= 2
+    shares = []
+    for place in range(count):
+        run = trials.trial(outlook(left, measured), place, count)
+        assert run and run.settings['base_lr'] == trials.TRIALS[place][1]
+        kind = trials.kind_of(run)
+        took = 15 + run.settings['total_steps'] * 1.0 * kind.cost  # faster than expected
+        measured.append(Measured(kind.name, kind.cost, 15))
+        shares.append(took)
+        left -= took
+    assert sum(shares) < 0.3 * 900
+    run = trials.last(outlook(left, measured, images=10**5), trials.ALL, 1e-3)
+    total = 15 + run.settings['total_steps']
+    assert 0.9 * left < total < left
+    assert trials.seconds_of(outlook(left, measured), run) == total
+    most = trials.last(outlook(10**6), trials.ALL, 1e-3)
+    assert most.settings['total_steps'] == 375  # 60 passes over 200 images
+
+
+def test_the_clock_ends_a_run(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, 'monotonic', lambda: now[0])
+    noted: list[float] = []
+    clock = finetune_clock.Clock(60, 10, 100.0, noted.append)
+    watch = finetune_clock.Watch(clock, 20, 0)
+    for step in range(1, 20):
+        now[0] += 1
+        try:
+            watch.on_step(step, None, None)
+        except finetune_clock.EndRun:
+            break
+    assert step == watch.steps == 11 and watch.ended and noted == [16]
+    measured = watch.measured('all', begin=98.0)
+    assert measured == Measured('all', 1.0, 3.0)
+    assert clock.left() == 60 - 10 - 11 and str(clock) == '[21 s of 1 min 00 s]'

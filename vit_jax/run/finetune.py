@@ -1,0 +1,483 @@
+"""From photos to the best model that there is time for, and a number that can be trusted.
+
+The images are divided: to fit to, to choose by, to test on. A linear classifier on frozen features
+(the probe) comes first; with the rest of the time weights are trained, from the probe's head on
+(Kumar et al. 2022, https://arxiv.org/abs/2202.10054): short runs choose what and how fast, a long
+one does it. Of all, the best on the validation images is the model; it alone is then tested. In the
+folder:
+
+    model/           the one that was chosen
+    report.html      all of it, for people
+    plan.json        what was decided, for --plan
+    finetune.json    how far it is, and what came out
+    config.py        what all runs have in common
+    probe/           the model with the head of the probe
+    features/        of the frozen model
+    runs/            runs of training
+
+The same command goes on where it stopped, with the time that is left.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import pathlib
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from scipy import special
+
+from vit_jax import config as config_lib
+from vit_jax import files, train
+from vit_jax.data.decode import BadImageError
+from vit_jax.errors import UserError
+from vit_jax.inference import feature_files, features, model_folder, probe_choice, probes
+from vit_jax.inference import metrics as metrics_lib
+from vit_jax.inference.classifier import JaxClassifier
+from vit_jax.run import finetune_look as look
+from vit_jax.run import finetune_plan as plans
+from vit_jax.run import finetune_trials as trials
+from vit_jax.run import product, resume, telemetry
+from vit_jax.run.finetune_clock import Clock, Measured, Watch
+from vit_jax.run.finetune_plan import Plan, Run
+
+PLAN_FILE, STATE_FILE, REPORT_FILE = 'plan.json', 'finetune.json', 'report.html'
+PROBE, FEATURES, MODEL = 'probe', 'features', product.MODEL_FOLDER
+_BATCH = 32  # of features and tests
+_SAVE_SECONDS = 3.0
+_PATIENCE = 1.5  # times the time that a short run is expected to take, after which it is ended
+_REPORT_SECONDS = 20.0  # for tests of the chosen one beside the images, and the report
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """How good a model is on some images.
+
+    Attributes:
+      right: images that are predicted right.
+      count: images.
+      loss: mean cross-entropy, of those that can be read.
+    """
+
+    right: int
+    count: int
+    loss: float
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the images, in [0, 1]."""
+        return self.right / self.count
+
+    @property
+    def order(self) -> tuple[int, float]:
+        """Larger is better: the accuracy, and where it is equal the loss."""
+        return self.right, -self.loss if math.isfinite(self.loss) else -math.inf
+
+    def __str__(self) -> str:
+        return f'{100 * self.accuracy:.1f} % of {self.count:,} (loss {self.loss:.3f})'
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """The probe, and what it was made of.
+
+    Attributes:
+      results: of all kinds, see `probe_choice.choose`.
+      score: of the best linear one, on the validation images.
+      train: features of the training images.
+    """
+
+    results: list[probe_choice.Result]
+    score: Score
+    train: feature_files.Features
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came out, for the report.
+
+    Attributes:
+      folder: of all.
+      plan: what was done.
+      state: what `finetune.json` holds.
+      parts: the images.
+      model: the chosen one.
+      fitted: the probe.
+      found: what became of each test image.
+      test: features of the test images.
+      unreadable: images that could not be read.
+    """
+
+    folder: pathlib.Path
+    plan: Plan
+    state: Mapping[str, Any]
+    parts: look.Parts
+    model: model_folder.Model
+    fitted: Fitted
+    found: metrics_lib.Outcomes
+    test: feature_files.Features
+    unreadable: list[BadImageError]
+
+
+class Finetune:
+    """A fine-tuning under way.
+
+    Args:
+      folder: of all.
+      plan: new, or that of before.
+      replay: whether the plan is complete, and the clock has no say.
+      minutes: that it may take.
+      started: when the program began, `time.monotonic()`.
+      say: gets lines for people.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        plan: Plan,
+        *,
+        replay: bool,
+        minutes: float,
+        started: float,
+        say: Callable[[str], None],
+    ):
+        self._folder, self._plan, self._replay = folder.absolute(), plan, replay
+        self._state: dict[str, Any] = {'spent': 0.0, 'seconds': 60 * minutes, 'scores': {}}
+        if (folder / STATE_FILE).exists():
+            self._state |= files.read_json(folder / STATE_FILE) | {'seconds': 60 * minutes}
+        seconds = math.inf if replay else 60 * minutes
+        self.clock = Clock(seconds, self._state['spent'], started, self._note)
+        self._say_line = say
+        self._parts: look.Parts  # of `run`
+        self._tries: tuple[trials.Trial, ...]
+
+    def run(self, parts: look.Parts, model: model_folder.Model) -> Outcome:
+        """Does all that is left to do.
+
+        Args:
+          parts: the images.
+          model: to start from.
+
+        Raises:
+          UserError: the images or the model cannot be used.
+          PreemptedError: a signal came; the same command goes on.
+        """
+        self._parts, self._tries = parts, trials.to_try(model.model_config)
+        plans.write_config(self._folder, self._plan, model.model_config, _pixels(model))
+        for line in look.look(parts):
+            self._say(line)
+        fitted, unreadable = self._probe(parts, model)
+        while (run := self._next()) is not None:
+            self._train(run)
+        self._choose()
+        return self._test(parts, model, fitted, unreadable)
+
+    def _say(self, text: str) -> None:
+        self._say_line(f'{self.clock} {text}')
+
+    def _note(self, spent: float) -> None:
+        self._write(spent=spent)
+
+    def _write(self, **values: Any) -> None:
+        self._state |= values
+        files.write_json(self._folder / STATE_FILE, self._state)
+
+    def _extract(
+        self, name: str, source: Any, model: model_folder.Model
+    ) -> tuple[feature_files.Features, list[BadImageError]]:
+        return features.extract(
+            model,
+            source,
+            batch=_BATCH,
+            keep=self._folder / FEATURES / name,
+            advance=lambda images: self.clock.tick(),
+        )
+
+    def _probe(
+        self, parts: look.Parts, model: model_folder.Model
+    ) -> tuple[Fitted, list[BadImageError]]:
+        """Fits the probe, and writes its model."""
+        images = len(parts.train) + len(parts.val)
+        self._say(f'features of {images:,} images, by {self._plan.weights} ...')
+        begin = time.monotonic()
+        fitting, bad = self._extract('train', parts.train, model)
+        took = time.monotonic() - begin
+        choosing, worse = self._extract('val', parts.val, model)
+        unreadable = [*bad, *worse]
+        if 'forward' not in self._state:
+            self._write(forward=len(parts.train) / took)
+        for error in unreadable:
+            self._say(f'WARNING: {error}')
+        if len(unreadable) > look.MAX_UNREADABLE * images:
+            raise UserError(
+                f'{len(unreadable):,} of {images:,} images cannot be read; repair or remove them'
+            )
+        probe_choice.check_labels(fitting.label, parts.train.class_names)
+        groups = parts.train.groups()
+        results = probe_choice.choose(
+            fitting.values,
+            fitting.label,
+            len(parts.train.class_names),
+            groups=None if groups is None else groups[fitting.index],
+            seed=self._plan.seed,
+        )
+        best, head = next((r, r.probe) for r in results if isinstance(r.probe, probes.Linear))
+        logits = head.logits(choosing.values).astype(np.float64)
+        rows = np.arange(len(choosing.label))
+        loss = -float(special.log_softmax(logits, -1)[rows, choosing.label].mean())
+        right = int((logits.argmax(-1) == choosing.label).sum())
+        score = Score(right, len(parts.val), loss)
+        setting = f'{best.chosen.name} {best.chosen.setting}'.strip()
+        if not (self._folder / PROBE / model_folder.MODEL_FILE).exists():
+            source = {'probe': setting, 'features_of': self._plan.weights, **self._source(parts)}
+            probes.save(self._folder / PROBE, model, head, parts.train.class_names, source)
+        self._keep(PROBE, score, what=f'frozen weights, {setting}')
+        self._say(f'{PROBE} ({setting}): validation {score}')
+        return Fitted(results, score, fitting), unreadable
+
+    def _source(self, parts: look.Parts) -> dict[str, str]:
+        return {
+            'dataset': self._plan.dataset,
+            'train': parts.train.spec,
+            'val': parts.val.spec,
+            'test': parts.test.spec,
+            'train_fingerprint': parts.train.fingerprint(),
+        }
+
+    def _keep(self, name: str, score: Score | None, **told: Any) -> None:
+        scores = dict(self._state['scores'])
+        scores[name] = told | (dataclasses.asdict(score) if score else {})
+        self._write(scores=scores)
+
+    def _next(self) -> Run | None:
+        """The run under way, else the next one; None if none is to come."""
+        for run in self._plan.runs:
+            if run.name not in self._state['scores']:
+                return run
+        if self._replay or any(map(trials.is_last, self._plan.runs)):
+            return None
+        outlook = self._outlook()
+        if 'trials' not in self._state:
+            self._write(trials=trials.how_many(outlook))
+        count, done = self._state['trials'], len(self._plan.runs)
+        planned = trials.trial(outlook, done, count) if done < count else None
+        planned = planned or trials.last(outlook, *self._best_trial())
+        if planned is None:
+            self._say('no time is left for another run of training')
+            return None
+        self._plan = self._plan.with_run(planned)
+        self._plan.write(self._folder / PLAN_FILE)
+        steps = planned.settings['total_steps']
+        expected = telemetry.format_duration(trials.seconds_of(outlook, planned))
+        self._say(f'next: {planned.name}, {steps:,} steps, about {expected}')
+        return planned
+
+    def _outlook(self) -> trials.Outlook:
+        end = _REPORT_SECONDS + 2.2 * len(self._parts.test) / self._state['forward']
+        told = self._state['scores'].values()
+        return trials.Outlook(
+            tries=self._tries,
+            left=self.clock.left() - end,
+            measured=[Measured(**each['measured']) for each in told if each.get('measured')],
+            forward=self._state['forward'],
+            images=len(self._parts.train),
+            batch=self._plan.settings['batch'],
+        )
+
+    def _best_trial(self) -> trials.Trial:
+        """What and how fast the best short run trained; the most promising where none did."""
+        done = [run for run in self._plan.runs if 'right' in self._state['scores'][run.name]]
+        if not done:
+            return self._tries[0]
+        best = max(done, key=lambda run: self._score(run.name).order)
+        return trials.kind_of(best), float(best.settings['base_lr'])
+
+    def _score(self, name: str) -> Score:
+        told = self._state['scores'][name]
+        return Score(told['right'], told['count'], told['loss'])
+
+    def _train(self, run: Run) -> None:
+        """Trains, and keeps what came out; a run that fails is told, and others go on."""
+        workdir = self._folder / plans.RUNS / run.name
+        self._say(
+            f'{run.name}: {run.what}. The same by hand:\n  {plans.command(self._folder, run)}'
+        )
+        config = read_config(self._folder / plans.CONFIG_FILE, run.settings)
+        until = math.inf if self._replay else self._until(run)
+        watch = Watch(self.clock, until, run.ended)
+        begin = time.monotonic()
+        try:
+            train.train_and_evaluate(config, workdir, callbacks=[watch])
+        except UserError as error:
+            self._say(f'{run.name}: FAILED: {error}')
+            self._keep(run.name, None, what=run.what, reason=str(error))
+            return
+        if watch.ended and not run.ended:
+            run = dataclasses.replace(run, ended=watch.steps)
+            self._plan = self._plan.with_run(run)
+            self._plan.write(self._folder / PLAN_FILE)
+            self._say(f'{run.name}: ended after step {run.ended:,}, because the time is over')
+        score = _score_of(workdir)
+        measured = watch.measured(trials.kind_of(run).name, begin)
+        self._keep(
+            run.name,
+            score,
+            what=run.what,
+            steps=run.ended or run.settings['total_steps'],
+            seconds=time.monotonic() - begin,
+            measured=dataclasses.asdict(measured) if measured else None,
+        )
+        shutil.rmtree(workdir / 'checkpoints', ignore_errors=True)
+        self._say(f'{run.name}: validation {score}')
+
+    def _until(self, run: Run) -> float:
+        """The time, in seconds of all that is spent, at which a run has to do its last step."""
+        outlook = self._outlook()
+        after = len(self._parts.val) / outlook.forward + _SAVE_SECONDS
+        end = self.clock.spent() + outlook.left - after
+        if trials.is_last(run):
+            return end
+        return min(end, self.clock.spent() + _PATIENCE * trials.seconds_of(outlook, run))
+
+    def _choose(self) -> str:
+        """The best on the validation images, of equal ones the first; its model is the product."""
+        told = self._state['scores']
+        scores = {name: self._score(name) for name in told if 'right' in told[name]}
+        chosen = max(scores, key=lambda name: scores[name].order)
+        source = self._folder / plans.RUNS / chosen / product.MODEL_FOLDER
+        if chosen == PROBE:
+            source = self._folder / PROBE
+        with files.atomic_folder(self._folder / product.MODEL_FOLDER, exists='replace') as part:
+            shutil.copytree(source, part, dirs_exist_ok=True)
+        self._write(chosen=chosen)
+        self._say(f'chosen: {chosen}, the best of {len(scores)} on the validation images')
+        return chosen
+
+    def _test(
+        self,
+        parts: look.Parts,
+        frozen: model_folder.Model,
+        fitted: Fitted,
+        unreadable: list[BadImageError],
+    ) -> Outcome:
+        """Predicts the test images, with the chosen model alone."""
+        self._say(f'testing it on {len(parts.test):,} images, once ...')
+        model = model_folder.load(self._folder / product.MODEL_FOLDER)
+        found, bad = metrics_lib.collect(
+            JaxClassifier(model),
+            parts.test,
+            model_labels=range(len(parts.test.class_names)),
+            batch=_BATCH,
+            advance=lambda images: self.clock.tick(),
+        )
+        assert isinstance(found, metrics_lib.Outcomes)
+        test, _ = self._extract('test', parts.test, frozen)
+        head = next(r.probe for r in fitted.results if isinstance(r.probe, probes.Linear))
+        of_probe = np.zeros(len(parts.test), bool)
+        of_probe[test.index] = head.predict(test.values) == test.label
+        right = int(found.right.sum())
+        low, high = probes.interval(right, len(found.right))
+        gain = found.right.astype(float) - of_probe
+        half = 1.96 * gain.std(ddof=1) / math.sqrt(len(gain)) if len(gain) > 1 else math.nan
+        result = {
+            'right': right,
+            'count': len(found.right),
+            'interval': [low, high],
+            'probe_right': int(of_probe.sum()),
+            'gain': float(gain.mean()),
+            'gain_half': half,
+        }
+        self._write(result=result, spent=self.clock.spent())
+        return Outcome(
+            self._folder,
+            self._plan,
+            dict(self._state),
+            parts,
+            model,
+            fitted,
+            found,
+            test,
+            [*unreadable, *bad],
+        )
+
+
+def new_plan(
+    parts: look.Parts,
+    dataset: str,
+    data: Mapping[str, Any],
+    weights: str,
+    fingerprint: str,
+    seed: int,
+) -> Plan:
+    """A plan without runs.
+
+    Args:
+      parts: the images.
+      dataset: as the user spelt it.
+      data: further arguments of `sources.open_dataset`.
+      weights: to start from.
+      fingerprint: their fingerprint.
+      seed: of everything that is drawn.
+    """
+    devices, cpu = jax.device_count(), jax.default_backend() == 'cpu'
+    batch = 32 if cpu else 128
+    while batch > max(4, len(parts.train) // 2):
+        batch //= 2
+    batch = max(1, batch // devices) * devices
+    settings = {
+        'batch': batch,
+        'batch_eval': max(1, _BATCH // devices) * devices,
+        'accum_steps': 1,
+        'optimizer': 'adamw',
+        'weight_decay': 0.05,
+        'pp.exact': False,
+        'progress_every': 5,
+        'eval_every': plans.NEVER,
+        'checkpoint_every': 25 if cpu else 100,
+        'max_unreadable': look.MAX_UNREADABLE,
+        'test_at_end': False,
+        'report': False,
+    }
+    return Plan(dataset, dict(data), *parts.specs, weights, fingerprint, seed, settings)
+
+
+def read_config(path: pathlib.Path, settings: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """The resolved config of a run, as its command line gives it.
+
+    Args:
+      path: of the config file.
+      settings: values of knobs, as flags.
+    """
+    spec = importlib.util.spec_from_file_location('vit_jax_finetune_config', path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    try:
+        config.update_from_flattened_dict(dict(settings))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f'the plan has a knob that does not fit: {error}') from error
+    return config_lib.resolve(config, settings)
+
+
+def _pixels(model: model_folder.Model) -> dict[str, Any]:
+    """Knobs of `config.pp` with which training evaluates as the model does."""
+    ours = model.preprocess
+    told = {'crop': ours.crop, 'channels': model.channels, 'eval': ours.eval}
+    told |= {'interpolation': ours.interpolation, 'antialias': ours.antialias}
+    return told | ({'resize': ours.resize} if ours.resize else {})
+
+
+def _score_of(workdir: pathlib.Path) -> Score:
+    """Of a run, on the validation images, after its last step."""
+    shares, losses = (
+        telemetry.read_metric(workdir, f'{name}_val') for name in ('accuracy', 'loss')
+    )
+    step = max(shares)
+    count = files.read_json(workdir / resume.DATA_FILE)['val']['examples']
+    return Score(round(shares[step] * count), count, losses[step])

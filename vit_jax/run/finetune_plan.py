@@ -1,0 +1,175 @@
+"""What `vit_jax finetune` trains: a plan, which a file holds, and the commands it stands for."""
+
+import dataclasses
+import math
+import pathlib
+import pprint
+import re
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from vit_jax import files
+from vit_jax.errors import UserError
+
+FORMAT, VERSION = 'vit_jax finetune plan', 1
+CONFIG_FILE = 'config.py'
+RUNS = 'runs'
+_NAME = re.compile(r'[a-z0-9][a-z0-9_.-]{0,60}')
+_KNOB = re.compile(r'[a-z_]+(\.[a-z_]+)?')
+NEVER = 10**9  # as eval_every: at the end only
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run of training.
+
+    Attributes:
+      name: its folder.
+      what: is trained, for people.
+      settings: knobs by name, beside those of `config.py`: numbers, texts, or yes or no.
+      ended: the step after which the clock ended it; 0 for after the last.
+    """
+
+    name: str
+    what: str
+    settings: Mapping[str, Any]
+    ended: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that is decided, so that the same comes out whatever the clock says.
+
+    Attributes:
+      dataset: as the user spelt it.
+      data: further arguments of `sources.open_dataset`.
+      train: split to train on, before the validation images are held out of it.
+      val: those: a share, or a split.
+      test: split to test on.
+      weights: to start from.
+      fingerprint: of these weights.
+      seed: of everything that is drawn.
+      settings: knobs that all runs have, beside those of data and model.
+      runs: in order; the last one is the long one.
+    """
+
+    dataset: str
+    data: Mapping[str, Any]
+    train: str
+    val: str
+    test: str
+    weights: str
+    fingerprint: str
+    seed: int
+    settings: Mapping[str, Any]
+    runs: tuple[Run, ...] = ()
+
+    def write(self, path: pathlib.Path) -> None:
+        """Writes the plan to a file."""
+        told = {'format': FORMAT, 'version': VERSION, **dataclasses.asdict(self)}
+        files.write_json(path, told)
+
+    def with_run(self, run: Run) -> 'Plan':
+        """The plan with a run more, or with another one of its name."""
+        if run.name in [each.name for each in self.runs]:
+            runs = tuple(run if each.name == run.name else each for each in self.runs)
+        else:
+            runs = (*self.runs, run)
+        return dataclasses.replace(self, runs=runs)
+
+
+def read(path: pathlib.Path) -> Plan:
+    """Reads a plan.
+
+    Raises:
+      UserError: the file is missing, damaged, or no plan.
+    """
+    told = files.read_json(path)
+    if told.pop('format', None) != FORMAT:
+        raise UserError(f'{path} is no plan of vit_jax finetune')
+    if told.pop('version', None) != VERSION:
+        raise UserError(f'{path} is a plan of another version of vit_jax: plan anew')
+    try:
+        runs = tuple(Run(**run) for run in told.pop('runs'))
+        plan = Plan(**told, runs=runs)
+        _check(plan)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f'{path} is damaged ({str(error)[:200]}): plan anew') from error
+    return plan
+
+
+def _check(plan: Plan) -> None:
+    for name in ('dataset', 'train', 'val', 'test', 'weights', 'fingerprint'):
+        if not isinstance(getattr(plan, name), str):
+            raise ValueError(f'{name} is a text')
+    if type(plan.seed) is not int or plan.seed < 0:
+        raise ValueError('seed is a number from 0 on')
+    for name, value in plan.data.items():
+        if name not in ('tfds_data_dir', 'columns', 'image_root', 'group') or not isinstance(
+            value, str
+        ):
+            raise ValueError(f'data.{name} is not known')
+    names = [run.name for run in plan.runs]
+    if len(set(names)) < len(names):
+        raise ValueError('two runs have one name')
+    for run in plan.runs:
+        if not _NAME.fullmatch(run.name) or not isinstance(run.what, str):
+            raise ValueError(f'{run.name!r} is no name of a run')
+        if type(run.settings.get('total_steps')) is not int or type(run.ended) is not int:
+            raise ValueError(f'the steps of {run.name} are missing')
+        if run.ended < 0 or run.settings['total_steps'] < 1:
+            raise ValueError(f'the steps of {run.name} are from 1 on')
+    for settings in (plan.settings, *(run.settings for run in plan.runs)):
+        for knob, value in settings.items():
+            plain = isinstance(value, bool | int | str) or (
+                isinstance(value, float) and math.isfinite(value)
+            )
+            if not _KNOB.fullmatch(knob) or not plain:
+                raise ValueError(f'{knob} is no knob with a plain value')
+
+
+def write_config(
+    folder: pathlib.Path, plan: Plan, architecture: Mapping[str, Any], pixels: Mapping[str, Any]
+) -> None:
+    """Writes the config file of all runs.
+
+    Args:
+      folder: to write `config.py` to.
+      plan: of the runs.
+      architecture: of the model, see `model_folder.Model.model_config`.
+      pixels: knobs of `config.pp` that say what the model sees.
+    """
+    knobs: dict[str, Any] = {'dataset': plan.dataset}
+    knobs |= {name: value for name, value in plan.data.items() if value}
+    knobs |= {'pp.train': plan.train, 'pp.val': plan.val, 'pp.test': plan.test}
+    knobs |= {f'pp.{name}': value for name, value in pixels.items()}
+    knobs |= {'pretrained': str(folder / 'probe'), 'keep_head': True, 'seed': plan.seed}
+    knobs |= plan.settings
+    lines = [f'    config.{name} = {value!r}' for name, value in knobs.items()]
+    model = pprint.pformat(dict(architecture), width=90, sort_dicts=False).replace(
+        '\n', '\n        '
+    )
+    text = f'''"""What all runs of a `vit_jax finetune` have in common, which wrote this file."""
+
+import ml_collections
+
+from vit_jax.configs import common
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = common.get_config()
+    config.model = ml_collections.ConfigDict(
+        {model}
+    )
+{chr(10).join(lines)}
+    return config
+'''
+    files.write_text(folder / CONFIG_FILE, text)
+
+
+def command(folder: pathlib.Path, run: Run) -> str:
+    """The command line of training that does what a run does."""
+    words = ['python', '-m', 'vit_jax.main', '--config', str(folder / CONFIG_FILE)]
+    words += [f'--config.{knob}={value}' for knob, value in run.settings.items()]
+    return shlex.join([*words, '--workdir', str(folder / RUNS / run.name)])
