@@ -190,6 +190,9 @@ def get_defaults() -> ml_collections.ConfigDict:
     # classes. Of numbers: 'mse' or 'huber'. Empty: by the labels: 'softmax' where each image has
     # one class, 'sigmoid' where it may have several, 'mse' for numbers.
     config.loss = ''
+    # Of huber: the error, in the scale of `standardize_targets`, up to which it is squared; beyond
+    # it the loss is linear.
+    config.huber_delta = 1.0
     # Learn from a teacher: any weights with a head that predict takes, for the same classes. How:
     # 'hard' or 'soft' (DeiT, for models with a distillation token), or 'patient' (big_vision: the
     # teacher instead of the labels). Empty: from the labels alone.

@@ -320,6 +320,8 @@ def test_resize_alone_asks_for_random_crops():
         ({'lr_mults': ('head', 2.0)}, "'head' is no pair of a regular expression and a number"),
         ({'wd_mults': (('.*', -1.0),)}, 'is no pair'),
         ({'label_smoothing': 1.0}, 'a share below 1'),
+        ({'loss': 'huber', 'huber_delta': 0.0}, 'config.huber_delta=0.0 must be above 0'),
+        ({'huber_delta': 2.0}, "no effect with config.loss='': set config.loss='huber'"),
         ({'test_at_end': False}, 'add --config.report=False'),
         ({'patience': -1}, 'config.patience=-1 must be at least 0'),
         ({'tracker': 'x'}, "'x' is not one of '', 'mlflow', 'wandb'"),

@@ -114,17 +114,17 @@ def test_positive_weights_are_those_of_pytorch():
     assert losses.balanced_positives(labels).tolist() == [2, 1, 1]
 
 
-@pytest.mark.parametrize('kind', ['mse', 'huber'])
-def test_losses_of_numbers_are_those_of_pytorch(kind):
+@pytest.mark.parametrize(('kind', 'delta'), [('mse', 1.0), ('huber', 1.0), ('huber', 0.3)])
+def test_losses_of_numbers_are_those_of_pytorch(kind, delta):
     torch = pytest.importorskip('torch')
     target = (100 + 10 * RNG.normal(size=(B, C))).astype(np.float32)
     mean, deviation = target.mean(axis=0), target.std(axis=0)
-    loss_fn = losses.regression(kind, mean=mean, deviation=deviation)
+    loss_fn = losses.regression(kind, delta=delta, mean=mean, deviation=deviation)
     loss, _ = loss_fn(LOGITS, {'label': target}, None)
-    function = {'mse': torch.nn.MSELoss, 'huber': torch.nn.HuberLoss}[kind]()
+    function = torch.nn.MSELoss() if kind == 'mse' else torch.nn.HuberLoss(delta=delta)
     theirs = function(torch.tensor(LOGITS), torch.tensor((target - mean) / deviation))
     np.testing.assert_allclose(loss, theirs, rtol=1e-6)
-    plain, _ = losses.regression(kind)(LOGITS[:, :1], {'label': target[:, 0]}, None)
+    plain, _ = losses.regression(kind, delta=delta)(LOGITS[:, :1], {'label': target[:, 0]}, None)
     np.testing.assert_allclose(
         plain, function(torch.tensor(LOGITS[:, 0]), torch.tensor(target[:, 0])), rtol=1e-6
     )

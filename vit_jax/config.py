@@ -6,7 +6,6 @@ Fills what is unset and checks what can be checked without data.
 value of its type.
 """
 
-import math
 import os
 import pathlib
 import re
@@ -19,18 +18,16 @@ from vit_jax import files, variants
 from vit_jax.checkpoint.resize import PATCH_METHODS
 from vit_jax.configs import common, datasets
 from vit_jax.data import remote, splits
-from vit_jax.data.host_augment import randaug_of
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.data.randaugment import AUGREG
 from vit_jax.errors import UserError
 from vit_jax.models.attention import ATTENTION_IMPLEMENTATIONS
 from vit_jax.models.layers import REMAT_POLICIES
 from vit_jax.models.resnet import GROUPS
-from vit_jax.run import trackers, trained_part
+from vit_jax.run import checks, trackers, trained_part
 
 DURATIONS = ('total_steps', 'epochs', 'total_examples')
 MAX_CHANNELS = 1024  # of images
-MAX_PROFILED = 100  # steps of a trace
 WEIGHT_KEYS = ('pretrained', 'model_or_filename', 'pretrained_dir')  # strongest first
 _CHOICES = {
     'decay_type': ('cosine', 'linear', 'rsqrt', 'constant'),
@@ -140,7 +137,7 @@ def set_epochs(config: ml_collections.ConfigDict, examples: int) -> None:
     if config.epochs:
         with config.unlocked():
             _set_steps(config, max(1, round(config.epochs * examples / config.batch)))
-        _check_schedule(config)
+        checks.check_schedule(config)
 
 
 def _set_steps(config: ml_collections.ConfigDict, total: int) -> None:
@@ -190,22 +187,6 @@ def preprocess_of(config: ml_collections.ConfigDict) -> Preprocess:
         interpolation=config.pp.interpolation,
         antialias=config.pp.antialias,
     )
-
-
-def profiled(steps: str) -> tuple[int, int]:
-    """The first and the last step that `config.profile` names.
-
-    Raises:
-      UserError: it names none, or too many for a trace that can be looked at.
-    """
-    found = re.fullmatch(r'(\d{1,9}):(\d{1,9})', steps)
-    first, last = map(int, found.groups()) if found else (0, 0)
-    if not 1 <= first <= last < first + MAX_PROFILED:
-        raise UserError(
-            f'config.profile={steps!r} is no range of steps: write 20:30 for steps 20 to 30, at '
-            f'most {MAX_PROFILED}'
-        )
-    return first, last
 
 
 def chooses(config: ml_collections.ConfigDict) -> bool:
@@ -322,74 +303,18 @@ def _check(config: ml_collections.ConfigDict) -> None:
             'config.report=True predicts the test images, which config.test_at_end=False leaves '
             'alone: add --config.report=False'
         )
-    if config.label_smoothing >= 1:
-        raise UserError(
-            f'config.label_smoothing={config.label_smoothing} leaves nothing of the labels: it is '
-            'a share below 1, usually 0.1'
-        )
-    mixes, repeats = config.mixup or config.cutmix, max(1, config.repeated_augmentation)
-    if config.mix_per_example and not mixes:
-        raise UserError(
-            'config.mix_per_example=True has no effect without config.mixup or config.cutmix: set '
-            'one of them, or leave it out'
-        )
-    if mixes and config.batch < 2 * repeats:
-        raise UserError(
-            f'config.mixup={config.mixup} and config.cutmix={config.cutmix} mix images of a batch, '
-            f'and config.batch={config.batch} has only one'
-            f'{f", {repeats} times" if repeats > 1 else ""}: use a larger batch'
-        )
-    trained_part.check(config)
-    _check_augmentation(config)
-    _check_distillation(config)
     weights = next((key for key in WEIGHT_KEYS if config[key]), '')
     if config.sincos_positions and weights:
         raise UserError(
             f'config.sincos_positions=True is for new weights, and config.{weights} brings '
             'positions with it: leave out one of them'
         )
-    if config.stochastic_depth >= 1:
-        raise UserError(
-            f'config.stochastic_depth={config.stochastic_depth} would leave out the last block '
-            'always: it is a share below 1, usually 0.1'
-        )
-    if config.ema_decay >= 1:
-        raise UserError(
-            f'config.ema_decay={config.ema_decay} would leave the average where it begins: it is '
-            'below 1, 0.9999 or 0.99'
-        )
-    if config.ema_warmup_steps and not config.ema_decay:
-        raise UserError(
-            f'config.ema_warmup_steps={config.ema_warmup_steps} has no effect without '
-            'config.ema_decay: set it, or leave out both'
-        )
-    for key in ('gsam_alpha', 'gsam_rho_min'):
-        if config[key] and not config.sam_rho:
-            raise UserError(
-                f'config.{key}={config[key]} has no effect without config.sam_rho: set it, or '
-                'leave out both'
-            )
-    if config.gsam_rho_min > config.sam_rho:
-        raise UserError(
-            f'config.gsam_rho_min={config.gsam_rho_min} is the least radius, and config.sam_rho='
-            f'{config.sam_rho} the largest: use less'
-        )
-    if config.layer_decay > 1:
-        raise UserError(
-            f'config.layer_decay={config.layer_decay} would give the first layers the largest '
-            'rates: it is at most 1, usually 0.75'
-        )
-    for key in ('wd_mults', 'lr_mults'):
-        for pair in config[key]:
-            if not _is_factor(pair):
-                raise UserError(
-                    f'config.{key}: {pair!r} is no pair of a regular expression and a number from '
-                    f"0 on; write (('head/.*', 10.0), ('.*/bias', 2.0))"
-                )
+    checks.check_recipe(config)
+    trained_part.check(config)
     if config.profile:
-        profiled(config.profile)
+        checks.profiled(config.profile)
     if not config.epochs:
-        _check_schedule(config)
+        checks.check_schedule(config)
     if config.pp.resize and config.pp.inception_crop and config.pp.eval == 'squash':
         raise UserError(
             f'config.pp.resize={config.pp.resize} has no effect with '
@@ -406,88 +331,6 @@ def _check(config: ml_collections.ConfigDict) -> None:
 def _augreg(name: str | None) -> dict[str, Any]:
     """The knobs of one of AugReg's settings; of a name that is none, nothing."""
     return dict(zip(('randaug', 'mixup'), AUGREG.get(name or '', ()), strict=False))
-
-
-def _check_augmentation(config: ml_collections.ConfigDict) -> None:
-    if config.random_erasing > 1:
-        raise UserError(
-            f'config.random_erasing={config.random_erasing} is a share of the images, at most 1'
-        )
-    repeats = max(1, config.repeated_augmentation)
-    if config.batch % repeats:
-        raise UserError(
-            f'config.repeated_augmentation={repeats}: a batch of {config.batch} cannot have each '
-            f'image {repeats} times; use --config.batch={-(-config.batch // repeats) * repeats}'
-        )
-    if config.balanced_sampling and config.class_weights == 'balanced':
-        raise UserError(
-            "config.balanced_sampling=True and config.class_weights='balanced' would both make up "
-            'for the sizes of classes: leave out one of them'
-        )
-    if randaug_of(config.randaug) and config.three_augment:
-        raise UserError(
-            f'config.three_augment=True stands in place of RandAugment (config.randaug='
-            f'{config.randaug!r}): leave out one of them'
-        )
-
-
-def _check_distillation(config: ml_collections.ConfigDict) -> None:
-    if config.distillation and not config.teacher:
-        raise UserError(
-            f'config.distillation={config.distillation!r} needs a teacher: set config.teacher to a '
-            'model folder, or to other weights with a head for the same classes'
-        )
-    if config.teacher and not config.distillation:
-        raise UserError(
-            f'config.teacher={config.teacher!r} teaches nothing without config.distillation: '
-            "set it to 'hard', 'soft' or 'patient'"
-        )
-    if not 0 <= config.distillation_alpha <= 1:
-        raise UserError(
-            f'config.distillation_alpha={config.distillation_alpha} is a share, from 0 to 1'
-        )
-    if not 0 < config.distillation_temperature < math.inf:
-        raise UserError(
-            f'config.distillation_temperature={config.distillation_temperature} must be above 0'
-        )
-    if config.distillation == 'patient' and (config.label_smoothing or config.class_weights):
-        raise UserError(
-            "config.distillation='patient' asks the teacher and not the labels: "
-            'config.label_smoothing and config.class_weights have no effect; leave them out'
-        )
-
-
-def _is_factor(pair: Any) -> bool:
-    """Whether this is (text, finite number from 0 on)."""
-    if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[0], str):
-        return False
-    return isinstance(pair[1], int | float) and 0 <= pair[1] < math.inf
-
-
-def _check_schedule(config: ml_collections.ConfigDict) -> None:
-    total, warmup, cooldown = config.total_steps, config.warmup_steps, config.cooldown_steps
-    if total < 1:
-        raise UserError(f'config.total_steps={total} must be at least 1')
-    if warmup >= total:
-        raise UserError(
-            f'config.warmup_steps={warmup} leaves nothing of config.total_steps={total}: '
-            f'use --config.warmup_steps={total // 10}, or more steps'
-        )
-    if config.profile and profiled(config.profile)[1] > total:
-        raise UserError(
-            f'config.profile={config.profile!r} goes beyond the {total} steps of the run: choose '
-            'earlier ones'
-        )
-    if warmup + cooldown > total:
-        raise UserError(
-            f'config.cooldown_steps={cooldown} and config.warmup_steps={warmup} are more than '
-            f'config.total_steps={total}: use --config.cooldown_steps={(total - warmup) // 5}'
-        )
-    if config.ema_warmup_steps >= total:
-        raise UserError(
-            f'config.ema_warmup_steps={config.ema_warmup_steps} is not shorter than the '
-            f'{total} steps of the run, so that nothing would be averaged: use fewer'
-        )
 
 
 def _check_model(config: ml_collections.ConfigDict) -> None:

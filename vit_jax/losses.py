@@ -304,14 +304,16 @@ def balanced_positives(labels: np.ndarray) -> np.ndarray:
 def regression(
     kind: str = 'mse',
     *,
+    delta: float = 1.0,
     mean: Sequence[float] | np.ndarray = (0.0,),
     deviation: Sequence[float] | np.ndarray = (1.0,),
 ) -> LossFn:
     """Builds the loss of numbers: the outputs are compared with (number - mean) / deviation.
 
     Args:
-      kind: 'mse', the squared error; or 'huber', 0.5 e**2 where the error e is at most 1, else
-        |e| - 0.5 (Huber 1964, https://doi.org/10.1214/aoms/1177703732).
+      kind: 'mse', the squared error; or 'huber', 0.5 e**2 where the error e is at most delta, else
+        delta (|e| - 0.5 delta) (Huber 1964, https://doi.org/10.1214/aoms/1177703732).
+      delta: of 'huber', above 0, in deviations.
       mean: [C] or [1].
       deviation: [C] or [1].
 
@@ -330,7 +332,7 @@ def regression(
         target = target.astype(outputs.dtype) - center.reshape(shape)
         target = target / scale.reshape(shape)
         if kind == 'huber':
-            return _mean(optax.huber_loss(outputs, target), batch), {}
+            return _mean(optax.huber_loss(outputs, target, delta=delta), batch), {}
         return squared_error(outputs, {**batch, 'label': target}, params)
 
     return loss_fn

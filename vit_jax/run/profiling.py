@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import jax
 
-from vit_jax import config as config_lib
+from vit_jax.run import checks
 from vit_jax.state import TrainState
 
 
@@ -24,7 +24,7 @@ class Profile:
     """
 
     def __init__(self, steps: str, workdir: pathlib.Path, say: Callable[[str], None]):
-        self._first, self._last = config_lib.profiled(steps)
+        self._first, self._last = checks.profiled(steps)
         self._workdir, self._say = workdir, say
         self._running, self._seen = False, 0
 

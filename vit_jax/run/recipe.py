@@ -174,7 +174,7 @@ def losses_of(
     if kind in _OF_NUMBERS:
         task = _task_of_numbers(config, train, kind)
         mean, deviation = task.scale(len(train.class_names))
-        loss = losses.regression(kind, mean=mean, deviation=deviation)
+        loss = losses.regression(kind, delta=config.huber_delta, mean=mean, deviation=deviation)
         return loss, loss, task
     classes = train.label_dtype == CLASS_INDEX
     if not classes and not train.label_dtype.shape:
