@@ -1,6 +1,8 @@
 """The teacher of a run, and what its student is trained with."""
 
 import dataclasses
+import hashlib
+import json
 from typing import Any
 
 import flax.linen as nn
@@ -26,11 +28,13 @@ class Teacher:
       model: gives logits [B, C] for what the student sees.
       params: its parameters, on the host.
       description: a line on it.
+      fingerprint: tells it from any other model, and from itself with other weights.
     """
 
     model: nn.Module
     params: Any
     description: str
+    fingerprint: str
 
 
 def teacher_of(
@@ -85,7 +89,19 @@ def teacher_of(
         models.for_inference(opened.model.clone(dtype=dtype)),
         opened.params,
         f'{config.teacher}, {count:,} parameters; {what}',
+        _fingerprint(opened),
     )
+
+
+def _fingerprint(model: model_folder.Model) -> str:
+    """SHA-256 of architecture and parameters, wherever they were read."""
+    described = json.dumps(model.model_config, sort_keys=True, default=str)
+    digest = hashlib.sha256(described.encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
+        array = np.asarray(leaf)
+        digest.update(f'{jax.tree_util.keystr(path)} {array.shape} {array.dtype}'.encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 def student_of(config: ml_collections.ConfigDict, model: nn.Module) -> nn.Module:

@@ -149,10 +149,15 @@ def check_data(saved: pathlib.Path, data: Mapping[str, Any]) -> None:
     Raises:
       UserError: they differ, or the file is missing or damaged.
     """
-    changed = _differences(_read(saved, 'which examples this run began with'), _flatten(data))
+    before, now = _read(saved, 'which examples this run began with'), _flatten(data)
+    if 'teacher' not in before:  # of earlier versions, which did not tell
+        now.pop('teacher', None)
+    changed = _differences(before, now)
     if changed:
         parts = sorted({'loss_fn', 'tx', 'model'} & changed.keys())
         what = f'of the caller, {" and ".join(parts)}' if parts else 'the dataset'
+        if changed.keys() == {'teacher'}:
+            what = 'the model that config.teacher names'
         raise UserError(
             f'{what} is another than when the run in {saved.parent} began '
             f'({"; ".join(changed.values())}). Put it back as it was, or use another --workdir'

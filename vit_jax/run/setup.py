@@ -150,6 +150,8 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
     if config.sincos_positions:
         recipe.check_positions(state.params)
     data = _describe({'train': train, 'val': val, 'test': test}, parts, state)
+    if teacher is not None:
+        data['teacher'] = teacher.fingerprint
     changed, resumes = [], bool(workdir_lib.saved_steps(workdir))
     if resumes:
         before = resume.read_config(workdir / run_info.CONFIG_FILE)
