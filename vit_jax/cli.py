@@ -116,8 +116,23 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     add('--dataset', default='', help=DATASET)
     add('--split', default='', help='of the dataset; default: all of it')
     add_data(parser)
-    add('--batch', type=int, default=32, help='images at once (default: 32)')
-    add('images', nargs='*', metavar='IMAGE', help='file, folder, pattern, or - for standard input')
+    add_batch(parser)
+    add_image_files(parser, nargs='*')
+
+
+def add_batch(parser: argparse.ArgumentParser) -> None:
+    """Adds --batch."""
+    parser.add_argument('--batch', type=int, default=32, help='images at once (default: 32)')
+
+
+def add_image_files(parser: argparse.ArgumentParser, nargs: str) -> None:
+    """Adds IMAGE ...; `nargs` is '+', or '*' where there may be none."""
+    parser.add_argument(
+        'images',
+        nargs=nargs,
+        metavar='IMAGE',
+        help='file, folder, pattern, or - for standard input',
+    )
 
 
 def select(args: argparse.Namespace) -> 'Selection | None':

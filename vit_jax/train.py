@@ -23,9 +23,9 @@ from vit_jax import groups, loop, losses, optim, sharding, steps
 from vit_jax import state as state_lib
 from vit_jax.checkpoint import workdir as workdir_lib
 from vit_jax.data import copies
+from vit_jax.data import sources as sources_lib
 from vit_jax.data.dataset import Selection
 from vit_jax.data.holdout import coverage_notes
-from vit_jax.data.sources import lasting_name
 from vit_jax.data.stream import BatchStream
 from vit_jax.errors import UserError
 from vit_jax.inference.task import NUMBERS, SEVERAL, Task
@@ -47,9 +47,6 @@ from vit_jax.run.choice import FEW, Choice
 from vit_jax.run.setup import Parts, Setup, Sources, initial_params, set_up, weights_name
 from vit_jax.state import Checkpoint
 from vit_jax.variants import in_words
-
-# What else the config says of a dataset.
-_OF_THE_DATA = ('columns', 'image_root', 'group')
 
 
 def train_and_evaluate(
@@ -401,8 +398,8 @@ def _write_model_folder(
         return
     source = {
         'weights': weights_name(run.config),
-        'dataset': lasting_name(run.config.dataset),
-        **{name: run.config[name] for name in _OF_THE_DATA if run.config[name]},
+        'dataset': sources_lib.lasting_name(run.config.dataset),
+        **{name: run.config[name] for name in sources_lib.TOLD if run.config[name]},
         'train': run.train.spec,
         **({} if run.val is None else {'val': run.val.spec}),
         'test': run.test.spec,

@@ -110,7 +110,7 @@ def open_data(run: Run) -> tuple[Selection, Selection]:
         specs = [run.data[name]['split'] for name in ('train', 'test')]
         before = [run.data[name]['fingerprint'] for name in ('train', 'test')]
         channels = run.config.get('pp', {}).get('channels', 3)
-        told = {name: run.config.get(name, '') for name in ('columns', 'image_root', 'group')}
+        told = {name: run.config.get(name, '') for name in sources.TOLD}
         if not all(isinstance(text, str) for text in (dataset, data_dir, *specs, *told.values())):
             raise TypeError('dataset and splits should be texts')
         if type(channels) is not int or not 1 <= channels <= 1000:

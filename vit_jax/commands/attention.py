@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         '--top_k', type=int, metavar='K', help='relevance of the K most probable (default: 3)'
     )
     cli.add_input(parser)
-    add('images', nargs='*', metavar='IMAGE', help='file, folder, pattern, or - for standard input')
+    cli.add_image_files(parser, nargs='*')
     return parser
 
 

@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         "of the data's name, a tab, and the model's name or label; or a class map of timm or Keras",
     )
     cli.add_data(parser)
-    add('--batch', type=int, default=32, help='images at once (default: 32)')
+    cli.add_batch(parser)
     cli.add_max_memory(parser)
     add('--output', metavar='DIR', help=f'write {RESULT} and pictures to this new folder')
     add(

@@ -67,9 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     add('--output', metavar='FILE', help='write to FILE; it appears once it is complete')
     add('--contact_sheet', metavar='PNG', help='draw images with their predictions')
     add('--overwrite', action='store_true', help='replace FILE and PNG if they exist')
-    add('--batch', type=int, default=32, help='images at once (default: 32)')
+    cli.add_batch(parser)
     cli.add_max_memory(parser)
-    add('images', nargs='+', metavar='IMAGE', help='file, folder, pattern, or - for standard input')
+    cli.add_image_files(parser, nargs='+')
     return parser
 
 

@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         help='few-shot, of K images of each class (default: 1 5 10 25; none: leave it out)',
     )
     add('--seeds', type=int, default=3, help='draws of the few-shot images (default: 3)')
-    add('--batch', type=int, default=32, help='images at once (default: 32)')
+    cli.add_batch(parser)
     add('--folds', type=int, default=0, metavar='N', help='cross-validate on the training images')
     add(
         '--features',

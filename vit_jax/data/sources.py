@@ -32,6 +32,8 @@ from vit_jax.errors import UserError, extra
 
 _log = logging.getLogger(__name__)
 
+# What a run's config says of a dataset, beside its name and where it is.
+TOLD = ('columns', 'image_root', 'group')
 HELD_OUT = '10%'  # of the training examples, where validation is needed and nothing says which
 
 

@@ -25,7 +25,7 @@ from vit_jax.export.expressible import (
     patch_size,
     settings_of,
 )
-from vit_jax.inference import model_folder
+from vit_jax.inference import markdown, model_folder
 from vit_jax.inference.task import NUMBERS, SEVERAL
 
 TARGETS = ('npz', 'timm', 'huggingface', 'torchvision')
@@ -183,23 +183,15 @@ def _torchvision(model: model_folder.Model, flat: Mapping[str, Any]) -> tuple[st
 
 def _page(to: str, model: model_folder.Model, described: Mapping[str, Any]) -> str:
     """The page in the folder."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader('vit_jax', 'export'),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template('page.md.j2').render(
-        to=to,
-        preprocess=model.preprocess,
-        mixer=variants.is_mixer(model.model_config),
-        hybrid='resnet' in model.model_config,
-        model_class=described['config.json'].get('architectures', [''])[0],
+    values = {
+        'to': to,
+        'preprocess': model.preprocess,
+        'mixer': variants.is_mixer(model.model_config),
+        'hybrid': 'resnet' in model.model_config,
+        'model_class': described['config.json'].get('architectures', [''])[0],
         **settings_of(model.model_config),
-    )
+    }
+    return markdown.render('export', 'page.md.j2', values, whole=True)
 
 
 def _warnings(to: str, model: model_folder.Model) -> list[str]:

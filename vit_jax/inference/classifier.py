@@ -1,5 +1,6 @@
 """One interface to a model that says what is on an image, whatever runs it: JAX or onnxruntime."""
 
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
@@ -50,11 +51,29 @@ class Classifier(Protocol):
         """
 
 
-class JaxClassifier:
-    """A `Classifier` computed by JAX.
+class OneSize:
+    """A function of images that sees batches of one size, so that it is compiled once.
 
-    It compiles for the first size of batch; smaller ones are filled up with black images, so they
-    are not compiled for, and give what they would have given.
+    Smaller ones than the largest so far are filled up with black images.
+
+    Args:
+      function: gives for images [B, ...] an array [B, ...].
+    """
+
+    def __init__(self, function: Callable[[np.ndarray], Any]):
+        self._function, self._batch = function, 0
+
+    def __call__(self, pixels: np.ndarray) -> Any:
+        """What the function gives for these images, [B, height, width, channels]."""
+        given, self._batch = len(pixels), max(len(pixels), self._batch)
+        if given == self._batch:
+            return self._function(pixels)
+        filled = np.pad(pixels, [(0, self._batch - given), (0, 0), (0, 0), (0, 0)])
+        return self._function(filled)[:given]
+
+
+class JaxClassifier:
+    """A `Classifier` computed by JAX, see `OneSize`.
 
     Args:
       model: what `model_folder.load` gives.
@@ -75,22 +94,18 @@ class JaxClassifier:
         self.preprocess = model.preprocess
         self.channels = model.channels
         self.source: Mapping[str, Any] = model.source
-        self._params = jax.device_put(model.params)
-        self._batch = 0
-        self._apply = steps.make_predict_step(model.model)
+        params = jax.device_put(model.params)
+        self._apply = OneSize(functools.partial(steps.make_predict_step(model.model), params))
 
     def logits(self, pixels: np.ndarray) -> Any:
         """See `Classifier.logits`."""
-        given, self._batch = len(pixels), max(len(pixels), self._batch)
-        if given < self._batch:
-            pixels = np.pad(pixels, [(0, self._batch - given), (0, 0), (0, 0), (0, 0)])
-        logits = self._apply(self._params, pixels)
-        if logits.shape != (self._batch, len(self.class_names)):
+        logits = self._apply(pixels)
+        if logits.shape != (len(pixels), len(self.class_names)):
             raise UserError(
-                f'this model gives {list(logits.shape)} for {self._batch} images, not a score for '
+                f'this model gives {list(logits.shape)} for {len(pixels)} images, not a score for '
                 f'each of its {len(self.class_names)} classes'
             )
-        return logits if given == self._batch else logits[:given]
+        return logits
 
 
 def open_classifier(

@@ -9,6 +9,7 @@ from typing import Any
 import vit_jax
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import printable
+from vit_jax.inference import markdown
 from vit_jax.inference.task import ONE_CLASS
 
 _SHOWN = 20  # classes
@@ -91,16 +92,7 @@ def _origin(source: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fill(template: str, **words: Any) -> str:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader('vit_jax', 'inference'),
-        undefined=jinja2.ChainableUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template(template).render(**words)
+    return markdown.render('inference', template, words, whole=False)
 
 
 def _text(value: Any) -> str:

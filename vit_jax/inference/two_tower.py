@@ -20,7 +20,7 @@ from vit_jax.data.decode import BadImageError
 from vit_jax.data.preprocess import Preprocess, normalize
 from vit_jax.errors import UserError
 from vit_jax.inference import class_texts, description, model_card, model_folder
-from vit_jax.inference.classifier import classify
+from vit_jax.inference.classifier import OneSize, classify
 from vit_jax.inference.features import Recorded
 from vit_jax.inference.task import ONE_CLASS, SEVERAL, Task
 
@@ -179,15 +179,11 @@ class ZeroShotClassifier:
         classes = class_texts.embed_classes(towers, self.class_names, prompts, cache=cache)
         self.task = ONE_CLASS if towers.bias is None or exclusive else Task(SEVERAL)
         self.head = jnp.asarray(towers.temperature * classes.T, jnp.float32)
-        self._batch = 0
+        self._products = OneSize(lambda pixels: towers.embed_images(pixels) @ self.head)
 
     def logits(self, pixels: np.ndarray) -> Any:
         """See `Classifier.logits`."""
-        given, self._batch = len(pixels), max(len(pixels), self._batch)
-        if given < self._batch:
-            pixels = np.pad(pixels, [(0, self._batch - given), (0, 0), (0, 0), (0, 0)])
-        logits = self._towers.embed_images(pixels) @ self.head
-        return logits[:given] + (self._towers.bias or 0.0)
+        return self._products(pixels) + (self._towers.bias or 0.0)
 
 
 def image_tower(towers: TwoTowers) -> model_folder.Model:
