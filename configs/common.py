@@ -295,6 +295,25 @@ def fine_tuning(
     return of_dataset
 
 
+def pretraining(variant: str, dataset: str, **knobs: Any) -> ml_collections.ConfigDict:
+    """A config that trains a model from nothing, as big_vision's: AdamW, no dropout, warm-up.
+
+    Args:
+      variant: the model, a key of `variants.VARIANTS`.
+      dataset: `config.dataset`.
+      **knobs: what differs.
+    """
+    config = get_config()
+    config.dataset = dataset
+    config.model = variants.get_config(variant)
+    config.model.transformer.dropout_rate = 0.0
+    config.pp.update(eval='resize_crop', resize=256, interpolation='box', antialias=True)
+    config.update(accum_steps=1, warmup_steps=10_000, optimizer='adamw', base_lr=0.001)
+    config.weight_decay = 0.1  # big_vision's 0.0001, which is not times the rate
+    config.update(knobs)
+    return config
+
+
 def _unset(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The same knobs as placeholders of their types."""
     return ml_collections.ConfigDict(

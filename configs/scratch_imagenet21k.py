@@ -11,7 +11,6 @@ and accuracy with this code: not measured; the weights that came out are in conf
 
 import ml_collections
 
-from vit_jax import variants
 from vit_jax.configs import common
 
 _AUGREG = {
@@ -24,21 +23,8 @@ def get_config(model: str = 'B_16') -> ml_collections.ConfigDict:
     """`model` is one of those in AugReg's figure 4: 'B_16'."""
     if model not in _AUGREG:
         raise ValueError(f'unknown model {model!r}: one of {", ".join(_AUGREG)}')
-    config = common.get_config()
-    config.dataset = 'imagenet21k'
-    config.model = variants.get_config(f'ViT-{model}')
+    config = common.pretraining(f'ViT-{model}', 'imagenet21k', batch=4096, epochs=300.0)
     config.model.head_bias_init = -10.0
-    config.model.transformer.dropout_rate = 0.0
     config.loss = 'sigmoid'
-    config.pp.eval, config.pp.resize = 'resize_crop', 256
-    config.pp.interpolation, config.pp.antialias = 'box', True
     config.augreg = _AUGREG[model]
-
-    config.batch = 4096
-    config.accum_steps = 1
-    config.epochs = 300.0
-    config.warmup_steps = 10_000
-    config.optimizer = 'adamw'
-    config.base_lr = 0.001
-    config.weight_decay = 0.1  # big_vision's 0.0001, which is not times the rate
     return config

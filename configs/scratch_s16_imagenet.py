@@ -11,30 +11,15 @@ this code: not measured.
 
 import ml_collections
 
-from vit_jax import variants
 from vit_jax.configs import common
 
 
 def get_config(dataset: str = 'imagenet2012') -> ml_collections.ConfigDict:
-    config = common.get_config()
-    config.dataset = dataset
-    config.model = variants.get_config('ViT-S_16')
+    config = common.pretraining('ViT-S_16', dataset, batch=1024, epochs=90.0)
     config.model.classifier = 'gap'
     config.model.representation_size = 384
-    config.model.transformer.dropout_rate = 0.0
     config.sincos_positions = True
     config.frozen = 'Transformer/posembed_input/.*'
-
-    config.pp.eval, config.pp.resize = 'resize_crop', 256
-    config.pp.interpolation, config.pp.antialias = 'box', True
     config.randaug = '2,10'
     config.mixup = 0.2
-
-    config.batch = 1024
-    config.accum_steps = 1
-    config.epochs = 90.0
-    config.warmup_steps = 10_000
-    config.optimizer = 'adamw'
-    config.base_lr = 0.001
-    config.weight_decay = 0.1  # big_vision's 0.0001, which is not times the rate
     return config
