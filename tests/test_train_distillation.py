@@ -1,19 +1,21 @@
 """Distillation: DeiT's and big_vision's losses, the step on any topology, and whole runs."""
 
 import json
+import shutil
 
 import jax
 import ml_collections
 import numpy as np
 import optax
 import pytest
+import small
 
-from vit_jax import config as config_lib
 from vit_jax import data, losses, models, sharding, steps, train
 from vit_jax import state as state_lib
-from vit_jax.configs import digits
 from vit_jax.errors import UserError
+from vit_jax.export import onnx, pytorch
 from vit_jax.inference import model_folder
+from vit_jax.inference.onnx import OnnxClassifier
 
 RNG = np.random.default_rng(0)
 CLASSES = 3
@@ -128,19 +130,10 @@ LABELS = np.random.RandomState(1).randint(0, 3, 40)
 NAMES = ('cat', 'dog', 'cow')
 
 
-def make_config(**changes) -> ml_collections.ConfigDict:
-    config = digits.get_config()
-    config.model.hidden_size = 16
-    config.model.transformer.update(mlp_dim=32, num_heads=2, num_layers=1, dropout_rate=0.0)
-    config.pp.crop, config.pp.resize, config.model.patches.size = 16, 0, (8, 8)
-    config.batch, config.batch_eval, config.warmup_steps, config.total_steps = 8, 8, 2, 6
-    config.progress_every, config.eval_every, config.checkpoint_every = 1, 6, 2
-    config.compile_cache, config.report, config.base_lr = '', False, 0.01
-    distilled = changes.pop('distilled', False)
+def make_config(distilled=False, **changes) -> ml_collections.ConfigDict:
     if distilled:
-        config.model.distilled, config.model.classifier = True, 'token'
-    config.update_from_flattened_dict(changes)
-    return config_lib.resolve(config, changes)
+        changes |= {'model.distilled': True, 'model.classifier': 'token'}
+    return small.run_config(**{'eval_every': 6, 'base_lr': 0.01, **changes})
 
 
 def run(config, workdir, callbacks=(), names=NAMES, loss_fn=None):
@@ -165,19 +158,70 @@ def teacher(tmp_path_factory):
     return str(workdir / 'model')
 
 
-def test_a_student_learns_from_a_model_folder_and_survives_a_stop(teacher, tmp_path):
+@pytest.fixture(scope='module')
+def student(teacher, tmp_path_factory):
+    """Config, folder and parameters of a finished run."""
     knobs = {'teacher': teacher, 'distillation': 'hard', 'mixup': 0.2}
     config = make_config(distilled=True, **knobs)
-    whole = jax.device_get(run(config, tmp_path / 'whole'))
+    workdir = tmp_path_factory.mktemp('student') / 'run'
+    return config, workdir, jax.device_get(run(config, workdir))
+
+
+def test_a_student_learns_from_a_model_folder_and_survives_a_stop(teacher, student, tmp_path):
+    config, workdir, whole = student
     with pytest.raises(KeyboardInterrupt):
-        run(config, tmp_path / 'stopped', [Stop()])
-    again = jax.device_get(run(config, tmp_path / 'stopped'))
+        run(config, tmp_path, [Stop()])
+    again = jax.device_get(run(config, tmp_path))
     jax.tree.map(np.testing.assert_array_equal, again, whole)
     assert set(whole) >= {'head', 'head_dist', 'dist'}
-    log = (tmp_path / 'whole/train.log').read_text()
+    log = (workdir / 'train.log').read_text()
     assert f'teacher: {teacher}' in log and "config.distillation='hard'" in log
-    student = model_folder.load(tmp_path / 'whole/model')
-    assert student.model.distilled and not student.model.both_heads
+    opened = model_folder.load(workdir / 'model')
+    assert opened.model.distilled and not opened.model.both_heads
+
+
+def test_a_teacher_that_was_replaced_meanwhile_is_noticed(teacher, tmp_path):
+    folder = tmp_path / 'teacher'
+    shutil.copytree(teacher, folder)
+    config = make_config(teacher=str(folder), distillation='patient')
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / 'run', [Stop()])
+    opened = model_folder.load(folder)
+    params = jax.tree.map(np.array, opened.params)
+    params['head']['bias'][0] += 1
+    told = {'class_names': opened.class_names, 'preprocess': opened.preprocess, 'source': {}}
+    model_folder.save(folder, params, model_config=opened.model_config, **told)
+    with pytest.raises(UserError, match='the model that config.teacher names is another than when'):
+        run(config, tmp_path / 'run')
+    shutil.rmtree(folder)
+    shutil.copytree(teacher, folder)  # as it was
+    assert run(config, tmp_path / 'run') is not None
+
+
+def test_a_student_is_converted_and_exported_with_both_heads(student, tmp_path):
+    opened = model_folder.load(student[1] / 'model')
+    pixels = RNG.uniform(0, 255, (3, 16, 16, 3)).astype(np.float32)
+    inputs = pixels / 127.5 - 1
+    expected = np.asarray(opened.model.apply({'params': opened.params}, inputs, train=False))
+    onnx.save(onnx.build(opened), tmp_path / 'a.onnx')
+    found = OnnxClassifier(tmp_path / 'a.onnx').logits(pixels)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    pytorch.write(tmp_path / 'a.npz', opened, to='npz')
+    again = model_folder.load(tmp_path / 'a.npz')
+    found = again.model.apply({'params': again.params}, inputs, train=False)
+    np.testing.assert_array_equal(found, expected)
+    torch = pytest.importorskip('torch')
+    theirs = torch.tensor(inputs.transpose(0, 3, 1, 2))
+    transformers = pytest.importorskip('transformers')
+    pytorch.write(tmp_path / 'hf', opened, to='huggingface')
+    model = transformers.DeiTForImageClassificationWithTeacher.from_pretrained(tmp_path / 'hf')
+    with torch.no_grad():
+        np.testing.assert_allclose(model(theirs).logits, expected, atol=1e-5)
+    timm = pytest.importorskip('timm')
+    pytorch.write(tmp_path / 'timm', opened, to='timm')
+    model = timm.create_model(f'local-dir:{tmp_path / "timm"}', pretrained=True).eval()
+    with torch.no_grad():
+        np.testing.assert_allclose(model(theirs), expected, atol=1e-5)
 
 
 def test_a_patient_student_comes_near_its_teacher(teacher, tmp_path):

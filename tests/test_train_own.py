@@ -4,14 +4,12 @@ import json
 
 import flax.linen as nn
 import jax
-import ml_collections
 import numpy as np
 import optax
 import pytest
+import small
 
-from vit_jax import config as config_lib
 from vit_jax import data, losses, models, train
-from vit_jax.configs import digits
 from vit_jax.errors import UserError
 from vit_jax.inference import model_folder
 from vit_jax.run import product
@@ -20,18 +18,6 @@ RNG = np.random.RandomState(0)
 PIXELS = RNG.randint(0, 256, (40, 20, 24, 3)).astype(np.uint8)
 SEVERAL = (RNG.rand(40, 3) < 0.4).astype(np.float32)
 TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
-
-
-def make_config(**changes) -> ml_collections.ConfigDict:
-    config = digits.get_config()
-    config.model.hidden_size = 16
-    config.model.transformer.update(mlp_dim=32, num_heads=2, num_layers=1, dropout_rate=0.0)
-    config.pp.crop, config.pp.resize, config.model.patches.size = 16, 0, (8, 8)
-    config.batch, config.batch_eval, config.total_steps, config.warmup_steps = 8, 8, 6, 2
-    config.progress_every, config.eval_every, config.checkpoint_every = 1, 2, 2
-    config.compile_cache, config.report = '', False
-    config.update_from_flattened_dict(changes)
-    return config_lib.resolve(config)
 
 
 def several_labels(**options):
@@ -87,7 +73,7 @@ class Points:
 def finished(tmp_path_factory):
     """One run with several labels for each image, another loss and another optimizer."""
     workdir, points = tmp_path_factory.mktemp('own') / 'run', Points()
-    config = make_config(keep_best=True, report=True)
+    config = small.run_config(keep_best=True, report=True)
     params = train.train_and_evaluate(
         config, workdir, sources=several_labels(), loss_fn=sigmoid, tx=TX, callbacks=[points]
     )
@@ -134,7 +120,7 @@ def test_callbacks_are_called_at_every_point(finished):
 
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(finished, tmp_path):
     whole, params, _ = finished
-    config, workdir = make_config(keep_best=True), tmp_path / 'run'
+    config, workdir = small.run_config(keep_best=True), tmp_path / 'run'
     own = {'sources': several_labels(), 'loss_fn': sigmoid, 'tx': TX}
     with pytest.raises(KeyboardInterrupt):
         train.train_and_evaluate(config, workdir, **own, callbacks=[Points(stop=5)])
@@ -176,7 +162,7 @@ def test_own_model_with_13_channels_real_targets_and_batches_of_an_iterator(tmp_
             yield images[8 * (step % 2) :][:8], targets[8 * (step % 2) :][:8]
 
     test = data.from_arrays(images[16:], targets[16:], ('brightness',), channels=13)
-    config, workdir = make_config(report=True), tmp_path / 'run'
+    config, workdir = small.run_config(report=True), tmp_path / 'run'
     own = {'loss_fn': losses.squared_error, 'model': Linear(1)}
     sources = data.BatchStream(batches(), ('brightness',), channels=13), test
     params = train.train_and_evaluate(config, workdir, sources=sources, **own)
@@ -197,7 +183,7 @@ def test_own_vision_transformer_becomes_a_model_folder_if_its_outputs_have_names
         num_classes=3, patches={'size': (8, 8)}, hidden_size=8, classifier='gap',
         transformer={'num_layers': 1, 'num_heads': 2, 'mlp_dim': 8, 'dropout_rate': 0.0},
     )  # fmt: skip
-    config, workdir = make_config(total_steps=2, warmup_steps=0), tmp_path / 'run'
+    config, workdir = small.run_config(total_steps=2, warmup_steps=0), tmp_path / 'run'
     own = {'loss_fn': losses.sigmoid_cross_entropy, 'model': model}
     params = train.train_and_evaluate(config, workdir, sources=several_labels(), **own)
     loaded = model_folder.load(workdir / 'model')
@@ -226,5 +212,5 @@ def test_own_vision_transformer_becomes_a_model_folder_if_its_outputs_have_names
 def test_what_does_not_fit_is_refused_before_anything_is_computed(changes, words, tmp_path):
     with pytest.raises(UserError, match=words):
         own = {'sources': several_labels(), **changes}
-        train.train_and_evaluate(make_config(), tmp_path / 'run', **own)
+        train.train_and_evaluate(small.run_config(), tmp_path / 'run', **own)
     assert not (tmp_path / 'run').exists()

@@ -3,38 +3,29 @@
 import json
 
 import jax
-import ml_collections
 import numpy as np
 import pytest
+import small
 
-from vit_jax import config as config_lib
 from vit_jax import data, train
+from vit_jax.analysis import report
 from vit_jax.checkpoint import npz
-from vit_jax.configs import digits
+from vit_jax.export import onnx
+from vit_jax.inference import model_folder
+from vit_jax.inference.onnx import OnnxClassifier
 
 RNG = np.random.RandomState(0)
 PIXELS = RNG.randint(0, 256, (40, 16, 16, 3)).astype(np.uint8)
 LABELS = RNG.randint(0, 3, 40)
 RECIPE = {
-    'epochs': 1.6, 'decay_type': 'rsqrt', 'cooldown_steps': 2, 'optimizer': 'muon', 'base_lr': 1e-3,
+    'model.transformer.num_layers': 2, 'epochs': 1.6, 'decay_type': 'rsqrt', 'cooldown_steps': 2,
+    'optimizer': 'muon', 'base_lr': 1e-3,
     'weight_decay': 0.1, 'wd_mults': (('.*', 1.0),), 'lr_mults': (('head/.*', 5.0),),
     'layer_decay': 0.75, 'ema_decay': 0.6, 'ema_warmup_steps': 1, 'frozen': 'embedding/.*',
     'loss': 'sigmoid', 'label_smoothing': 0.1, 'class_weights': 'balanced', 'augreg': 'light2',
     'random_erasing': 0.5, 'pp.flip_vertical': True, 'stochastic_depth': 0.3,
     'sam_rho': 0.05, 'gsam_alpha': 0.5, 'repeated_augmentation': 2,
 }  # fmt: skip
-
-
-def make_config(**changes) -> ml_collections.ConfigDict:
-    config = digits.get_config()
-    config.model.hidden_size = 16
-    config.model.transformer.update(mlp_dim=32, num_heads=2, num_layers=2, dropout_rate=0.0)
-    config.pp.crop, config.pp.resize, config.model.patches.size = 16, 0, (8, 8)
-    config.batch, config.batch_eval, config.warmup_steps = 8, 8, 2
-    config.progress_every, config.eval_every, config.checkpoint_every = 1, 2, 2
-    config.compile_cache, config.report = '', False
-    config.update_from_flattened_dict(changes)
-    return config_lib.resolve(config, changes)
 
 
 def run(config, workdir, callbacks=()):
@@ -54,12 +45,12 @@ class Stop:
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp('recipe') / 'run'
-    return workdir, jax.device_get(run(make_config(**RECIPE), workdir))
+    return workdir, jax.device_get(run(small.run_config(**RECIPE), workdir))
 
 
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(finished, tmp_path):
     whole, params = finished
-    config, workdir = make_config(**RECIPE), tmp_path / 'run'
+    config, workdir = small.run_config(**RECIPE), tmp_path / 'run'
     with pytest.raises(KeyboardInterrupt):
         run(config, workdir, [Stop()])
     again = jax.device_get(run(config, workdir))
@@ -67,9 +58,23 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(finished, tmp_path):
     assert (workdir / 'metrics.jsonl').read_bytes() == (whole / 'metrics.jsonl').read_bytes()
 
 
+def test_its_average_is_exported_and_its_settings_are_reported(finished, tmp_path):
+    workdir, params = finished
+    opened = model_folder.load(workdir / 'model')
+    onnx.save(onnx.build(opened), tmp_path / 'a.onnx')
+    pixels = RNG.uniform(0, 255, (3, 16, 16, 3)).astype(np.float32)
+    found = OnnxClassifier(tmp_path / 'a.onnx').logits(pixels)
+    expected = opened.model.apply({'params': params}, pixels / 127.5 - 1, train=False)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    report.write([workdir], tmp_path / 'report.html')
+    text = (tmp_path / 'report.html').read_text()
+    for name in ('ema_decay', 'stochastic_depth', 'sam_rho', 'random_erasing', 'layer_decay'):
+        assert name in text
+
+
 def test_a_finished_run_of_epochs_started_again_does_nothing(finished, capsys):
     workdir, _ = finished
-    assert run(make_config(**RECIPE), workdir) is None
+    assert run(small.run_config(**RECIPE), workdir) is None
     assert 'this run is finished (6 steps)' in capsys.readouterr().out
 
 
@@ -85,7 +90,7 @@ def test_the_moving_average_is_evaluated_and_becomes_the_model(finished, tmp_pat
         def on_step(self, step, state, metrics):
             states.append(jax.device_get(state.params))
 
-    last = jax.device_get(run(make_config(**plain), tmp_path / 'run', [Copy()]))
+    last = jax.device_get(run(small.run_config(**plain), tmp_path / 'run', [Copy()]))
     jax.tree.map(np.testing.assert_array_equal, last, states[-1])
     average = states[0]
     for state in states[1:]:

@@ -7,10 +7,9 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
+import small
 
-from vit_jax import config as config_lib
 from vit_jax import data, evaluate, train
-from vit_jax.configs import digits
 from vit_jax.data import sources
 from vit_jax.errors import UserError
 from vit_jax.inference import model_folder
@@ -18,17 +17,10 @@ from vit_jax.run import choice
 
 
 def make_config(**changes) -> ml_collections.ConfigDict:
-    """Digits and a model that compiles in a moment; 8 steps on 4 devices."""
-    config = digits.get_config()
-    config.report = False
-    config.model.hidden_size = 16
-    config.model.transformer.update(mlp_dim=32, num_heads=2, num_layers=1, dropout_rate=0.0)
-    config.pp.crop, config.pp.resize, config.model.patches.size = 16, 0, (8, 8)
-    config.batch, config.batch_eval, config.total_steps, config.warmup_steps = 32, 100, 8, 2
-    config.progress_every, config.eval_every, config.checkpoint_every = 2, 2, 100
-    config.base_lr = 0.01
-    config.update_from_flattened_dict(changes)
-    return config_lib.resolve(config)
+    """8 steps on 4 devices."""
+    settings = {'batch': 32, 'batch_eval': 100, 'total_steps': 8, 'progress_every': 2}
+    settings |= {'checkpoint_every': 100, 'base_lr': 0.01}
+    return small.run_config(**settings | changes)
 
 
 def lines(workdir):

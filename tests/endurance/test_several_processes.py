@@ -15,6 +15,9 @@ FLAGS = [
     '--config.model.hidden_size=64',
     '--config.model.transformer.mlp_dim=256',
     '--config.model.transformer.dropout_rate=0.0',
+    '--config.model.transformer.num_layers=2',
+    '--config.stochastic_depth=0.3',
+    '--config.ema_decay=0.9',
     # Adam's division would blow up differences in the last bit.
     '--config.optimizer=sgd',
     '--config.optim_dtype=float32',
@@ -114,6 +117,21 @@ def test_two_processes_train_as_one_and_stop_together(alone, cache, tmp_path, fs
         assert run.wait() == 0, run.output
         assert f'resumed from step {saved}' in run.output
     assert_close(alone, tmp_path / 'run')
+
+
+def test_two_processes_choose_as_one(cache, tmp_path):
+    """By validation images; patience ends both, where nothing is learned any more."""
+    choosing = ['--config.pp.val=20%', '--config.keep_best=True', '--config.eval_every=2']
+    choosing += ['--config.patience=2', '--config.decay_type=constant', '--config.base_lr=0.0']
+    pair = Pair(tmp_path, cache, *choosing)
+    assert pair.wait() == [0, 0], pair.output
+    assert 'the run ends with step 6' in pair.runs[0].output
+    rows = [json.loads(row) for row in (tmp_path / 'run/metrics.jsonl').read_text().splitlines()]
+    found = [row['step'] for row in rows if 'accuracy_val' in row]
+    assert found == [2, 4, 6] and [row['step'] for row in rows if 'accuracy_test' in row] == [6]
+    assert rows[-1]['step_tested'] == 2
+    described = json.loads((tmp_path / 'run/model_best/model.json').read_text())
+    assert described['source']['steps'] == 2
 
 
 @pytest.mark.parametrize('dead', [0, 1])

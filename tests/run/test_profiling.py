@@ -2,23 +2,15 @@
 
 import jax
 import pytest
+import small
 
-from vit_jax import config as config_lib
 from vit_jax import train
-from vit_jax.configs import digits
 from vit_jax.errors import UserError
 
 
 def make_config(**changes):
-    config = digits.get_config()
-    config.report = False
-    config.model.hidden_size = 16
-    config.model.transformer.update(mlp_dim=32, num_heads=2, num_layers=1, dropout_rate=0.0)
-    config.pp.crop, config.pp.resize, config.model.patches.size = 16, 0, (8, 8)
-    config.batch, config.batch_eval, config.total_steps, config.warmup_steps = 16, 400, 5, 1
-    config.eval_every, config.checkpoint_every = 10, 3
-    config.update_from_flattened_dict(changes)
-    return config_lib.resolve(config)
+    settings = {'batch': 16, 'batch_eval': 400, 'total_steps': 5, 'warmup_steps': 1}
+    return small.run_config(**settings, eval_every=10, checkpoint_every=3, **changes)
 
 
 class Stop:

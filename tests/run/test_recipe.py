@@ -7,52 +7,40 @@ import jax
 import numpy as np
 import optax
 import pytest
+import small
 
-from vit_jax import data, groups, losses, optim, sharding, steps
+from vit_jax import groups, losses, optim, sharding, steps
 from vit_jax import state as state_lib
-from vit_jax.configs import common
-from vit_jax.data import own
 from vit_jax.errors import UserError
 from vit_jax.inference.task import ONE_CLASS
 from vit_jax.run import augmentation, recipe
 
 
-def make_config(**changes):
-    config = common.get_defaults()
-    config.update(changes)
-    return config
-
-
-def images(labels, names=('a', 'b', 'c')):
-    pixels = np.zeros((len(labels), 8, 8, 3), np.uint8)
-    return own.as_selection(data.from_arrays(pixels, labels, names), 'train')
-
-
 def test_epochs_become_steps_of_the_training_set():
-    config = make_config(epochs=2.0, total_steps=0, batch=2, warmup_steps=1).lock()
-    recipe.settle_duration(config, images([0] * 5))
+    config = small.knobs(epochs=2.0, total_steps=0, batch=2, warmup_steps=1).lock()
+    recipe.settle_duration(config, small.images([0] * 5))
     assert config.total_steps == 5
-    text = recipe.describe_schedule(config, images([0] * 5))
+    text = recipe.describe_schedule(config, small.images([0] * 5))
     assert '5 steps, 10 images, 2.0 epochs; learning rate up to 0.03, cosine, 1 of them' in text
     assert 'scaling' in text and text.endswith('gives 0.000117 for 2')
-    text = recipe.describe_schedule(make_config(cooldown_steps=30), images([0] * 5))
+    text = recipe.describe_schedule(small.knobs(cooldown_steps=30), small.images([0] * 5))
     assert text.endswith('100 of them warmup, 30 of them cooldown')
-    stream = data.BatchStream(iter([(np.zeros((1, 8, 8, 3)), [0])]), ('a', 'b'))
+    stream = small.stream()
     with pytest.raises(UserError, match='do not tell how many examples there are'):
         recipe.settle_duration(config, stream)
 
 
 def test_losses_of_a_plain_run_are_the_plain_ones():
-    found = recipe.losses_of(make_config(), images([0, 1, 2]), None)
+    found = recipe.losses_of(small.knobs(), small.images([0, 1, 2]), None)
     assert found == (losses.softmax_cross_entropy, None, ONE_CLASS)
-    vectors = images(np.eye(3, dtype=np.float32))
-    found = recipe.losses_of(make_config(), vectors, None)
+    vectors = small.images(np.eye(3, dtype=np.float32))
+    found = recipe.losses_of(small.knobs(), vectors, None)
     assert found == (losses.softmax_cross_entropy, losses.softmax_cross_entropy, ONE_CLASS)
 
 
 def test_a_recipe_changes_the_loss_of_training_only():
-    config = make_config(label_smoothing=0.1, class_weights='balanced')
-    train = images([0, 0, 0, 1, 1, 2])
+    config = small.knobs(label_smoothing=0.1, class_weights='balanced')
+    train = small.images([0, 0, 0, 1, 1, 2])
     loss_fn, evaluated, _ = recipe.losses_of(config, train, None)
     assert evaluated is None
     logits = np.random.default_rng(0).normal(size=(2, 3)).astype(np.float32)
@@ -60,9 +48,9 @@ def test_a_recipe_changes_the_loss_of_training_only():
     weights = 6 / (3 * np.array([3, 2, 1]))
     same = losses.cross_entropy(smoothing=0.1, class_weights=weights)
     np.testing.assert_allclose(loss_fn(logits, batch, 0)[0], same(logits, batch, 0)[0], rtol=1e-6)
-    vectors = images(np.eye(3, dtype=np.float32))
+    vectors = small.images(np.eye(3, dtype=np.float32))
     smoothed, plain, task = recipe.losses_of(
-        make_config(loss='sigmoid', label_smoothing=0.1), vectors, None
+        small.knobs(loss='sigmoid', label_smoothing=0.1), vectors, None
     )
     assert task.kind == 'several classes'
     batch = {'label': np.eye(3, dtype=np.float32)[:2]}
@@ -72,12 +60,12 @@ def test_a_recipe_changes_the_loss_of_training_only():
 
 
 def test_labels_that_stand_in_records_are_read(monkeypatch):
-    train = images([0, 0, 0, 1, 1, 2])
-    known = recipe._class_weights(make_config(class_weights='balanced'), train)
+    train = small.images([0, 0, 0, 1, 1, 2])
+    known = recipe._class_weights(small.knobs(class_weights='balanced'), train)
     monkeypatch.setattr(type(train), 'labels', lambda self: None)
-    read = recipe._class_weights(make_config(class_weights='balanced'), train)
+    read = recipe._class_weights(small.knobs(class_weights='balanced'), train)
     np.testing.assert_array_equal(known, read)
-    assert recipe._class_weights(make_config(class_weights='1, 2,0.5'), train).tolist() == [
+    assert recipe._class_weights(small.knobs(class_weights='1, 2,0.5'), train).tolist() == [
         1,
         2,
         0.5,
@@ -87,31 +75,31 @@ def test_labels_that_stand_in_records_are_read(monkeypatch):
 @pytest.mark.parametrize(
     ('knobs', 'train', 'message'),
     [
-        ({'class_weights': '1,2'}, images([0, 1, 2]), 'nor 3 numbers .*: a, b, c'),
-        ({'class_weights': '1,2,x'}, images([0, 1, 2]), 'nor 3 numbers'),
-        ({'class_weights': '1,2,-1'}, images([0, 1, 2]), 'nor 3 numbers'),
-        ({'class_weights': '1,2,inf'}, images([0, 1, 2]), 'nor 3 numbers'),
+        ({'class_weights': '1,2'}, small.images([0, 1, 2]), 'nor 3 numbers .*: a, b, c'),
+        ({'class_weights': '1,2,x'}, small.images([0, 1, 2]), 'nor 3 numbers'),
+        ({'class_weights': '1,2,-1'}, small.images([0, 1, 2]), 'nor 3 numbers'),
+        ({'class_weights': '1,2,inf'}, small.images([0, 1, 2]), 'nor 3 numbers'),
         (
             {'class_weights': 'balanced'},
-            images(np.eye(3, dtype=np.float32)),
+            small.images(np.eye(3, dtype=np.float32)),
             'only examples that have one class',
         ),
         (
             {'class_weights': 'balanced'},
-            data.BatchStream(iter([(np.zeros((1, 8, 8, 3)), [0])]), ('a', 'b')),
+            small.stream(),
             'batches of an iterator do not tell',
         ),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(knobs, train, message):
     with pytest.raises(UserError, match=message):
-        recipe.losses_of(make_config(**knobs), train, None)
+        recipe.losses_of(small.knobs(**knobs), train, None)
 
 
 def test_knobs_of_the_loss_are_refused_beside_a_loss_of_ones_own():
-    config = make_config(label_smoothing=0.1)
+    config = small.knobs(label_smoothing=0.1)
     with pytest.raises(UserError, match='label_smoothing=0.1 has no effect on a loss_fn'):
-        recipe.losses_of(config, images([0]), losses.squared_error)
+        recipe.losses_of(config, small.images([0]), losses.squared_error)
 
 
 @pytest.mark.parametrize(
@@ -133,29 +121,29 @@ def test_knobs_of_the_loss_are_refused_beside_a_loss_of_ones_own():
 )
 def test_groups_that_do_not_fit_are_refused(knobs, own, message):
     with pytest.raises(UserError, match=message):
-        recipe.optimizer_of(make_config(**knobs), lambda _: 0.1, own, lambda: ['head/kernel'])
+        recipe.optimizer_of(small.knobs(**knobs), lambda _: 0.1, own, lambda: ['head/kernel'])
 
 
 def test_what_is_frozen_is_so_with_an_optimizer_of_ones_own():
-    config = make_config(frozen='a')
+    config = small.knobs(frozen='a')
     tx = recipe.optimizer_of(config, None, optax.adam(0.1), lambda: ['a', 'b'])
     state = tx.init({'a': np.ones(2), 'b': np.ones(3)})
     assert sorted(leaf.shape for leaf in jax.tree.leaves(state)) == [(), (3,), (3,)]
     own = optax.adam(0.1)
-    assert recipe.optimizer_of(make_config(), None, own, lambda: 1 / 0) is own
+    assert recipe.optimizer_of(small.knobs(), None, own, lambda: 1 / 0) is own
 
 
 def test_stochastic_depth_needs_blocks():
-    config = make_config(stochastic_depth=0.1)
+    config = small.knobs(stochastic_depth=0.1)
     with pytest.raises(UserError, match='this model, a Dense, has no others'):
         recipe.check_depth(config, nn.Dense(3))
-    recipe.check_depth(make_config(), nn.Dense(3))
+    recipe.check_depth(small.knobs(), nn.Dense(3))
 
 
 @pytest.mark.parametrize('optimizer', ['sgd', 'adamw'])
 def test_without_a_recipe_the_step_is_the_plain_one(optimizer):
     """No operation and no part of the state is there for what is off."""
-    config, train = make_config(optimizer=optimizer), images([0, 1, 2])
+    config, train = small.knobs(optimizer=optimizer), small.images([0, 1, 2])
     mesh = sharding.create_mesh(1, jax.devices()[:1])
     schedule = optim.schedule_of(config)
     tx = recipe.optimizer_of(config, schedule, None, lambda: 1 / 0)
