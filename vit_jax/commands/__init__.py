@@ -6,6 +6,6 @@ and mistakes are quick.
 
 NAMES = (
     'train', 'finetune', 'sweep', 'predict', 'zeroshot', 'evaluate', 'export', 'convert', 'web',
-    'report', 'embed', 'probe', 'attention', 'summary', 'cost', 'inspect_checkpoint', 'list_models',
-    'find_copies',
+    'report', 'embed', 'probe', 'soup', 'attention', 'summary', 'cost', 'inspect_checkpoint',
+    'list_models', 'find_copies',
 )  # fmt: skip

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from vit_jax import files, groups
-from vit_jax.checkpoint import adapt, infer, key_tables, npz, tensors
+from vit_jax.checkpoint import adapt, key_tables, npz, tensors
 from vit_jax.errors import UserError
 from vit_jax.export import to_hugging_face
 from vit_jax.export.expressible import UnsupportedError
-from vit_jax.inference import labels, model_folder
+from vit_jax.inference import labels, model_folder, soup
 from vit_jax.models import lora
 
 CONFIG_FILE, TENSORS_FILE = 'adapter_config.json', 'adapter_model.safetensors'
@@ -223,19 +223,8 @@ def _as_trained(base: model_folder.Model, folder: pathlib.Path) -> model_folder.
         lambda x: trained.model.init(jax.random.key(0), x, train=False)['params'],
         jax.ShapeDtypeStruct(size, np.float32),
     )
-    shapes = {name: shapes[name] for name in shapes if name in base.params or name != 'head'}
-    grid = source_grid = None
-    if 'Transformer' in shapes:
-        grid = infer.token_grid(shapes, trained.preprocess.crop)
-        source_grid = infer.token_grid(base.params, base.preprocess.crop)
-    params, _ = adapt.adapt(
-        base.params,
-        shapes,
-        classifier=trained.model_config.get('classifier', ''),
-        source=str(base.source.get('file', 'the base')),
-        grid=grid,
-        source_grid=source_grid,
-    )
+    name = str(base.source.get('file', 'the base'))
+    params = soup.fitted(base, trained, shapes, name)
     kept = {n: leaf for n, leaf in npz.flatten(params).items() if not re.fullmatch(groups.HEAD, n)}
     source = {**trained.source, **base.source}
     return dataclasses.replace(trained, params=npz.nest(kept, folder), source=source)
