@@ -178,20 +178,21 @@ def read(path: str, kind: Kind) -> dict[str, Any]:
     return result
 
 
-def update_document(path: str, text: str) -> None:
-    """Replaces what is between the `MARKS` of a document, or leaves it as it is.
+def update_document(path: str, text: str, marks: tuple[str, str] = MARKS) -> None:
+    """Replaces what is between two marks of a document, or leaves it as it is.
 
     Args:
       path: of a UTF-8 text file that has each mark once, alone on its line, in this order.
       text: what comes between them, with an empty line before and after.
+      marks: the first and the last.
 
     Raises:
       UserError: the document cannot be read or written, or the marks are not in it.
     """
     lines = files.read_text(path).splitlines()
-    places = [number for number, line in enumerate(lines) if line.strip() in MARKS]
-    if [lines[number].strip() for number in places] != list(MARKS):
-        raise UserError(f'{path}: expected a line {MARKS[0]} and after it a line {MARKS[1]}, once')
+    places = [number for number, line in enumerate(lines) if line.strip() in marks]
+    if [lines[number].strip() for number in places] != list(marks):
+        raise UserError(f'{path}: expected a line {marks[0]} and after it a line {marks[1]}, once')
     first, last = places
     lines[first + 1 : last] = ['', text.strip(), '']
     files.write_text(path, '\n'.join(lines) + '\n')

@@ -69,6 +69,53 @@ def run(plan: Plan, folder: pathlib.Path, say: Callable[[str], None]) -> dict[st
         return result
 
 
+def train(
+    words: Sequence[str],
+    workdir: pathlib.Path,
+    signals: preemption.StopSignals,
+    look: Callable[[], bool] = lambda: False,
+) -> str:
+    """Runs a training in a process of its own, or goes on with it; beside it is its `.log`.
+
+    Args:
+      words: command line of `vit_jax.main`.
+      workdir: of the run.
+      signals: at which the training saves and ends.
+      look: asked all the time whether to end it.
+
+    Returns:
+      Why it failed; '' if it did not.
+
+    Raises:
+      PreemptedError: a signal came; the same call goes on.
+    """
+    log = workdir.with_name(f'{workdir.name}.log')
+    log.parent.mkdir(parents=True, exist_ok=True)
+    paths = [_ROOT, os.environ.get('PYTHONPATH', ''), os.getcwd()]
+    environment = os.environ | {'PYTHONPATH': os.pathsep.join(filter(None, paths))}
+    with open(log, 'ab') as output:
+        process = child.start(
+            ['-m', 'vit_jax.main', *words, '--workdir', str(workdir)],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is for this process, which passes it on, once
+        )
+        while process.poll() is None:
+            if signals.received or look():
+                process.terminate()
+                process.wait()
+                break
+            time.sleep(_POLL_SECONDS)
+    if signals.received:
+        raise preemption.PreemptedError(
+            signals.received,
+            f'stopped; what is done is in {workdir.parents[1]}, and the same command goes on',
+        )
+    return '' if process.returncode == 0 else _why(log, process.returncode)
+
+
 def open_study(folder: pathlib.Path) -> 'optuna.Study':
     """The trials of a sweep."""
     with extra('sweep'):
@@ -174,7 +221,7 @@ class _Sweep:
             return hopeless
 
         words = [f'--{knob}={value}' for knob, value in settings.items()]
-        reason = self._run([*words, *_OF_TRIALS], workdir, look)
+        reason = train([*self._plan.words, *words, *_OF_TRIALS], workdir, self._signals, look)
         _report(trial, workdir)
         metric, scores = choice.read_scores(workdir)
         score = _score(workdir, scores)
@@ -230,7 +277,7 @@ class _Sweep:
         words = [f'--{knob}={value}' for knob, value in result['settings'].items()]
         words += [*self._splits(result['trial']), f'--config.seed={seed}']
         self._say(f'seed {seed}: training the chosen settings ...')
-        if reason := self._run(words, workdir):
+        if reason := train([*self._plan.words, *words], workdir, self._signals):
             raise UserError(
                 f'{workdir}: {reason}. The trials stay as they are; the same command tries it again'
             )
@@ -257,41 +304,6 @@ class _Sweep:
 
     def _data_of(self, trial: int) -> dict[str, Any]:
         return files.read_json(self._folder / TRIALS / str(trial) / resume.DATA_FILE)
-
-    def _run(
-        self, words: Sequence[str], workdir: pathlib.Path, look: Callable[[], bool] = lambda: False
-    ) -> str:
-        """Runs a training in a process of its own; `look`, asked all the time, may end it.
-
-        Returns:
-          Why it failed; '' if it did not.
-        """
-        log = workdir.with_name(f'{workdir.name}.log')
-        log.parent.mkdir(parents=True, exist_ok=True)
-        paths = [_ROOT, os.environ.get('PYTHONPATH', ''), os.getcwd()]
-        environment = os.environ | {'PYTHONPATH': os.pathsep.join(filter(None, paths))}
-        arguments = ['-m', 'vit_jax.main', *self._plan.words, *words, '--workdir', str(workdir)]
-        with open(log, 'ab') as output:
-            process = child.start(
-                arguments,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for the sweep, which passes it on, once
-            )
-            while process.poll() is None:
-                if self._signals.received or look():
-                    process.terminate()
-                    process.wait()
-                    break
-                time.sleep(_POLL_SECONDS)
-        if self._signals.received:
-            raise preemption.PreemptedError(
-                self._signals.received,
-                f'stopped; what is done is in {self._folder}, and the same command goes on',
-            )
-        return '' if process.returncode == 0 else _why(log, process.returncode)
 
 
 def _report(trial: 'optuna.Trial', workdir: pathlib.Path) -> bool:

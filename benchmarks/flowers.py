@@ -1,0 +1,342 @@
+"""Fills tables on tf_flowers with a trained ViT-Ti/16: each run once, over days if need be.
+
+    python -m benchmarks.flowers --weights deit_ti16_imagenet1k.npz
+    python -m benchmarks.flowers --table --update docs/recipes.md README.md
+
+The first chooses a recipe on validation images, and then trains it and the plain one with seeds 0
+to 4, and tests each of these runs once, at its end. All runs see the same number of images. What a
+run gave is a record in the results file; the same command leaves it out, and goes on with the run
+that was under way from its checkpoint. A run takes a quarter of an hour on two cores. The second
+prints the tables, and writes them into documents.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import pathlib
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import psutil
+
+from benchmarks import flowers_tables, record
+from vit_jax import cli, files
+from vit_jax.errors import UserError
+from vit_jax.run import preemption, resume, run_info, sweep, telemetry
+
+RESULTS = 'benchmarks/results/flowers_runs.json'
+SEEDS = 5
+# Of every run. The test images are predicted once, at its end; a report would do it again.
+_WORDS = (
+    '--config=ti16', '--config.accum_steps=1', '--config.batch_eval=64',
+    '--config.eval_every=1000000', '--config.checkpoint_every=15', '--config.report=False',
+)  # fmt: skip
+_SAMPLE_SECONDS = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Settings of a run, whose length and size come from its stage.
+
+    Attributes:
+      knobs: of the config.
+      batch: images in a step.
+      averaged: the second half of the run has a moving average, over a tenth of the steps.
+      gentle: random crops of images of 8/7 of the size, in place of crops of any size.
+    """
+
+    knobs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    batch: int = 64
+    averaged: bool = False
+    gentle: bool = False
+
+    def with_knobs(self, **knobs: Any) -> 'Recipe':
+        """The same, with other or further knobs."""
+        return dataclasses.replace(self, knobs={**self.knobs, **knobs})
+
+    def words(self, images: int, crop: int) -> list[str]:
+        """The command line.
+
+        Args:
+          images: to go through the forward and the backward pass.
+          crop: pixels.
+        """
+        steps = images // self.batch
+        knobs = {
+            'pp.crop': crop,
+            'batch': self.batch,
+            'total_steps': steps,
+            'warmup_steps': steps // 10,
+            **self.knobs,
+        }
+        if self.averaged:
+            knobs |= {'ema_decay': 1 - 10 / steps, 'ema_warmup_steps': steps // 2}
+        if self.gentle:
+            knobs['pp.resize_small'] = crop * 8 // 7
+        return [f'--config.{name}={value}' for name, value in knobs.items()]
+
+
+PLAIN = Recipe()
+_ADAMW = Recipe({'optimizer': 'adamw', 'base_lr': 0.001, 'layer_decay': 0.75}, averaged=True)
+CANDIDATES: dict[str, Recipe] = {
+    'plain': PLAIN,
+    'adamw': _ADAMW,
+    'adamw, batch 32': dataclasses.replace(_ADAMW, batch=32),
+    'adamw, gentle crops': dataclasses.replace(_ADAMW, gentle=True),
+    'adamw, rate 0.0005': _ADAMW.with_knobs(base_lr=0.0005),
+    'adamw, rate 0.002': _ADAMW.with_knobs(base_lr=0.002),
+    'adamw, label smoothing 0.1': _ADAMW.with_knobs(label_smoothing=0.1),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Runs that can be compared.
+
+    Attributes:
+      name: in the records.
+      images: of each run, through the forward and the backward pass.
+      crop: pixels.
+      words: what all its runs have.
+    """
+
+    name: str
+    images: int
+    crop: int
+    words: tuple[str, ...] = ()
+
+
+CHOICE = Stage('choice', 3_200, 112, ('--config.pp.val=40%', '--config.test_at_end=False'))
+TEST = Stage('test', 9_600, 224)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of training, and one record."""
+
+    stage: Stage
+    name: str
+    recipe: Recipe
+    seed: int = 0
+
+    def words(self) -> list[str]:
+        """The command line, without data, weights and workdir."""
+        own = self.recipe.words(self.stage.images, self.stage.crop)
+        return [*_WORDS, *self.stage.words, *own, f'--config.seed={self.seed}']
+
+
+def choice() -> Iterator[Run]:
+    """The runs on validation images among which the recipe is chosen."""
+    return (Run(CHOICE, name, recipe) for name, recipe in CANDIDATES.items())
+
+
+def chosen(records: Sequence[Mapping[str, Any]]) -> str:
+    """The name of the candidate of the best validation accuracy; of equal ones the least loss.
+
+    Raises:
+      UserError: a candidate is missing.
+    """
+    found = {row['name']: row for row in records if row['stage'] == CHOICE.name}
+    if missing := [name for name in CANDIDATES if name not in found]:
+        raise UserError(f'the recipe is not chosen yet; to be tried: {", ".join(missing)}')
+    return max(CANDIDATES, key=lambda name: (found[name]['accuracy_val'], -found[name]['loss_val']))
+
+
+def tested(records: Sequence[Mapping[str, Any]], seeds: int) -> Iterator[Run]:
+    """The runs that are tested: recipe and plain in turns, seed by seed."""
+    recipe = CANDIDATES[chosen(records)]
+    for seed in range(seeds):
+        yield Run(TEST, 'recipe', recipe, seed)
+        yield Run(TEST, 'plain', PLAIN, seed)
+
+
+class Table:
+    """Runs, their records, and the folder where they are at work.
+
+    Args:
+      results: file of the records.
+      workdir: folder for the runs, of which models and checkpoints are removed in the end.
+      words: command line that all runs have beside their own.
+      say: gets lines for people.
+    """
+
+    def __init__(
+        self,
+        results: pathlib.Path,
+        workdir: pathlib.Path,
+        words: Sequence[str],
+        say: Callable[[str], None] = record.say,
+    ):
+        self._results, self._workdir = results, workdir
+        self._words, self._say = tuple(words), say
+
+    def records(self) -> list[dict[str, Any]]:
+        """What is known."""
+        return read(self._results) if self._results.exists() else []
+
+    def fill(self, run: Run, signals: preemption.StopSignals) -> None:
+        """Trains, or goes on with, a run that has no record, and adds its record.
+
+        Raises:
+          UserError: the run fails, or its record is of other settings.
+          PreemptedError: a signal came; the same call goes on.
+        """
+        known = self.records()
+        told = f'{run.stage.name}: {run.name}, seed {run.seed}'
+        for row in known:
+            if (row['stage'], row['name'], row['seed']) == (run.stage.name, run.name, run.seed):
+                if row['words'] != run.words():
+                    raise UserError(
+                        f'{self._results}: {told} is of other settings: take its record out, or '
+                        'use another --results'
+                    )
+                return
+        self._say(f'{told} ...')
+        stem = ''.join(c if c.isalnum() or c == '.' else '_' for c in run.name)
+        workdir = self._workdir / run.stage.name / f'{stem}-{run.seed}'
+        hardware = record.describe_hardware()
+        cost = Cost(workdir.with_name(f'{workdir.name}.cost.json'))
+        words = [*run.words(), *self._words]
+        if reason := sweep.train(words, workdir, signals, cost.sample):
+            raise UserError(f'{told}: {reason}')
+        made = {
+            'stage': run.stage.name,
+            'name': run.name,
+            'seed': run.seed,
+            **measured(workdir),
+            **cost.spent,
+            'words': run.words(),
+            'command': ' '.join(['python -m vit_jax.main', *map(_without_folder, words)]),
+            'date': datetime.date.today().isoformat(),
+            'git_revision': files.read_json(workdir / run_info.VERSIONS_FILE)['git_revision'],
+            'hardware': hardware,
+            'versions': record.versions(),
+        }
+        files.write_json(self._results, {'kind': 'flowers', 'records': [*known, made]})
+        for name in ('checkpoints', 'model'):
+            shutil.rmtree(workdir / name)
+        accuracy = made.get('accuracy_test', made.get('accuracy_val'))
+        took = telemetry.format_duration(made['seconds'])
+        self._say(f'{told}: {100 * accuracy:.2f} % ({took})')
+
+
+class Cost:
+    """What a run has cost so far, over all the times that it was at work.
+
+    Args:
+      path: where that is kept.
+
+    Attributes:
+      spent: `seconds`, in which neither the run nor this process was stopped; `cpu_seconds` of the
+        run; `peak_memory`, bytes that were resident at a time.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+        self.spent = {'seconds': 0.0, 'cpu_seconds': 0.0, 'peak_memory': 0}
+        if path.exists():
+            self.spent = files.read_json(path)
+        self._cpu_before = self.spent['cpu_seconds']
+        self._last = time.monotonic()
+
+    def sample(self) -> bool:
+        """Looks at the children of this process, at times; never asks for an end."""
+        now = time.monotonic()
+        if now - self._last < _SAMPLE_SECONDS or not self._path.parent.exists():
+            return False
+        cpu, memory = 0.0, 0
+        for process in psutil.Process().children(recursive=True):
+            try:
+                with process.oneshot():
+                    times = process.cpu_times()
+                    cpu += times.user + times.system
+                    memory += process.memory_info().rss
+            except psutil.NoSuchProcess:
+                continue
+        self.spent['seconds'] += min(now - self._last, 2 * _SAMPLE_SECONDS)
+        self.spent['cpu_seconds'] = max(self.spent['cpu_seconds'], self._cpu_before + cpu)
+        self.spent['peak_memory'] = max(self.spent['peak_memory'], memory)
+        self._last = now
+        files.write_json(self._path, self.spent)
+        return False
+
+
+def measured(workdir: pathlib.Path) -> dict[str, Any]:
+    """What the last evaluation of a finished run gave, and its numbers of images and parameters."""
+    config = files.read_json(workdir / run_info.CONFIG_FILE)
+    data = files.read_json(workdir / resume.DATA_FILE)
+    found = telemetry.read_evaluation(workdir, config['total_steps'])
+    split = 'test' if 'loss_test' in found else 'val'
+    return {
+        'steps': config['total_steps'],
+        f'accuracy_{split}': found[f'accuracy_{split}'],
+        f'loss_{split}': found[f'loss_{split}'],
+        'images': data[split]['examples'],
+    }
+
+
+def read(path: str | pathlib.Path) -> list[dict[str, Any]]:
+    """The records of a results file.
+
+    Raises:
+      UserError: it cannot be read, or is of another kind.
+    """
+    result = files.read_json(path)
+    if result.get('kind') != 'flowers':
+        raise UserError(f'{path} is not a results file of benchmarks.flowers')
+    return result['records']
+
+
+def _without_folder(word: str) -> str:
+    """Of a flag with a path only its last part, which does not name the machine."""
+    name, equals, value = word.partition('=')
+    return f'{name}{equals}{pathlib.Path(value).name}' if '/' in value else word
+
+
+def main() -> int:
+    """Runs the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add('--weights', help='a trained ViT-Ti/16, config.pretrained of all runs')
+    add('--tfds_data_dir', default='', help='where tf_flowers is; default: where TFDS keeps sets')
+    add('--results', type=pathlib.Path, default=RESULTS, help=f'default: {RESULTS}')
+    add('--workdir', type=pathlib.Path, default='runs/flowers', help='default: runs/flowers')
+    add('--seeds', type=int, default=SEEDS, help=f'default: {SEEDS}')
+    add('--table', action='store_true', help='only print what is known')
+    add('--update', nargs='+', default=(), metavar='FILE.md', help='with --table: write it there')
+    args = parser.parse_args()
+    if bool(args.weights) == args.table or (args.update and not args.table):
+        parser.error('give --weights, to train; or --table, with or without --update')
+    return cli.run(lambda: _run(args), go_on=True)
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.table:
+        records = read(args.results)
+        print(flowers_tables.render(records))
+        for path in args.update:
+            flowers_tables.update(path, records)
+        return 0
+    words = [f'--config.pretrained={args.weights}']
+    if args.tfds_data_dir:
+        words.append(f'--config.tfds_data_dir={args.tfds_data_dir}')
+    table = Table(args.results, args.workdir, words)
+    try:
+        with resume.locked(args.workdir), preemption.StopSignals() as signals:
+            for run in choice():
+                table.fill(run, signals)
+            for run in tested(table.records(), args.seeds):
+                table.fill(run, signals)
+    except preemption.PreemptedError as stopped:
+        print(stopped, file=sys.stderr)
+        return 128 + stopped.signum
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

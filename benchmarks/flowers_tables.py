@@ -1,0 +1,146 @@
+"""Tables of the records of `flowers`, and what documents show of them."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from scipy import stats
+
+from benchmarks import record
+from vit_jax import files
+from vit_jax.analysis.tables import Table
+from vit_jax.analysis.tables import render as render_table
+from vit_jax.errors import UserError
+
+Records = Sequence[Mapping[str, Any]]
+# Between the first marks of a document come the tables, between the others a line.
+TABLES = ('<!-- flowers -->', '<!-- /flowers -->')
+LINE = ('<!-- flowers in a line -->', '<!-- /flowers in a line -->')
+
+
+def paired(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
+    """The mean of the differences of pairs, and its 95 % interval by Student's t distribution.
+
+    Args:
+      first: at least two numbers.
+      second: their partners.
+
+    Returns:
+      (mean of second - first, low, high).
+    """
+    found = stats.ttest_rel(second, first).confidence_interval(0.95)
+    differences = [b - a for a, b in zip(first, second, strict=True)]
+    return statistics.fmean(differences), float(found.low), float(found.high)
+
+
+def accuracies(records: Records, name: str) -> dict[int, float]:
+    """Test accuracy of a row by seed, in percent."""
+    return {
+        row['seed']: 100 * row['accuracy_test']
+        for row in sorted(records, key=lambda row: row['seed'])
+        if row['stage'] == 'test' and row['name'] == name
+    }
+
+
+def tables(records: Records) -> list[Table]:
+    """The choice on validation images; and the recipe beside plain runs, seed by seed."""
+    return [_choice(records), _seeds(records)]
+
+
+def render(records: Records) -> str:
+    """The tables as Markdown."""
+    return '\n'.join(render_table(table, 'markdown') for table in tables(records))
+
+
+def line(records: Records) -> str:
+    """The result in a sentence."""
+    plain, recipe = accuracies(records, 'plain'), accuracies(records, 'recipe')
+    seeds = sorted(plain.keys() & recipe.keys())
+    if not seeds:
+        return 'No seed was run yet.'
+    means = [statistics.fmean(row[seed] for seed in seeds) for row in (plain, recipe)]
+    text = f'mean of {len(seeds)} seeds {means[1]:.2f} %, and {means[0]:.2f} % of plain runs'
+    return f'{text}; {_difference(plain, recipe)}'
+
+
+def update(path: str, records: Records) -> None:
+    """Writes tables or the sentence into a document, as its marks say.
+
+    Raises:
+      UserError: it has no marks, or cannot be written.
+    """
+    text = files.read_text(path)
+    known = {TABLES: render(records), LINE: line(records)}
+    wanted = [marks for marks in known if marks[0] in text]
+    if not wanted:
+        raise UserError(f'{path}: expected a line {TABLES[0]} or a line {LINE[0]}')
+    for marks in wanted:
+        record.update_document(path, known[marks], marks)
+
+
+def _choice(records: Records) -> Table:
+    runs = [row for row in records if row['stage'] == 'choice']
+    rows = [
+        [
+            row['name'],
+            f'{100 * row["accuracy_val"]:.2f} %',
+            f'{row["loss_val"]:.4f}',
+            _minutes(row),
+        ]
+        for row in runs
+    ]
+    columns = ('candidate', 'validation accuracy>', 'loss>', 'CPU minutes>')
+    notes = []
+    if runs:
+        notes = [
+            f'Of {runs[0]["images"]:,} images that were held out of training; {runs[0]["steps"]} '
+            f'steps at 112 px, seed 0. {record.machine(runs[0])}.'
+        ]
+    return Table('The choice, on validation images', columns, rows, notes)
+
+
+def _seeds(records: Records) -> Table:
+    plain, recipe = accuracies(records, 'plain'), accuracies(records, 'recipe')
+    rows = [
+        [
+            str(seed),
+            f'{plain[seed]:.2f}' if seed in plain else '',
+            f'{recipe[seed]:.2f}' if seed in recipe else '',
+            f'{recipe[seed] - plain[seed]:+.2f}' if seed in plain and seed in recipe else '',
+        ]
+        for seed in sorted(plain.keys() | recipe.keys())
+    ]
+    both = sorted(plain.keys() & recipe.keys())
+    columns = [[values[seed] for seed in both] for values in (plain, recipe)]
+    columns.append([b - a for a, b in zip(*columns, strict=True)])
+    if both:
+        rows.append(['mean', *(f'{statistics.fmean(values):.2f}' for values in columns)])
+    if len(both) > 1:
+        rows.append(['deviation', *(f'{statistics.stdev(values):.2f}' for values in columns)])
+    notes = []
+    runs = [row for row in records if row['stage'] == 'test']
+    if runs:
+        times = [
+            f'{name} {statistics.fmean(row["cpu_seconds"] for row in runs if row["name"] == name) / 60:.1f}'
+            for name in ('plain', 'recipe')
+            if accuracies(records, name)
+        ]
+        notes = [
+            f'Percent of {runs[0]["images"]} test images, which each run predicts once, at its '
+            f'end; {_difference(plain, recipe)}. CPU minutes of a run: {", ".join(times)} '
+            f'({record.machine(runs[0])}). Mean and deviation are of the seeds that both have.'
+        ]
+    title = f'Test accuracy, {len(both)} of 5 seeds'
+    return Table(title, ('seed', 'plain>', 'recipe>', 'difference>'), rows, notes)
+
+
+def _difference(plain: Mapping[int, float], recipe: Mapping[int, float]) -> str:
+    both = sorted(plain.keys() & recipe.keys())
+    if len(both) < 2:
+        return 'the difference has no interval yet'
+    mean, low, high = paired([plain[s] for s in both], [recipe[s] for s in both])
+    return f'difference {mean:+.2f} (95 % interval, paired by seed: {low:+.2f} to {high:+.2f})'
+
+
+def _minutes(row: Mapping[str, Any]) -> str:
+    return f'{row["cpu_seconds"] / 60:.1f}'
