@@ -31,8 +31,8 @@ RESULTS = 'benchmarks/results/flowers_runs.json'
 SEEDS = 5
 # Of every run. The test images are predicted once, at its end; a report would do it again.
 _WORDS = (
-    '--config=ti16', '--config.accum_steps=1', '--config.batch_eval=64',
-    '--config.eval_every=1000000', '--config.checkpoint_every=15', '--config.report=False',
+    '--config.accum_steps=1', '--config.batch_eval=64', '--config.eval_every=1000000',
+    '--config.checkpoint_every=15', '--config.report=False',
 )  # fmt: skip
 _SAMPLE_SECONDS = 2.0
 
@@ -123,7 +123,7 @@ class Run:
     seed: int = 0
 
     def words(self) -> list[str]:
-        """The command line, without data, weights and workdir."""
+        """The command line, without config file, weights, data and workdir."""
         own = self.recipe.words(self.stage.images, self.stage.crop)
         return [*_WORDS, *self.stage.words, *own, f'--config.seed={self.seed}']
 
@@ -159,7 +159,7 @@ class Table:
     Args:
       results: file of the records.
       workdir: folder for the runs, of which models and checkpoints are removed in the end.
-      words: command line that all runs have beside their own.
+      words: command line of all runs before their own: config file, weights, data.
       say: gets lines for people.
     """
 
@@ -199,7 +199,7 @@ class Table:
         workdir = self._workdir / run.stage.name / f'{stem}-{run.seed}'
         hardware = record.describe_hardware()
         cost = Cost(workdir.with_name(f'{workdir.name}.cost.json'))
-        words = [*run.words(), *self._words]
+        words = [*self._words, *run.words()]
         if reason := sweep.train(words, workdir, signals, cost.sample):
             raise UserError(f'{told}: {reason}')
         made = {
@@ -322,7 +322,7 @@ def _run(args: argparse.Namespace) -> int:
         for path in args.update:
             flowers_tables.update(path, records)
         return 0
-    words = [f'--config.pretrained={args.weights}']
+    words = ['--config=ti16', f'--config.pretrained={args.weights}']
     if args.tfds_data_dir:
         words.append(f'--config.tfds_data_dir={args.tfds_data_dir}')
     table = Table(args.results, args.workdir, words)

@@ -85,7 +85,7 @@ def _choice(records: Records) -> Table:
             row['name'],
             f'{100 * row["accuracy_val"]:.2f} %',
             f'{row["loss_val"]:.4f}',
-            _minutes(row),
+            f'{row["cpu_seconds"] / 60:.1f}',
         ]
         for row in runs
     ]
@@ -121,9 +121,9 @@ def _seeds(records: Records) -> Table:
     runs = [row for row in records if row['stage'] == 'test']
     if runs:
         times = [
-            f'{name} {statistics.fmean(row["cpu_seconds"] for row in runs if row["name"] == name) / 60:.1f}'
+            f'{name} {statistics.fmean(minutes):.1f}'
             for name in ('plain', 'recipe')
-            if accuracies(records, name)
+            if (minutes := [row['cpu_seconds'] / 60 for row in runs if row['name'] == name])
         ]
         notes = [
             f'Percent of {runs[0]["images"]} test images, which each run predicts once, at its '
@@ -140,7 +140,3 @@ def _difference(plain: Mapping[int, float], recipe: Mapping[int, float]) -> str:
         return 'the difference has no interval yet'
     mean, low, high = paired([plain[s] for s in both], [recipe[s] for s in both])
     return f'difference {mean:+.2f} (95 % interval, paired by seed: {low:+.2f} to {high:+.2f})'
-
-
-def _minutes(row: Mapping[str, Any]) -> str:
-    return f'{row["cpu_seconds"] / 60:.1f}'
