@@ -20,12 +20,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import psutil
 
 from benchmarks import flowers_tables, record
-from vit_jax import cli, files
+from vit_jax import checkpoint, cli, files, groups
 from vit_jax.errors import UserError
-from vit_jax.run import preemption, resume, run_info, sweep, telemetry
+from vit_jax.run import preemption, product, resume, run_info, sweep, telemetry
 
 RESULTS = 'benchmarks/results/flowers_runs.json'
 SEEDS = 5
@@ -265,16 +266,19 @@ class Cost:
 
 
 def measured(workdir: pathlib.Path) -> dict[str, Any]:
-    """What the last evaluation of a finished run gave, and its numbers of images and parameters."""
+    """What the last evaluation of a finished run gave, and numbers of images and parameters."""
     config = files.read_json(workdir / run_info.CONFIG_FILE)
     data = files.read_json(workdir / resume.DATA_FILE)
     found = telemetry.read_evaluation(workdir, config['total_steps'])
     split = 'test' if 'loss_test' in found else 'val'
+    params = checkpoint.load(workdir / product.MODEL_FOLDER / 'params.npz')
+    trained, _ = groups.partition(params, config['frozen'])
     return {
         'steps': config['total_steps'],
         f'accuracy_{split}': found[f'accuracy_{split}'],
         f'loss_{split}': found[f'loss_{split}'],
         'images': data[split]['examples'],
+        'trainable_parameters': sum(leaf.size for leaf in jax.tree.leaves(trained)),
     }
 
 

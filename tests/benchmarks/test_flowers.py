@@ -14,6 +14,8 @@ TINY = (
     '--config=digits', '--config.model.hidden_size=16', '--config.model.transformer.mlp_dim=32',
     '--config.model.transformer.num_layers=1', '--config.model.transformer.num_heads=2',
 )  # fmt: skip
+# Patches of 4 x 4 x 3, 16 positions; a block with norms, attention and MLP; norm and head.
+COUNT = (48 + 1 + 16) * 16 + (64 + 4 * 17 * 16 + 17 * 32 + 33 * 16) + 32 + 17 * 10
 STAGE = flowers.Stage('choice', 64, 16, ('--config.pp.val=10%', '--config.checkpoint_every=1'))
 
 
@@ -42,6 +44,7 @@ def test_a_run_that_is_stopped_goes_on_and_is_done_once(tmp_path, monkeypatch):
         (row,) = flowers.read(results)
         log = (metrics.parent / 'train.log').read_text()
         assert 'resumed from step' in log and row['steps'] == 4
+        assert row['trainable_parameters'] == COUNT
         assert row['images'] == 144 and 0 <= row['accuracy_val'] <= 1
         assert row['seconds'] > before['seconds'] and row['cpu_seconds'] > before['cpu_seconds']
         assert row['peak_memory'] > 2**26 and row['hardware']['cores'] >= 1
