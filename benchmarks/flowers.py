@@ -18,7 +18,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import psutil
@@ -36,6 +36,7 @@ _WORDS = (
     '--config.checkpoint_every=15', '--config.report=False',
 )  # fmt: skip
 _SAMPLE_SECONDS = 2.0
+_STOPPED_SECONDS = 30.0  # without a sample: this process was stopped, or the machine slept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +115,13 @@ CHOICE = Stage('choice', 3_200, 112, ('--config.pp.val=40%', '--config.test_at_e
 TEST = Stage('test', 9_600, 224)
 
 
+class Start(NamedTuple):
+    """Where all runs start from: first words of the command lines of training and of probing."""
+
+    training: tuple[str, ...]
+    probing: tuple[str, ...] = ()
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """One run of training, and one record."""
@@ -127,6 +135,60 @@ class Run:
         """The command line, without config file, weights, data and workdir."""
         own = self.recipe.words(self.stage.images, self.stage.crop)
         return [*_WORDS, *self.stage.words, *own, f'--config.seed={self.seed}']
+
+    def command(self, start: Start) -> list[str]:
+        """The whole command line but for the workdir."""
+        return ['-m', 'vit_jax.main', *start.training, *self.words()]
+
+    def where(self, workdir: pathlib.Path) -> list[str]:
+        """The rest of the command line."""
+        return ['--workdir', str(workdir)]
+
+    def measured(self, workdir: pathlib.Path) -> dict[str, Any]:
+        """What the last evaluation gave, and numbers of images and parameters."""
+        config = files.read_json(workdir / run_info.CONFIG_FILE)
+        data = files.read_json(workdir / resume.DATA_FILE)
+        found = telemetry.read_evaluation(workdir, config['total_steps'])
+        split = 'test' if 'loss_test' in found else 'val'
+        params = checkpoint.load(workdir / product.MODEL_FOLDER / 'params.npz')
+        trained, _ = groups.partition(params, config['frozen'])
+        return {
+            'steps': config['total_steps'],
+            f'accuracy_{split}': found[f'accuracy_{split}'],
+            f'loss_{split}': found[f'loss_{split}'],
+            'images': data[split]['examples'],
+            'trainable_parameters': sum(leaf.size for leaf in jax.tree.leaves(trained)),
+            'git_revision': files.read_json(workdir / run_info.VERSIONS_FILE)['git_revision'],
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Probes:
+    """Classifiers on frozen features: all kinds in one command, and one record."""
+
+    stage: Stage = TEST
+    name: str = 'probes'
+    seed: int = 0
+
+    def words(self) -> list[str]:
+        """The command line, without model, data and file for the metrics."""
+        return ['--shots', '1', '5', '10', '25', '--seeds', '3']
+
+    def command(self, start: Start) -> list[str]:
+        """The whole command line but for the file of the metrics."""
+        return ['-m', 'vit_jax', 'probe', *start.probing, *self.words()]
+
+    def where(self, workdir: pathlib.Path) -> list[str]:
+        """The rest of the command line."""
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / 'metrics.json').unlink(missing_ok=True)  # of a record that was not written
+        return ['--metrics', str(workdir / 'metrics.json')]
+
+    def measured(self, workdir: pathlib.Path) -> dict[str, Any]:
+        """What the probes gave."""
+        found = files.read_json(workdir / 'metrics.json')
+        kept = {name: found[name] for name in ('images', 'probes', 'few_shot')}
+        return kept | {'trainable_parameters': (found['features'] + 1) * found['classes']}
 
 
 def choice() -> Iterator[Run]:
@@ -160,7 +222,7 @@ class Table:
     Args:
       results: file of the records.
       workdir: folder for the runs, of which models and checkpoints are removed in the end.
-      words: command line of all runs before their own: config file, weights, data.
+      start: config file, weights, data.
       say: gets lines for people.
     """
 
@@ -168,18 +230,18 @@ class Table:
         self,
         results: pathlib.Path,
         workdir: pathlib.Path,
-        words: Sequence[str],
+        start: Start,
         say: Callable[[str], None] = record.say,
     ):
         self._results, self._workdir = results, workdir
-        self._words, self._say = tuple(words), say
+        self._start, self._say = start, say
 
     def records(self) -> list[dict[str, Any]]:
         """What is known."""
         return read(self._results) if self._results.exists() else []
 
-    def fill(self, run: Run, signals: preemption.StopSignals) -> None:
-        """Trains, or goes on with, a run that has no record, and adds its record.
+    def fill(self, run: Run | Probes, signals: preemption.StopSignals) -> None:
+        """Does a run that has no record, or goes on with it, and adds its record.
 
         Raises:
           UserError: the run fails, or its record is of other settings.
@@ -200,28 +262,30 @@ class Table:
         workdir = self._workdir / run.stage.name / f'{stem}-{run.seed}'
         hardware = record.describe_hardware()
         cost = Cost(workdir.with_name(f'{workdir.name}.cost.json'))
-        words = [*self._words, *run.words()]
-        if reason := sweep.train(words, workdir, signals, cost.sample):
+        command = run.command(self._start)
+        log = workdir.with_name(f'{workdir.name}.log')
+        words = [*command, *run.where(workdir)]
+        if reason := sweep.run_program(words, log, signals, cost.sample):
             raise UserError(f'{told}: {reason}')
         made = {
             'stage': run.stage.name,
             'name': run.name,
             'seed': run.seed,
-            **measured(workdir),
+            **run.measured(workdir),
             **cost.spent,
             'words': run.words(),
-            'command': ' '.join(['python -m vit_jax.main', *map(_without_folder, words)]),
+            'command': ' '.join(['python', *map(_without_folder, command)]),
             'date': datetime.date.today().isoformat(),
-            'git_revision': files.read_json(workdir / run_info.VERSIONS_FILE)['git_revision'],
             'hardware': hardware,
             'versions': record.versions(),
         }
         files.write_json(self._results, {'kind': 'flowers', 'records': [*known, made]})
         for name in ('checkpoints', 'model'):
-            shutil.rmtree(workdir / name)
-        accuracy = made.get('accuracy_test', made.get('accuracy_val'))
-        took = telemetry.format_duration(made['seconds'])
-        self._say(f'{told}: {100 * accuracy:.2f} % ({took})')
+            shutil.rmtree(workdir / name, ignore_errors=True)
+        for split in ('val', 'test'):
+            if accuracy := made.get(f'accuracy_{split}'):
+                told += f', {split} {100 * accuracy:.2f} %'
+        self._say(f'{told}: done in {telemetry.format_duration(made["seconds"])}')
 
 
 class Cost:
@@ -231,8 +295,8 @@ class Cost:
       path: where that is kept.
 
     Attributes:
-      spent: `seconds`, in which neither the run nor this process was stopped; `cpu_seconds` of the
-        run; `peak_memory`, bytes that were resident at a time.
+      spent: `seconds` of wall time, without those in which this process was stopped; `cpu_seconds`
+        of the run; `peak_memory`, bytes that were resident at a time.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -257,29 +321,13 @@ class Cost:
                     memory += process.memory_info().rss
             except psutil.NoSuchProcess:
                 continue
-        self.spent['seconds'] += min(now - self._last, 2 * _SAMPLE_SECONDS)
+        if now - self._last < _STOPPED_SECONDS:
+            self.spent['seconds'] += now - self._last
         self.spent['cpu_seconds'] = max(self.spent['cpu_seconds'], self._cpu_before + cpu)
         self.spent['peak_memory'] = max(self.spent['peak_memory'], memory)
         self._last = now
         files.write_json(self._path, self.spent)
         return False
-
-
-def measured(workdir: pathlib.Path) -> dict[str, Any]:
-    """What the last evaluation of a finished run gave, and numbers of images and parameters."""
-    config = files.read_json(workdir / run_info.CONFIG_FILE)
-    data = files.read_json(workdir / resume.DATA_FILE)
-    found = telemetry.read_evaluation(workdir, config['total_steps'])
-    split = 'test' if 'loss_test' in found else 'val'
-    params = checkpoint.load(workdir / product.MODEL_FOLDER / 'params.npz')
-    trained, _ = groups.partition(params, config['frozen'])
-    return {
-        'steps': config['total_steps'],
-        f'accuracy_{split}': found[f'accuracy_{split}'],
-        f'loss_{split}': found[f'loss_{split}'],
-        'images': data[split]['examples'],
-        'trainable_parameters': sum(leaf.size for leaf in jax.tree.leaves(trained)),
-    }
 
 
 def read(path: str | pathlib.Path) -> list[dict[str, Any]]:
@@ -295,8 +343,8 @@ def read(path: str | pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _without_folder(word: str) -> str:
-    """Of a flag with a path only its last part, which does not name the machine."""
-    name, equals, value = word.partition('=')
+    """Of a path only its last part, which does not name the machine."""
+    name, equals, value = word.rpartition('=')
     return f'{name}{equals}{pathlib.Path(value).name}' if '/' in value else word
 
 
@@ -326,16 +374,26 @@ def _run(args: argparse.Namespace) -> int:
         for path in args.update:
             flowers_tables.update(path, records)
         return 0
-    words = ['--config=ti16', f'--config.pretrained={args.weights}']
-    if args.tfds_data_dir:
-        words.append(f'--config.tfds_data_dir={args.tfds_data_dir}')
-    table = Table(args.results, args.workdir, words)
+    folder = args.tfds_data_dir
+    start = Start(
+        (
+            '--config=ti16',
+            f'--config.pretrained={args.weights}',
+            *([f'--config.tfds_data_dir={folder}'] if folder else []),
+        ),
+        (
+            *('--model', args.weights, '--dataset', 'tf_flowers'),
+            *(['--tfds_data_dir', folder] if folder else []),
+        ),
+    )
+    table = Table(args.results, args.workdir, start)
     try:
         with resume.locked(args.workdir), preemption.StopSignals() as signals:
             for run in choice():
                 table.fill(run, signals)
             for run in tested(table.records(), args.seeds):
                 table.fill(run, signals)
+            table.fill(Probes(), signals)
     except preemption.PreemptedError as stopped:
         print(stopped, file=sys.stderr)
         return 128 + stopped.signum

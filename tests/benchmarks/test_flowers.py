@@ -16,12 +16,12 @@ TINY = (
 )  # fmt: skip
 # Patches of 4 x 4 x 3, 16 positions; a block with norms, attention and MLP; norm and head.
 COUNT = (48 + 1 + 16) * 16 + (64 + 4 * 17 * 16 + 17 * 32 + 33 * 16) + 32 + 17 * 10
-STAGE = flowers.Stage('choice', 64, 16, ('--config.pp.val=10%', '--config.checkpoint_every=1'))
+STAGE = flowers.Stage('choice', 192, 16, (*flowers.CHOICE.words, '--config.checkpoint_every=1'))
 
 
 def test_a_run_that_is_stopped_goes_on_and_is_done_once(tmp_path, monkeypatch):
     results, said = tmp_path / 'results.json', []
-    table = flowers.Table(results, tmp_path / 'runs', TINY, said.append)
+    table = flowers.Table(results, tmp_path / 'runs', flowers.Start(TINY), said.append)
     run = flowers.Run(STAGE, 'a name, with 0.1', flowers.Recipe(batch=16, averaged=True))
     monkeypatch.setattr(flowers, '_SAMPLE_SECONDS', 0.01)
     with preemption.StopSignals() as signals:
@@ -36,22 +36,22 @@ def test_a_run_that_is_stopped_goes_on_and_is_done_once(tmp_path, monkeypatch):
         monkeypatch.setattr(flowers.Cost, 'sample', stop)
         with pytest.raises(preemption.PreemptedError, match='the same command goes on'):
             table.fill(run, signals)
-        assert not results.exists() and 'accuracy' not in metrics.read_text()
+        assert not results.exists() and 'accuracy_val' not in metrics.read_text()
     monkeypatch.setattr(flowers.Cost, 'sample', sample)
     before = files.read_json(metrics.parents[1] / 'a_name__with_0.1-0.cost.json')
     with preemption.StopSignals() as signals:
         table.fill(run, signals)
         (row,) = flowers.read(results)
         log = (metrics.parent / 'train.log').read_text()
-        assert 'resumed from step' in log and row['steps'] == 4
+        assert 'resumed from step' in log and row['steps'] == 12
         assert row['trainable_parameters'] == COUNT
-        assert row['images'] == 144 and 0 <= row['accuracy_val'] <= 1
+        assert row['images'] == 575 and 0 <= row['accuracy_val'] <= 1
         assert row['seconds'] > before['seconds'] and row['cpu_seconds'] > before['cpu_seconds']
         assert row['peak_memory'] > 2**26 and row['hardware']['cores'] >= 1
-        assert '--config.ema_warmup_steps=2' in row['command'] and str(tmp_path) not in str(row)
+        assert '--config.ema_warmup_steps=6' in row['command'] and str(tmp_path) not in str(row)
         assert not (metrics.parent / 'checkpoints').exists()
         table.fill(run, signals)
-        assert len(said) == 3 and said[-1].startswith('choice: a name, with 0.1, seed 0: ')
+        assert len(said) == 3 and said[-1].startswith('choice: a name, with 0.1, seed 0, val ')
         other = flowers.Run(STAGE, run.name, flowers.Recipe(batch=32))
         with pytest.raises(UserError, match='is of other settings'):
             table.fill(other, signals)

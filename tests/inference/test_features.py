@@ -258,10 +258,15 @@ def test_the_commands(tiny_model, photos, tmp_path, run_script):
     tiny_model(('cat', 'dog', 'cow'), folder=tmp_path / 'model')
     model = ('--model', tmp_path / 'model')
     done = run_script(
-        'probe.py', *model, '--dataset', photos, '--shots', 1, '--output', tmp_path / 'probed'
-    )
+        'probe.py', *model, '--dataset', photos, '--shots', 1, '--output', tmp_path / 'probed',
+        '--metrics', tmp_path / 'probed.json',
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert '1-shot ridge: mean' in done.stdout and 'test 100.0 % of 6' in done.stdout
+    metrics = json.loads((tmp_path / 'probed.json').read_text())
+    assert len(metrics['few_shot']['1']) == 3 and metrics['images'] == 6
+    assert metrics['features'] == 8 and metrics['classes'] == 2
+    assert {p['name']: p['accuracy_test'] for p in metrics['probes']}['logistic'] == 1
     probed = model_folder.load(tmp_path / 'probed')
     assert probed.class_names == ('dark', 'light') and probed.source['train'] == 'train'
     evaluated = run_script(

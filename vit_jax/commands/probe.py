@@ -56,10 +56,12 @@ def _parser() -> argparse.ArgumentParser:
         'of the same images is quick',
     )
     add('--output', metavar='DIR', help='write the best head, with the model, to this folder')
+    add('--metrics', metavar='FILE.json', help='write what is printed to this file, too')
     return parser
 
 
 def _run(args: argparse.Namespace) -> int:
+    from vit_jax import files
     from vit_jax.configs import datasets
     from vit_jax.data import sources
     from vit_jax.data.dataset import CLASS_INDEX
@@ -106,8 +108,19 @@ def _run(args: argparse.Namespace) -> int:
         print(f'{args.model}, frozen: {args.folds} folds of {train}')
         for name, (hits, counts) in right.items():
             print(_folds_row(name, hits, counts))
+        told = {'folds': {name: {'right': r, 'images': n} for name, (r, n) in right.items()}}
     else:
-        _compare(args, model, train, test, fitting, found['test'][0], groups)
+        told = _compare(args, model, train, test, fitting, found['test'][0], groups)
+    if args.metrics:
+        facts = {
+            'model': args.model,
+            'dataset': args.dataset,
+            'train': train.spec,
+            'train_images': len(fitting.label),
+            'features': fitting.values.shape[1],
+            'classes': classes,
+        }
+        files.write_json(args.metrics, facts | told)
     bad = [error for _, errors in found.values() for error in errors]
     return output.report_unreadable(bad, sum(map(len, parts.values())))
 
@@ -124,8 +137,9 @@ def _check(args: argparse.Namespace) -> None:
                 '--folds tests on each part of the training images, with a head of its own for '
                 'each: leave out --output and --test'
             )
-    if args.output:
-        files.check_output(args.output, overwrite=False, flag='--output')
+    for path, flag in ((args.output, '--output'), (args.metrics, '--metrics')):
+        if path:
+            files.check_output(path, overwrite=False, flag=flag)
     if args.seeds < 1 or any(shots < 1 for shots in args.shots):
         raise UserError('--seeds and --shots are numbers from 1 on')
 
@@ -138,21 +152,34 @@ def _compare(
     fitting: 'Features',
     testing: 'Features',
     groups: Any,
-) -> None:
-    """Chooses on the training images, tells what comes out on the test images, writes the best."""
+) -> dict[str, Any]:
+    """Chooses on the training images, tells what comes out on the test images, writes the best.
+
+    Returns:
+      What it told, for JSON.
+    """
     from vit_jax.inference import probe_choice, probes
 
     classes = len(train.class_names)
     results = probe_choice.choose(fitting.values, fitting.label, classes, groups=groups)
     print(f'{args.model}, frozen: {train} to {test}')
+    told: dict[str, Any] = {
+        'test': test.spec, 'images': len(testing.label), 'probes': [], 'few_shot': {},
+    }  # fmt: skip
     for result in results:
+        name, setting = result.chosen.name, result.chosen.setting
         right = int((result.probe.predict(testing.values) == testing.label).sum())
-        print(_row(result.chosen.name, result.chosen.setting, result.validation, right, testing))
+        print(_row(name, setting, result.validation, right, testing))
+        told['probes'].append({
+            'name': name, 'setting': setting, 'accuracy_val': result.validation,
+            'accuracy_test': right / len(testing.label),
+        })  # fmt: skip
     for shots in args.shots:
         shares = [
             probe_choice.few_shot(fitting, testing, classes, shots=shots, seed=seed)
             for seed in range(args.seeds)
         ]
+        told['few_shot'][str(shots)] = shares
         each = ', '.join(f'{100 * share:.1f}' for share in shares)
         low, high = probes.mean_interval(shares)
         print(
@@ -171,6 +198,7 @@ def _compare(
         }
         probes.save(args.output, model, head, train.class_names, source)
         print(f'{args.output}: the model with this head, {source["probe"]}')
+    return told
 
 
 def _folds_row(name: str, right: list[int], count: list[int]) -> str:

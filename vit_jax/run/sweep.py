@@ -75,27 +75,44 @@ def train(
     signals: preemption.StopSignals,
     look: Callable[[], bool] = lambda: False,
 ) -> str:
-    """Runs a training in a process of its own, or goes on with it; beside it is its `.log`.
+    """Runs a training in a process of its own, or goes on with it; see `run_program`.
 
     Args:
       words: command line of `vit_jax.main`.
-      workdir: of the run.
+      workdir: of the run; what is printed goes to a file beside it.
       signals: at which the training saves and ends.
+      look: asked all the time whether to end it.
+    """
+    arguments = ['-m', 'vit_jax.main', *words, '--workdir', str(workdir)]
+    return run_program(arguments, workdir.with_name(f'{workdir.name}.log'), signals, look)
+
+
+def run_program(
+    arguments: Sequence[str],
+    log: pathlib.Path,
+    signals: preemption.StopSignals,
+    look: Callable[[], bool] = lambda: False,
+) -> str:
+    """Runs a Python program in a process of its own.
+
+    Args:
+      arguments: see `child.start`.
+      log: file to which what it prints is added.
+      signals: at which the program is asked to end.
       look: asked all the time whether to end it.
 
     Returns:
       Why it failed; '' if it did not.
 
     Raises:
-      PreemptedError: a signal came; the same call goes on.
+      PreemptedError: a signal came.
     """
-    log = workdir.with_name(f'{workdir.name}.log')
     log.parent.mkdir(parents=True, exist_ok=True)
     paths = [_ROOT, os.environ.get('PYTHONPATH', ''), os.getcwd()]
     environment = os.environ | {'PYTHONPATH': os.pathsep.join(filter(None, paths))}
     with open(log, 'ab') as output:
         process = child.start(
-            ['-m', 'vit_jax.main', *words, '--workdir', str(workdir)],
+            arguments,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -111,7 +128,7 @@ def train(
     if signals.received:
         raise preemption.PreemptedError(
             signals.received,
-            f'stopped; what is done is in {workdir.parents[1]}, and the same command goes on',
+            f'stopped; what is done is in {log.parents[1]}, and the same command goes on',
         )
     return '' if process.returncode == 0 else _why(log, process.returncode)
 
