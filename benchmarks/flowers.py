@@ -4,216 +4,34 @@
     python -m benchmarks.flowers --table --update docs/recipes.md README.md
 
 The first chooses a recipe on validation images, and then trains it and the plain one with seeds 0
-to 4, and tests each of these runs once, at its end. All runs see the same number of images. What a
-run gave is a record in the results file; the same command leaves it out, and goes on with the run
+to 4, and tests each of these runs once, at its end. Probes, LoRA and other ways to train less are
+chosen and tested in the same way. All runs see the same number of images. What a run gave is a
+record in the results file; the same command leaves it out, and goes on with the run
 that was under way from its checkpoint. A run takes a quarter of an hour on two cores. The second
 prints the tables, and writes them into documents.
 """
 
 import argparse
-import dataclasses
 import datetime
 import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
-import jax
 import psutil
 
 from benchmarks import flowers_tables, record
-from vit_jax import checkpoint, cli, files, groups
+from benchmarks.flowers_rows import LESS, Folds, Probes, Run, Start, choice, tested
+from vit_jax import cli, files
 from vit_jax.errors import UserError
-from vit_jax.run import preemption, product, resume, run_info, sweep, telemetry
+from vit_jax.run import preemption, resume, sweep, telemetry
 
 RESULTS = 'benchmarks/results/flowers_runs.json'
 SEEDS = 5
-# Of every run. The test images are predicted once, at its end; a report would do it again.
-_WORDS = (
-    '--config.accum_steps=1', '--config.batch_eval=64', '--config.eval_every=1000000',
-    '--config.checkpoint_every=15', '--config.report=False',
-)  # fmt: skip
 _SAMPLE_SECONDS = 2.0
 _STOPPED_SECONDS = 30.0  # without a sample: this process was stopped, or the machine slept
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """Settings of a run, whose length and size come from its stage.
-
-    Attributes:
-      knobs: of the config.
-      batch: images in a step.
-      averaged: the second half of the run has a moving average, over a tenth of the steps.
-      gentle: random crops of images of 8/7 of the size, in place of crops of any size.
-    """
-
-    knobs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    batch: int = 64
-    averaged: bool = False
-    gentle: bool = False
-
-    def with_knobs(self, **knobs: Any) -> 'Recipe':
-        """The same, with other or further knobs."""
-        return dataclasses.replace(self, knobs={**self.knobs, **knobs})
-
-    def words(self, images: int, crop: int) -> list[str]:
-        """The command line.
-
-        Args:
-          images: to go through the forward and the backward pass.
-          crop: pixels.
-        """
-        steps = images // self.batch
-        knobs = {
-            'pp.crop': crop,
-            'batch': self.batch,
-            'total_steps': steps,
-            'warmup_steps': steps // 10,
-            **self.knobs,
-        }
-        if self.averaged:
-            knobs |= {'ema_decay': 1 - 10 / steps, 'ema_warmup_steps': steps // 2}
-        if self.gentle:
-            knobs['pp.resize_small'] = crop * 8 // 7
-        return [f'--config.{name}={value}' for name, value in knobs.items()]
-
-
-PLAIN = Recipe()
-_ADAMW = Recipe({'optimizer': 'adamw', 'base_lr': 0.001, 'layer_decay': 0.75}, averaged=True)
-CANDIDATES: dict[str, Recipe] = {
-    'plain': PLAIN,
-    'adamw': _ADAMW,
-    'adamw, batch 32': dataclasses.replace(_ADAMW, batch=32),
-    'adamw, gentle crops': dataclasses.replace(_ADAMW, gentle=True),
-    'adamw, rate 0.0005': _ADAMW.with_knobs(base_lr=0.0005),
-    'adamw, rate 0.002': _ADAMW.with_knobs(base_lr=0.002),
-    'adamw, label smoothing 0.1': _ADAMW.with_knobs(label_smoothing=0.1),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """Runs that can be compared.
-
-    Attributes:
-      name: in the records.
-      images: of each run, through the forward and the backward pass.
-      crop: pixels.
-      words: what all its runs have.
-    """
-
-    name: str
-    images: int
-    crop: int
-    words: tuple[str, ...] = ()
-
-
-CHOICE = Stage('choice', 3_200, 112, ('--config.pp.val=40%', '--config.test_at_end=False'))
-TEST = Stage('test', 9_600, 224)
-
-
-class Start(NamedTuple):
-    """Where all runs start from: first words of the command lines of training and of probing."""
-
-    training: tuple[str, ...]
-    probing: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One run of training, and one record."""
-
-    stage: Stage
-    name: str
-    recipe: Recipe
-    seed: int = 0
-
-    def words(self) -> list[str]:
-        """The command line, without config file, weights, data and workdir."""
-        own = self.recipe.words(self.stage.images, self.stage.crop)
-        return [*_WORDS, *self.stage.words, *own, f'--config.seed={self.seed}']
-
-    def command(self, start: Start) -> list[str]:
-        """The whole command line but for the workdir."""
-        return ['-m', 'vit_jax.main', *start.training, *self.words()]
-
-    def where(self, workdir: pathlib.Path) -> list[str]:
-        """The rest of the command line."""
-        return ['--workdir', str(workdir)]
-
-    def measured(self, workdir: pathlib.Path) -> dict[str, Any]:
-        """What the last evaluation gave, and numbers of images and parameters."""
-        config = files.read_json(workdir / run_info.CONFIG_FILE)
-        data = files.read_json(workdir / resume.DATA_FILE)
-        found = telemetry.read_evaluation(workdir, config['total_steps'])
-        split = 'test' if 'loss_test' in found else 'val'
-        params = checkpoint.load(workdir / product.MODEL_FOLDER / 'params.npz')
-        trained, _ = groups.partition(params, config['frozen'])
-        return {
-            'steps': config['total_steps'],
-            f'accuracy_{split}': found[f'accuracy_{split}'],
-            f'loss_{split}': found[f'loss_{split}'],
-            'images': data[split]['examples'],
-            'trainable_parameters': sum(leaf.size for leaf in jax.tree.leaves(trained)),
-            'git_revision': files.read_json(workdir / run_info.VERSIONS_FILE)['git_revision'],
-        }
-
-
-@dataclasses.dataclass(frozen=True)
-class Probes:
-    """Classifiers on frozen features: all kinds in one command, and one record."""
-
-    stage: Stage = TEST
-    name: str = 'probes'
-    seed: int = 0
-
-    def words(self) -> list[str]:
-        """The command line, without model, data and file for the metrics."""
-        return ['--shots', '1', '5', '10', '25', '--seeds', '3']
-
-    def command(self, start: Start) -> list[str]:
-        """The whole command line but for the file of the metrics."""
-        return ['-m', 'vit_jax', 'probe', *start.probing, *self.words()]
-
-    def where(self, workdir: pathlib.Path) -> list[str]:
-        """The rest of the command line."""
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / 'metrics.json').unlink(missing_ok=True)  # of a record that was not written
-        return ['--metrics', str(workdir / 'metrics.json')]
-
-    def measured(self, workdir: pathlib.Path) -> dict[str, Any]:
-        """What the probes gave."""
-        found = files.read_json(workdir / 'metrics.json')
-        kept = {name: found[name] for name in ('images', 'probes', 'few_shot')}
-        return kept | {'trainable_parameters': (found['features'] + 1) * found['classes']}
-
-
-def choice() -> Iterator[Run]:
-    """The runs on validation images among which the recipe is chosen."""
-    return (Run(CHOICE, name, recipe) for name, recipe in CANDIDATES.items())
-
-
-def chosen(records: Sequence[Mapping[str, Any]]) -> str:
-    """The name of the candidate of the best validation accuracy; of equal ones the least loss.
-
-    Raises:
-      UserError: a candidate is missing.
-    """
-    found = {row['name']: row for row in records if row['stage'] == CHOICE.name}
-    if missing := [name for name in CANDIDATES if name not in found]:
-        raise UserError(f'the recipe is not chosen yet; to be tried: {", ".join(missing)}')
-    return max(CANDIDATES, key=lambda name: (found[name]['accuracy_val'], -found[name]['loss_val']))
-
-
-def tested(records: Sequence[Mapping[str, Any]], seeds: int) -> Iterator[Run]:
-    """The runs that are tested: recipe and plain in turns, seed by seed."""
-    recipe = CANDIDATES[chosen(records)]
-    for seed in range(seeds):
-        yield Run(TEST, 'recipe', recipe, seed)
-        yield Run(TEST, 'plain', PLAIN, seed)
 
 
 class Table:
@@ -389,11 +207,14 @@ def _run(args: argparse.Namespace) -> int:
     table = Table(args.results, args.workdir, start)
     try:
         with resume.locked(args.workdir), preemption.StopSignals() as signals:
-            for run in choice():
-                table.fill(run, signals)
-            for run in tested(table.records(), args.seeds):
-                table.fill(run, signals)
-            table.fill(Probes(), signals)
+            for row, seeds in {'recipe': args.seeds, **LESS}.items():
+                for run in choice(row):
+                    table.fill(run, signals)
+                if row == 'recipe':
+                    table.fill(Probes(), signals)
+                    table.fill(Folds(), signals)
+                for run in tested(table.records(), row, seeds):
+                    table.fill(run, signals)
     except preemption.PreemptedError as stopped:
         print(stopped, file=sys.stderr)
         return 128 + stopped.signum

@@ -43,8 +43,8 @@ def accuracies(records: Records, name: str) -> dict[int, float]:
 
 
 def tables(records: Records) -> list[Table]:
-    """The choice on validation images; and the recipe beside plain runs, seed by seed."""
-    return [_choice(records), _seeds(records)]
+    """The recipe beside plain runs, seed by seed; training less; the choices."""
+    return [_seeds(records), _less(records), _choice(records)]
 
 
 def render(records: Records) -> str:
@@ -132,6 +132,46 @@ def _seeds(records: Records) -> Table:
         ]
     title = f'Test accuracy, {len(both)} of 5 seeds'
     return Table(title, ('seed', 'plain>', 'recipe>', 'difference>'), rows, notes)
+
+
+def _less(records: Records) -> Table:
+    """Full training beside training less, and classifiers on frozen features."""
+    tested = [row for row in records if row['stage'] == 'test']
+    rows = []
+    for name in dict.fromkeys(row['name'] for row in tested):
+        runs = sorted((r for r in tested if r['name'] == name), key=lambda row: row['seed'])
+        cost = [
+            f'{runs[0]["trainable_parameters"]:,}',
+            f'{statistics.fmean(run["cpu_seconds"] for run in runs) / 60:.1f}',
+            f'{max(run["peak_memory"] for run in runs) / 2**30:.2f}',
+        ]
+        if 'accuracy_test' in runs[0]:
+            shares = list(accuracies(records, name).values())
+            rows.append(['full' if name == 'plain' else name, *_mean(shares), *cost])
+        for probe in runs[0].get('probes', ()):
+            what = f'{probe["name"]} {probe["setting"]}'.strip()
+            rows.append([what, *_mean([100 * probe['accuracy_test']]), *cost])
+        for shots, shares in runs[0].get('few_shot', {}).items():
+            rows.append([f'{shots}-shot ridge', *_mean([100 * s for s in shares]), *cost])
+        for kind, counts in runs[0].get('folds', {}).items():
+            shares = [100 * r / n for r, n in zip(counts['right'], counts['images'], strict=True)]
+            rows.append([f'{kind}, 10 folds of all images', *_mean(shares), *cost])
+    columns = (
+        'what is trained', 'accuracy>', 'each', 'parameters>', 'CPU minutes>', 'memory, GiB>',
+    )  # fmt: skip
+    notes = [
+        'Each: of seeds, of draws of the few images, or of folds. Minutes and memory of probes are '
+        'those of the command that fits all of them, with the features. Settings of all but full '
+        'are chosen without test images.'
+    ]
+    return Table('Training less', columns, rows, notes)
+
+
+def _mean(shares: Sequence[float]) -> list[str]:
+    """Mean and deviation, and each."""
+    spread = f' ± {statistics.stdev(shares):.1f}' if len(shares) > 1 else ''
+    each = ', '.join(f'{share:.1f}' for share in shares) if len(shares) > 1 else ''
+    return [f'{statistics.fmean(shares):.1f}{spread}', each]
 
 
 def _difference(plain: Mapping[int, float], recipe: Mapping[int, float]) -> str:

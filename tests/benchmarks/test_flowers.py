@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from benchmarks import flowers, flowers_tables
+from benchmarks import flowers, flowers_rows, flowers_tables
 from vit_jax import files
 from vit_jax.errors import UserError
 from vit_jax.run import preemption
@@ -16,13 +16,15 @@ TINY = (
 )  # fmt: skip
 # Patches of 4 x 4 x 3, 16 positions; a block with norms, attention and MLP; norm and head.
 COUNT = (48 + 1 + 16) * 16 + (64 + 4 * 17 * 16 + 17 * 32 + 33 * 16) + 32 + 17 * 10
-STAGE = flowers.Stage('choice', 192, 16, (*flowers.CHOICE.words, '--config.checkpoint_every=1'))
+STAGE = flowers_rows.Stage(
+    'choice', 192, 16, (*flowers_rows.CHOICE.words, '--config.checkpoint_every=1')
+)
 
 
 def test_a_run_that_is_stopped_goes_on_and_is_done_once(tmp_path, monkeypatch):
     results, said = tmp_path / 'results.json', []
-    table = flowers.Table(results, tmp_path / 'runs', flowers.Start(TINY), said.append)
-    run = flowers.Run(STAGE, 'a name, with 0.1', flowers.Recipe(batch=16, averaged=True))
+    table = flowers.Table(results, tmp_path / 'runs', flowers_rows.Start(TINY), said.append)
+    run = flowers_rows.Run(STAGE, 'a name, with 0.1', flowers_rows.Recipe(batch=16, averaged=True))
     monkeypatch.setattr(flowers, '_SAMPLE_SECONDS', 0.01)
     with preemption.StopSignals() as signals:
         metrics = tmp_path / 'runs/choice/a_name__with_0.1-0/metrics.jsonl'
@@ -52,7 +54,7 @@ def test_a_run_that_is_stopped_goes_on_and_is_done_once(tmp_path, monkeypatch):
         assert not (metrics.parent / 'checkpoints').exists()
         table.fill(run, signals)
         assert len(said) == 3 and said[-1].startswith('choice: a name, with 0.1, seed 0, val ')
-        other = flowers.Run(STAGE, run.name, flowers.Recipe(batch=32))
+        other = flowers_rows.Run(STAGE, run.name, flowers_rows.Recipe(batch=32))
         with pytest.raises(UserError, match='is of other settings'):
             table.fill(other, signals)
 
@@ -62,34 +64,40 @@ def row(stage, name, seed, accuracy, loss=0.5):
     return {
         'stage': stage, 'name': name, 'seed': seed, f'accuracy_{split}': accuracy,
         f'loss_{split}': loss, 'steps': 50, 'images': 367, 'seconds': 700.0, 'cpu_seconds': 600.0,
+        'peak_memory': 2**31, 'trainable_parameters': 5_497_157,
         'hardware': {'processor': 'a processor', 'cores': 2},
     }  # fmt: skip
 
 
 def test_the_best_candidate_is_chosen_and_all_of_them_are_needed():
-    names = list(flowers.CANDIDATES)
+    names = [run.name for run in flowers_rows.choice('recipe')]
     records = [row('choice', name, 0, 0.8) for name in names]
     records[2] |= {'accuracy_val': 0.9}
     records[3] |= {'accuracy_val': 0.9, 'loss_val': 0.4}
-    assert flowers.chosen(records) == names[3]
-    runs = list(flowers.tested(records, 2))
+    assert flowers_rows.chosen(records, 'recipe').name == names[3]
+    runs = list(flowers_rows.tested(records, 'recipe', 2))
     assert [(run.name, run.seed) for run in runs] == [
         ('recipe', 0), ('plain', 0), ('recipe', 1), ('plain', 1)
     ]  # fmt: skip
-    assert runs[0].recipe == flowers.CANDIDATES[names[3]]
+    assert runs[0].recipe == flowers_rows.CANDIDATES['recipe'][names[3]]
     assert all('--config.pp.val=40%' not in run.words() for run in runs)
     with pytest.raises(UserError, match=f'to be tried: {names[0]}'):
-        flowers.chosen(records[1:])
+        flowers_rows.chosen(records[1:], 'recipe')
+    with pytest.raises(UserError, match='LoRA is not chosen yet; to be tried: LoRA, rate 0.001,'):
+        flowers_rows.chosen(records, 'LoRA')
+    records += [row('choice', run.name, 0, 0.7) for run in flowers_rows.choice('LoRA')]
+    (run,) = flowers_rows.tested(records, 'LoRA', 1)
+    assert '--config.lora_rank=8' in run.words() and '--config.base_lr=0.001' in run.words()
 
 
 def test_every_run_sees_as_many_images():
-    for recipe in flowers.CANDIDATES.values():
+    for recipe in [one for row in flowers_rows.CANDIDATES.values() for one in row.values()]:
         words = dict(word.split('=', 1) for word in recipe.words(9600, 224))
         assert int(words['--config.batch']) * int(words['--config.total_steps']) == 9600
 
 
 def test_plain_is_the_command_of_the_readme():
-    words = flowers.Run(flowers.TEST, 'plain', flowers.PLAIN).words()
+    words = flowers_rows.Run(flowers_rows.TEST, 'plain', flowers_rows.PLAIN).words()
     text = (ROOT / 'README.md').read_text().replace('\n   ', ' ')
     for name in ('batch', 'accum_steps', 'total_steps', 'warmup_steps'):
         (word,) = [word for word in words if word.startswith(f'--config.{name}=')]
@@ -112,7 +120,18 @@ def test_tables_of_known_numbers(tmp_path):
     )
     assert flowers_tables.line(records) == line
     text = flowers_tables.render(records)
+    assert '| full ' in text
+    for part in ('92.0 ± 1.6', '5,497,157', '2.00'):
+        assert part in text
     for part in ('adamw', '87.50 %', '5 of 5 seeds', '| 4', '+5.00', '| deviation', '1.58', '10.0'):
+        assert part in text
+    probed = row('test', 'probes', 0, 0.0)
+    del probed['accuracy_test']
+    probed['probes'] = [{'name': 'logistic', 'setting': 'C=0.1', 'accuracy_test': 0.899}]
+    probed['few_shot'] = {'5': [0.5, 0.6, 0.7]}
+    probed['folds'] = {'ridge': {'right': [1, 3], 'images': [4, 4]}}
+    text = flowers_tables.render([*records, probed])
+    for part in ('logistic C=0.1', '89.9', '60.0 ± 10.0', '50.0, 60.0, 70.0', '50.0 ± 35.4'):
         assert part in text
     document = tmp_path / 'page.md'
     document.write_text(f'a\n\n{flowers_tables.LINE[0]}\nold\n{flowers_tables.LINE[1]}\nb\n')
@@ -128,7 +147,11 @@ def test_tables_of_known_numbers(tmp_path):
 
 def test_the_results_are_of_these_settings():
     records = flowers.read(ROOT / flowers.RESULTS)
-    runs = {(run.stage.name, run.name, run.seed): run for run in flowers.choice()}
-    runs |= {(run.stage.name, run.name, run.seed): run for run in flowers.tested(records, 5)}
-    for row in records:
-        assert row['words'] == runs[row['stage'], row['name'], row['seed']].words()
+    runs = [flowers_rows.Probes(), flowers_rows.Folds()]
+    for name, seeds in {'recipe': flowers.SEEDS, **flowers_rows.LESS}.items():
+        runs += flowers_rows.choice(name)
+        if any(known['name'] == name for known in records if known['stage'] == 'test'):
+            runs += flowers_rows.tested(records, name, seeds)
+    words = {(run.stage.name, run.name, run.seed): run.words() for run in runs}
+    for known in records:
+        assert known['words'] == words[known['stage'], known['name'], known['seed']]
