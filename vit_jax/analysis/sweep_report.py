@@ -37,7 +37,8 @@ def write(folder: pathlib.Path) -> pathlib.Path:
     result: Mapping[str, Any] = {}
     if (folder / sweep.RESULT_FILE).exists():
         result = files.read_json(folder / sweep.RESULT_FILE)
-    best = [folder / sweep.TRIALS / str(trial.number) for trial in trials]
+    scored = [trial for trial in trials if trial.values or trial.intermediate_values]
+    best = [folder / sweep.TRIALS / str(trial.number) for trial in scored]
     best = [workdir for workdir in best if (workdir / telemetry.METRICS_FILE).exists()]
     runs = [
         dataclasses.replace(run, name=f'trial {run.name}')
@@ -85,11 +86,12 @@ def _trials(trials: 'Sequence[optuna.trial.FrozenTrial]', knobs: Sequence[str]) 
             or _STATES[trial.state.name]
         )
         rows.append((
-            str(trial.number), *(f'{v:.4g}' if isinstance(v, float) else str(v) for v in values),
+            f'trial {trial.number}',
+            *(f'{v:.4g}' if isinstance(v, float) else str(v) for v in values),
             score, f'{told["steps"]:,}' if told.get('steps') else '', seconds, state,
         ))  # fmt: skip
     metric = next((trial.user_attrs['metric'] for trial in trials if trial.values), 'score')
-    columns = ('Trial', *(f'{name}>' for name in names), f'{metric}>', 'Steps>', 'Time>', '')
+    columns = ('', *(f'{name}>' for name in names), f'{metric}>', 'Steps>', 'Time>', '')
     notes = ('The best first. The score is that of the validation images.',)
     return Table('Trials', columns, rows, notes)
 
@@ -123,6 +125,8 @@ def _chosen(result: Mapping[str, Any]) -> Table:
 
 def _by_knob(trials: 'Sequence[optuna.trial.FrozenTrial]', knob: str):
     """The score of each trial by its value of one knob."""
+    from matplotlib import ticker
+
     figure = contact_sheet.new_figure(4.4, 2.8)
     axes = figure.subplots()
     metric = trials[0].user_attrs['metric']
@@ -139,6 +143,10 @@ def _by_knob(trials: 'Sequence[optuna.trial.FrozenTrial]', knob: str):
     else:
         if min(numbers) > 0 and max(numbers) >= 8 * min(numbers):
             axes.set_xscale('log')
+            steps = (1, 2, 5) if max(numbers) < 1000 * min(numbers) else (1,)
+            axes.xaxis.set_major_locator(ticker.LogLocator(subs=steps))
+            axes.xaxis.set_major_formatter('{x:g}')
+            axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes.plot(numbers, scores, 'o', color=report_charts.SERIES[0], alpha=0.7)
     axes.plot(numbers[:1], scores[:1], 'o', markersize=10, fillstyle='none',
               color=report_charts.SERIES[1])  # fmt: skip
