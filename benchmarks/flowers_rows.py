@@ -5,11 +5,9 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
-
-from vit_jax import checkpoint, files, groups
+from vit_jax import files
 from vit_jax.errors import UserError
-from vit_jax.run import product, resume, run_info, telemetry
+from vit_jax.run import resume, run_info, telemetry
 
 # Of every run. The test images are predicted once, at its end; a report would do it again.
 _WORDS = (
@@ -143,14 +141,13 @@ class Run:
         data = files.read_json(workdir / resume.DATA_FILE)
         found = telemetry.read_evaluation(workdir, config['total_steps'])
         split = 'test' if 'loss_test' in found else 'val'
-        params = checkpoint.load(workdir / product.MODEL_FOLDER / 'params.npz')
-        trained, _ = groups.partition(params, config['frozen'])
+        events = telemetry.read_lines(workdir / telemetry.EVENTS_FILE)
         return {
             'steps': config['total_steps'],
             f'accuracy_{split}': found[f'accuracy_{split}'],
             f'loss_{split}': found[f'loss_{split}'],
             'images': data[split]['examples'],
-            'trainable_parameters': sum(leaf.size for leaf in jax.tree.leaves(trained)),
+            'trainable_parameters': next(e['trained'] for _, e in events if 'trained' in e),
             'git_revision': files.read_json(workdir / run_info.VERSIONS_FILE)['git_revision'],
         }
 

@@ -314,6 +314,8 @@ def _introduce(run: loop.Run, setup: Setup) -> None:
         f'model: {name}, {count:,} parameters{part}, {dtype}, '
         f'{in_words(run.preprocess.crop)} px, on {devices} x {kind} ({how})',
         'started',
+        parameters=count,
+        trained=trained,
         dtype=dtype,
         devices=devices,
         kind=kind,
