@@ -7,6 +7,9 @@ Nothing in `vit_jax/` or `configs/` imports this package. Its commands are in sc
     benchmark_export.py   ONNX graphs                    onnx_files.py
     profile_step.py       the parts of one step          trace.py
 
+and `python -m benchmarks.NAME`, of which flowers trains for accuracy, not for speed: runs in
+flowers_rows.py, their records in results/, tables in flowers_tables.py.
+
 How they measure: every contestant gets ready and waits; each round times all of them once, in
 rotated order, so that what disturbs one disturbs all (`turns.take_turns`). Each lives in its own
 process (`turns.Child`), which runs one of

@@ -110,7 +110,7 @@ def test_tables_of_known_numbers(tmp_path):
     plain = [0.93, 0.94, 0.92, 0.91, 0.90]
     records = [row('test', 'plain', seed, share) for seed, share in enumerate(plain)]
     records += [row('choice', 'adamw', 0, 0.875)]
-    assert flowers_tables.line(records) == 'No seed was run yet.'
+    assert flowers_tables.line(records) == 'no seed was run yet'
     for seed in (4, 0, 1, 2, 3):
         records.append(row('test', 'recipe', seed, plain[seed] + (seed + 1) / 100))
     half = 2.7764 * 1.5811 / 5**0.5
