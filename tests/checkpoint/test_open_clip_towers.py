@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from vit_jax.errors import UserError
+from vit_jax.export import two_towers as export
 from vit_jax.inference import class_texts, two_tower
 
 VISION = dict(image_size=16, layers=2, width=32, patch_size=8, head_width=16)
@@ -136,6 +137,22 @@ def test_both_towers_are_those_of_open_clip(case, libraries, tmp_path):
     two_tower.save(tmp_path / 'ours', towers)
     again = two_tower.load(tmp_path / 'ours')
     np.testing.assert_array_equal(again.embed_texts(TEXTS), ztxt)
+
+
+def test_a_clip_of_open_clip_for_transformers(libraries, tmp_path):
+    transformers = pytest.importorskip('transformers')
+    torch, _ = libraries
+    model, tokens = write(tmp_path, libraries, *CASES['OpenAI'])
+    assert export.write(tmp_path / 'theirs', two_tower.load(tmp_path)) == []
+    theirs = transformers.CLIPModel.from_pretrained(tmp_path / 'theirs').eval()
+    pixels = torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, (2, 3, 16, 16)))
+    with torch.no_grad():
+        out = theirs(tokens, pixels.float())
+        logits, _ = model.get_logits(pixels.float(), tokens)
+    np.testing.assert_allclose(out.logits_per_image, logits, atol=1e-4)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'theirs')
+    ids = tokenizer(TEXTS, padding='max_length', truncation=True, max_length=LENGTH)['input_ids']
+    np.testing.assert_array_equal(ids, tokens)
 
 
 @pytest.mark.parametrize(

@@ -249,6 +249,25 @@ def test_siglip_2_of_big_vision_has_a_sticky_end(siglip, transformers, tmp_path)
     np.testing.assert_array_equal(ids, expected)
 
 
+def test_an_end_that_only_the_configuration_of_the_tokenizer_states(siglip, transformers, tmp_path):
+    """transformers then goes by add_eos_token, whatever tokenizer.json marks."""
+    save_gemma(tmp_path, transformers)
+    for name in ('config.json', 'model.safetensors', 'preprocessor_config.json'):
+        (tmp_path / name).write_bytes((siglip[-1] / name).read_bytes())
+    (tmp_path / 'gemma.json').rename(tmp_path / 'tokenizer.json')
+    told = dict(tokenizer_class='GemmaTokenizer', pad_token='<pad>', eos_token='<eos>')
+    told |= dict(padding_side='right', add_bos_token=False, add_eos_token=True)
+    (tmp_path / 'tokenizer_config.json').write_text(json.dumps(told))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    texts = [text.lower() for text in TEXTS]
+    expected = theirs(texts, padding='max_length', truncation=True, max_length=12)['input_ids']
+    assert expected[3][:2] == [1, 0]
+    np.testing.assert_array_equal(two_tower.load(tmp_path).tokenizer(TEXTS), expected)
+    (tmp_path / 'tokenizer_config.json').write_text(json.dumps(told | {'add_bos_token': True}))
+    with pytest.raises(UserError, match='add_bos_token=true, which no text tower here is for'):
+        two_tower.load(tmp_path)
+
+
 def test_siglip_2_of_the_naflex_kind_is_refused_by_name(transformers, tmp_path):
     config = transformers.Siglip2Config()
     (tmp_path / 'config.json').write_text(json.dumps(config.to_dict(), default=str))

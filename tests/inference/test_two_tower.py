@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from vit_jax.checkpoint import npz
+from vit_jax.commands import zeroshot
 from vit_jax.data import decode
 from vit_jax.errors import UserError
 from vit_jax.inference import model_folder, predict, two_tower
@@ -149,7 +150,8 @@ def test_classes_that_are_none(towers):
             two_tower.ZeroShotClassifier(towers, names)
 
 
-def test_the_command(towers, photos, tmp_path, run_script):
+def test_the_command(towers, photos, tmp_path, run_script, monkeypatch):
+    monkeypatch.setenv('VIT_JAX_CACHE', str(tmp_path / 'cache'))
     folder = tmp_path / 'lit'
     two_tower.save(folder, towers)
     done = run_script('zeroshot.py', '--model', folder, '--classes', 'rose, tulip', *photos)
@@ -168,14 +170,26 @@ def test_the_command(towers, photos, tmp_path, run_script):
         digits,
     )
     assert done.returncode == 0 and 'nine' in done.stdout, done.stderr
+    assert len(list((tmp_path / 'cache/texts').iterdir())) == 2
+
+
+def test_what_the_command_refuses(towers, photos, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / 'lit'
+    two_tower.save(folder, towers)
     for words, message in (
         (['--classes', 'a,b'], 'name either images or a --dataset'),
         (photos, '--classes says what the images may show'),
         (['--dataset', 'digits', '--classes', 'a,b'], '--classes names 2 classes, and'),
         ([*photos, '--classes', 'a', '--prompts', 'none.txt'], 'none.txt'),
+        ([*photos, '--classes', 'a' * 100_000, '--prompts', 'b'], "'b' is no prompt"),
+        ([*photos, '--classes', 'none.txt'], '--classes: there is no file none.txt'),
+        ([*photos, '--classes', 'a', '--top_k', '-1'], '--top_k is how many to show'),
+        ([*photos, '--query', ' ', '--top_k', '1'], '--query has no word in it'),
+        ([*photos, '--query', 'rose', '--contact_sheet', 'no/x.png'], 'there is no folder no'),
     ):
-        done = run_script('zeroshot.py', '--model', folder, *words)
-        assert done.returncode == 1 and message in done.stderr, done.stderr
+        monkeypatch.setattr('sys.argv', ['zeroshot.py', '--model', str(folder), *words])
+        assert zeroshot.main() == 1
+        assert message in capsys.readouterr().err
 
 
 def test_images_are_ranked_by_a_text(towers, photos, tmp_path):
@@ -202,7 +216,7 @@ def test_a_zero_shot_classifier_is_saved_as_a_model_folder(towers, photos, tmp_p
     two_tower.save_classifier(tmp_path / 'zero', towers, classifier)
     expected = dict(predict.predict(classifier, photos, batch=2))
     page = (tmp_path / 'zero/README.md').read_text()
-    assert 'embeddings of texts, one for each class: a photo of a {}.' in page, page
+    assert 'embeddings of texts, one for each class: "a photo of a {}".' in page, page
     model = model_folder.load(tmp_path / 'zero')
     assert model.class_names == names and model.preprocess == towers.preprocess
     onnx.save(onnx.build(model, Options()), tmp_path / 'zero.onnx')

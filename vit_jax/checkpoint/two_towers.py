@@ -257,11 +257,20 @@ def _tokenizer(folder: pathlib.Path, kind: str) -> tuple[dict[str, Any], pathlib
             f'{folder} has no tokenizer.json: save_pretrained of its tokenizer or processor in '
             'transformers writes it'
         )
-    pad = config.get('pad_token') or _PADDING.get(kind, '<pad>')
-    pad = pad.get('content') if isinstance(pad, Mapping) else pad
-    return {
+    if config.get('add_bos_token'):
+        raise UserError(f'{config_file} has add_bos_token=true, which no text tower here is for')
+    pp: dict[str, Any] = {
         'tokenizer_name': 'json',
-        'pad_token': str(pad),
+        'pad_token': _token(config, 'pad_token', _PADDING.get(kind, '<pad>')),
         'pad_left': config.get('padding_side') == 'left',
         'lower': kind == 'siglip',  # as SigLIP 2 was trained; CLIP's file says it itself
-    }, file
+    }
+    if config.get('add_eos_token'):  # then transformers does not ask tokenizer.json
+        pp['end_token'] = _token(config, 'eos_token', '</s>')
+    return pp, file
+
+
+def _token(config: Mapping[str, Any], name: str, default: str) -> str:
+    """A token that a tokenizer_config.json names, as a text or as an object."""
+    token = config.get(name) or default
+    return str(token.get('content') if isinstance(token, Mapping) else token)

@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> int:
     import shutil
 
+    from vit_jax import files
     from vit_jax.errors import UserError, printable
     from vit_jax.inference import (
         contact_sheet,
@@ -62,6 +63,8 @@ def _run(args: argparse.Namespace) -> int:
             '--contact_sheet draws what --neighbors found among images that are named, not those '
             'of a --dataset'
         )
+    if args.contact_sheet:
+        files.check_output(args.contact_sheet, overwrite=True, flag='--contact_sheet')
     parts = ''
     if args.output:
         feature_files.check_output(args.output, overwrite=args.overwrite)

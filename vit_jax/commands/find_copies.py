@@ -58,9 +58,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _find(args: argparse.Namespace) -> int:
+    from vit_jax import files
     from vit_jax.data import copies, sources
     from vit_jax.errors import UserError, printable
 
+    if args.contact_sheet:
+        files.check_output(args.contact_sheet, overwrite=True, flag='--contact_sheet')
     if not args.model and (args.contact_sheet or any(getattr(args, name) for name in _INPUT)):
         raise UserError('what belongs to a model needs one: add --model MODEL')
     if args.model and args.pixels:

@@ -163,7 +163,6 @@ def _how_many(args: argparse.Namespace, classes: int, task: 'Task') -> tuple[int
 def _draw(
     args: argparse.Namespace, drawn: list, readable: int, model: 'Classifier', threshold: float
 ) -> None:
-    from vit_jax import files
     from vit_jax.inference import contact_sheet
 
     if not drawn:
@@ -174,7 +173,11 @@ def _draw(
         note = f'the first {len(drawn)} of {readable} images'
         print(f'{args.contact_sheet} shows {note}', file=sys.stderr)
         title += f' ({note})'
-    with files.atomic_file(args.contact_sheet) as partial:
-        contact_sheet.save(
-            partial, drawn, model.class_names, title=title, task=model.task, threshold=threshold
-        )
+    contact_sheet.save(
+        args.contact_sheet,
+        drawn,
+        model.class_names,
+        title=title,
+        task=model.task,
+        threshold=threshold,
+    )

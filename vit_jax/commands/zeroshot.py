@@ -13,6 +13,7 @@ Examples:
 """
 
 import argparse
+import os
 import pathlib
 import sys
 from typing import TYPE_CHECKING, Any
@@ -35,8 +36,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         '--model',
         required=True,
-        help='LiT-B16B, LiT-L16L, ...; a folder of such a model, or of CLIP or SigLIP of '
-        'transformers; or a .npz of SigLIP of big_vision',
+        help='LiT-B16B, LiT-L16L, ...; a folder of such a model, of transformers (CLIP, SigLIP) '
+        'or of open_clip; or a .npz of SigLIP of big_vision',
     )
     add(
         '--vocabulary',
@@ -76,12 +77,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from vit_jax import files
     from vit_jax.errors import UserError
     from vit_jax.inference import class_texts, two_tower
 
+    if args.top_k < 0:
+        raise UserError(f'--top_k is how many to show, at least 1; got {args.top_k}')
     data = cli.select(args)
     if args.save_as and pathlib.Path(args.save_as).exists():
         raise UserError(f'--save_as {args.save_as} exists; name another folder')
+    if args.contact_sheet:
+        files.check_output(args.contact_sheet, overwrite=True, flag='--contact_sheet')
     if args.query:
         return _rank(args, data)
     if args.contact_sheet:
@@ -122,6 +128,8 @@ def _rank(args: argparse.Namespace, data: 'Selection | None') -> int:
     from vit_jax.errors import UserError, printable
     from vit_jax.inference import contact_sheet, output, predict, two_tower
 
+    if not args.query.strip():
+        raise UserError('--query has no word in it')
     if args.classes or args.prompts or args.save_as:
         raise UserError('--query takes a text as it is: no --classes, --prompts or --save_as')
     if args.contact_sheet and data:
@@ -183,8 +191,11 @@ def _evaluate(args: argparse.Namespace, model: Any, data: 'Selection') -> int:
 
 def _classes(names: str) -> tuple[str, ...]:
     """What --classes names."""
+    from vit_jax.errors import UserError
     from vit_jax.inference import labels
 
-    if names and (pathlib.Path(names).is_file() or pathlib.Path(names).suffix in ('.txt', '.json')):
-        return tuple(labels.read(names))
+    if os.path.isfile(names):
+        return labels.read(names)
+    if names.endswith(('.txt', '.json')):
+        raise UserError(f'--classes: there is no file {names}')
     return tuple(name.strip() for name in names.split(',')) if names else ()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from vit_jax import files
 from vit_jax.errors import extra, printable
 from vit_jax.inference import predict
 from vit_jax.inference.task import ONE_CLASS, Task
@@ -128,7 +129,8 @@ def _draw(
                     ha='center', va='top', fontsize=size, fontweight=weight, parse_math=False,
                 )  # fmt: skip
         top -= row_height
-    save_figure(figure, path, dpi=100)
+    with files.atomic_file(path) as part:
+        save_figure(figure, part, dpi=100)
 
 
 def new_figure(

@@ -42,7 +42,7 @@ def render(folder: str, described: Mapping[str, Any], parameters: int) -> str:
         classes=names,
         shown=', '.join(names[:_SHOWN]) + more,
         prompts=prompts,
-        shown_prompts=', '.join(prompts[:3]) + (', ...' if len(prompts) > 3 else ''),
+        shown_prompts=', '.join(f'"{prompt}"' for prompt in prompts[:3]),
         parameters=parameters,
         pixels=Preprocess.from_dict(described['preprocessing']).describe(),
         version=described['versions']['vit_jax'],

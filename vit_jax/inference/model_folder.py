@@ -343,7 +343,9 @@ def _open_folder(folder: pathlib.Path) -> Model:
     except UserError as e:
         raise UserError(f'{folder / MODEL_FILE} is damaged, copy the folder again: {e}') from e
     if found.get('format') != FORMAT:
-        raise UserError(f'{folder / MODEL_FILE} does not describe a model of vit_jax')
+        both = found.get('format') == 'vit_jax two towers'
+        hint = ': it is of images and texts, see vit_jax zeroshot (--save_as)' if both else ''
+        raise UserError(f'{folder / MODEL_FILE} does not describe a model of vit_jax{hint}')
     version = found.get('format_version')
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise UserError(

@@ -298,7 +298,10 @@ def load(path: str | os.PathLike[str], vocabulary: str | os.PathLike[str] = '') 
         )
     found = files.read_json(folder / MODEL_FILE)
     if found.get('format') != FORMAT:
-        raise UserError(f'{folder / MODEL_FILE} does not describe a two-tower model of vit_jax')
+        raise UserError(
+            f'{folder / MODEL_FILE} does not describe a two-tower model of vit_jax: there is no '
+            'tower for texts'
+        )
     try:
         described = description.read(_Description, found)
         description.read(_Input, described.pp)
