@@ -265,7 +265,7 @@ def _tokenizer(folder: pathlib.Path, kind: str) -> tuple[dict[str, Any], pathlib
         'pad_left': config.get('padding_side') == 'left',
         'lower': kind == 'siglip',  # as SigLIP 2 was trained; CLIP's file says it itself
     }
-    if config.get('add_eos_token'):  # then transformers does not ask tokenizer.json
+    if config.get('add_eos_token'):  # whatever tokenizer.json says, as transformers 4 has it
         pp['end_token'] = _token(config, 'eos_token', '</s>')
     return pp, file
 

@@ -245,7 +245,9 @@ def make_tokenizer(pp: Mapping[str, Any], vocabulary: str | os.PathLike[str]) ->
 
 
 def save_vocabulary(tokenizer: Tokenizer, path: pathlib.Path) -> None:
-    """Writes a file that makes the same tokenizer; of BERT always a token in each line.
+    """Writes a file that makes the same tokenizer, for other programs, too.
+
+    Of BERT that has a token in each line; a tokenizer.json ends texts as `end_token` says.
 
     Args:
       tokenizer: whose file it is.
@@ -254,6 +256,8 @@ def save_vocabulary(tokenizer: Tokenizer, path: pathlib.Path) -> None:
     content = read_vocabulary(tokenizer.vocab_path)
     if isinstance(tokenizer, BertTokenizer) and content.startswith(b'{'):
         content = '\n'.join([*read_word_pieces(tokenizer.vocab_path), '']).encode()
+    if isinstance(tokenizer, JsonTokenizer) and tokenizer.end_token:
+        content = tokenizer.to_json()[0].encode()
     path.write_bytes(content)
 
 
