@@ -172,7 +172,7 @@ class Probes:
         """The rest of the command line."""
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / 'metrics.json').unlink(missing_ok=True)  # of a record that was not written
-        return ['--metrics', str(workdir / 'metrics.json')]
+        return ['--metrics', str(workdir / 'metrics.json'), '--features', str(workdir / 'features')]
 
     def measured(self, workdir: pathlib.Path) -> dict[str, Any]:
         """What the probes gave."""

@@ -59,6 +59,21 @@ def test_a_run_that_is_stopped_goes_on_and_is_done_once(tmp_path, monkeypatch):
             table.fill(other, signals)
 
 
+def test_probes_are_one_record(tmp_path):
+    start = flowers_rows.Start((), ('--model', 'm', '--dataset', 'photos'))
+    command = flowers_rows.Folds().command(start)
+    assert command[:5] == ['-m', 'vit_jax', 'probe', '--model', 'm'] and command[-1] == '10'
+    files.write_json(tmp_path / 'metrics.json', {
+        'features': 192, 'classes': 5, 'images': 367, 'probes': [], 'few_shot': {}, 'model': 'm',
+    })  # fmt: skip
+    assert flowers_rows.Probes().measured(tmp_path) == {
+        'images': 367, 'probes': [], 'few_shot': {}, 'trainable_parameters': 965,
+    }  # fmt: skip
+    # One that was left by a kill before its record: the command refuses to replace it.
+    assert flowers_rows.Probes().where(tmp_path)[1] == str(tmp_path / 'metrics.json')
+    assert not (tmp_path / 'metrics.json').exists()
+
+
 def row(stage, name, seed, accuracy, loss=0.5):
     split = 'val' if stage == 'choice' else 'test'
     return {
