@@ -1,20 +1,23 @@
 """Writes a page on which anybody can try a model, in the browser, without a server.
 
 DIR gets static files that any web server hands out (python -m http.server --directory DIR): drop
-photos, choose them, or use the camera, and see probabilities and where the model looks. ONNX
-Runtime Web computes it on the visitor's device; no photo is sent anywhere. Its package comes from
-npm once and is kept in the cache (VIT_JAX_CACHE).
+photos, choose them, or use the camera, and see probabilities and where the model looks. With a
+model of images and texts (LiT, CLIP, SigLIP) visitors type the classes, or what to search their
+photos for. ONNX Runtime Web computes it on the visitor's device; no photo is sent anywhere. Its
+package comes from npm once and is kept in the cache (VIT_JAX_CACHE).
 
 Examples:
     vit_jax web --model runs/x/model --output site/
     vit_jax web --model runs/x/model --output site/ --title 'Flowers' --examples rose.jpg tulip.jpg
     vit_jax web --model runs/x/model --output site/ --serve
+    vit_jax web --model LiT-L16Ti --output site/ --classes 'rose,tulip,daisy' --serve
 """
 
 import argparse
 import dataclasses
 import os
 import shutil
+from typing import Any
 
 from vit_jax import cli
 from vit_jax.export import options
@@ -34,6 +37,18 @@ def _parser() -> argparse.ArgumentParser:
     add('--output', required=True, metavar='DIR', help='folder to write; must not exist')
     add('--dtype', choices=options.DTYPES, default='int8', help='of the weights (default: int8)')
     add('--labels', default='', help='class names, as of vit_jax predict: imagenet1k, or a file')
+    add(
+        '--classes',
+        default='',
+        metavar='NAMES',
+        help='of a model of images and texts: what the page begins with, separated by commas',
+    )
+    add(
+        '--vocabulary',
+        default='',
+        metavar='FILE',
+        help='of a .npz of SigLIP, the file of its tokenizer',
+    )
     add('--title', default='', help='of the page (default: the name of the model)')
     add('--examples', nargs='+', default=(), metavar='PHOTO', help='photos to try the model with')
     add(
@@ -58,15 +73,13 @@ def _run(args: argparse.Namespace) -> None:
 
     from vit_jax.errors import printable
     from vit_jax.export import web
-    from vit_jax.inference import labels, model_folder
 
     width = max(100, shutil.get_terminal_size().columns)  # as export
     console = rich.console.Console(highlight=False, markup=False, soft_wrap=True, width=width)
-    model = model_folder.load(args.model, variant=args.variant, **cli.input_of(args))
-    names = labels.choose(model.class_names, args.labels, args.model)
     weight = web.write(
         args.output,
-        dataclasses.replace(model, class_names=names),
+        _model(args),
+        classes=[name.strip() for name in args.classes.split(',')] if args.classes else (),
         dtype=args.dtype,
         title=args.title,
         examples=args.examples,
@@ -83,6 +96,20 @@ def _run(args: argparse.Namespace) -> None:
         console.print(printable(f'To see it: python -m http.server --directory {args.output}'))
         return
     _serve(args.output, args.serve)
+
+
+def _model(args: argparse.Namespace) -> Any:
+    """The model of --model, of either kind."""
+    from vit_jax.errors import UserError
+    from vit_jax.inference import labels, model_folder, two_tower
+
+    if args.vocabulary or two_tower.is_one(args.model):
+        if args.labels:
+            raise UserError('visitors type the classes of this model: no --labels; see --classes')
+        return two_tower.load(args.model, args.vocabulary)
+    model = model_folder.load(args.model, variant=args.variant, **cli.input_of(args))
+    names = labels.choose(model.class_names, args.labels, args.model)
+    return dataclasses.replace(model, class_names=names)
 
 
 def _serve(folder: str, port: int) -> None:

@@ -173,6 +173,15 @@ class JsonTokenizer:
         out = np.asarray(rows, np.int32).reshape(len(rows), self.max_len)
         return np.where(out == self._blank, 0, out)
 
+    def uncut(self) -> Any:
+        """The `tokenizers.Tokenizer` of it, that neither cuts nor fills up texts."""
+        import tokenizers
+
+        whole = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        whole.no_padding()
+        whole.no_truncation()
+        return whole
+
     def to_json(self) -> tuple[str, list[str]]:
         """A tokenizer.json that does by itself what this does, as far as there is a word for it.
 
@@ -181,9 +190,7 @@ class JsonTokenizer:
         """
         import tokenizers
 
-        whole = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
-        whole.no_padding()
-        whole.no_truncation()
+        whole = self.uncut()
         if self.lower or self.canonical:
             old = [whole.normalizer] if whole.normalizer else []
             lower = tokenizers.normalizers.Lowercase()

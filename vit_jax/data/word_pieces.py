@@ -11,7 +11,7 @@ import numpy as np
 from vit_jax import files
 from vit_jax.errors import UserError
 
-_MAX_WORD_BYTES = 100  # of a word that TensorFlow Text looks up; a longer one is unknown
+MAX_WORD_BYTES = 100  # of a word that TensorFlow Text looks up; a longer one is unknown
 # Unicode's property Default_Ignorable_Code_Point, which Python's tables lack.
 _IGNORED = re.compile(
     '[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f'
@@ -39,6 +39,7 @@ class BertTokenizer:
       cls_token: the id of the class token.
       unknown_token: the id of `[UNK]`; the size of the vocabulary where there is none.
       size: of the vocabulary.
+      ids: of each token.
     """
 
     vocab_path: str | os.PathLike[str]
@@ -46,7 +47,7 @@ class BertTokenizer:
     cls_token: int = dataclasses.field(init=False)
     unknown_token: int = dataclasses.field(init=False)
     size: int = dataclasses.field(init=False)
-    _ids: dict[str, int] = dataclasses.field(init=False, repr=False, compare=False)
+    ids: dict[str, int] = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Reads the vocabulary.
@@ -61,7 +62,7 @@ class BertTokenizer:
             raise UserError(
                 f'{self.vocab_path} {what}; expected a vocabulary of BERT, a token in each line'
             )
-        object.__setattr__(self, '_ids', ids)
+        object.__setattr__(self, 'ids', ids)
         object.__setattr__(self, 'cls_token', ids['[CLS]'])
         object.__setattr__(self, 'unknown_token', ids.get('[UNK]', len(ids)))
         object.__setattr__(self, 'size', len(ids))
@@ -85,17 +86,17 @@ class BertTokenizer:
 
     def _pieces(self, word: str) -> list[int]:
         """The longest piece of the vocabulary first, then the longest of the rest, and so on."""
-        if _bytes_of(word) > _MAX_WORD_BYTES:
+        if _bytes_of(word) > MAX_WORD_BYTES:
             return [self.unknown_token]
         ids: list[int] = []
         start = 0
         while start < len(word):
             prefix = '##' if start else ''
             ends = range(len(word), start, -1)
-            end = next((end for end in ends if prefix + word[start:end] in self._ids), 0)
+            end = next((end for end in ends if prefix + word[start:end] in self.ids), 0)
             if not end:
                 return [self.unknown_token]
-            ids.append(self._ids[prefix + word[start:end]])
+            ids.append(self.ids[prefix + word[start:end]])
             start = end
         return ids
 
@@ -118,7 +119,7 @@ def split_words(text: str) -> Iterator[str]:
 
     Of a word that is longer than `BertTokenizer` looks up, only the beginning is given.
     """
-    word, room = '', _MAX_WORD_BYTES
+    word, room = '', MAX_WORD_BYTES
     for character in unicodedata.normalize('NFD', _fold_case(text)):
         category = unicodedata.category(character)
         if category == 'Mn':
@@ -132,7 +133,7 @@ def split_words(text: str) -> Iterator[str]:
             continue
         if word:
             yield word
-        word, room = '', _MAX_WORD_BYTES
+        word, room = '', MAX_WORD_BYTES
         if alone:
             yield character
     if word:

@@ -29,6 +29,7 @@ def export(
     verified: bool = True,
     images: Sequence[str] = (),
     told: Mapping[str, Any] | None = None,
+    finish: Callable[[pathlib.Path], None] | None = None,
     console: rich.console.Console | None = None,
 ) -> verify.Report | None:
     """Exports a model.
@@ -43,6 +44,7 @@ def export(
         verified: whether to run the exported model and compare; without it nothing is promised.
         images: files and folders of images to verify on; default photographs of scikit-learn's.
         told: more for the metadata of an ONNX or StableHLO file.
+        finish: changes what was written, before it is verified.
         console: for what happens; by default none of it is shown.
 
     Returns:
@@ -57,7 +59,10 @@ def export(
     chosen = verify.images_for(images, channels=model.channels) if verified else None
 
     def make(path: pathlib.Path) -> list[str]:
-        return [*notes, *write(path, model, format, options, told)]
+        told_of = write(path, model, format, options, told)
+        if finish:
+            finish(path)
+        return [*notes, *told_of]
 
     def test(path: pathlib.Path) -> verify.Report:
         return verify.verify(model, path, format=format, options=options, images=chosen)

@@ -1,40 +1,47 @@
 """A page on which anybody can try a model: a folder of static files, computed in the browser.
 
-ONNX Runtime Web runs the model. The page's own files are in `page/`; the runtime comes from npm, at
-the version below, and is kept in the cache of downloads.
+ONNX Runtime Web runs the model, and tokenizers.js divides texts. The page's own files are in
+`page/`; the packages come from npm, at the versions below, and are kept in the cache of downloads.
 """
 
-import base64
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
 import shutil
-import subprocess
-import tarfile
-import tempfile
 from collections.abc import Sequence
+from typing import Any
 
 import rich.console
 
 import vit_jax
 from vit_jax import files, variants
-from vit_jax.data import image_files, remote
-from vit_jax.errors import UserError
-from vit_jax.export import formats
+from vit_jax.data import image_files
+from vit_jax.errors import UserError, extra
+from vit_jax.export import formats, npm, page_tokenizer, tower
 from vit_jax.export.options import REPORT_SUFFIX, Options
-from vit_jax.inference import model_folder
+from vit_jax.inference import model_folder, two_tower
 
-RUNTIME = 'onnxruntime-web'
-RUNTIME_VERSION = '1.30.0'
-# SHA-512 of its package, as `npm view onnxruntime-web dist.integrity` gives it.
-_INTEGRITY = (
-    'q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=='
+RUNTIME = npm.Package(
+    'onnxruntime-web',
+    '1.30.0',
+    'q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ==',
+    '--runtime',
+)
+TOKENIZERS = npm.Package(
+    '@huggingface/tokenizers',
+    '0.2.0',
+    'LidMHe1FpcSYH4vcSjXooda34pC0M8m1gmDOv7SQi6Iv+ib1zX7J3sHBCC9/3FPCkn2k1b55FneVqMRxrr99pg==',
 )
 _WASM = 'ort-wasm-simd-threaded'
 _RUNTIME_FILES = ('ort.wasm.min.mjs', f'{_WASM}.mjs', f'{_WASM}.wasm')
 _WEBGPU_FILES = ('ort.webgpu.min.mjs', f'{_WASM}.asyncify.mjs', f'{_WASM}.asyncify.wasm')
+_TOKENIZERS_FILES = {
+    'dist/tokenizers.min.mjs': 'tokenizers.min.mjs',
+    'LICENSE': 'LICENSE.tokenizers.txt',
+}
+_PAGE = pathlib.Path(__file__).with_name('page')
+_OF_TEXTS = ('texts.js', 'tokenizer.js')  # files of the page for a model with a text tower
 _MAX_ATTENTION = 16 << 20  # numbers; a browser gets all of them
 # What browsers read by themselves.
 _EXAMPLES = {'JPEG': '.jpg', 'PNG': '.png', 'WEBP': '.webp', 'GIF': '.gif', 'AVIF': '.avif'}
@@ -42,11 +49,12 @@ _EXAMPLES = {'JPEG': '.jpg', 'PNG': '.png', 'WEBP': '.webp', 'GIF': '.gif', 'AVI
 
 def write(
     destination: str | os.PathLike[str],
-    model: model_folder.Model,
+    model: model_folder.Model | two_tower.TwoTowers,
     *,
     dtype: str = 'int8',
     title: str = '',
     examples: Sequence[str | os.PathLike[str]] = (),
+    classes: Sequence[str] = (),
     webgpu: bool = False,
     runtime: str | os.PathLike[str] = '',
     console: rich.console.Console | None = None,
@@ -55,10 +63,12 @@ def write(
 
     Args:
         destination: a folder; must not exist. It appears when it is complete.
-        model: what `model_folder.load` gives, with a head, for images of 3 channels.
+        model: what `model_folder.load` gives, with a head, for images of 3 channels; or what
+            `two_tower.load` gives: then visitors type classes, and what to search for.
         dtype: of the weights, see `Options.dtype`.
         title: what the page is called; default the name of the model.
         examples: photos that are shown on the page to try it with.
+        classes: of a two-tower model, those that the page begins with.
         webgpu: also take the runtime for WebGPU (27 MB), which a browser with an adapter loads.
         runtime: the file of npm's package of ONNX Runtime Web; default the one in the cache, which
             npm downloads once.
@@ -68,47 +78,132 @@ def write(
         Bytes that a browser without WebGPU loads before the first answer.
 
     Raises:
-        UserError: the model has no classes or other channels, is not the same as ONNX, an example
-            is no image, or the runtime cannot be had.
+        UserError: the model has no classes or other channels, is not the same as ONNX, has a
+            tokenizer that the page has not, an example is no image, or a package cannot be had.
     """
-    if not model.class_names:
+    towers = model if isinstance(model, two_tower.TwoTowers) else None
+    image = two_tower.image_tower(model) if isinstance(model, two_tower.TwoTowers) else model
+    if not image.class_names and not towers:
         raise UserError('this model has no classes to show')
-    if model.channels != 3:
-        raise UserError(f'this model takes {model.channels} channels, and a browser gives 3')
+    if classes and not towers:
+        raise UserError('this model has classes of its own: no --classes')
+    if image.channels != 3:
+        raise UserError(f'this model takes {image.channels} channels, and a browser gives 3')
     kept = [_example(path) for path in examples]
-    names = (*_RUNTIME_FILES, *(_WEBGPU_FILES if webgpu else ()))
-    package = pathlib.Path(runtime) if runtime else fetch_runtime()
-    grid = _grid(model)
-    options = Options(dtype=dtype, probabilities=True, attention=grid is not None)
-    named = title or str(model.model_config.get('model_name') or 'Image classifier')
+    package = pathlib.Path(runtime) if runtime else RUNTIME.fetch()
+    told = page_tokenizer.describe(towers.tokenizer) if towers else None
+    grid = _grid(image)
+    settings: dict[str, Any] = {'attention': grid is not None, 'dtype': dtype}
+    options = Options(**settings, probabilities=not towers, features=bool(towers))
     with files.atomic_folder(destination) as folder:
-        formats.export(
-            model, folder / 'model.onnx', format='onnx', options=options, console=console
-        )
-        (folder / f'model.onnx{REPORT_SUFFIX}').unlink()  # it is shown, and not for visitors
-        _unpack(package, folder, names)
-        pages = pathlib.Path(__file__).with_name('page')
-        for page in sorted(pages.iterdir()):
-            shutil.copyfile(page, folder / page.name)
+        _export(image, towers, folder, options, webgpu, console)
+        names = (*_RUNTIME_FILES, *(_WEBGPU_FILES if webgpu else ()))
+        RUNTIME.unpack(package, folder, {f'dist/{name}': name for name in names})
+        pages = sorted(p.name for p in _PAGE.iterdir() if towers or p.name not in _OF_TEXTS)
+        for name in pages:
+            shutil.copyfile(_PAGE / name, folder / name)
+        first = ['model.onnx', 'model.json', *_RUNTIME_FILES, *pages]
+        if towers:
+            TOKENIZERS.unpack(TOKENIZERS.fetch(), folder, _TOKENIZERS_FILES)
+            (folder / 'tokenizer.json').write_text(json.dumps(told), 'utf-8')
+            first += ['text.onnx', 'tokenizer.json', 'tokenizers.min.mjs']
         for index, (content, suffix) in enumerate(kept, 1):
             (folder / f'example{index}{suffix}').write_bytes(content)
+        shown = [f'example{i}{suffix}' for i, (_, suffix) in enumerate(kept, 1)]
         about = {
-            'title': named,
-            'class_names': list(model.class_names),
-            'preprocessing': dataclasses.asdict(model.preprocess),
+            'title': title or _name(image, towers),
+            'class_names': list(image.class_names),
+            'preprocessing': dataclasses.asdict(image.preprocess),
             'attention': grid is not None,
             'grid': grid or (0, 0),
-            'prefix': variants.prefix_tokens(model.model_config),
-            'class_token': getattr(model.model, 'reads_class_token', False),
-            'examples': [f'example{i}{suffix}' for i, (_, suffix) in enumerate(kept, 1)],
+            'prefix': variants.prefix_tokens(image.model_config),
+            'class_token': getattr(image.model, 'reads_class_token', False),
+            'examples': shown,
             'webgpu': webgpu,
-            'footer': f'Made by vit_jax {vit_jax.__version__}; {RUNTIME} {RUNTIME_VERSION}, under '
-            'the MIT licence (LICENSE.onnxruntime-web.txt).',
+            # A graph that is optimised already is not optimised again by every visitor.
+            'graph': 'all' if webgpu else 'disabled',
+            'towers': _towers(towers, classes),
+            'footer': _footer(towers is not None),
         }
         (folder / 'model.json').write_text(json.dumps(about, ensure_ascii=False), 'utf-8')
-        first = ['model.onnx', 'model.json', *_RUNTIME_FILES]
-        first += [page.name for page in pages.iterdir()]
         return sum((folder / name).stat().st_size for name in first)
+
+
+def _name(model: model_folder.Model, towers: two_tower.TwoTowers | None) -> str:
+    """What a page is called that was given no title."""
+    named = towers.model.model_name if towers else model.model_config.get('model_name')
+    return str(named or ('Photos and texts' if towers else 'Image classifier'))
+
+
+def _towers(towers: two_tower.TwoTowers | None, classes: Sequence[str]) -> dict[str, Any] | None:
+    """What the page has to know of a two-tower model."""
+    if towers is None:
+        return None
+    return {
+        'temperature': towers.temperature,
+        'bias': towers.bias,
+        'prompt': two_tower.PROMPTS[0],
+        'classes': list(classes),
+    }
+
+
+def _footer(texts: bool) -> str:
+    told = (
+        f'Made by vit_jax {vit_jax.__version__}; {RUNTIME.name} {RUNTIME.version}, under the MIT '
+        'licence (LICENSE.onnxruntime-web.txt)'
+    )
+    if texts:
+        told += (
+            f'; {TOKENIZERS.name} {TOKENIZERS.version}, under the Apache licence '
+            '(LICENSE.tokenizers.txt)'
+        )
+    return f'{told}.'
+
+
+def _export(
+    model: model_folder.Model,
+    towers: two_tower.TwoTowers | None,
+    folder: pathlib.Path,
+    options: Options,
+    webgpu: bool,
+    console: rich.console.Console | None,
+) -> None:
+    """Writes model.onnx, and of a two-tower model text.onnx, both verified as they are run."""
+    finish = None if webgpu else optimize
+    parts = {'image': (folder / 'model.onnx', options)}
+    if towers:
+        parts['text'] = (folder / 'text.onnx', Options(dtype=options.dtype))
+    for name, (path, chosen) in parts.items():
+        how: dict[str, Any] = {
+            'format': 'onnx',
+            'options': chosen,
+            'console': console,
+            'finish': finish,
+        }
+        if towers:
+            tower.export(towers, path, tower=name, **how)
+        else:
+            formats.export(model, path, **how)
+        path.with_name(f'{path.name}{REPORT_SUFFIX}').unlink()  # it is shown, not for visitors
+    for vocabulary in folder.glob('text.onnx.*'):
+        vocabulary.unlink()  # the page has its own form of it
+
+
+def optimize(path: pathlib.Path) -> None:
+    """Replaces an ONNX file by the graph that ONNX Runtime would make of it on any processor.
+
+    It holds operators that are ONNX Runtime's own.
+    """
+    with extra('export'):
+        import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    level = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_EXTENDED
+    made = path.with_name(f'{path.name}.optimized')
+    options.optimized_model_filepath = str(made)
+    onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+    os.replace(made, path)
 
 
 def _grid(model: model_folder.Model) -> tuple[int, int] | None:
@@ -134,57 +229,3 @@ def _example(path: str | os.PathLike[str]) -> tuple[bytes, str]:
     if picture.format not in _EXAMPLES:
         raise UserError(f'{path} is {picture.format}; browsers read {", ".join(_EXAMPLES)}')
     return content, _EXAMPLES[picture.format]
-
-
-def fetch_runtime() -> pathlib.Path:
-    """The package of ONNX Runtime Web, in the cache; npm downloads it the first time.
-
-    Raises:
-        UserError: there is no npm, it fails, or what it brings is another package.
-    """
-    name = f'{RUNTIME}-{RUNTIME_VERSION}.tgz'
-    path = remote.cache_folder() / 'npm' / name
-    if path.is_file():
-        return path
-    if shutil.which('npm') is None:
-        raise UserError(
-            f'{RUNTIME} {RUNTIME_VERSION} comes from npm, which is not installed: install Node.js, '
-            f'or give the file {name} with --runtime'
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        command = ['npm', 'pack', f'{RUNTIME}@{RUNTIME_VERSION}', '--pack-destination', folder]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
-        made = pathlib.Path(folder, name)
-        if done.returncode or not made.is_file():
-            said = ' '.join(done.stderr.split())[-300:]
-            raise UserError(
-                f'npm could not download {RUNTIME} {RUNTIME_VERSION} ({said}): try again with a '
-                f'network, or give the file {name} with --runtime'
-            )
-        _check_integrity(made)
-        os.replace(made, path)
-    return path
-
-
-def _check_integrity(package: pathlib.Path) -> None:
-    try:
-        digest = hashlib.sha512(package.read_bytes()).digest()
-    except OSError as error:
-        raise UserError(f'--runtime {package} cannot be read ({error.strerror})') from error
-    if base64.b64encode(digest).decode() != _INTEGRITY:
-        raise UserError(
-            f"{package} is not npm's package {RUNTIME} {RUNTIME_VERSION} (its SHA-512 differs); "
-            'remove it, and it is downloaded again'
-        )
-
-
-def _unpack(package: pathlib.Path, folder: pathlib.Path, names: Sequence[str]) -> None:
-    """Takes these files out of the package."""
-    _check_integrity(package)
-    with tarfile.open(package) as archive:
-        for name in names:
-            source = archive.extractfile(f'package/dist/{name}')
-            assert source is not None  # the package is known
-            with source, open(folder / name, 'wb') as target:
-                shutil.copyfileobj(source, target)

@@ -322,6 +322,14 @@ def is_folder(path: str | os.PathLike[str]) -> bool:
     return file.is_file() and files.read_json(file).get('format') == FORMAT
 
 
+def is_one(path: str | os.PathLike[str]) -> bool:
+    """Whether `load` opens this without a vocabulary: a name, or a folder with both towers."""
+    if os.fspath(path) in variants.TWO_TOWERS or is_folder(path):
+        return True
+    file = files.expand(path) / 'config.json'
+    return file.is_file() and {'text_config', 'vision_config'} <= files.read_json(file).keys()
+
+
 def _of_library(found: two_towers.TwoTowerWeights) -> TwoTowers:
     """Reads a model of another library."""
     weights = found.source

@@ -5,22 +5,33 @@ import { preprocess, seen } from './resample.js';
 const SHOWN = 5; // classes
 const MOST_PIXELS = 40e6; // of a photo; more takes too much memory on a phone
 
+const worker = new Worker('worker.js', { type: 'module' }); // begins to load at once
+const asked = new Map(); // what it has not answered yet, by number
+let count = 0;
 const $ = id => document.getElementById(id);
+worker.onmessage = ({ data }) => {
+  if (data.ready) {
+    if (data.error) say(`The model cannot be loaded: ${data.error}`, true);
+    else if (data.ready === 'image' && !asked.size) say('Ready.');
+    return;
+  }
+  const { resolve, reject } = asked.get(data.id);
+  asked.delete(data.id);
+  if (data.error) reject(new Error(data.error));
+  else resolve(data);
+};
+worker.onerror = () => say('This browser cannot run the model: it has no modules in workers.', true);
 const about = await (await fetch('model.json')).json();
 document.title = $('title').textContent = about.title;
 
-const model = load();
-model.then(() => say('Ready.'), error => say(`The model cannot be loaded: ${error.message}`, true));
-
-async function load() {
-  const webgpu = about.webgpu && navigator.gpu && await navigator.gpu.requestAdapter();
-  const ort = await import(webgpu ? './ort.webgpu.min.mjs' : './ort.wasm.min.mjs');
-  ort.env.wasm.numThreads = 1; // more need headers that a plain server does not send
-  ort.env.wasm.wasmPaths = new URL('./', import.meta.url).href;
-  const session = await ort.InferenceSession.create('model.onnx', {
-    executionProviders: [webgpu ? 'webgpu' : 'wasm'],
+// Computes a model: {outputs: {name: {data, dims}}, milliseconds}.
+//   model: 'image' or 'text'; inputs: {name: {type, data, dims}}
+function run(model, inputs) {
+  return new Promise((resolve, reject) => {
+    const id = count++;
+    asked.set(id, { resolve, reject });
+    worker.postMessage({ id, model, inputs });
   });
-  return { ort, session };
 }
 
 function say(text, wrong = false) {
@@ -30,29 +41,35 @@ function say(text, wrong = false) {
 
 // --- From a photo to an answer.
 
-let last = Promise.resolve(); // one photo after the other
+let last = Promise.resolve(); // one thing after the other
+
+function queue(work, name = '') {
+  last = last.then(work).catch(error => say(`${name}${name && ': '}${error.message}`, true));
+  return last;
+}
 
 function classify(blob, name) {
-  last = last.then(() => answer(blob, name)).catch(error => {
-    say(`${name}: ${error.message}`, true);
-  });
-  return last;
+  return queue(() => answer(blob, name), name);
 }
 
 async function answer(blob, name) {
   say(`${name} …`);
   const image = await decode(blob);
-  const { ort, session } = await model;
   const { crop } = about.preprocessing, [height, width] = Array.isArray(crop) ? crop : [crop, crop];
   const pixels = preprocess(image, about.preprocessing).map(grey => (grey - 127.5) / 127.5);
-  const begin = performance.now();
-  const outputs = await session.run({
-    image: new ort.Tensor('float32', pixels, [1, height, width, 3]),
+  const { outputs, milliseconds } = await run('image', {
+    image: { type: 'float32', data: pixels, dims: [1, height, width, 3] },
   });
-  const probabilities = Array.from(outputs.probabilities.data);
-  if (!probabilities.every(Number.isFinite)) throw new Error('the model gives no numbers');
-  const milliseconds = Math.round(performance.now() - begin);
-  show(name, image, probabilities, outputs.attention);
+  const found = Array.from((outputs.probabilities ?? outputs.features).data);
+  if (!found.every(Number.isFinite)) throw new Error('the model gives no numbers');
+  const photo = show(name, image, outputs.attention);
+  if (texts) {
+    photo.features = found;
+    compare(photo);
+    rank();
+  } else {
+    list(photo, about.class_names, found);
+  }
   say(`Answered in ${milliseconds} ms.`);
 }
 
@@ -75,9 +92,59 @@ async function decode(blob) {
   return { data: context.getImageData(0, 0, width, height).data, width, height };
 }
 
+// --- Classes and searches in words, of a model with a text tower.
+
+const { Texts, dot } = about.towers ? await import('./texts.js') : {};
+const texts = about.towers && new Texts(about, run);
+const photos = []; // {figure, list, fit, features}, the newest first; of a model with a text tower
+let classes = { names: [], features: [] }, query; // what photos are compared with
+
+async function read() {
+  const names = [...new Set($('classes').value.split(/[,\n]/).map(name => name.trim()))].filter(Boolean);
+  const prompt = $('prompt').value, words = $('query').value.trim();
+  if (names.length && !prompt.includes('{}')) {
+    throw new Error('the prompt has to have {} in the place of the class');
+  }
+  const tell = (done, all) => say(`Reading the texts: ${done} of ${all} …`);
+  const found = await texts.classes(names, prompt, tell);
+  query = words && await texts.features(words);
+  classes = found;
+  photos.forEach(compare);
+  rank();
+  if (!names.length && !words) say('Type classes, or what to search for.');
+  else say(photos.length ? 'Compared.' : 'Read; now add photos.');
+}
+
+function compare(photo) {
+  if (classes.names.length) list(photo, classes.names, texts.probabilities(photo.features, classes));
+  else photo.list.replaceChildren();
+}
+
+// Photos that fit the search best come first; without a search, the newest.
+function rank() {
+  for (const photo of photos) photo.cosine = query ? dot(photo.features, query) : undefined;
+  const order = query ? [...photos].sort((a, b) => b.cosine - a.cosine) : photos;
+  order.forEach((photo, i) => {
+    photo.fit.hidden = !query;
+    photo.fit.textContent = query ? `${i + 1}. Cosine with the search: ${photo.cosine.toFixed(3)}` : '';
+  });
+  $('results').replaceChildren(...order.map(photo => photo.figure));
+}
+
+if (texts) {
+  $('words').hidden = false;
+  $('prompt').value = about.towers.prompt;
+  $('classes').value = about.towers.classes.join(', ');
+  $('words').addEventListener('submit', event => {
+    event.preventDefault();
+    queue(read);
+  });
+  if ($('classes').value) queue(read);
+}
+
 // --- What is shown.
 
-function show(name, image, probabilities, attention) {
+function show(name, image, attention) {
   const figure = document.createElement('figure');
   const picture = document.createElement('div');
   picture.append(drawn(image));
@@ -85,15 +152,20 @@ function show(name, image, probabilities, attention) {
   const caption = document.createElement('figcaption');
   const heading = document.createElement('h2');
   heading.textContent = name;
-  const list = document.createElement('ol');
-  const order = probabilities.map((p, i) => [p, i]).sort((a, b) => b[0] - a[0] || a[1] - b[1]);
-  for (const [probability, label] of order.slice(0, SHOWN)) {
-    list.append(line(about.class_names[label], probability));
-  }
-  caption.append(heading, list);
+  const fit = document.createElement('p'), best = document.createElement('ol');
+  fit.hidden = true;
+  caption.append(heading, fit, best);
   figure.append(picture, caption);
-  figure.dataset.probabilities = JSON.stringify(probabilities);
   $('results').prepend(figure);
+  const photo = { figure, fit, list: best };
+  if (texts) photos.unshift(photo);
+  return photo;
+}
+
+function list(photo, names, probabilities) {
+  const order = probabilities.map((p, i) => [p, i]).sort((a, b) => b[0] - a[0] || a[1] - b[1]);
+  photo.list.replaceChildren(...order.slice(0, SHOWN).map(([p, label]) => line(names[label], p)));
+  photo.figure.dataset.probabilities = JSON.stringify(probabilities);
 }
 
 function line(name, probability) {
@@ -216,5 +288,5 @@ async function example(file) {
 }
 
 $('footer').textContent = about.footer;
-const asked = location.hash.match(/^#example=(\d+)$/); // a link to an answer
-if (asked && about.examples[asked[1] - 1]) example(about.examples[asked[1] - 1]);
+const link = location.hash.match(/^#example=(\d+)$/); // a link to an answer
+if (link && about.examples[link[1] - 1]) example(about.examples[link[1] - 1]);

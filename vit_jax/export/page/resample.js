@@ -181,43 +181,59 @@ function clip(x) {
   return Math.min(255, Math.max(0, Math.floor(x / 4194304)));
 }
 
-// Without antialiasing: of each new pixel the places of 2 or 4 old ones, and their weights.
+// Without antialiasing: of each new pixel the places of `count` old ones, and their weights.
 function twoTaps(old, size) {
-  return Array.from({ length: size }, (_, to) => {
+  const places = new Int32Array(2 * size), weights = new Float64Array(2 * size);
+  for (let to = 0; to < size; to++) {
     const centre = (to + 0.5) * (old / size) - 0.5, first = Math.floor(centre);
-    const near = i => Math.min(old - 1, Math.max(0, i));
-    return [[near(first), 1 - (centre - first)], [near(first + 1), centre - first]];
-  });
+    places[2 * to] = Math.max(0, first);
+    places[2 * to + 1] = Math.min(old - 1, first + 1);
+    weights[2 * to] = 1 - (centre - first);
+    weights[2 * to + 1] = centre - first;
+  }
+  return { count: 2, places, weights };
 }
 
 function fourTaps(old, size) {
-  return Array.from({ length: size }, (_, to) => {
-    const centre = (to + 0.5) * (old / size) - 0.5, first = Math.floor(centre);
-    const places = [-1, 0, 1, 2].map(i => first + i).filter(i => i >= 0 && i < old);
-    const weights = places.map(i => cubic(centre - i));
-    const sum = weights.reduce((a, b) => a + b, 0);
-    return places.map((place, i) => [place, weights[i] / sum]);
-  });
+  const places = new Int32Array(4 * size), weights = new Float64Array(4 * size);
+  for (let to = 0; to < size; to++) {
+    const centre = (to + 0.5) * (old / size) - 0.5, first = Math.floor(centre) - 1;
+    let sum = 0;
+    for (let i = 0; i < 4; i++) {
+      const place = first + i, there = place >= 0 && place < old;
+      places[4 * to + i] = there ? place : 0; // outside of the image, without weight
+      sum += weights[4 * to + i] = there ? cubic(centre - place) : 0;
+    }
+    for (let i = 0; i < 4; i++) weights[4 * to + i] /= sum;
+  }
+  return { count: 4, places, weights };
 }
 
 function twoAxes(pixels, height, width, rows, columns, down, across) {
-  const middle = new Float32Array(rows * width * 3);
-  for (let y = 0; y < rows; y++) {
-    for (const [row, weight] of down[y]) {
-      for (let i = 0, from = row * width * 3, to = y * width * 3; i < width * 3; i++) {
-        middle[to + i] += pixels[from + i] * weight;
-      }
-    }
+  const middle = new Float32Array(rows * width * 3), line = width * 3;
+  for (let tap = 0; tap < down.places.length; tap++) {
+    const weight = down.weights[tap], from = down.places[tap] * line;
+    const to = Math.floor(tap / down.count) * line;
+    for (let i = 0; i < line; i++) middle[to + i] += pixels[from + i] * weight;
   }
-  const out = new Float32Array(rows * columns * 3);
+  const out = new Float32Array(rows * columns * 3), { count, places, weights } = across;
   for (let y = 0, to = 0; y < rows; y++) {
-    for (let x = 0; x < columns; x++) {
-      for (let c = 0; c < 3; c++, to++) {
-        let sum = 0;
-        for (const [column, weight] of across[x]) sum += middle[(y * width + column) * 3 + c] * weight;
-        out[to] = Math.min(255, Math.max(0, sum)); // bicubic overshoots at edges
+    for (let x = 0; x < columns; x++, to += 3) {
+      let red = 0, green = 0, blue = 0;
+      for (let tap = x * count; tap < (x + 1) * count; tap++) {
+        const from = y * line + places[tap] * 3, weight = weights[tap];
+        red += middle[from] * weight;
+        green += middle[from + 1] * weight;
+        blue += middle[from + 2] * weight;
       }
+      out[to] = within(red);
+      out[to + 1] = within(green);
+      out[to + 2] = within(blue);
     }
   }
   return out;
+}
+
+function within(grey) { // bicubic overshoots at edges
+  return Math.min(255, Math.max(0, grey));
 }
