@@ -1,7 +1,16 @@
 """Small models of every family, with what JAX computes of them."""
 
+import base64
 import dataclasses
 import functools
+import http.server
+import json
+import lzma
+import pathlib
+import shutil
+import subprocess
+import tarfile
+import threading
 from typing import Any
 
 import jax
@@ -10,7 +19,11 @@ import pytest
 
 from vit_jax import models
 from vit_jax.data.preprocess import Preprocess
-from vit_jax.inference import model_folder
+from vit_jax.errors import UserError
+from vit_jax.export import npm, web
+from vit_jax.inference import model_folder, two_tower
+
+FIXTURES = pathlib.Path(__file__).parents[1] / 'fixtures'
 
 _ENCODER = {
     'mlp_dim': 48,
@@ -169,3 +182,135 @@ def case():
 def made_up():
     """`made_up(config, side, classes)`: any other model."""
     return made_up_model
+
+
+_IMAGE = dict(
+    patches={'size': (8, 8)},
+    hidden_size=24,
+    transformer=dict(num_layers=2, mlp_dim=48, num_heads=4),
+)
+_TEXT = dict(width=32, num_layers=2, mlp_dim=48, num_heads=4)
+
+
+@pytest.fixture(scope='session')
+def towers(tmp_path_factory):
+    """`towers(kind)`: a small model with random weights and a tokenizer."""
+    folder = tmp_path_factory.mktemp('vocabularies')
+    (folder / 'bert.txt').write_text('[PAD]\n[UNK]\n[CLS]\na\nphoto\nof\nrose\n##s\ndog\n')
+    source = json.loads(
+        lzma.decompress((FIXTURES / 'tokenizers/sentencepiece.json.xz').read_bytes())
+    )
+    (folder / 'siglip.model').write_bytes(base64.b64decode(source['model']))
+    tokenizers = pytest.importorskip('tokenizers')
+    words = ['<end>', 'a', 'photo', 'of', 'rose', 'dog', '<unk>']
+    made = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token='<unk>')
+    )
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single='$A <end>', special_tokens=[('<end>', 0)]
+    )
+    made.save(str(folder / 'clip.json'))
+    kinds = {
+        'bert': dict(
+            text_model='bert',
+            text=dict(hidden_size=32, mlp_dim=48, num_layers=2, num_heads=4, vocab_size=9)
+            | dict(act='gelu', layer_norm_eps=1e-3),
+            out_dim=20,
+            pp={'tokenizer_name': 'bert', 'size': 32, 'max_len': 7},
+        ),
+        'clip': dict(
+            text_model='text_transformer',
+            text=_TEXT | dict(vocab_size=7, causal=True, end_token=0, act='quick_gelu'),
+            image=_IMAGE | dict(act='quick_gelu'),
+            out_dim=20,
+            pp={'tokenizer_name': 'json', 'size': 32, 'max_len': 9, 'pad_token': '<end>'},
+        ),
+        'siglip': dict(
+            text_model='text_transformer',
+            text=_TEXT | dict(vocab_size=2_000),
+            image=_IMAGE | dict(classifier='map'),
+            out_dim=(None, 24),
+            pp={'tokenizer_name': 'sentencepiece', 'size': 32, 'max_len': 8, 'canonical': True},
+            bias_init=-10.0,
+        ),
+    }
+    files = {'bert': 'bert.txt', 'clip': 'clip.json', 'siglip': 'siglip.model'}
+
+    def make(kind):
+        model = models.LitModel(**{'image': _IMAGE, **kinds[kind]})
+        images = np.zeros((1, 32, 32, 3), np.float32)
+        tokens = np.zeros((1, model.pp['max_len']), np.int32)
+        shapes = jax.eval_shape(
+            lambda: model.init(jax.random.key(0), images=images, tokens=tokens)
+        )['params']
+        rng = np.random.default_rng(0)
+
+        def leaf(path, like):
+            values = rng.standard_normal(like.shape, np.float32)
+            if path[-1].key == 'scale':
+                return 1 + np.float32(0.2) * values
+            if path[-1].key not in ('kernel', 'embedding'):
+                return np.float32(0.2) * values
+            return values / np.float32(np.sqrt(like.size // like.shape[-1]) or 1)
+
+        params = jax.tree_util.tree_map_with_path(leaf, shapes)
+        return two_tower.TwoTowers(model, params, folder / files[kind], {'made': 'up'})
+
+    cache = {}
+    return lambda kind: cache[kind] if kind in cache else cache.setdefault(kind, make(kind))
+
+
+# What drives the browser; of Microsoft, released every month.
+_PLAYWRIGHT = npm.Package(
+    'playwright-core',
+    '1.64.1',
+    'BC4s8y6SEVA6Q1rSxZTto8hI1KUI3xXlHGZgvGqP4IqPdI/a6FX9H29IDNz7vKo9l21b6LfYosScPL6M3xxyDQ==',
+)
+
+
+@pytest.fixture(scope='session')
+def packages():
+    """Skips where the packages of a page cannot be had."""
+    if shutil.which('node') is None:
+        pytest.skip('needs Node.js')
+    try:
+        return [package.fetch() for package in (web.RUNTIME, web.TOKENIZERS, _PLAYWRIGHT)]
+    except UserError as error:
+        pytest.skip(f'needs packages of npm: {error}')
+
+
+@pytest.fixture
+def browse(packages, tmp_path):
+    """`browse(site, **more)`: what `page_browser.mjs` saw of a page."""
+    browser = shutil.which('chromium') or shutil.which('google-chrome')
+    if browser is None:
+        pytest.skip('needs Chromium')
+    with tarfile.open(packages[-1]) as archive:
+        archive.extractall(tmp_path / 'playwright', filter='data')
+
+    def run(site, **more):
+        handler = functools.partial(_Quiet, directory=str(site))
+        with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            request = {
+                'playwright': str(tmp_path / 'playwright/package'),
+                'browser': browser,
+                'address': f'http://127.0.0.1:{server.server_address[1]}/',
+                **more,
+            }
+            script = pathlib.Path(__file__).with_name('page_browser.mjs')
+            done = subprocess.run(
+                ['node', script], input=json.dumps(request), capture_output=True, text=True,
+                timeout=240,
+            )  # fmt: skip
+            server.shutdown()
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout)
+
+    return run
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass

@@ -2,12 +2,9 @@
 with them.
 """
 
-import base64
 import json
-import lzma
 import pathlib
 
-import jax
 import numpy as np
 import onnx
 import onnxruntime
@@ -21,12 +18,6 @@ from vit_jax.export.options import Options
 from vit_jax.inference import classifier, two_tower
 
 FIXTURES = pathlib.Path(__file__).parents[1] / 'fixtures'
-IMAGE = dict(
-    patches={'size': (8, 8)},
-    hidden_size=24,
-    transformer=dict(num_layers=2, mlp_dim=48, num_heads=4),
-)
-TEXT = dict(width=32, num_layers=2, mlp_dim=48, num_heads=4)
 
 
 def run(proto, tokens):
@@ -35,75 +26,6 @@ def run(proto, tokens):
     )
     (found,) = session.run(['features'], {'tokens': tokens})
     return found
-
-
-@pytest.fixture(scope='module')
-def towers(tmp_path_factory):
-    """`towers(kind)`: a small model with random weights and a tokenizer."""
-    folder = tmp_path_factory.mktemp('vocabularies')
-    (folder / 'bert.txt').write_text('[PAD]\n[UNK]\n[CLS]\na\nphoto\nof\nrose\n##s\ndog\n')
-    source = json.loads(
-        lzma.decompress((FIXTURES / 'tokenizers/sentencepiece.json.xz').read_bytes())
-    )
-    (folder / 'siglip.model').write_bytes(base64.b64decode(source['model']))
-    tokenizers = pytest.importorskip('tokenizers')
-    words = ['<end>', 'a', 'photo', 'of', 'rose', 'dog', '<unk>']
-    made = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token='<unk>')
-    )
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    made.post_processor = tokenizers.processors.TemplateProcessing(
-        single='$A <end>', special_tokens=[('<end>', 0)]
-    )
-    made.save(str(folder / 'clip.json'))
-    kinds = {
-        'bert': dict(
-            text_model='bert',
-            text=dict(hidden_size=32, mlp_dim=48, num_layers=2, num_heads=4, vocab_size=9)
-            | dict(act='gelu', layer_norm_eps=1e-3),
-            out_dim=20,
-            pp={'tokenizer_name': 'bert', 'size': 32, 'max_len': 7},
-        ),
-        'clip': dict(
-            text_model='text_transformer',
-            text=TEXT | dict(vocab_size=7, causal=True, end_token=0, act='quick_gelu'),
-            image=IMAGE | dict(act='quick_gelu'),
-            out_dim=20,
-            pp={'tokenizer_name': 'json', 'size': 32, 'max_len': 9, 'pad_token': '<end>'},
-        ),
-        'siglip': dict(
-            text_model='text_transformer',
-            text=TEXT | dict(vocab_size=2_000),
-            image=IMAGE | dict(classifier='map'),
-            out_dim=(None, 24),
-            pp={'tokenizer_name': 'sentencepiece', 'size': 32, 'max_len': 8, 'canonical': True},
-            bias_init=-10.0,
-        ),
-    }
-    files = {'bert': 'bert.txt', 'clip': 'clip.json', 'siglip': 'siglip.model'}
-
-    def make(kind):
-        model = models.LitModel(**{'image': IMAGE, **kinds[kind]})
-        images = np.zeros((1, 32, 32, 3), np.float32)
-        tokens = np.zeros((1, model.pp['max_len']), np.int32)
-        shapes = jax.eval_shape(
-            lambda: model.init(jax.random.key(0), images=images, tokens=tokens)
-        )['params']
-        rng = np.random.default_rng(0)
-
-        def leaf(path, like):
-            values = rng.standard_normal(like.shape, np.float32)
-            if path[-1].key == 'scale':
-                return 1 + np.float32(0.2) * values
-            if path[-1].key not in ('kernel', 'embedding'):
-                return np.float32(0.2) * values
-            return values / np.float32(np.sqrt(like.size // like.shape[-1]) or 1)
-
-        params = jax.tree_util.tree_map_with_path(leaf, shapes)
-        return two_tower.TwoTowers(model, params, folder / files[kind], {'made': 'up'})
-
-    cache = {}
-    return lambda kind: cache[kind] if kind in cache else cache.setdefault(kind, make(kind))
 
 
 @pytest.mark.parametrize('opset', [17, 20])
