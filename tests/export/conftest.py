@@ -202,9 +202,13 @@ def towers(tmp_path_factory):
     )
     (folder / 'siglip.model').write_bytes(base64.b64decode(source['model']))
     tokenizers = pytest.importorskip('tokenizers')
-    words = ['<end>', 'a', 'photo', 'of', 'rose', 'dog', '<unk>']
+    symbols = ['<end>', '<unk>', *'abcdefghijklmnopqrstuvwxyz', 'ro', 'se', 'rose']
     made = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token='<unk>')
+        tokenizers.models.BPE(
+            {symbol: i for i, symbol in enumerate(symbols)},
+            [('r', 'o'), ('s', 'e'), ('ro', 'se')],
+            unk_token='<unk>',
+        )
     )
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     made.post_processor = tokenizers.processors.TemplateProcessing(
@@ -221,10 +225,10 @@ def towers(tmp_path_factory):
         ),
         'clip': dict(
             text_model='text_transformer',
-            text=_TEXT | dict(vocab_size=7, causal=True, end_token=0, act='quick_gelu'),
+            text=_TEXT | dict(vocab_size=31, causal=True, end_token=0, act='quick_gelu'),
             image=_IMAGE | dict(act='quick_gelu'),
             out_dim=20,
-            pp={'tokenizer_name': 'json', 'size': 32, 'max_len': 9, 'pad_token': '<end>'},
+            pp={'tokenizer_name': 'json', 'size': 32, 'max_len': 16, 'pad_token': '<end>'},
         ),
         'siglip': dict(
             text_model='text_transformer',

@@ -102,6 +102,10 @@ def test_byte_pairs_of_the_page(page_ids, tmp_path):
         text.JsonTokenizer(tmp_path / 'clip.json', 16, '<end>'),
         text.JsonTokenizer(tmp_path / 'gemma.json', 16, '<pad>', lower=True),
         text.JsonTokenizer(tmp_path / 'gemma.json', 16, '<pad>', pad_left=True),
+        text.JsonTokenizer(
+            tmp_path / 'gemma.json', 16, '<pad>', canonical=True, end_token='<eos>',
+            blank_token='<unk>',
+        ),
     ):
         np.testing.assert_array_equal(page_ids(tokenizer, texts), tokenizer(texts))
 
@@ -116,6 +120,11 @@ def test_what_the_page_cannot_divide_is_refused(tmp_path):
     path.write_bytes(model.SerializeToString())
     with pytest.raises(UserError, match='that of unigrams alone'):
         page_tokenizer.describe(text.SentencepieceTokenizer(path, 8))
+    tokenizers = pytest.importorskip('tokenizers')
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({'a': 0}, unk_token='a'))
+    words.save(str(tmp_path / 'words.json'))
+    with pytest.raises(UserError, match='of kind WordLevel, and the page has BPE'):
+        page_tokenizer.describe(text.JsonTokenizer(tmp_path / 'words.json', 8, 'a'))
 
 
 @pytest.mark.parametrize('kind', ['clip', 'siglip'])

@@ -10,9 +10,10 @@ import sys
 from typing import Any
 
 from vit_jax import files
-from vit_jax.data import text
+from vit_jax.data import text, word_pieces
 from vit_jax.errors import UserError, extra
 
+_MODELS = ('BPE', 'WordPiece', 'Unigram')  # of tokenizers.js
 _ADDED = '\ud800'  # begins names of tokens that no text can hold
 
 
@@ -49,7 +50,7 @@ def _bert(tokenizer: text.BertTokenizer) -> tuple[dict[str, Any], dict[str, Any]
         'vocab': ids,
         'unk_token': '[UNK]',
         'continuing_subword_prefix': '##',
-        'max_input_chars_per_word': text.MAX_WORD_BYTES,
+        'max_input_chars_per_word': word_pieces.MAX_WORD_BYTES,
     }
     characters = map(chr, range(sys.maxunicode + 1))
     folded = {c: c.casefold() for c in characters if c.casefold() != c.lower()}
@@ -64,13 +65,15 @@ def _bert(tokenizer: text.BertTokenizer) -> tuple[dict[str, Any], dict[str, Any]
 
 
 def _json(tokenizer: text.JsonTokenizer) -> tuple[dict[str, Any], dict[str, Any]]:
-    with extra('text'):
-        import tokenizers
-    content = files.read_json(tokenizer.vocab_path, max_bytes=1 << 30)
-    made = tokenizers.Tokenizer.from_file(str(files.expand(tokenizer.vocab_path)))
-    made.no_padding()
-    made.no_truncation()
-    encoding = made.encode('a')
+    whole = tokenizer.uncut()
+    content = json.loads(whole.to_str())
+    kind = content['model']['type']
+    if kind not in _MODELS:
+        raise UserError(
+            f'{tokenizer.vocab_path} is a tokenizer of kind {kind}, and the page has '
+            f'{", ".join(_MODELS)}'
+        )
+    encoding = whole.encode('a')
     special = encoding.special_tokens_mask
     front = special.index(0) if 0 in special else 0
     back = special[::-1].index(0) if 0 in special else 0
@@ -78,9 +81,11 @@ def _json(tokenizer: text.JsonTokenizer) -> tuple[dict[str, Any], dict[str, Any]
         'kind': 'json',
         'front': encoding.ids[:front],
         'back': encoding.ids[len(special) - back :],
-        'pad': made.token_to_id(tokenizer.pad_token),
+        'pad': whole.token_to_id(tokenizer.pad_token),
         'pad_left': tokenizer.pad_left,
         'lower': tokenizer.lower,
+        'canonical': tokenizer.canonical,
+        'blank': whole.token_to_id(tokenizer.blank_token) if tokenizer.blank_token else None,
         'lowercases': '"Lowercase"' in json.dumps(content.get('normalizer')),
     }
 

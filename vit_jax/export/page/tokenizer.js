@@ -3,9 +3,10 @@
 
 import { Tokenizer } from './tokenizers.min.mjs';
 
-const PREPARE = { bert: bertWords, sentencepiece: text => [sentencePiece(text)], json: whole };
+const PREPARE = { bert: bertWords, sentencepiece: (text, how) => [sentencePiece(text, how)], json: whole };
 const LONGEST_WORD = 100; // bytes, of BERT
-let how; // what tokenizer.json tells
+const PUNCTUATION = /[!-/:-@[-`{-~]/g;
+const BLANKS = /[\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+/; // Python's
 
 // told: the content of tokenizer.json, see vit_jax/export/page_tokenizer.py.
 // Returns a function of a text that gives an Int32Array of the length that the model takes.
@@ -13,22 +14,29 @@ export function makeTokenizer(told) {
   const tokenizer = new Tokenizer(told.tokenizer, {});
   const { max_len: length, front, back, pad, pad_left: left } = told.settings;
   const charsmap = told.settings.charsmap && readCharsmap(told.settings.charsmap);
+  const how = { ...told.settings, charsmap };
   return text => {
-    how = { ...told.settings, charsmap };
     const room = length - front.length - back.length, ids = [];
-    for (const word of PREPARE[how.kind](text)) {
+    for (const word of PREPARE[how.kind](text, how)) {
       if (word === null) ids.push(how.unknown);
       else ids.push(...tokenizer.encode(word, { add_special_tokens: false }).ids);
       if (ids.length >= room) break;
     }
     const row = [...front, ...ids.slice(0, room), ...back];
     const filler = Array(length - row.length).fill(pad);
-    return Int32Array.from(left ? [...filler, ...row] : [...row, ...filler]);
+    const filled = left ? [...filler, ...row] : [...row, ...filler];
+    return Int32Array.from(filled, id => (id === how.blank ? 0 : id));
   };
 }
 
-function whole(text) {
-  if (how.lower) text = text.toLowerCase();
+// Lower case, no ASCII punctuation, single spaces: what SigLIP was trained with.
+function canonical(text) {
+  return text.toLowerCase().replace(PUNCTUATION, '').split(BLANKS).filter(Boolean).join(' ');
+}
+
+function whole(text, how) {
+  if (how.canonical) text = canonical(text.replaceAll('_', ' '));
+  else if (how.lower) text = text.toLowerCase();
   // JavaScript's lower case knows the end of a word, that of the tokenizer does not.
   return [how.lowercases ? text.replaceAll('\u03a3', '\u03c3') : text];
 }
@@ -41,9 +49,9 @@ const SEPARATOR = /^[\p{Cc}\p{Cf} ]$/u;
 const MARK = /^\p{Mn}$/u;
 const encoder = new TextEncoder();
 
-function bertWords(text) {
+function bertWords(text, how) {
   const words = [''];
-  for (const character of fold(text).normalize('NFD')) {
+  for (const character of fold(text, how).normalize('NFD')) {
     if (MARK.test(character)) continue;
     if (SEPARATOR.test(character)) words.push('');
     else if (ALONE.test(character)) words.push(character, '');
@@ -53,7 +61,7 @@ function bertWords(text) {
     .map(word => (encoder.encode(word).length > LONGEST_WORD ? null : word));
 }
 
-function fold(text) { // Unicode's NFKC_Casefold
+function fold(text, how) { // Unicode's NFKC_Casefold
   let folded = text.normalize('NFD');
   for (;;) {
     const cased = Array.from(folded, c => how.casefold[c] ?? c.toLowerCase()).join('');
@@ -66,11 +74,9 @@ function fold(text) { // Unicode's NFKC_Casefold
 // --- SentencePiece: replacements of its model, then single spaces, written as its own sign.
 
 const SPACE = '\u2581';
-const PUNCTUATION = /[!-/:-@[-`{-~]/g;
-const BLANKS = /[\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+/; // Python's
 
-function sentencePiece(text) {
-  if (how.canonical) text = text.toLowerCase().replace(PUNCTUATION, '').split(BLANKS).filter(Boolean).join(' ');
+function sentencePiece(text, how) {
+  if (how.canonical) text = canonical(text);
   let out = how.charsmap ? replace(text, how.charsmap) : text;
   if (how.collapse) out = out.replace(/ +/g, ' ').replace(/^ | $/g, '');
   if (!out) return '';
