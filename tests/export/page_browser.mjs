@@ -84,6 +84,11 @@ if (!words) { // a classifier, opened by a link to an answer
   await page.keyboard.press('Enter'); // the same texts again
   await waitFor('Compared.');
   told.again = await page.evaluate(() => globalThis.texts);
+  told.sigmoids = await page.evaluate(async () => { // of SigLIP
+    const { Texts } = await import('./texts.js'), towers = { temperature: 4, bias: -1 };
+    const features = [[1, 0], [0.6, 0.8]];
+    return Texts.prototype.probabilities.call({ towers }, [0.6, 0.8], { features });
+  });
   told.widths = {};
   for (const colorScheme of ['light', 'dark']) {
     for (const width of [375, 1280]) {
