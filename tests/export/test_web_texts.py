@@ -103,7 +103,11 @@ def test_byte_pairs_of_the_page(page_ids, tmp_path):
         text.JsonTokenizer(tmp_path / 'gemma.json', 16, '<pad>', lower=True),
         text.JsonTokenizer(tmp_path / 'gemma.json', 16, '<pad>', pad_left=True),
         text.JsonTokenizer(
-            tmp_path / 'gemma.json', 16, '<pad>', canonical=True, end_token='<eos>',
+            tmp_path / 'gemma.json',
+            16,
+            '<pad>',
+            canonical=True,
+            end_token='<eos>',
             blank_token='<unk>',
         ),
     ):
