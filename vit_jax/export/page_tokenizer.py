@@ -95,7 +95,8 @@ def _sentencepiece(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     with extra('text'):
         from sentencepiece import sentencepiece_model_pb2
-    model = sentencepiece_model_pb2.ModelProto()
+    # Its classes are made when it is imported.
+    model: Any = vars(sentencepiece_model_pb2)['ModelProto']()
     model.ParseFromString(files.expand(tokenizer.vocab_path).read_bytes())
     kinds = model.SentencePiece.Type
     found = {piece.type for piece in model.pieces}

@@ -20,7 +20,7 @@ from vit_jax.data import image_files
 from vit_jax.errors import UserError, extra
 from vit_jax.export import formats, npm, page_tokenizer, tower
 from vit_jax.export.options import REPORT_SUFFIX, Options
-from vit_jax.inference import model_folder, two_tower
+from vit_jax.inference import class_texts, model_folder, two_tower
 
 RUNTIME = npm.Package(
     'onnxruntime-web',
@@ -142,7 +142,7 @@ def _towers(towers: two_tower.TwoTowers | None, classes: Sequence[str]) -> dict[
     return {
         'temperature': towers.temperature,
         'bias': towers.bias,
-        'prompt': two_tower.PROMPTS[0],
+        'prompt': class_texts.PROMPTS[0],
         'classes': list(classes),
     }
 
