@@ -170,6 +170,13 @@ def test_there_is_no_backward_pass_below_the_lowest_trained_parameter():
     assert head < 0.4 * whole and head < lower < 0.65 * whole
 
 
+def test_the_lowest_block_that_is_trained():
+    names = groups.names_of(make_params())
+    for frozen, lowest in (('', 0), (LOWER, 2), (ALL_BUT_HEAD, 3), ('.*/kernel', 0)):
+        assert groups.lowest_block(frozen, names) == lowest
+    assert groups.lowest_block('', ['head/kernel']) == 0
+
+
 def test_partition_and_combine():
     params = {'a': {'b': 1, 'c': 2}, 'd': 3}
     trained, frozen = groups.partition(params, 'a/.*|e')

@@ -119,6 +119,18 @@ def below_last(words: str, names: Iterable[str]) -> str:
     return _STEM.pattern + lower
 
 
+def lowest_block(frozen: str, names: Iterable[str]) -> int:
+    """The number of the lowest block of which something is trained; beyond the last, if none is.
+
+    Args:
+      frozen: pattern of the names that are not trained; '' for none.
+      names: of all parameters.
+    """
+    blocks = [(int(found[1]), name) for name in names if (found := _BLOCK.fullmatch(name))]
+    trained = [number for number, name in blocks if not (frozen and re.fullmatch(frozen, name))]
+    return min(trained, default=max((number for number, _ in blocks), default=-1) + 1)
+
+
 def check_patterns(knob: str, patterns: Iterable[str], names: Sequence[str]) -> None:
     """Checks that each pattern fits a parameter.
 

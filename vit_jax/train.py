@@ -284,7 +284,11 @@ def _first_checkpoint(
         start = 0
         with distributed.fail_together():
             params, text = initial_params(
-                run.config, setup.model, setup.abstract.params, setup.train.channels
+                run.config,
+                setup.model,
+                setup.abstract.params,
+                setup.train.channels,
+                setup.frozen,
             )
         state = state_lib.create_state(params, setup.tx, setup.mesh)
         first = Checkpoint.of(state, replaced=loop.count_array(0, setup.mesh))

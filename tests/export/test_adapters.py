@@ -75,17 +75,35 @@ def test_an_adapter_is_merged_as_it_was_trained(written):
 
 
 def test_peft_opens_it_and_computes_the_same(written, tmp_path):
+    """Logits, gradients (of DoRA too, where a length is no constant), and merged weights."""
     torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
     peft = pytest.importorskip('peft')
     folder, _, whole, module, params = written
     pytorch.write(tmp_path / 'base', whole, to='huggingface')
     base = transformers.ViTForImageClassification.from_pretrained(tmp_path / 'base').eval()
     base.classifier.weight.data.zero_()  # which the adapter brings
-    model = peft.PeftModel.from_pretrained(base, folder).eval()
+    model = peft.PeftModel.from_pretrained(base, folder, is_trainable=True).eval()
     pixels = torch.tensor(IMAGES.transpose(0, 3, 1, 2))
-    with torch.no_grad():
-        found = model(pixel_values=pixels).logits.numpy()
-    np.testing.assert_allclose(found, logits(module, params), atol=1e-5, rtol=1e-5)
+    found = model(pixel_values=pixels).logits
+    np.testing.assert_allclose(found.detach().numpy(), logits(module, params), atol=1e-5, rtol=1e-5)
+    (found * torch.arange(1.0, 4.0)).sum().backward()
+
+    def loss(params):
+        logits = module.apply({'params': params}, IMAGES, train=False)
+        return (logits * np.arange(1.0, 4.0)[None]).sum()
+
+    gradients = jax.device_get(jax.jit(jax.grad(loss))(params))
+    adapters.write(tmp_path / 'gradients', gradients, module.lora, whole, '')
+    theirs = {
+        name.replace('.modules_to_save.default', '').replace('.default', ''): parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    ours = tensors.open_tensors(tmp_path / 'gradients/adapter_model.safetensors')[0]
+    assert len(ours) == len(theirs)
+    for name, array in ours.items():
+        name = name.replace('magnitude_vector', 'magnitude_vector.weight')
+        np.testing.assert_allclose(theirs[name], np.asarray(array), atol=2e-4, err_msg=name)
     with torch.no_grad():
         merged = model.merge_and_unload()(pixel_values=pixels).logits.numpy()
     np.testing.assert_allclose(merged, logits(module, params), atol=1e-5, rtol=1e-5)
@@ -208,6 +226,9 @@ def test_bad_folders_are_refused(written, tmp_path):
     for index, (change, config, message) in enumerate(cases):
         with pytest.raises(UserError, match=message):
             adapters.merged(whole, rewrite(folder, tmp_path / str(index), change, **config))
+    tokenless = {name: leaf for name, leaf in base.params.items() if name != 'cls'}
+    with pytest.raises(UserError, match='the base has no cls: other weights'):
+        adapters.merged(dataclasses.replace(base, params=tokenless), folder)
     with pytest.raises(UserError, match='is no folder of an adapter'):
         adapters.merged(base, tmp_path)
     (tmp_path / '0/adapter_model.safetensors').unlink()

@@ -1,5 +1,7 @@
 """Low-rank adapters: what they compute, in the forms that models have."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -23,6 +25,10 @@ EVERY = tuple(name for names in lora.GROUPS.values() for name in names)
 RNG = np.random.default_rng(0)
 IMAGES = RNG.uniform(-1, 1, (4, 16, 16, 3)).astype(np.float32)
 WEIGHTS = RNG.standard_normal((4, 5)).astype(np.float32)
+
+
+# Compiled quickly.
+jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
 def flat(tree):
@@ -50,7 +56,7 @@ def test_at_the_start_nothing_is_changed():
         # In the plain form; that for CPUs has other products where an MLP has adapters.
         pair = [m.clone(cpu_training=False) for m in pair]
         a, b = (
-            jax.jit(m.apply, static_argnames='train')({'params': p}, IMAGES, train=train)
+            jit(m.apply, static_argnames='train')({'params': p}, IMAGES, train=train)
             for m, p in zip(pair, (params, lora.without(params)), strict=True)
         )
         np.testing.assert_array_equal(a, b)
@@ -65,9 +71,9 @@ def test_merged_equals_unmerged_in_every_form(dora):
     expected = base.apply({'params': plain}, IMAGES, train=False)
     before = base.apply({'params': lora.without(params)}, IMAGES, train=False)
     assert np.abs(expected - before).max() > 0.1
-    for more in ({}, {'remat': 'full'}, {'scan_layers': True}):
+    for more in ({}, {'remat': 'full', 'scan_layers': True}):
         for model in (vit(dora, **more), models.for_training(vit(dora, **more))):
-            found = jax.jit(model.apply, static_argnames='train')(
+            found = jit(model.apply, static_argnames='train')(
                 {'params': params}, IMAGES, train=model.cpu_training
             )
             np.testing.assert_allclose(found, expected, atol=1e-6, rtol=1e-6)
@@ -82,11 +88,11 @@ def test_gradients_are_those_of_the_chain_rule_in_float64():
         return (model.apply({'params': params}, images, train=True) * WEIGHTS).sum()
 
     train = models.for_training(model)
-    found = flat(jax.jit(jax.grad(lambda p: loss(p, train, IMAGES)))(params))
+    found = flat(jit(jax.grad(lambda p: loss(p, train, IMAGES)))(params))
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
         whole = lora.merge(wide, model.lora)
-        gradient = flat(jax.jit(jax.grad(lambda p: loss(p, base, np.float64(IMAGES))))(whole))
+        gradient = flat(jit(jax.grad(lambda p: loss(p, base, np.float64(IMAGES))))(whole))
     wide, seen = flat(wide), 0
     for name, kernel in gradient.items():
         layer = name.removesuffix('/kernel')
@@ -108,7 +114,7 @@ def test_dropout_is_of_what_adapters_see_in_training_only():
     model = vit(dropout=0.5)
     params = init(model, noise=0.1)
 
-    @jax.jit
+    @jit
     def train(params, seed):
         rngs = {'dropout': jax.random.key(seed)}
         return model.apply({'params': params}, IMAGES, train=True, rngs=rngs)
@@ -143,7 +149,7 @@ def far_from_mean(rate):
         )
         return told['intermediates']['Transformer']['encoderblock_0']['tokens'][0]
 
-    mean = jax.jit(lambda seeds: jax.vmap(encoded)(seeds).mean(axis=0))(np.arange(4000))
+    mean = jit(lambda seeds: jax.vmap(encoded)(seeds).mean(axis=0))(np.arange(4000))
     _, told = model.apply({'params': params}, IMAGES[:1], train=False, mutable=['intermediates'])
     return mean - told['intermediates']['Transformer']['encoderblock_0']['tokens'][0]
 
@@ -182,3 +188,5 @@ def test_a_rank_beyond_the_matrix_is_refused():
     model = models.VisionTransformer(**VIT, lora=lora.Lora(17, ('query',)))
     with pytest.raises(ValueError, match='rank 17 is not from 1 to 16: the layer query is a matr'):
         init(model)
+    with pytest.raises(TypeError, match='lora is a Lora or None, not 8'):
+        models.MlpMixer(**MIXER, lora=8)

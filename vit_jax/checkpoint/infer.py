@@ -28,7 +28,7 @@ _SHAPES = {
     *('model_name', 'num_classes', 'patches', 'transformer', 'hidden_size', 'resnet'),
     *('representation_size', 'head_bias_init', 'encoder', 'num_blocks', 'hidden_dim'),
     *('tokens_mlp_dim', 'channels_mlp_dim', 'parent', 'name', 'dtype', 'attention', 'remat'),
-    *('scan_layers', 'head_tokens_only', 'both_heads', 'cpu_training'),
+    *('scan_layers', 'scan_from', 'head_tokens_only', 'both_heads', 'cpu_training', 'lora'),
     *('registers', 'register_positions', 'patch_bias'),
 }
 _ACT = models.VisionTransformer.act

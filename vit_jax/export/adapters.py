@@ -223,9 +223,16 @@ def _as_trained(base: model_folder.Model, folder: pathlib.Path) -> model_folder.
         lambda x: trained.model.init(jax.random.key(0), x, train=False)['params'],
         jax.ShapeDtypeStruct(size, np.float32),
     )
-    name = str(base.source.get('file', 'the base'))
-    params = soup.fitted(base, trained, shapes, name)
-    kept = {n: leaf for n, leaf in npz.flatten(params).items() if not re.fullmatch(groups.HEAD, n)}
+    name_of_base = str(base.source.get('file', 'the base'))
+    params = soup.fitted(base, trained, shapes, name_of_base)
+    flat = npz.flatten(params)
+    kept = {name: leaf for name, leaf in flat.items() if not re.fullmatch(groups.HEAD, name)}
+    if lacking := [n for n, leaf in kept.items() if isinstance(leaf, jax.ShapeDtypeStruct)]:
+        raise UserError(
+            f'{name_of_base} has no {adapt.shorten(lacking, 4)}: other weights than those that '
+            f'the adapter in {folder} was trained with, or the training began with new ones, which '
+            'it does not hold; the model folder beside it is whole'
+        )
     source = {**trained.source, **base.source}
     return dataclasses.replace(trained, params=npz.nest(kept, folder), source=source)
 

@@ -43,7 +43,7 @@ _FILE_NAME = re.compile(r'\w[\w.+-]{0,199}', re.A)  # beside model.json, no path
 
 # How a model is computed, not what it is: left to whoever loads it.
 # No part of an architecture: how it is computed, and how a head begins.
-_EXECUTION_KEYS = ('dtype', 'attention', 'remat', 'scan_layers', 'head_bias_init')
+_EXECUTION_KEYS = ('dtype', 'attention', 'remat', 'scan_layers', 'scan_from', 'head_bias_init')
 
 # What reading a description raises that is damaged, or somebody else's.
 _BAD_DESCRIPTION = (UserError, ValueError, KeyError, TypeError, AttributeError, OverflowError)

@@ -39,20 +39,24 @@ def switchable(call: Callable) -> Callable:
     def switched(model: nn.Module, *args: Any, **kwargs: Any) -> jax.Array:
         if not model.cpu_training or model.is_initializing():
             return call(model, *args, **kwargs)
-        with nn.intercept_methods(_replace):
+        with nn.intercept_methods(functools.partial(_replace, model.lora)):
             return call(model, *args, **kwargs)
 
     return switched
 
 
-def _replace(call: Callable, arrays: Any, options: Any, context: Any) -> jax.Array:
+def _replace(
+    adapters: lora.Lora | None, call: Callable, arrays: Any, options: Any, context: Any
+) -> jax.Array:
     form = _FORMS.get((type(context.module), context.method_name))
-    if form is None or not _applies(context.module, options):
+    if form is None or not _applies(context.module, options, adapters):
         return call(*arrays, **options)
+    if form is _call_mlp and adapters is not None:
+        form = functools.partial(form, scale=adapters.scale)
     return form(context.module, context.module.variables.get('params'), *arrays)
 
 
-def _applies(module: nn.Module, options: dict[str, Any]) -> bool:
+def _applies(module: nn.Module, options: dict[str, Any], adapters: lora.Lora | None) -> bool:
     """Whether a call with these keyword arguments is what the form computes."""
     if isinstance(module, nn.Dense):
         return module.dot_general is None  # the head sets the type of its output by one
@@ -63,8 +67,8 @@ def _applies(module: nn.Module, options: dict[str, Any]) -> bool:
         return module.implementation == 'auto' and plain
     if isinstance(module, layers.MlpBlock):
         dropout = module.dropout_rate and not options.get('deterministic', True)
-        adapted = any(lora.A in layer for layer in module.variables['params'].values())
-        return not (module.gated or module.norm or dropout or adapted)
+        other = adapters is not None and (adapters.dropout or adapters.dora)
+        return not (module.gated or module.norm or dropout or other)
     if isinstance(module, nn.Conv):
         return module.use_bias
     return True
@@ -153,6 +157,30 @@ def activation_affine(act: str) -> Callable:
     own.defvjp(
         lambda x, kernel, bias: (plain(x, kernel, bias), (x, kernel)),
         functools.partial(_activation_affine_backward, act),
+    )
+    return _by_platform(own, plain)
+
+
+def _activation_low_rank(act, x, a, b):
+    return _activation(act, x) @ a @ b
+
+
+def _activation_low_rank_backward(act, kept, grad):
+    # As above. The layer beside it, whose kernel is not trained, needs nothing of it again.
+    x, a, b = kept
+    x, grad = jax.lax.optimization_barrier((x, grad))
+    y, inner = _activation(act, x), grad @ b.T
+    return *_activation_backward(act, x, inner @ a.T), y.T @ inner, (y @ a).T @ grad
+
+
+@functools.cache
+def activation_low_rank(act: str) -> Callable:
+    """The product a b of an adapter, times what the function `act` gives."""
+    plain = functools.partial(_activation_low_rank, act)
+    own = jax.custom_vjp(plain)
+    own.defvjp(
+        lambda x, a, b: (plain(x, a, b), (x, a, b)),
+        functools.partial(_activation_low_rank_backward, act),
     )
     return _by_platform(own, plain)
 
@@ -272,10 +300,19 @@ def _call_layer_norm(module: Any, params: Any, x: jax.Array) -> jax.Array:
     return y.astype(module.dtype).reshape(x.shape)
 
 
-def _call_mlp(module: layers.MlpBlock, params: Any, x: jax.Array) -> jax.Array:
-    for name, product in (('Dense_0', affine), ('Dense_1', activation_affine(module.act))):
+def _call_mlp(module: layers.MlpBlock, params: Any, x: jax.Array, scale: float = 1.0) -> jax.Array:
+    """With `scale` of what adapters give, if there are some; they have neither dropout nor DoRA."""
+    for name, product, low_rank in (
+        ('Dense_0', affine, lambda x, a, b: x @ a @ b),
+        ('Dense_1', activation_affine(module.act), activation_low_rank(module.act)),
+    ):
         with jax.named_scope(name):
-            x = _call_dense(module, params[name], x, product)
+            y = _call_dense(module, params[name], x, product)
+            if lora.A in params[name]:
+                rows = x.astype(module.dtype).reshape(-1, x.shape[-1])
+                a, b = (params[name][array].astype(module.dtype) for array in (lora.A, lora.B))
+                y += scale * low_rank(rows, a, b).reshape(y.shape)
+            x = y
     return x
 
 

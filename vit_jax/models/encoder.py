@@ -127,6 +127,8 @@ class Encoder(nn.Module):
         what nothing depends on: of Ti/16 to B/16, with 12 blocks, 7 % of the work.
       scan_layers: trace and compile one block for all but the last, over which `jax.lax.scan`
         loops; parameters, and what can be read out, stay the same. Dropout draws other masks.
+      scan_from: with `scan_layers` a second loop begins with this block. A loop has a backward pass
+        through all of its blocks or none, and so that below the lowest trained block is apart.
       act: activation function of the MLPs, a name in `layers.ACTIVATIONS`.
       layer_norm_eps: what LayerNorm adds to the variance.
       final_norm: whether there is a final LayerNorm.
@@ -152,6 +154,7 @@ class Encoder(nn.Module):
     remat: str = ''
     outputs: int | None = None
     scan_layers: bool = False
+    scan_from: int = 0
     act: str = 'gelu_tanh'
     layer_norm_eps: float = 1e-6
     final_norm: bool = True
@@ -207,8 +210,9 @@ class Encoder(nn.Module):
         last = self.num_layers - 1
         names = [f'encoderblock_{layer}' for layer in range(self.num_layers)]
         if self.scan_layers and last > 1 and not self.is_initializing():
-            x = self._scan(block(parent=None), names[:last], x, not train, mask)
-            names = names[last:]
+            looped, names = names[:last], names[last:]
+            for part in filter(None, (looped[: self.scan_from], looped[self.scan_from :])):
+                x = self._scan(block(parent=None), part, x, not train, mask)
         for name in names:
             outputs = self.outputs if name == f'encoderblock_{last}' else None
             x = block(outputs=outputs, name=name)(x, not train, mask)

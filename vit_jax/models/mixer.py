@@ -90,6 +90,8 @@ class MlpMixer(nn.Module):
     def __post_init__(self) -> None:
         """Makes the module hashable, as Flax and `jax.jit` (`static_argnames`) want it."""
         object.__setattr__(self, 'patches', layers.hashable(self.patches))
+        if not isinstance(self.lora, Lora | None):  # a file may say anything
+            raise TypeError(f'lora is a Lora or None, not {self.lora!r:.100}')
         super().__post_init__()
 
     @nn.compact

@@ -72,6 +72,7 @@ class VisionTransformer(nn.Module):
       attention: see `MultiHeadDotProductAttention.implementation`.
       remat: see `Encoder.remat`.
       scan_layers: see `Encoder.scan_layers`.
+      scan_from: see `Encoder.scan_from`.
       both_heads: of a distilled model give the logits of both heads [B, 2, C], class token first,
         in place of their mean: for distillation.
       head_tokens_only: leave out, in the last block, all tokens but those that the head reads (with
@@ -117,6 +118,7 @@ class VisionTransformer(nn.Module):
     attention: str = 'auto'
     remat: str = ''
     scan_layers: bool = False
+    scan_from: int = 0
     head_tokens_only: bool = False
     both_heads: bool = False
     cpu_training: bool = False
@@ -139,6 +141,8 @@ class VisionTransformer(nn.Module):
         """Makes the module hashable, as Flax and `jax.jit` (`static_argnames`) want it."""
         for name in ('patches', 'transformer', 'resnet', 'rotary'):
             object.__setattr__(self, name, layers.hashable(getattr(self, name)))
+        if not isinstance(self.lora, Lora | None):  # a file may say anything
+            raise TypeError(f'lora is a Lora or None, not {self.lora!r:.100}')
         super().__post_init__()
 
     @property
@@ -223,7 +227,8 @@ class VisionTransformer(nn.Module):
         return self._classify(x, train)
 
     def _create_encoder(self, grid: tuple[int, int]) -> nn.Module:
-        names = ('dtype', 'attention', 'remat', 'scan_layers', 'act', 'layer_norm_eps')
+        names: tuple[str, ...] = ('dtype', 'attention', 'remat', 'scan_layers', 'scan_from')
+        names += ('act', 'layer_norm_eps')
         ours = {name: getattr(self, name) for name in names}
         ours['final_norm'] = self.final_norm and not self.fc_norm
         if self.prefix_positions != self.prefix_tokens:

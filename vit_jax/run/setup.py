@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -126,6 +127,9 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
     names = functools.cache(lambda: trained_part.names_of(config, lambda: jax.eval_shape(init)))
     tx = recipe.optimizer_of(config, schedule, parts.tx, names)
     frozen = trained_part.frozen_of(config, names)
+    if config.scan_layers and frozen and parts.model is None:
+        lowest = groups.lowest_block(frozen, names())
+        model, student = model.clone(scan_from=lowest), student.clone(scan_from=lowest)
     state = state_lib.abstract_state(model, tx, config.pp.crop, mesh, channels=train.channels)
     batch = steps.abstract_batch(
         config.batch, config.pp.crop, mesh, channels=train.channels, exact=config.pp.exact
@@ -344,8 +348,12 @@ def initial_params(
     model: nn.Module,
     shapes: Mapping[str, Any],
     channels: int = 3,
+    frozen: str = '',
 ) -> tuple[Mapping[str, Any], str]:
-    """Parameters of these shapes to start from, on the host, and where they come from."""
+    """Parameters of these shapes to start from, on the host, and where they come from.
+
+    Of those that are `frozen` it says which are new, and stay so.
+    """
     init = functools.partial(
         state_lib.init_params, model, config.pp.crop, config.seed, channels=channels
     )
@@ -382,7 +390,9 @@ def initial_params(
         if name in (*infer.EVERY_MODEL, 'classifier')
         and (ours := getattr(model, name, told)) != told
     ]
-    notes = [*weights.notes, *assumed, *other, *_other_pixels(weights, config)]
+    stay = [name for name in report.initialised if frozen and re.fullmatch(frozen, name)]
+    lasting = [f'WARNING: new, and not trained: {adapt.shorten(stay, 4)}'] if stay else []
+    notes = [*weights.notes, *assumed, *other, *_other_pixels(weights, config), *lasting]
     return params, '\n  '.join([str(report), *notes])
 
 
