@@ -139,6 +139,20 @@ def test_a_configuration_of_another_model_is_refused(settings, message, folder, 
         bert.open_folder(change(folder, tmp_path, **settings))
 
 
+def test_arrays_that_do_not_go_together(torch, theirs, folder, tmp_path):
+    copy = change(folder, tmp_path)
+    (copy / 'model.safetensors').unlink()
+    state = theirs.bert.state_dict()
+    for change_to in (None, torch.zeros(20, 40)):
+        state['embeddings.position_embeddings.weight'] = change_to
+        torch.save({n: t for n, t in state.items() if t is not None}, copy / 'pytorch_model.bin')
+        message = (
+            r"lacks '.*position_ids" if change_to is None else r'position_ids.* \(20, 40\), exp'
+        )
+        with pytest.raises(UserError, match=message):
+            bert.open_folder(copy)
+
+
 def test_files_that_are_missing_or_of_another_model(torch, folder, tmp_path):
     copy = change(folder, tmp_path)
     (copy / 'tokenizer_config.json').write_text('{"do_lower_case": false}')

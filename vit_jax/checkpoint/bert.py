@@ -94,6 +94,7 @@ def open_folder(folder: str | os.PathLike[str]) -> TextTower:
         raise UserError(f'{folder} has no BERT: no tensor embeddings.word_embeddings.weight')
     flat, notes = key_tables.to_params(named, 'BERT', 0, folder)
     text = _arguments(folder, config, flat)
+    _check_shapes(folder, text, flat)
     if others:
         groups = ', '.join(sorted({printable(name.split('.')[0])[:50] for name in others})[:5])
         notes.append(f'{len(others)} tensors of no text tower are left out ({groups})')
@@ -137,6 +138,26 @@ def _arguments(
         raise UserError(f'{place} states layer_norm_eps={str(epsilon)[:50]}; expected 0 to 1')
     act = hugging_face_activation(folder, config, 'hidden_act', 'gelu')
     return {**sizes, 'num_heads': heads, 'act': act, 'layer_norm_eps': float(epsilon)}
+
+
+def _check_shapes(folder: pathlib.Path, text: Mapping[str, Any], flat: Mapping[str, Any]) -> None:
+    """Raises `UserError` where an array is missing, or its shape does not go with the others."""
+    import jax
+    import jax.numpy as jnp
+
+    from vit_jax import models
+
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    model = models.text.BertModel(**text)
+    init = jax.eval_shape(lambda tokens: model.init(jax.random.key(0), tokens), tokens)
+    wanted = {name: leaf.shape for name, leaf in npz.flatten(init['params']).items()}
+    for name in sorted(wanted.keys() | flat.keys()):
+        found = tuple(flat[name].shape) if name in flat else 'missing'
+        if found != wanted.get(name):
+            raise UserError(
+                f'{folder}: the weights are not those of one BERT: {name} is {found}, expected '
+                f'{wanted.get(name, "no such array")}'
+            )
 
 
 def _vocabulary(folder: pathlib.Path, rows: int) -> pathlib.Path:

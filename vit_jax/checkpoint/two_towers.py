@@ -123,7 +123,8 @@ def _open_clip(folder: pathlib.Path) -> TwoTowerWeights:
     """`open_folder`, of open_clip: a CLIP or a CustomTextCLIP."""
     told, found = open_clip_configs.read_text(folder), _tensors(folder)
     named = {m[1]: found[name] for name in found if (m := _OPEN_CLIP_TEXT.fullmatch(name))}
-    if 'logit_scale' not in found or 'token_embedding.weight' not in named:
+    needed = {'token_embedding.weight', 'positional_embedding'}
+    if 'logit_scale' not in found or not needed <= named.keys():
         raise UserError(f'{folder} lacks logit_scale or the text tower: it is an image tower alone')
     image = formats.open_weights(folder)
     text, _ = key_tables.to_params(named, 'OpenCLIP text', told['num_heads'], folder)
@@ -139,7 +140,8 @@ def _open_clip(folder: pathlib.Path) -> TwoTowerWeights:
     if told['of_clip']:
         pp['pad_token'] = text_lib.token_of_id(vocabulary, 0)
     if told['pool_type'] != 'last':
-        tokenizer = text_lib.make_tokenizer({**pp, 'max_len': 2}, vocabulary)
+        length = text['pos_embedding'].shape[1]
+        tokenizer = text_lib.make_tokenizer({**pp, 'max_len': length}, vocabulary)
         end = tokenizer.size - 1 if told['pool_type'] == 'argmax' else told['eos_id']
         if end not in tokenizer(['']):
             raise UserError(

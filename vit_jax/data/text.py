@@ -151,6 +151,11 @@ class JsonTokenizer:
             pad_token=self.pad_token,
             length=self.max_len,
         )
+        if len(tokenizer.encode('').ids) != self.max_len:  # marks are never cut
+            raise UserError(
+                f'{self.vocab_path} marks the beginning and the end of texts, which leaves no room '
+                f'in {self.max_len} tokens'
+            )
         unknown = tokenizer.token_to_id(getattr(tokenizer.model, 'unk_token', None) or '')
         object.__setattr__(self, '_tokenizer', tokenizer)
         object.__setattr__(self, '_blank', ids.get(self.blank_token, -1))
