@@ -26,6 +26,9 @@ _SERVER.set_forkserver_preload(
         'cv2',
         'grain',
         'tensorboard.summary.writer.record_writer',
+        'jinja2',
+        'sklearn.datasets',
+        'tensorflow_datasets.core',
     ]
 )
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import forked
 import jax
 import jax.numpy as jnp
 import pytest
@@ -233,28 +234,40 @@ main.run()
 """
 
 
-def in_small_disk(code: str, size: str, readonly: bool = False) -> subprocess.CompletedProcess:
+MOUNT = """
+import ctypes, subprocess, sys
+assert not ctypes.CDLL(None).unshare(0x00020000)  # CLONE_NEWNS: mounts are for this process alone
+subprocess.run(['bash', '-ec', sys.argv[2]], check=True)
+"""
+
+
+@pytest.fixture
+def in_small_disk(tmp_path):
     """Runs Python code with the path of a file system of its own as argument."""
-    mount = 'mkdir -p "$0" && mount -t tmpfs -o size=' + size + ' t "$0"'
-    if readonly:
-        mount += ' && mount -o remount,ro "$0"'
-    folder = pathlib.Path('/tmp/vit_jax_test_disk')
-    probe = subprocess.run(
-        ['unshare', '-m', 'bash', '-c', mount, str(folder)], capture_output=True, check=False
-    )
-    if probe.returncode:
-        pytest.skip('file systems cannot be mounted here (needs root and Linux)')
-    words = ['unshare', '-m', 'bash', '-c', mount + ' && "$1" -c "$2" "$0"', str(folder)]
-    return subprocess.run(
-        [*words, sys.executable, code],
-        env=os.environ | {'JAX_NUM_CPU_DEVICES': '1'},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    folder = tmp_path / 'disk'
+    folder.mkdir()
+
+    def run(code: str, size: str, readonly: bool = False) -> subprocess.CompletedProcess:
+        mount = f'mount --make-rprivate / && mount -t tmpfs -o size={size} t "{folder}"'
+        if readonly:
+            mount += f' && mount -o remount,ro "{folder}"'
+        probe = subprocess.run(
+            ['unshare', '-m', 'bash', '-c', mount], capture_output=True, check=False
+        )
+        if probe.returncode:
+            pytest.skip('file systems cannot be mounted here (needs root and Linux)')
+        return forked.run(
+            ['-c', MOUNT + code, str(folder), mount],
+            folder=tmp_path / 'output',
+            cwd=pathlib.Path(__file__).parents[2],
+            env=os.environ | {'JAX_NUM_CPU_DEVICES': '1'},
+            timeout=300,
+        )
+
+    return run
 
 
-def test_a_full_disk_leaves_earlier_checkpoints_as_they_were():
+def test_a_full_disk_leaves_earlier_checkpoints_as_they_were(in_small_disk):
     ended = in_small_disk(FULL_DISK, '3m')
     assert ended.returncode == 0, ended.stderr
     assert 'step 2 could not be written' in ended.stdout
@@ -263,7 +276,7 @@ def test_a_full_disk_leaves_earlier_checkpoints_as_they_were():
     assert "['1']" in ended.stdout and 'Traceback' not in ended.stderr, ended.stderr
 
 
-def test_a_read_only_workdir_is_one_line():
+def test_a_read_only_workdir_is_one_line(in_small_disk):
     flags = '["--config.compile_cache=", f"--workdir={folder}/x"]'
     ended = in_small_disk(MAIN.replace('*FLAGS', f'*{flags}'), '3m', readonly=True)
     assert ended.returncode == 1
@@ -271,7 +284,7 @@ def test_a_read_only_workdir_is_one_line():
     assert ended.stderr.count('\n') == 1
 
 
-def test_a_disk_that_fills_up_ends_a_run_with_one_line():
+def test_a_disk_that_fills_up_ends_a_run_with_one_line(in_small_disk):
     flags = (
         '[f"--workdir={folder}/run", "--config.compile_cache=", "--config.checkpoint_every=1",'
         ' "--config.keep_checkpoints=100", "--config.eval_every=100"]'
@@ -282,9 +295,9 @@ def test_a_disk_that_fills_up_ends_a_run_with_one_line():
     assert 'No space left on device' in ended.stderr and 'intact' in ended.stderr
 
 
-def test_a_read_only_cache_is_one_line():
-    flags = '["--workdir=/tmp/never", f"--config.compile_cache={folder}"]'
+def test_a_read_only_cache_is_one_line(in_small_disk, tmp_path):
+    flags = f'["--workdir={tmp_path}/never", f"--config.compile_cache={{folder}}"]'
     ended = in_small_disk(MAIN.replace('*FLAGS', f'*{flags}'), '2m', readonly=True)
     assert ended.returncode == 1
     assert ended.stderr.startswith('error: config.compile_cache=') and 'Read-only' in ended.stderr
-    assert not pathlib.Path('/tmp/never').exists()
+    assert not (tmp_path / 'never').exists()
