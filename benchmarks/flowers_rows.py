@@ -204,15 +204,24 @@ def choice(row: str) -> Iterator[Run]:
 
 
 def chosen(records: Sequence[Mapping[str, Any]], row: str) -> Run:
+    """The best run of those that a row is chosen among, see `best`."""
+    return best(records, list(choice(row)), row)
+
+
+def best(records: Sequence[Mapping[str, Any]], runs: Sequence[Run], what: str) -> Run:
     """The run of the best validation accuracy; of equal ones that of the least loss.
+
+    Args:
+      records: what is known.
+      runs: to choose among.
+      what: is chosen, for the error.
 
     Raises:
       UserError: a candidate is missing.
     """
     found = {known['name']: known for known in records if known['stage'] == CHOICE.name}
-    runs = list(choice(row))
     if missing := [run.name for run in runs if run.name not in found]:
-        raise UserError(f'{row} is not chosen yet; to be tried: {", ".join(missing)}')
+        raise UserError(f'{what} is not chosen yet; to be tried: {", ".join(missing)}')
     return max(
         runs, key=lambda run: (found[run.name]['accuracy_val'], -found[run.name]['loss_val'])
     )
