@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vit_jax import models
-from vit_jax.checkpoint import npz, tensors
+from vit_jax.checkpoint import adapt, npz, tensors
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.export import adapters, pytorch
@@ -153,8 +153,6 @@ def test_a_base_of_another_size_and_other_classes_is_fitted_as_in_training(tmp_p
     settings = lora.Lora(2, ('query',))
     base, whole, module, params = made(VIT, settings)
     whole = dataclasses.replace(whole, preprocess=Preprocess(32))
-    from vit_jax.checkpoint import adapt
-
     resized = adapt.adapt(
         base.params,
         jax.eval_shape(
@@ -226,7 +224,10 @@ def test_bad_folders_are_refused(written, tmp_path):
     for index, (change, config, message) in enumerate(cases):
         with pytest.raises(UserError, match=message):
             adapters.merged(whole, rewrite(folder, tmp_path / str(index), change, **config))
-    tokenless = {name: leaf for name, leaf in base.params.items() if name != 'cls'}
+    flat = npz.flatten(base.params)
+    positions = flat[adapt.POSITION_EMBEDDING][:, 1:]
+    flat = {name: leaf for name, leaf in flat.items() if name != 'cls'}
+    tokenless = npz.nest(flat | {adapt.POSITION_EMBEDDING: positions}, tmp_path)
     with pytest.raises(UserError, match='the base has no cls: other weights'):
         adapters.merged(dataclasses.replace(base, params=tokenless), folder)
     with pytest.raises(UserError, match='is no folder of an adapter'):
