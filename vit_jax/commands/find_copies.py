@@ -15,6 +15,7 @@ Examples:
 """
 
 import argparse
+import pathlib
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         help='with --model: the least cosine that counts (default: 0.95)',
     )
     add('--batch', type=int, default=32, help='with --model: images at once (default: 32)')
+    add('--features', metavar='DIR', help='with --model: keep the features here, as probe does')
     add('--contact_sheet', metavar='PNG', help='with --model: draw the pairs that are most alike')
     return parser
 
@@ -64,7 +66,9 @@ def _find(args: argparse.Namespace) -> int:
 
     if args.contact_sheet:
         files.check_output(args.contact_sheet, overwrite=True, flag='--contact_sheet')
-    if not args.model and (args.contact_sheet or any(getattr(args, name) for name in _INPUT)):
+    if not args.model and (
+        args.contact_sheet or args.features or any(getattr(args, name) for name in _INPUT)
+    ):
         raise UserError('what belongs to a model needs one: add --model MODEL')
     if args.model and args.pixels:
         raise UserError('--pixels and --model are two ways to compare: leave out one of them')
@@ -100,8 +104,14 @@ def _find_alike(args: argparse.Namespace, train: 'Selection', test: 'Selection')
     model = model_folder.load(args.model, variant=args.variant, **cli.input_of(args))
     with output.progress_bar(len(train) + len(test)) as advance:
         (trained, bad), (tested, worse) = (
-            features.extract(model, part, batch=args.batch, advance=advance)
-            for part in (train, test)
+            features.extract(
+                model,
+                part,
+                batch=args.batch,
+                keep=args.features and pathlib.Path(args.features) / name,
+                advance=advance,
+            )
+            for name, part in (('train', train), ('test', test))
         )
     images: dict[str, Any] = {}
     pairs = []

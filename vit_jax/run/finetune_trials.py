@@ -11,7 +11,7 @@ from vit_jax.run.finetune_plan import Run
 FORWARD = 0.29  # time of a forward pass, as a share of that of a step that trains all weights
 _AROUND = 25.0  # seconds of a run that are not steps, before any was measured
 _EXPLORE = 0.3  # share of the time for short runs
-_LEAST_STEPS, _LEAST_TRIAL = 20, 10
+_LEAST_STEPS, _LEAST_TRIAL = 20, 14
 _PASSES = 60  # over the training images, after which more of it is not expected to help
 _SAFETY = 0.93  # share of the time that steps are planned for
 
@@ -95,7 +95,7 @@ class Outlook:
 
 def how_many(outlook: Outlook) -> int:
     """How many short runs there is time for, besides a long one; one alone says nothing."""
-    least = outlook.around() + _LEAST_TRIAL * outlook.step(ALL)
+    least = outlook.around() + (_LEAST_TRIAL + 1) * outlook.step(ALL) / _SAFETY
     count = min(len(outlook.tries), int(_EXPLORE * outlook.left / least))
     return count if count > 1 else 0
 
