@@ -60,7 +60,7 @@ def plan(photos, weights, tmp_path_factory):
     parts = finetune_look.open_parts(str(photos), {}, 3)
     assert parts.specs == ('train', '20%', 'test')
     made = finetune.new_plan(parts, 'elsewhere', {}, str(weights), features.fingerprint(model), 0)
-    for name, steps, ended in (('all-0.001', 3, 0), ('last-all-0.01', 5, 4)):
+    for name, steps, ended in (('all-0.001', 3, 0), ('long-all-0.01', 5, 4)):
         settings = {'base_lr': float(name.split('-')[-1]), 'total_steps': steps,
                     'warmup_steps': 1, 'ema_decay': 0.5}  # fmt: skip
         made = made.with_run(finetune_plan.Run(name, 'all weights', settings, ended))
@@ -101,8 +101,8 @@ def test_a_plan_gives_a_model_and_a_report(replayed, photos):
     folder, printed = replayed
     state = json.loads((folder / 'finetune.json').read_text())
     scores = state['scores']
-    assert [*scores] == ['probe', 'all-0.001', 'last-all-0.01']
-    assert scores['last-all-0.01']['steps'] == 4 and scores['all-0.001']['steps'] == 3
+    assert [*scores] == ['probe', 'all-0.001', 'long-all-0.01']
+    assert scores['long-all-0.01']['steps'] == 4 and scores['all-0.001']['steps'] == 3
     best = max(scores.values(), key=lambda told: (told['right'], -told['loss']))
     assert scores[state['chosen']] == best  # and so never worse than the probe
     source = folder / ('probe' if state['chosen'] == 'probe' else f'runs/{state["chosen"]}/model')
@@ -151,7 +151,7 @@ def test_test_images_change_the_last_line_alone(replayed, photos, plan, tmp_path
     again = tmp_path / 'out'
     done = command_once('scripts/finetune.py', other, '--plan', plan, '--output', again)
     assert done.returncode == 0, done.stderr
-    for name in ('model', 'probe', 'runs/last-all-0.01/model'):
+    for name in ('model', 'probe', 'runs/long-all-0.01/model'):
         one, two = (place / name / 'params.npz' for place in (folder, again))
         assert one.read_bytes() == two.read_bytes()
     states = [json.loads((place / 'finetune.json').read_text()) for place in (folder, again)]
@@ -178,7 +178,7 @@ def test_what_was_stopped_goes_on(replayed, photos, plan, tmp_path, run_script, 
     assert done.returncode == 128 + signal.SIGTERM and 'the same command goes on' in done.stderr
     done = run_script(*words)
     assert done.returncode == 0, done.stderr
-    assert calls == ['all-0.001', 'last-all-0.01', 'last-all-0.01']
+    assert calls == ['all-0.001', 'long-all-0.01', 'long-all-0.01']
     done = run_script(*words)
     assert 'this is done' in done.stdout and len(calls) == 3
     assert done.stdout.splitlines()[-1].startswith('test: ')
@@ -238,9 +238,10 @@ def test_runs_are_planned_for_the_time_that_is_left():
     trials = finetune_trials
     kinds = {kind.name for kind, _ in trials.to_try({'transformer': {'num_layers': 3}})}
     assert kinds == {'all', 'lora'} and len(trials.to_try({'num_blocks': 8})) == 2
+    best = [(trials.ALL, 1e-3), (trials.LAST, 1e-3)]
     assert trials.how_many(outlook(150)) == 0
-    assert trials.last(outlook(60), trials.ALL, 1e-3) is None
-    run = trials.last(outlook(150), trials.ALL, 1e-3)
+    assert trials.last(outlook(60), best, []) is None
+    run = trials.last(outlook(150), best, [])
     assert run and run.settings['total_steps'] == int(0.93 * 125 / (32 / 11.6))
     assert trials.is_last(run) and trials.kind_of(run) is trials.ALL
 
@@ -257,12 +258,16 @@ def test_runs_are_planned_for_the_time_that_is_left():
         shares.append(took)
         left -= took
     assert sum(shares) < 0.3 * 900
-    run = trials.last(outlook(left, measured, images=10**5), trials.ALL, 1e-3)
+    run = trials.last(outlook(left, measured, images=10**5), best, [])
     total = 15 + run.settings['total_steps']
     assert 0.9 * left < total < left
     assert trials.seconds_of(outlook(left, measured), run) == total
-    most = trials.last(outlook(10**6), trials.ALL, 1e-3)
+    most = trials.last(outlook(10**6), best, [])
     assert most.settings['total_steps'] == 375  # 60 passes over 200 images
+    more = trials.last(outlook(10**6), best, [most])
+    assert more.name == 'long-last3-0.001' and trials.kind_of(more) is trials.LAST
+    assert trials.last(outlook(10**6), best, [most, more]) is None
+    assert trials.last(outlook(150), best[::-1], [most]) is None  # less than half as long
 
 
 def test_the_clock_ends_a_run(monkeypatch):

@@ -73,7 +73,8 @@ def extract(
         }
         parts = feature_files.Parts(pathlib.Path(keep), what)
         done, found, errors = parts.read()
-        advance(done)
+        if done:
+            advance(done)
     if done < len(source):
         shape = min(batch, len(source))  # the same after a kill: no bit may depend on it
         for end, part, bad in _compute(compute, model, source, done, shape, advance):

@@ -24,7 +24,7 @@ import math
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,7 +36,14 @@ from vit_jax import config as config_lib
 from vit_jax import files, train
 from vit_jax.data.decode import BadImageError
 from vit_jax.errors import UserError
-from vit_jax.inference import feature_files, features, model_folder, probe_choice, probes
+from vit_jax.inference import (
+    feature_files,
+    features,
+    model_folder,
+    output,
+    probe_choice,
+    probes,
+)
 from vit_jax.inference import metrics as metrics_lib
 from vit_jax.inference.classifier import JaxClassifier
 from vit_jax.run import finetune_look as look
@@ -190,13 +197,22 @@ class Finetune:
     def _extract(
         self, name: str, source: Any, model: model_folder.Model
     ) -> tuple[feature_files.Features, list[BadImageError]]:
-        return features.extract(
-            model,
-            source,
-            batch=_BATCH,
-            keep=self._folder / FEATURES / name,
-            advance=lambda images: self.clock.tick(),
-        )
+        """Features of images; also notes their speed, without that of the first batch."""
+        done, begin, last = 0, 0.0, 0.0
+        keep = self._folder / FEATURES / name
+
+        def advance(images: int) -> None:
+            nonlocal done, begin, last
+            show(images)
+            self.clock.tick()
+            last = time.monotonic()
+            begin, done = (last, 0) if not begin else (begin, done + images)
+
+        with output.progress_bar(len(source), shares_terminal=True) as show:
+            found = features.extract(model, source, batch=_BATCH, keep=keep, advance=advance)
+        if done and last > begin:
+            self._write(forward=done / (last - begin))
+        return found
 
     def _probe(
         self, parts: look.Parts, model: model_folder.Model
@@ -205,12 +221,11 @@ class Finetune:
         images = len(parts.train) + len(parts.val)
         self._say(f'features of {images:,} images, by {self._plan.weights} ...')
         begin = time.monotonic()
-        fitting, bad = self._extract('train', parts.train, model)
-        took = time.monotonic() - begin
         choosing, worse = self._extract('val', parts.val, model)
+        fitting, bad = self._extract('train', parts.train, model)
         unreadable = [*bad, *worse]
-        if 'forward' not in self._state:
-            self._write(forward=len(parts.train) / took)
+        if 'forward' not in self._state:  # of fewer images than two batches
+            self._write(forward=images / (time.monotonic() - begin))
         for error in unreadable:
             self._say(f'WARNING: {error}')
         if len(unreadable) > look.MAX_UNREADABLE * images:
@@ -259,14 +274,18 @@ class Finetune:
         for run in self._plan.runs:
             if run.name not in self._state['scores']:
                 return run
-        if self._replay or any(map(trials.is_last, self._plan.runs)):
+        if self._replay:
             return None
         outlook = self._outlook()
         if 'trials' not in self._state:
             self._write(trials=trials.how_many(outlook))
-        count, done = self._state['trials'], len(self._plan.runs)
-        planned = trials.trial(outlook, done, count) if done < count else None
-        planned = planned or trials.last(outlook, *self._best_trial())
+        short = [run for run in self._plan.runs if not trials.is_last(run)]
+        long = [run for run in self._plan.runs if trials.is_last(run)]
+        planned = None
+        if not long and len(short) < self._state['trials']:
+            planned = trials.trial(outlook, len(short), self._state['trials'])
+        if planned is None:
+            planned = trials.last(outlook, self._by_promise(short), long)
         if planned is None:
             self._say('no time is left for another run of training')
             return None
@@ -289,13 +308,18 @@ class Finetune:
             batch=self._plan.settings['batch'],
         )
 
-    def _best_trial(self) -> trials.Trial:
-        """What and how fast the best short run trained; the most promising where none did."""
-        done = [run for run in self._plan.runs if 'right' in self._state['scores'][run.name]]
-        if not done:
-            return self._tries[0]
-        best = max(done, key=lambda run: self._score(run.name).order)
-        return trials.kind_of(best), float(best.settings['base_lr'])
+    def _by_promise(self, short: Sequence[Run]) -> list[trials.Trial]:
+        """What may be tried, the best of the short runs first; then what was not tried."""
+        done = [run for run in short if 'right' in self._state['scores'][run.name]]
+        done.sort(key=lambda run: self._score(run.name).order, reverse=True)
+        tried = [(trials.kind_of(run), float(run.settings['base_lr'])) for run in done]
+        failed = {run.name for run in short} - {run.name for run in done}
+        rest = [
+            each
+            for each in self._tries
+            if each not in tried and trials.name_of(*each) not in failed
+        ]
+        return [*tried, *rest]
 
     def _score(self, name: str) -> Score:
         told = self._state['scores'][name]

@@ -13,6 +13,7 @@ _AROUND = 25.0  # seconds of a run that are not steps, before any was measured
 _EXPLORE = 0.3  # share of the time for short runs
 _LEAST_STEPS, _LEAST_TRIAL = 20, 14
 _PASSES = 60  # over the training images, after which more of it is not expected to help
+_LONG = 'long-'  # begins the names of long runs
 _SAFETY = 0.93  # share of the time that steps are planned for
 
 
@@ -114,13 +115,31 @@ def trial(outlook: Outlook, place: int, count: int) -> Run | None:
     steps = outlook.steps(kind, share * outlook.left)
     if steps < _LEAST_TRIAL:
         return None
-    return _run(f'{kind.name}-{rate:g}', kind, rate, steps)
+    return _run(name_of(kind, rate), kind, rate, steps)
 
 
-def last(outlook: Outlook, kind: Kind, rate: float) -> Run | None:
-    """The long run; None where the time does not suffice for one."""
-    steps = outlook.steps(kind, outlook.left)
-    return None if steps < _LEAST_STEPS else _run(f'last-{kind.name}-{rate:g}', kind, rate, steps)
+def last(outlook: Outlook, promising: Sequence[Trial], before: Sequence[Run]) -> Run | None:
+    """A long run.
+
+    There is one, and more of them where it took less time than there is: because it was faster than
+    expected, or had as many passes over the images as are of use.
+
+    Args:
+      outlook: `left` is the time for it.
+      promising: what may be trained, the best first.
+      before: long runs so far.
+
+    Returns:
+      None where the time does not suffice, or all was done.
+    """
+    done = {run.name for run in before}
+    for kind, rate in promising:
+        run = _run(_LONG + name_of(kind, rate), kind, rate, outlook.steps(kind, outlook.left))
+        if run.name in done:
+            continue
+        least = max((each.settings['total_steps'] // 2 for each in before), default=0)
+        return run if run.settings['total_steps'] >= max(_LEAST_STEPS, least) else None
+    return None
 
 
 def seconds_of(outlook: Outlook, run: Run) -> float:
@@ -131,12 +150,17 @@ def seconds_of(outlook: Outlook, run: Run) -> float:
 
 def kind_of(run: Run) -> Kind:
     """The kind of a run."""
-    return KINDS.get(run.name.removeprefix('last-').partition('-')[0], ALL)
+    return KINDS.get(run.name.removeprefix(_LONG).partition('-')[0], ALL)
+
+
+def name_of(kind: Kind, rate: float) -> str:
+    """The name of a short run."""
+    return f'{kind.name}-{rate:g}'
 
 
 def is_last(run: Run) -> bool:
-    """Whether it is the long run."""
-    return run.name.startswith('last-')
+    """Whether it is a long run."""
+    return run.name.startswith(_LONG)
 
 
 def _run(name: str, kind: Kind, rate: float, steps: int) -> Run:
@@ -146,6 +170,6 @@ def _run(name: str, kind: Kind, rate: float, steps: int) -> Run:
         'total_steps': steps,
         'warmup_steps': max(1, steps // 10),
         # An average over about the last tenth of the steps.
-        'ema_decay': round(max(0.5, min(0.9999, 1 - 10 / steps)), 4),
+        'ema_decay': round(max(0.5, min(0.9999, 1 - 10 / max(1, steps))), 4),
     }
     return Run(name, kind.what, settings)
