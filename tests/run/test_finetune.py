@@ -240,7 +240,8 @@ def test_runs_are_planned_for_the_time_that_is_left():
     assert kinds == {'all', 'lora'} and len(trials.to_try({'num_blocks': 8})) == 2
     best = [(trials.ALL, 1e-3), (trials.LAST, 1e-3)]
     assert trials.how_many(outlook(150)) == 0
-    assert trials.last(outlook(60), best, []) is None
+    assert trials.last(outlook(60), best[:1], []) is None
+    assert trials.kind_of(trials.last(outlook(60), best, [])) is trials.LAST
     run = trials.last(outlook(150), best, [])
     assert run and run.settings['total_steps'] == int(0.93 * 125 / (32 / 11.6))
     assert trials.is_last(run) and trials.kind_of(run) is trials.ALL

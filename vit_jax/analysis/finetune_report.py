@@ -1,7 +1,6 @@
 """The page of a fine-tuning, `report.html`: candidates, what was chosen, how good it is."""
 
 import pathlib
-import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -128,12 +127,8 @@ def why(state: Mapping[str, Any]) -> str:
 
 def commands(folder: pathlib.Path, plan: finetune_plan.Plan) -> list[str]:
     """Commands that do by hand what was done."""
-    words = ['vit_jax', 'probe', '--model', plan.weights, '--dataset', plan.dataset]
-    for name, value in plan.data.items():
-        words += [f'--{name}', value]
-    inside = f'{plan.train} without {plan.val}'
-    words += ['--train', inside, '--test', plan.test]
-    return [shlex.join(words), *(finetune_plan.command(folder, run) for run in plan.runs)]
+    runs = [finetune_plan.command(folder, run) for run in plan.runs]
+    return [finetune_plan.probe_command(plan), *runs]
 
 
 def _verdict(state: Mapping[str, Any], parts: finetune_look.Parts) -> Table:

@@ -19,7 +19,7 @@ from vit_jax.inference.probes import (
 )
 
 # What is tried on validation images.
-LOGISTIC_CS = (0.01, 0.1, 1.0, 10.0)
+LOGISTIC_CS = (0.001, 0.003, 0.01, 0.03, 0.1, 1.0)
 RIDGE_PENALTIES = (1.0, 32.0, 1024.0, 32768.0)
 NEIGHBOURS = (1, 5, 10, 20)
 # Held-out tenths that are enough to choose on have so many images, and so many of each class.

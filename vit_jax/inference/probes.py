@@ -15,6 +15,7 @@ from vit_jax.inference import model_folder
 from vit_jax.inference.features import cosines
 from vit_jax.inference.model_folder import Model
 
+_LARGE = 10_000_000  # numbers among features, from which on threads pay
 NEVER = -1e9  # logit of a class without an example
 _BIAS = 100.0  # the constant feature of `ridge`, so large that the penalty does not reach it
 
@@ -116,11 +117,16 @@ def logistic(x: np.ndarray, y: np.ndarray, classes: int, c: float) -> Linear:
       c: inverse strength of the regularisation.
     """
     with extra('report'):
+        import threadpoolctl
         from sklearn import linear_model
 
     x = np.asarray(x, np.float64)
     mean, scale = x.mean(0), x.std(0) + 1e-5
-    fitted = linear_model.LogisticRegression(C=c, max_iter=2000).fit((x - mean) / scale, y)
+    # Threads of BLAS wait for each other with all their might: of small products, on a machine that
+    # has other work as well, they made it take 20 times the time of one.
+    threads = 1 if x.size < _LARGE else None
+    with threadpoolctl.threadpool_limits(threads, 'blas'):
+        fitted = linear_model.LogisticRegression(C=c, max_iter=2000).fit((x - mean) / scale, y)
     kernel, bias = fitted.coef_.T, fitted.intercept_
     if len(fitted.classes_) == 2:  # one row, for the second class
         kernel, bias = np.concatenate([-kernel, kernel], 1) / 2, np.array([-bias[0], bias[0]]) / 2

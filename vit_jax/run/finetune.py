@@ -252,7 +252,8 @@ class Finetune:
             source = {'probe': setting, 'features_of': self._plan.weights, **self._source(parts)}
             probes.save(self._folder / PROBE, model, head, parts.train.class_names, source)
         self._keep(PROBE, score, what=f'frozen weights, {setting}')
-        self._say(f'{PROBE} ({setting}): validation {score}')
+        by_hand = plans.probe_command(self._plan)
+        self._say(f'{PROBE} ({setting}): validation {score}. The same by hand:\n  {by_hand}')
         return Fitted(results, score, fitting), unreadable
 
     def _source(self, parts: look.Parts) -> dict[str, str]:

@@ -173,3 +173,12 @@ def command(folder: pathlib.Path, run: Run) -> str:
     words = ['python', '-m', 'vit_jax.main', '--config', str(folder / CONFIG_FILE)]
     words += [f'--config.{knob}={value}' for knob, value in run.settings.items()]
     return shlex.join([*words, '--workdir', str(folder / RUNS / run.name)])
+
+
+def probe_command(plan: Plan) -> str:
+    """The command line that compares the same probes."""
+    words = ['vit_jax', 'probe', '--model', plan.weights, '--dataset', plan.dataset]
+    for name, value in plan.data.items():
+        words += [f'--{name}', value]
+    inside = f'{plan.train} without {plan.val}'
+    return shlex.join([*words, '--train', inside, '--test', plan.test])

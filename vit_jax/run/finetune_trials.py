@@ -133,12 +133,12 @@ def last(outlook: Outlook, promising: Sequence[Trial], before: Sequence[Run]) ->
       None where the time does not suffice, or all was done.
     """
     done = {run.name for run in before}
+    least = max((run.settings['total_steps'] // 2 for run in before), default=_LEAST_STEPS)
     for kind, rate in promising:
-        run = _run(_LONG + name_of(kind, rate), kind, rate, outlook.steps(kind, outlook.left))
-        if run.name in done:
-            continue
-        least = max((each.settings['total_steps'] // 2 for each in before), default=0)
-        return run if run.settings['total_steps'] >= max(_LEAST_STEPS, least) else None
+        steps = outlook.steps(kind, outlook.left)
+        name = _LONG + name_of(kind, rate)
+        if name not in done and steps >= max(_LEAST_STEPS, least):
+            return _run(name, kind, rate, steps)
     return None
 
 
@@ -170,6 +170,6 @@ def _run(name: str, kind: Kind, rate: float, steps: int) -> Run:
         'total_steps': steps,
         'warmup_steps': max(1, steps // 10),
         # An average over about the last tenth of the steps.
-        'ema_decay': round(max(0.5, min(0.9999, 1 - 10 / max(1, steps))), 4),
+        'ema_decay': round(max(0.5, min(0.9999, 1 - 10 / steps)), 4),
     }
     return Run(name, kind.what, settings)
