@@ -54,12 +54,10 @@ def weights(tmp_path_factory, tiny_model):
 @pytest.fixture(scope='module')
 def plan(photos, weights, tmp_path_factory):
     """A plan with two runs; the second one is ended early."""
-    from vit_jax.inference import features
-
     model = model_folder.load(weights)
     parts = finetune_look.open_parts(str(photos), {}, 3)
     assert parts.specs == ('train', '20%', 'test')
-    made = finetune.new_plan(parts, 'elsewhere', {}, str(weights), features.fingerprint(model), 0)
+    made = finetune.new_plan(parts, 'elsewhere', {}, str(weights), model, 0)
     for name, steps, ended in (('all-0.001', 3, 0), ('long-all-0.01', 5, 4)):
         settings = {'base_lr': float(name.split('-')[-1]), 'total_steps': steps,
                     'warmup_steps': 1, 'ema_decay': 0.5}  # fmt: skip

@@ -132,17 +132,19 @@ def _open(
         return None
     config = (ti16 if jax.default_backend() == 'cpu' else b16).get_config()
     weights = args.weights or (plan.weights if plan else config.pretrained)
+    if '://' not in weights and files.expand(weights).exists():
+        weights = str(files.expand(weights).absolute())
     model = model_folder.load(weights, variant=args.variant, **cli.input_of(args))
     probes.check_head(model)
-    fingerprint = features.fingerprint(model)
-    data = {key: value for key, value in cli.data_of(args).items() if value}
+    data = dict(plan.data) if plan else {}
+    data |= {key: value for key, value in cli.data_of(args).items() if value}
     if plan is None:
         parts = finetune_look.open_parts(name, data, model.channels)
-        plan = finetune.new_plan(parts, name, data, weights, fingerprint, args.seed)
+        plan = finetune.new_plan(parts, name, data, weights, model, args.seed)
     else:
         specs = plan.train, plan.val, plan.test
         parts = finetune_look.open_parts(name, data, model.channels, specs)
-    if plan.fingerprint != fingerprint:
+    if plan.fingerprint != features.fingerprint(model):
         raise UserError(f'{weights} are other weights than those of the plan, {plan.weights}')
     folder.mkdir(parents=True, exist_ok=True)
     plan.write(folder / finetune.PLAN_FILE)

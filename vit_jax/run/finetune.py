@@ -436,7 +436,7 @@ def new_plan(
     dataset: str,
     data: Mapping[str, Any],
     weights: str,
-    fingerprint: str,
+    model: model_folder.Model,
     seed: int,
 ) -> Plan:
     """A plan without runs.
@@ -446,7 +446,7 @@ def new_plan(
       dataset: as the user spelt it.
       data: further arguments of `sources.open_dataset`.
       weights: to start from.
-      fingerprint: their fingerprint.
+      model: what they are.
       seed: of everything that is drawn.
     """
     devices, cpu = jax.device_count(), jax.default_backend() == 'cpu'
@@ -468,6 +468,9 @@ def new_plan(
         'test_at_end': False,
         'report': False,
     }
+    if isinstance(model.image_size, int):  # gentle crops, see docs/recipes.md
+        settings['pp.resize_small'] = round(model.image_size * 8 / 7)
+    fingerprint = features.fingerprint(model)
     return Plan(dataset, dict(data), *parts.specs, weights, fingerprint, seed, settings)
 
 
