@@ -219,6 +219,7 @@ def test_a_damaged_plan(plan, tmp_path):
     for name, value in (
         ('seed', -1), ('runs', [{'name': '../x', 'what': '', 'settings': {'total_steps': 3}}]),
         ('settings', {'batch': [1]}), ('data', {'tfds_dir': 'x'}), ('weights', 3), ('more', 1),
+        ('pixels', {'crop': 16.5}),
     ):  # fmt: skip
         told = json.loads(plan.read_text()) | {name: value}
         (tmp_path / 'plan.json').write_text(json.dumps(told))

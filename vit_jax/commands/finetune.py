@@ -146,6 +146,11 @@ def _open(
         parts = finetune_look.open_parts(name, data, model.channels, specs)
     if plan.fingerprint != features.fingerprint(model):
         raise UserError(f'{weights} are other weights than those of the plan, {plan.weights}')
+    if plan.pixels != finetune.pixels_of(model):
+        raise UserError(
+            f'the plan is for other pixels, {plan.pixels}: give the options for the input of the '
+            'model (--eval, --resize, ...) as before'
+        )
     folder.mkdir(parents=True, exist_ok=True)
     plan.write(folder / finetune.PLAN_FILE)
     work = finetune.Finetune(

@@ -20,6 +20,7 @@ The same command goes on where it stopped, with the time that is left.
 
 import dataclasses
 import importlib.util
+import json
 import math
 import pathlib
 import shutil
@@ -175,7 +176,7 @@ class Finetune:
           PreemptedError: a signal came; the same command goes on.
         """
         self._parts, self._tries = parts, trials.to_try(model.model_config)
-        plans.write_config(self._folder, self._plan, model.model_config, _pixels(model))
+        plans.write_config(self._folder, self._plan, model.model_config)
         for line in look.look(parts):
             self._say(line)
         fitted, unreadable = self._probe(parts, model)
@@ -471,7 +472,9 @@ def new_plan(
     if isinstance(model.image_size, int):  # gentle crops, see docs/recipes.md
         settings['pp.resize_small'] = round(model.image_size * 8 / 7)
     fingerprint = features.fingerprint(model)
-    return Plan(dataset, dict(data), *parts.specs, weights, fingerprint, seed, settings)
+    return Plan(
+        dataset, dict(data), *parts.specs, weights, fingerprint, pixels_of(model), seed, settings
+    )
 
 
 def read_config(path: pathlib.Path, settings: Mapping[str, Any]) -> ml_collections.ConfigDict:
@@ -493,12 +496,13 @@ def read_config(path: pathlib.Path, settings: Mapping[str, Any]) -> ml_collectio
     return config_lib.resolve(config, settings)
 
 
-def _pixels(model: model_folder.Model) -> dict[str, Any]:
+def pixels_of(model: model_folder.Model) -> dict[str, Any]:
     """Knobs of `config.pp` with which training evaluates as the model does."""
     ours = model.preprocess
     told = {'crop': ours.crop, 'channels': model.channels, 'eval': ours.eval}
     told |= {'interpolation': ours.interpolation, 'antialias': ours.antialias}
-    return told | ({'resize': ours.resize} if ours.resize else {})
+    told |= {'resize': ours.resize} if ours.resize else {}
+    return json.loads(json.dumps(told))
 
 
 def _score_of(workdir: pathlib.Path) -> Score:

@@ -15,6 +15,7 @@ from vit_jax.errors import UserError
 FORMAT, VERSION = 'vit_jax finetune plan', 1
 CONFIG_FILE = 'config.py'
 RUNS = 'runs'
+_PIXELS = ('crop', 'channels', 'eval', 'resize', 'interpolation', 'antialias')
 _NAME = re.compile(r'[a-z0-9][a-z0-9_.-]{0,60}')
 _KNOB = re.compile(r'[a-z_]+(\.[a-z_]+)?')
 NEVER = 10**9  # as eval_every: at the end only
@@ -49,6 +50,7 @@ class Plan:
       test: split to test on.
       weights: to start from.
       fingerprint: of these weights.
+      pixels: knobs of `config.pp` that say what the model sees, as JSON has them.
       seed: of everything that is drawn.
       settings: knobs that all runs have, beside those of data and model.
       runs: in order; the last one is the long one.
@@ -61,6 +63,7 @@ class Plan:
     test: str
     weights: str
     fingerprint: str
+    pixels: Mapping[str, Any]
     seed: int
     settings: Mapping[str, Any]
     runs: tuple[Run, ...] = ()
@@ -105,6 +108,10 @@ def _check(plan: Plan) -> None:
             raise ValueError(f'{name} is a text')
     if type(plan.seed) is not int or plan.seed < 0:
         raise ValueError('seed is a number from 0 on')
+    for name, value in plan.pixels.items():
+        sides = isinstance(value, list) and all(type(side) is int for side in value)
+        if name not in _PIXELS or not (sides or isinstance(value, bool | int | str)):
+            raise ValueError(f'pixels.{name} is not known')
     for name, value in plan.data.items():
         if name not in ('tfds_data_dir', 'columns', 'image_root', 'group') or not isinstance(
             value, str
@@ -129,21 +136,19 @@ def _check(plan: Plan) -> None:
                 raise ValueError(f'{knob} is no knob with a plain value')
 
 
-def write_config(
-    folder: pathlib.Path, plan: Plan, architecture: Mapping[str, Any], pixels: Mapping[str, Any]
-) -> None:
+def write_config(folder: pathlib.Path, plan: Plan, architecture: Mapping[str, Any]) -> None:
     """Writes the config file of all runs.
 
     Args:
       folder: to write `config.py` to.
       plan: of the runs.
       architecture: of the model, see `model_folder.Model.model_config`.
-      pixels: knobs of `config.pp` that say what the model sees.
     """
     knobs: dict[str, Any] = {'dataset': plan.dataset}
     knobs |= {name: value for name, value in plan.data.items() if value}
     knobs |= {'pp.train': plan.train, 'pp.val': plan.val, 'pp.test': plan.test}
-    knobs |= {f'pp.{name}': value for name, value in pixels.items()}
+    for name, value in plan.pixels.items():
+        knobs[f'pp.{name}'] = tuple(value) if isinstance(value, list) else value
     knobs |= {'pretrained': str(folder / 'probe'), 'keep_head': True, 'seed': plan.seed}
     knobs |= plan.settings
     lines = [f'    config.{name} = {value!r}' for name, value in knobs.items()]
