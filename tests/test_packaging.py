@@ -253,7 +253,7 @@ def test_every_command_has_a_module_and_is_listed():
         ('eval', 'did you mean `vit_jax evaluate`?'),
         ('list-models', 'did you mean `vit_jax list_models`?'),
         ('--config', 'did you mean `vit_jax train`?'),
-        ('x', 'it has train, sweep, '),
+        ('x', 'it has train, finetune, sweep, '),
     ],
 )
 def test_a_misspelt_command(monkeypatch, capsys, word, hint):

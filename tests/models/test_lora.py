@@ -184,6 +184,25 @@ def test_a_mixer_has_them_in_both_of_its_mlps():
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
+def test_layers_without_adapters_keep_their_form_for_cpus():
+    """Attention alone has them, with dropout and DoRA: an MLP's hidden layer is not kept."""
+    adapters = lora.Lora(2, ('query',), dropout=0.1, dora=True)
+    model = models.for_training(models.VisionTransformer(**VIT, lora=adapters))
+
+    def operations(model, params):
+        def loss(params, key):
+            rngs = {'dropout': key}
+            return model.apply({'params': params}, IMAGES, train=True, rngs=rngs).sum()
+
+        return str(jax.make_jaxpr(jax.grad(loss))(params, jax.random.key(0)))
+
+    plain = model.clone(lora=None)
+    counts = [
+        operations(m, init(m)).count('optimization_barrier') for m in (model, plain)
+    ]  # fmt: skip
+    assert counts[0] == counts[1] > 0
+
+
 def test_a_rank_beyond_the_matrix_is_refused():
     model = models.VisionTransformer(**VIT, lora=lora.Lora(17, ('query',)))
     with pytest.raises(ValueError, match='rank 17 is not from 1 to 16: the layer query is a matr'):

@@ -54,6 +54,7 @@ def _run(args: argparse.Namespace) -> None:
     from vit_jax import files
     from vit_jax.errors import UserError, printable
     from vit_jax.inference import model_folder, soup
+    from vit_jax.run import choice
 
     def say(text: str) -> None:
         print(printable(text), flush=True)
@@ -80,6 +81,8 @@ def _run(args: argparse.Namespace) -> None:
     if greedy or (start and not given):
         chosen_on = _open(args, [model.source for model in models])
         say(f'chosen on {chosen_on}')
+        if len(chosen_on) < choice.FEW:
+            say(f'WARNING: {len(chosen_on)} images are few to choose by: luck has a large part')
         score = soup.scorer(chosen_on, whole, args.batch)
         told['chosen_on'] = chosen_on.spec
     if greedy and score:

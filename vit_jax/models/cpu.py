@@ -68,6 +68,7 @@ def _applies(module: nn.Module, options: dict[str, Any], adapters: lora.Lora | N
     if isinstance(module, layers.MlpBlock):
         dropout = module.dropout_rate and not options.get('deterministic', True)
         other = adapters is not None and (adapters.dropout or adapters.dora)
+        other = other and any(lora.A in layer for layer in module.variables['params'].values())
         return not (module.gated or module.norm or dropout or other)
     if isinstance(module, nn.Conv):
         return module.use_bias
