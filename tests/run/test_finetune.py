@@ -15,7 +15,6 @@ from vit_jax import train
 from vit_jax.errors import UserError
 from vit_jax.inference import model_folder
 from vit_jax.run import (
-    finetune,
     finetune_clock,
     finetune_look,
     finetune_plan,
@@ -57,7 +56,7 @@ def plan(photos, weights, tmp_path_factory):
     model = model_folder.load(weights)
     parts = finetune_look.open_parts(str(photos), {}, 3)
     assert parts.specs == ('train', '20%', 'test')
-    made = finetune.new_plan(parts, 'elsewhere', {}, str(weights), model, 0)
+    made = finetune_plan.new_plan(parts, 'elsewhere', {}, str(weights), model, 0)
     for name, steps, ended in (('all-0.001', 3, 0), ('long-all-0.01', 5, 4)):
         settings = {'base_lr': float(name.split('-')[-1]), 'total_steps': steps,
                     'warmup_steps': 1, 'ema_decay': 0.5}  # fmt: skip

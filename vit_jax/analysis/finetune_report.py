@@ -13,14 +13,14 @@ from vit_jax.data.dataset import Selection
 from vit_jax.errors import UserError
 from vit_jax.inference import features, metrics_report
 from vit_jax.inference.metrics import Metrics
-from vit_jax.run import finetune, finetune_look, finetune_plan, telemetry
+from vit_jax.run import finetune, finetune_look, finetune_plan, finetune_results, telemetry
 
 ALIKE = 0.95  # cosine of features from which on images are shown as perhaps the same
 _DOUBTFUL = 12  # images whose labels are doubted
 _PAIRS = 8
 
 
-def write(outcome: finetune.Outcome) -> pathlib.Path:
+def write(outcome: finetune_results.Outcome) -> pathlib.Path:
     """Writes the page; returns the file.
 
     Args:
@@ -160,7 +160,7 @@ def _results(found: report_examples.Predictions) -> list[tuple[str, str]]:
     ]
 
 
-def _probes(outcome: finetune.Outcome) -> Table:
+def _probes(outcome: finetune_results.Outcome) -> Table:
     rows = [
         (result.chosen.name, result.chosen.setting, f'{100 * result.validation:.1f} %')
         for result in outcome.fitted.results
@@ -172,7 +172,7 @@ def _probes(outcome: finetune.Outcome) -> Table:
     return Table('Probes', ('Probe', 'Setting', 'Accuracy>'), rows, (note,))
 
 
-def _doubtful(outcome: finetune.Outcome, prefix: str) -> list[report_examples.Picture]:
+def _doubtful(outcome: finetune_results.Outcome, prefix: str) -> list[report_examples.Picture]:
     """Images to fit to whose labels a probe that did not see them finds the least likely."""
     result = next(r for r in outcome.fitted.results if r.logits is not None)
     logits, train = result.logits, outcome.fitted.train
@@ -198,7 +198,7 @@ def _doubtful(outcome: finetune.Outcome, prefix: str) -> list[report_examples.Pi
 
 
 def _pairs(
-    outcome: finetune.Outcome, prefix: str
+    outcome: finetune_results.Outcome, prefix: str
 ) -> list[tuple[report_examples.Picture, report_examples.Picture, str]]:
     """Test images that look like images to fit to."""
     train, test, parts = outcome.fitted.train, outcome.test, outcome.parts

@@ -118,7 +118,7 @@ def _open(
     from vit_jax.data import sources
     from vit_jax.errors import UserError
     from vit_jax.inference import features, model_folder, probes
-    from vit_jax.run import finetune, finetune_look
+    from vit_jax.run import finetune, finetune_look, finetune_plan
 
     if sources.is_path(name) and '://' not in name:
         name = str(files.expand(name).absolute())
@@ -140,13 +140,13 @@ def _open(
     data |= {key: value for key, value in cli.data_of(args).items() if value}
     if plan is None:
         parts = finetune_look.open_parts(name, data, model.channels)
-        plan = finetune.new_plan(parts, name, data, weights, model, args.seed)
+        plan = finetune_plan.new_plan(parts, name, data, weights, model, args.seed)
     else:
         specs = plan.train, plan.val, plan.test
         parts = finetune_look.open_parts(name, data, model.channels, specs)
     if plan.fingerprint != features.fingerprint(model):
         raise UserError(f'{weights} are other weights than those of the plan, {plan.weights}')
-    if plan.pixels != finetune.pixels_of(model):
+    if plan.pixels != finetune_plan.pixels_of(model):
         raise UserError(
             f'the plan is for other pixels, {plan.pixels}: give the options for the input of the '
             'model (--eval, --resize, ...) as before'

@@ -19,21 +19,16 @@ The same command goes on where it stopped, with the time that is left.
 """
 
 import dataclasses
-import importlib.util
-import json
 import math
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import ml_collections
 import numpy as np
 from scipy import special
 
-from vit_jax import config as config_lib
 from vit_jax import files, train
 from vit_jax.data.decode import BadImageError
 from vit_jax.errors import UserError
@@ -50,86 +45,16 @@ from vit_jax.inference.classifier import JaxClassifier
 from vit_jax.run import finetune_look as look
 from vit_jax.run import finetune_plan as plans
 from vit_jax.run import finetune_trials as trials
-from vit_jax.run import product, resume, telemetry
+from vit_jax.run import product, telemetry
 from vit_jax.run.finetune_clock import Clock, Measured, Watch
 from vit_jax.run.finetune_plan import Plan, Run
+from vit_jax.run.finetune_results import Fitted, Outcome, Score, score_of
 
 PLAN_FILE, STATE_FILE, REPORT_FILE = 'plan.json', 'finetune.json', 'report.html'
 PROBE, FEATURES, MODEL = 'probe', 'features', product.MODEL_FOLDER
-_BATCH = 32  # of features and tests
 _SAVE_SECONDS = 3.0
 _PATIENCE = 1.5  # times the time that a short run is expected to take, after which it is ended
 _REPORT_SECONDS = 20.0  # for tests of the chosen one beside the images, and the report
-
-
-@dataclasses.dataclass(frozen=True)
-class Score:
-    """How good a model is on some images.
-
-    Attributes:
-      right: images that are predicted right.
-      count: images.
-      loss: mean cross-entropy, of those that can be read.
-    """
-
-    right: int
-    count: int
-    loss: float
-
-    @property
-    def accuracy(self) -> float:
-        """Share of the images, in [0, 1]."""
-        return self.right / self.count
-
-    @property
-    def order(self) -> tuple[int, float]:
-        """Larger is better: the accuracy, and where it is equal the loss."""
-        return self.right, -self.loss if math.isfinite(self.loss) else -math.inf
-
-    def __str__(self) -> str:
-        return f'{100 * self.accuracy:.1f} % of {self.count:,} (loss {self.loss:.3f})'
-
-
-@dataclasses.dataclass(frozen=True)
-class Fitted:
-    """The probe, and what it was made of.
-
-    Attributes:
-      results: of all kinds, see `probe_choice.choose`.
-      score: of the best linear one, on the validation images.
-      train: features of the training images.
-    """
-
-    results: list[probe_choice.Result]
-    score: Score
-    train: feature_files.Features
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What came out, for the report.
-
-    Attributes:
-      folder: of all.
-      plan: what was done.
-      state: what `finetune.json` holds.
-      parts: the images.
-      model: the chosen one.
-      fitted: the probe.
-      found: what became of each test image.
-      test: features of the test images.
-      unreadable: images that could not be read.
-    """
-
-    folder: pathlib.Path
-    plan: Plan
-    state: Mapping[str, Any]
-    parts: look.Parts
-    model: model_folder.Model
-    fitted: Fitted
-    found: metrics_lib.Outcomes
-    test: feature_files.Features
-    unreadable: list[BadImageError]
 
 
 class Finetune:
@@ -210,7 +135,7 @@ class Finetune:
             begin, done = (last, 0) if not begin else (begin, done + images)
 
         with output.progress_bar(len(source), shares_terminal=True) as show:
-            found = features.extract(model, source, batch=_BATCH, keep=keep, advance=advance)
+            found = features.extract(model, source, batch=plans.BATCH, keep=keep, advance=advance)
         if done and last > begin:
             self._write(forward=done / (last - begin))
         return found
@@ -333,7 +258,7 @@ class Finetune:
         self._say(
             f'{run.name}: {run.what}. The same by hand:\n  {plans.command(self._folder, run)}'
         )
-        config = read_config(self._folder / plans.CONFIG_FILE, run.settings)
+        config = plans.read_config(self._folder / plans.CONFIG_FILE, run.settings)
         until = math.inf if self._replay else self._until(run)
         watch = Watch(self.clock, until, run.ended)
         begin = time.monotonic()
@@ -348,7 +273,7 @@ class Finetune:
             self._plan = self._plan.with_run(run)
             self._plan.write(self._folder / PLAN_FILE)
             self._say(f'{run.name}: ended after step {run.ended:,}, because the time is over')
-        score = _score_of(workdir)
+        score = score_of(workdir)
         measured = watch.measured(trials.kind_of(run).name, begin)
         self._keep(
             run.name,
@@ -398,7 +323,7 @@ class Finetune:
             JaxClassifier(model),
             parts.test,
             model_labels=range(len(parts.test.class_names)),
-            batch=_BATCH,
+            batch=plans.BATCH,
             advance=lambda images: self.clock.tick(),
         )
         assert isinstance(found, metrics_lib.Outcomes)
@@ -430,86 +355,3 @@ class Finetune:
             test,
             [*unreadable, *bad],
         )
-
-
-def new_plan(
-    parts: look.Parts,
-    dataset: str,
-    data: Mapping[str, Any],
-    weights: str,
-    model: model_folder.Model,
-    seed: int,
-) -> Plan:
-    """A plan without runs.
-
-    Args:
-      parts: the images.
-      dataset: as the user spelt it.
-      data: further arguments of `sources.open_dataset`.
-      weights: to start from.
-      model: what they are.
-      seed: of everything that is drawn.
-    """
-    devices, cpu = jax.device_count(), jax.default_backend() == 'cpu'
-    batch = 32 if cpu else 128
-    while batch > max(4, len(parts.train) // 2):
-        batch //= 2
-    batch = max(1, batch // devices) * devices
-    settings = {
-        'batch': batch,
-        'batch_eval': max(1, _BATCH // devices) * devices,
-        'accum_steps': 1,
-        'optimizer': 'adamw',
-        'weight_decay': 0.05,
-        'pp.exact': False,
-        'progress_every': 5,
-        'eval_every': plans.NEVER,
-        'checkpoint_every': 25 if cpu else 100,
-        'max_unreadable': look.MAX_UNREADABLE,
-        'test_at_end': False,
-        'report': False,
-    }
-    if isinstance(model.image_size, int):  # gentle crops, see docs/recipes.md
-        settings['pp.resize_small'] = round(model.image_size * 8 / 7)
-    fingerprint = features.fingerprint(model)
-    return Plan(
-        dataset, dict(data), *parts.specs, weights, fingerprint, pixels_of(model), seed, settings
-    )
-
-
-def read_config(path: pathlib.Path, settings: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    """The resolved config of a run, as its command line gives it.
-
-    Args:
-      path: of the config file.
-      settings: values of knobs, as flags.
-    """
-    spec = importlib.util.spec_from_file_location('vit_jax_finetune_config', path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
-    try:
-        config.update_from_flattened_dict(dict(settings))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f'the plan has a knob that does not fit: {error}') from error
-    return config_lib.resolve(config, settings)
-
-
-def pixels_of(model: model_folder.Model) -> dict[str, Any]:
-    """Knobs of `config.pp` with which training evaluates as the model does."""
-    ours = model.preprocess
-    told = {'crop': ours.crop, 'channels': model.channels, 'eval': ours.eval}
-    told |= {'interpolation': ours.interpolation, 'antialias': ours.antialias}
-    told |= {'resize': ours.resize} if ours.resize else {}
-    return json.loads(json.dumps(told))
-
-
-def _score_of(workdir: pathlib.Path) -> Score:
-    """Of a run, on the validation images, after its last step."""
-    shares, losses = (
-        telemetry.read_metric(workdir, f'{name}_val') for name in ('accuracy', 'loss')
-    )
-    step = max(shares)
-    count = files.read_json(workdir / resume.DATA_FILE)['val']['examples']
-    return Score(round(shares[step] * count), count, losses[step])

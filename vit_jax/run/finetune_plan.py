@@ -1,6 +1,8 @@
 """What `vit_jax finetune` trains: a plan, which a file holds, and the commands it stands for."""
 
 import dataclasses
+import importlib.util
+import json
 import math
 import pathlib
 import pprint
@@ -9,12 +11,19 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import ml_collections
+
+from vit_jax import config as config_lib
 from vit_jax import files
 from vit_jax.errors import UserError
+from vit_jax.inference import features, model_folder
+from vit_jax.run.finetune_look import MAX_UNREADABLE, Parts
 
 FORMAT, VERSION = 'vit_jax finetune plan', 1
 CONFIG_FILE = 'config.py'
 RUNS = 'runs'
+BATCH = 32  # of features and tests
 _PIXELS = ('crop', 'channels', 'eval', 'resize', 'interpolation', 'antialias')
 _NAME = re.compile(r'[a-z0-9][a-z0-9_.-]{0,60}')
 _KNOB = re.compile(r'[a-z_]+(\.[a-z_]+)?')
@@ -187,3 +196,76 @@ def probe_command(plan: Plan) -> str:
         words += [f'--{name}', value]
     inside = f'{plan.train} without {plan.val}'
     return shlex.join([*words, '--train', inside, '--test', plan.test])
+
+
+def new_plan(
+    parts: Parts,
+    dataset: str,
+    data: Mapping[str, Any],
+    weights: str,
+    model: model_folder.Model,
+    seed: int,
+) -> Plan:
+    """A plan without runs.
+
+    Args:
+      parts: the images.
+      dataset: as the user spelt it.
+      data: further arguments of `sources.open_dataset`.
+      weights: to start from.
+      model: what they are.
+      seed: of everything that is drawn.
+    """
+    devices, cpu = jax.device_count(), jax.default_backend() == 'cpu'
+    batch = 32 if cpu else 128
+    while batch > max(4, len(parts.train) // 2):
+        batch //= 2
+    batch = max(1, batch // devices) * devices
+    settings = {
+        'batch': batch,
+        'batch_eval': max(1, BATCH // devices) * devices,
+        'accum_steps': 1,
+        'optimizer': 'adamw',
+        'weight_decay': 0.05,
+        'pp.exact': False,
+        'progress_every': 5,
+        'eval_every': NEVER,
+        'checkpoint_every': 25 if cpu else 100,
+        'max_unreadable': MAX_UNREADABLE,
+        'test_at_end': False,
+        'report': False,
+    }
+    if isinstance(model.image_size, int):  # gentle crops, see docs/recipes.md
+        settings['pp.resize_small'] = round(model.image_size * 8 / 7)
+    fingerprint = features.fingerprint(model)
+    return Plan(
+        dataset, dict(data), *parts.specs, weights, fingerprint, pixels_of(model), seed, settings
+    )
+
+
+def read_config(path: pathlib.Path, settings: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """The resolved config of a run, as its command line gives it.
+
+    Args:
+      path: of the config file.
+      settings: values of knobs, as flags.
+    """
+    spec = importlib.util.spec_from_file_location('vit_jax_finetune_config', path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    try:
+        config.update_from_flattened_dict(dict(settings))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f'the plan has a knob that does not fit: {error}') from error
+    return config_lib.resolve(config, settings)
+
+
+def pixels_of(model: model_folder.Model) -> dict[str, Any]:
+    """Knobs of `config.pp` with which training evaluates as the model does."""
+    ours = model.preprocess
+    told = {'crop': ours.crop, 'channels': model.channels, 'eval': ours.eval}
+    told |= {'interpolation': ours.interpolation, 'antialias': ours.antialias}
+    told |= {'resize': ours.resize} if ours.resize else {}
+    return json.loads(json.dumps(told))
