@@ -96,6 +96,11 @@ def get_defaults() -> ml_collections.ConfigDict:
     # New weights begin with the sine-cosine positions of MoCo v3; they are fixed with
     # config.frozen='Transformer/posembed_input/.*'.
     config.sincos_positions = False
+    # Of a model of images and texts: the vocabulary of a new text tower, a file of BERT (vocab.txt)
+    # or SentencePiece, or 'digits' for that of digits_captions; and weights for it, a folder of
+    # BERT. Both empty: both towers come from `pretrained`, a folder of LiT, CLIP or SigLIP.
+    config.vocabulary = ''
+    config.pretrained_text = ''
     # How weights of another patch size are fitted: 'pseudo-inverse' (FlexiViT's rule: a resized
     # patch gives what the patch gave) or 'bilinear'.
     config.patch_resize = 'pseudo-inverse'
@@ -188,7 +193,8 @@ def get_defaults() -> ml_collections.ConfigDict:
     config.ema_warmup_steps = 0
     # Of classes: 'softmax' (cross-entropy), or 'sigmoid': each class on its own, summed over
     # classes. Of numbers: 'mse' or 'huber'. Empty: by the labels: 'softmax' where each image has
-    # one class, 'sigmoid' where it may have several, 'mse' for numbers.
+    # one class, 'sigmoid' where it may have several, 'mse' for numbers. Of images and texts:
+    # 'contrastive' (CLIP, LiT; also where it is empty) or 'pairwise_sigmoid' (SigLIP).
     config.loss = ''
     # Of huber: the error, in the scale of `standardize_targets`, up to which it is squared; beyond
     # it the loss is linear.
@@ -212,6 +218,9 @@ def get_defaults() -> ml_collections.ConfigDict:
     config.positive_weights = ''
     # Bring numbers to mean 0 and deviation 1 for training; the model folder undoes it.
     config.standardize_targets = True
+    # Of images and texts: embed each training image once, where all of the image tower is frozen
+    # ('img/.*'), and train the text tower on that. The images are those of evaluation.
+    config.cache_features = False
     # Of initialisation, shuffle, augmentation and dropout.
     config.seed = 0
 

@@ -21,6 +21,8 @@ PRESETS = {
     'cifar100': _preset('train[:98%]', 'test', 10_000, 500),
     'imagenet2012': _preset('train[:99%]', 'validation', 20_000, 500),
     'digits': _preset('train[:80%]', 'train[80%:]', 500, 100),
+    'digits_captions': _preset('train[:80%]', 'train[80%:]', 500, 100),
+    'coco_captions': _preset('train', 'val', 5_000, 500),
 }
 
 

@@ -40,11 +40,13 @@ def leaves(config, prefix=''):
 def test_every_config_file_resolves_to_a_model(name):
     config = load(name, *ARGUMENTS.get(name, ()))
     unset = {key for key, value in leaves(config) if value is None}
-    assert unset <= {'model.representation_size', 'model.act', 'model.layer_norm_eps'}
-    model = models.from_config(config.model, num_classes=5)
+    tower = 'model.image' if variants.has_two_towers(config.model) else 'model'
+    assert unset <= {f'{tower}.{name}' for name in ('representation_size', 'act', 'layer_norm_eps')}
+    model = models.from_config(variants.image_tower(config.model), num_classes=5)
     images = jax.ShapeDtypeStruct((1, config.pp.crop, config.pp.crop, 3), 'float32')
     jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
-    assert config.model.get('model_name') in {*variants.VARIANTS, 'ViT-digits', 'ViT-flowers'}
+    named = variants.image_tower(config.model).get('model_name')
+    assert named in {*variants.VARIANTS, 'ViT-digits', 'ViT-flowers'}
     text = (pathlib.Path(__file__).parents[1] / f'configs/{name}.py').read_text()
     assert f'--config configs/{name}.py' in text.split('"""')[1]
 
@@ -411,7 +413,9 @@ def test_a_file_that_sets_no_knob_of_ours_is_told_so():
 
 def test_presets_are_found_however_the_name_is_spelt():
     small = {'tf_flowers', 'oxford_flowers102', 'oxford_iiit_pet'}
-    assert small | {'cifar10', 'cifar100', 'imagenet2012', 'digits'} == set(datasets.PRESETS)
+    pairs = {'digits_captions', 'coco_captions'}
+    large = {'cifar10', 'cifar100', 'imagenet2012', 'digits'}
+    assert small | large | pairs == set(datasets.PRESETS)
     assert datasets.get_preset('cifar10:3.0.2') == datasets.get_preset('cifar10')
     assert not datasets.get_preset('/my/photos')
 

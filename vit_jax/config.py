@@ -39,7 +39,7 @@ _CHOICES = {
     'remat': ('', *REMAT_POLICIES),
     'nan_policy': ('stop', 'skip'),
     'tracker': ('', *trackers.NAMES),
-    'loss': ('', 'softmax', 'sigmoid', 'mse', 'huber'),
+    'loss': ('', 'softmax', 'sigmoid', 'mse', 'huber', 'contrastive', 'pairwise_sigmoid'),
     'augreg': ('', *AUGREG),
     'distillation': ('', 'hard', 'soft', 'patient'),
 }
@@ -325,7 +325,7 @@ def _check(config: ml_collections.ConfigDict) -> None:
     preprocess_of(config)
     if not 1 <= config.pp.channels <= MAX_CHANNELS:
         raise UserError(f'config.pp.channels={config.pp.channels} is not from 1 to {MAX_CHANNELS}')
-    _check_model(config)
+    check_model(config)
 
 
 def _augreg(name: str | None) -> dict[str, Any]:
@@ -333,9 +333,13 @@ def _augreg(name: str | None) -> dict[str, Any]:
     return dict(zip(('randaug', 'mixup'), AUGREG.get(name or '', ()), strict=False))
 
 
-def _check_model(config: ml_collections.ConfigDict) -> None:
-    """Checks the architecture, and that crop and attention fit it."""
-    model = config.model
+def check_model(config: ml_collections.ConfigDict) -> None:
+    """Checks the architecture, and that crop and attention fit it.
+
+    Raises:
+      UserError: it is none that can be built, or they do not fit.
+    """
+    model = variants.image_tower(config.model)
     patch = tuple(model.patches['size'])
     if len(patch) != 2 or not all(type(side) is int and side >= 1 for side in patch):
         raise UserError(
@@ -351,7 +355,7 @@ def _check_model(config: ml_collections.ConfigDict) -> None:
     if variants.is_mixer(model):
         _check_mixer(config)
     else:
-        _check_vit(config)
+        _check_vit(config, model)
 
 
 def _check_mixer(config: ml_collections.ConfigDict) -> None:
@@ -376,8 +380,7 @@ def _check_mixer(config: ml_collections.ConfigDict) -> None:
         )
 
 
-def _check_vit(config: ml_collections.ConfigDict) -> None:
-    model = config.model
+def _check_vit(config: ml_collections.ConfigDict, model: ml_collections.ConfigDict) -> None:
     if 'unpooled' in model.classifier:
         raise UserError(
             f'config.model.classifier={model.classifier!r} gives one output per '

@@ -43,7 +43,7 @@ from vit_jax.data.reader import ImageCache, Reader, once_per_key
 from vit_jax.data.stream import BatchStream
 from vit_jax.errors import UserError
 from vit_jax.inference.task import ONE_CLASS, Task
-from vit_jax.run import augmentation, preemption, telemetry
+from vit_jax.run import augmentation, cached_features, pairs, preemption, telemetry
 from vit_jax.run.callbacks import Callbacks
 from vit_jax.run.clock import TrainingClock
 from vit_jax.run.evaluations import Evaluations, check_unreadable
@@ -86,7 +86,7 @@ class Loop:
       run: what stays the same.
       train_step: the compiled training step.
       compile_s: seconds that compiling it took.
-      eval_step: of `steps.make_eval_step`.
+      eval_step: of `steps.make_eval_step`, or of pairs.
       checkpoints: of the run.
     """
 
@@ -95,7 +95,7 @@ class Loop:
         run: Run,
         train_step: Callable,
         compile_s: float,
-        eval_step: Callable,
+        eval_step: Callable | pairs.Evaluation,
         checkpoints: workdir_lib.Checkpoints,
     ):
         self._run = run
@@ -109,6 +109,7 @@ class Loop:
         self._train_images: Reader | BatchStream = (
             run.train if isinstance(run.train, BatchStream) else Reader(run.train, cache)
         )
+        self._features: cached_features.FeatureBatches | None = None
         self._signals = preemption.StopSignals()
         self._evaluations = Evaluations(
             run, eval_step, checkpoints, cache, self._on_bad, lambda: bool(self._signals.received)
@@ -122,6 +123,14 @@ class Loop:
     def best(self) -> int | None:
         """The first step of the best validation accuracy (or loss); None if it is not kept."""
         return self._evaluations.choice.best()
+
+    def cache_features(self, evaluation: pairs.Evaluation, params: Any) -> None:
+        """Trains on embeddings of the images, which are made here, from now on."""
+        run = self._run
+        assert not isinstance(run.train, BatchStream)
+        self._features = cached_features.cached_batches(
+            run.config, evaluation, params, run.train, run.mesh, self._on_bad
+        )
 
     @contextlib.contextmanager
     def reading(self, start: int) -> Iterator[Iterator[dict[str, np.ndarray]]]:
@@ -138,6 +147,8 @@ class Loop:
 
     def _batches(self, start: int) -> Generator[dict[str, np.ndarray]]:
         run, config = self._run, self._run.config
+        if self._features is not None:
+            return self._features.from_step(start)
         if isinstance(self._train_images, BatchStream):
             return self._train_images.from_step(
                 start,

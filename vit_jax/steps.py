@@ -252,16 +252,21 @@ def eval_step_fn(
       A function (params, batch) -> what `evaluate.columns` takes of a batch: of each example
       `example` and `readable` if they came; where `label` is a class, that and what
       `evaluate.outcomes` says; of other tasks `label` and `output`, the logits; with `loss_fn` what
-      that says of the example alone, see `evaluate.OWN`. batch: see `eval_batches`; `image` float32
+      that says of the example alone, see `evaluate.OWN`; of a `models.LitModel` the `embedding` of
+      the image [B, C] alone. batch: see `eval_batches`; `image` float32
       [B, height, width, channels] in [0, 255].
     """
     model = models.for_inference(model)
 
     def eval_step(params: Any, batch: Batch) -> Metrics:
-        logits: Any = model.apply({'params': params}, _model_input(batch['image']), train=False)
+        told = {name: batch[name] for name in ('example', 'readable') if name in batch}
+        pixels = _model_input(batch['image'])
+        if isinstance(model, models.LitModel):
+            found: Any = model.apply({'params': params}, images=pixels)
+            return told | {'embedding': found[0]}
+        logits: Any = model.apply({'params': params}, pixels, train=False)
         # Computed once: XLA may round a logit that it computes again, for a comparison, otherwise.
         logits = jax.lax.optimization_barrier(logits)
-        told = {name: batch[name] for name in ('example', 'readable') if name in batch}
         label = batch['label']
         if label.ndim == 1 and jnp.issubdtype(label.dtype, jnp.integer):
             told |= {'label': label, **evaluate.outcomes(logits.astype(jnp.float32), label)}
@@ -298,6 +303,25 @@ def make_eval_step(
     """Builds the evaluation step, jitted: `eval_step_fn`; results are whole on every device."""
     return _jit(
         eval_step_fn(model, loss_fn, task),
+        model,
+        in_shardings=(params_shardings, sharding.batch_sharding(mesh)),
+        out_shardings=sharding.replicated(mesh),
+    )
+
+
+def make_text_step(model: models.LitModel, mesh: Mesh, params_shardings: Any) -> jax.stages.Wrapped:
+    """Builds the function from token ids [B, L] to embeddings of texts [B, C], jitted.
+
+    Returns:
+      A function (params, tokens) -> embeddings, whole on every device; B is spread over all.
+    """
+
+    def text_step(params: Any, tokens: jax.Array) -> jax.Array:
+        found: Any = model.apply({'params': params}, tokens=tokens)
+        return found[1]
+
+    return _jit(
+        text_step,
         model,
         in_shardings=(params_shardings, sharding.batch_sharding(mesh)),
         out_shardings=sharding.replicated(mesh),

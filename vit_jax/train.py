@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 from vit_jax import config as config_lib
-from vit_jax import groups, loop, losses, optim, sharding, steps
+from vit_jax import groups, loop, losses, models, optim, sharding, steps
 from vit_jax import state as state_lib
 from vit_jax.checkpoint import workdir as workdir_lib
 from vit_jax.data import copies
@@ -33,6 +33,7 @@ from vit_jax.models import lora
 from vit_jax.run import (
     augmentation,
     distributed,
+    pairs,
     product,
     profiling,
     recipe,
@@ -155,7 +156,8 @@ def _train_in(
         if config.report and jax.process_index() == 0:
             from vit_jax.analysis import report  # draws pictures, and only here
 
-            log.info('writing the report: the test images are predicted once more')
+            again = '' if setup.pairs else ': the test images are predicted once more'
+            log.info(f'writing the report{again}')
             report.write_at_end(workdir, log.info)
         return params
 
@@ -165,21 +167,27 @@ def _train(run: loop.Run, setup: Setup, checkpoints: workdir_lib.Checkpoints) ->
     begin = time.monotonic()
     taught = _teacher_params(run, setup)
     train_step = _compile(run, setup, taught)
+    eval_step = _eval_step(setup)
     steps_loop = loop.Loop(
         run,
         lambda state, batch: train_step(state, batch, *taught),
         time.monotonic() - begin,
-        steps.make_eval_step(
-            setup.model, setup.mesh, _shardings(setup.abstract.params), setup.eval_loss, setup.task
-        ),
+        eval_step,
         checkpoints,
     )
     # The first batch is read while the weights are; it is another one in the rare case that the
     # newest checkpoint turns out to be damaged.
     newest = max(checkpoints.steps(), default=0)
     with contextlib.ExitStack() as reading:
-        batches = reading.enter_context(steps_loop.reading(newest))
-        first, start = _first_checkpoint(run, setup, checkpoints)
+        if run.config.cache_features:  # those are of the weights
+            first, start = _first_checkpoint(run, setup, checkpoints)
+            run.log.info(f'embedding the images of {run.train!r}, once')
+            steps_loop.cache_features(eval_step, first.params)
+            newest = start
+            batches = reading.enter_context(steps_loop.reading(start))
+        else:
+            batches = reading.enter_context(steps_loop.reading(newest))
+            first, start = _first_checkpoint(run, setup, checkpoints)
         if start != newest:
             reading.close()
             batches = reading.enter_context(steps_loop.reading(start))
@@ -199,6 +207,19 @@ def _train(run: loop.Run, setup: Setup, checkpoints: workdir_lib.Checkpoints) ->
     task = steps_loop.task_of(params)
     _write_model_folder(run, setup, params, product.MODEL_FOLDER, last, task)
     return params if setup.lora is None else jax.jit(lambda p: lora.merge(p, setup.lora))(params)
+
+
+def _eval_step(setup: Setup) -> Any:
+    """The evaluation step, not yet compiled; of pairs, what evaluates on them."""
+    shardings = _shardings(setup.abstract.params)
+    image_step = steps.make_eval_step(
+        setup.model, setup.mesh, shardings, setup.eval_loss, setup.task
+    )
+    if setup.pairs is None:
+        return image_step
+    assert isinstance(setup.model, models.LitModel)
+    text_step = steps.make_text_step(setup.model, setup.mesh, shardings)
+    return pairs.Evaluation(setup.pairs, image_step, text_step)
 
 
 def _restore_best(
@@ -289,6 +310,7 @@ def _first_checkpoint(
                 setup.abstract.params,
                 setup.train.channels,
                 setup.frozen,
+                setup.pairs,
             )
         state = state_lib.create_state(params, setup.tx, setup.mesh)
         first = Checkpoint.of(state, replaced=loop.count_array(0, setup.mesh))
@@ -326,12 +348,14 @@ def _introduce(run: loop.Run, setup: Setup) -> None:
         processes=processes,
     )
     names = run.train.class_names
-    shown = ', '.join(names[:10]) + (', ...' if len(names) > 10 else '')
+    told = f'{len(names)} {"numbers" if run.task.kind == NUMBERS else "classes"}: '
+    told += ', '.join(names[:10]) + (', ...' if len(names) > 10 else '')
+    if setup.pairs is not None:
+        told = f'texts of up to {setup.pairs.tokenizer.max_len} tokens'
     tested = f'tested on {run.test!r}'
     if run.val is not None:
         tested = f'validated on {run.val!r}, tested once, at the end, on {run.test!r}'
-    what = 'numbers' if run.task.kind == NUMBERS else 'classes'
-    log.info(f'data: {run.train!r}, {tested}; {len(names)} {what}: {shown}')
+    log.info(f'data: {run.train!r}, {tested}; {told}')
     if setup.schedule is not None:
         log.info(f'schedule: {recipe.describe_schedule(config, run.train)}')
     images = augmentation.describe(config)
@@ -420,6 +444,7 @@ def _write_model_folder(
         source,
         task,
         setup.lora,
+        setup.pairs,
     )
     if setup.lora is not None:
         _write_adapter(run, setup, made, params, name)

@@ -367,6 +367,46 @@ def get_config(name: str) -> ml_collections.ConfigDict:
     return config
 
 
+def two_towers(
+    image: str, text_model: str, text: Mapping[str, Any], out_dim: Any, max_len: int = 16
+) -> ml_collections.ConfigDict:
+    """An image and a text tower to be trained, for `config.model`.
+
+    Args:
+      image: name of the image tower, see `get_config`.
+      text_model: 'bert' or 'text_transformer', with a vocabulary of BERT or of SentencePiece.
+      text: arguments of `models.text`'s class; `vocab_size` is that of the vocabulary.
+      out_dim: size of the embeddings, or a pair for images and texts; None leaves out a projection.
+      max_len: tokens of a text.
+
+    Returns:
+      The arguments of `models.LitModel`; the temperature begins with 10, as in LiT.
+    """
+    tokenizer = {'bert': 'bert', 'text_transformer': 'sentencepiece'}[text_model]
+    config = ml_collections.ConfigDict(
+        dict(
+            model_name=f'{image} with {text_model}',
+            text_model=text_model,
+            text=dict(text),
+            out_dim=out_dim,
+            pp=dict(tokenizer_name=tokenizer, max_len=max_len),
+            temperature_init=10.0,
+        )
+    )
+    config.image = get_config(image)
+    return config
+
+
+def has_two_towers(config: Mapping[str, Any]) -> bool:
+    """Whether an architecture has an image and a text tower: the arguments of `models.LitModel`."""
+    return 'text_model' in config
+
+
+def image_tower(config: Any) -> Any:
+    """Of two towers that of images; else the architecture itself."""
+    return config['image'] if has_two_towers(config) else config
+
+
 def is_mixer(config: Mapping[str, Any]) -> bool:
     """Whether an architecture is an MLP-Mixer's (else it is a Vision Transformer's)."""
     return 'num_blocks' in config

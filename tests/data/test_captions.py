@@ -120,6 +120,7 @@ def test_what_is_wrong_with_a_table_is_said(folder, table, columns, words):
         ('', r'has no captions: expected captions.csv, .* with the columns image and caption'),
         ('digits', 'digits_captions has the same images in colours'),
         ('nothing.csv', 'there is no table'),
+        ('/no/where', 'there is no folder /no/where'),
     ],
 )
 def test_data_without_captions(folder, dataset, words):

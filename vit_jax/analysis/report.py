@@ -154,6 +154,11 @@ def _examples(run: Run, number: int, images: int | None) -> dict[str, object]:
 
     parts: dict[str, object] = {'predictions': None, 'missing': '', 'balance': ''}
     parts['balance_title'] = 'Class balance'
+    if run.of_pairs:
+        note = (
+            'Left out: pairs of images and texts have no classes. Results and curves have recalls.'
+        )
+        return parts | {'missing': note, 'balance_notes': (note,)}
     try:
         train, test = report_examples.open_data(run)
     except UserError as error:

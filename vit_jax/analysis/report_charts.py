@@ -18,7 +18,7 @@ import numpy as np
 
 from vit_jax.analysis.run_files import Run
 from vit_jax.errors import extra
-from vit_jax.inference import contact_sheet
+from vit_jax.inference import contact_sheet, retrieval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -91,6 +91,16 @@ _CHARTS: tuple[tuple[str, str, list[_Curve]], ...] = (
             _Curve('mean_average_precision_val', 'validation set', points=True, scale=100),
         ],
     ),
+    (
+        'Retrieval',
+        'recall at 1 (%)',
+        [
+            _Curve(f'{name}_recall1_{split}', f'{retrieval.words(name)}, {words}', True, 100)
+            for split, words in (('test', 'test set'), ('val', 'validation set'))
+            for name in retrieval.DIRECTIONS
+        ],
+    ),
+    ('Temperature', 'temperature of the logits', [_Curve('temperature')]),
     (
         'Mean absolute error',
         'in the unit of the labels',

@@ -1,6 +1,7 @@
 """The tables of a report: numbers formatted for people, from what the run wrote."""
 
 import dataclasses
+import functools
 import json
 import math
 import statistics
@@ -15,7 +16,7 @@ from vit_jax.analysis.tables import Table
 from vit_jax.configs import common
 from vit_jax.data import splits
 from vit_jax.errors import UserError
-from vit_jax.inference import description
+from vit_jax.inference import description, retrieval
 from vit_jax.inference import metrics_report as classification_report
 from vit_jax.run.telemetry import format_duration, format_rate
 
@@ -65,6 +66,14 @@ def summary(runs: Sequence[Run]) -> Table:
         'Mean absolute error, test': lambda run: _number(run.last('mae_test')),
         'Root mean squared error, test': lambda run: _number(run.last('rmse_test')),
         'R2, test': lambda run: _number(run.last('r2_test')),
+        **{
+            f'{retrieval.words(direction).capitalize()}, recall at '
+            f'{" / ".join(map(str, retrieval.RECALLS))}, {words}': functools.partial(
+                _recalls, direction=direction, split=split
+            )
+            for split, words in (('val', 'validation'), ('test', 'test'))
+            for direction in retrieval.DIRECTIONS
+        },
         'Top-5 test accuracy, last': lambda run: _share(run.last('accuracy_top5_test')),
         'Test loss, last': lambda run: _loss(run.last('loss_test')),
         'Training loss, last batch': lambda run: _loss(run.last('train_loss')),
@@ -76,6 +85,15 @@ def summary(runs: Sequence[Run]) -> Table:
     rows = [(name, *map(text, runs)) for name, text in texts.items()]
     kept = [row for row in rows if any(value != _NONE for value in row[1:])]
     return Table('Results', ('', *(f'{run.name}>' for run in runs)), kept)
+
+
+def _recalls(run: Run, direction: str, split: str) -> str:
+    """The last recalls of a direction, and the median rank."""
+    values = [run.last(f'{direction}_recall{first}_{split}') for first in retrieval.RECALLS]
+    if None in values:
+        return _NONE
+    median = _number(run.last(f'{direction}_median_rank_{split}'))
+    return f'{" / ".join(map(_share, values))} (median rank {median})'
 
 
 def folds(runs: Sequence[Run]) -> Table | None:
@@ -197,6 +215,8 @@ def packages(run: Run) -> Table:
 def costs(run: Run) -> Table:
     """What the model and its training take, by formula, beside what was measured."""
     title, columns = 'Cost', ('', '>')
+    if run.of_pairs:
+        return Table(title, columns, (), ('Left out: it is counted for models of one tower.',))
     try:
         rows, notes = _costs(run)
     except (UserError, LookupError, TypeError, ValueError, ArithmeticError) as error:
@@ -366,6 +386,7 @@ _OF_FOLDS: dict[str, tuple[str, Callable[[float | None], str]]] = {
     'Test accuracy': ('accuracy_test', _share),
     'Top-5 test accuracy': ('accuracy_top5_test', _share),
     'Mean average precision': ('mean_average_precision_test', _share),
+    'Mean recall': ('mean_recall_test', _share),
     'Mean absolute error': ('mae_test', _number),
     'Root mean squared error': ('rmse_test', _number),
     'R2': ('r2_test', _number),

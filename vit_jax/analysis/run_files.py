@@ -71,6 +71,11 @@ class Run:
         return (self.workdir / MODEL_FOLDER / 'model.json').is_file()
 
     @property
+    def of_pairs(self) -> bool:
+        """Whether a model of images and texts is trained."""
+        return 'vocabulary' in self.data
+
+    @property
     def chosen(self) -> str:
         """The name of the model folder that the run chose: of the best step, or of the last."""
         best = self.workdir / BEST_MODEL_FOLDER / 'model.json'

@@ -256,6 +256,14 @@ class Tokens:
             raise UserError(f'{source!r}: no record can be read, so that there are no captions')
         return cls(np.concatenate(found), owner)
 
+    def usable(self, readable: np.ndarray) -> np.ndarray:
+        """Which of the images can be read and have a caption, bool [N].
+
+        Args:
+          readable: which can be read, bool [N].
+        """
+        return readable & np.isin(np.arange(len(readable)), self.image)
+
 
 def draw(ids: np.ndarray, key: np.ndarray) -> np.ndarray:
     """One of the captions of an image, as it is drawn for a place in the training batches.

@@ -28,6 +28,7 @@ from vit_jax.data import (
 from vit_jax.data import columns as columns_lib
 from vit_jax.data.dataset import Dataset, Example, Selection
 from vit_jax.data.holdout import stratified_order
+from vit_jax.data.text import Tokenizer
 from vit_jax.errors import UserError, extra
 
 _log = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ def open_three(
     test_split: str = '',
     validate: bool = False,
     fold: str = '',
+    tokenizer: Tokenizer | None = None,
     **options: Any,
 ) -> tuple[Selection, Selection | None, Selection]:
     """Opens the training, validation and test examples of a dataset.
@@ -84,6 +86,7 @@ def open_three(
         training examples.
       fold: such as `2/5`: test on that fold of the training examples (`Selection.fold`), and train
         on the others; not with a `test_split`.
+      tokenizer: of captions, which are then the labels, see `data.captions`.
       **options: see `open_dataset`.
 
     Returns:
@@ -93,7 +96,11 @@ def open_three(
       UserError: as `open_sources`; or validation examples are tested on as well, or a group is on
         both sides of a split.
     """
+    if tokenizer is not None:
+        options['columns'] = columns_lib.with_captions(options.get('columns', ''))
     opened = open_dataset(dataset, **options)
+    if tokenizer is not None:
+        opened = captions.tokenized(opened, tokenizer)
     train, val, test = _three(opened, train_split, val_split, test_split, validate, fold)
     check_groups({'training': train, 'validation': val, 'test': test})
     return train, val, test
@@ -256,12 +263,7 @@ def open_dataset(
             f'dataset {dataset} is a file, but no table ({", ".join(table_files.SUFFIXES)}), .tar, '
             '.arrow or .array_record; or give the folder that holds those of the classes'
         )
-    if (
-        dataset.startswith(('/', './', '../', '~'))
-        or dataset in ('.', '..')
-        or dataset.endswith('/')
-    ):
-        raise UserError(f'there is no folder {dataset} (seen from {pathlib.Path.cwd()})')
+    _check_name(dataset)
     opened = tfds_sets.open_tfds(dataset, tfds_data_dir, tfds_manual_dir)
     return dataclasses.replace(opened, channels=channels)
 
@@ -297,6 +299,16 @@ def _open_rows(
     return None
 
 
+def _check_name(dataset: str) -> None:
+    """Refuses what is spelled as a folder, and is none."""
+    if (
+        dataset.startswith(('/', './', '../', '~'))
+        or dataset in ('.', '..')
+        or dataset.endswith('/')
+    ):
+        raise UserError(f'there is no folder {dataset} (seen from {pathlib.Path.cwd()})')
+
+
 def _open_pairs(
     path: pathlib.Path, dataset: str, columns: str, image_root: str, group: str, **options: Any
 ) -> Dataset:
@@ -318,6 +330,7 @@ def _open_pairs(
             )
     if dataset == captions.DIGITS:
         return captions.open_digits()
+    _check_name(dataset)
     return tfds_sets.open_tfds(dataset, captions=True, **options)
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -59,6 +60,7 @@ class _Description:
     model_name: str | None = None
     bias_init: float | None = None
     preprocessing: Preprocess | None = None
+    source: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class TwoTowers:
@@ -89,7 +91,6 @@ class TwoTowers:
         self.tokenizer = text.make_tokenizer(dataclasses.asdict(pp), vocabulary)
         self.preprocess = preprocess or text.lit_preprocess(pp.size)
         _check(model, params, self.tokenizer, self.preprocess)
-        self._device_params = jax.device_put(params)
         self._embed_images = jax.jit(
             lambda params, pixels: model.apply({'params': params}, images=normalize(pixels))[0]
         )
@@ -126,6 +127,10 @@ class TwoTowers:
             full = np.pad(part, ((0, batch - len(part)), (0, 0)), mode='edge')
             found.append(np.asarray(self._embed_tokens(self._device_params, full))[: len(part)])
         return np.concatenate(found)
+
+    @functools.cached_property
+    def _device_params(self) -> Any:
+        return jax.device_put(self.params)
 
     @property
     def temperature(self) -> float:
@@ -306,11 +311,11 @@ def load(path: str | os.PathLike[str], vocabulary: str | os.PathLike[str] = '') 
         described = description.read(_Description, found)
         description.read(_Input, described.pp)
         arguments = {f.name: getattr(described, f.name) for f in dataclasses.fields(described)}
-        del arguments['format'], arguments['preprocessing']
+        del arguments['format'], arguments['preprocessing'], arguments['source']
         model = models.LitModel(**arguments)
         file = folder / VOCABULARY_FILES[described.pp['tokenizer_name']]
         params = npz.open_file(folder / PARAMS_FILE, whole=True).read()
-        source = {'file': str(folder)}
+        source = {**described.source, 'file': str(folder)}
         return TwoTowers(model, params, file, source, described.preprocessing)
     except UserError as error:
         raise UserError(f'{folder} cannot be loaded: {error}') from error
@@ -338,12 +343,13 @@ def _of_library(found: two_towers.TwoTowerWeights) -> TwoTowers:
     return TwoTowers(model, weights.read(), found.vocabulary, source, found.preprocess)
 
 
-def save(folder: str | os.PathLike[str], towers: TwoTowers) -> None:
+def save(folder: str | os.PathLike[str], towers: TwoTowers, *, exists: str = 'refuse') -> None:
     """Writes a folder: weights, architecture and vocabulary. It appears complete, by a rename.
 
     Args:
       folder: a new folder.
       towers: the model.
+      exists: 'replace' takes the place of one that is there, see `files.atomic_folder`.
 
     Raises:
       UserError: there is something else of this name, or it cannot be written.
@@ -352,11 +358,12 @@ def save(folder: str | os.PathLike[str], towers: TwoTowers) -> None:
     names = ('image', 'text_model', 'text', 'pp', 'model_name', 'bias_init')
     described = flax.core.unfreeze({name: getattr(model, name) for name in names})
     described['preprocessing'] = towers.preprocess.to_dict()
+    described['source'] = towers.source
     described |= {'format': FORMAT, 'out_dim': model.sizes, 'text': described['text'] or {}}
     count = sum(leaf.size for leaf in npz.flatten(towers.params).values())
     name = pathlib.Path(folder).absolute().name
     card = model_card.render_two_towers(name, described, towers.source, count)
-    with files.atomic_folder(folder) as part:
+    with files.atomic_folder(folder, exists=exists) as part:
         npz.save(part / PARAMS_FILE, towers.params)
         files.write_json(part / MODEL_FILE, described)
         file = part / VOCABULARY_FILES[model.pp['tokenizer_name']]

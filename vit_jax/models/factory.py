@@ -12,15 +12,17 @@ from vit_jax.models.two_tower import LitModel
 from vit_jax.models.vit import VisionTransformer
 
 
-def from_config(config: Mapping[str, Any], **overrides: Any) -> VisionTransformer | MlpMixer:
+def from_config(
+    config: Mapping[str, Any], **overrides: Any
+) -> VisionTransformer | MlpMixer | LitModel:
     """The module that an architecture (`variants.get_config`) describes.
 
     Args:
-      config: the keys of `variants.get_config`, as a `ConfigDict` or any mapping, also one that
-        has been through JSON.
+      config: the keys of `variants.get_config`, or of `variants.two_towers`, as a `ConfigDict` or
+        any mapping, also one that has been through JSON.
       **overrides: further or other arguments of the module, such as `num_classes`, `dtype`,
         `attention` and `scan_layers` (which a Mixer does not have: the defaults, 'auto' and False,
-        are accepted, others are errors).
+        are accepted, others are errors). Of two towers, all but `dtype` are the image tower's.
 
     Returns:
       The module, unbound: `model.init`, `model.apply`.
@@ -29,6 +31,12 @@ def from_config(config: Mapping[str, Any], **overrides: Any) -> VisionTransforme
       ValueError: an attention implementation or `scan_layers` was given for a Mixer.
     """
     config = config.to_dict() if hasattr(config, 'to_dict') else config
+    if variants.has_two_towers(config):
+        dtype = {'dtype': overrides.pop('dtype')} if 'dtype' in overrides else {}
+        overrides.pop('num_classes', None)
+        image = {**config['image'], **overrides}
+        image = {name: value for name, value in image.items() if value is not None}
+        return LitModel(**{**config, 'image': image}, **dtype)
     arguments = {**config, **overrides}
     for name in ('act', 'layer_norm_eps'):  # None: not decided, so that the default counts
         if arguments.get(name, '') is None:

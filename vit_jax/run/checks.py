@@ -6,6 +6,7 @@ from typing import Any
 
 import ml_collections
 
+from vit_jax import variants
 from vit_jax.data.host_augment import randaug_of
 from vit_jax.errors import UserError
 
@@ -23,6 +24,7 @@ def check_recipe(config: ml_collections.ConfigDict) -> None:
     _check_augmentation(config)
     _check_distillation(config)
     _check_training(config)
+    _check_pairs(config)
 
 
 def check_schedule(config: ml_collections.ConfigDict) -> None:
@@ -197,3 +199,71 @@ def _is_factor(pair: Any) -> bool:
     if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[0], str):
         return False
     return isinstance(pair[1], int | float) and 0 <= pair[1] < math.inf
+
+
+# What is of classes, or of one tower.
+_NOT_OF_PAIRS = (
+    'label_smoothing', 'class_weights', 'positive_weights', 'balanced_sampling', 'mixup', 'cutmix',
+    'teacher', 'keep_head', 'repeated_augmentation', 'stochastic_depth', 'layer_decay',
+    'sincos_positions',
+)  # fmt: skip
+_CHANGE_PIXELS = (
+    'randaug', 'three_augment', 'color_jitter', 'random_erasing', 'pp.flip', 'pp.flip_vertical',
+    'pp.inception_crop', 'pp.resize_small',
+)  # fmt: skip
+
+
+def _check_pairs(config: ml_collections.ConfigDict) -> None:
+    """Checks what goes with two towers and a loss of pairs, and what goes with them only."""
+    of_pairs = config.loss in ('contrastive', 'pairwise_sigmoid')
+    if not variants.has_two_towers(config.model):
+        for key in ('vocabulary', 'pretrained_text', 'cache_features'):
+            if config[key]:
+                raise UserError(
+                    f'config.{key}={config[key]!r} is of a text tower, which config.model does not '
+                    'have: use configs/lit.py, or leave it out'
+                )
+        if of_pairs:
+            raise UserError(
+                f'config.loss={config.loss!r} compares images with texts, and config.model has no '
+                'text tower: use configs/lit.py'
+            )
+        return
+    for key in _NOT_OF_PAIRS:
+        if config[key]:
+            why = {
+                'repeated_augmentation': 'an image would be in a batch with two of its texts',
+                'keep_head': 'a projection of the weights is kept wherever it fits',
+                'stochastic_depth': 'it is of the blocks of one tower',
+                'layer_decay': 'it goes from block to block of one tower',
+                'sincos_positions': 'it is of one tower',
+            }.get(key, 'pairs of images and texts have no classes')
+            raise UserError(f'config.{key}={config[key]!r}: {why}; leave it out')
+    if config.loss and not of_pairs:
+        raise UserError(
+            f'config.loss={config.loss!r} is of labels; pairs of images and texts have '
+            "'contrastive' or 'pairwise_sigmoid'"
+        )
+    if config.accum_steps > 1:
+        raise UserError(
+            f'config.accum_steps={config.accum_steps}: each pair is compared with all others of '
+            'the batch, and of micro-batches none sees another. Use --config.accum_steps=1 and, '
+            'for memory, a smaller batch, config.cache_features or more devices'
+        )
+    if config.pp.channels != 3:
+        raise UserError(f'config.pp.channels={config.pp.channels}: image-text models see colours')
+    on = [key for key in _CHANGE_PIXELS if _value(config, key)]
+    if config.pp.eval == 'squash' and config.pp.resize:  # then it crops at random
+        on.append('pp.resize')
+    if config.cache_features and on:
+        settings = ', '.join(f'config.{key}={_value(config, key)!r}' for key in on)
+        raise UserError(
+            'config.cache_features=True keeps one embedding of each image, as evaluation sees it, '
+            f'and with {settings} the images change from step to step: leave out one or the other'
+        )
+
+
+def _value(config: ml_collections.ConfigDict, key: str) -> Any:
+    """The value of a dotted name."""
+    group, _, name = key.rpartition('.')
+    return config[group][name] if group else config[name]

@@ -9,7 +9,9 @@ import ml_collections
 from vit_jax.run import telemetry
 
 # What is judged by, the first that there is: the metric, and the sign with which larger is better.
-JUDGES = {'accuracy_val': 1, 'mean_average_precision_val': 1, 'loss_val': -1}
+JUDGES = {
+    'accuracy_val': 1, 'mean_average_precision_val': 1, 'mean_recall_val': 1, 'loss_val': -1,
+}  # fmt: skip
 FEW = 100  # validation images, of which the best of many results is best by luck
 
 

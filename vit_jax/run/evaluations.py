@@ -1,6 +1,7 @@
 """Evaluations of a run, on the way and at its end: what they tell, and which step is chosen."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,9 @@ from vit_jax.checkpoint import workdir as workdir_lib
 from vit_jax.data.reader import ImageCache, OnBad, Reader
 from vit_jax.data.stream import BatchStream
 from vit_jax.errors import UserError
-from vit_jax.inference import several
+from vit_jax.inference import retrieval, several
 from vit_jax.inference.task import SEVERAL, Task
-from vit_jax.run import telemetry
+from vit_jax.run import pairs, telemetry
 from vit_jax.run.choice import Choice
 from vit_jax.state import TrainState
 
@@ -26,7 +27,7 @@ class Evaluations:
 
     Args:
       run: what stays the same.
-      eval_step: of `steps.make_eval_step`.
+      eval_step: of `steps.make_eval_step`, or of pairs.
       checkpoints: of the run.
       cache: for decoded images; None for none.
       on_bad: is told of images that cannot be read.
@@ -39,7 +40,7 @@ class Evaluations:
     def __init__(
         self,
         run: 'loop.Run',
-        eval_step: Callable,
+        eval_step: Callable | pairs.Evaluation,
         checkpoints: workdir_lib.Checkpoints,
         cache: ImageCache | None,
         on_bad: OnBad,
@@ -79,15 +80,18 @@ class Evaluations:
         run, images = self._run, self._images[split]
         # Alone, a run that is to stop does not finish the evaluation; the next one begins with it.
         alone = jax.process_count() == 1
-        result = evaluate.evaluate(
-            self._eval_step,
+        examples = run.val if split == 'val' and run.val is not None else run.test
+        if isinstance(self._eval_step, pairs.Evaluation):
+            measure: Callable = functools.partial(self._eval_step, source=examples)
+        else:
+            measure = functools.partial(evaluate.evaluate, self._eval_step, task=run.task)
+        result = measure(
             state.model_params,
             images,
-            run.preprocess,
-            run.mesh,
+            preprocess=run.preprocess,
+            mesh=run.mesh,
             batch=run.config.batch_eval,
             split=split,
-            task=run.task,
             threads=run.threads,
             on_bad=self._on_bad,
             should_stop=self._should_stop if alone else None,
@@ -119,6 +123,7 @@ class Evaluations:
         run = self._run
         if run.task.kind != SEVERAL or run.val is None:
             return run.task
+        assert not isinstance(self._eval_step, pairs.Evaluation)  # whose task is another
         found = evaluate.collect(
             self._eval_step,
             params,
@@ -155,6 +160,8 @@ def _in_words(metrics: dict[str, float], split: str) -> str:
     """Accuracy, if there is one, and whatever else was measured on the split."""
     rest, parts = {name.removesuffix(f'_{split}'): metrics[name] for name in metrics}, []
     rest.pop('unreadable', None)  # is told on its own
+    if 'mean_recall' in rest:
+        return f'{retrieval.in_words(metrics, split)}, loss {rest["loss"]:.4f}'
     for name, words in (('accuracy', 'accuracy'), ('accuracy_top5', 'top-5')):
         if name in rest:
             parts.append(f'{words} {100 * rest.pop(name):.2f} %')

@@ -14,10 +14,11 @@ from jax.sharding import Mesh
 from vit_jax import models, sharding
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
-from vit_jax.inference import model_folder
+from vit_jax.inference import model_folder, two_tower
 from vit_jax.inference.task import Task
 from vit_jax.models.lora import Lora, merge
 from vit_jax.run import telemetry
+from vit_jax.run.pairs import Pairs
 
 MODEL_FOLDER, ADAPTER_FOLDER = 'model', 'adapter'
 BEST_MODEL_FOLDER = 'model_best'
@@ -36,6 +37,7 @@ class Product:
       source: where the model comes from, but for the steps.
       task: what its outputs are.
       lora: the model's adapters, which are merged into the weights; None for none.
+      pairs: of an image-text model: it is then a folder of `two_tower.save`.
     """
 
     workdir: pathlib.Path
@@ -46,6 +48,7 @@ class Product:
     source: Mapping[str, Any]
     task: Task
     lora: Lora | None = None
+    pairs: Pairs | None = None
 
     def write(self, params: Any, name: str, step: int) -> pathlib.Path:
         """Writes weights, architecture, preprocessing and class names; all processes call it.
@@ -60,20 +63,26 @@ class Product:
         """
         merged = self.gathered(functools.partial(merge, lora=self.lora), params)
         folder = self.workdir / name
-        if jax.process_index() == 0:
-            model_folder.save(
-                folder,
-                jax.device_get(merged),
-                model_config=self.architecture,
-                class_names=self.class_names,
-                preprocess=self.preprocess,
-                source={
-                    **self.source,
-                    'steps': step,
-                    'metrics': telemetry.read_evaluation(self.workdir, step),
-                },
-                task=self.task,
-            )
+        if jax.process_index() != 0:
+            return folder
+        params = jax.device_get(merged)
+        metrics = telemetry.read_evaluation(self.workdir, step)
+        source = {**self.source, 'steps': step, 'metrics': metrics}
+        if self.pairs is not None:
+            model = models.LitModel(**self.architecture)
+            vocabulary = self.pairs.vocabulary
+            towers = two_tower.TwoTowers(model, params, vocabulary, source, self.preprocess)
+            two_tower.save(folder, towers, exists='replace')
+            return folder
+        model_folder.save(
+            folder,
+            params,
+            model_config=self.architecture,
+            class_names=self.class_names,
+            preprocess=self.preprocess,
+            source=source,
+            task=self.task,
+        )
         return folder
 
     def gathered(self, function: Callable[[Any], Any], params: Any) -> Any:

@@ -8,18 +8,19 @@ import functools
 import hashlib
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from vit_jax import checkpoint, groups, losses, models, optim, sharding, steps
+from vit_jax import checkpoint, groups, losses, models, optim, sharding, steps, variants
 from vit_jax import config as config_lib
 from vit_jax import state as state_lib
 from vit_jax.checkpoint import adapt, catalog, infer
@@ -28,11 +29,12 @@ from vit_jax.data import own, sources, splits
 from vit_jax.data.dataset import Selection, Source, weights_of
 from vit_jax.data.stream import BatchStream
 from vit_jax.errors import UserError
-from vit_jax.inference.task import Task
+from vit_jax.inference.task import ONE_CLASS, Task
 from vit_jax.models import lora, positions
 from vit_jax.run import (
     augmentation,
     distillation,
+    pairs,
     product,
     recipe,
     resources,
@@ -79,6 +81,7 @@ class Setup:
     train_loss: losses.LossFn
     eval_loss: losses.LossFn | None  # None where the class is all that counts
     task: Task
+    pairs: pairs.Pairs | None  # of images and texts
     schedule: optax.Schedule | None
     tx: optax.GradientTransformation
     frozen: str  # pattern of the parameters that stay as they are; '' for none
@@ -100,7 +103,11 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
     platform = jax.default_backend()
     config_lib.check_devices(config, jax.device_count(), platform)
     mesh = sharding.create_mesh(config.fsdp)
-    train, val, test = _open(config, parts)
+    of_pairs = None
+    if variants.has_two_towers(config.model) or isinstance(parts.model, models.LitModel):
+        pairs.check_given(vars(parts))
+        of_pairs = pairs.open_pairs(config)
+    train, val, test = _open(config, parts, of_pairs)
     recipe.settle_duration(config, train)
     model, no_folder = parts.model, ''
     if model is None:
@@ -115,7 +122,10 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
     model = trained_part.adapted(config, model)
     recipe.check_depth(config, model)
     augmentation.check(config, train)
-    train_loss, eval_loss, task = recipe.losses_of(config, train, parts.loss_fn)
+    if of_pairs is None:
+        train_loss, eval_loss, task = recipe.losses_of(config, train, parts.loss_fn)
+    else:
+        train_loss, eval_loss, task = pairs.loss_of(of_pairs, mesh), None, ONE_CLASS
     teacher = distillation.teacher_of(config, train, task, parts.loss_fn is not None)
     student = distillation.student_of(config, model)
     train_loss = distillation.loss_of(config, train_loss)
@@ -134,6 +144,11 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
     batch = steps.abstract_batch(
         config.batch, config.pp.crop, mesh, channels=train.channels, exact=config.pp.exact
     )
+    if of_pairs is not None:
+        assert isinstance(train, Selection) and isinstance(model, models.LitModel)
+        pairs.check(config, train, state, frozen)
+        if config.cache_features:
+            batch['image'] = pairs.features(model, state.params, batch['image'])
     label = train.label_dtype
     batch['label'] = jax.ShapeDtypeStruct(
         (config.batch, *label.shape), label.base, sharding=batch['label'].sharding
@@ -156,10 +171,13 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
     data = _describe({'train': train, 'val': val, 'test': test}, parts, state)
     if teacher is not None:
         data['teacher'] = teacher.fingerprint
+    if of_pairs is not None:
+        data['vocabulary'] = of_pairs.digest()
+    tower = 'model.image' if of_pairs else 'model'
     changed, resumes = [], bool(workdir_lib.saved_steps(workdir))
     if resumes:
         before = resume.read_config(workdir / run_info.CONFIG_FILE)
-        _settle(config, {name: before.get(f'model.{name}') for name in infer.EVERY_MODEL})
+        _settle(config, {name: before.get(f'{tower}.{name}') for name in infer.EVERY_MODEL})
         changed = resume.check_config(workdir / run_info.CONFIG_FILE, config.to_dict())
         resume.check_data(workdir / resume.DATA_FILE, data)
     resources.check_cache(config)
@@ -169,13 +187,16 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
     resources.check_memory(config, need, memory)
     resources.check_disk(workdir, state, config.keep_checkpoints)
     if not resumes:  # missing weights are known, or downloaded, before minutes of compiling
-        path = weights_path(config)
+        path = None if of_pairs and of_pairs.towers else weights_path(config)
         told = _open_weights(config, path).settings if path else {}
         _settle(config, told)
         _check_rotary(config, told)
     architecture = config.model.to_dict()
     if parts.model is None:
-        settled = {name: architecture[name] for name in infer.EVERY_MODEL}
+        described = variants.image_tower(architecture)
+        settled: dict[str, Any] = {name: described[name] for name in infer.EVERY_MODEL}
+        if isinstance(model, models.LitModel):
+            settled = {'image': {**model.image, **settled}}
         model, student = model.clone(**settled), student.clone(**settled)
     if parts.model is not None:
         try:
@@ -197,6 +218,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, parts: Part
         train_loss=train_loss,
         eval_loss=eval_loss,
         task=task,
+        pairs=of_pairs,
         schedule=schedule,
         tx=tx,
         frozen=frozen,
@@ -215,16 +237,17 @@ def _settle(config: ml_collections.ConfigDict, told: Mapping[str, Any]) -> None:
     What neither says is as the released models have it.
     """
     with config.unlocked():
+        tower = variants.image_tower(config.model)
         for name in infer.EVERY_MODEL:
-            if config.model.get(name) is None:
+            if tower.get(name) is None:
                 found = told.get(name)
                 default = getattr(models.VisionTransformer, name)
-                config.model[name] = default if found is None else found
+                tower[name] = default if found is None else found
 
 
 def _check_rotary(config: ml_collections.ConfigDict, told: Mapping[str, Any]) -> None:
     """Refuses rotary positions that the weights to start from were not trained with."""
-    found, ours = told.get('rotary'), config.model.to_dict().get('rotary')
+    found, ours = told.get('rotary'), variants.image_tower(config.model.to_dict()).get('rotary')
     if 'rotary' in told and found != ours:
         raise UserError(
             f'the weights were trained with rotary positions {found}, and the config says {ours}: '
@@ -233,7 +256,7 @@ def _check_rotary(config: ml_collections.ConfigDict, told: Mapping[str, Any]) ->
 
 
 def _open(
-    config: ml_collections.ConfigDict, parts: Parts
+    config: ml_collections.ConfigDict, parts: Parts, of_pairs: pairs.Pairs | None
 ) -> tuple[Selection | BatchStream, Selection | None, Selection]:
     """The training, validation and test examples."""
     validate = config_lib.chooses(config)
@@ -252,6 +275,7 @@ def _open(
         image_root=config.image_root,
         group=config.group,
         fold=config.fold,
+        tokenizer=None if of_pairs is None else of_pairs.tokenizer,
         max_unreadable=config.max_unreadable,
     )
 
@@ -349,6 +373,7 @@ def initial_params(
     shapes: Mapping[str, Any],
     channels: int = 3,
     frozen: str = '',
+    of_pairs: pairs.Pairs | None = None,
 ) -> tuple[Mapping[str, Any], str]:
     """Parameters of these shapes to start from, on the host, and where they come from.
 
@@ -357,6 +382,8 @@ def initial_params(
     init = functools.partial(
         state_lib.init_params, model, config.pp.crop, config.seed, channels=channels
     )
+    if of_pairs is not None:
+        return _initial_towers(config, model, shapes, of_pairs, init, frozen)
     path = weights_path(config)
     adapters = [name for name in groups.names_of(shapes) if name.endswith(lora.ARRAYS)]
     shapes = lora.without(shapes)
@@ -367,6 +394,21 @@ def initial_params(
             params = positions.with_sincos(params, grid) if grid else params
         return params, 'new weights (no pretrained ones were asked for)'
     weights = _open_weights(config, path)
+    params, report, told = _fitted(config, weights, f'{path} ({weights.format})', model, shapes)
+    if new_names := [*report.initialised, *adapters]:
+        params = lora.started(_with_new(params, init(only=new_names)))
+    return params, '\n  '.join([told, *_new_and_frozen(report.initialised, frozen)])
+
+
+def _fitted(
+    config: ml_collections.ConfigDict,
+    weights: checkpoint.Weights,
+    source: str,
+    model: nn.Module,
+    shapes: Mapping[str, Any],
+    keep_head: bool = False,
+) -> tuple[Mapping[str, Any], adapt.Report, str]:
+    """Weights of an image model at these shapes, what was done to them, and all of it in words."""
     ours = isinstance(model, models.VisionTransformer)
     grid = infer.token_grid(shapes, config_lib.preprocess_of(config).crop) if ours else None
     source_grid, assumed = _source_grid(weights, grid)
@@ -375,25 +417,58 @@ def initial_params(
         shapes,
         grid=grid,
         source_grid=source_grid,
-        classifier=config.model.get('classifier', 'gap'),
-        keep_head=config.keep_head,
+        classifier=variants.image_tower(config.model).get('classifier', 'gap'),
+        keep_head=keep_head or config.keep_head,
         patch_resize=config.patch_resize,
-        source=f'{path} ({weights.format})',
+        source=source,
     )
-    if new_names := [*report.initialised, *adapters]:
-        new = jax.device_get(init(only=new_names))
-        flat = traverse_util.flatten_dict(params) | traverse_util.flatten_dict(new)
-        params = lora.started(traverse_util.unflatten_dict(flat))
     other = [
         f'the weights were trained with {name} {told}, and this run computes {ours}'
         for name, told in weights.settings.items()
         if name in (*infer.EVERY_MODEL, 'classifier')
         and (ours := getattr(model, name, told)) != told
     ]
-    stay = [name for name in report.initialised if frozen and re.fullmatch(frozen, name)]
-    lasting = [f'WARNING: new, and not trained: {adapt.shorten(stay, 4)}'] if stay else []
-    notes = [*weights.notes, *assumed, *other, *_other_pixels(weights, config), *lasting]
-    return params, '\n  '.join([str(report), *notes])
+    notes = [*weights.notes, *assumed, *other, *_other_pixels(weights, config)]
+    return params, report, '\n  '.join([str(report), *notes])
+
+
+def _initial_towers(
+    config: ml_collections.ConfigDict,
+    model: nn.Module,
+    shapes: Mapping[str, Any],
+    of_pairs: pairs.Pairs,
+    init: Callable[..., Mapping[str, Any]],
+    frozen: str,
+) -> tuple[Mapping[str, Any], str]:
+    """`initial_params` of two towers; `init` makes new ones."""
+    known, told = of_pairs.start()
+    path = None if of_pairs.towers else weights_path(config)
+    if path:
+        known['img'] = _open_weights(config, path)
+    if 'img' in known:
+        image, weights = models.from_config({**model.image, 'num_classes': 0}), known['img']
+        source = f'{weights.path} ({weights.format})'
+        fitted, _, words = _fitted(config, weights, source, image, shapes['img'], keep_head=True)
+        known['img'], told = fitted, [f'image tower: {words}', *told]
+    else:
+        told = ['image tower: new weights', *told]
+    params, missing = pairs.checked(known, shapes)
+    if missing:
+        params = _with_new(params, init(only=missing))
+    told += _new_and_frozen(missing, frozen)
+    return jax.tree.map(np.asarray, params), '\n  '.join(told)
+
+
+def _new_and_frozen(new: Iterable[str], frozen: str) -> list[str]:
+    """A warning, if some of the new parameters stay as they are."""
+    stay = [name for name in new if frozen and re.fullmatch(frozen, name)]
+    return [f'WARNING: new, and not trained: {adapt.shorten(stay, 4)}'] if stay else []
+
+
+def _with_new(params: Mapping[str, Any], new: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Parameters, and new ones in the places that they leave."""
+    flat = traverse_util.flatten_dict(params) | traverse_util.flatten_dict(jax.device_get(new))
+    return traverse_util.unflatten_dict(flat)
 
 
 def _source_grid(
@@ -438,7 +513,8 @@ def _other_pixels(weights: checkpoint.Weights, config: ml_collections.ConfigDict
 
 def _open_weights(config: ml_collections.ConfigDict, path: pathlib.Path) -> checkpoint.Weights:
     # PyTorch's files do not tell the number of heads; the model does.
-    num_heads = config.model.get('transformer', {}).get('num_heads', 0)
+    tower = variants.image_tower(config.model)
+    num_heads = tower.get('transformer', {}).get('num_heads', 0)
     return checkpoint.open_weights(path, num_heads=num_heads)
 
 
@@ -451,7 +527,8 @@ def weights_path(config: ml_collections.ConfigDict) -> pathlib.Path | None:
             config.model_or_filename, pretrained_dir=config.pretrained_dir
         )
     if config.pretrained_dir:
-        return catalog.resolve(f'{config.pretrained_dir.rstrip("/")}/{config.model.model_name}.npz')
+        name = variants.image_tower(config.model).model_name
+        return catalog.resolve(f'{config.pretrained_dir.rstrip("/")}/{name}.npz')
     return None
 
 

@@ -156,7 +156,7 @@ def in_words(settings: Mapping[str, Any]) -> str:
 
 def score_in_words(metric: str, score: float) -> str:
     """A validation score for people: `91.20 %`, or a loss, `0.1234`."""
-    accuracy = metric.startswith('accuracy')
+    accuracy = metric.startswith(('accuracy', 'mean_recall'))
     return f'{100 * score:.2f} %' if accuracy else f'{abs(score):.4f}'
 
 
