@@ -274,7 +274,7 @@ def test_the_clock_ends_a_run(monkeypatch):
     monkeypatch.setattr(time, 'monotonic', lambda: now[0])
     noted: list[float] = []
     clock = finetune_clock.Clock(60, 10, 100.0, noted.append)
-    watch = finetune_clock.Watch(clock, 20, 0)
+    watch = finetune_clock.Watch(clock, 30, 10, 1, 0)
     for step in range(1, 20):
         now[0] += 1
         try:
@@ -285,3 +285,12 @@ def test_the_clock_ends_a_run(monkeypatch):
     measured = watch.measured('all', begin=98.0)
     assert measured == Measured('all', 1.0, 3.0)
     assert clock.left() == 60 - 10 - 11 and str(clock) == '[21 s of 1 min 00 s]'
+    # Where steps take twice as long as expected, so will what comes after them.
+    slow = finetune_clock.Watch(clock, 44, 10, 0.5, 0)
+    for step in range(1, 20):
+        now[0] += 1
+        try:
+            slow.on_step(step, None, None)
+        except finetune_clock.EndRun:
+            break
+    assert slow.steps == 4 and clock.spent() == 25

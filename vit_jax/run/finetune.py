@@ -259,8 +259,7 @@ class Finetune:
             f'{run.name}: {run.what}. The same by hand:\n  {plans.command(self._folder, run)}'
         )
         config = plans.read_config(self._folder / plans.CONFIG_FILE, run.settings)
-        until = math.inf if self._replay else self._until(run)
-        watch = Watch(self.clock, until, run.ended)
+        watch = self._watch(run)
         begin = time.monotonic()
         try:
             train.train_and_evaluate(config, workdir, callbacks=[watch])
@@ -286,14 +285,18 @@ class Finetune:
         shutil.rmtree(workdir / 'checkpoints', ignore_errors=True)
         self._say(f'{run.name}: validation {score}')
 
-    def _until(self, run: Run) -> float:
-        """The time, in seconds of all that is spent, at which a run has to do its last step."""
+    def _watch(self, run: Run) -> Watch:
+        """What ends a run in time, and measures it."""
+        if self._replay:
+            return Watch(self.clock, math.inf, 0, 1, run.ended)
         outlook = self._outlook()
+        step = outlook.step(trials.kind_of(run))
+        if not trials.is_last(run):
+            patient = self.clock.spent() + _PATIENCE * trials.seconds_of(outlook, run)
+            return Watch(self.clock, min(patient, self.clock.seconds), 0, step, run.ended)
         after = len(self._parts.val) / outlook.forward + _SAVE_SECONDS
-        end = self.clock.spent() + outlook.left - after
-        if trials.is_last(run):
-            return end
-        return min(end, self.clock.spent() + _PATIENCE * trials.seconds_of(outlook, run))
+        after += self.clock.left() - outlook.left
+        return Watch(self.clock, self.clock.seconds, after, step, run.ended)
 
     def _choose(self) -> str:
         """The best on the validation images, of equal ones the first; its model is the product."""

@@ -67,7 +67,10 @@ class Watch:
 
     Args:
       clock: the time of all.
-      until: spent seconds at which the last step has to be done.
+      until: spent seconds at which all has to be done.
+      after: seconds that are needed after the last step; more of them where steps take longer than
+        `step`.
+      step: seconds that a step is expected to take.
       ended: the step to end after, whatever the clock says; 0 for none.
 
     Attributes:
@@ -75,8 +78,9 @@ class Watch:
       ended: whether the run was ended before its last step.
     """
 
-    def __init__(self, clock: Clock, until: float, ended: int):
+    def __init__(self, clock: Clock, until: float, after: float, step: float, ended: int):
         self._clock, self._until, self._last = clock, until, ended
+        self._after, self._expected = after, step
         self._times: list[float] = []
         self.steps, self.ended = 0, False
 
@@ -86,7 +90,11 @@ class Watch:
         self.steps = step
         self._times.append(time.monotonic())
         self._clock.tick()
-        over = step == self._last if self._last else self._clock.spent() > self._until
+        slower = 1.0
+        if len(self._times) > 1:
+            slower = max(1.0, (self._times[-1] - self._times[-2]) / self._expected)
+        late = self._clock.spent() + slower * self._after > self._until
+        over = step == self._last if self._last else late
         if over:
             self.ended = True
             raise EndRun
