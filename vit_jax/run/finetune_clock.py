@@ -2,13 +2,18 @@
 
 import dataclasses
 import math
+import statistics
 import time
 from collections.abc import Callable
+
+import numpy as np
 
 from vit_jax.run.callbacks import EndRun
 from vit_jax.run.telemetry import format_duration
 from vit_jax.state import TrainState
 
+_RECENT = 9  # steps, whose median says how fast it goes
+_SLOWEST = 4.0  # times as slow as expected: more is taken for a hitch
 _SAVE_SECONDS = 5.0  # between two notes of the time that was spent
 
 
@@ -92,7 +97,8 @@ class Watch:
         self._clock.tick()
         slower = 1.0
         if len(self._times) > 1:
-            slower = max(1.0, (self._times[-1] - self._times[-2]) / self._expected)
+            recent = statistics.median(np.diff(self._times[-_RECENT - 1 :]).tolist())
+            slower = min(max(1.0, recent / self._expected), _SLOWEST)
         late = self._clock.spent() + slower * self._after > self._until
         over = step == self._last if self._last else late
         if over:
