@@ -96,11 +96,13 @@ class Telemetry:
             name: _remove_later_steps(self._workdir / name, step)
             for name in (METRICS_FILE, TIMING_FILE)
         }
-        opened: dict[str, TextIO] = {}
-        for name in (LOG_FILE, EVENTS_FILE, METRICS_FILE, TIMING_FILE):
+        names = (LOG_FILE, EVENTS_FILE, METRICS_FILE, TIMING_FILE)
+        for name in names:
             if (place := self._workdir / name).exists() and not place.is_file():
                 raise UserError(f'{place} is not a regular file: a pipe would be waited for')
-            opened[name] = open(self._workdir / name, 'a', encoding='utf-8', buffering=1)
+        opened: dict[str, TextIO] = {
+            name: open(self._workdir / name, 'a', encoding='utf-8', buffering=1) for name in names
+        }
         self._files = opened  # at once: a thread that reads images may have something to say
         self._trackers = [trackers.TensorBoard(self._workdir, step, self._settings)]
         if self._tracker:
