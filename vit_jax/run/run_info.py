@@ -27,7 +27,7 @@ _PACKAGES = (
     'onnxruntime', 'opencv-python-headless', 'optax', 'optuna', 'orbax-checkpoint', 'pillow',
     'pillow-heif', 'protobuf', 'pyarrow', 'rich', 's3fs', 'safetensors', 'scikit-learn',
     'scipy', 'sentencepiece', 'simplejpeg', 'tensorboard', 'tensorflow-cpu',
-    'tensorflow-datasets', 'tokenizers',
+    'tensorflow-datasets', 'threadpoolctl', 'tokenizers',
 )  # fmt: skip
 
 
