@@ -28,7 +28,7 @@ from vit_jax import cli, files
 from vit_jax.errors import UserError
 from vit_jax.run import preemption, resume, sweep, telemetry
 
-RESULTS = 'benchmarks/results/flowers_runs.json'
+RESULTS = 'benchmarks/results/accuracy/flowers_runs.json'
 SEEDS = 5
 _SAMPLE_SECONDS = 2.0
 _STOPPED_SECONDS = 30.0  # without a sample: this process was stopped, or the machine slept

@@ -28,7 +28,7 @@ from vit_jax.analysis.tables import Table, render
 from vit_jax.errors import UserError
 from vit_jax.run import preemption, resume
 
-RESULTS = 'benchmarks/results'
+RESULTS = 'benchmarks/results/accuracy'
 MARKS = ('<!-- scratch -->', '<!-- /scratch -->')
 SEEDS = 3
 _SELDOM = ('--config.checkpoint_every=100',)

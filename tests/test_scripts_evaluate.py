@@ -341,11 +341,16 @@ def test_the_confusion_of_many_classes_has_the_worst_first(monkeypatch):
 def test_captions_of_long_names_stay_apart(tmp_path):
     names = [f'{name} of a very long name, another name, a third one' * 2 for name in CLASSES]
     Image.new('RGB', (40, 30)).save(tmp_path / 'a.png')
-    figures = []
+    figures, save = [], contact_sheet.save_figure
+
+    def kept(figure, *arguments, **options):
+        figures.append(figure)
+        save(figure, *arguments, **options)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(contact_sheet, 'save_figure', lambda figure, *_, **__: figures.append(figure))
+        patch.setattr(contact_sheet, 'save_figure', kept)
         shown = [(str(tmp_path / 'a.png'), np.ones(7, np.float32) / 7)] * 5
-        contact_sheet.save('x.png', shown, names, title='title ' * 60)
+        contact_sheet.save(tmp_path / 'x.png', shown, names, title='title ' * 60)
     (figure,) = figures
     figure.canvas.draw()
     boxes = [text.get_window_extent() for text in (*figure.texts, figure._suptitle)]

@@ -122,10 +122,16 @@ def test_formulas_in_csv(folder, evil_image, run_script, monkeypatch):
     assert refused.returncode == 1 and 'goes with --format csv' in refused.stderr
 
 
-def test_pictures_hold_no_raw_names(evil_image, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(contact_sheet, 'save_figure', lambda figure, *_, **__: drawn.append(figure))
-    contact_sheet.save('x', [(str(evil_image), np.array([0.5, 0.4, 0.1]))], EVIL, title=EVIL[1])
+def test_pictures_hold_no_raw_names(evil_image, monkeypatch, tmp_path):
+    drawn, save = [], contact_sheet.save_figure
+
+    def kept(figure, *arguments, **options):
+        drawn.append(figure)
+        save(figure, *arguments, **options)
+
+    monkeypatch.setattr(contact_sheet, 'save_figure', kept)
+    sheet = tmp_path / 'x.png'
+    contact_sheet.save(sheet, [(str(evil_image), np.array([0.5, 0.4, 0.1]))], EVIL, title=EVIL[1])
     (figure,) = drawn
     texts = [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, 'get_text'))]
     assert len([text for text in texts if text]) >= 5
