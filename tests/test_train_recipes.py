@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import small
 
-from vit_jax import data, train
 from vit_jax.analysis import report
 from vit_jax.checkpoint import npz
 from vit_jax.export import onnx
@@ -15,8 +14,6 @@ from vit_jax.inference import model_folder
 from vit_jax.inference.onnx import OnnxClassifier
 
 RNG = np.random.RandomState(0)
-PIXELS = RNG.randint(0, 256, (40, 16, 16, 3)).astype(np.uint8)
-LABELS = RNG.randint(0, 3, 40)
 RECIPE = {
     'model.transformer.num_layers': 2, 'epochs': 1.6, 'decay_type': 'rsqrt', 'cooldown_steps': 2,
     'optimizer': 'muon', 'base_lr': 1e-3,
@@ -28,14 +25,6 @@ RECIPE = {
 }  # fmt: skip
 
 
-def run(config, workdir, callbacks=()):
-    sources = tuple(
-        data.from_arrays(PIXELS[part], LABELS[part], ('cat', 'dog', 'cow'))
-        for part in (slice(30), slice(30, 40))
-    )
-    return train.train_and_evaluate(config, workdir, sources=sources, callbacks=callbacks)
-
-
 class Stop:
     def on_step(self, step, state, metrics):
         if step == 5:
@@ -45,15 +34,15 @@ class Stop:
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp('recipe') / 'run'
-    return workdir, jax.device_get(run(small.run_config(**RECIPE), workdir))
+    return workdir, jax.device_get(small.run(small.run_config(**RECIPE), workdir))
 
 
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(finished, tmp_path):
     whole, params = finished
     config, workdir = small.run_config(**RECIPE), tmp_path / 'run'
     with pytest.raises(KeyboardInterrupt):
-        run(config, workdir, [Stop()])
-    again = jax.device_get(run(config, workdir))
+        small.run(config, workdir, [Stop()])
+    again = jax.device_get(small.run(config, workdir))
     jax.tree.map(np.testing.assert_array_equal, again, params)
     assert (workdir / 'metrics.jsonl').read_bytes() == (whole / 'metrics.jsonl').read_bytes()
 
@@ -74,7 +63,7 @@ def test_its_average_is_exported_and_its_settings_are_reported(finished, tmp_pat
 
 def test_a_finished_run_of_epochs_started_again_does_nothing(finished, capsys):
     workdir, _ = finished
-    assert run(small.run_config(**RECIPE), workdir) is None
+    assert small.run(small.run_config(**RECIPE), workdir) is None
     assert 'this run is finished (6 steps)' in capsys.readouterr().out
 
 
@@ -90,7 +79,7 @@ def test_the_moving_average_is_evaluated_and_becomes_the_model(finished, tmp_pat
         def on_step(self, step, state, metrics):
             states.append(jax.device_get(state.params))
 
-    last = jax.device_get(run(small.run_config(**plain), tmp_path / 'run', [Copy()]))
+    last = jax.device_get(small.run(small.run_config(**plain), tmp_path / 'run', [Copy()]))
     jax.tree.map(np.testing.assert_array_equal, last, states[-1])
     average = states[0]
     for state in states[1:]:

@@ -4,14 +4,13 @@ import functools
 import re
 
 import jax
-import ml_collections
 import numpy as np
 import pytest
+import small
 
-from vit_jax import config as config_lib
-from vit_jax import data, groups, models, optim, sharding, state, steps, train
+from vit_jax import groups, models, optim, sharding, state, steps
 from vit_jax.checkpoint import npz
-from vit_jax.configs import common, digits
+from vit_jax.configs import common
 from vit_jax.errors import UserError
 from vit_jax.models import lora
 from vit_jax.run import trained_part
@@ -178,26 +177,6 @@ def test_a_step_is_the_same_on_any_devices(monkeypatch):
             assert moved or other[name].tobytes() == array.tobytes()
 
 
-def run_config(**changes) -> ml_collections.ConfigDict:
-    config = digits.get_config()
-    config.model.hidden_size = 16
-    config.model.transformer.update(mlp_dim=32, num_heads=2, num_layers=2, dropout_rate=0.0)
-    config.pp.crop, config.pp.resize, config.model.patches.size = 16, 0, (8, 8)
-    config.batch, config.batch_eval, config.warmup_steps, config.total_steps = 8, 8, 1, 4
-    config.progress_every, config.eval_every, config.checkpoint_every = 1, 2, 2
-    config.compile_cache, config.report = '', False
-    config.update_from_flattened_dict(changes)
-    return config_lib.resolve(config, changes)
-
-
-def run(config, workdir, callbacks=()):
-    sources = tuple(
-        data.from_arrays(PIXELS[part], LABELS[part], ('cat', 'dog', 'cow'))
-        for part in (slice(30), slice(30, 40))
-    )
-    return train.train_and_evaluate(config, workdir, sources=sources, callbacks=callbacks)
-
-
 class Stop:
     def on_step(self, step, state, metrics):
         if step == 3:
@@ -215,6 +194,7 @@ def base(tmp_path_factory):
 
 
 ADAPTED = {
+    'model.transformer.num_layers': 2, 'total_steps': 4, 'warmup_steps': 1,
     'lora_rank': 4, 'dora': True, 'lora_dropout': 0.2, 'lora_targets': 'attention,mlp',
     'ema_decay': 0.5, 'accum_steps': 2, 'base_lr': 0.1,
 }  # fmt: skip
@@ -228,7 +208,7 @@ def finished(base, tmp_path_factory):
         def on_step(self, step, state, metrics):
             states.append(jax.device_get(state))
 
-    params = run(run_config(pretrained=str(base), **ADAPTED), workdir, [Copy()])
+    params = small.run(small.run_config(pretrained=str(base), **ADAPTED), workdir, [Copy()])
     return workdir, jax.device_get(params), states
 
 
@@ -260,10 +240,10 @@ def test_a_run_ends_in_merged_weights_and_leaves_the_base_as_it_was(base, finish
 
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(base, finished, tmp_path):
     whole, params, _ = finished
-    config = run_config(pretrained=str(base), **ADAPTED)
+    config = small.run_config(pretrained=str(base), **ADAPTED)
     with pytest.raises(KeyboardInterrupt):
-        run(config, tmp_path / 'run', [Stop()])
-    again = jax.device_get(run(config, tmp_path / 'run'))
+        small.run(config, tmp_path / 'run', [Stop()])
+    again = jax.device_get(small.run(config, tmp_path / 'run'))
     jax.tree.map(np.testing.assert_array_equal, again, params)
     assert (tmp_path / 'run/metrics.jsonl').read_bytes() == (whole / 'metrics.jsonl').read_bytes()
 

@@ -115,7 +115,8 @@ def why(state: Mapping[str, Any]) -> str:
     equal = [name for name, told in scores.items() if told['right'] == chosen['right']]
     text = f'{state["chosen"]} is right on the most validation images'
     if len(equal) > 1:
-        text += f', as are {len(equal) - 1} others, and has the smallest loss of these'
+        others = f'{len(equal) - 1} others' if len(equal) > 2 else 'one other'
+        text += f', as many as {others}, and has the smallest loss of these'
     text += '.'
     if chosen['count'] < finetune_look.ENOUGH_VALIDATION:
         text += (

@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -23,10 +23,8 @@ from vit_jax.data.dataset import Dataset, Example, Selection, Split
 from vit_jax.data.decode import BadImageError
 from vit_jax.data.holdout import stratified_order
 from vit_jax.data.reader import default_threads
+from vit_jax.data.row_images import AtRows, Images
 from vit_jax.errors import UserError, extra
-
-if TYPE_CHECKING:
-    from vit_jax.data.rows import Images
 
 # Of labels that are captions.
 CAPTIONS = np.dtype(object)
@@ -69,7 +67,7 @@ def _fault(captions: Sequence[str]) -> str:
 
 
 def by_image(
-    images: 'Images',
+    images: Images,
     captions: Sequence[tuple[str, ...]],
     splits: Sequence[str],
     faults: dict[int, str],
@@ -99,22 +97,11 @@ def by_image(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Captioned:
+class Captioned(AtRows):
     """A split of n images with captions, each at a row of `images`."""
 
-    images: 'Images'
-    rows: np.ndarray
     captions: Sequence[tuple[str, ...]]
     groups: np.ndarray | None
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def paths(self) -> list[str] | None:
-        """The files of the images; None if several are in one."""
-        paths = [self.images.path(int(row)) for row in self.rows]
-        return None if None in paths else paths  # type: ignore[return-value]
 
     def read(self, index: int) -> Example:
         """See `dataset.Split`; the label is a tuple of texts."""

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from vit_jax.data.columns import (
 from vit_jax.data.dataset import CLASS_INDEX, Dataset, Example, check_class_names
 from vit_jax.data.decode import BadImageError
 from vit_jax.data.holdout import stratified_order
+from vit_jax.data.row_images import AtRows, Images
 from vit_jax.data.splits import SPLITS
 from vit_jax.errors import UserError
 
@@ -35,25 +36,6 @@ _PLACES = {split: place for place, split in enumerate(SPLITS)}
 _SHOWN = 5  # rows that a message names
 
 _logger = logging.getLogger(__name__)
-
-
-class Images(Protocol):
-    """Where the images of rows are."""
-
-    def read(self, row: int) -> tuple[Any, str]:
-        """Image and key of a row, see `Example`; may raise `BadImageError`."""
-
-    def identity(self, row: int) -> str:
-        """What tells the image from others without reading it: its name."""
-
-    def path(self, row: int) -> str | None:
-        """The file that the image is; None if it is in one with others."""
-
-    def called(self, row: int) -> str:
-        """What a person calls the row."""
-
-    def faults(self) -> Mapping[int, str]:
-        """The rows whose image cannot be read, as far as can be told at once, and why."""
 
 
 def make_dataset(
@@ -148,23 +130,12 @@ def make_dataset(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Rows:
-    """A split of rows: n places in `images`, in the order of the examples."""
+class _Rows(AtRows):
+    """A split of n rows, in the order of the examples."""
 
-    images: Images
-    rows: np.ndarray
     labels: np.ndarray  # int32 [n], or float32 [n, C]
     groups: np.ndarray | None
     weights: np.ndarray | None
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def paths(self) -> list[str] | None:
-        """The files of the images; None if several are in one."""
-        paths = [self.images.path(int(row)) for row in self.rows]
-        return None if None in paths else paths  # type: ignore[return-value]
 
     def read(self, index: int) -> Example:
         row, label = int(self.rows[index]), self.labels[index]
