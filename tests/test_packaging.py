@@ -228,9 +228,9 @@ def test_without_extras_everything_imports_and_photos_are_predicted(tmp_path, ti
     assert memory < 5e6 and seconds < 0.15, (memory, seconds)  # 2.5 MB, 0.03 to 0.05 s
     assert total == pytest.approx(1)
     extras = {name: line.split("'vit_jax[")[1].split(']')[0] for name, line in missing.items()}
-    graphs = ('onnx', 'onnx_graph', 'onnx_heads', 'onnx_models', 'onnx_quantize', 'onnx_text')
+    graphs = ('', '_activations', '_graph', '_heads', '_models', '_quantize', '_text')
     assert extras == {
-        **{f'vit_jax.export.{name}': 'export' for name in graphs},
+        **{f'vit_jax.export.onnx{name}': 'export' for name in graphs},
         'digits': 'train',
         'tfds': 'train',
         'parquet': 'parquet',

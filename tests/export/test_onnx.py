@@ -268,6 +268,7 @@ def test_metadata(case):
         ({'opset': 18}, 'unknown opset 18'),
         ({'layout': 'HWC'}, "unknown layout 'HWC': one of NHWC, NCHW"),
         ({'dtype': 'bfloat16'}, "unknown dtype 'bfloat16': one of float32, float16, int8"),
+        ({'weights_only': True}, '--weights_only goes with --dtype float16 or int8'),
     ],
 )
 def test_unknown_options(arguments, message):

@@ -148,6 +148,43 @@ def test_int8_is_made_from_float32(case, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize('dtype', ['float16', 'int8'])
+@pytest.mark.parametrize('name', ['token', 'hybrid_root', 'mixer'])
+def test_weights_alone_are_small(case, name, dtype):
+    """The graph computes what the float32 graph does with the rounded weights, in float32."""
+    tiny = case(name)
+    full = onnx_export.build(tiny.model)
+    proto = onnx_export.build(tiny.model, Options(dtype=dtype, weights_only=True))
+    onnx.checker.check_model(proto, full_check=True)
+    small = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}
+    integers = [name for name in small if name.endswith('/integers')]
+    assert bool(integers) == (dtype == 'int8')
+    for tensor in full.graph.initializer:
+        weight, name = onnx.numpy_helper.to_array(tensor), tensor.name
+        dense = name.removesuffix('/kernel')
+        if f'{dense}/integers' in small:
+            stored = small[f'{dense}/integers'].astype(np.float32) - 128
+            scales = small[f'{dense}/scales'].reshape(*stored.shape[:2], 1)
+            rounded = (stored * scales).reshape(len(stored), -1)[:, : len(weight)].T
+            distance = np.abs(rounded - weight)
+            assert distance.max() <= scales.max() / 2 * 1.001
+            assert scales.max() == pytest.approx(np.abs(weight).max() / 127)
+        elif f'{name}/stored' in small:
+            rounded = small[f'{name}/stored'].astype(np.float32)
+            np.testing.assert_allclose(rounded, weight, rtol=2**-11, atol=1e-7)
+        else:
+            np.testing.assert_array_equal(small[name], weight)
+            assert weight.size < 1024 or name.endswith('pos_embedding')
+            continue
+        tensor.CopyFrom(onnx.numpy_helper.from_array(rounded, tensor.name))
+    expected, found = (
+        onnxruntime.InferenceSession(model.SerializeToString()).run(None, {'image': tiny.images})[0]
+        for model in (full, proto)
+    )
+    np.testing.assert_allclose(found, expected, atol=2e-6, rtol=0)
+    assert 1e-5 < np.abs(found - tiny.logits).max() < 0.05
+
+
 def test_benchmark_errors(run_script, tmp_path):
     done = run_script('benchmark_export.py', '--variant', 'ViT-Q_16')
     assert done.returncode == 1

@@ -103,11 +103,13 @@ def test_both_towers_as_onnx_give_the_logits(towers, tmp_path):
         classifier.open_classifier(tmp_path / 'image.onnx')
 
 
+@pytest.mark.parametrize('weights_only', [False, True])
 @pytest.mark.parametrize('dtype', ['float16', 'int8'])
-def test_smaller_text_towers(towers, tmp_path, dtype):
+def test_smaller_text_towers(towers, tmp_path, dtype, weights_only):
     made = towers('bert')
     path = tmp_path / 'texts.onnx'
-    report = tower.export(made, path, tower='text', format='onnx', options=Options(dtype=dtype))
+    options = Options(dtype=dtype, weights_only=weights_only)
+    report = tower.export(made, path, tower='text', format='onnx', options=options)
     assert report.status == verify.VERIFIED
     stored = {t.name: t.data_type for t in onnx.load(path).graph.initializer}
     small = {'float16': onnx.TensorProto.FLOAT16, 'int8': onnx.TensorProto.INT8}[dtype]

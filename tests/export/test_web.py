@@ -158,9 +158,9 @@ def test_what_cannot_be_a_page_is_refused(model, photo, package, tmp_path, monke
 
 
 def test_a_browser_gives_the_answer_of_onnx_runtime(model, photo, tmp_path, browse):
-    """Same file, same pixels (PNG): the same probabilities to 1e-4; names stay text."""
+    """Same file of 8-bit weights, same pixels (PNG): the same probabilities to 1e-4."""
     site = tmp_path / 'site'
-    web.write(site, model, dtype='float32', examples=[photo])
+    web.write(site, model, examples=[photo])
     told = browse(site)
     ((_, expected),) = predict.predict(
         classifier.open_classifier(site / 'model.onnx'), [str(photo)], batch=1

@@ -134,7 +134,7 @@ def test_what_the_page_cannot_divide_is_refused(tmp_path):
 def test_a_visitor_types_classes_and_searches(towers, tmp_path, browse):
     """By keyboard alone; probabilities are those of the two files in ONNX Runtime."""
     made, site = towers('clip'), tmp_path / 'site'
-    web.write(site, made, dtype='float32', classes=['dog'])
+    web.write(site, made, dtype='float16', classes=['dog'])
     rng = np.random.default_rng(0)
     photos = [str(tmp_path / f'{i}.png') for i in range(3)]
     for photo in photos:

@@ -153,6 +153,11 @@ def _parse() -> argparse.Namespace:
         choices=options.DTYPES,
         help='of weights and products (default: float32); int8: dynamic quantisation',
     )
+    add(
+        '--weights_only',
+        action='store_true',
+        help='--dtype is how weights are stored; computed in float32, alike on every processor',
+    )
     add = parser.add_argument_group('timm, huggingface, torchvision and npz').add_argument
     add(
         '--drop',

@@ -29,7 +29,6 @@ def export(
     verified: bool = True,
     images: Sequence[str] = (),
     told: Mapping[str, Any] | None = None,
-    finish: Callable[[pathlib.Path], None] | None = None,
     console: rich.console.Console | None = None,
 ) -> verify.Report | None:
     """Exports a model.
@@ -44,7 +43,6 @@ def export(
         verified: whether to run the exported model and compare; without it nothing is promised.
         images: files and folders of images to verify on; default photographs of scikit-learn's.
         told: more for the metadata of an ONNX or StableHLO file.
-        finish: changes what was written, before it is verified.
         console: for what happens; by default none of it is shown.
 
     Returns:
@@ -59,10 +57,7 @@ def export(
     chosen = verify.images_for(images, channels=model.channels) if verified else None
 
     def make(path: pathlib.Path) -> list[str]:
-        told_of = write(path, model, format, options, told)
-        if finish:
-            finish(path)
-        return [*notes, *told_of]
+        return [*notes, *write(path, model, format, options, told)]
 
     def test(path: pathlib.Path) -> verify.Report:
         return verify.verify(model, path, format=format, options=options, images=chosen)
@@ -161,7 +156,7 @@ def write_onnx(path: pathlib.Path, proto: Any, options: Options) -> list[str]:
     """Writes an ONNX graph in the type that was asked for; see `write`."""
     from vit_jax.export import onnx, onnx_quantize
 
-    if options.dtype != 'int8':
+    if options.dtype != 'int8' or options.weights_only:
         onnx.save(proto, path)
         return []
     full = onnx_quantize.quantize_dynamic(proto, path)

@@ -19,7 +19,7 @@ from vit_jax import files, variants
 from vit_jax.errors import UserError, extra
 from vit_jax.export import onnx_models, verify
 from vit_jax.export.expressible import in_units
-from vit_jax.export.onnx_graph import BATCH, FLOAT16, FLOAT32, UINT8, Graph
+from vit_jax.export.onnx_graph import BATCH, FLOAT32, TYPES, UINT8, Graph
 from vit_jax.export.options import DEFAULT, Options
 from vit_jax.inference import model_folder
 from vit_jax.inference import onnx as inference_onnx
@@ -51,7 +51,8 @@ def build(
     Args:
         model: what `model_folder.load` gives (or `open_model`, which reads each array when it is
             written); ViT, hybrid, DeiT or Mixer.
-        options: see `Options`; of 'int8' the float32 graph, which `onnx_quantize` takes.
+        options: see `Options`; of 'int8' without `weights_only` the float32 graph, which
+            `onnx_quantize` takes.
         told: more for the metadata; values other than texts become JSON.
 
     Returns:
@@ -72,7 +73,7 @@ def build(
         )
     names = ('act', 'layer_norm_eps')
     settings = {name: config[name] for name in names if config.get(name) is not None}
-    graph = Graph(options.opset, FLOAT16 if options.dtype == 'float16' else FLOAT32, **settings)
+    graph = Graph(options.opset, TYPES[options.compute], options.stored, **settings)
     image = _image(graph, (*size, model.channels), options)
     values = onnx_models.build(graph, image, params, config, size, attention=options.attention)
     if values.logits:
@@ -103,9 +104,10 @@ def _metadata(model: model_folder.Model, options: Options, output: str) -> dict[
         'class_names' (JSON list, in the order of the logits); 'image_size', pixels
         (JSON: side or [height, width]); 'layout';
         'value_range' (JSON: [-1, 1] or [0, 255]); 'preprocessing' (JSON of `Preprocess.to_dict`);
-        'output' ('features' for a model without a head); 'dtype'; 'source' (JSON); 'multi_label'
-        ('true') only where classes do not exclude each other; 'task' (JSON of `Task.to_dict`) only
-        where the outputs are not scores of classes that exclude each other.
+        'output' ('features' for a model without a head); 'dtype' of the products; 'stored', the
+        type of the weights, only where it is another one; 'source' (JSON); 'multi_label' ('true')
+        only where classes do not exclude each other; 'task' (JSON of `Task.to_dict`) only where the
+        outputs are not scores of classes that exclude each other.
     """
     return as_text(
         {
@@ -118,8 +120,9 @@ def _metadata(model: model_folder.Model, options: Options, output: str) -> dict[
             'value_range': [0, 255] if options.preprocessing else [-1, 1],
             'preprocessing': model.preprocess.to_dict(),
             'output': output,
-            'dtype': 'float16' if options.dtype == 'float16' else 'float32',
+            'dtype': options.compute,
             'source': dict(model.source),
+            **({'stored': options.stored} if options.stored else {}),
             **({'multi_label': True} if model.task.kind == SEVERAL else {}),
             **({'task': model.task.to_dict()} if model.task != ONE_CLASS else {}),
         }

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.errors import UserError, extra
+from vit_jax.export import onnx_activations
 
 with extra('export'):
     import onnx
@@ -23,6 +24,7 @@ FLOAT16, FLOAT32 = TensorProto.FLOAT16, TensorProto.FLOAT
 INT64, UINT8 = TensorProto.INT64, TensorProto.UINT8
 BOOL, INT8, INT32 = TensorProto.BOOL, TensorProto.INT8, TensorProto.INT32
 TYPE_NAMES: dict[int, str] = {FLOAT16: 'float16', FLOAT32: 'float32', INT32: 'int32'}
+TYPES = {name: elem_type for elem_type, name in TYPE_NAMES.items()}
 
 # Names of the two lengths that are open until the graph runs.
 BATCH = 'batch'  # images
@@ -35,6 +37,13 @@ IR_VERSIONS = {17: 8, 20: 9}
 # What is larger is kept out of the copy on which shapes are inferred, bytes.
 _LARGE = 1024
 
+# ONNX Runtime's own operators (https://github.com/microsoft/onnxruntime/blob/main/docs/
+# ContribOperators.md).
+_RUNTIME_DOMAIN = 'com.microsoft'
+_BLOCK = 32  # weights of an output with one scale, where they are 8-bit integers
+_EXACT = 1  # of MatMulNBits' accuracy levels: computes in float32
+_STORED_FROM = 1024  # numbers of a weight; smaller ones are stored as they are
+
 
 class Graph:
     """A graph under construction. A value is known by its name; every node's name is unique.
@@ -42,15 +51,23 @@ class Graph:
     Attributes:
         opset: version of the operators, a key of `IR_VERSIONS`.
         compute: type of matrix products and convolutions and of their weights, FLOAT32 or FLOAT16.
+        stored: '', or how large weights are stored of which the graph makes float32: 'float16', or
+            'int8', the kernels of dense layers as 8-bit integers and the others as float16.
         act: activation function of the MLPs, a name in `models.layers.ACTIVATIONS`.
         layer_norm_eps: what LayerNorm adds to the variance.
     """
 
     def __init__(
-        self, opset: int, compute: int, act: str = 'gelu_tanh', layer_norm_eps: float = 1e-6
+        self,
+        opset: int,
+        compute: int,
+        stored: str = '',
+        act: str = 'gelu_tanh',
+        layer_norm_eps: float = 1e-6,
     ):
         self.opset = opset
         self.compute = compute
+        self.stored = stored
         self.act, self.layer_norm_eps = act, layer_norm_eps
         self._nodes: list[onnx.NodeProto] = []
         self._constants: dict[str, np.ndarray] = {}
@@ -79,9 +96,15 @@ class Graph:
         self._outputs.append(helper.make_tensor_value_info(name, FLOAT32, shape))
 
     def weight(self, name: str, array: Any, elem_type: int | None = None) -> str:
-        """A constant of the graph's type (or of `elem_type`), from an array of any type."""
-        elem_type = elem_type or self.compute
+        """A constant of the graph's type (or of `elem_type`), from an array of any type.
+
+        Without `elem_type` a large one is stored as `self.stored` says.
+        """
         array = np.asarray(array)
+        if not elem_type and self.stored and array.size >= _STORED_FROM:
+            small = self.weight(f'{name}/stored', array, FLOAT16)
+            return self.op('Cast', [small], name, elem_type=FLOAT32, to=FLOAT32)
+        elem_type = elem_type or self.compute
         with np.errstate(over='ignore'):  # reported below, by name
             converted = np.ascontiguousarray(array, helper.tensor_dtype_to_np_dtype(elem_type))
         if not np.all(np.isfinite(array)):
@@ -213,9 +236,39 @@ class Graph:
 
     def dense(self, x: str, params: Any, name: str) -> str:
         """Rows [R, D] to rows [R, F]: one Gemm; `params` has kernel [D, F] and bias [F]."""
-        kernel = self.weight(f'{name}/kernel', params['kernel'])
         bias = self.weight(f'{name}/bias', params['bias'])
+        if self.stored == 'int8':
+            x = self._product_of_integers(x, np.asarray(params['kernel']), name)
+            return self.op('Add', [x, bias], name)
+        kernel = self.weight(f'{name}/kernel', params['kernel'])
         return self.op('Gemm', [self.cast(x, self.compute), kernel, bias], name)
+
+    def _product_of_integers(self, x: str, kernel: np.ndarray, name: str) -> str:
+        """Rows times a kernel [D, F] of 8-bit integers, in float32.
+
+        Each `_BLOCK` weights of an output are multiples of their largest / 127. (Without an
+        accuracy level, and for DequantizeLinear in front of a product, ONNX Runtime rounds x to 8
+        bits, too, and not alike on all processors.)
+        """
+        inputs, outputs = kernel.shape
+        blocks = -(-inputs // _BLOCK)
+        padded = np.zeros((outputs, blocks * _BLOCK), np.float32)
+        padded[:, :inputs] = kernel.T
+        padded = padded.reshape(outputs, blocks, _BLOCK)
+        scales = np.maximum(np.abs(padded).max(axis=-1, keepdims=True), 1e-30) / 127
+        integers = self.weight(f'{name}/integers', np.rint(padded / scales) + 128, UINT8)
+        scale = self.weight(f'{name}/scales', scales.reshape(-1), FLOAT32)
+        return self.op(
+            'MatMulNBits',
+            [self.cast(x, FLOAT32), integers, scale],
+            f'{name}/product',
+            domain=_RUNTIME_DOMAIN,
+            K=inputs,
+            N=outputs,
+            bits=8,
+            block_size=_BLOCK,
+            accuracy_level=_EXACT,
+        )
 
     def matmul(self, x: str, y: str, name: str) -> str:
         """Matrix product of the last two axes, in the graph's type."""
@@ -239,43 +292,7 @@ class Graph:
 
     def activation(self, x: str, act: str, name: str) -> str:
         """A function of `models.layers.ACTIVATIONS`."""
-        if act.startswith('gelu'):
-            return self._gelu(x, act, name)
-        if act == 'linear':
-            return x
-        if act in ('relu', 'tanh'):
-            return self.op(act.title(), [x], name)
-        x = scaled = self.cast(x, FLOAT32)  # x sigmoid(x), or x sigmoid(1.702 x)
-        if act == 'quick_gelu':
-            scaled = self.op('Mul', [x, self.scalar(1.702)], f'{name}/scaled')
-        y = self.op('Sigmoid', [scaled], f'{name}/sigmoid')
-        return self.op('Mul', [x, y], name)
-
-    def _gelu(self, x: str, act: str, name: str) -> str:
-        """GELU (https://arxiv.org/abs/1606.08415), exact or in its tanh form.
-
-        One node from opset 20 on; before, spelled x / 2 (1 + erf(x / sqrt(2))), or with
-        tanh(sqrt(2 / pi) (x + 0.044715 x^3)), and in float32, because 1 + tanh cancels.
-        """
-        if self.opset >= 20:
-            approximate = 'tanh' if act == 'gelu_tanh' else 'none'
-            return self.op('Gelu', [x], name, approximate=approximate)
-        x = self.cast(x, FLOAT32)
-        if act == 'gelu':
-            y = self.op('Mul', [x, self.scalar(float(np.sqrt(0.5)))], f'{name}/scaled')
-            y = self.op('Erf', [y], f'{name}/erf')
-        else:
-            y = self._tanh_of_gelu(x, name)
-        y = self.op('Add', [y, self.scalar(1.0)], f'{name}/plus_1')
-        y = self.op('Mul', [x, y], f'{name}/doubled')
-        return self.op('Mul', [y, self.scalar(0.5)], name)
-
-    def _tanh_of_gelu(self, x: str, name: str) -> str:
-        y = self.op('Pow', [x, self.scalar(3.0)], f'{name}/cube')
-        y = self.op('Mul', [y, self.scalar(0.044715)], f'{name}/cube_scaled')
-        y = self.op('Add', [x, y], f'{name}/inner')
-        y = self.op('Mul', [y, self.scalar(float(np.sqrt(2 / np.pi)))], f'{name}/inner_scaled')
-        return self.op('Tanh', [y], f'{name}/tanh')
+        return onnx_activations.build(self, x, act, name)
 
     def scale(self, x: str, params: Any, name: str) -> str:
         """LayerScale: each channel times a constant, in float32, the type of what it is added to.
@@ -361,9 +378,12 @@ class Graph:
             [numpy_helper.from_array(array, name) for name, array in small.items()],
             value_info=described({n: s for n, s in self._shapes.items() if n in made}),
         )
+        opsets = [helper.make_opsetid('', self.opset)]
+        if any(node.domain == _RUNTIME_DOMAIN for node in self._nodes):
+            opsets.append(helper.make_opsetid(_RUNTIME_DOMAIN, 1))
         model = helper.make_model(
             graph,
-            opset_imports=[helper.make_opsetid('', self.opset)],
+            opset_imports=opsets,
             ir_version=IR_VERSIONS[self.opset],
             producer_name='vit_jax',
             producer_version=producer_version,

@@ -100,8 +100,9 @@ def _rotary(graph: Graph, config: _Tree, size: _Size) -> Rotary | None:
     grid, prefix = variants.token_grid(config, size), variants.prefix_tokens(config)
     rotary = Rotary(**config['rotary'], shape=grid, prefix=prefix)
     angles = rotary.angles(config['hidden_size'] // config['transformer']['num_heads'])
-    graph.weight('rotary/cos', np.concatenate([np.cos(angles), np.cos(angles)], axis=1))
-    graph.weight('rotary/sin', np.concatenate([-np.sin(angles), np.sin(angles)], axis=1))
+    cos, sin = np.cos(angles), np.sin(angles)
+    graph.weight('rotary/cos', np.concatenate([cos, cos], axis=1), graph.compute)
+    graph.weight('rotary/sin', np.concatenate([-sin, sin], axis=1), graph.compute)
     return rotary
 
 

@@ -18,12 +18,12 @@ from vit_jax.export import onnx_models
 from vit_jax.export.onnx_graph import (
     BATCH,
     BOOL,
-    FLOAT16,
     FLOAT32,
     INT8,
     INT32,
     INT64,
     ROWS,
+    TYPES,
     Graph,
 )
 from vit_jax.export.onnx_heads import Sizes
@@ -49,8 +49,9 @@ def build(
     Args:
         model: the two-tower model.
         params: its parameters.
-        options: of which `opset` and `dtype` count. With 'int8' the embeddings of the tokens are
-            8-bit integers, with a scale for each token; `onnx_quantize` does the rest.
+        options: of which `opset`, `dtype` and `weights_only` count. With 'int8' the embeddings of
+            the tokens are 8-bit integers, with a scale for each token; `onnx_quantize` does the
+            rest, or, with `weights_only`, the graph.
         metadata: written into the file.
 
     Returns:
@@ -60,19 +61,19 @@ def build(
         UserError: weights beyond the range of float16.
     """
     config, params, length = dict(model.text or {}), params['txt'], model.pp['max_len']
-    compute = FLOAT16 if options.dtype == 'float16' else FLOAT32
-    small = options.dtype == 'int8'
+    types = (TYPES[options.compute], options.stored)
+    dtype = options.dtype
     if model.text_model == 'bert':
         bert = text.BertModel(**config)
-        graph = Graph(options.opset, compute, bert.act, bert.layer_norm_eps)
+        graph = Graph(options.opset, *types, bert.act, bert.layer_norm_eps)
         tokens = graph.input(INPUT, INT32, (BATCH, length))
         heads = text.BERT_SIZES.get(config.get('config', ''), config)['num_heads']
-        x, width = _bert(graph, tokens, params['BertEncoder_0'], length, heads, small)
+        x, width = _bert(graph, tokens, params['BertEncoder_0'], length, heads, dtype)
     else:
         tower = text.TextTransformer(**config)
-        graph = Graph(options.opset, compute, tower.act, tower.layer_norm_eps)
+        graph = Graph(options.opset, *types, tower.act, tower.layer_norm_eps)
         tokens = graph.input(INPUT, INT32, (BATCH, length))
-        x, width = _transformer(graph, tokens, params, length, tower, small), tower.width
+        x, width = _transformer(graph, tokens, params, length, tower, dtype), tower.width
     if 'head' in params:
         x, width = graph.dense(x, params['head'], 'head'), np.size(params['head']['bias'])
     graph.output(graph.unit_length(x, 'unit_length'), OUTPUT, (BATCH, width))
@@ -81,13 +82,13 @@ def build(
     return proto
 
 
-def _embed(graph: Graph, tokens: str, table: Any, added: Any, small: bool) -> str:
+def _embed(graph: Graph, tokens: str, table: Any, added: Any, dtype: str) -> str:
     """The rows of a table [V, D] that the tokens name, [B, L, D] float32, plus `added` [1, L, D].
 
-    A small table is of 8-bit integers: each row as multiples of its largest value / 127.
+    A table of 'int8' has each row as multiples of its largest value / 127.
     """
     table = np.asarray(table)
-    if small:
+    if dtype == 'int8':
         scales = np.maximum(np.abs(table).max(axis=1, keepdims=True), 1e-30) / 127
         rows = graph.weight('embedding/integers', np.rint(table / scales), INT8)
         scale = graph.weight('embedding/scales', scales, FLOAT32)
@@ -95,13 +96,13 @@ def _embed(graph: Graph, tokens: str, table: Any, added: Any, small: bool) -> st
         scale = graph.op('Gather', [scale, tokens], 'embedding/scale', axis=0)
         x = graph.op('Mul', [graph.cast(x, FLOAT32), scale], 'embedding/scaled')
     else:
-        rows = graph.weight('embedding/rows', table)
+        rows = graph.weight('embedding/rows', table, TYPES[dtype])
         x = graph.op('Gather', [rows, tokens], 'embedding/tokens', axis=0)
     return graph.add(x, graph.weight('embedding/added', added, FLOAT32), 'embedding')
 
 
 def _bert(
-    graph: Graph, tokens: str, params: _Tree, length: int, heads: int, small: bool
+    graph: Graph, tokens: str, params: _Tree, length: int, heads: int, dtype: str
 ) -> tuple[str, int]:
     """Tokens [B, L] to the features of the first one, [B, D]; and D."""
     embedder = {
@@ -110,7 +111,7 @@ def _bert(
     }
     width = embedder['token'].shape[1]
     added = (embedder['position'][:length] + embedder['segment'][0])[None]
-    x = _embed(graph, tokens, embedder['token'], added, small)
+    x = _embed(graph, tokens, embedder['token'], added, dtype)
     x = graph.layer_norm(x, params['layer_norm'], 'layer_norm')
     x = graph.reshape(x, (ROWS, width), 'rows')
     zero = graph.weight('padding', [0], INT32)
@@ -134,11 +135,11 @@ def _bert(
 
 
 def _transformer(
-    graph: Graph, tokens: str, params: _Tree, length: int, tower: text.TextTransformer, small: bool
+    graph: Graph, tokens: str, params: _Tree, length: int, tower: text.TextTransformer, dtype: str
 ) -> str:
     """Tokens [B, L] to the features of the one that is read, [B, D]."""
     width = tower.width
-    x = _embed(graph, tokens, params['Embed_0']['embedding'], params['pos_embedding'], small)
+    x = _embed(graph, tokens, params['Embed_0']['embedding'], params['pos_embedding'], dtype)
     x = graph.reshape(x, (ROWS, width), 'rows')
     mask = ''
     if tower.causal:

@@ -39,10 +39,13 @@ class Options:
         dtype: of weights and products: 'float32'; 'float16', in which LayerNorm, GroupNorm, softmax
             and the sums over the layers stay float32; or 'int8', dynamic quantisation. Outputs are
             float32 in any case.
+        weights_only: of 'float16' and 'int8': weights are stored so, and the graph computes in
+            float32, so that its results are the same wherever it runs, but for float32's rounding.
+            Of 8-bit integers each 32 weights have a scale; an operator of ONNX Runtime reads them.
         drop: layers to leave out, of `pytorch.DROPPABLE`.
 
     Raises:
-        UserError: an unknown layout, opset or type.
+        UserError: an unknown layout, opset or type, or `weights_only` of float32.
     """
 
     opset: int = 20
@@ -52,12 +55,25 @@ class Options:
     attention: bool = False
     preprocessing: bool = False
     dtype: str = 'float32'
+    weights_only: bool = False
     drop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, known in (('opset', OPSETS), ('layout', LAYOUTS), ('dtype', DTYPES)):
             if (value := getattr(self, name)) not in known:
                 raise UserError(f'unknown {name} {value!r}: one of {", ".join(map(str, known))}')
+        if self.weights_only and self.dtype == 'float32':
+            raise UserError('--weights_only goes with --dtype float16 or int8')
+
+    @property
+    def compute(self) -> str:
+        """Type of the products in the graph; those of dynamic quantisation replace float32."""
+        return 'float16' if self.dtype == 'float16' and not self.weights_only else 'float32'
+
+    @property
+    def stored(self) -> str:
+        """Type that weights are stored in, where it is not that of the products, or ''."""
+        return self.dtype if self.weights_only else ''
 
     def outputs(self, num_classes: int) -> tuple[str, ...]:
         """Names of the outputs of an ONNX or StableHLO file, see `verify.py`."""
@@ -87,7 +103,7 @@ class Format:
 _GRAPH = ('layout', 'probabilities', 'features', 'attention', 'preprocessing')
 
 FORMATS: Mapping[str, Format] = {
-    'onnx': Format('.onnx', ('opset', *_GRAPH, 'dtype'), 'onnxruntime'),
+    'onnx': Format('.onnx', ('opset', *_GRAPH, 'dtype', 'weights_only'), 'onnxruntime'),
     'stablehlo': Format('', _GRAPH, 'jax flatbuffers'),
     'timm': Format(None, ('drop',), 'torch torchvision timm'),
     'huggingface': Format(None, ('drop',), 'torch transformers'),

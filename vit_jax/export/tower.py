@@ -12,7 +12,7 @@ The logits of an image against texts are `temperature * image @ texts.T`, and `b
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -42,7 +42,6 @@ def export(
     options: Options = DEFAULT,
     verified: bool = True,
     images: Sequence[str] = (),
-    finish: Callable[[pathlib.Path], None] | None = None,
     console: rich.console.Console | None = None,
 ) -> verify.Report | None:
     """Exports a tower; `<output>.verify.json` stands beside it, see `formats.export`.
@@ -57,7 +56,6 @@ def export(
             `probabilities`.
         verified: whether to run it and compare.
         images: for an image tower, what to verify it on.
-        finish: changes what was written, before it is verified.
         console: for what happens.
 
     Returns:
@@ -81,7 +79,6 @@ def export(
             verified=verified,
             images=images,
             told=told,
-            finish=finish,
             console=console,
         )
     output = pathlib.Path(output)
@@ -100,13 +97,10 @@ def export(
         from vit_jax.export import onnx, onnx_text  # need packages that StableHLO does not need
 
         versions = {'vit_jax.format': inference_onnx.FORMAT, 'vit_jax.version': vit_jax.__version__}
-        dtype = 'float16' if options.dtype == 'float16' else 'float32'
-        metadata = onnx.as_text({**versions, **told, 'dtype': dtype})
+        stored = {'stored': options.stored} if options.stored else {}
+        metadata = onnx.as_text({**versions, **told, 'dtype': options.compute, **stored})
         proto = onnx_text.build(towers.model, towers.params, options, metadata)
-        notes = formats.write_onnx(path, proto, options)
-        if finish:
-            finish(path)
-        return notes
+        return formats.write_onnx(path, proto, options)
 
     def test(path: pathlib.Path) -> verify.Report:
         return _verify(towers, path, format, options)

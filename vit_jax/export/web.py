@@ -17,7 +17,7 @@ import rich.console
 import vit_jax
 from vit_jax import files, variants
 from vit_jax.data import image_files
-from vit_jax.errors import UserError, extra
+from vit_jax.errors import UserError
 from vit_jax.export import formats, npm, page_tokenizer, tower
 from vit_jax.export.options import REPORT_SUFFIX, Options
 from vit_jax.inference import class_texts, model_folder, two_tower
@@ -65,7 +65,7 @@ def write(
         destination: a folder; must not exist. It appears when it is complete.
         model: what `model_folder.load` gives, with a head, for images of 3 channels; or what
             `two_tower.load` gives: then visitors type classes, and what to search for.
-        dtype: of the weights, see `Options.dtype`.
+        dtype: of the weights; the page computes in float32, see `Options.weights_only`.
         title: what the page is called; default the name of the model.
         examples: photos that are shown on the page to try it with.
         classes: of a two-tower model, those that the page begins with.
@@ -93,10 +93,11 @@ def write(
     package = pathlib.Path(runtime) if runtime else RUNTIME.fetch()
     told = page_tokenizer.describe(towers.tokenizer) if towers else None
     grid = _grid(image)
-    settings: dict[str, Any] = {'attention': grid is not None, 'dtype': dtype}
+    weights = {'dtype': dtype, 'weights_only': dtype != 'float32'}
+    settings: dict[str, Any] = {'attention': grid is not None, **weights}
     options = Options(**settings, probabilities=not towers, features=bool(towers))
     with files.atomic_folder(destination) as folder:
-        _export(image, towers, folder, options, webgpu, console)
+        _export(image, towers, folder, options, console)
         names = (*_RUNTIME_FILES, *(_WEBGPU_FILES if webgpu else ()))
         RUNTIME.unpack(package, folder, {f'dist/{name}': name for name in names})
         pages = sorted(p.name for p in _PAGE.iterdir() if towers or p.name not in _OF_TEXTS)
@@ -120,8 +121,6 @@ def write(
             'class_token': getattr(image.model, 'reads_class_token', False),
             'examples': shown,
             'webgpu': webgpu,
-            # A graph that is optimised already is not optimised again by every visitor.
-            'graph': 'all' if webgpu else 'disabled',
             'towers': _towers(towers, classes),
             'footer': _footer(towers is not None),
         }
@@ -165,20 +164,18 @@ def _export(
     towers: two_tower.TwoTowers | None,
     folder: pathlib.Path,
     options: Options,
-    webgpu: bool,
     console: rich.console.Console | None,
 ) -> None:
     """Writes model.onnx, and of a two-tower model text.onnx, both verified as they are run."""
-    finish = None if webgpu else optimize
     parts = {'image': (folder / 'model.onnx', options)}
     if towers:
-        parts['text'] = (folder / 'text.onnx', Options(dtype=options.dtype))
+        text = Options(dtype=options.dtype, weights_only=options.weights_only)
+        parts['text'] = (folder / 'text.onnx', text)
     for name, (path, chosen) in parts.items():
         how: dict[str, Any] = {
             'format': 'onnx',
             'options': chosen,
             'console': console,
-            'finish': finish,
         }
         if towers:
             tower.export(towers, path, tower=name, **how)
@@ -187,23 +184,6 @@ def _export(
         path.with_name(f'{path.name}{REPORT_SUFFIX}').unlink()  # it is shown, not for visitors
     for vocabulary in folder.glob('text.onnx.*'):
         vocabulary.unlink()  # the page has its own form of it
-
-
-def optimize(path: pathlib.Path) -> None:
-    """Replaces an ONNX file by the graph that ONNX Runtime would make of it on any processor.
-
-    It holds operators that are ONNX Runtime's own.
-    """
-    with extra('export'):
-        import onnxruntime
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    level = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = level.ORT_ENABLE_EXTENDED
-    made = path.with_name(f'{path.name}.optimized')
-    options.optimized_model_filepath = str(made)
-    onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
-    os.replace(made, path)
 
 
 def _grid(model: model_folder.Model) -> tuple[int, int] | None:

@@ -15,14 +15,16 @@ sessions.text.catch(() => {}); // who asks for it is told
 
 async function load() {
   const plain = import('./ort.wasm.min.mjs');
-  const { webgpu, graph } = await about;
+  const { webgpu } = await about;
   const gpu = webgpu && navigator.gpu && await navigator.gpu.requestAdapter();
   const ort = await (gpu ? import('./ort.webgpu.min.mjs') : plain);
   ort.env.wasm.numThreads = 1; // more need headers that a plain server does not send
   ort.env.wasm.wasmPaths = new URL('./', import.meta.url).href;
   await ort.InferenceSession.create(Uint8Array.from(atob(START), c => c.charCodeAt(0)));
   const executionProviders = [gpu ? 'webgpu' : 'wasm'];
-  return { ort, options: { executionProviders, graphOptimizationLevel: graph } };
+  // On processors there is nothing to gain: it would only make all weights float32, which takes time.
+  const graphOptimizationLevel = gpu ? 'all' : 'disabled';
+  return { ort, options: { executionProviders, graphOptimizationLevel } };
 }
 
 async function open(name, file) {
