@@ -25,6 +25,7 @@ while (($#)); do
     *) pytest+=("$1") && shift ;;
   esac
 done
+unset PYTHONDONTWRITEBYTECODE  # or each of the processes that tests start compiles the sources again
 venv=$(bash "$root/scripts/setup.sh" "${setup[@]}")
 cd "$root"
 

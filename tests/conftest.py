@@ -1,5 +1,6 @@
 """Strict settings for all tests, and what they share."""
 
+import gc
 import importlib.util
 import json
 import os
@@ -33,6 +34,9 @@ def pytest_configure(config):
             '--xla_cpu_collective_call_terminate_timeout_seconds=600 '
             + os.environ.get('XLA_FLAGS', '')
         ).strip()
+    # Tracing makes many objects that stay: to look for cycles among them as often as Python does
+    # takes a quarter of the time.
+    gc.set_threshold(50_000, 20, 20)
     # A shell that starts the tests in the background has them, and what they start, ignore Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # What one test has compiled, others need not, in any worker, child process or later run.
@@ -80,6 +84,11 @@ def pytest_collection_modifyitems(items):
             for item in items:
                 if item.get_closest_marker('gpu'):
                     item.add_marker(pytest.mark.skip(reason='needs an NVIDIA GPU: pytest -m gpu'))
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: no later collection looks through it."""
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

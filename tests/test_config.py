@@ -4,12 +4,12 @@ import importlib
 import pathlib
 import re
 
-import jax
 import ml_collections
 import pytest
+import small
 
 from vit_jax import config as config_lib
-from vit_jax import models, variants
+from vit_jax import variants
 from vit_jax.configs import b16, common, datasets
 from vit_jax.errors import UserError
 
@@ -42,9 +42,7 @@ def test_every_config_file_resolves_to_a_model(name):
     unset = {key for key, value in leaves(config) if value is None}
     tower = 'model.image' if variants.has_two_towers(config.model) else 'model'
     assert unset <= {f'{tower}.{name}' for name in ('representation_size', 'act', 'layer_norm_eps')}
-    model = models.from_config(variants.image_tower(config.model), num_classes=5)
-    images = jax.ShapeDtypeStruct((1, config.pp.crop, config.pp.crop, 3), 'float32')
-    jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    small.shapes_of(variants.image_tower(config.model), 5, config.pp.crop)
     named = variants.image_tower(config.model).get('model_name')
     assert named in {*variants.VARIANTS, 'ViT-digits', 'ViT-flowers'}
     text = (pathlib.Path(__file__).parents[1] / f'configs/{name}.py').read_text()

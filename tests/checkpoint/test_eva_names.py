@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+import small
 from against_torch import check_equal
 from safetensors.numpy import save_file
 
@@ -237,14 +238,12 @@ def test_what_a_library_has_no_place_for(tmp_path, config, to, message):
 def test_variants_are_told_by_their_arrays_and_settings(name):
     """Also ViT-7B, of which nothing but shapes is made."""
     config = variants.VARIANTS[name]
-    module = models.get_model(name, num_classes=0)
-    image = jax.ShapeDtypeStruct((1, 224, 224, 3), np.float32)
-    shapes = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False), image)
+    shapes = small.shapes_of(config, 0, 224)
     told = ('classifier', 'class_token', 'rotary', 'act', 'layer_norm_eps')
     settings = {key: config[key] for key in told if key in config}
-    found = infer.architecture(shapes['params'], name, settings=settings)
+    found = infer.architecture(shapes, name, settings=settings)
     assert found['model_name'] == name and found == found | config
-    assert infer.architecture(shapes['params'], name, variant=name)['rotary'] == config['rotary']
+    assert infer.architecture(shapes, name, variant=name)['rotary'] == config['rotary']
 
 
 def test_settings_of_a_file_that_are_no_rotary_positions(tmp_path):

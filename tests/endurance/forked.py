@@ -6,6 +6,7 @@ process that is started: `subprocess`.
 """
 
 import atexit
+import gc
 import json
 import multiprocessing
 import os
@@ -84,6 +85,8 @@ def run(words, *, folder, cwd, env, timeout) -> subprocess.CompletedProcess:
 
 def _run(words, cwd, env, stdout, stderr):
     """What Python does with a command line, in the forked process."""
+    gc.freeze()  # what the server has imported is there to stay
+    gc.set_threshold(50_000, 20, 20)  # as in the tests' own process
     _redirect(stdout, stderr)
     os.environ.clear()
     os.environ.update(env)

@@ -13,6 +13,7 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
+import small
 from PIL import Image
 
 from vit_jax import checkpoint, models, variants
@@ -229,13 +230,8 @@ def test_bare_file_of_unnamed_architecture(tmp_path, classifier, representation_
 
 def _zeros(config, classes, size):
     """Full-size parameters that take no memory (one zero, seen many times)."""
-    params = models.from_config(config, num_classes=classes)
-    init = jax.eval_shape(
-        lambda: params.init(
-            jax.random.key(0), np.zeros((1, size, size, 3), np.float32), train=False
-        )
-    )
-    return jax.tree.map(lambda x: np.broadcast_to(np.float32(1), x.shape), init['params'])
+    shapes = small.shapes_of(config, classes, size)
+    return jax.tree.map(lambda x: np.broadcast_to(np.float32(1), x.shape), shapes)
 
 
 def _pretend(monkeypatch, params, settings={}):  # noqa: B006

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 
 from vit_jax import models, variants
 from vit_jax.checkpoint import npz
@@ -116,14 +117,24 @@ def abstract_params(model, size=224):
 
 @pytest.mark.parametrize('name', variants.VARIANTS)
 def test_parameter_count_is_the_originals(name):
-    params = abstract_params(models.get_model(name, num_classes=1000))
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
     config = variants.VARIANTS[name]
+    params = small.shapes_of(config, 1000, 224)
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
     if name in PARAMETERS:
         assert count == PARAMETERS[name]
     if not {'resnet', 'mlp_head', 'act'} & config.keys():  # the later ones are in test_cost.py
         assert count == analytic_count(config)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype('float32')}
+
+
+@pytest.mark.parametrize(
+    'name', ['ViT-B_16', 'R+ViT-Ti_16', 'Mixer-B_32', 'vit_small_patch16_dinov3', 'DeiT-Ti_16']
+)
+def test_one_block_stands_for_all(name):
+    """What the counts above rest on."""
+    assert small.shapes_of(variants.VARIANTS[name], 9, 224) == abstract_params(
+        models.get_model(name, num_classes=9)
+    )
 
 
 def test_parameter_paths_and_shapes_are_the_originals():
