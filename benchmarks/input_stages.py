@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 
 from benchmarks import turns
 from vit_jax.data import decode, inception_crop, loader, preprocess, reader
-from vit_jax.data.dataset import Example
+from vit_jax.data.examples import Example
 from vit_jax.inference import predict
 
 # Batches that may wait ready, for each worker, in any of the pipelines.

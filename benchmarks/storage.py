@@ -22,7 +22,7 @@ import cv2
 import numpy as np
 
 from vit_jax.data import loader, sources
-from vit_jax.data.dataset import CLASS_INDEX, Example
+from vit_jax.data.examples import CLASS_INDEX, Example
 from vit_jax.data.preprocess import Preprocess
 
 BATCH = 512

@@ -11,8 +11,8 @@ from PIL import Image
 from vit_jax import evaluate, sharding, steps
 from vit_jax.data import sources
 from vit_jax.data.batches import eval_batches
-from vit_jax.data.dataset import Example
 from vit_jax.data.decode import BadImageError
+from vit_jax.data.examples import Example
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.export import verify

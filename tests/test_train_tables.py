@@ -7,7 +7,7 @@ from PIL import Image
 
 from vit_jax import config as config_lib
 from vit_jax import train
-from vit_jax.analysis import report_examples, run_files
+from vit_jax.analysis import report_data, run_files
 from vit_jax.configs import digits
 from vit_jax.data import sources
 from vit_jax.errors import UserError
@@ -60,7 +60,7 @@ def test_the_model_knows_how_to_read_what_it_was_trained_on(root, run_script):
     )
     done = run_script('evaluate.py', '--model', root / 'run/model', '--dataset', other)
     assert done.returncode == 1 and 'not one' in done.stderr, done.stderr
-    opened = report_examples.open_data(run_files.read(root / 'run'))
+    opened = report_data.open_data(run_files.read(root / 'run'))
     assert [len(part) for part in opened] == [14, 6]
 
 

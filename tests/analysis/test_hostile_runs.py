@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from vit_jax.analysis import report, report_examples, report_tables, run_files
+from vit_jax.analysis import report, report_data, report_settings, report_tables, run_files
 from vit_jax.errors import UserError
 from vit_jax.run import telemetry
 
@@ -35,9 +35,9 @@ def write_lines(path, rows):
 def texts(run):
     """Every cell of every table, and the events."""
     tables = (
-        report_tables.summary([run]), *report_tables.configuration(run), report_tables.costs(run),
-        report_tables.architecture(run), report_tables.environment(run),
-        report_tables.packages(run), report_tables.happened(run),
+        report_tables.summary([run]), *report_settings.configuration(run), report_tables.costs(run),
+        report_settings.architecture(run), report_settings.environment(run),
+        report_settings.packages(run), report_tables.happened(run),
     )  # fmt: skip
     cells = [cell for table in tables for row in table.rows for cell in row]
     return [
@@ -166,4 +166,4 @@ def test_settings_of_the_images_are_not_trusted(workdir, pp):
     split = {'split': 'train', 'examples': 1, 'fingerprint': 'x'}
     (workdir / 'data.json').write_text(json.dumps(DATA | {'train': split, 'test': split}))
     with pytest.raises(UserError, match='another than when' if pp is None else 'is damaged'):
-        report_examples.open_data(run_files.read(workdir))
+        report_data.open_data(run_files.read(workdir))

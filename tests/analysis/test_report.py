@@ -23,6 +23,7 @@ from vit_jax.analysis import (
     counts,
     report,
     report_charts,
+    report_data,
     report_examples,
     report_tables,
     run_files,
@@ -377,7 +378,7 @@ def test_pictures_are_the_images(page, root):
 
 def test_classes_are_counted(root):
     train, test = sources.open_sources(str(root / 'photos'))
-    found, notes = report_examples.class_balance(train, test)
+    found, notes = report_data.class_balance(train, test)
     assert train.class_names == tuple(sorted(CLASSES))
     counted = dict(zip(train.class_names, found['training'].tolist(), strict=True))
     assert counted == {name: 2 + label for label, name in enumerate(CLASSES)}
@@ -526,11 +527,11 @@ def test_no_run_no_report(tmp_path):
 def test_dataset_that_is_gone_or_another(workdir, monkeypatch):
     config = json.loads((workdir / 'config.json').read_text())
     run = run_files.read(workdir)
-    report_examples.open_data(run)
+    report_data.open_data(run)
     changed = run.data | {'test': run.data['test'] | {'fingerprint': 'x'}}
     (workdir / 'data.json').write_text(json.dumps(changed))
     with pytest.raises(UserError, match='is another than when the run began'):
-        report_examples.open_data(run_files.read(workdir))
+        report_data.open_data(run_files.read(workdir))
 
     def download(*args, **kwargs):
         raise AssertionError('a report must not prepare a dataset')
@@ -540,7 +541,7 @@ def test_dataset_that_is_gone_or_another(workdir, monkeypatch):
         config |= {'dataset': dataset, 'tfds_data_dir': str(workdir)}
         (workdir / 'config.json').write_text(json.dumps(config))
         with pytest.raises(UserError, match=message):
-            report_examples.open_data(run_files.read(workdir))
+            report_data.open_data(run_files.read(workdir))
     page = Page(report.write(workdir).read_text())
     assert 'not on this machine' in ''.join(page.texts) and 'Images' not in page.rows
 
@@ -613,18 +614,18 @@ def test_report_is_whole_or_absent(workdir, monkeypatch):
 
 
 def test_samples_are_bounded_and_fixed(root):
-    assert report_examples.sample(5, 9).tolist() == [0, 1, 2, 3, 4]
-    chosen = report_examples.sample(10_000, 100)
+    assert report_data.sample(5, 9).tolist() == [0, 1, 2, 3, 4]
+    chosen = report_data.sample(10_000, 100)
     assert len(set(chosen)) == 100 and (np.diff(chosen) > 0).all() and chosen[-1] < 10_000
-    np.testing.assert_array_equal(chosen, report_examples.sample(10_000, 100))
+    np.testing.assert_array_equal(chosen, report_data.sample(10_000, 100))
     assert report_examples.image_limit(model_folder.load(root / RUN / 'model')) == 2000
 
 
 def test_labels_that_must_be_read_are_sampled(root, monkeypatch):
     train, test = sources.open_sources(str(root / 'photos'))
     monkeypatch.setattr(Selection, 'labels', lambda self: None)
-    monkeypatch.setattr(report_examples, 'MAX_IMAGES', 10)
-    found, notes = report_examples.class_balance(train, test)
+    monkeypatch.setattr(report_data, 'MAX_IMAGES', 10)
+    found, notes = report_data.class_balance(train, test)
     assert found['training'].sum() == 10
     assert 'Of the 20 training images a fixed random sample of 10 was counted.' in notes
 

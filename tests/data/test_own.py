@@ -13,7 +13,7 @@ from PIL import Image
 from vit_jax import data
 from vit_jax.data import own
 from vit_jax.data.batches import eval_batches
-from vit_jax.data.dataset import CLASS_INDEX, Example
+from vit_jax.data.examples import CLASS_INDEX, Example
 from vit_jax.data.loader import BatchLoader
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError

@@ -11,8 +11,8 @@ import pytest
 
 from vit_jax.data import loader, reader
 from vit_jax.data.batches import eval_batches
-from vit_jax.data.dataset import CLASS_INDEX, Example
 from vit_jax.data.decode import BadImageError
+from vit_jax.data.examples import CLASS_INDEX, Example
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 

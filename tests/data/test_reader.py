@@ -10,8 +10,8 @@ import simplejpeg
 from PIL import Image
 
 from vit_jax.data import decode, loader, reader
-from vit_jax.data.dataset import Example
 from vit_jax.data.decode import BadImageError
+from vit_jax.data.examples import Example
 from vit_jax.data.preprocess import CropBox, Preprocess
 
 PIXELS = np.random.RandomState(0).randint(0, 256, (12, 40, 48, 3)).astype(np.uint8)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from vit_jax import config as config_lib
 from vit_jax import files, models
-from vit_jax.analysis import report_examples
+from vit_jax.analysis import report_data
 from vit_jax.checkpoint import catalog
 from vit_jax.configs import digits
 from vit_jax.data import remote, sources
@@ -126,12 +126,12 @@ def test_a_report_reads_a_copy_and_never_the_storage(storage, tmp_path):
     config = {'dataset': 'gs://bucket/photos', 'tfds_data_dir': ''}
     run = types.SimpleNamespace(config=config, data=told)
     fake_bucket.Bucket.log.clear()
-    assert len(report_examples.open_data(run)[1]) == 2
+    assert len(report_data.open_data(run)[1]) == 2
     assert fake_bucket.Bucket.log == []
     for name in ('gs://bucket/other', 'gs://bucket/..', 's3://bucket/photos'):
         run.config['dataset'] = name
         with pytest.raises(UserError, match='there is no copy on this machine'):
-            report_examples.open_data(run)
+            report_data.open_data(run)
     assert fake_bucket.Bucket.log == []
 
 

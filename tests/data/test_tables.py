@@ -12,8 +12,8 @@ from PIL import Image
 from pyarrow import parquet
 
 from vit_jax.data import sources
-from vit_jax.data.dataset import CLASS_INDEX
 from vit_jax.data.decode import BadImageError
+from vit_jax.data.examples import CLASS_INDEX
 from vit_jax.errors import UserError
 
 HEADER = ('image', 'label')

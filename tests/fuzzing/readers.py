@@ -17,8 +17,9 @@ from fuzzing import downloads, mutate, mutate_images, rows, runs
 from vit_jax.checkpoint import catalog, formats, inspection
 from vit_jax.data import folders, image_files, sources, tfds_sets
 from vit_jax.data.batches import eval_batches
-from vit_jax.data.dataset import CLASS_INDEX, Dataset
+from vit_jax.data.dataset import Dataset
 from vit_jax.data.decode import BadImageError, decode
+from vit_jax.data.examples import CLASS_INDEX
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.inference import model_folder

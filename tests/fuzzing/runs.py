@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from fuzzing import mutate
-from vit_jax.analysis import report, report_examples, report_tables, run_files
+from vit_jax.analysis import report, report_data, report_settings, report_tables, run_files
 from vit_jax.configs import common
 from vit_jax.errors import UserError
 from vit_jax.inference import labels, model_folder
@@ -129,15 +129,15 @@ def workdirs(rng: random.Random, corpus: pathlib.Path, case: pathlib.Path) -> Re
         assert '\x1b' not in html
 
     def examples():
-        report_examples.open_data(run_files.read(workdir))
+        report_data.open_data(run_files.read(workdir))
 
     def tables():
         run = run_files.read(workdir)
         shown = [report_tables.state(run), *map(str, report_tables.events(run))]
         for table in (
-            report_tables.summary([run]), report_tables.differences([run, run]),
-            *report_tables.configuration(run), report_tables.architecture(run),
-            report_tables.environment(run), report_tables.packages(run),
+            report_tables.summary([run]), report_settings.differences([run, run]),
+            *report_settings.configuration(run), report_settings.architecture(run),
+            report_settings.environment(run), report_settings.packages(run),
             report_tables.costs(run), report_tables.happened(run),
         ):  # fmt: skip
             shown += [str(cell) for row in table.rows for cell in row]

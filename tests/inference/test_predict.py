@@ -15,8 +15,8 @@ from PIL import Image
 
 from vit_jax import models
 from vit_jax.data import batches, image_files
-from vit_jax.data.dataset import Example
 from vit_jax.data.decode import BadImageError
+from vit_jax.data.examples import Example
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.export import onnx

@@ -7,7 +7,14 @@ from typing import Any
 import numpy as np
 
 from vit_jax import files
-from vit_jax.analysis import report, report_charts, report_examples, report_tables, run_files
+from vit_jax.analysis import (
+    report,
+    report_charts,
+    report_data,
+    report_examples,
+    report_tables,
+    run_files,
+)
 from vit_jax.analysis.tables import Table
 from vit_jax.data.dataset import Selection
 from vit_jax.errors import UserError
@@ -44,7 +51,7 @@ def write(outcome: finetune_results.Outcome) -> pathlib.Path:
         if 'right' in state['scores'].get(run.name, {})
     ]
     assert isinstance(found.metrics, Metrics)  # as `open_parts` takes no other labels
-    counts, notes = report_examples.class_balance(parts.train, parts.test)
+    counts, notes = report_data.class_balance(parts.train, parts.test)
     with report_charts.themed():
         confusion = metrics_report.draw_confusion(found.metrics, title='Confusion matrix')
         reliability = metrics_report.draw_reliability(found.metrics, title='Calibration')

@@ -2,8 +2,10 @@
 
     run_files.py         reads the workdir
     report_charts.py     draws the curves
+    report_data.py       opens the images again, and counts them
     report_examples.py   runs the model over test images
     report_tables.py     makes texts of numbers
+    report_settings.py   tells what the run was given
     report.html.j2       the page
 
 Whatever is not there, because the run is under way or the dataset has moved, is left out, and the
@@ -20,7 +22,7 @@ import numpy as np
 
 import vit_jax
 from vit_jax import files
-from vit_jax.analysis import report_charts, report_tables, run_files
+from vit_jax.analysis import report_charts, report_settings, report_tables, run_files
 from vit_jax.analysis.run_files import Run
 from vit_jax.errors import UserError, printable_lines
 
@@ -104,8 +106,9 @@ def render(runs: Sequence[Run], *, images: int | None = None) -> str:
             no_charts=f'Left out: {len(runs)} runs.' if many else 'No step has been logged yet.',
             summary=report_tables.summary(runs),
             folds=report_tables.folds(runs),
-            differences=report_tables.differences(runs),
+            differences=report_settings.differences(runs),
             tables=report_tables,
+            settings=report_settings,
         )
 
 
@@ -147,8 +150,8 @@ def _examples(run: Run, number: int, images: int | None) -> dict[str, object]:
     """The parts of the page that need the data and the model, and notes on what is missing."""
     import jax
 
-    from vit_jax.analysis import report_examples
-    from vit_jax.data.dataset import CLASS_INDEX
+    from vit_jax.analysis import report_data, report_examples
+    from vit_jax.data.examples import CLASS_INDEX
     from vit_jax.inference import metrics_report as classification_report
     from vit_jax.inference.metrics import Metrics
 
@@ -160,12 +163,12 @@ def _examples(run: Run, number: int, images: int | None) -> dict[str, object]:
         )
         return parts | {'missing': note, 'balance_notes': (note,)}
     try:
-        train, test = report_examples.open_data(run)
+        train, test = report_data.open_data(run)
     except UserError as error:
         note = f'Left out, because the images are not there: {error}.'
         return parts | {'missing': note, 'balance_notes': (note,)}
     if train.label_dtype == CLASS_INDEX or train.several:
-        counts, notes = report_examples.class_balance(train, test)
+        counts, notes = report_data.class_balance(train, test)
         sizes = {'training': len(train), 'test': len(test)} if train.several else None
         figure = report_charts.class_balance(train.class_names, counts, sizes)
     else:

@@ -2,18 +2,16 @@
 
 import dataclasses
 import functools
-import json
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from flax import traverse_util
 
+from vit_jax.analysis.report_settings import NONE, cut
 from vit_jax.analysis.run_files import MODEL_FOLDER, Run
 from vit_jax.analysis.tables import Table
-from vit_jax.configs import common
 from vit_jax.data import splits
 from vit_jax.errors import UserError
 from vit_jax.inference import description, retrieval
@@ -25,8 +23,6 @@ if TYPE_CHECKING:
     from vit_jax.inference.metrics import AnyMetrics, Metrics
 
 MAX_EVENTS = 200
-_MAX_TEXT = 500  # characters of an event or a setting
-_NONE = '–'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +79,7 @@ def summary(runs: Sequence[Run]) -> Table:
         'Time from first to last event': lambda run: _duration(run.wall_seconds()),
     }
     rows = [(name, *map(text, runs)) for name, text in texts.items()]
-    kept = [row for row in rows if any(value != _NONE for value in row[1:])]
+    kept = [row for row in rows if any(value != NONE for value in row[1:])]
     return Table('Results', ('', *(f'{run.name}>' for run in runs)), kept)
 
 
@@ -91,7 +87,7 @@ def _recalls(run: Run, direction: str, split: str) -> str:
     """The last recalls of a direction, and the median rank."""
     values = [run.last(f'{direction}_recall{first}_{split}') for first in retrieval.RECALLS]
     if None in values:
-        return _NONE
+        return NONE
     median = _number(run.last(f'{direction}_median_rank_{split}'))
     return f'{" / ".join(map(_share, values))} (median rank {median})'
 
@@ -129,8 +125,8 @@ def folds(runs: Sequence[Run]) -> Table | None:
         deviation = float(known.std(ddof=1)) if len(known) > 1 else math.nan
         half = stats.t.ppf(0.975, len(known) - 1) * deviation / math.sqrt(len(known))
         ends = [shown(float(known.mean() + sign * half)) for sign in (-1, 1)]
-        interval = ' to '.join(ends) if len(known) > 1 else _NONE
-        spread = shown(deviation) if len(known) > 1 else _NONE
+        interval = ' to '.join(ends) if len(known) > 1 else NONE
+        spread = shown(deviation) if len(known) > 1 else NONE
         rows.append((name, shown(float(known.mean())), spread, interval, *map(shown, values)))
     heads = (f'Fold {seen[place]}/{number}>' for place in order)
     columns = ('', 'Mean>', 'Deviation>', '95 % interval>', *heads)
@@ -146,72 +142,6 @@ def _fold(run: Run) -> tuple[int, int] | None:
         return None
 
 
-def differences(runs: Sequence[Run]) -> Table | None:
-    """The settings in which runs differ; None for a single run."""
-    if len(runs) < 2:
-        return None
-    flat = [_flatten(run.config) for run in runs]
-    names = sorted({name for settings in flat for name in settings})
-    rows = []
-    for name in names:
-        values = [_setting(settings[name]) if name in settings else _NONE for settings in flat]
-        if len(set(values)) > 1:
-            rows.append((_cut(name), *values))
-    notes = () if rows else ('All settings are the same.',)
-    columns = ('Setting', *(f'{run.name}>' for run in runs))
-    return Table('Settings that differ between the runs', columns, rows, notes)
-
-
-def configuration(run: Run) -> tuple[Table, Table]:
-    """The settings that are not the defaults of `configs/common.py`, and the others."""
-    defaults = _flatten(common.get_defaults().to_dict())
-    changed, same = [], []
-    settings = _flatten({key: value for key, value in run.config.items() if key != 'model'})
-    known = [name for name in defaults if name in settings]
-    for name in known + sorted(settings.keys() - defaults):
-        value = settings[name]
-        if name in defaults and defaults[name] == value:
-            same.append((_cut(name), _setting(value)))
-        else:
-            default = _setting(defaults[name]) if name in defaults else 'no such setting now'
-            changed.append((_cut(name), _setting(value), default))
-    return (
-        Table('Other than the defaults', ('Setting', 'This run', 'Default'), changed),
-        Table('As the defaults', ('Setting', 'Value'), same),
-    )
-
-
-def architecture(run: Run) -> Table:
-    """The model's own settings."""
-    model = run.config.get('model')
-    settings = _flatten(model) if isinstance(model, Mapping) else {}
-    rows = [(_cut(name), _setting(value)) for name, value in settings.items()]
-    return Table('Model', ('Setting', 'Value'), rows)
-
-
-def environment(run: Run) -> Table:
-    """Where and from what the run was made."""
-    names = {'command': 'Command', 'git_revision': 'Revision of the code (git)',
-             'python': 'Python', 'platform': 'Platform'}  # fmt: skip
-    rows = [
-        (shown, _setting(run.versions[name]))
-        for name, shown in names.items()
-        if run.versions.get(name) is not None
-    ]
-    if run.device:
-        rows.append(('Devices', _cut(f'{run.device["devices"]} x {run.device["kind"]}')))
-        rows.append(('Type of activations', _cut(run.device['dtype'])))
-    return Table('Environment', ('', ''), rows)
-
-
-def packages(run: Run) -> Table:
-    """The packages that were installed."""
-    found = run.versions.get('packages')
-    found = found if isinstance(found, Mapping) else {}
-    rows = [(_cut(name), _setting(version)) for name, version in found.items()]
-    return Table('Packages', ('Package', 'Version'), rows)
-
-
 def costs(run: Run) -> Table:
     """What the model and its training take, by formula, beside what was measured."""
     title, columns = 'Cost', ('', '>')
@@ -220,7 +150,7 @@ def costs(run: Run) -> Table:
     try:
         rows, notes = _costs(run)
     except (UserError, LookupError, TypeError, ValueError, ArithmeticError) as error:
-        reason = _cut(str(error) if isinstance(error, UserError) else repr(error))
+        reason = cut(str(error) if isinstance(error, UserError) else repr(error))
         return Table(title, columns, (), (f'Left out: config.json does not tell it ({reason}).',))
     return Table(title, columns, rows, notes)
 
@@ -263,7 +193,7 @@ def results(found: 'Predictions', run: Run) -> Table:
     else:
         which = f'all {metrics.count:,}'
         given = [(text(run.last(name)), words) for name, text, words in _LAST]
-        told = next((f'{shown}{words}' for shown, words in given if shown != _NONE), _NONE)
+        told = next((f'{shown}{words}' for shown, words in given if shown != NONE), NONE)
         last = f' The last evaluation of the run itself gave {told}.'
     note = (
         f'Predicted again for this page, by the model in {run.chosen}/, {which} test images: '
@@ -277,7 +207,7 @@ def happened(run: Run) -> Table:
     resumed, unreadable = 'not known', 'not known'
     if run.events is not None:
         resumed = ', '.join(f'{step:,}' for step in run.resumes())
-        resumed = _cut(f'from step {resumed}') if resumed else 'no'
+        resumed = cut(f'from step {resumed}') if resumed else 'no'
         unreadable = f'{run.unreadable():,}'
     not_finite = np.isnan(run.series('train_loss')[1]).sum()
     rows = [
@@ -295,7 +225,7 @@ def events(run: Run) -> list[tuple[str, str]]:
     """(time, text) of the entries to show; long texts, and the middle of a long list, are cut."""
     # The curves show the evaluations.
     shown = [event for event in run.events or () if event['event'] != 'evaluated']
-    found = [(_cut(event['time']), _cut(event['text'])) for event in shown]
+    found = [(cut(event['time']), cut(event['text'])) for event in shown]
     half = MAX_EVENTS // 2
     if len(found) > MAX_EVENTS:
         gap = f'… {len(found) - 2 * half:,} more events in events.jsonl …'
@@ -344,31 +274,16 @@ def _costs(run: Run) -> tuple[list[tuple[str, str]], list[str]]:
     return rows, notes
 
 
-def _flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted name -> value."""
-    return traverse_util.flatten_dict(settings, sep='.')
-
-
-def _setting(value: Any) -> str:
-    if value == '':
-        return '(empty)'
-    return _cut(value if isinstance(value, str) else json.dumps(value))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _MAX_TEXT else f'{text[: _MAX_TEXT - 1]}…'
-
-
 def _share(value: float | None) -> str:
-    return _NONE if value is None else 'not finite' if math.isnan(value) else f'{100 * value:.2f} %'
+    return NONE if value is None else 'not finite' if math.isnan(value) else f'{100 * value:.2f} %'
 
 
 def _loss(value: float | None) -> str:
-    return _NONE if value is None else 'not finite' if math.isnan(value) else f'{value:.4f}'
+    return NONE if value is None else 'not finite' if math.isnan(value) else f'{value:.4f}'
 
 
 def _number(value: float | None) -> str:
-    return _NONE if value is None else 'not finite' if math.isnan(value) else f'{value:.5g}'
+    return NONE if value is None else 'not finite' if math.isnan(value) else f'{value:.5g}'
 
 
 def _count(value: float | None) -> str:
@@ -397,9 +312,9 @@ _OF_FOLDS: dict[str, tuple[str, Callable[[float | None], str]]] = {
 def _best(run: Run, name: str) -> str:
     steps, values = run.series(name)
     if name == 'accuracy_test' and 'val' in run.data:
-        return _NONE  # there is one only
+        return NONE  # there is one only
     if not np.isfinite(values).any():
-        return _NONE
+        return NONE
     place = int(np.nanargmax(values))
     return f'{_share(values[place])} (step {steps[place]:,})'
 
@@ -411,8 +326,8 @@ def _speeds(run: Run) -> list[float]:
 
 def _speed(run: Run) -> str:
     values = _speeds(run)
-    return format_rate(statistics.median(values)) if values else _NONE
+    return format_rate(statistics.median(values)) if values else NONE
 
 
 def _duration(seconds: float | None) -> str:
-    return _NONE if seconds is None else format_duration(seconds)
+    return NONE if seconds is None else format_duration(seconds)

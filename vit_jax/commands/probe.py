@@ -64,7 +64,7 @@ def _run(args: argparse.Namespace) -> int:
     from vit_jax import files
     from vit_jax.configs import datasets
     from vit_jax.data import sources
-    from vit_jax.data.dataset import CLASS_INDEX
+    from vit_jax.data.examples import CLASS_INDEX
     from vit_jax.errors import UserError
     from vit_jax.inference import features, model_folder, output, probe_choice, probes
 

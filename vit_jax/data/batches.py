@@ -12,8 +12,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from vit_jax.data.dataset import Label, Source
 from vit_jax.data.decode import BadImageError
+from vit_jax.data.examples import Label, Source
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.data.reader import OnBad, Reader, as_reader, default_threads
 from vit_jax.errors import UserError

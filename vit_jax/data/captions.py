@@ -19,8 +19,9 @@ import numpy as np
 
 from vit_jax.data import text as text_lib
 from vit_jax.data.columns import text_of
-from vit_jax.data.dataset import Dataset, Example, Selection, Split
+from vit_jax.data.dataset import Dataset, Selection
 from vit_jax.data.decode import BadImageError
+from vit_jax.data.examples import Example, Split
 from vit_jax.data.holdout import stratified_order
 from vit_jax.data.reader import default_threads
 from vit_jax.data.row_images import AtRows, Images
@@ -104,7 +105,7 @@ class Captioned(AtRows):
     groups: np.ndarray | None
 
     def read(self, index: int) -> Example:
-        """See `dataset.Split`; the label is a tuple of texts."""
+        """See `examples.Split`; the label is a tuple of texts."""
         try:
             image, key = self.images.read(int(self.rows[index]))
         except BadImageError as error:
@@ -113,7 +114,7 @@ class Captioned(AtRows):
         return Example(image, self.captions[index], key)
 
     def identity(self) -> Iterator[str]:
-        """See `dataset.Split`."""
+        """See `examples.Split`."""
         yield _digest(self.captions)
         if self.groups is not None:
             yield '\0'.join(self.groups.tolist())

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.data.dataset import CLASS_INDEX
+from vit_jax.data.examples import CLASS_INDEX
 from vit_jax.data.splits import SPLITS, split_called
 from vit_jax.errors import UserError
 

@@ -17,7 +17,7 @@ import numpy as np
 import simplejpeg
 
 from vit_jax.data import image_files, jpeg_files, webp_files
-from vit_jax.data.dataset import Label
+from vit_jax.data.examples import Label
 from vit_jax.data.preprocess import REDUCTIONS, Preprocess
 from vit_jax.errors import UserError, printable
 

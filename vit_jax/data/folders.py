@@ -21,8 +21,9 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from vit_jax.data import image_files
-from vit_jax.data.dataset import Dataset, Example, check_class_names
+from vit_jax.data.dataset import Dataset
 from vit_jax.data.decode import BadImageError, read_file
+from vit_jax.data.examples import Example, check_class_names
 from vit_jax.data.holdout import stratified_order
 from vit_jax.data.listing import Index, is_folder, list_images
 from vit_jax.data.splits import SPLITS, split_called

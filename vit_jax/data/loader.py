@@ -10,8 +10,8 @@ import numpy as np
 
 from vit_jax.data import captions
 from vit_jax.data.batches import Batch, Buffers, in_order, reading_threads
-from vit_jax.data.dataset import Label, Source
 from vit_jax.data.decode import BadImageError
+from vit_jax.data.examples import Label, Source
 from vit_jax.data.host_augment import HostAugment
 from vit_jax.data.preprocess import CropBox, Preprocess
 from vit_jax.data.reader import OnBad, Reader, as_reader, default_threads, once_per_key

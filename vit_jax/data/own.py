@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.data.dataset import (
+from vit_jax.data.dataset import Dataset, Selection
+from vit_jax.data.decode import BadImageError, pixels_of, read_file
+from vit_jax.data.examples import (
     CLASS_INDEX,
-    Dataset,
     Example,
     Label,
-    Selection,
     Source,
     channels_of,
     check_class_names,
@@ -28,7 +28,6 @@ from vit_jax.data.dataset import (
     label_dtype_of,
     numbered,
 )
-from vit_jax.data.decode import BadImageError, pixels_of, read_file
 from vit_jax.errors import UserError
 
 _SPLIT = 'all'

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from vit_jax.data import decode
-from vit_jax.data.dataset import Example, Label, Source, channels_of, label_dtype_of, weights_of
 from vit_jax.data.decode import BadImageError
+from vit_jax.data.examples import Example, Label, Source, channels_of, label_dtype_of, weights_of
 
 # What Python needs to keep an image, beside its pixels. Bytes; 445 to 525 were measured.
 _OVERHEAD = 640
@@ -77,7 +77,7 @@ class Reader:
     Attributes:
       class_names: see `Source`.
       exif: see `Source`.
-      channels: see `dataset.channels_of`.
+      channels: see `examples.channels_of`.
       weights: how much each example counts in training, float32 [examples] of mean 1; None for all
         alike.
     """
@@ -104,7 +104,7 @@ class Reader:
 
     @property
     def label_dtype(self) -> np.dtype:
-        """See `dataset.label_dtype_of`."""
+        """See `examples.label_dtype_of`."""
         if self._label_dtype is None:
             self._label_dtype = label_dtype_of(self._source)
         return self._label_dtype

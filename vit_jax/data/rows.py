@@ -25,8 +25,9 @@ from vit_jax.data.columns import (
     read_weights,
     text_of,
 )
-from vit_jax.data.dataset import CLASS_INDEX, Dataset, Example, check_class_names
+from vit_jax.data.dataset import Dataset
 from vit_jax.data.decode import BadImageError
+from vit_jax.data.examples import CLASS_INDEX, Example, check_class_names
 from vit_jax.data.holdout import stratified_order
 from vit_jax.data.row_images import AtRows, Images
 from vit_jax.data.splits import SPLITS
@@ -63,7 +64,7 @@ def make_dataset(
       splits: of the N rows, one of `SPLITS` each, where no column tells.
       class_names: in the order of their indices, where these stand in the rows; () where the values
         are the names.
-      channels: see `dataset.channels_of`.
+      channels: see `examples.channels_of`.
       max_unreadable: the largest share of rows that may be left out or have no image.
 
     Returns:

@@ -26,7 +26,8 @@ from vit_jax.data import (
     webdataset,
 )
 from vit_jax.data import columns as columns_lib
-from vit_jax.data.dataset import Dataset, Example, Selection
+from vit_jax.data.dataset import Dataset, Selection
+from vit_jax.data.examples import Example
 from vit_jax.data.holdout import stratified_order
 from vit_jax.data.text import Tokenizer
 from vit_jax.errors import UserError, extra

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from vit_jax.data.batches import READ_AHEAD, Batch, in_order, reading_threads
-from vit_jax.data.dataset import CLASS_INDEX, check_class_names, label_dtype
 from vit_jax.data.decode import pixels_of
+from vit_jax.data.examples import CLASS_INDEX, check_class_names, label_dtype
 from vit_jax.errors import UserError
 from vit_jax.variants import sides
 
@@ -34,7 +34,7 @@ class BatchStream:
     Attributes:
       class_names: the same.
       channels: the same.
-      label_dtype: see `dataset.label_dtype_of`.
+      label_dtype: see `examples.label_dtype_of`.
       spec: of a source the selected examples; here, that they are not known.
 
     Raises:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax import files
-from vit_jax.data.dataset import check_class_names
+from vit_jax.data.examples import check_class_names
 from vit_jax.errors import UserError
 
 MAX_CLASSES = 1_000_000

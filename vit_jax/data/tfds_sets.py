@@ -22,8 +22,9 @@ from vit_jax import files
 from vit_jax.data import tfds_metadata
 from vit_jax.data.captions import CAPTIONS
 from vit_jax.data.columns import text_of
-from vit_jax.data.dataset import Dataset, Example
+from vit_jax.data.dataset import Dataset
 from vit_jax.data.decode import BadImageError
+from vit_jax.data.examples import Example
 from vit_jax.errors import UserError, extra, printable
 from vit_jax.run import child
 

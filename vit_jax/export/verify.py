@@ -35,7 +35,7 @@ import rich.table
 from vit_jax import files, models
 from vit_jax.analysis import compare
 from vit_jax.data.batches import eval_batches
-from vit_jax.data.dataset import Example, Source
+from vit_jax.data.examples import Example, Source
 from vit_jax.data.preprocess import Preprocess, normalize
 from vit_jax.errors import UserError, extra, printable
 from vit_jax.export.expressible import in_units

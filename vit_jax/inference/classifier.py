@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 
 from vit_jax.data.batches import Batch, eval_batches, in_order
-from vit_jax.data.dataset import Source
+from vit_jax.data.examples import Source
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.data.reader import OnBad
 from vit_jax.errors import UserError

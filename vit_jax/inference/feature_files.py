@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from vit_jax import files
-from vit_jax.data.dataset import Source
 from vit_jax.data.decode import BadImageError
+from vit_jax.data.examples import Source
 from vit_jax.errors import UserError, extra
 
 SUFFIXES = ('.npz', '.parquet')

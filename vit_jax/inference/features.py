@@ -13,8 +13,8 @@ import numpy as np
 from vit_jax import models
 from vit_jax.checkpoint import npz
 from vit_jax.data.batches import eval_batches
-from vit_jax.data.dataset import Example, Source, channels_of, label_dtype_of
 from vit_jax.data.decode import BadImageError
+from vit_jax.data.examples import Example, Source, channels_of, label_dtype_of
 from vit_jax.data.preprocess import normalize
 from vit_jax.errors import UserError
 from vit_jax.inference import feature_files

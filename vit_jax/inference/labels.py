@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vit_jax import files
-from vit_jax.data.dataset import numbered
+from vit_jax.data.examples import numbered
 from vit_jax.errors import UserError, printable
 
 IMAGENET1K = 'imagenet1k'

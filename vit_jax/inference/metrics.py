@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vit_jax.data.dataset import CLASS_INDEX, Example, Source, channels_of, label_dtype_of
 from vit_jax.data.decode import BadImageError
+from vit_jax.data.examples import CLASS_INDEX, Example, Source, channels_of, label_dtype_of
 from vit_jax.errors import UserError, extra
 from vit_jax.evaluate import Outcomes, Outputs, check_readable, columns, join, outcomes, totals
 from vit_jax.inference import regression, several

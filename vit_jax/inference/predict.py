@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from vit_jax.data import image_files
-from vit_jax.data.dataset import CLASS_INDEX, Example
 from vit_jax.data.decode import BadImageError, decode, read_file
+from vit_jax.data.examples import CLASS_INDEX, Example
 from vit_jax.data.listing import list_images
 from vit_jax.errors import UserError
 from vit_jax.inference.classifier import Classifier, JaxClassifier, classify
@@ -34,7 +34,7 @@ class Images:
 
     Args:
       paths: of the files, and `PipedImage`s.
-      channels: see `dataset.channels_of`.
+      channels: see `examples.channels_of`.
     """
 
     class_names: tuple[str, ...] = ()

@@ -17,7 +17,8 @@ import numpy as np
 from flax import traverse_util
 
 from vit_jax.checkpoint import adapt, infer, npz
-from vit_jax.data.dataset import CLASS_INDEX, Selection
+from vit_jax.data.dataset import Selection
+from vit_jax.data.examples import CLASS_INDEX
 from vit_jax.errors import UserError
 from vit_jax.inference.model_folder import Model
 from vit_jax.inference.task import NUMBERS, ONE_CLASS, SEVERAL

@@ -16,8 +16,8 @@ import numpy as np
 from vit_jax import files, models, variants
 from vit_jax.checkpoint import npz, two_towers
 from vit_jax.data import text
-from vit_jax.data.dataset import Source
 from vit_jax.data.decode import BadImageError
+from vit_jax.data.examples import Source
 from vit_jax.data.preprocess import Preprocess, normalize
 from vit_jax.errors import UserError
 from vit_jax.inference import class_texts, description, model_card, model_folder

@@ -4,7 +4,8 @@ import ml_collections
 import numpy as np
 
 from vit_jax.data import augment
-from vit_jax.data.dataset import CLASS_INDEX, Selection
+from vit_jax.data.dataset import Selection
+from vit_jax.data.examples import CLASS_INDEX
 from vit_jax.data.host_augment import CHANNELS, HostAugment, randaug_of
 from vit_jax.data.stream import BatchStream
 from vit_jax.errors import UserError

@@ -8,7 +8,8 @@ import numpy as np
 
 from vit_jax.configs import datasets
 from vit_jax.data import copies, decode, sources
-from vit_jax.data.dataset import CLASS_INDEX, Dataset, Selection
+from vit_jax.data.dataset import Dataset, Selection
+from vit_jax.data.examples import CLASS_INDEX
 from vit_jax.errors import UserError, printable
 from vit_jax.inference import probe_choice
 

@@ -12,7 +12,8 @@ import optax
 from vit_jax import config as config_lib
 from vit_jax import groups, losses, models, optim
 from vit_jax.configs import common
-from vit_jax.data.dataset import CLASS_INDEX, Selection
+from vit_jax.data.dataset import Selection
+from vit_jax.data.examples import CLASS_INDEX
 from vit_jax.data.stream import BatchStream
 from vit_jax.errors import UserError
 from vit_jax.inference.task import NUMBERS, ONE_CLASS, SEVERAL, Task, standardized

@@ -26,7 +26,8 @@ from vit_jax import state as state_lib
 from vit_jax.checkpoint import adapt, catalog, infer
 from vit_jax.checkpoint import workdir as workdir_lib
 from vit_jax.data import own, sources, splits
-from vit_jax.data.dataset import Selection, Source, weights_of
+from vit_jax.data.dataset import Selection
+from vit_jax.data.examples import Source, weights_of
 from vit_jax.data.stream import BatchStream
 from vit_jax.errors import UserError
 from vit_jax.inference.task import ONE_CLASS, Task
