@@ -192,3 +192,12 @@ def test_names_of_keras(tmp_path):
 def test_json_of_the_names_can_be_read_back(tmp_path):
     (tmp_path / 'names.json').write_text(json.dumps(labels.imagenet1k()))
     assert labels.read(tmp_path / 'names.json') == labels.imagenet1k()
+
+
+def test_classes_of_a_command_line(tmp_path):
+    (tmp_path / 'pets.txt').write_text('cat\ndog\n')
+    assert labels.listed(str(tmp_path / 'pets.txt')) == labels.listed('cat, dog') == ('cat', 'dog')
+    assert labels.listed('imagenet1k') == labels.imagenet1k() and labels.listed('') == ()
+    for other in ('imagenet', 'ImageNet-1k', 'imagenet21k'):
+        with pytest.raises(UserError, match=f'--classes {other}: .* --classes imagenet1k'):
+            labels.listed(other)

@@ -13,16 +13,20 @@ def unit(*shape):
     return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
 
 
-def expected(images, texts, owner):
+def expected(images, texts, owner, content):
     """By sorting all of each list, one query after the other."""
+    pairs = set(zip(owner, content, strict=True))
     cosines = images.astype(np.float64) @ texts.astype(np.float64).T
     of_images, of_texts = [], []
     for image, row in enumerate(cosines):
         order = sorted(range(len(row)), key=lambda j, row=row: (-row[j], j))
-        of_images.append(next(place for place, j in enumerate(order) if owner[j] == image))
+        of_images.append(
+            next(place for place, j in enumerate(order) if (image, content[j]) in pairs)
+        )
     for text, column in enumerate(cosines.T):
         order = sorted(range(len(column)), key=lambda i, column=column: (-column[i], i))
-        of_texts.append(order.index(owner[text]))
+        rights = (place for place, i in enumerate(order) if (i, content[text]) in pairs)
+        of_texts.append(next(rights))
     found = {}
     for name, ranks in (('image_to_text', of_images), ('text_to_image', of_texts)):
         for k in (1, 5, 10):
@@ -33,26 +37,33 @@ def expected(images, texts, owner):
 
 
 @pytest.mark.parametrize('at_once', [100, 1 << 22])
-@pytest.mark.parametrize('texts_of_an_image', [1, 4])
-def test_recalls_and_ranks_are_those_of_sorting(monkeypatch, at_once, texts_of_an_image):
+@pytest.mark.parametrize('texts_of_an_image, contents', [(1, 0), (4, 0), (1, 9), (4, 30)])
+def test_recalls_and_ranks_are_those_of_sorting(monkeypatch, at_once, texts_of_an_image, contents):
+    """Also where several images have the same text: each of them is right for it."""
     monkeypatch.setattr(retrieval, '_AT_ONCE', at_once)
     counts = RNG.integers(1, texts_of_an_image + 1, 40)
     owner = np.repeat(np.arange(40), counts)
     images = unit(40, 8)
     texts = images[owner] + 0.8 * unit(len(owner), 8)
     texts /= np.linalg.norm(texts, axis=-1, keepdims=True)
-    found = retrieval.metrics(images, texts, owner)
-    assert found == pytest.approx(expected(images, texts, owner))
+    content = RNG.integers(100, 100 + contents, len(owner)) if contents else np.arange(len(owner))
+    found = retrieval.metrics(images, texts, owner, content)
+    assert found == pytest.approx(expected(images, texts, owner, content))
+    if contents:
+        alone = retrieval.metrics(images, texts, owner, np.arange(len(owner)))
+        assert found['text_to_image_recall1'] > alone['text_to_image_recall1']
+        assert found['image_to_text_recall1'] > alone['image_to_text_recall1']
     assert 0.2 < found['mean_recall'] < 1
     assert found['image_to_text_recall1'] < found['image_to_text_recall5']
 
 
 def test_a_model_that_gives_the_same_for_all_finds_nothing():
     same = np.tile(unit(1, 8), (50, 1))
-    found = retrieval.metrics(same, same, np.arange(50))
+    each = np.arange(50)
+    found = retrieval.metrics(same, same, each, each)
     assert found['text_to_image_recall1'] == found['image_to_text_recall1'] == 1 / 50
     assert found['text_to_image_median_rank'] == 25.5
-    broken = retrieval.metrics(np.full_like(same, np.nan), same, np.arange(50))
+    broken = retrieval.metrics(np.full_like(same, np.nan), same, each, each)
     assert broken['mean_recall'] == 0
 
 

@@ -212,11 +212,13 @@ def test_a_zero_shot_classifier_is_saved_as_a_model_folder(towers, photos, tmp_p
     from vit_jax.inference import classifier as classifier_lib
 
     names = ('rose', 'tulips')
+    towers.source |= {'file': 'runs/x/model', 'metrics': {'mean_recall_test': 0.5}}
     classifier = two_tower.ZeroShotClassifier(towers, names)
     two_tower.save_classifier(tmp_path / 'zero', towers, classifier)
     expected = dict(predict.predict(classifier, photos, batch=2))
     page = (tmp_path / 'zero/README.md').read_text()
     assert 'embeddings of texts, one for each class: "a photo of a {}".' in page, page
+    assert '- Made from: runs/x/model.' in page and 'recall' not in page
     model = model_folder.load(tmp_path / 'zero')
     assert model.class_names == names and model.preprocess == towers.preprocess
     onnx.save(onnx.build(model, Options()), tmp_path / 'zero.onnx')

@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         '--classes',
         default='',
         metavar='NAMES',
-        help='of a model of images and texts: what the page begins with, separated by commas',
+        help='of a model of images and texts: what the page begins with, as of vit_jax zeroshot',
     )
     add(
         '--vocabulary',
@@ -73,13 +73,14 @@ def _run(args: argparse.Namespace) -> None:
 
     from vit_jax.errors import printable
     from vit_jax.export import web
+    from vit_jax.inference import labels
 
     width = max(100, shutil.get_terminal_size().columns)  # as export
     console = rich.console.Console(highlight=False, markup=False, soft_wrap=True, width=width)
     weight = web.write(
         args.output,
         _model(args),
-        classes=[name.strip() for name in args.classes.split(',')] if args.classes else (),
+        classes=labels.listed(args.classes),
         dtype=args.dtype,
         title=args.title,
         examples=args.examples,

@@ -13,7 +13,6 @@ Examples:
 """
 
 import argparse
-import os
 import pathlib
 import sys
 from typing import TYPE_CHECKING, Any
@@ -49,8 +48,8 @@ def _parser() -> argparse.ArgumentParser:
         '--classes',
         default='',
         metavar='NAMES',
-        help='names separated by commas, or a file (one per line, or JSON); default: those of the '
-        'dataset',
+        help='names separated by commas, or a file (one per line, or JSON), or imagenet1k, the '
+        '1,000 of ImageNet; default: those of the dataset',
     )
     add(
         '--prompts',
@@ -79,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> int:
     from vit_jax import files
     from vit_jax.errors import UserError
-    from vit_jax.inference import class_texts, two_tower
+    from vit_jax.inference import class_texts, labels, two_tower
 
     if args.top_k < 0:
         raise UserError(f'--top_k is how many to show, at least 1; got {args.top_k}')
@@ -95,7 +94,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.images and not args.classes:
         raise UserError("--classes says what the images may show: --classes 'rose,tulip'")
     prompts = class_texts.read_prompts(args.prompts)
-    names = _classes(args.classes)
+    names = labels.listed(args.classes)
     if data is None:
         towers = two_tower.load(args.model, args.vocabulary)
         model = two_tower.ZeroShotClassifier(towers, names, prompts, cache=args.cache)
@@ -187,15 +186,3 @@ def _evaluate(args: argparse.Namespace, model: Any, data: 'Selection') -> int:
     metrics = metrics_lib.measure(found, model.class_names, model.task)
     out.print(metrics_report.tables(metrics, title=f'{args.model}, zero-shot, on {data}'))
     return output.report_unreadable(unreadable, len(data))
-
-
-def _classes(names: str) -> tuple[str, ...]:
-    """What --classes names."""
-    from vit_jax.errors import UserError
-    from vit_jax.inference import labels
-
-    if os.path.isfile(names):
-        return labels.read(names)
-    if names.endswith(('.txt', '.json')):
-        raise UserError(f'--classes: there is no file {names}')
-    return tuple(name.strip() for name in names.split(',')) if names else ()

@@ -74,7 +74,8 @@ def write(destination: str | os.PathLike[str], model: model_folder.Model, *, to:
         if lost:
             raise UnsupportedError(f'it has no place for {adapt.shorten(lost, 6)}')
     except UnsupportedError as why:
-        hint = ' --drop pre_logits leaves that layer out.' if 'pre_logits/kernel' in flat else ''
+        droppable = 'pre_logits/kernel' in flat and not config.get('unit_features')
+        hint = ' --drop pre_logits leaves that layer out.' if droppable else ''
         raise UserError(
             f'{to} cannot express this model: {why}.{hint} npz takes every model'
         ) from why

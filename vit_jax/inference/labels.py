@@ -64,6 +64,29 @@ def choose(own: Sequence[str], labels: str, model: str) -> tuple[str, ...]:
     return names
 
 
+def listed(text: str) -> tuple[str, ...]:
+    """Names as `--classes` of the command line tells them.
+
+    Args:
+      text: names separated by commas; the path of a file (see `read`); 'imagenet1k'; or ''.
+
+    Raises:
+      UserError: the file is not there or cannot be read, or another ImageNet is named.
+    """
+    if os.path.isfile(text):
+        return read(text)
+    if text == IMAGENET1K:
+        return imagenet1k()
+    if text.endswith(('.txt', '.json')):
+        raise UserError(f'--classes: there is no file {printable(text)}')
+    if re.fullmatch(r'(?i)imagenet[\w-]*', text):
+        raise UserError(
+            f'--classes {text}: the names that are known are the 1,000 of --classes imagenet1k; '
+            'others stand in a file, one in each line'
+        )
+    return tuple(name.strip() for name in text.split(',')) if text else ()
+
+
 def read(path: str | os.PathLike[str]) -> tuple[str, ...]:
     """Names from a file.
 

@@ -14,15 +14,19 @@ DIRECTIONS = ('image_to_text', 'text_to_image')
 _AT_ONCE = 1 << 22  # products
 
 
-def metrics(images: np.ndarray, texts: np.ndarray, owner: np.ndarray) -> dict[str, float]:
+def metrics(
+    images: np.ndarray, texts: np.ndarray, owner: np.ndarray, content: np.ndarray
+) -> dict[str, float]:
     """How well each image finds one of its texts among all, and each text its image.
 
-    Of equal cosines, the one of lower index comes first.
+    Where images share a text, each of them is right for it, and so is each copy of it for them. Of
+    equal cosines, the one of lower index comes first.
 
     Args:
       images: unit embeddings, float32 [N, C].
       texts: likewise [T, C].
       owner: the image that each text belongs to, int [T]; each image has a text.
+      content: equal numbers for equal texts, int [T].
 
     Returns:
       For both of `DIRECTIONS`: `{direction}_recall1`, `5` and `10`, the share of the queries for
@@ -30,7 +34,7 @@ def metrics(images: np.ndarray, texts: np.ndarray, owner: np.ndarray) -> dict[st
       and `mean_recall`, the mean of the six recalls.
     """
     found, recalls = {}, []
-    for direction, ranks in zip(DIRECTIONS, _ranks(images, texts, owner), strict=True):
+    for direction, ranks in zip(DIRECTIONS, _ranks(images, texts, owner, content), strict=True):
         for first in RECALLS:
             recalls.append(float((ranks < first).mean()))
             found[f'{direction}_recall{first}'] = recalls[-1]
@@ -39,24 +43,32 @@ def metrics(images: np.ndarray, texts: np.ndarray, owner: np.ndarray) -> dict[st
 
 
 def _ranks(
-    images: np.ndarray, texts: np.ndarray, owner: np.ndarray
+    images: np.ndarray, texts: np.ndarray, owner: np.ndarray, content: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """How many come before the first right text of each image [N], the image of each text [T]."""
+    """How many come before the first right text of each image [N], right image of each text [T]."""
+    content = np.unique(content, return_inverse=True)[1]
     of_images = np.empty(len(images), np.int64)
     for rows, cosines in _products(images, texts):
-        right = owner[None] == np.arange(rows.start, rows.stop)[:, None]
-        of_images[rows] = _before(cosines, np.where(right, cosines, -np.inf).argmax(axis=1))
+        own = (owner >= rows.start) & (owner < rows.stop)
+        has = np.zeros((len(cosines), content.max() + 1), bool)  # the image, the content
+        has[owner[own] - rows.start, content[own]] = True
+        of_images[rows] = _before(cosines, has[:, content])
     of_texts = np.empty(len(texts), np.int64)
     for rows, cosines in _products(texts, images):
-        of_texts[rows] = _before(cosines, owner[rows])
+        contents, place = np.unique(content[rows], return_inverse=True)
+        same = np.isin(content, contents)
+        has = np.zeros((len(contents), len(images)), bool)  # the content, the image
+        has[np.searchsorted(contents, content[same]), owner[same]] = True
+        of_texts[rows] = _before(cosines, has[place])
     return of_images, of_texts
 
 
 def _before(cosines: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """How many columns come before the right one, in each row; all do where it is not finite."""
-    own = np.take_along_axis(cosines, right[:, None], axis=1)
+    """How many columns come before the first right one in each row; all if it is not finite."""
+    first = np.where(right, cosines, -np.inf).argmax(axis=1)[:, None]
+    own = np.take_along_axis(cosines, first, axis=1)
     columns = np.arange(cosines.shape[1])[None]
-    count = ((cosines > own) | ((cosines == own) & (columns < right[:, None]))).sum(axis=1)
+    count = ((cosines > own) | ((cosines == own) & (columns < first))).sum(axis=1)
     return np.where(np.isfinite(own[:, 0]), count, cosines.shape[1])
 
 

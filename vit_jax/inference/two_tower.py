@@ -217,6 +217,10 @@ def save_classifier(
       UserError: see `model_folder.save`.
     """
     model = image_tower(towers)
+    source = dict(classifier.source)
+    source.pop('metrics', None)  # those of the towers say nothing of these classes
+    if 'file' in source:
+        source['model'] = source.pop('file')  # what is read later is another file
     bias = np.full(len(classifier.class_names), towers.bias or 0.0, np.float32)
     head = {'kernel': np.asarray(classifier.head), 'bias': bias}
     model_folder.save(
@@ -225,7 +229,7 @@ def save_classifier(
         model_config={**model.model_config, 'multi_label': classifier.task.kind == SEVERAL},
         class_names=classifier.class_names,
         preprocess=towers.preprocess,
-        source=classifier.source,
+        source=source,
     )
 
 

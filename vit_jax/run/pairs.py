@@ -299,7 +299,8 @@ class Evaluation:
         first = np.unique(owner, return_index=True)[1]
         scalars = {name: float(jax.device_get(params[name])[0]) for name in ('t', 'b')
                    if name in params}  # fmt: skip
-        found = retrieval.metrics(embeddings, texts, owner)
+        content = np.unique(tokens.ids[kept], axis=0, return_inverse=True)[1]
+        found = retrieval.metrics(embeddings, texts, owner, content)
         found['loss'] = retrieval.loss(
             self.pairs.kind, embeddings, texts[first], np.exp(scalars['t']), scalars.get('b', 0.0)
         )
