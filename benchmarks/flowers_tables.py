@@ -59,8 +59,13 @@ def line(records: Records) -> str:
     seeds = sorted(plain.keys() & recipe.keys())
     if not seeds:
         return 'no seed was run yet'
+    images = next(
+        row['images'] for row in records if row['stage'] == 'test' and row['name'] == 'recipe'
+    )
     means = [statistics.fmean(row[seed] for seed in seeds) for row in (plain, recipe)]
-    text = f'mean of {len(seeds)} seeds {means[1]:.2f} %, and {means[0]:.2f} % of plain runs'
+    text = (
+        f'means of {len(seeds)} seeds {means[1]:.2f} and {means[0]:.2f} % of {images} test images'
+    )
     return f'{text}; {_difference(plain, recipe)}'
 
 
@@ -71,7 +76,7 @@ def update(path: str, records: Records) -> None:
       UserError: it has no marks, or cannot be written.
     """
     text = files.read_text(path)
-    known = {TABLES: render(records), LINE: line(records)}
+    known = {TABLES: render(records), LINE: f'Recipe and plain: {line(records)}.'}
     wanted = [marks for marks in known if marks[0] in text]
     if not wanted:
         raise UserError(f'{path}: expected a line {TABLES[0]} or a line {LINE[0]}')

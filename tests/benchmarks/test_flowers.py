@@ -130,7 +130,7 @@ def test_tables_of_known_numbers(tmp_path):
         records.append(row('test', 'recipe', seed, plain[seed] + (seed + 1) / 100))
     half = 2.7764 * 1.5811 / 5**0.5
     line = (
-        'mean of 5 seeds 95.00 %, and 92.00 % of plain runs; difference +3.00 (95 % interval, '
+        'means of 5 seeds 95.00 and 92.00 % of 367 test images; difference +3.00 (95 % interval, '
         f'paired by seed: +{3 - half:.2f} to +{3 + half:.2f})'
     )
     assert flowers_tables.line(records) == line
@@ -152,7 +152,9 @@ def test_tables_of_known_numbers(tmp_path):
     document.write_text(f'a\n\n{flowers_tables.LINE[0]}\nold\n{flowers_tables.LINE[1]}\nb\n')
     flowers_tables.update(str(document), records)
     marks = flowers_tables.LINE
-    assert document.read_text() == f'a\n\n{marks[0]}\n\n{line}\n\n{marks[1]}\nb\n'
+    assert (
+        document.read_text() == f'a\n\n{marks[0]}\n\nRecipe and plain: {line}.\n\n{marks[1]}\nb\n'
+    )
     (tmp_path / 'other.md').write_text('nothing\n')
     with pytest.raises(UserError, match='expected a line <!-- flowers -->'):
         flowers_tables.update(str(tmp_path / 'other.md'), records)
