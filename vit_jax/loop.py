@@ -24,7 +24,6 @@ import dataclasses
 import itertools
 import pathlib
 import signal
-import sys
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
@@ -365,10 +364,8 @@ class Loop:
         message = (
             f'stopped by {signal.Signals(signum).name} after step {step:,} of '
             f'{self._run.config.total_steps:,}, which is saved in {self._run.workdir}. To go on, '
-            f'run the same command again'
+            'run the same command again'
         )
-        if '--workdir' not in ' '.join(sys.argv):
-            message += f' (with --workdir {self._run.workdir})'
         name = signal.Signals(signum).name
         self._run.log.note(message, 'stopped', step=step, signal=name)
         raise preemption.PreemptedError(signum, message)

@@ -1,6 +1,7 @@
 """From photos to a model: what the clock plans, and what a plan gives, whatever the clock."""
 
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -13,15 +14,11 @@ import pytest
 
 from vit_jax import train
 from vit_jax.errors import UserError
-from vit_jax.inference import model_folder
-from vit_jax.run import (
-    finetune_clock,
-    finetune_look,
-    finetune_plan,
-    finetune_trials,
-    preemption,
-)
-from vit_jax.run.finetune_clock import Measured
+from vit_jax.inference import model_folder, probe_choice
+from vit_jax.run.finetuning import clock as clock_lib
+from vit_jax.run.finetuning import look, plans
+from vit_jax.run.finetuning import trials as trials_lib
+from vit_jax.run.finetuning.clock import Measured
 
 LEVELS = {'dark': 40, 'light': 200}
 
@@ -54,16 +51,16 @@ def weights(tmp_path_factory, tiny_model):
 def plan(photos, weights, tmp_path_factory):
     """A plan with two runs; the second one is ended early."""
     model = model_folder.load(weights)
-    parts = finetune_look.open_parts(str(photos), {}, 3)
+    parts = look.open_parts(str(photos), {}, 3)
     assert parts.specs == ('train', '20%', 'test')
-    made = finetune_plan.new_plan(parts, 'elsewhere', {}, str(weights), model, 0)
+    made = plans.new_plan(parts, 'elsewhere', {}, str(weights), model, 0)
     for name, steps, ended in (('all-0.001', 3, 0), ('long-all-0.01', 5, 4)):
         settings = {'base_lr': float(name.split('-')[-1]), 'total_steps': steps,
                     'warmup_steps': 1, 'ema_decay': 0.5}  # fmt: skip
-        made = made.with_run(finetune_plan.Run(name, 'all weights', settings, ended))
+        made = made.with_run(plans.Run(name, 'all weights', settings, ended))
     path = tmp_path_factory.mktemp('plan') / 'plan.json'
     made.write(path)
-    assert finetune_plan.read(path) == made
+    assert plans.read(path) == made
     return path
 
 
@@ -78,8 +75,6 @@ def replayed(photos, plan, tmp_path_factory, command_once):
 @pytest.fixture(scope='module')
 def command_once(tmp_path_factory):
     """As `command` of the conftest, for a module."""
-    import os
-
     import forked
 
     root = pathlib.Path(__file__).parents[2]
@@ -159,23 +154,48 @@ def test_test_images_change_the_last_line_alone(replayed, photos, plan, tmp_path
     assert sum(right) == 8 and printed.splitlines()[-1] != done.stdout.splitlines()[-1]
 
 
+class Signal:
+    """Comes after the second step."""
+
+    def on_step(self, step, state, metrics):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_what_was_stopped_goes_on(replayed, photos, plan, tmp_path, run_script, monkeypatch):
-    """After the first run; and then says that all is done."""
-    real, calls = train.train_and_evaluate, []
+    """By Ctrl-C while the probe is fitted, and by SIGTERM within the second run."""
+    real, choose, calls = train.train_and_evaluate, probe_choice.choose, []
 
-    def stopping(config, workdir, **options):
+    def training(config, workdir, callbacks):
         calls.append(pathlib.Path(workdir).name)
-        if len(calls) == 2:
-            raise preemption.PreemptedError(signal.SIGTERM, 'stopped')
-        return real(config, workdir, **options)
+        stopping = [Signal()] if len(calls) == 2 else []
+        return real(config, workdir, callbacks=[*callbacks, *stopping])
 
-    monkeypatch.setattr(train, 'train_and_evaluate', stopping)
+    def interrupted(*args, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        return choose(*args, **options)
+
+    monkeypatch.setattr(train, 'train_and_evaluate', training)
     words = ('finetune.py', photos, '--plan', plan, '--output', tmp_path / 'out')
+    with monkeypatch.context() as patch:
+        patch.setattr(probe_choice, 'choose', interrupted)
+        done = run_script(*words)
+    assert done.returncode == 128 + signal.SIGINT and 'the same command goes on' in done.stderr
+    assert not calls and not (tmp_path / 'out/probe').exists()
     done = run_script(*words)
     assert done.returncode == 128 + signal.SIGTERM and 'the same command goes on' in done.stderr
+    assert '--workdir' not in done.stderr
     done = run_script(*words)
     assert done.returncode == 0, done.stderr
     assert calls == ['all-0.001', 'long-all-0.01', 'long-all-0.01']
+    one, other = (
+        json.loads((place / 'finetune.json').read_text())['scores']
+        for place in (replayed[0], tmp_path / 'out')
+    )
+    assert [*one] == [*other]
+    for name in one:  # to rounding: the devices are not as many
+        assert one[name]['right'] == other[name]['right']
+        assert one[name]['loss'] == pytest.approx(other[name]['loss'], abs=1e-3)
     done = run_script(*words)
     assert 'this is done' in done.stdout and len(calls) == 3
     assert done.stdout.splitlines()[-1].startswith('test: ')
@@ -223,17 +243,17 @@ def test_a_damaged_plan(plan, tmp_path):
         told = json.loads(plan.read_text()) | {name: value}
         (tmp_path / 'plan.json').write_text(json.dumps(told))
         with pytest.raises(UserError, match='is damaged'):
-            finetune_plan.read(tmp_path / 'plan.json')
+            plans.read(tmp_path / 'plan.json')
 
 
 def outlook(left, measured=(), images=200):
-    tries = finetune_trials.to_try({'transformer': {'num_layers': 12}})
-    return finetune_trials.Outlook(tries, left, measured, forward=40, images=images, batch=32)
+    tries = trials_lib.to_try({'transformer': {'num_layers': 12}})
+    return trials_lib.Outlook(tries, left, measured, forward=40, images=images, batch=32)
 
 
 def test_runs_are_planned_for_the_time_that_is_left():
     """A step takes 32 / (40 * 0.29) = 2.8 s before one was measured."""
-    trials = finetune_trials
+    trials = trials_lib
     kinds = {kind.name for kind, _ in trials.to_try({'transformer': {'num_layers': 3}})}
     assert kinds == {'all', 'lora'} and len(trials.to_try({'num_blocks': 8})) == 2
     best = [(trials.ALL, 1e-3), (trials.LAST, 1e-3)]
@@ -273,24 +293,24 @@ def test_the_clock_ends_a_run(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, 'monotonic', lambda: now[0])
     noted: list[float] = []
-    clock = finetune_clock.Clock(60, 10, 100.0, noted.append)
-    watch = finetune_clock.Watch(clock, 30, 10, 1, 0)
+    clock = clock_lib.Clock(60, 10, 100.0, noted.append)
+    watch = clock_lib.Watch(clock, 30, 10, 1, 0)
     for step in range(1, 20):
         now[0] += 1
         try:
             watch.on_step(step, None, None)
-        except finetune_clock.EndRun:
+        except clock_lib.EndRun:
             break
     assert step == watch.steps == 11 and watch.ended and noted == [16]
     measured = watch.measured('all', begin=98.0)
     assert measured == Measured('all', 1.0, 3.0)
     assert clock.left() == 60 - 10 - 11 and str(clock) == '[21 s of 1 min 00 s]'
     # Where steps take twice as long as expected, so will what comes after them.
-    slow = finetune_clock.Watch(clock, 44, 10, 0.5, 0)
+    slow = clock_lib.Watch(clock, 44, 10, 0.5, 0)
     for step in range(1, 20):
         now[0] += 1
         try:
             slow.on_step(step, None, None)
-        except finetune_clock.EndRun:
+        except clock_lib.EndRun:
             break
     assert slow.steps == 4 and clock.spent() == 25

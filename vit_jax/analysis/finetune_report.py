@@ -20,14 +20,15 @@ from vit_jax.data.dataset import Selection
 from vit_jax.errors import UserError
 from vit_jax.inference import features, metrics_report
 from vit_jax.inference.metrics import Metrics
-from vit_jax.run import finetune, finetune_look, finetune_plan, finetune_results, telemetry
+from vit_jax.run import telemetry
+from vit_jax.run.finetuning import finetune, look, plans, results
 
 ALIKE = 0.95  # cosine of features from which on images are shown as perhaps the same
 _DOUBTFUL = 12  # images whose labels are doubted
 _PAIRS = 8
 
 
-def write(outcome: finetune_results.Outcome) -> pathlib.Path:
+def write(outcome: results.Outcome) -> pathlib.Path:
     """Writes the page; returns the file.
 
     Args:
@@ -46,7 +47,7 @@ def write(outcome: finetune_results.Outcome) -> pathlib.Path:
         explained=0,
     )
     runs = [
-        run_files.read(outcome.folder / finetune_plan.RUNS / run.name)
+        run_files.read(outcome.folder / plans.RUNS / run.name)
         for run in outcome.plan.runs[: report_charts.MAX_RUNS]
         if 'right' in state['scores'].get(run.name, {})
     ]
@@ -125,7 +126,7 @@ def why(state: Mapping[str, Any]) -> str:
         others = f'{len(equal) - 1} others' if len(equal) > 2 else 'one other'
         text += f', as many as {others}, and has the smallest loss of these'
     text += '.'
-    if chosen['count'] < finetune_look.ENOUGH_VALIDATION:
+    if chosen['count'] < look.ENOUGH_VALIDATION:
         text += (
             f' {chosen["count"]:,} images are few to choose by: with others, another candidate '
             'may have been chosen.'
@@ -133,13 +134,13 @@ def why(state: Mapping[str, Any]) -> str:
     return text
 
 
-def commands(folder: pathlib.Path, plan: finetune_plan.Plan) -> list[str]:
+def commands(folder: pathlib.Path, plan: plans.Plan) -> list[str]:
     """Commands that do by hand what was done."""
-    runs = [finetune_plan.command(folder, run) for run in plan.runs]
-    return [finetune_plan.probe_command(plan), *runs]
+    runs = [plans.command(folder, run) for run in plan.runs]
+    return [plans.probe_command(plan), *runs]
 
 
-def _verdict(state: Mapping[str, Any], parts: finetune_look.Parts) -> Table:
+def _verdict(state: Mapping[str, Any], parts: look.Parts) -> Table:
     result = state['result']
     low, high = result['interval']
     rows = [
@@ -168,7 +169,7 @@ def _results(found: report_examples.Predictions) -> list[tuple[str, str]]:
     ]
 
 
-def _probes(outcome: finetune_results.Outcome) -> Table:
+def _probes(outcome: results.Outcome) -> Table:
     rows = [
         (result.chosen.name, result.chosen.setting, f'{100 * result.validation:.1f} %')
         for result in outcome.fitted.results
@@ -180,7 +181,7 @@ def _probes(outcome: finetune_results.Outcome) -> Table:
     return Table('Probes', ('Probe', 'Setting', 'Accuracy>'), rows, (note,))
 
 
-def _doubtful(outcome: finetune_results.Outcome, prefix: str) -> list[report_examples.Picture]:
+def _doubtful(outcome: results.Outcome, prefix: str) -> list[report_examples.Picture]:
     """Images to fit to whose labels a probe that did not see them finds the least likely."""
     result = next(r for r in outcome.fitted.results if r.logits is not None)
     logits, train = result.logits, outcome.fitted.train
@@ -206,7 +207,7 @@ def _doubtful(outcome: finetune_results.Outcome, prefix: str) -> list[report_exa
 
 
 def _pairs(
-    outcome: finetune_results.Outcome, prefix: str
+    outcome: results.Outcome, prefix: str
 ) -> list[tuple[report_examples.Picture, report_examples.Picture, str]]:
     """Test images that look like images to fit to."""
     train, test, parts = outcome.fitted.train, outcome.test, outcome.parts

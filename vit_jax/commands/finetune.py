@@ -26,9 +26,9 @@ from vit_jax import cli
 
 if TYPE_CHECKING:
     from vit_jax.inference.model_folder import Model
-    from vit_jax.run.finetune import Finetune
-    from vit_jax.run.finetune_look import Parts
-    from vit_jax.run.finetune_plan import Plan
+    from vit_jax.run.finetuning.finetune import Finetune
+    from vit_jax.run.finetuning.look import Parts
+    from vit_jax.run.finetuning.plans import Plan
 
 _STARTED = time.monotonic()
 
@@ -70,7 +70,8 @@ def _run(args: argparse.Namespace) -> int:
     from vit_jax.analysis import finetune_report
     from vit_jax.configs import common
     from vit_jax.errors import UserError
-    from vit_jax.run import finetune, preemption, resume
+    from vit_jax.run import preemption, resume
+    from vit_jax.run.finetuning import finetune
 
     if bool(args.photos) == bool(args.dataset):
         raise UserError('name the photos: a folder of CLASS/*.jpg, a table, or a set')
@@ -118,7 +119,7 @@ def _open(
     from vit_jax.data import sources
     from vit_jax.errors import UserError
     from vit_jax.inference import features, model_folder, probes
-    from vit_jax.run import finetune, finetune_look, finetune_plan
+    from vit_jax.run.finetuning import finetune, look, plans
 
     if sources.is_path(name) and '://' not in name:
         name = str(files.expand(name).absolute())
@@ -139,14 +140,14 @@ def _open(
     data = dict(plan.data) if plan else {}
     data |= {key: value for key, value in cli.data_of(args).items() if value}
     if plan is None:
-        parts = finetune_look.open_parts(name, data, model.channels)
-        plan = finetune_plan.new_plan(parts, name, data, weights, model, args.seed)
+        parts = look.open_parts(name, data, model.channels)
+        plan = plans.new_plan(parts, name, data, weights, model, args.seed)
     else:
         specs = plan.train, plan.val, plan.test
-        parts = finetune_look.open_parts(name, data, model.channels, specs)
+        parts = look.open_parts(name, data, model.channels, specs)
     if plan.fingerprint != features.fingerprint(model):
         raise UserError(f'{weights} are other weights than those of the plan, {plan.weights}')
-    if plan.pixels != finetune_plan.pixels_of(model):
+    if plan.pixels != plans.pixels_of(model):
         raise UserError(
             f'the plan is for other pixels, {plan.pixels}: give the options for the input of the '
             'model (--eval, --resize, ...) as before'
@@ -167,7 +168,7 @@ def _open(
 def _result(folder: pathlib.Path) -> 'dict[str, Any] | None':
     """What `finetune.json` holds, once all is done."""
     from vit_jax import files
-    from vit_jax.run import finetune
+    from vit_jax.run.finetuning import finetune
 
     path = folder / finetune.STATE_FILE
     told = files.read_json(path) if path.exists() else {}
@@ -183,12 +184,12 @@ def _plan(args: argparse.Namespace, name: str, mine: pathlib.Path) -> 'Plan | No
       mine: where the plan of the folder is, or will be.
     """
     from vit_jax.errors import UserError
-    from vit_jax.run import finetune_plan
+    from vit_jax.run.finetuning import plans
 
-    begun = finetune_plan.read(mine) if mine.exists() else None
+    begun = plans.read(mine) if mine.exists() else None
     asked = begun
     if args.plan:
-        plan = finetune_plan.read(pathlib.Path(args.plan))
+        plan = plans.read(pathlib.Path(args.plan))
         asked = dataclasses.replace(plan, dataset=name)
     if begun and (begun != asked or begun.dataset != name or args.seed not in (0, begun.seed)):
         raise UserError(

@@ -5,8 +5,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vit_jax.run.finetune_clock import Measured
-from vit_jax.run.finetune_plan import Run
+from vit_jax.run.finetuning.clock import Measured
+from vit_jax.run.finetuning.plans import Run
 
 FORWARD = 0.29  # time of a forward pass, as a share of that of a step that trains all weights
 _AROUND = 25.0  # seconds of a run that are not steps, before any was measured
@@ -40,7 +40,7 @@ LORA = Kind('lora', 'adapters (LoRA)', {'lora_rank': 8}, 0.86)
 KINDS = {kind.name: kind for kind in (ALL, LAST, LORA)}
 Trial = tuple[Kind, float]
 # The most promising first: kinds and learning rates of AdamW.
-TRIALS: tuple[Trial, ...] = ((ALL, 1e-3), (LAST, 1e-3), (ALL, 3e-4), (LORA, 3e-3), (LAST, 3e-3))
+TRIALS: tuple[Trial, ...] = ((ALL, 1e-3), (ALL, 3e-4), (LAST, 1e-3), (LAST, 3e-4), (LORA, 3e-3))
 
 
 def to_try(architecture: Mapping[str, Any]) -> tuple[Trial, ...]:

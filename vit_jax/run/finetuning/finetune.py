@@ -42,13 +42,11 @@ from vit_jax.inference import (
 )
 from vit_jax.inference import metrics as metrics_lib
 from vit_jax.inference.classifier import JaxClassifier
-from vit_jax.run import finetune_look as look
-from vit_jax.run import finetune_plan as plans
-from vit_jax.run import finetune_trials as trials
 from vit_jax.run import product, telemetry
-from vit_jax.run.finetune_clock import Clock, Measured, Watch
-from vit_jax.run.finetune_plan import Plan, Run
-from vit_jax.run.finetune_results import Fitted, Outcome, Score, score_of
+from vit_jax.run.finetuning import look, plans, trials
+from vit_jax.run.finetuning.clock import Clock, Measured, Watch
+from vit_jax.run.finetuning.plans import Plan, Run
+from vit_jax.run.finetuning.results import Fitted, Outcome, Score, score_of
 
 PLAN_FILE, STATE_FILE, REPORT_FILE = 'plan.json', 'finetune.json', 'report.html'
 PROBE, FEATURES, MODEL = 'probe', 'features', product.MODEL_FOLDER

@@ -18,7 +18,7 @@ from vit_jax import config as config_lib
 from vit_jax import files
 from vit_jax.errors import UserError
 from vit_jax.inference import features, model_folder
-from vit_jax.run.finetune_look import MAX_UNREADABLE, Parts
+from vit_jax.run.finetuning.look import MAX_UNREADABLE, Parts
 
 FORMAT, VERSION = 'vit_jax finetune plan', 1
 CONFIG_FILE = 'config.py'

@@ -10,9 +10,9 @@ from vit_jax import files
 from vit_jax.data.decode import BadImageError
 from vit_jax.inference import feature_files, model_folder, probe_choice
 from vit_jax.inference import metrics as metrics_lib
-from vit_jax.run import finetune_look as look
 from vit_jax.run import resume, telemetry
-from vit_jax.run.finetune_plan import Plan
+from vit_jax.run.finetuning import look
+from vit_jax.run.finetuning.plans import Plan
 
 
 @dataclasses.dataclass(frozen=True)
