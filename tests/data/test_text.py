@@ -9,6 +9,7 @@ import base64
 import json
 import lzma
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -48,6 +49,24 @@ def test_sentencepiece_gives_the_ids_of_tensorflow_text(tmp_path):
     expected = [padded(ids, 11, ids[-1]) + [ids[-1]] for ids in case['ids']]
     np.testing.assert_array_equal(tokenizer(case['texts']), expected)
     assert tokenizer.eos_token == case['ids'][0][-1]
+
+
+def test_texts_of_siglip_are_those_of_big_vision(tmp_path):
+    """A space for _, then no punctuation, lower case, single spaces."""
+    case = load('sentencepiece')
+    (tmp_path / 'x.model').write_bytes(base64.b64decode(case['model']))
+    plain = text.SentencepieceTokenizer(tmp_path / 'x.model', 16)
+    canonical = text.SentencepieceTokenizer(tmp_path / 'x.model', 16, canonical=True)
+    texts = [
+        'A_red--Rose,  in_bloom! ',
+        '_',
+        'tf_flowers\tand\u3000"dandelion"',
+        *case['texts'][:200],
+    ]
+    marks = r'[!-/:-@\[-^`{-~]'  # all of ASCII but _
+    expected = [re.sub(r'\s+', ' ', re.sub(marks, '', t.replace('_', ' ')).lower()) for t in texts]
+    assert expected[0].strip() == 'a redrose in bloom'
+    np.testing.assert_array_equal(canonical(texts), plain([t.strip() for t in expected]))
 
 
 def test_a_vocabulary_without_unknown(tmp_path):

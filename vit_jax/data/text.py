@@ -29,8 +29,8 @@ class SentencepieceTokenizer:
     Attributes:
       vocab_path: a model file of SentencePiece that has `</s>`.
       max_len: length of the token ids; longer texts are cut.
-      canonical: whether texts are put into lower case and lose their ASCII punctuation first, as
-        SigLIP's are.
+      canonical: whether texts are put into lower case and lose their ASCII punctuation first (of which _
+        becomes a space), as SigLIP's are.
       eos_token: the id of `</s>`.
       unknown_token: the id of what is not in the vocabulary.
       size: of the vocabulary.
@@ -82,11 +82,15 @@ class SentencepieceTokenizer:
 
 
 def _canonical(text: str) -> str:
-    """Lower case, no punctuation, single spaces: what SigLIP was trained and is evaluated with."""
+    """Lower case, a space for _, no other punctuation, single spaces.
+
+    As big_vision's `_canonicalize` (evaluators/proj/image_text/prompt_engineering.py), by which
+    SigLIP is evaluated. (transformers' SiglipTokenizer takes _ away without a space.)
+    """
     return ' '.join(text.lower().translate(_NO_PUNCTUATION).split())
 
 
-_NO_PUNCTUATION = str.maketrans('', '', string.punctuation)
+_NO_PUNCTUATION = str.maketrans('_', ' ', string.punctuation.replace('_', ''))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +175,7 @@ class JsonTokenizer:
         check_texts(texts)
         texts = [_encodable(text) for text in texts]
         if self.canonical:
-            texts = [_canonical(text.replace('_', ' ')) for text in texts]
+            texts = [_canonical(text) for text in texts]
         elif self.lower:
             texts = [text.lower() for text in texts]
         rows = [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]

@@ -29,13 +29,13 @@ export function makeTokenizer(told) {
   };
 }
 
-// Lower case, no ASCII punctuation, single spaces: what SigLIP was trained with.
+// Lower case, a space for _, no other ASCII punctuation, single spaces: as SigLIP's texts are.
 function canonical(text) {
-  return text.toLowerCase().replace(PUNCTUATION, '').split(BLANKS).filter(Boolean).join(' ');
+  return text.toLowerCase().replaceAll('_', ' ').replace(PUNCTUATION, '').split(BLANKS).filter(Boolean).join(' ');
 }
 
 function whole(text, how) {
-  if (how.canonical) text = canonical(text.replaceAll('_', ' '));
+  if (how.canonical) text = canonical(text);
   else if (how.lower) text = text.toLowerCase();
   // JavaScript's lower case knows the end of a word, that of the tokenizer does not.
   return [how.lowercases ? text.replaceAll('\u03a3', '\u03c3') : text];
