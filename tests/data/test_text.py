@@ -53,7 +53,7 @@ def test_sentencepiece_gives_the_ids_of_tensorflow_text(tmp_path):
 
 def test_texts_of_siglip_are_those_of_big_vision(tmp_path):
     """A space for _, then no punctuation, lower case, single spaces."""
-    case = load('sentencepiece')
+    case = load('sentencepiece.json.xz')
     (tmp_path / 'x.model').write_bytes(base64.b64decode(case['model']))
     plain = text.SentencepieceTokenizer(tmp_path / 'x.model', 16)
     canonical = text.SentencepieceTokenizer(tmp_path / 'x.model', 16, canonical=True)

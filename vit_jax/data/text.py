@@ -29,8 +29,8 @@ class SentencepieceTokenizer:
     Attributes:
       vocab_path: a model file of SentencePiece that has `</s>`.
       max_len: length of the token ids; longer texts are cut.
-      canonical: whether texts are put into lower case and lose their ASCII punctuation first (of which _
-        becomes a space), as SigLIP's are.
+      canonical: whether texts are put into lower case first, _ becomes a space, and other ASCII
+        punctuation is taken away, as of SigLIP's.
       eos_token: the id of `</s>`.
       unknown_token: the id of what is not in the vocabulary.
       size: of the vocabulary.
