@@ -1,14 +1,10 @@
 """Settings and examples that many tests take: knobs, a run of a moment, images."""
 
-import re
-
-import jax
 import ml_collections
 import numpy as np
-from flax import traverse_util
 
 from vit_jax import config as config_lib
-from vit_jax import data, models, train, variants
+from vit_jax import data, train
 from vit_jax.configs import common, digits
 from vit_jax.data import dataset, own
 
@@ -34,25 +30,6 @@ def run_config(**changes) -> ml_collections.ConfigDict:
     config.compile_cache, config.report = '', False
     config.update_from_flattened_dict(changes)
     return config_lib.resolve(config, changes)
-
-
-def shapes_of(config, num_classes, size):
-    """What `model.init` makes for images of this side, as nested dicts of shapes.
-
-    One block is traced, and stands for all: to trace those of a large model takes a second.
-    """
-    one = ml_collections.ConfigDict(config).to_dict()
-    blocks = one if variants.is_mixer(one) else one['transformer']
-    key = 'num_blocks' if variants.is_mixer(one) else 'num_layers'
-    depth, blocks[key] = blocks[key], 1
-    module = models.from_config(one, num_classes=num_classes)
-    image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
-    shapes = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False), image)
-    flat = {}
-    for name, leaf in traverse_util.flatten_dict(shapes['params'], sep='/').items():
-        copies = depth if re.search('(encoderblock|MixerBlock)_0/', name) else 1
-        flat |= {name.replace('lock_0/', f'lock_{i}/', 1): leaf for i in range(copies)}
-    return traverse_util.unflatten_dict(flat, sep='/')
 
 
 def images(labels, names=('a', 'b', 'c')) -> dataset.Selection:

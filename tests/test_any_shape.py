@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import modules
 import numpy as np
 import onnxruntime
 import pytest
@@ -58,7 +59,7 @@ def make(config, size, channels=3, **pixels):
 
 
 def logits_of(model, image):
-    return np.asarray(model.model.apply({'params': model.params}, image, train=False))
+    return np.asarray(modules.apply(model.model, model.params, image))
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import pathlib
 import re
 
 import ml_collections
+import modules
 import pytest
-import small
 
 from vit_jax import config as config_lib
 from vit_jax import variants
@@ -42,7 +42,7 @@ def test_every_config_file_resolves_to_a_model(name):
     unset = {key for key, value in leaves(config) if value is None}
     tower = 'model.image' if variants.has_two_towers(config.model) else 'model'
     assert unset <= {f'{tower}.{name}' for name in ('representation_size', 'act', 'layer_norm_eps')}
-    small.shapes_of(variants.image_tower(config.model), 5, config.pp.crop)
+    modules.shapes_of(variants.image_tower(config.model), 5, config.pp.crop)
     named = variants.image_tower(config.model).get('model_name')
     assert named in {*variants.VARIANTS, 'ViT-digits', 'ViT-flowers'}
     text = (pathlib.Path(__file__).parents[1] / f'configs/{name}.py').read_text()

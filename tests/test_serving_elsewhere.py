@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 
-import jax
+import modules
 import numpy as np
 import onnxruntime
 import pytest
@@ -61,9 +61,7 @@ def test_the_folder_for_transformers_js(for_transformers_js, model):
     assert [given.name for given in session.get_inputs()] == ['pixel_values']
     images = np.random.default_rng(0).uniform(-1, 1, (2, 3, 16, 16)).astype(np.float32)
     (found,) = session.run(['logits'], {'pixel_values': images})
-    expected = model.model.apply(
-        {'params': model.params}, images.transpose(0, 2, 3, 1), train=False
-    )
+    expected = modules.apply(model.model, model.params, images.transpose(0, 2, 3, 1))
     np.testing.assert_allclose(found, expected, atol=1e-5)
     config = json.loads((for_transformers_js / 'config.json').read_text('utf-8'))
     assert config['id2label'] == {str(i): name for i, name in enumerate(CLASSES)}
@@ -125,7 +123,7 @@ def text_tower():
         image={}, text_model='text_transformer', text=sizes, out_dim=None, pp={'max_len': 5}
     )
     tokens = np.zeros((1, 5), np.int32)
-    return onnx_text.build(module, module.init(jax.random.key(0), tokens=tokens)['params'])
+    return onnx_text.build(module, modules.params_of(module, tokens=tokens))
 
 
 @pytest.mark.parametrize('kind', ['logits', 'bytes', 'text'])

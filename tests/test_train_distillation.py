@@ -5,6 +5,7 @@ import shutil
 
 import jax
 import ml_collections
+import modules
 import numpy as np
 import optax
 import pytest
@@ -73,10 +74,7 @@ def test_the_patient_loss_is_that_of_big_vision():
 def test_both_heads_are_what_the_mean_is_of():
     model = models.VisionTransformer(**VIT, distilled=True)
     images = RNG.uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
-    params = jax.tree.map(
-        lambda p: p + RNG.normal(0, 0.3, p.shape).astype(np.float32),
-        model.init(jax.random.key(0), images, train=False)['params'],
-    )
+    params = modules.params_of(model, images, scale=0.3, train=False)
     both = model.clone(both_heads=True).apply({'params': params}, images, train=False)
     assert both.shape == (2, 2, CLASSES) and np.abs(both[:, 0] - both[:, 1]).max() > 0.01
     mean = model.apply({'params': params}, images, train=False)
@@ -202,13 +200,13 @@ def test_a_student_is_converted_and_exported_with_both_heads(student, tmp_path):
     opened = model_folder.load(student[1] / 'model')
     pixels = RNG.uniform(0, 255, (3, 16, 16, 3)).astype(np.float32)
     inputs = pixels / 127.5 - 1
-    expected = np.asarray(opened.model.apply({'params': opened.params}, inputs, train=False))
+    expected = np.asarray(modules.apply(opened.model, opened.params, inputs))
     onnx.save(onnx.build(opened), tmp_path / 'a.onnx')
     found = OnnxClassifier(tmp_path / 'a.onnx').logits(pixels)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     pytorch.write(tmp_path / 'a.npz', opened, to='npz')
     again = model_folder.load(tmp_path / 'a.npz')
-    found = again.model.apply({'params': again.params}, inputs, train=False)
+    found = modules.apply(again.model, again.params, inputs)
     np.testing.assert_array_equal(found, expected)
     torch = pytest.importorskip('torch')
     theirs = torch.tensor(inputs.transpose(0, 3, 1, 2))

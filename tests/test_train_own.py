@@ -4,6 +4,7 @@ import json
 
 import flax.linen as nn
 import jax
+import modules
 import numpy as np
 import optax
 import pytest
@@ -90,7 +91,7 @@ def test_the_loss_and_its_metrics_are_what_is_logged(finished):
     model = model_folder.load(workdir / ('model' if best == 6 else 'model_best'))
     assert model.class_names == ('cat', 'dog', 'cow')
     pixels = np.stack([model.preprocess.evaluate(image) for image in PIXELS[30:]])
-    logits = model.model.apply({'params': model.params}, pixels / 127.5 - 1, train=False)
+    logits = modules.apply(model.model, model.params, pixels / 127.5 - 1)
     loss, metrics = sigmoid(logits, {'label': SEVERAL[30:]}, model.params)
     assert last['loss_test'] == pytest.approx(float(loss), rel=1e-5)
     assert last['right_test'] == pytest.approx(float(metrics['right_train']), abs=1e-6)

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import modules
 import numpy as np
 import pytest
 import small
@@ -53,7 +54,7 @@ def test_its_average_is_exported_and_its_settings_are_reported(finished, tmp_pat
     onnx.save(onnx.build(opened), tmp_path / 'a.onnx')
     pixels = RNG.uniform(0, 255, (3, 16, 16, 3)).astype(np.float32)
     found = OnnxClassifier(tmp_path / 'a.onnx').logits(pixels)
-    expected = opened.model.apply({'params': params}, pixels / 127.5 - 1, train=False)
+    expected = modules.apply(opened.model, params, pixels / 127.5 - 1)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     report.write([workdir], tmp_path / 'report.html')
     text = (tmp_path / 'report.html').read_text()

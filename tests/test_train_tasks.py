@@ -3,6 +3,7 @@
 import json
 
 import jax
+import modules
 import numpy as np
 import pytest
 import small
@@ -44,7 +45,7 @@ def run(workdir, labels, names, units=(), parts=(slice(30), slice(30, 40)), **ch
 
 def logits_of(model):
     pixels = np.stack([model.preprocess.evaluate(image) for image in PIXELS[30:]])
-    return model.model.apply({'params': model.params}, pixels / 127.5 - 1, train=False)
+    return modules.apply(model.model, model.params, pixels / 127.5 - 1)
 
 
 @pytest.fixture(scope='module')
@@ -89,7 +90,7 @@ def test_the_threshold_is_chosen_on_validation_images_and_kept(several, tmp_path
     assert lines[-1]['step_tested'] == max(scores, key=scores.__getitem__)
     model = model_folder.load(tmp_path / 'run/model')
     pixels = np.stack([model.preprocess.evaluate(image) for image in PIXELS[20:30]])
-    logits = model.model.apply({'params': model.params}, pixels / 127.5 - 1, train=False)
+    logits = modules.apply(model.model, model.params, pixels / 127.5 - 1)
     found = Outputs(SEVERAL[20:30], np.ones(10, bool), np.asarray(logits))
     chosen = several_metrics.choose_threshold(found, model.task)
     assert model.task.threshold == chosen != 0.5

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import modules
 import numpy as np
 import pytest
 
@@ -60,7 +61,7 @@ def compare(torch, tower, theirs):
     with torch.no_grad():
         expected = theirs(torch.from_numpy(tokens), attention_mask=mask).last_hidden_state[:, 0]
     model = models.text.BertModel(**tower.text)
-    found = model.apply({'params': tower.source.read()}, tokens.astype(np.int32))
+    found = modules.apply(model, tower.source.read(), tokens.astype(np.int32), train=None)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 

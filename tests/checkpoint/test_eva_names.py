@@ -3,9 +3,9 @@
 import json
 
 import jax
+import modules
 import numpy as np
 import pytest
-import small
 from against_torch import check_equal
 from safetensors.numpy import save_file
 
@@ -238,7 +238,7 @@ def test_what_a_library_has_no_place_for(tmp_path, config, to, message):
 def test_variants_are_told_by_their_arrays_and_settings(name):
     """Also ViT-7B, of which nothing but shapes is made."""
     config = variants.VARIANTS[name]
-    shapes = small.shapes_of(config, 0, 224)
+    shapes = modules.shapes_of(config, 0, 224)
     told = ('classifier', 'class_token', 'rotary', 'act', 'layer_norm_eps')
     settings = {key: config[key] for key in told if key in config}
     found = infer.architecture(shapes, name, settings=settings)

@@ -10,6 +10,7 @@ import zipfile
 
 import jax
 import ml_dtypes
+import modules
 import numpy as np
 import pytest
 
@@ -141,7 +142,7 @@ def test_the_image_tower_of_siglip(tmp_path):
     config['transformer'] |= {'mlp_dim': 16, 'num_heads': 2, 'num_layers': 2}
     model = models.from_config(config, num_classes=0)
     images = np.zeros((1, 32, 32, 3), np.float32)
-    params = model.init(jax.random.key(0), images, train=False)['params']
+    params = modules.params_of(model, images, train=False)
     stored = {**params, 'Transformer': dict(params['Transformer'])}
     stored['pos_embedding'] = stored['Transformer'].pop('posembed_input')['pos_embedding']
     others = {'params/txt/head/bias': np.ones(3), 'params/t': np.ones(1), 'params/b': np.ones(1)}

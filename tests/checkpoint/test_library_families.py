@@ -6,6 +6,7 @@ import shutil
 from unittest import mock
 
 import jax
+import modules
 import numpy as np
 import onnxruntime
 import pytest
@@ -280,7 +281,7 @@ def test_the_encoder_of_mae(transformers, tmp_path):
     with torch.no_grad():
         tokens = whole.vit(pixels, noise=noise).last_hidden_state.numpy()
         again = plain.eval()(pixels).last_hidden_state.numpy()
-    _, found = models.apply_with_intermediates(model.model, model.params, x)
+    _, found = modules.look_inside(model.model, model.params, x)
     for expected in (tokens, again):
         assert distance(found['encoded'], expected) < 1e-5
     assert distance(compute(model, x), tokens[:, 0]) < 1e-5

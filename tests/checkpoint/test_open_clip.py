@@ -2,6 +2,7 @@
 
 import json
 
+import modules
 import numpy as np
 import pytest
 from PIL import Image
@@ -65,7 +66,7 @@ def test_features_and_pixels_are_those_of_open_clip(case, tmp_path):
     mean, std = (np.float32(INPUT[name])[None, None] for name in ('mean', 'std'))
     grey = 255 * (pixels[0].numpy().transpose(1, 2, 0) * std + mean)
     np.testing.assert_allclose(seen, grey, rtol=0, atol=1e-3)
-    found = model.model.apply({'params': model.params}, normalize(seen[None]), train=False)
+    found = modules.apply(model.model, model.params, normalize(seen[None]))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 

@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import jax
+import modules
 import numpy as np
 import pytest
 
@@ -48,7 +49,7 @@ def _images(size=32):
 
 def _logits(config, params, images, classes=7):
     model = models.from_config(config, num_classes=classes)
-    return np.asarray(model.apply({'params': params}, images, train=False))
+    return np.asarray(modules.apply(model, params, images))
 
 
 def _torch_logits(model, images):
@@ -144,7 +145,7 @@ def test_hugging_faces_own_files_are_read(tmp_path, transformers, shards):
     assert (len(list((tmp_path / 'hf').glob('*.safetensors'))) > 1) == shards
     loaded = model_folder.load(tmp_path / 'hf')
     assert loaded.class_names[0] == 'class 0'  # LABEL_0 is no name
-    logits = loaded.model.apply({'params': loaded.params}, _images(), train=False)
+    logits = modules.apply(loaded.model, loaded.params, _images())
     np.testing.assert_allclose(logits, _torch_logits(model, _images()), rtol=0, atol=1e-5)
     # The names in memory are those of version 5; the files have the old ones.
     torch.save(model.state_dict(), tmp_path / 'v5.pth')
@@ -167,7 +168,7 @@ def test_another_normalisation_is_folded_in(tmp_path, transformers):
     loaded = model_folder.load(tmp_path / 'hf')
     assert 'folded into embedding' in str(loaded.source['notes'])
     theirs = ((_images() + 1) / 2 - mean[None, None, None]) / std[None, None, None]
-    logits = loaded.model.apply({'params': loaded.params}, _images(), train=False)
+    logits = modules.apply(loaded.model, loaded.params, _images())
     np.testing.assert_allclose(logits, _logits(config, params, theirs), rtol=0, atol=2e-5)
 
 
@@ -179,7 +180,7 @@ def _change(folder, **settings):
 
 def _our_logits(path, **kwargs):
     loaded = model_folder.load(path, **kwargs)
-    return np.asarray(loaded.model.apply({'params': loaded.params}, _images(), train=False))
+    return np.asarray(modules.apply(loaded.model, loaded.params, _images()))
 
 
 @pytest.mark.parametrize(

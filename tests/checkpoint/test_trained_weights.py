@@ -7,11 +7,11 @@ import subprocess
 import sys
 import zipfile
 
+import modules
 import numpy as np
 import onnx
 import pytest
 
-from vit_jax import models
 from vit_jax.data.preprocess import normalize
 from vit_jax.inference import model_folder
 
@@ -92,7 +92,7 @@ def test_features_of_photos_are_those_of_transformers(dinov2_small, shared_dir):
 
     model = model_folder.load(dinov2_small)
     assert model.image_size == 224
-    features, found = models.apply_with_intermediates(model.model, model.params, normalize(images))
+    features, found = modules.look_inside(model.model, model.params, normalize(images))
     for ours, reference in (
         (features, expected.pooler_output.numpy()),
         (found['encoded'], expected.last_hidden_state.numpy()),

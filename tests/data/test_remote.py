@@ -5,8 +5,8 @@ import types
 
 import fake_bucket
 import fsspec
-import jax
 import ml_collections
+import modules
 import numpy as np
 import pytest
 from PIL import Image
@@ -166,11 +166,11 @@ def test_weights_and_model_folders(storage):
         transformer={'num_layers': 1, 'mlp_dim': 8, 'num_heads': 2},
     )  # fmt: skip
     module = models.VisionTransformer(num_classes=2, **small)
-    params = module.init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32), train=False)
+    params = modules.params_of(module, np.zeros((1, 8, 8, 3), np.float32), train=False)
     there = storage / 'private/run/model'
     there.parent.mkdir(parents=True)
     model_folder.save(
-        there, params['params'], model_config=small, class_names=('cat', 'dog'),
+        there, params, model_config=small, class_names=('cat', 'dog'),
         preprocess=config_lib.Preprocess(crop=8), source={},
     )  # fmt: skip
     for scheme in ('gs', 's3'):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import modules
 import numpy as np
 import pytest
 
@@ -37,10 +38,7 @@ IMAGES = np.random.default_rng(0).uniform(-1, 1, (3, 16, 16, 3)).astype(np.float
 def made(config, settings, seed=0):
     """A base without a head, and a model with adapters that were trained beside it."""
     module = models.from_config(config, num_classes=3, lora=settings)
-    rng = np.random.default_rng(seed)
-    params = module.init(jax.random.key(seed), IMAGES, train=False)['params']
-    params = jax.tree.map(lambda p: p + 0.2 * rng.standard_normal(p.shape, np.float32), params)
-    params = jax.device_get(params)
+    params = modules.params_of(module, IMAGES, seed=seed, train=False)
     plain = lora.without(params)
     told = config, NAMES, Preprocess(16), {'weights': 'a base'}
     whole = model_folder.Model(models.from_config(config, num_classes=3), plain, *told)
@@ -52,7 +50,7 @@ def made(config, settings, seed=0):
 
 
 def logits(module, params):
-    return np.asarray(module.apply({'params': params}, IMAGES, train=False))
+    return np.asarray(modules.apply(module, params, IMAGES))
 
 
 @pytest.fixture(scope='module', params=['LoRA', 'DoRA'])

@@ -2,7 +2,7 @@
 
 import json
 
-import jax
+import modules
 import numpy as np
 import pytest
 from PIL import Image
@@ -50,7 +50,7 @@ def test_sigmoids_from_hugging_face_through_a_model_folder_to_onnx(tmp_path, cas
         ((_, found),) = predict.predict(opened, [tmp_path / 'a.png'])
         if expected is None:
             images = pixels[None] / np.float32(127.5) - 1
-            logits = loaded.model.apply({'params': loaded.params}, images, train=False)
+            logits = modules.apply(loaded.model, loaded.params, images)
             expected = sigmoid(logits[0])
             assert not np.isclose(expected.sum(), 1, atol=0.1)
         np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=name)
@@ -92,8 +92,7 @@ def test_a_mixer_tells_its_task_in_every_file(tmp_path, task):
     rng = np.random.default_rng(0)
     images = rng.uniform(0, 255, (2, 16, 16, 3)).astype(np.float32)
     module = models.from_config(config, num_classes=2)
-    params = jax.device_get(module.init(jax.random.key(0), images, train=False)['params'])
-    params['head']['kernel'] = rng.normal(size=(8, 2)).astype(np.float32)  # not the zeros
+    params = modules.params_of(module, images, train=False)
     model_folder.save(
         tmp_path / 'model', params, model_config=config, class_names=('a', 'b'),
         preprocess=Preprocess(16), source={}, task=task,

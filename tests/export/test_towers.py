@@ -5,6 +5,7 @@ with them.
 import json
 import pathlib
 
+import modules
 import numpy as np
 import onnx
 import onnxruntime
@@ -51,7 +52,7 @@ def test_a_text_tower_is_that_of_jax(towers, kind):
     if kind == 'clip':
         tokens = np.concatenate([tokens, np.full((1, 16), 3, np.int32)])
         assert not (tokens[-1] == 0).any()
-    expected = np.asarray(made.model.apply({'params': made.params}, tokens=tokens)[1])
+    expected = np.asarray(modules.apply(made.model, made.params, tokens=tokens, train=None)[1])
     assert np.ptp(expected, axis=0).max() > 0.1
     for dtype, atol in (('float32', 1e-5), ('float16', 5e-3)):
         proto = onnx_text.build(made.model, made.params, Options(dtype=dtype))

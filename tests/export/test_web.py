@@ -12,7 +12,7 @@ import subprocess
 import tarfile
 
 import cv2
-import jax
+import modules
 import numpy as np
 import pytest
 
@@ -84,14 +84,10 @@ def model(tmp_path_factory):
         transformer=dict(num_layers=2, mlp_dim=48, num_heads=4),
     )
     module = models.VisionTransformer(num_classes=3, **config)
-    params = module.init({'params': jax.random.key(0)}, np.zeros((1, 32, 32, 3)), train=False)
-    leaves, tree = jax.tree.flatten(params['params'])
-    rng = np.random.default_rng(0)
-    leaves = [leaf + 0.2 * rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves]
     folder = tmp_path_factory.mktemp('web') / 'model'
     model_folder.save(
         folder,
-        jax.tree.unflatten(tree, leaves),
+        modules.params_of(module, np.zeros((1, 32, 32, 3), np.float32), train=False),
         model_config=config,
         class_names=('rose', '<b>tulip</b>', 'daisy'),
         preprocess=Preprocess(32, 40, eval='resize_crop', interpolation='bicubic', antialias=True),

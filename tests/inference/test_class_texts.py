@@ -2,6 +2,7 @@
 
 import logging
 
+import modules
 import numpy as np
 import pytest
 
@@ -33,7 +34,7 @@ def test_prompts_are_averaged_on_the_sphere(towers):
     assert towers._embed_tokens._cache_size() == before + 1
     texts = [prompt.replace('{}', name) for name in NAMES for prompt in class_texts.CLIP80]
     tokens = towers.tokenizer(texts)
-    _, _, out = towers.model.apply({'params': towers.params}, tokens=tokens)
+    _, _, out = modules.apply(towers.model, towers.params, tokens=tokens, train=None)
     features = np.asarray(out['txt/logits'], np.float64)
     features /= np.linalg.norm(features, axis=-1, keepdims=True)
     expected = features.reshape(3, 80, -1).mean(1)

@@ -4,10 +4,10 @@ import itertools
 import json
 
 import cv2
+import modules
 import numpy as np
 import pytest
 
-from vit_jax import models
 from vit_jax.data import from_arrays, holdout
 from vit_jax.data.preprocess import normalize
 from vit_jax.errors import UserError
@@ -45,7 +45,7 @@ def test_features_are_those_of_the_forward_pass(tiny_model, source, layer, pooli
     model = tiny_model(('cat', 'dog'))
     found, errors = features.extract(model, source, layer=layer, pooling=pooling, batch=2)
     pixels = np.stack([model.preprocess.evaluate(source[i].image) for i in range(len(source))])
-    _, inside = models.apply_with_intermediates(model.model, model.params, normalize(pixels))
+    _, inside = modules.look_inside(model.model, model.params, normalize(pixels))
     expected = np.asarray(inside[name])
     if layer:
         parts = {'class': expected[:, 0], 'mean': expected[:, 1:].mean(1)}

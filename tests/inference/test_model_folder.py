@@ -11,9 +11,9 @@ import sys
 
 import jax
 import ml_collections
+import modules
 import numpy as np
 import pytest
-import small
 from PIL import Image
 
 from vit_jax import checkpoint, models, variants
@@ -230,7 +230,7 @@ def test_bare_file_of_unnamed_architecture(tmp_path, classifier, representation_
 
 def _zeros(config, classes, size):
     """Full-size parameters that take no memory (one zero, seen many times)."""
-    shapes = small.shapes_of(config, classes, size)
+    shapes = modules.shapes_of(config, classes, size)
     return jax.tree.map(lambda x: np.broadcast_to(np.float32(1), x.shape), shapes)
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 
+import modules
 import numpy as np
 import pytest
 from PIL import Image
@@ -66,9 +67,7 @@ def images(tmp_path):
 def expected(model, path):
     """Probabilities of one image (no JPEG: decoded by Pillow here), spelled out."""
     pixels = model.preprocess.evaluate(np.asarray(Image.open(path).convert('RGB')))
-    logits = model.model.apply(
-        {'params': model.params}, (pixels[None] - 127.5) / 127.5, train=False
-    )
+    logits = modules.apply(model.model, model.params, (pixels[None] - 127.5) / 127.5)
     exp = np.exp(np.asarray(logits[0], np.float64))
     return exp / exp.sum()
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import modules
 import numpy as np
 import pytest
 
@@ -142,7 +143,7 @@ def test_a_score_is_the_share_of_right_answers():
     images = sources.open_dataset('digits').select('train[:50]')
     score = soup.scorer(images, model, batch=20)
     pixels = np.stack([model.preprocess.evaluate(images[i].image) for i in range(50)])
-    logits = model.model.apply({'params': model.params}, pixels / 127.5 - 1, train=False)
+    logits = modules.apply(model.model, model.params, pixels / 127.5 - 1)
     right = np.argmax(logits, axis=-1) == images.labels()
     assert score(model) == pytest.approx(right.mean())
     with pytest.raises(UserError, match='are not those of the model'):

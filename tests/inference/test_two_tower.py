@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import modules
 import numpy as np
 import pytest
 
@@ -21,8 +22,8 @@ def test_probabilities_are_the_softmax_of_cosines(towers, photos):
     pixels = [decode.load_image(path, towers.preprocess) for path in photos]
     tokens = towers.tokenizer([f'a photo of a {name}' for name in names])
     assert tokens[1].tolist() == [2, 3, 4, 5, 3, 7, 9, 0]
-    zimg, ztxt, out = towers.model.apply(
-        {'params': towers.params}, images=np.stack(pixels) / 127.5 - 1, tokens=tokens
+    zimg, ztxt, out = modules.apply(
+        towers.model, towers.params, images=np.stack(pixels) / 127.5 - 1, tokens=tokens, train=None
     )
     logits = np.asarray(float(out['t'][0]) * zimg @ ztxt.T, np.float64)
     expected = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)

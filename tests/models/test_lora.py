@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import modules
 import numpy as np
 import pytest
 from flax import traverse_util
@@ -35,10 +36,17 @@ def flat(tree):
     return traverse_util.flatten_dict(jax.device_get(tree), sep='/')
 
 
-def init(model, noise=0.0, seed=1):
-    params = jax.device_get(model.init(jax.random.key(0), IMAGES, train=False)['params'])
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda p: p + noise * rng.standard_normal(p.shape, np.float32), params)
+@functools.partial(jit, static_argnames='model')
+def _init(model):
+    return model.init(jax.random.key(0), IMAGES, train=False)['params']
+
+
+def init(model):
+    return jax.device_get(_init(model))
+
+
+def params_of(model):
+    return modules.params_of(model, IMAGES, scale=0.1, train=False)
 
 
 def vit(dora=False, **more):
@@ -64,12 +72,12 @@ def test_at_the_start_nothing_is_changed():
 
 @pytest.mark.parametrize('dora', [False, True])
 def test_merged_equals_unmerged_in_every_form(dora):
-    params = init(vit(dora), noise=0.1)
+    params = params_of(vit(dora))
     base = models.VisionTransformer(**VIT)
     plain = lora.merge(params, vit(dora).lora)
     assert plain.keys() == lora.without(params).keys() and len(flat(plain)) == len(flat(init(base)))
-    expected = base.apply({'params': plain}, IMAGES, train=False)
-    before = base.apply({'params': lora.without(params)}, IMAGES, train=False)
+    expected = modules.apply(base, plain, IMAGES)
+    before = modules.apply(base, lora.without(params), IMAGES)
     assert np.abs(expected - before).max() > 0.1
     for more in ({}, {'remat': 'full', 'scan_layers': True}):
         for model in (vit(dora, **more), models.for_training(vit(dora, **more))):
@@ -82,7 +90,7 @@ def test_merged_equals_unmerged_in_every_form(dora):
 def test_gradients_are_those_of_the_chain_rule_in_float64():
     """With W' = W + alpha / rank A B: dA = alpha / rank dW' B^T, dB = alpha / rank A^T dW'."""
     model, base = vit(), models.VisionTransformer(**VIT, dtype=np.float64)
-    params = init(model, noise=0.1)
+    params = params_of(model)
 
     def loss(params, model, images):
         return (model.apply({'params': params}, images, train=True) * WEIGHTS).sum()
@@ -112,7 +120,7 @@ def test_gradients_are_those_of_the_chain_rule_in_float64():
 
 def test_dropout_is_of_what_adapters_see_in_training_only():
     model = vit(dropout=0.5)
-    params = init(model, noise=0.1)
+    params = params_of(model)
 
     @jit
     def train(params, seed):
@@ -122,13 +130,13 @@ def test_dropout_is_of_what_adapters_see_in_training_only():
     one, other = train(params, 0), train(params, 1)
     assert np.abs(one - other).max() > 1e-3
     np.testing.assert_array_equal(one, train(params, 0))
-    plain = vit().apply({'params': params}, IMAGES, train=False)
-    np.testing.assert_array_equal(model.apply({'params': params}, IMAGES, train=False), plain)
+    plain = modules.apply(vit(), params, IMAGES)
+    np.testing.assert_array_equal(modules.apply(model, params, IMAGES), plain)
     # The layer itself sees all of it: where B is zeros, nothing is changed.
     zeros = jax.tree_util.tree_map_with_path(
         lambda path, p: p * 0 if path[-1].key == 'lora_b' else p, params
     )
-    expected = model.apply({'params': zeros}, IMAGES, train=False)
+    expected = modules.apply(model, zeros, IMAGES)
     np.testing.assert_allclose(train(zeros, 0), expected, atol=1e-6)
     # In the mean it is what it is without.
     np.testing.assert_allclose(far_from_mean(0.25), 0, atol=0.05)
@@ -140,7 +148,7 @@ def far_from_mean(rate):
     model = models.VisionTransformer(
         **settings, act='linear', lora=lora.Lora(2, ('Dense_1',), dropout=rate)
     )
-    params = init(model, noise=0.1)
+    params = params_of(model)
 
     def encoded(seed):
         rngs = {'dropout': jax.random.key(seed)}
@@ -174,13 +182,11 @@ def test_which_layers_get_them():
 
 def test_a_mixer_has_them_in_both_of_its_mlps():
     model = models.MlpMixer(**MIXER, lora=lora.Lora(2, EVERY))
-    params = init(model, noise=0.1)
+    params = params_of(model)
     assert sum(name.endswith('lora_a') for name in flat(params)) == 2 * 4
-    expected = models.MlpMixer(**MIXER).apply(
-        {'params': lora.merge(params, model.lora)}, IMAGES, train=False
-    )
+    expected = modules.apply(models.MlpMixer(**MIXER), lora.merge(params, model.lora), IMAGES)
     for each in (model, models.for_training(model)):
-        found = each.apply({'params': params}, IMAGES, train=True)
+        found = modules.apply(each, params, IMAGES, train=True)
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
 

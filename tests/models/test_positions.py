@@ -3,6 +3,7 @@
 import flax
 import jax
 import jax.numpy as jnp
+import modules
 import numpy as np
 import pytest
 
@@ -64,7 +65,7 @@ def test_any_size_inside_a_program():
     patches = resize.resize_position_embedding(embedding_of(params)[:, 1:], 6, grid=(3, 2))
     joined = np.concatenate([embedding_of(params)[:, :1], patches], axis=1)
     by_hand['Transformer']['posembed_input']['pos_embedding'] = joined
-    expected = model.apply({'params': by_hand}, images, train=False)
+    expected = modules.apply(model, by_hand, images)
     np.testing.assert_allclose(logits(params, images), expected, atol=1e-5)
     gradient = jax.grad(lambda params: logits(params, images).sum())(params)
     parts = np.abs(embedding_of(gradient)[0, 1:]).max(axis=-1).reshape(4, 4)

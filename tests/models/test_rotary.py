@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import modules
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -133,7 +134,7 @@ def test_on_a_mesh_with_explicit_axes(config):
     def compute(params, images):
         return model.apply({'params': params}, images, train=False)
 
-    expected = compute(params, images)
+    expected = jax.jit(compute)(params, images)
     mesh = jax.make_mesh((4,), ('data',), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
         spread = jax.device_put(images, NamedSharding(mesh, PartitionSpec('data')))
@@ -147,7 +148,7 @@ def test_rotary_positions_fit_any_image():
     model, params = setup(DINOV3, images)
     other = models.for_image_size(model, params, (24, 8))
     assert jax.tree.all(jax.tree.map(np.array_equal, other, params))
-    logits = model.apply({'params': other}, random(1, 24, 8, 3), train=False)
+    logits = modules.apply(model, other, random(1, 24, 8, 3))
     assert np.isfinite(logits).all()
     with pytest.raises(ValueError, match='not a whole number of'):
         models.for_image_size(model, params, (20, 20))
@@ -162,8 +163,8 @@ def test_places_decide():
     images = random(1, 16, 24, 3)
     swapped = np.concatenate([images[:, :, 16:], images[:, :, :16]], axis=2)
     model, params = setup(DINOV3, images)
-    logits, other = (model.apply({'params': params}, x, train=False) for x in (images, swapped))
+    logits, other = (modules.apply(model, params, x) for x in (images, swapped))
     assert np.abs(logits - other).max() > 1e-3
     plain = model.clone(rotary=None)
-    logits, other = (plain.apply({'params': params}, x, train=False) for x in (images, swapped))
+    logits, other = (modules.apply(plain, params, x) for x in (images, swapped))
     np.testing.assert_allclose(logits, other, atol=1e-5)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import modules
 import numpy as np
 import optax
 import pytest
@@ -108,7 +109,7 @@ def test_it_is_the_same_on_any_topology(monkeypatch):
         np.testing.assert_allclose(others, found, atol=1e-5)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), theirs, params)
     model = MODELS['vit']
-    logits = model.apply({'params': make_params(model)}, IMAGES / 127.5 - 1, train=False)
+    logits = modules.apply(model, make_params(model), IMAGES / 127.5 - 1)
     plain = optax.softmax_cross_entropy_with_integer_labels(logits, np.arange(16) % 3).mean()
     assert abs(plain - found[0]) > 1e-3
 

@@ -5,6 +5,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import modules
 import numpy as np
 import pytest
 
@@ -63,15 +64,15 @@ def test_parameters_are_those_of_the_original_release(name):
 
 def test_a_tower_alone_and_padding_that_nothing_reads():
     model, params, expected = load_case('lit_bert')
-    zimg, ztxt, out = model.apply({'params': params}, tokens=expected['tokens'])
+    zimg, ztxt, out = modules.apply(model, params, tokens=expected['tokens'], train=None)
     assert zimg is None and 'img/norm' not in out and ztxt.shape[0] == len(expected['tokens'])
-    zimg, none, _ = model.apply({'params': params}, images=expected['images'])
+    zimg, none, _ = modules.apply(model, params, images=expected['images'], train=None)
     assert none is None and zimg.shape == expected['image_embeddings'].shape
     short = expected['tokens'][:, :6]
     padded = np.pad(short, ((0, 0), (0, 4)))
     np.testing.assert_allclose(
-        model.apply({'params': params}, tokens=padded)[1],
-        model.apply({'params': params}, tokens=short)[1],
+        modules.apply(model, params, tokens=padded, train=None)[1],
+        modules.apply(model, params, tokens=short, train=None)[1],
         atol=1e-6,
     )
 

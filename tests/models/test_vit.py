@@ -6,9 +6,9 @@ import pathlib
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import modules
 import numpy as np
 import pytest
-import small
 
 from vit_jax import models, variants
 from vit_jax.checkpoint import npz
@@ -118,7 +118,7 @@ def abstract_params(model, size=224):
 @pytest.mark.parametrize('name', variants.VARIANTS)
 def test_parameter_count_is_the_originals(name):
     config = variants.VARIANTS[name]
-    params = small.shapes_of(config, 1000, 224)
+    params = modules.shapes_of(config, 1000, 224)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     if name in PARAMETERS:
         assert count == PARAMETERS[name]
@@ -132,7 +132,7 @@ def test_parameter_count_is_the_originals(name):
 )
 def test_one_block_stands_for_all(name):
     """What the counts above rest on."""
-    assert small.shapes_of(variants.VARIANTS[name], 9, 224) == abstract_params(
+    assert modules.shapes_of(variants.VARIANTS[name], 9, 224) == abstract_params(
         models.get_model(name, num_classes=9)
     )
 
@@ -417,9 +417,10 @@ def test_pooling_of_the_patches_leaves_the_class_token_out(classifier):
     )
     assert model.prefix_tokens == 1
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 24, 3)), jnp.float32)
-    params = model.init(jax.random.key(0), images, train=False)['params']
-    assert 'cls' in params and 'fc_norm' in params and 'encoder_norm' not in params['Transformer']
-    features, found = models.apply_with_intermediates(model, params, images)
+    params = random_params(model, images)
+    params['fc_norm'] = {'scale': np.ones(8, np.float32), 'bias': np.zeros(8, np.float32)}
+    assert 'cls' in params and 'encoder_norm' not in params['Transformer']
+    features, found = look_inside(model, params, images)
     patches = found['encoded'][:, 1:]
     assert patches.shape == (2, 6, 8)
     mean, largest = patches.mean(axis=1), patches.max(axis=1)
@@ -431,7 +432,6 @@ def test_pooling_of_the_patches_leaves_the_class_token_out(classifier):
 
 def test_unknown_settings_are_errors():
     sizes = dict(mlp_dim=16, num_heads=2, num_layers=1)
-    images = jnp.zeros((1, 8, 8, 3))
     for wrong, message in (
         ({'act': 'gelu_erf'}, "unknown activation 'gelu_erf': one of gelu_tanh, gelu, "),
         ({'class_token': False}, "classifier 'token' reads a class token"),
@@ -440,4 +440,4 @@ def test_unknown_settings_are_errors():
             2, patches={'size': (8, 8)}, hidden_size=8, transformer=sizes, **wrong
         )
         with pytest.raises(ValueError, match=message):
-            model.init(jax.random.key(0), images, train=False)
+            abstract_params(model, 8)

@@ -9,6 +9,7 @@ import signal
 import time
 
 import cv2
+import modules
 import numpy as np
 import pytest
 
@@ -108,9 +109,7 @@ def test_a_plan_gives_a_model_and_a_report(replayed, photos):
     for label, name in enumerate(LEVELS):
         for path in (photos / 'test' / name).iterdir():
             pixels = model.preprocess.evaluate(cv2.imread(str(path))[..., ::-1])
-            logits = model.model.apply(
-                {'params': model.params}, pixels[None] / 127.5 - 1, train=False
-            )
+            logits = modules.apply(model.model, model.params, pixels[None] / 127.5 - 1)
             right += int(logits.argmax()) == label
     last = printed.splitlines()[-1]
     assert last.startswith(f'test: {100 * right / 8:.1f} % of 8 images (95 % interval')
