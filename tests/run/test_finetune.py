@@ -90,17 +90,33 @@ def command_once(tmp_path_factory):
     return run
 
 
+def order(told):
+    return told['right'], -told['loss']
+
+
 def test_a_plan_gives_a_model_and_a_report(replayed, photos):
     folder, printed = replayed
     state = json.loads((folder / 'finetune.json').read_text())
     scores = state['scores']
-    assert [*scores] == ['probe', 'all-0.001', 'long-all-0.01']
+    assert [*scores] == ['probe', 'all-0.001', 'long-all-0.01', 'between']
     assert scores['long-all-0.01']['steps'] == 4 and scores['all-0.001']['steps'] == 3
-    best = max(scores.values(), key=lambda told: (told['right'], -told['loss']))
+    best = max(scores.values(), key=order)
     assert scores[state['chosen']] == best  # and so never worse than the probe
-    source = folder / ('probe' if state['chosen'] == 'probe' else f'runs/{state["chosen"]}/model')
-    chosen = (folder / 'model/params.npz').read_bytes()
-    assert chosen == (source / 'params.npz').read_bytes()
+    places = {name: folder / f'runs/{name}/model' for name in scores}
+    places |= {name: folder / name for name in ('probe', 'between')}
+    source = places[state['chosen']]
+    # Between the probe and the best run, by hand.
+    told = scores['between']
+    assert told['run'] == max(('all-0.001', 'long-all-0.01'), key=lambda name: order(scores[name]))
+    start, tuned, found = (
+        np.load(places[name] / 'params.npz') for name in ('probe', told['run'], 'between')
+    )
+    for key in found:
+        wanted = (1 - told['share']) * start[key] + told['share'] * tuned[key]
+        np.testing.assert_allclose(found[key], wanted, rtol=1e-5, atol=1e-7)
+    if state['chosen'] != 'probe':  # which is fitted again
+        chosen = (folder / 'model/params.npz').read_bytes()
+        assert chosen == (source / 'params.npz').read_bytes()
     model = model_folder.load(folder / 'model')
     assert model.class_names == ('dark', 'light')
 
@@ -116,7 +132,7 @@ def test_a_plan_gives_a_model_and_a_report(replayed, photos):
     assert state['result']['right'] == right
     for text in (
         'WARNING: 4 images are few to choose by', 'broken.png', 'python -m vit_jax.main --config',
-        '--config.total_steps=3', 'chosen: ',
+        '--config.total_steps=3', 'vit_jax soup', 'chosen: ',
     ):  # fmt: skip
         assert text in printed
     page = (folder / 'report.html').read_text()
@@ -142,7 +158,7 @@ def test_test_images_change_the_last_line_alone(replayed, photos, plan, tmp_path
     again = tmp_path / 'out'
     done = command_once('scripts/finetune.py', other, '--plan', plan, '--output', again)
     assert done.returncode == 0, done.stderr
-    for name in ('model', 'probe', 'runs/long-all-0.01/model'):
+    for name in ('model', 'probe', 'runs/long-all-0.01/model', 'between'):
         one, two = (place / name / 'params.npz' for place in (folder, again))
         assert one.read_bytes() == two.read_bytes()
     states = [json.loads((place / 'finetune.json').read_text()) for place in (folder, again)]
@@ -151,6 +167,33 @@ def test_test_images_change_the_last_line_alone(replayed, photos, plan, tmp_path
             assert told.get(key) == states[1]['scores'][name].get(key)
     right = [state['result']['right'] for state in states]
     assert sum(right) == 8 and printed.splitlines()[-1] != done.stdout.splitlines()[-1]
+
+
+def test_a_probe_that_is_chosen_is_fitted_to_all(plan, photos, tmp_path, run_script):
+    """To training and validation images, with the kind and setting that were chosen before."""
+    told = json.loads(plan.read_text())
+    (tmp_path / 'plan.json').write_text(json.dumps(told | {'runs': []}))
+    words = ('finetune.py', photos, '--plan', tmp_path / 'plan.json', '--output', tmp_path / 'out')
+    done = run_script(*words)
+    assert done.returncode == 0, done.stderr
+    assert 'chosen: probe' in done.stdout
+    setting = re.search(r'probe \((.*)\): validation', done.stdout)[1]
+    (candidate,) = [
+        each for each in probe_choice.CANDIDATES if f'{each.name} {each.setting}' == setting
+    ]
+    parts = [
+        np.load(tmp_path / 'out/features' / name / 'part-000000000.npz')
+        for name in ('train', 'val')
+    ]
+    values, labels = (np.concatenate([part[key] for part in parts]) for key in ('values', 'label'))
+    assert len(labels) == 20
+    wanted = candidate.fit(values, labels, 2).kernel
+    models = [model_folder.load(tmp_path / 'out' / name) for name in ('model', 'probe')]
+    heads = [np.array(each.params['head']['kernel']) for each in models]
+    scaled = [head / np.linalg.norm(head) for head in (wanted, *heads)]
+    np.testing.assert_allclose(scaled[1], scaled[0], rtol=1e-4, atol=1e-5)
+    assert np.abs(scaled[2] - scaled[0]).max() > 1e-3
+    assert [each.source['train'] for each in models] == ['train', 'train without 20%']
 
 
 class Signal:

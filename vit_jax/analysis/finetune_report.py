@@ -78,7 +78,7 @@ def write(outcome: results.Outcome) -> pathlib.Path:
             balance=report_charts.to_svg(balance, 'balance'),
             notes=notes,
             charts=report_charts.curves(runs) if runs else [],
-            commands=commands(outcome.folder, outcome.plan),
+            commands=commands(outcome.folder, outcome.plan, outcome.state),
         )  # fmt: skip
     path = outcome.folder / finetune.REPORT_FILE
     files.write_text(path, page)
@@ -134,10 +134,12 @@ def why(state: Mapping[str, Any]) -> str:
     return text
 
 
-def commands(folder: pathlib.Path, plan: plans.Plan) -> list[str]:
+def commands(folder: pathlib.Path, plan: plans.Plan, state: Mapping[str, Any]) -> list[str]:
     """Commands that do by hand what was done."""
-    runs = [plans.command(folder, run) for run in plan.runs]
-    return [plans.probe_command(plan), *runs]
+    found = [plans.probe_command(plan), *(plans.command(folder, run) for run in plan.runs)]
+    if between := state['scores'].get(plans.BETWEEN):
+        found.append(plans.between_command(folder, between))
+    return found
 
 
 def _verdict(state: Mapping[str, Any], parts: look.Parts) -> Table:
@@ -149,7 +151,7 @@ def _verdict(state: Mapping[str, Any], parts: look.Parts) -> Table:
         ('95 % interval', f'{100 * low:.1f} to {100 * high:.1f} %'),
         ('Test images', f'{result["count"]:,}'),
     ]
-    if state['chosen'] != finetune.PROBE:
+    if state['chosen'] != plans.PROBE:
         of_probe = 100 * result['probe_right'] / result['count']
         gain, half = 100 * result['gain'], 100 * result['gain_half']
         rows.append(('Test accuracy of the probe', f'{of_probe:.1f} %'))

@@ -68,6 +68,7 @@ class Result:
       held: int [n], the validation images, each once.
       predicted: int [n], their classes as predicted by what was fitted to others.
       logits: float32 [n, C], likewise, scaled as those of `probe`; None of neighbours.
+      factor: by which logits are scaled.
     """
 
     chosen: Candidate
@@ -76,6 +77,12 @@ class Result:
     held: np.ndarray
     predicted: np.ndarray
     logits: np.ndarray | None
+    factor: float = 1.0
+
+    def fit(self, x: np.ndarray, y: np.ndarray, classes: int) -> Linear | Neighbours:
+        """The same probe, fitted to other features (float32 [N, D]) and labels (int [N])."""
+        probe = self.chosen.fit(x, y, classes)
+        return probe.scaled(self.factor) if isinstance(probe, Linear) else probe
 
 
 def check_labels(labels: np.ndarray, class_names: Sequence[str]) -> None:
@@ -150,11 +157,13 @@ def choose(
             found[candidate.name] = right, candidate, classes_of, told
     results = []
     for right, chosen, classes_of, told in sorted(found.values(), key=lambda each: -each[0]):
-        probe = chosen.fit(x, y, classes)
-        if isinstance(probe, Linear) and told is not None:
+        factor = 1.0
+        if told is not None:
             factor = calibration_of(told, y[held])
-            probe, told = probe.scaled(factor), told * np.float32(factor)
-        results.append(Result(chosen, right / len(held), probe, held, classes_of, told))
+            told = told * np.float32(factor)
+        probe = chosen.fit(x, y, classes)
+        probe = probe.scaled(factor) if isinstance(probe, Linear) else probe
+        results.append(Result(chosen, right / len(held), probe, held, classes_of, told, factor))
     return results
 
 

@@ -236,15 +236,24 @@ def scorer(source: Selection, model: Model, batch: int) -> Score:
     """A score of models like this one on labelled images, compiled once.
 
     Accuracy, in [0, 1]; mean average precision where an image may have several classes; R2 of
-    numbers.
+    numbers. For arguments and errors see `assessor`.
+    """
+    names = {ONE_CLASS.kind: 'accuracy', SEVERAL: 'mean_average_precision', NUMBERS: 'r2'}
+    assess = assessor(source, model, batch)
+    return lambda each: assess(each)[names[model.task.kind]]
+
+
+def assessor(source: Selection, model: Model, batch: int) -> Callable[[Model], dict[str, float]]:
+    """What `evaluate.task_totals` tells of models like this one, compiled once.
 
     Args:
-      source: the images.
+      source: labelled images.
       model: one of those that can be averaged.
       batch: images at once.
 
     Raises:
-      UserError: the labels are not what the model tells; from the score: not one image can be read.
+      UserError: the labels are not what the model tells; from the result: not one image can be
+        read.
     """
     import jax
 
@@ -255,7 +264,7 @@ def scorer(source: Selection, model: Model, batch: int) -> Score:
     places = sharding.state_sharding(model.params, mesh)
     step = steps.make_eval_step(model.model, mesh, places, None, model.task)
 
-    def score(model: Model) -> float:
+    def assess(model: Model) -> dict[str, float]:
         found = evaluate.collect(
             step,
             sharding.put_tree(model.params, places),
@@ -266,11 +275,9 @@ def scorer(source: Selection, model: Model, batch: int) -> Score:
             on_bad=lambda error: None,
         )
         assert found is not None
-        told = evaluate.task_totals(found, model.task, len(model.class_names))
-        names = {ONE_CLASS.kind: 'accuracy', SEVERAL: 'mean_average_precision', NUMBERS: 'r2'}
-        return told[names[model.task.kind]]
+        return evaluate.task_totals(found, model.task, len(model.class_names))
 
-    return score
+    return assess
 
 
 def _check_labels(source: Selection, model: Model) -> None:

@@ -3,8 +3,9 @@
 The images are divided: to fit to, to choose by, to test on. A linear classifier on frozen features
 (the probe) comes first; with the rest of the time weights are trained, from the probe's head on
 (Kumar et al. 2022, https://arxiv.org/abs/2202.10054): short runs choose what and how fast, a long
-one does it. Of all, the best on the validation images is the model; it alone is then tested. In the
-folder:
+one does it. The weights between the probe and the best of these are candidates, too (WiSE-FT,
+https://arxiv.org/abs/2109.01903). Of all, the best on the validation images is the model; it alone
+is then tested. In the folder:
 
     model/           the one that was chosen
     report.html      all of it, for people
@@ -14,6 +15,7 @@ folder:
     probe/           the model with the head of the probe
     features/        of the frozen model
     runs/            runs of training
+    between/         the best model between the probe and a run
 
 The same command goes on where it stopped, with the time that is left.
 """
@@ -39,19 +41,22 @@ from vit_jax.inference import (
     output,
     probe_choice,
     probes,
+    soup,
 )
 from vit_jax.inference import metrics as metrics_lib
 from vit_jax.inference.classifier import JaxClassifier
 from vit_jax.run import product, telemetry
 from vit_jax.run.finetuning import look, plans, trials
 from vit_jax.run.finetuning.clock import Clock, Measured, Watch
-from vit_jax.run.finetuning.plans import Plan, Run
+from vit_jax.run.finetuning.plans import BETWEEN, PROBE, Plan, Run
 from vit_jax.run.finetuning.results import Fitted, Outcome, Score, score_of
 
 PLAN_FILE, STATE_FILE, REPORT_FILE = 'plan.json', 'finetune.json', 'report.html'
-PROBE, FEATURES, MODEL = 'probe', 'features', product.MODEL_FOLDER
+FEATURES, MODEL = 'features', product.MODEL_FOLDER
 _SAVE_SECONDS = 3.0
 _PATIENCE = 1.5  # times the time that a short run is expected to take, after which it is ended
+_SHARES = (0.2, 0.4, 0.6, 0.8)  # of what was trained, between the probe and it
+_BETWEEN_SECONDS = 6.0  # to compile the evaluation of them
 _REPORT_SECONDS = 20.0  # for tests of the chosen one beside the images, and the report
 
 
@@ -105,7 +110,8 @@ class Finetune:
         fitted, unreadable = self._probe(parts, model)
         while (run := self._next()) is not None:
             self._train(run)
-        self._choose()
+        self._interpolate()
+        self._choose(model, fitted)
         return self._test(parts, model, fitted, unreadable)
 
     def _say(self, text: str) -> None:
@@ -165,29 +171,40 @@ class Finetune:
             groups=None if groups is None else groups[fitting.index],
             seed=self._plan.seed,
         )
-        best, head = next((r, r.probe) for r in results if isinstance(r.probe, probes.Linear))
+        fitted = Fitted(results, fitting, choosing)
+        head = fitted.best.probe
+        assert isinstance(head, probes.Linear)
         logits = head.logits(choosing.values).astype(np.float64)
         rows = np.arange(len(choosing.label))
         loss = -float(special.log_softmax(logits, -1)[rows, choosing.label].mean())
         right = int((logits.argmax(-1) == choosing.label).sum())
         score = Score(right, len(parts.val), loss)
-        setting = f'{best.chosen.name} {best.chosen.setting}'.strip()
         if not (self._folder / PROBE / model_folder.MODEL_FILE).exists():
-            source = {'probe': setting, 'features_of': self._plan.weights, **self._source(parts)}
-            probes.save(self._folder / PROBE, model, head, parts.train.class_names, source)
-        self._keep(PROBE, score, what=f'frozen weights, {setting}')
+            data = {'train': parts.train.spec, 'train_fingerprint': parts.train.fingerprint()}
+            self._save_probe(self._folder / PROBE, model, fitted, head, **data)
+        self._keep(PROBE, score, what=f'frozen weights, {fitted.setting}')
         by_hand = plans.probe_command(self._plan)
-        self._say(f'{PROBE} ({setting}): validation {score}. The same by hand:\n  {by_hand}')
-        return Fitted(results, score, fitting), unreadable
+        self._say(f'{PROBE} ({fitted.setting}): validation {score}. The same by hand:\n  {by_hand}')
+        return fitted, unreadable
 
-    def _source(self, parts: look.Parts) -> dict[str, str]:
-        return {
+    def _save_probe(
+        self,
+        folder: pathlib.Path,
+        model: model_folder.Model,
+        fitted: Fitted,
+        head: probes.Linear,
+        **data: str,
+    ) -> None:
+        parts = self._parts
+        source = {
+            'probe': fitted.setting,
+            'features_of': self._plan.weights,
             'dataset': self._plan.dataset,
-            'train': parts.train.spec,
             'val': parts.val.spec,
             'test': parts.test.spec,
-            'train_fingerprint': parts.train.fingerprint(),
+            **data,
         }
+        probes.save(folder, model, head, parts.train.class_names, source)
 
     def _keep(self, name: str, score: Score | None, **told: Any) -> None:
         scores = dict(self._state['scores'])
@@ -222,7 +239,8 @@ class Finetune:
         return planned
 
     def _outlook(self) -> trials.Outlook:
-        end = _REPORT_SECONDS + 2.2 * len(self._parts.test) / self._state['forward']
+        images = 2.2 * len(self._parts.test) + len(_SHARES) * len(self._parts.val)
+        end = _REPORT_SECONDS + _BETWEEN_SECONDS + images / self._state['forward']
         told = self._state['scores'].values()
         return trials.Outlook(
             tries=self._tries,
@@ -296,19 +314,57 @@ class Finetune:
         after += self.clock.left() - outlook.left
         return Watch(self.clock, self.clock.seconds, after, step, run.ended)
 
-    def _choose(self) -> str:
-        """The best on the validation images, of equal ones the first; its model is the product."""
+    def _scores(self) -> dict[str, Score]:
         told = self._state['scores']
-        scores = {name: self._score(name) for name in told if 'right' in told[name]}
+        return {name: self._score(name) for name in told if 'right' in told[name]}
+
+    def _interpolate(self) -> None:
+        """Makes a candidate of the best weights between the probe and the best run."""
+        scores = self._scores()
+        trained = [name for name in scores if name not in (PROBE, BETWEEN)]
+        if not trained:
+            return
+        name = max(trained, key=lambda name: scores[name].order)
+        if self._state['scores'].get(BETWEEN, {}).get('run') == name:
+            return
+        paths = [self._folder / plans.RUNS / name / product.MODEL_FOLDER, self._folder / PROBE]
+        tuned, probe = (model_folder.load(path) for path in paths)
+        start, _ = soup.as_start(probe, tuned, str(paths[1]))
+        assess = soup.assessor(self._parts.val, tuned, plans.BATCH)
+        found: dict[float, Score] = {}
+        for share in _SHARES:
+            result = assess(soup.interpolate(start, tuned, share))
+            right = round(result['accuracy'] * len(self._parts.val))
+            found[share] = Score(right, len(self._parts.val), result['loss'])
+            self.clock.tick()
+        share = max(_SHARES, key=lambda share: found[share].order)
+        source = {key: tuned.source[key] for key in tuned.source if key not in ('steps', 'metrics')}
+        source |= {'soup': [str(paths[0])], 'start': str(paths[1]), 'share': share}
+        between = soup.interpolate(start, tuned, share)
+        shutil.rmtree(self._folder / BETWEEN, ignore_errors=True)
+        model_folder.save_new(self._folder / BETWEEN, dataclasses.replace(between, source=source))
+        told = {'run': name, 'share': share}
+        what = f'{share:.0%} of {name}, the rest of the probe'
+        self._keep(BETWEEN, found[share], what=what, **told)
+        by_hand = plans.between_command(self._folder, told)
+        self._say(f'{BETWEEN} ({what}): validation {found[share]}. The same by hand:\n  {by_hand}')
+
+    def _choose(self, model: model_folder.Model, fitted: Fitted) -> None:
+        """The best on the validation images, of equal ones the first; its model is the product."""
+        scores = self._scores()
         chosen = max(scores, key=lambda name: scores[name].order)
-        source = self._folder / plans.RUNS / chosen / product.MODEL_FOLDER
         if chosen == PROBE:
-            source = self._folder / PROBE
-        with files.atomic_folder(self._folder / product.MODEL_FOLDER, exists='replace') as part:
-            shutil.copytree(source, part, dirs_exist_ok=True)
+            # To the validation images, too: they have done their work.
+            head = fitted.to_all(len(self._parts.train.class_names))
+            self._save_probe(self._folder / MODEL, model, fitted, head, train=self._plan.train)
+        else:
+            source = self._folder / plans.RUNS / chosen / product.MODEL_FOLDER
+            if chosen == BETWEEN:
+                source = self._folder / BETWEEN
+            with files.atomic_folder(self._folder / MODEL, exists='replace') as part:
+                shutil.copytree(source, part, dirs_exist_ok=True)
         self._write(chosen=chosen)
         self._say(f'chosen: {chosen}, the best of {len(scores)} on the validation images')
-        return chosen
 
     def _test(
         self,
@@ -329,7 +385,7 @@ class Finetune:
         )
         assert isinstance(found, metrics_lib.Outcomes)
         test, _ = self._extract('test', parts.test, frozen)
-        head = next(r.probe for r in fitted.results if isinstance(r.probe, probes.Linear))
+        head = fitted.best.probe
         of_probe = np.zeros(len(parts.test), bool)
         of_probe[test.index] = head.predict(test.values) == test.label
         right = int(found.right.sum())

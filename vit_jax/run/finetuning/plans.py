@@ -18,11 +18,12 @@ from vit_jax import config as config_lib
 from vit_jax import files
 from vit_jax.errors import UserError
 from vit_jax.inference import features, model_folder
+from vit_jax.run import product
 from vit_jax.run.finetuning.look import MAX_UNREADABLE, Parts
 
 FORMAT, VERSION = 'vit_jax finetune plan', 1
 CONFIG_FILE = 'config.py'
-RUNS = 'runs'
+RUNS, PROBE, BETWEEN = 'runs', 'probe', 'between'
 BATCH = 32  # of features and tests
 _PIXELS = ('crop', 'channels', 'eval', 'resize', 'interpolation', 'antialias')
 _NAME = re.compile(r'[a-z0-9][a-z0-9_.-]{0,60}')
@@ -187,6 +188,18 @@ def command(folder: pathlib.Path, run: Run) -> str:
     words = ['python', '-m', 'vit_jax.main', '--config', str(folder / CONFIG_FILE)]
     words += [f'--config.{knob}={value}' for knob, value in run.settings.items()]
     return shlex.join([*words, '--workdir', str(folder / RUNS / run.name)])
+
+
+def between_command(folder: pathlib.Path, between: Mapping[str, Any]) -> str:
+    """The command line that makes the model between the probe and a run.
+
+    Args:
+      folder: of all.
+      between: `run`, a name, and `share`, of it.
+    """
+    tuned = folder / RUNS / between['run'] / product.MODEL_FOLDER
+    words = ['vit_jax', 'soup', str(tuned), '--start', str(folder / PROBE)]
+    return shlex.join([*words, '--share', f'{between["share"]:g}', '--output', BETWEEN])
 
 
 def probe_command(plan: Plan) -> str:

@@ -6,9 +6,11 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from vit_jax import files
 from vit_jax.data.decode import BadImageError
-from vit_jax.inference import feature_files, model_folder, probe_choice
+from vit_jax.inference import feature_files, model_folder, probe_choice, probes
 from vit_jax.inference import metrics as metrics_lib
 from vit_jax.run import resume, telemetry
 from vit_jax.run.finetuning import look
@@ -49,13 +51,33 @@ class Fitted:
 
     Attributes:
       results: of all kinds, see `probe_choice.choose`.
-      score: of the best linear one, on the validation images.
       train: features of the training images.
+      val: features of the validation images.
     """
 
     results: list[probe_choice.Result]
-    score: Score
     train: feature_files.Features
+    val: feature_files.Features
+
+    @property
+    def best(self) -> probe_choice.Result:
+        """Of the linear ones."""
+        return next(r for r in self.results if isinstance(r.probe, probes.Linear))
+
+    @property
+    def setting(self) -> str:
+        """Of the best linear one, for people."""
+        return f'{self.best.chosen.name} {self.best.chosen.setting}'.strip()
+
+    def to_all(self, classes: int) -> probes.Linear:
+        """The best one, fitted to training and validation images."""
+        both = self.train, self.val
+        values, labels = (
+            np.concatenate([getattr(each, name) for each in both]) for name in ('values', 'label')
+        )
+        found = self.best.fit(values, labels, classes)
+        assert isinstance(found, probes.Linear)
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
