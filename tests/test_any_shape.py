@@ -25,7 +25,7 @@ from vit_jax.export import onnx, pytorch, stablehlo
 from vit_jax.export.options import Options
 from vit_jax.inference import classifier, metrics, model_folder, predict
 from vit_jax.inference.task import ONE_CLASS
-from vit_jax.run import setup
+from vit_jax.run import initial_weights
 
 SIZES = {'mlp_dim': 16, 'num_heads': 2, 'num_layers': 2}
 VIT = {'model_name': None, 'patches': {'size': (8, 8)}, 'hidden_size': 8, 'transformer': SIZES}
@@ -288,7 +288,7 @@ def test_fine_tuning_knows_both_grids(tmp_path, crop):
         )  # fmt: skip
         module = models.from_config(config.model, num_classes=10)
         shapes = jax.eval_shape(lambda m=module: state_lib.init_params(m, (16, 64), 0))
-        _, origin = setup.initial_params(config, module, shapes)
+        _, origin = initial_weights.initial_params(config, module, shapes)
         assert said in f'{origin}\n'
 
 
@@ -303,7 +303,7 @@ def test_weights_of_another_patch_size(tmp_path, method):
     )  # fmt: skip
     module = models.from_config(config.model, num_classes=10)
     shapes = jax.eval_shape(lambda: state_lib.init_params(module, (48, 64), 0))
-    params, origin = setup.initial_params(config, module, shapes)
+    params, origin = initial_weights.initial_params(config, module, shapes)
     assert f'(8, 8, 3, 8) -> (12, 16, 3, 8) ({method}' in origin
     patch = np.random.default_rng(0).uniform(0, 255, (8, 8, 3)).astype(np.float32)
     larger = resize_bilinear(patch, (12, 16))

@@ -19,7 +19,7 @@ from vit_jax.data import sources
 from vit_jax.errors import UserError
 from vit_jax.export import pytorch
 from vit_jax.inference import model_folder, predict
-from vit_jax.run import resume, setup
+from vit_jax.run import initial_weights, resume
 
 TINY = {'mlp_dim': 32, 'num_heads': 2, 'num_layers': 1, 'dropout_rate': 0.0}
 
@@ -303,7 +303,7 @@ def test_weights_are_fitted_and_accounted_for(tmp_path, finished):
     )
     model = models.from_config(config.model, num_classes=3)
     abstract = jax.eval_shape(lambda: state_lib.init_params(model, 24, 0))
-    params, origin = setup.initial_params(config, model, abstract)
+    params, origin = initial_weights.initial_params(config, model, abstract)
     assert 'resized: Transformer/posembed_input/pos_embedding (1, 4, 16) -> (1, 9, 16)' in origin
     assert 'newly initialised: head' in origin
     assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, abstract)
@@ -326,7 +326,7 @@ def test_pixels_that_weights_were_made_for_are_said(tmp_path, finished):
     config = make_config(**knobs)
     model = models.from_config(config.model, num_classes=10)
     abstract = jax.eval_shape(lambda: state_lib.init_params(model, 24, 0))
-    _, origin = setup.initial_params(config, model, abstract)
+    _, origin = initial_weights.initial_params(config, model, abstract)
     flags = (
         '--config.pp.eval=resize_crop --config.pp.resize=27 --config.pp.interpolation=bicubic '
         '--config.pp.antialias=True'
@@ -337,7 +337,7 @@ def test_pixels_that_weights_were_made_for_are_said(tmp_path, finished):
     )
     theirs = dict(flag.removeprefix('--config.').split('=') for flag in flags.split())
     theirs |= {'pp.resize': 27, 'pp.antialias': True}
-    _, origin = setup.initial_params(make_config(**knobs | theirs), model, abstract)
+    _, origin = initial_weights.initial_params(make_config(**knobs | theirs), model, abstract)
     assert 'made for other pixels' not in origin
 
 

@@ -16,7 +16,7 @@ from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.export import pytorch as export_pytorch
 from vit_jax.inference import model_folder
-from vit_jax.run import setup
+from vit_jax.run import initial_weights
 
 VIT = {
     'patches': {'size': (8, 8)},
@@ -120,7 +120,7 @@ def test_all_but_the_heads_of_a_checkpoint_is_where_fine_tuning_starts(family, t
     ten, three = (models.from_config(config.model, num_classes=classes) for classes in (10, 3))
     params = random_params(ten)
     npz.save(tmp_path / 'weights.npz', params)
-    start, origin = train.initial_params(config, three, shapes_of(three))
+    start, origin = initial_weights.initial_params(config, three, shapes_of(three))
     assert start.keys() == params.keys()
     for name in start.keys() - NEW_WHEN_FINE_TUNED[family]:
         jax.tree.map(np.testing.assert_array_equal, start[name], params[name])
@@ -172,7 +172,7 @@ def test_a_family_of_another_library_is_fine_tuned_by_its_config(name, trains, t
     export_pytorch.write(tmp_path / 'weights', trained, to=LIBRARIES[name])
 
     ten = models.from_config(config.model, num_classes=10)
-    start, origin = train.initial_params(config, ten, shapes_of(ten, 2 * patch))
+    start, origin = initial_weights.initial_params(config, ten, shapes_of(ten, 2 * patch))
     assert 'newly initialised: head/' in origin and '3 x 3 -> 2 x 2' in origin
     before, expected = npz.flatten(start), npz.flatten(weights)
     assert before.keys() - expected.keys() == {'head/kernel', 'head/bias'}
@@ -195,7 +195,7 @@ def test_weights_of_a_plain_vit_start_a_distilled_one_and_one_with_an_mlp_head(t
     for family in ('distilled', 'mlp_head'):
         config = make_config(family, pretrained=str(tmp_path / 'vit.npz'))
         model = models.from_config(config.model, num_classes=10)
-        start, _ = train.initial_params(config, model, shapes_of(model))
+        start, _ = initial_weights.initial_params(config, model, shapes_of(model))
         block = 'encoderblock_0'
         jax.tree.map(
             np.testing.assert_array_equal,
@@ -217,7 +217,7 @@ def test_weights_of_other_rotary_positions_are_refused(tmp_path):
         train.train_and_evaluate(config, tmp_path / 'run')
     config = make_config('dinov3', pretrained=str(tmp_path / 'weights.npz'))
     config.model.rotary.theta = 50.0
-    params, _ = train.initial_params(config, model, shapes_of(model, 24))
+    params, _ = initial_weights.initial_params(config, model, shapes_of(model, 24))
     jax.tree.map(
         np.testing.assert_array_equal, params['embedding'], random_params(model)['embedding']
     )
@@ -229,7 +229,7 @@ def test_a_mixer_does_not_take_weights_of_another_size(tmp_path):
     npz.save(tmp_path / 'mixer.npz', random_params(model))
     larger = make_config('mixer', **{'pretrained': str(tmp_path / 'mixer.npz'), 'pp.crop': 32})
     with pytest.raises(UserError, match='token_mixing'):
-        train.initial_params(larger, model, shapes_of(model, 32))
+        initial_weights.initial_params(larger, model, shapes_of(model, 32))
 
 
 def test_fine_tuning_starts_from_the_function_that_the_weights_were_trained_with(tmp_path, capsys):
@@ -269,7 +269,7 @@ def test_fine_tuning_starts_from_the_function_that_the_weights_were_trained_with
     with config.unlocked():
         config.model.act = 'gelu'
     made = models.from_config(config.model, num_classes=10)
-    _, text = setup.initial_params(config, made, shapes_of(made))
+    _, text = initial_weights.initial_params(config, made, shapes_of(made))
     assert 'trained with act relu, and this run computes gelu' in text
 
     config = make_config('mlp_head', pretrained=str(tmp_path / 'gone'))

@@ -18,7 +18,7 @@ from vit_jax.configs import lit, lit_digits
 from vit_jax.data import sources
 from vit_jax.errors import UserError
 from vit_jax.inference import two_tower
-from vit_jax.run import pairs, setup
+from vit_jax.run import pairs
 
 LOCKED = {'frozen': 'img/.*', 'cache_features': True, 'total_steps': 12, 'warmup_steps': 2}
 
@@ -178,9 +178,7 @@ def initial(config):
     of_pairs = pairs.open_pairs(config)
     model = models.from_config(config.model)
     shapes = jax.eval_shape(lambda: state_lib.init_params(model, config.pp.crop, 0))
-    params, told = setup.initial_params(
-        config, model, shapes, frozen=config.frozen, of_pairs=of_pairs
-    )
+    params, told = of_pairs.initial_params(config, model, shapes, frozen=config.frozen)
     return of_pairs, npz.flatten(params), told
 
 

@@ -29,6 +29,7 @@ from vit_jax.models import lora
 from vit_jax.run import (
     augmentation,
     distributed,
+    initial_weights,
     introduction,
     pairs,
     product,
@@ -41,7 +42,7 @@ from vit_jax.run import (
 )
 from vit_jax.run.callbacks import Callbacks
 from vit_jax.run.choice import Choice
-from vit_jax.run.setup import Parts, Setup, Sources, initial_params, set_up, weights_name
+from vit_jax.run.setup import Parts, Setup, Sources, set_up
 from vit_jax.state import Checkpoint
 
 
@@ -299,17 +300,10 @@ def _first_checkpoint(
     else:
         start = 0
         with distributed.fail_together():
-            params, text = initial_params(
-                run.config,
-                setup.model,
-                setup.abstract.params,
-                setup.train.channels,
-                setup.frozen,
-                setup.pairs,
-            )
+            params, text = setup.initial_params(run.config)
         state = state_lib.create_state(params, setup.tx, setup.mesh)
         first = Checkpoint.of(state, replaced=loop.count_array(0, setup.mesh))
-        event, facts = 'weights', {'source': weights_name(run.config)}
+        event, facts = 'weights', {'source': initial_weights.name_of(run.config)}
     run.log.start(start)
     if jax.process_index() == 0:
         run_info.write(run.workdir, run.config, {resume.DATA_FILE: setup.data})
@@ -339,7 +333,7 @@ def _write_model_folder(
         _say_no_folder(run, setup.no_folder, step)
         return
     source = {
-        'weights': weights_name(run.config),
+        'weights': initial_weights.name_of(run.config),
         'dataset': sources_lib.lasting_name(run.config.dataset),
         **{name: run.config[name] for name in sources_lib.TOLD if run.config[name]},
         'train': run.train.spec,

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from vit_jax import checkpoint, evaluate, files, groups, losses, models, sharding, variants
 from vit_jax import config as config_lib
+from vit_jax import state as state_lib
 from vit_jax.checkpoint import bert, open_clip_configs
 from vit_jax.data import captions, text
 from vit_jax.data.dataset import Selection
@@ -23,6 +24,7 @@ from vit_jax.data.preprocess import Preprocess
 from vit_jax.data.reader import Reader
 from vit_jax.errors import UserError
 from vit_jax.inference import retrieval, two_tower
+from vit_jax.run import initial_weights
 
 SIGLIP_BIAS = -10.0  # at the beginning, https://arxiv.org/abs/2303.15343, section 3
 _DIGITS_VOCABULARY = pathlib.Path(captions.__file__).with_name('digits_vocabulary.txt')
@@ -51,29 +53,94 @@ class Pairs:
         """The file of the tokenizer."""
         return pathlib.Path(self.tokenizer.vocab_path)
 
-    def start(self) -> tuple[dict[str, Any], list[str]]:
-        """What parameters there are to start from, and where those of the text tower come from.
+    def open_named(self, config: ml_collections.ConfigDict) -> checkpoint.Weights | None:
+        """What the image tower starts from, not yet read; None for new weights."""
+        if self.towers is None:
+            return initial_weights.open_named(config)
+        pixels = self.towers.preprocess
+        return checkpoint.Weights(
+            self._towers_name,
+            'two towers',
+            self.towers.params['img'],
+            image_size=pixels.crop,
+            preprocess=pixels,
+        )
 
-        Those of the image tower (`img`) as `Weights`.
-        """
-        if self.towers is not None:
-            known = dict(self.towers.params)
-            name = str(self.towers.source.get('file', self.towers.source.get('model', '')))
-            pixels = self.towers.preprocess
-            known['img'] = checkpoint.Weights(
-                name, 'two towers', known['img'], image_size=pixels.crop, preprocess=pixels
+    @property
+    def _towers_name(self) -> str:
+        source = self.towers.source if self.towers else {}
+        return str(source.get('file', source.get('model', '')))
+
+    def initial_params(
+        self,
+        config: ml_collections.ConfigDict,
+        model: models.LitModel,
+        shapes: Mapping[str, Any],
+        channels: int = 3,
+        frozen: str = '',
+    ) -> tuple[Mapping[str, Any], str]:
+        """Parameters of both towers to start from, see `initial_weights.initial_params`."""
+        known, told = self._text_params()
+        weights = self.open_named(config)
+        if weights is None:
+            told = ['image tower: new weights', *told]
+        else:
+            image = models.from_config({**model.image, 'num_classes': 0})
+            known['img'], _, words = initial_weights.fitted(
+                config, weights, image, shapes['img'], keep_head=True
             )
-            if self.kind == 'contrastive':
-                known.pop('b', None)
-            return known, [f'text tower: {name}']
+            told = [f'image tower: {words}', *told]
+        params, missing = _checked(known, shapes)
+        if missing:
+            new = state_lib.init_params(
+                model, config.pp.crop, config.seed, channels=channels, only=missing
+            )
+            params = initial_weights.with_new(params, new)
+        told += initial_weights.new_and_frozen(missing, frozen)
+        return jax.tree.map(np.asarray, params), '\n  '.join(told)
+
+    def _text_params(self) -> tuple[dict[str, Any], list[str]]:
+        """The parameters there are but for the image tower, and where they come from."""
+        if self.towers is not None:
+            unused = ('img', 'b') if self.kind == 'contrastive' else ('img',)
+            known = {name: tree for name, tree in self.towers.params.items() if name not in unused}
+            return known, [f'text tower: {self._towers_name}']
         if self.text is not None:
             notes = '\n  '.join(['', *self.text.notes])
             return {'txt': self.text.params}, [f'text tower: {self.text.path}{notes}']
         return {}, ['text tower: new weights']
 
+    def loss(self, mesh: Mesh) -> losses.LossFn:
+        """The loss of training."""
+        make = {'contrastive': losses.contrastive, 'pairwise_sigmoid': losses.pairwise_sigmoid}
+        return make[self.kind](mesh)
+
     def digest(self) -> str:
         """Tells the vocabulary from another."""
         return hashlib.sha256(self.vocabulary.read_bytes()).hexdigest()[:32]
+
+
+def of_run(config: ml_collections.ConfigDict, given: Mapping[str, Any]) -> Pairs | None:
+    """`open_pairs` of a run; None if it is of images alone.
+
+    Args:
+      config: resolved; changed.
+      given: what of the run is the caller's own, by name; None for what is not.
+
+    Raises:
+      UserError: sources, loss or model of pairs, which config says; or see `open_pairs`.
+    """
+    if not variants.has_two_towers(config.model) and not isinstance(
+        given['model'], models.LitModel
+    ):
+        return None
+    for name, value in given.items():
+        if value is not None and name != 'tx':
+            raise UserError(
+                f'{name}: pairs of images and texts are trained on by what the config says '
+                '(configs/lit.py); leave it out'
+            )
+    return open_pairs(config)
 
 
 def open_pairs(config: ml_collections.ConfigDict) -> Pairs:
@@ -160,28 +227,26 @@ def _tokenizer_name(vocabulary: pathlib.Path, model: Mapping[str, Any]) -> str:
     return name
 
 
-def check_given(given: Mapping[str, Any]) -> None:
-    """Checks what of the run is the caller's own, by name; None for what is not.
-
-    Raises:
-      UserError: sources, loss or model of pairs, which config says.
-    """
-    for name, value in given.items():
-        if value is not None and name != 'tx':
-            raise UserError(
-                f'{name}: pairs of images and texts are trained on by what the config says '
-                '(configs/lit.py); leave it out'
-            )
-
-
-def check(config: ml_collections.ConfigDict, train: Selection, state: Any, frozen: str) -> None:
+def check(
+    config: ml_collections.ConfigDict,
+    train: Selection,
+    model: models.LitModel,
+    params: Any,
+    frozen: str,
+    images: jax.ShapeDtypeStruct,
+) -> jax.ShapeDtypeStruct:
     """Checks what depends on the data and on the parameters.
 
     Args:
       config: resolved.
       train: the training pairs.
-      state: the training state, or its shapes.
+      model: the towers.
+      params: the parameters, or their shapes.
       frozen: pattern of the parameters that stay as they are.
+      images: of a batch.
+
+    Returns:
+      What a batch has for the images: those, or their embeddings (`config.cache_features`).
 
     Raises:
       UserError: it does not fit.
@@ -191,17 +256,21 @@ def check(config: ml_collections.ConfigDict, train: Selection, state: Any, froze
             f'config.batch={config.batch} is more than the {len(train):,} training images, so that '
             'an image would be compared with itself: use a smaller one'
         )
-    if config.cache_features:
-        names = [name for name in groups.names_of(state.params) if name.startswith('img/')]
-        free = [name for name in names if not re.fullmatch(frozen, name)]
-        if free:
-            raise UserError(
-                f'config.cache_features=True keeps embeddings of an image tower that stays as it '
-                f"is, and {free[0]} is trained: add --config.frozen='img/.*'"
-            )
+    if not config.cache_features:
+        return images
+    names = [name for name in groups.names_of(params) if name.startswith('img/')]
+    free = [name for name in names if not re.fullmatch(frozen, name)]
+    if free:
+        raise UserError(
+            f'config.cache_features=True keeps embeddings of an image tower that stays as it '
+            f"is, and {free[0]} is trained: add --config.frozen='img/.*'"
+        )
+    pixels = jax.ShapeDtypeStruct(images.shape, np.float32)
+    found = jax.eval_shape(lambda p, x: model.apply({'params': p}, images=x)[0], params, pixels)
+    return jax.ShapeDtypeStruct(found.shape, found.dtype, sharding=images.sharding)
 
 
-def checked(
+def _checked(
     known: Mapping[str, Any], shapes: Mapping[str, Any]
 ) -> tuple[Mapping[str, Any], list[str]]:
     """The parameters of these that have values, and the names of those that are missing.
@@ -220,21 +289,6 @@ def checked(
             )
     missing = [name for name in wanted if name not in found]
     return traverse_util.unflatten_dict(found, sep='/'), missing
-
-
-def features(
-    model: models.LitModel, params: Any, images: jax.ShapeDtypeStruct
-) -> jax.ShapeDtypeStruct:
-    """Shape of the embeddings that stand in the place of these images in a batch."""
-    pixels = jax.ShapeDtypeStruct(images.shape, np.float32)
-    found = jax.eval_shape(lambda p, x: model.apply({'params': p}, images=x)[0], params, pixels)
-    return jax.ShapeDtypeStruct(found.shape, found.dtype, sharding=images.sharding)
-
-
-def loss_of(pairs: Pairs, mesh: Mesh) -> losses.LossFn:
-    """The loss of training."""
-    make = {'contrastive': losses.contrastive, 'pairwise_sigmoid': losses.pairwise_sigmoid}
-    return make[pairs.kind](mesh)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
