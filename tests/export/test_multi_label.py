@@ -12,8 +12,9 @@ from vit_jax.data import from_arrays
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
 from vit_jax.export import onnx as onnx_export
-from vit_jax.export import pytorch, verify
+from vit_jax.export import pytorch
 from vit_jax.export.options import Options
+from vit_jax.export.outputs import forward
 from vit_jax.inference import classifier, metrics, model_folder, predict
 from vit_jax.inference.task import Task
 
@@ -55,7 +56,7 @@ def test_sigmoids_from_hugging_face_through_a_model_folder_to_onnx(tmp_path, cas
             assert not np.isclose(expected.sum(), 1, atol=0.1)
         np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=name)
 
-    values = verify.forward(loaded.model, ['probabilities'])(loaded.params, images)
+    values = forward(loaded.model, ['probabilities'])(loaded.params, images)
     np.testing.assert_allclose(values['probabilities'][0], expected, atol=1e-5)
     for to in ('timm', 'torchvision'):
         notes = pytorch.write(tmp_path / to, loaded, to=to)

@@ -10,8 +10,9 @@ from jax import export
 
 from vit_jax.analysis import compare
 from vit_jax.errors import UserError
-from vit_jax.export import stablehlo, verify
+from vit_jax.export import stablehlo
 from vit_jax.export.options import Options
+from vit_jax.export.outputs import forward
 
 
 @pytest.mark.parametrize(
@@ -38,8 +39,8 @@ def test_options(case):
         layout='NCHW', preprocessing=True, probabilities=True, features=True, attention=True
     )
     result = stablehlo.build(found.model, options).call(pixels.transpose(0, 3, 1, 2))
-    forward = verify.forward(found.model.model, ('logits', *outputs))
-    run = compare.compiled(forward, found.model.params)
+    compute = forward(found.model.model, ('logits', *outputs))
+    run = compare.compiled(compute, found.model.params)
     expected = run((pixels.astype(np.float32) - 127.5) / 127.5)
     logits = expected.pop('logits')
     assert result['attention'].shape == (2, 2, 4, 18, 18)
@@ -54,7 +55,7 @@ def test_only_the_tokens_that_the_head_reads(case):
     model, image = case('token').model, jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
 
     def flops(*outputs):
-        lowered = jax.jit(verify.forward(model.model, outputs)).lower(model.params, image)
+        lowered = jax.jit(forward(model.model, outputs)).lower(model.params, image)
         return lowered.cost_analysis()['flops']
 
     assert flops('logits') < 0.75 * flops('logits', 'attention')

@@ -260,7 +260,7 @@ class ExportRow:
     """One output of an exported model at one batch size, over all images it was run on.
 
     Attributes:
-        output: its name, see `export/verify.py`.
+        output: its name, see `export/outputs.py`.
         batch: images at once.
         difference: the exported model's from JAX's.
         close: (image, JAX's class, the exported model's) where those differ and JAX's two best are

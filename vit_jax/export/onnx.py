@@ -17,10 +17,11 @@ from typing import IO, Any
 import vit_jax
 from vit_jax import files, variants
 from vit_jax.errors import UserError, extra
-from vit_jax.export import onnx_models, verify
+from vit_jax.export import onnx_models
 from vit_jax.export.expressible import in_units
 from vit_jax.export.onnx_graph import BATCH, FLOAT32, TYPES, UINT8, Graph
 from vit_jax.export.options import DEFAULT, Options
+from vit_jax.export.outputs import check_outputs
 from vit_jax.inference import model_folder
 from vit_jax.inference import onnx as inference_onnx
 from vit_jax.inference.task import ONE_CLASS, SEVERAL
@@ -46,7 +47,7 @@ def build(
 
     The input is `image`, of any batch. Outputs are float32: `logits` (of a model of numbers, these
     in their units) or `probabilities` [batch, C], `features` [batch, D] and `attention`
-    [batch, L, H, N, N], see `verify.py`.
+    [batch, L, H, N, N], see `outputs.py`.
 
     Args:
         model: what `model_folder.load` gives (or `open_model`, which reads each array when it is
@@ -64,7 +65,7 @@ def build(
     model = in_units(model)
     config, params, size = model.model_config, model.params, model.preprocess.size
     outputs = options.outputs(model.model.num_classes)
-    verify.check_outputs(model.model, outputs)
+    check_outputs(model.model, outputs)
     classifier = config.get('classifier', 'token')
     if not variants.is_mixer(config) and 'unpooled' in classifier:
         raise UserError(

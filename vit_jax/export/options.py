@@ -31,7 +31,7 @@ class Options:
         layout: of the input, 'NHWC' for images [batch, S, S, 3], 'NCHW' for [batch, 3, S, S].
         probabilities: whether the softmax of each image's logits takes their place; of a model of
             many labels, the sigmoid of each.
-        features: whether `features` is an output, too (see `verify.py`). It is all that a model
+        features: whether `features` is an output, too (see `outputs.py`). It is all that a model
             without a head can give.
         attention: whether `attention` is an output, too.
         preprocessing: False: images are float32 in [-1, 1]. True: they are uint8 in [0, 255], of
@@ -76,7 +76,7 @@ class Options:
         return self.dtype if self.weights_only else ''
 
     def outputs(self, num_classes: int) -> tuple[str, ...]:
-        """Names of the outputs of an ONNX or StableHLO file, see `verify.py`."""
+        """Names of the outputs of an ONNX or StableHLO file, see `outputs.py`."""
         scores = ('probabilities' if self.probabilities else 'logits',) if num_classes else ()
         extra = tuple(name for name in ('features', 'attention') if getattr(self, name))
         return scores + extra or ('logits',)

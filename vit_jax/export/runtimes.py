@@ -6,8 +6,8 @@ FOLDER holds `request.json` (format, path, outputs, batches, and what a format n
 `inputs.npy` (images or tokens of texts, in the layout and type that the model takes). For each
 batch `[first, end)` the outputs are written to `outputs-I.npz`, at the end `result.json`, which
 names the package that is missing if the runtime is not installed. Outputs are named as in
-`verify.py`; `own/logits` are those of a library that computes a layer in its own form, on which the
-verdict does not depend.
+`outputs.py`; `own/logits` are those of a library that computes a layer in its own form, on which
+the verdict does not depend.
 
 Only `npz`, whose runtime this package is, imports anything of it: the others prove that the file is
 enough. (-P, because Python would otherwise look for `onnx` in the folder of this file first.)
@@ -102,14 +102,14 @@ def _npz(request: Mapping[str, Any]) -> tuple[Run, dict[str, Any]]:
     import vit_jax
     from vit_jax import checkpoint, models
     from vit_jax.analysis import compare
-    from vit_jax.export import verify
+    from vit_jax.export.outputs import forward
 
     params = checkpoint.load(request['path'])
     head = params.get('head')
     module = models.from_config(
         request['model_config'], num_classes=head['bias'].shape[0] if head else 0
     )
-    return compare.compiled(verify.forward(module, request['outputs']), params), {
+    return compare.compiled(forward(module, request['outputs']), params), {
         'runtime': f'vit_jax {vit_jax.__version__}',
         'class_names': None,
     }

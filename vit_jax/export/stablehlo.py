@@ -26,9 +26,9 @@ import vit_jax
 from vit_jax import files, models
 from vit_jax.data.preprocess import normalize
 from vit_jax.errors import UserError
-from vit_jax.export import verify
 from vit_jax.export.expressible import in_units
 from vit_jax.export.options import DEFAULT, Options
+from vit_jax.export.outputs import forward
 from vit_jax.inference import model_folder
 from vit_jax.inference.task import ONE_CLASS
 
@@ -53,7 +53,7 @@ def build(model: model_folder.Model, options: Options = DEFAULT) -> jax.export.E
     """
     model = in_units(model)
     _check_size(model.params)
-    compute = verify.forward(model.model, options.outputs(model.model.num_classes))
+    compute = forward(model.model, options.outputs(model.model.num_classes))
     params = jax.tree.map(jnp.asarray, model.params)
     channels_last = options.layout == 'NHWC'
 

@@ -3,15 +3,6 @@
 The images are real photographs. The exported model runs them at batch 1, 2 and 7 (a graph that has
 one batch size built in, or mixes images, shows there), and all of them at 7; JAX computes the same
 in exact float32, and `analysis/compare.py` has the limits of what may differ.
-
-Names and shapes of the outputs (B batch, C classes, D width, L blocks, H heads, N tokens):
-
-    logits         [B, C] float32 ([B, N, C] where the tokens are not pooled)
-    probabilities  softmax of the logits over classes; of a multi-label model, sigmoids
-    features       [B, D]: what the encoder gives, pooled, before the head and its hidden layer; the
-                   output of `pre_logits` where there is one; of a distilled model the mean of both
-                   tokens ([B, N, D] where the tokens are not pooled)
-    attention      [B, L, H, N, N]: the attention weights of every block, after the softmax
 """
 
 import dataclasses
@@ -25,21 +16,20 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import rich.box
 import rich.console
 import rich.table
 
-from vit_jax import files, models
+from vit_jax import files
 from vit_jax.analysis import compare
 from vit_jax.data.batches import eval_batches
 from vit_jax.data.examples import Example, Source
 from vit_jax.data.preprocess import Preprocess, normalize
-from vit_jax.errors import UserError, extra, printable
+from vit_jax.errors import extra, printable
 from vit_jax.export.expressible import in_units
 from vit_jax.export.options import DEFAULT, FORMATS, Options
+from vit_jax.export.outputs import forward
 from vit_jax.inference import model_folder, predict
 from vit_jax.run import child
 
@@ -143,19 +133,6 @@ class Report:
         return f'{self.status}: {"; ".join(self.reasons)}' if self.reasons else self.status
 
 
-def check_outputs(module: Any, outputs: Sequence[str]) -> None:
-    """Raises `UserError` if a model of this package does not have these outputs."""
-    if not module.num_classes and {'logits', 'probabilities'} & set(outputs):
-        raise UserError(
-            'this model has no classification head, so it has no logits. Fine-tune it first, or '
-            'export its features'
-        )
-    if 'probabilities' in outputs and getattr(module, 'regression', False):
-        raise UserError('this model gives numbers, which have no probabilities: export them as is')
-    if 'attention' in outputs and isinstance(module, models.MlpMixer):
-        raise UserError('an MLP-Mixer has no attention')
-
-
 def outputs_of(model: model_folder.Model, format: str, options: Options) -> tuple[str, ...]:
     """Names of what an exported model gives.
 
@@ -172,51 +149,6 @@ def outputs_of(model: model_folder.Model, format: str, options: Options) -> tupl
     if not model.model.num_classes:
         return ('features',)
     return ('logits', 'features') if compare.zero_head(model.params) else ('logits',)
-
-
-def forward(
-    module: Any, outputs: Sequence[str]
-) -> Callable[[Mapping[str, Any], jax.Array], dict[str, jax.Array]]:
-    """The function that an export stands for.
-
-    Args:
-        module: a model of this package; computed in float32, attention by plain XLA operations,
-            whatever it says itself, so that the result runs on any device.
-        outputs: names of outputs, see above.
-
-    Returns:
-        A pure function of (parameters, images [B, S, S, 3] float32 in [-1, 1]) that gives a dict of
-        float32 arrays in the order of `outputs`.
-
-    Raises:
-        UserError: see `check_outputs`.
-    """
-    check_outputs(module, outputs)
-    module = module.clone(dtype=jnp.float32, remat='')
-    if not isinstance(module, models.MlpMixer):
-        module = module.clone(attention='xla')
-    if 'attention' not in outputs:  # whose last block has weights for every token
-        module = models.for_inference(module)
-
-    def run(params: Mapping[str, Any], images: jax.Array) -> dict[str, jax.Array]:
-        logits, found = models.apply_with_intermediates(
-            module, params, images, attention_weights='attention' in outputs
-        )
-        values = {'logits': logits, 'features': found['pre_logits']}
-        if getattr(module, 'distilled', False):
-            values['features'] = values['features'].mean(axis=1)
-        if 'probabilities' in outputs:
-            many = getattr(module, 'multi_label', False)
-            values['probabilities'] = jax.nn.sigmoid(logits) if many else jax.nn.softmax(logits)
-        if 'attention' in outputs:
-            blocks = [
-                f'Transformer/encoderblock_{i}' for i in range(module.transformer['num_layers'])
-            ]
-            weights = [found[f'{block}/attention_weights'] for block in blocks]
-            values['attention'] = jnp.stack(weights, axis=1)
-        return {name: values[name] for name in outputs}
-
-    return run
 
 
 class Images(NamedTuple):
