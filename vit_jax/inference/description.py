@@ -1,20 +1,33 @@
 """What has to be known of a model beside its weights, and whether it can be true.
 
-A model folder says it in model.json, an ONNX file in its metadata. Both come from elsewhere, so
-both are read by `read`, into a dataclass whose annotations say what each field may be. A new field
-is one line: its name, its type, its limits.
+A model folder says it in model.json (`to_json`), an ONNX file in its metadata. Both come from
+elsewhere, so both are read by `read`, into a dataclass whose annotations say what each field may
+be. A new field is one line: its name, its type, its limits.
 """
 
 import dataclasses
+import importlib.metadata
+import os
+import platform
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
+import ml_collections
+
+import vit_jax
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError, printable
-from vit_jax.inference.task import Task
+from vit_jax.inference.task import ONE_CLASS, Task
 from vit_jax.variants import sides
+
+FORMAT = 'vit_jax model'
+FORMAT_VERSION = 1
+
+# No part of an architecture: how it is computed, which is left to whoever loads it, and how a head
+# begins.
+_EXECUTION_KEYS = ('dtype', 'attention', 'remat', 'scan_layers', 'scan_from', 'head_bias_init')
 
 # Larger than any real model: a description must not choose how long building or reading takes.
 MAX_IMAGE_SIZE = 8192
@@ -98,6 +111,50 @@ class TrainingData:
     columns: str = ''
     image_root: str = ''
     group: str = ''
+
+
+def to_json(
+    num_classes: int,
+    model_config: Mapping[str, Any],
+    class_names: Sequence[str],
+    preprocess: Preprocess,
+    source: Mapping[str, Any],
+    task: Task | None,
+) -> dict[str, Any]:
+    """What model.json says, but for the weights; see `model_folder.save`."""
+    config = {k: v for k, v in _plain(model_config).items() if k not in _EXECUTION_KEYS}
+    config.pop('num_classes', None)
+    config |= task.module_settings if task else {}
+    return {
+        'format': FORMAT,
+        'format_version': FORMAT_VERSION,
+        'architecture': {
+            'variant': config.get('model_name'),
+            'num_classes': num_classes,
+            'config': config,
+        },
+        'image_size': preprocess.crop,
+        'preprocessing': preprocess.to_dict(),
+        'value_range': [-1, 1],
+        'class_names': list(class_names),
+        **({'task': task.to_dict()} if task and task != ONE_CLASS else {}),
+        'source': _plain(source),
+        'versions': _versions(),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """ConfigDict -> dict, tuple stays; the rest is json's to accept or refuse."""
+    if isinstance(value, ml_collections.ConfigDict):
+        value = value.to_dict()
+    if isinstance(value, Mapping):
+        return {key: _plain(child) for key, child in value.items()}
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: importlib.metadata.version(name) for name in ('jax', 'flax', 'numpy')}
+    return {'python': platform.python_version(), 'vit_jax': vit_jax.__version__, **packages}
 
 
 def read(kind: type[T], found: Mapping[str, Any]) -> T:

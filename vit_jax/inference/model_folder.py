@@ -9,41 +9,31 @@ Predicting, evaluating and exporting take such a folder, or weights alone, of an
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
 import pathlib
-import platform
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
-import ml_collections
 import numpy as np
 
-import vit_jax
 from vit_jax import files, models, variants
-from vit_jax.checkpoint import adapt, catalog, formats, infer, model_input, npz, open_clip_configs
+from vit_jax.checkpoint import adapt, catalog, formats, infer, npz, open_clip_configs
 from vit_jax.checkpoint.arrays import count_not_finite
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.errors import UserError
-from vit_jax.inference import description, labels, model_card
-from vit_jax.inference.task import ONE_CLASS, Task, of_module
+from vit_jax.inference import bare_weights, description, labels, model_card
+from vit_jax.inference.task import Task, of_module
 
-FORMAT = 'vit_jax model'
-FORMAT_VERSION = 1
 PARAMS_FILE = 'params.npz'
 MODEL_FILE = 'model.json'
 CARD_FILE = 'README.md'
 
 _FILE_NAME = re.compile(r'\w[\w.+-]{0,199}', re.A)  # beside model.json, no path
-
-# How a model is computed, not what it is: left to whoever loads it.
-# No part of an architecture: how it is computed, and how a head begins.
-_EXECUTION_KEYS = ('dtype', 'attention', 'remat', 'scan_layers', 'scan_from', 'head_bias_init')
 
 # What reading a description raises that is damaged, or somebody else's.
 _BAD_DESCRIPTION = (UserError, ValueError, KeyError, TypeError, AttributeError, OverflowError)
@@ -123,14 +113,16 @@ def save(
     """
     folder = pathlib.Path(folder).absolute()
     files.recover(folder)
-    num_classes = _num_classes(params)
+    num_classes = bare_weights.num_classes(params)
     if len(class_names) != num_classes:
         raise ValueError(f'{len(class_names)} class names for a head of {num_classes} classes')
     if folder.exists() and not (folder / MODEL_FILE).exists():
         raise UserError(
             f'{folder} exists and is not a model folder; name another place for the model'
         )
-    described = _description(num_classes, model_config, class_names, preprocess, source, task)
+    described = description.to_json(
+        num_classes, model_config, class_names, preprocess, source, task
+    )
     text = json.dumps(described)
     try:
         opened = _described(files.parse_json(text), params)
@@ -176,39 +168,9 @@ def save_new(folder: str | os.PathLike[str], model: Model) -> None:
     )
 
 
-def _description(
-    num_classes: int,
-    model_config: Mapping[str, Any],
-    class_names: Sequence[str],
-    preprocess: Preprocess,
-    source: Mapping[str, Any],
-    task: Task | None,
-) -> dict[str, Any]:
-    """What model.json says, but for the weights; see `save`."""
-    config = {k: v for k, v in _plain(model_config).items() if k not in _EXECUTION_KEYS}
-    config.pop('num_classes', None)
-    config |= task.module_settings if task else {}
-    return {
-        'format': FORMAT,
-        'format_version': FORMAT_VERSION,
-        'architecture': {
-            'variant': config.get('model_name'),
-            'num_classes': num_classes,
-            'config': config,
-        },
-        'image_size': preprocess.crop,
-        'preprocessing': preprocess.to_dict(),
-        'value_range': [-1, 1],
-        'class_names': list(class_names),
-        **({'task': task.to_dict()} if task and task != ONE_CLASS else {}),
-        'source': _plain(source),
-        'versions': _versions(),
-    }
-
-
 def describe(model: Model) -> dict[str, Any]:
     """What model.json says of a model, but for the weights."""
-    return _description(
+    return description.to_json(
         len(model.class_names),
         model.model_config,
         model.class_names,
@@ -324,7 +286,7 @@ def open_model(
                 f'{path}: {weights.refused} is not computed here. Say how images become pixels: '
                 '--eval squash, or --eval resize_crop --resize PIXELS'
             )
-        opened = _from_weights(path, weights, variant, resize)
+        opened = _of_weights(path, bare_weights.recognise(path, weights, variant, resize))
     return dataclasses.replace(opened, preprocess=opened.preprocess.but(pixels or {}))
 
 
@@ -342,15 +304,15 @@ def _open_folder(folder: pathlib.Path) -> Model:
         found = files.read_json(folder / MODEL_FILE)
     except UserError as e:
         raise UserError(f'{folder / MODEL_FILE} is damaged, copy the folder again: {e}') from e
-    if found.get('format') != FORMAT:
+    if found.get('format') != description.FORMAT:
         both = found.get('format') == 'vit_jax two towers'
         hint = ': it is of images and texts, see vit_jax zeroshot (--save_as)' if both else ''
         raise UserError(f'{folder / MODEL_FILE} does not describe a model of vit_jax{hint}')
     version = found.get('format_version')
-    if isinstance(version, int) and version > FORMAT_VERSION:
+    if isinstance(version, int) and version > description.FORMAT_VERSION:
         raise UserError(
             f'{folder} was written by a newer vit_jax (format {version}, this one reads up to '
-            f'{FORMAT_VERSION}): update vit_jax'
+            f'{description.FORMAT_VERSION}): update vit_jax'
         )
     try:
         params_entry = found['params']
@@ -395,51 +357,21 @@ def _described(found: Mapping[str, Any], params: Mapping[str, Any]) -> Model:
     return Model(model, params, config, names, described.preprocessing, described.source, task)
 
 
-def _from_weights(
-    path: pathlib.Path, weights: formats.Weights, variant: str, resize: bool
-) -> Model:
-    _log.info('%s', weights)
-    for guess in weights.assumed:
-        _log.warning('%s: %s', path, guess)
-    if weights.projects:
-        params = {name: leaf for name, leaf in weights.params.items() if name != 'head'}
-        note = 'its head, which projects to the space of texts, is left out: it knows no classes'
-        weights = dataclasses.replace(weights, params=params, notes=(*weights.notes, note))
-    # With a head on the class token alone, as DeiTForImageClassification, or none, as DeiTModel.
-    lonely = 'dist' in weights.params and 'head_dist' not in weights.params
-    if lonely and weights.format.startswith('Hugging Face'):
-        params = {name: leaf for name, leaf in weights.params.items() if name != 'dist'}
-        params['registers'] = weights.params['dist']
-        note = 'no head reads the distillation token, which is kept as a register token'
-        weights = dataclasses.replace(weights, params=params, notes=(*weights.notes, note))
-    config = infer.architecture(
-        weights.params, str(path), variant=variant, settings=weights.settings
-    )
-    image_size = infer.image_size(weights.params, config, str(path), weights.image_size)
-    weights, image_size = model_input.fit_positions(weights, config, image_size, resize=resize)
-    num_classes = _num_classes(weights.params)
-    if num_classes > description.MAX_CLASSES:  # each gets a name, which takes more than its weights
-        raise UserError(
-            f'{path} has a head of {num_classes:,} classes; at most {description.MAX_CLASSES:,} fit'
-        )
-    class_names = weights.class_names
-    if len(class_names) != num_classes:
-        class_names = labels.numbered(num_classes)
-    source = {'file': str(path), 'format': weights.format}
+def _of_weights(path: pathlib.Path, found: bare_weights.Recognised) -> Model:
+    """The model that weights alone, of this path, are taken for."""
+    weights, names = found.weights, found.class_names
+    pixels = weights.preprocess
+    source: dict[str, Any] = {'file': str(path), 'format': weights.format}
+    if weights.notes:
+        source['notes'] = list(weights.notes)
     return Model(
-        models.from_config(config, num_classes=num_classes),
+        models.from_config(found.config, num_classes=len(names)),
         weights.params,
-        config,
-        class_names,
-        weights.preprocess.at(image_size) if weights.preprocess else Preprocess(image_size),
-        source | ({'notes': list(weights.notes)} if weights.notes else {}),
+        found.config,
+        names,
+        pixels.at(found.image_size) if pixels else Preprocess(found.image_size),
+        source,
     )
-
-
-def _num_classes(params: Mapping[str, Any]) -> int:
-    """From either array of the head: `check` names the other if it is missing. 0 without a head."""
-    head = npz.flatten({'head': params.get('head', {})})
-    return next((array.shape[-1] for array in head.values()), 0)
 
 
 def check(opened: Model) -> None:
@@ -480,20 +412,6 @@ def _check(opened: Model, what: str) -> None:
         raise UserError(
             f'the weights do not agree with the architecture ({adapt.describe(init)}):\n  {report}'
         )
-
-
-def _plain(value: Any) -> Any:
-    """ConfigDict -> dict, tuple stays; the rest is json's to accept or refuse."""
-    if isinstance(value, ml_collections.ConfigDict):
-        value = value.to_dict()
-    if isinstance(value, Mapping):
-        return {key: _plain(child) for key, child in value.items()}
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
-def _versions() -> dict[str, str]:
-    packages = {name: importlib.metadata.version(name) for name in ('jax', 'flax', 'numpy')}
-    return {'python': platform.python_version(), 'vit_jax': vit_jax.__version__, **packages}
 
 
 def _sha256(path: pathlib.Path) -> str:
