@@ -302,8 +302,11 @@ def test_runs_are_planned_for_the_time_that_is_left():
     assert trials.how_many(outlook(150)) == 0
     assert trials.last(outlook(60), best[:1], []) is None
     assert trials.kind_of(trials.last(outlook(60), best, [])) is trials.LAST
+    run = trials.last(outlook(150, images=151), best, [])  # 42 steps of 32: 8.9 times each
+    assert run and run.settings['randaug'] == '2,10' and run.settings['mixup'] == 0.2
     run = trials.last(outlook(150), best, [])
-    assert run and run.settings['total_steps'] == int(0.93 * 125 / (32 / 11.6))
+    assert run and 'randaug' not in run.settings
+    assert run.settings['total_steps'] == int(0.93 * 125 / (32 / 11.6))
     assert trials.is_last(run) and trials.kind_of(run) is trials.ALL
 
     left, measured, total = 900.0, [], 0

@@ -13,6 +13,8 @@ _AROUND = 25.0  # seconds of a run that are not steps, before any was measured
 _EXPLORE = 0.3  # share of the time for short runs
 _LEAST_STEPS, _LEAST_TRIAL = 20, 14
 _PASSES = 60  # over the training images, after which more of it is not expected to help
+# Of a run that sees each image often, AugReg's light2 (https://arxiv.org/abs/2106.10270).
+_OFTEN, _AUGMENTATION = 8, {'randaug': '2,10', 'mixup': 0.2}
 _LONG = 'long-'  # begins the names of long runs
 _SAFETY = 0.93  # share of the time that steps are planned for
 
@@ -115,7 +117,7 @@ def trial(outlook: Outlook, place: int, count: int) -> Run | None:
     steps = outlook.steps(kind, share * outlook.left)
     if steps < _LEAST_TRIAL:
         return None
-    return _run(name_of(kind, rate), kind, rate, steps)
+    return _run(outlook, name_of(kind, rate), kind, rate, steps)
 
 
 def last(outlook: Outlook, promising: Sequence[Trial], before: Sequence[Run]) -> Run | None:
@@ -138,7 +140,7 @@ def last(outlook: Outlook, promising: Sequence[Trial], before: Sequence[Run]) ->
         steps = outlook.steps(kind, outlook.left)
         name = _LONG + name_of(kind, rate)
         if name not in done and steps >= max(_LEAST_STEPS, least):
-            return _run(name, kind, rate, steps)
+            return _run(outlook, name, kind, rate, steps)
     return None
 
 
@@ -163,7 +165,8 @@ def is_last(run: Run) -> bool:
     return run.name.startswith(_LONG)
 
 
-def _run(name: str, kind: Kind, rate: float, steps: int) -> Run:
+def _run(outlook: Outlook, name: str, kind: Kind, rate: float, steps: int) -> Run:
+    often = steps * outlook.batch >= _OFTEN * outlook.images
     settings = {
         **kind.settings,
         'base_lr': rate,
@@ -171,5 +174,6 @@ def _run(name: str, kind: Kind, rate: float, steps: int) -> Run:
         'warmup_steps': max(1, steps // 10),
         # An average over about the last tenth of the steps.
         'ema_decay': round(max(0.5, min(0.9999, 1 - 10 / steps)), 4),
+        **(_AUGMENTATION if often else {}),
     }
     return Run(name, kind.what, settings)
