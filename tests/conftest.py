@@ -161,6 +161,7 @@ def tiny_model():
     every image gets its own answer.
     """
     import jax
+    import modules
     import numpy as np
 
     from vit_jax import models
@@ -186,11 +187,9 @@ def tiny_model():
         """Also writes its model folder, if `folder` says where."""
         module = models.from_config(config, num_classes=len(class_names))
         image = np.zeros((1, 16, 16, 3), np.float32)
-        shapes = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False), image)
+        shapes = modules.shapes(module, image, train=False)
         rng = np.random.default_rng(0)
-        params = jax.tree.map(
-            lambda x: rng.normal(0, 0.5, x.shape).astype(np.float32), shapes['params']
-        )
+        params = jax.tree.map(lambda x: rng.normal(0, 0.5, x.shape).astype(np.float32), shapes)
         model = model_folder.Model(
             module, params, config, tuple(class_names), Preprocess(crop=16), source or {}
         )

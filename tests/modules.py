@@ -13,15 +13,32 @@ from flax import traverse_util
 from vit_jax import models, variants
 
 
+def shapes(module, *inputs, **named):
+    """What `module.init` makes of these inputs, as nested dicts of shapes; traced once."""
+    inputs, named = jax.tree.map(_abstract, (inputs, named))
+    return _shapes(module, inputs, tuple(named.items()))
+
+
+def _abstract(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, 'shape') else x
+
+
+@functools.cache
+def _shapes(module, inputs, named):
+    arrays = {name: x for name, x in named if hasattr(x, 'shape')}
+    options = {name: x for name, x in named if name not in arrays}
+    init = functools.partial(module.init, **options)
+    return jax.eval_shape(init, jax.random.key(0), *inputs, **arrays)['params']
+
+
 def params_of(module, *inputs, seed=0, scale=0.2, **named):
     """Random parameters, float32 on the host: around 1 for what scales, else around 0."""
-    shapes = jax.eval_shape(functools.partial(module.init, **named), jax.random.key(0), *inputs)
     rng = np.random.default_rng(seed)
     return jax.tree_util.tree_map_with_path(
         lambda path, x: (
             np.float32(path[-1].key == 'scale') + scale * rng.standard_normal(x.shape, np.float32)
         ),
-        shapes['params'],
+        shapes(module, *inputs, **named),
     )
 
 

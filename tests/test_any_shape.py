@@ -50,11 +50,9 @@ NAMES = ('daisy', 'rose', 'tulip')
 def make(config, size, channels=3, **pixels):
     module = models.from_config(config, num_classes=len(NAMES))
     image = jax.ShapeDtypeStruct((1, *size, channels), np.float32)
-    shapes = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False), image)
+    shapes = modules.shapes(module, image, train=False)
     rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes['params']
-    )
+    params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
     return model_folder.Model(module, params, config, NAMES, Preprocess(size, **pixels), {})
 
 

@@ -5,6 +5,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import modules
 import numpy as np
 import pytest
 
@@ -90,7 +91,7 @@ def make_config(family, **changes):
 def shapes_of(model, side=16):
     """Of the parameters for images of this many pixels."""
     images = jnp.zeros((1, side, side, 3))
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False)['params'])
+    return modules.shapes(model, images, train=False)
 
 
 def random_params(model):

@@ -6,6 +6,7 @@ import sys
 import types
 
 import jax
+import modules
 import numpy as np
 import pytest
 from PIL import Image
@@ -37,8 +38,7 @@ CONFIG = {
 def save(path, config, side=16):
     model = models.from_config(config, num_classes=len(CLASSES))
     image = np.zeros((1, side, side, 3), np.float32)
-    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)
-    leaves, tree = jax.tree.flatten(shapes['params'])
+    leaves, tree = jax.tree.flatten(modules.shapes(model, image, train=False))
     rng = np.random.default_rng(0)
     params = tree.unflatten([rng.normal(0, 0.5, leaf.shape).astype(np.float32) for leaf in leaves])
     model_folder.save(

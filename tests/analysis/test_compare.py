@@ -9,6 +9,7 @@ import struct
 import zlib
 
 import jax
+import modules
 import numpy as np
 import pytest
 
@@ -45,7 +46,7 @@ def write_model(path, config, size, *, head='random'):
     """A file of made-up weights, nowhere zero (but for the head on request), of trained scale."""
     model = models.from_config(config)
     image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
-    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)
+    shapes = modules.shapes(model, image, train=False)
     rng = np.random.default_rng(0)
 
     def array(keys, leaf):
@@ -59,7 +60,7 @@ def write_model(path, config, size, *, head='random'):
             return 0.2 + 0.02 * values
         return 1 + 0.1 * values if name.endswith('scale') else 0.1 * values
 
-    params = jax.tree_util.tree_map_with_path(array, shapes['params'])
+    params = jax.tree_util.tree_map_with_path(array, shapes)
     if head == 'zero':
         params['head'] = jax.tree.map(np.zeros_like, params['head'])
     npz.save(path, params)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 
 import jax
+import modules
 import numpy as np
 import pytest
 from PIL import Image
@@ -146,8 +147,7 @@ def make_model(folder, config=VIT, classes=CLASSES, scale=0.5):
     """A model folder with weights drawn at random."""
     module = models.from_config(config, num_classes=len(classes))
     image = np.zeros((1, SIDE, SIDE, 3), np.float32)
-    shapes = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False), image)
-    leaves, tree = jax.tree.flatten(shapes['params'])
+    leaves, tree = jax.tree.flatten(modules.shapes(module, image, train=False))
     rng = np.random.default_rng(0)
     params = tree.unflatten([rng.normal(0, scale, x.shape).astype(np.float32) for x in leaves])
     model_folder.save(

@@ -42,9 +42,9 @@ def make(config, classes=5, size=(28, 42)):
     """A model of random weights."""
     module = models.from_config(config, num_classes=classes)
     image = np.zeros((1, *size, 3), np.float32)
-    shapes = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False), image)
+    shapes = modules.shapes(module, image, train=False)
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), shapes['params'])
+    params = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), shapes)
     names = tuple('abcde'[:classes])
     return model_folder.Model(module, params, config, names, Preprocess(size), {})
 

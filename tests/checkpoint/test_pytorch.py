@@ -33,7 +33,7 @@ def _params(config, classes=7, size=32, seed=0):
     """Random weights of realistic scale."""
     model = models.from_config(config, num_classes=classes)
     images = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
-    init = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False)['params'], images)
+    init = modules.shapes(model, images, train=False)
     rng = np.random.default_rng(seed)
 
     def leaf(path, x):

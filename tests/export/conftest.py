@@ -14,6 +14,7 @@ import threading
 from typing import Any
 
 import jax
+import modules
 import numpy as np
 import pytest
 
@@ -136,7 +137,7 @@ def made_up_model(config: dict[str, Any], side: int, classes: int = 5) -> model_
     """A model with random weights, whose logits are of unit scale."""
     module = models.from_config(config, num_classes=classes)
     image = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
-    shapes = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False), image)
+    shapes = modules.shapes(module, image, train=False)
     rng = np.random.default_rng(0)
 
     def leaf(path, like):
@@ -245,9 +246,7 @@ def towers(tmp_path_factory):
         model = models.LitModel(**{'image': _IMAGE, **kinds[kind]})
         images = np.zeros((1, 32, 32, 3), np.float32)
         tokens = np.zeros((1, model.pp['max_len']), np.int32)
-        shapes = jax.eval_shape(
-            lambda: model.init(jax.random.key(0), images=images, tokens=tokens)
-        )['params']
+        shapes = modules.shapes(model, images=images, tokens=tokens)
         rng = np.random.default_rng(0)
 
         def leaf(path, like):

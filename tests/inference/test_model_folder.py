@@ -43,11 +43,9 @@ NAMES = ('a rose', 'Gänseblümchen', 'x/y')
 
 def _params(config=CONFIG, classes=3, size=12, seed=0):
     model = models.from_config(config, num_classes=classes)
-    init = jax.eval_shape(
-        lambda: model.init(jax.random.key(0), np.zeros((1, size, size, 3), np.float32), train=False)
-    )
+    shapes = modules.shapes(model, np.zeros((1, size, size, 3), np.float32), train=False)
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), init['params'])
+    return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
 
 
 def _save(folder, params=None, **changes):

@@ -31,9 +31,7 @@ TRAINED = {'dataset': 'digits', 'train': 'train[10%:90%]', 'val': 'train[:10%]',
 def made(seed, names=DIGITS, size=16, source=TRAINED, **changes):
     module = models.from_config(VIT | changes, num_classes=len(names))
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(
-        lambda: module.init(jax.random.key(0), np.zeros((1, size, size, 3)), train=False)
-    )['params']
+    shapes = modules.shapes(module, np.zeros((1, size, size, 3), np.float32), train=False)
     params = jax.tree.map(lambda p: rng.standard_normal(p.shape, np.float32), shapes)
     return model_folder.Model(module, params, VIT | changes, names, Preprocess(size), source)
 

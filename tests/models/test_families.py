@@ -5,6 +5,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import modules
 import numpy as np
 import pytest
 
@@ -55,9 +56,7 @@ def images_and_params(family):
     """Two images, and parameters that are non-zero everywhere."""
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.uniform(-1, 1, (2, 32, 32, 3)), jnp.float32)
-    params = jax.eval_shape(
-        lambda: create(family).init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)
-    )['params']
+    params = modules.shapes(create(family), jnp.zeros((1, 32, 32, 3)), train=False)
     # Around 1 for what scales, wide enough for kernels that no part of the model is silent.
     params = jax.tree_util.tree_map_with_path(
         lambda path, p: (
@@ -86,7 +85,7 @@ def look_inside(family):
 
 def abstract_params(model, size):
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)['params']
+    return modules.shapes(model, images, train=False)
 
 
 def matrix_products(function, *args):

@@ -38,7 +38,7 @@ def random(*shape, seed=0, dtype=np.float32):
 
 def setup(config, images):
     model = models.from_config(config, num_classes=5)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))['params']
+    shapes = modules.shapes(model, images, train=False)
     return model, jax.tree.map(lambda x: 0.5 * random(*x.shape, seed=x.size), shapes)
 
 

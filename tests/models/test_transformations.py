@@ -5,6 +5,7 @@ import functools
 import flax.core
 import jax
 import jax.numpy as jnp
+import modules
 import numpy as np
 import pytest
 from flax import nnx
@@ -52,7 +53,7 @@ def logits_and_params(name, **changes):
     """A float64 model as a function of its parameters, [2, 5], and such parameters."""
     model = models.from_config(MODELS[name] | changes, num_classes=5, dtype=jnp.float64)
     images = random_like(jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float64), 0)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False)['params'])
+    shapes = modules.shapes(model, images, train=False)
     params = random_like(shapes, 1)
     return lambda params: model.apply({'params': params}, images, train=False), params
 
@@ -133,7 +134,7 @@ def loss_and_arrays(name, batch=8):
     """A function of parameters and images, and such, float32."""
     model = models.from_config(MODELS[name], num_classes=5)
     images = jnp.float32(random_like(jax.ShapeDtypeStruct((batch, 16, 16, 3), jnp.float32), 0))
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False)['params'])
+    shapes = modules.shapes(model, images, train=False)
     params = jax.tree.map(jnp.float32, random_like(shapes, 1))
 
     def loss(params, images):

@@ -89,13 +89,12 @@ def random_images(*shape, seed=0):
 def random_params(model, images, seed=0):
     """Non-zero everywhere, so that no part of the model is silent."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(seed), images, train=False))
 
     def value(path, leaf):
         noise = 0.15 * rng.standard_normal(leaf.shape, np.float32)
         return noise + np.float32(path[-1].key == 'scale')
 
-    return jax.tree_util.tree_map_with_path(value, shapes['params'])
+    return jax.tree_util.tree_map_with_path(value, modules.shapes(model, images, train=False))
 
 
 def compute(model, params, images, **options):
@@ -112,7 +111,7 @@ def look_inside(model, params, images, **options):
 
 def abstract_params(model, size=224):
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)['params']
+    return modules.shapes(model, images, train=False)
 
 
 @pytest.mark.parametrize('name', variants.VARIANTS)
