@@ -151,7 +151,7 @@ def made_up_model(config: dict[str, Any], side: int, classes: int = 5) -> model_
         inputs = like.shape[0] if to_heads else like.size // like.shape[-1]
         return values / np.float32(np.sqrt(inputs))
 
-    params = jax.tree_util.tree_map_with_path(leaf, shapes['params'])
+    params = jax.tree_util.tree_map_with_path(leaf, shapes)
     names = tuple(f'Blüte {i}' for i in range(classes))
     return model_folder.Model(
         module, params, config, names, Preprocess(crop=side), {'dataset': 'made up'}

@@ -177,6 +177,7 @@ def test_a_probe_that_is_chosen_is_fitted_to_all(plan, photos, tmp_path, run_scr
     done = run_script(*words)
     assert done.returncode == 0, done.stderr
     assert 'chosen: probe' in done.stdout
+    assert 'fitted to these images as well' in (tmp_path / 'out/report.html').read_text()
     setting = re.search(r'probe \((.*)\): validation', done.stdout)[1]
     (candidate,) = [
         each for each in probe_choice.CANDIDATES if f'{each.name} {each.setting}' == setting

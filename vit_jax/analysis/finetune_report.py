@@ -126,6 +126,8 @@ def why(state: Mapping[str, Any]) -> str:
         others = f'{len(equal) - 1} others' if len(equal) > 2 else 'one other'
         text += f', as many as {others}, and has the smallest loss of these'
     text += '.'
+    if state['chosen'] == plans.PROBE:
+        text += ' Once chosen, it was fitted to these images as well.'
     if chosen['count'] < look.ENOUGH_VALIDATION:
         text += (
             f' {chosen["count"]:,} images are few to choose by: with others, another candidate '

@@ -298,7 +298,7 @@ class Checkpoints:
             if path.name.startswith('trash-'):
                 shutil.rmtree(path)
             elif '.orbax-checkpoint-tmp' in path.name:
-                _log.warning('Removing %s, a checkpoint that was never finished', path)
+                _log.warning('Removing %s, a checkpoint that was never finished', path.name)
                 shutil.rmtree(path)
 
     def _remove(self, step: int) -> None:
